@@ -1,0 +1,49 @@
+"""Who writes text: language models behind one batched contract, and sentence embeddings."""
+
+from .base import (
+    Backend,
+    BackendError,
+    Completion,
+    ContextLengthError,
+    Message,
+    Prompt,
+    Sampling,
+    UnsupportedRequestError,
+    Usage,
+    request_seed,
+)
+from .embeddings import Embedder, FunctionEmbedder
+from .journal import Journal, Journaled
+from .parts import UnknownPartError, part_ids, register_kind, register_part, resolve
+from .scripted import FunctionBackend, ScriptedBackend
+
+__all__ = [
+    "Backend",
+    "BackendError",
+    "Completion",
+    "ContextLengthError",
+    "Embedder",
+    "Journal",
+    "Journaled",
+    "Message",
+    "Prompt",
+    "Sampling",
+    "ScriptedBackend",
+    "UnknownPartError",
+    "UnsupportedRequestError",
+    "Usage",
+    "part_ids",
+    "register_part",
+    "request_seed",
+    "resolve",
+]
+
+register_kind("backend", Backend, FunctionBackend)
+register_part("backend", "embedded", "instructgym.llm_backends.embedded:EmbeddedBackend")
+register_part("backend", "transformers", "instructgym.llm_backends.transformers_backend:TransformersBackend")
+register_part("backend", "scripted", "instructgym.llm_backends.scripted:ScriptedBackend")
+
+register_kind("embedder", Embedder, FunctionEmbedder)
+register_part("embedder", "minilm", "instructgym.llm_backends.embeddings:SentenceTransformerEmbedder")
+register_part("embedder", "sentence-transformers", "instructgym.llm_backends.embeddings:SentenceTransformerEmbedder")
+register_part("embedder", "hashing", "instructgym.llm_backends.embeddings:HashingEmbedder")

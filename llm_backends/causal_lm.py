@@ -1,0 +1,326 @@
+"""A causal language model as the rest of the library sees it: prompts to tokens, prefill, and log-probs of tokens."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.utils import logging
+
+from .base import ContextLengthError, Message, Prompt
+from .errors import InputError
+from .kv_cache import BatchCache, PrefixCache
+
+PREFILL_TOKENS = 16_384
+"""Tokens, padding included, in one forward pass at most."""
+
+
+class ModelLoadError(InputError):
+    """A model or its tokenizer could not be loaded from the given path or hub id."""
+
+
+def load_config(path: str | Path) -> Any:
+    """The configuration of a model by local path or hub id.
+
+    Raises:
+        ModelLoadError: naming the path and the reason.
+    """
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise _load_error(path, error) from error
+
+
+def _load_error(path: str | Path, error: Exception) -> ModelLoadError:
+    if isinstance(error, ModelLoadError):
+        return error
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ModelLoadError(f"cannot load a causal language model from {str(path)!r}: {reason}")
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Leaves the global generators as they were: building a model lazily must not change a run's random numbers.
+
+    Transformers' bars of loading weights, which would break into a command's own progress bar, are held back too.
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+@dataclass
+class Prefilled:
+    """State of a batch after its prompts were read; rows are padded on the left."""
+
+    cache: Cache
+    mask: torch.Tensor
+    """int64, shape (batch, positions): 1 where a position holds a token, 0 for padding."""
+    logits: torch.Tensor
+    """float32, shape (batch, vocabulary): of the token after each prompt."""
+
+
+class CausalLM:
+    """A Hugging Face causal language model with its tokenizer.
+
+    Args:
+        model: in evaluation mode on its device.
+        tokenizer: its tokenizer.
+        name: what to call it in errors and keys.
+        prefix_cache_tokens: size of the cache of shared prompt prefixes, in tokens; 0 turns it off.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, name: str = "model", prefix_cache_tokens: int = 8192) -> None:
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.lock = threading.RLock()
+        config = model.config.get_text_config()
+        layer_types = getattr(config, "layer_types", None) or []
+        # Sliding or linear attention keeps other state than (key, value) per position: leave those to transformers.
+        self._plain_attention = set(layer_types) <= {"full_attention"} and not (
+            not layer_types and getattr(config, "sliding_window", None)
+        )
+        self.prefix_cache = PrefixCache(prefix_cache_tokens if self._plain_attention else 0)
+        self._config = config
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, dtype: str = "float32", device: str = "auto", **kwargs: Any) -> CausalLM:
+        """Loads a model by local path or hub id.
+
+        Raises:
+            ModelLoadError: naming the path and the reason.
+        """
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch_dtype = getattr(torch, dtype, None)
+        if not isinstance(torch_dtype, torch.dtype):
+            raise ModelLoadError(f"unknown dtype {dtype!r}: use 'float32', 'bfloat16' or 'float16'")
+        try:
+            with quiet_loading():
+                load_config(path)  # a cheap refusal before the weights are read
+                tokenizer = AutoTokenizer.from_pretrained(path)
+                model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype)
+        except (OSError, ValueError, KeyError) as error:
+            raise _load_error(path, error) from error
+        return cls(model.to(device).eval(), tokenizer, name=f"{path}:{dtype}", **kwargs)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    @property
+    def context_length(self) -> int:
+        """Positions the model was built for."""
+        return int(getattr(self._config, "max_position_embeddings", 0) or self.tokenizer.model_max_length)
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end a completion."""
+        configured = getattr(self.model.generation_config, "eos_token_id", None)
+        ids = configured if isinstance(configured, list) else [configured]
+        return frozenset(i for i in [*ids, self.tokenizer.eos_token_id] if i is not None)
+
+    def encode(self, prompt: Prompt, check: bool = True) -> list[int]:
+        """Token ids of a prompt: chat messages through the chat template, strings with the tokenizer's own specials.
+
+        Raises:
+            ContextLengthError: if not one token would fit behind it.
+            ValueError: for chat messages where the tokenizer has no chat template.
+        """
+        if isinstance(prompt, str):
+            ids = self.tokenizer(prompt)["input_ids"]
+        elif isinstance(prompt[0], int | np.integer):
+            ids = [int(token) for token in prompt]  # type: ignore[arg-type]
+        else:
+            ids = self._encode_chat(prompt)  # type: ignore[arg-type]
+        if check and len(ids) >= self.context_length:
+            raise ContextLengthError(
+                f"the prompt has {len(ids)} tokens, {self.name} reads {self.context_length} with its completion"
+            )
+        return list(ids)
+
+    def _encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        if not self.tokenizer.chat_template:
+            raise ValueError(f"{self.name} has no chat template: pass prompts as strings (prompt_style='completion')")
+        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def encode_completion(self, text: str) -> list[int]:
+        """Token ids of a text that follows a prompt: no special tokens."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[Sequence[int]], room: int) -> Prefilled:
+        """Reads the prompts, those parts left out that the prefix cache holds.
+
+        Args:
+            prompts: token ids, none empty.
+            room: positions to keep free for the tokens that follow.
+        """
+        batch = len(prompts)
+        prefixes = [self.prefix_cache.lookup(p) if self._plain_attention else None for p in prompts]
+        known = [0 if prefix is None else prefix.shape[-2] for prefix in prefixes]
+        past, fresh = max(known), max(len(p) - k for p, k in zip(prompts, known, strict=True))
+
+        # Row layout: [padding][stored prefix][padding][new tokens]; every row ends in the same column.
+        mask = torch.zeros((batch, past + fresh), dtype=torch.long)
+        ids = torch.zeros((batch, fresh), dtype=torch.long)
+        cache = self._empty_cache(batch, past + fresh + room)
+        for row, (prompt, k, prefix) in enumerate(zip(prompts, known, prefixes, strict=True)):
+            mask[row, past - k : past] = 1
+            mask[row, past + fresh - (len(prompt) - k) :] = 1
+            ids[row, fresh - (len(prompt) - k) :] = torch.tensor(prompt[k:])
+            if isinstance(cache, BatchCache):
+                cache.buffer[:, :, row, :, :past] = 0  # padding is masked, but must not hold NaN
+                if prefix is not None:
+                    cache.buffer[:, :, row, :, past - k : past] = prefix
+        if isinstance(cache, BatchCache):
+            cache = BatchCache(cache.buffer, past)
+        mask = mask.to(self.device)
+        logits = self.forward(ids.to(self.device), mask, cache)
+        self._store_prefixes(prompts, known, past, cache)
+        return Prefilled(cache, mask, logits)
+
+    @torch.inference_mode()
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: Cache, keep: int = 1) -> torch.Tensor:
+        """One step of the model on top of a cache.
+
+        Args:
+            ids: int64, shape (batch, new), the new tokens.
+            mask: int64, shape (batch, past + new).
+            cache: holds the past; the new keys and values are added to it.
+            keep: number of last positions whose logits are wanted.
+
+        Returns:
+            float32 logits, shape (batch, vocabulary) for ``keep=1``, else (batch, keep, vocabulary).
+        """
+        # Padding and finished rows may stand outside the context; absolute position embeddings end there.
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0, max=self.context_length - 1)[:, -ids.shape[1] :]
+        output = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=keep,
+        )
+        logits = output.logits.float()
+        return logits[:, -1] if keep == 1 else logits[:, -keep:]
+
+    def logprobs(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Log-probs of completion tokens given their prompts.
+
+        Prompts that stand in several rows are read once, and logits are computed at completion positions only.
+
+        Args:
+            prompts: n lists of token ids.
+            completions: n non-empty lists of token ids.
+
+        Returns:
+            n float32 arrays, shape (len(completion),), in nats.
+        """
+        unique = {prompt: index for index, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        rows: list[np.ndarray] = [np.empty(0, np.float32)] * len(prompts)
+        order = sorted(unique, key=len)
+        width = max(map(len, completions))
+        for chunk in token_budget_chunks([len(p) + width for p in order], PREFILL_TOKENS):
+            members = {order[i]: k for k, i in enumerate(chunk)}
+            wanted = [i for i, prompt in enumerate(prompts) if tuple(prompt) in members]
+            with self.lock:
+                scores = self._chunk_logprobs(
+                    list(members), [members[tuple(prompts[i])] for i in wanted], [completions[i] for i in wanted]
+                )
+            for i, row in zip(wanted, scores, strict=True):
+                rows[i] = row
+        return rows
+
+    @torch.inference_mode()
+    def _chunk_logprobs(
+        self, prompts: list[tuple[int, ...]], owner: list[int], completions: list[Sequence[int]]
+    ) -> list[np.ndarray]:
+        width = max(map(len, completions))
+        state = self.prefill(prompts, room=width)
+        first = state.logits.log_softmax(dim=-1)
+        scores = [first[o, completion[0]].reshape(1) for o, completion in zip(owner, completions, strict=True)]
+        longer = [i for i, completion in enumerate(completions) if len(completion) > 1]
+        if longer:
+            # Right padding is safe here: a padded column is masked for the real ones by causality.
+            new = max(len(completions[i]) for i in longer) - 1
+            ids = torch.zeros((len(longer), new), dtype=torch.long)
+            for row, i in enumerate(longer):
+                ids[row, : len(completions[i]) - 1] = torch.tensor(completions[i][:-1])
+            picked = torch.tensor([owner[i] for i in longer], device=self.device)
+            cache = select_rows(state.cache, picked)
+            mask = torch.cat([state.mask[picked], torch.ones_like(ids).to(self.device)], dim=1)
+            logits = self.forward(ids.to(self.device), mask, cache, keep=new).reshape(len(longer), new, -1)
+            for row, i in enumerate(longer):
+                rest = torch.tensor(completions[i][1:], device=self.device)
+                scores[i] = torch.cat([scores[i], selective_log_softmax(logits[row, : len(rest)], rest)])
+        return [row.cpu().numpy().astype(np.float32) for row in scores]
+
+    def _empty_cache(self, batch: int, capacity: int) -> Cache:
+        if not self._plain_attention:
+            return DynamicCache(config=self._config)
+        return BatchCache.allocate(self._config, batch, capacity, self.model.dtype, self.device)
+
+    def _store_prefixes(self, prompts: Sequence[Sequence[int]], known: list[int], past: int, cache: Cache) -> None:
+        if not isinstance(cache, BatchCache) or not self.prefix_cache.capacity:
+            return
+        end = cache.get_seq_length()
+        for row, (prompt, k) in enumerate(zip(prompts, known, strict=True)):
+            keys_values = cache.buffer[:, :, row]
+            stored, new = keys_values[..., past - k : past, :], keys_values[..., end - (len(prompt) - k) : end, :]
+            self.prefix_cache.store(prompt, torch.cat([stored, new], dim=-2) if k else new)
+
+
+def select_rows(cache: Cache, rows: torch.Tensor, capacity: int | None = None) -> Cache:
+    """The given rows of a cache (repeats allowed); a :class:`BatchCache` is copied, others change in place."""
+    if isinstance(cache, BatchCache):
+        return cache.select(rows, capacity)
+    for layer in cache.layers:
+        layer.batch_select_indices(rows)  # type: ignore[union-attr]
+    return cache
+
+
+def selective_log_softmax(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Log-probs of the chosen tokens only: logits (..., vocabulary) and ids (...) to float32 (...)."""
+    chosen = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    return chosen - logits.logsumexp(dim=-1)
+
+
+def token_budget_chunks(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Splits rows 0..n-1, in order, into chunks whose padded size (rows x longest) stays within ``budget`` tokens.
+
+    A row longer than the budget is a chunk by itself.
+    """
+    chunk: list[int] = []
+    longest = 0
+    for index, length in enumerate(lengths):
+        if chunk and max(longest, length) * (len(chunk) + 1) > budget:
+            yield chunk
+            chunk, longest = [], 0
+        chunk.append(index)
+        longest = max(longest, length)
+    if chunk:
+        yield chunk

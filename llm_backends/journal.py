@@ -1,0 +1,126 @@
+"""The request journal: every reply of a model on disk, so that a run that was killed pays for none of them twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .base import Backend, BackendError, Completion, Prompt, Result, Sampling
+from .records import append_lines, read_records
+
+
+class Journal:
+    """Replies by request key, in memory and in an append-only JSONL file.
+
+    A call's replies are appended in one write and flushed before anyone sees them. A line torn by a kill is dropped
+    when the file is opened again.
+
+    Args:
+        path: the file; made with its folders when the first reply is stored.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._lock = threading.Lock()
+        self._replies: dict[str, Any] = {row["key"]: row["reply"] for row in read_records(self.path, repair=True)}
+
+    def __len__(self) -> int:
+        return len(self._replies)
+
+    def get(self, key: str) -> Any | None:
+        """The stored reply, or None."""
+        return self._replies.get(key)
+
+    def put(self, replies: dict[str, Any]) -> None:
+        """Stores JSON-able replies by key."""
+        with self._lock:
+            append_lines(self.path, [{"key": key, "reply": reply} for key, reply in replies.items()])
+            self._replies.update(replies)
+
+
+@dataclass(eq=False)
+class Journaled(Backend):
+    """A backend whose replies are kept in a journal and taken from it when the same request comes again.
+
+    The key is the whole request: model, prompt and every sampling parameter, the seed included. Errors are not stored.
+
+    Args:
+        inner: the backend that answers what the journal does not hold.
+        journal: may be shared by several backends.
+    """
+
+    inner: Backend
+    journal: Journal
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Name of the inner backend."""
+        return self.inner.name
+
+    @property
+    def prompt_style(self) -> str:  # type: ignore[override]
+        """Prompt style of the inner backend."""
+        return self.inner.prompt_style
+
+    def _generate(self, prompts: list[Prompt], samplings: list[Sampling]) -> list[Result]:
+        keys = [request_key("generate", self.name, p, asdict(s)) for p, s in zip(prompts, samplings, strict=True)]
+        return self._through(
+            keys,
+            lambda missing: self.inner.generate([prompts[i] for i in missing], [samplings[i] for i in missing]),
+            pack=lambda result: [asdict(completion) for completion in result],
+            unpack=lambda reply: [Completion(**completion) for completion in reply],
+        )
+
+    def _logprobs(self, prompts: list[Prompt], completions: list[str]) -> list[np.ndarray | BackendError]:
+        keys = [request_key("logprobs", self.name, p, c) for p, c in zip(prompts, completions, strict=True)]
+        return self._through(
+            keys,
+            lambda missing: self.inner.logprobs([prompts[i] for i in missing], [completions[i] for i in missing]),
+            pack=lambda result: [float(x) for x in result],
+            unpack=lambda reply: np.asarray(reply, dtype=np.float32),
+        )
+
+    def _through(
+        self,
+        keys: list[str],
+        send: Callable[[list[int]], Sequence[Any]],
+        pack: Callable[[Any], Any],
+        unpack: Callable[[Any], Any],
+    ) -> list[Any]:
+        """Answers requests from the journal, sends the rest in one call (equal requests once), stores the replies."""
+        missing: dict[str, int] = {}
+        for index, key in enumerate(keys):
+            if self.journal.get(key) is None:
+                missing.setdefault(key, index)
+        self.usage.cache_hits += len(keys) - len(missing)
+        errors: dict[str, BackendError] = {}
+        if missing:
+            before = replace(self.inner.usage)
+            replies: dict[str, Any] = {}
+            for key, result in zip(missing, send(list(missing.values())), strict=True):
+                if isinstance(result, BackendError):
+                    errors[key] = result
+                else:
+                    replies[key] = pack(result)
+            self.journal.put(replies)
+            spent = self.inner.usage - before
+            self.usage.prompt_tokens += spent.prompt_tokens
+            self.usage.cost += spent.cost
+        return [errors[key] if key in errors else unpack(self.journal.get(key)) for key in keys]
+
+
+def request_key(*parts: Any) -> str:
+    """Stable key of a request: SHA-256 of its JSON."""
+
+    def plain(value: Any) -> Any:
+        return value.tolist() if isinstance(value, np.ndarray | np.generic) else dict(value)
+
+    text = json.dumps(parts, default=plain, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]

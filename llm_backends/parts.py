@@ -1,0 +1,99 @@
+"""Pluggable parts: how an id string, ``"module:factory"``, a JSON object or a live object becomes a backend or reward.
+
+Environment arguments stay JSON-able, so that ``env.spec`` can be saved; heavy parts are built on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from .errors import InputError
+
+_ENTRY_POINTS: dict[str, dict[str, str]] = {}
+_WRAPPERS: dict[str, tuple[type, Callable[[Callable[..., Any]], Any]]] = {}
+
+PartT = TypeVar("PartT")
+
+
+class UnknownPartError(InputError):
+    """A part was asked for by an id or path that does not exist, or is of the wrong kind."""
+
+
+class Part:
+    """Base of every pluggable part. A live part is shared, not copied, when Gymnasium deep-copies an env's kwargs."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Part:
+        return self
+
+
+def register_part(kind: str, part_id: str, entry_point: str) -> None:
+    """Makes ``entry_point`` ("module:factory") available as ``part_id`` to :func:`resolve`."""
+    _ENTRY_POINTS.setdefault(kind, {})[part_id] = entry_point
+
+
+def register_kind(kind: str, base: type, from_callable: Callable[[Callable[..., Any]], Any]) -> None:
+    """Declares a kind of part: its base class, and how a plain function is wrapped into one."""
+    _WRAPPERS[kind] = (base, from_callable)
+
+
+def part_ids(kind: str) -> list[str]:
+    """The registered ids of a kind, sorted."""
+    return sorted(_ENTRY_POINTS.get(kind, {}))
+
+
+def resolve(kind: str, value: Any, **defaults: Any) -> Any:
+    """Turns what a user passed into a live part.
+
+    Args:
+        kind: ``"backend"``, ``"reward"``, ``"embedder"``, ``"operator"`` or ``"task"``.
+        value: an id string, ``"module:factory"``, ``{"id": ..., "kwargs": {...}}``, a live part, or a callable.
+        defaults: arguments for the factory where it has a parameter of that name and ``kwargs`` does not set it.
+
+    Raises:
+        UnknownPartError: if there is no such id, module or factory, or the factory returns something of another kind.
+    """
+    base, from_callable = _WRAPPERS[kind]
+    if isinstance(value, base):
+        return value
+    if isinstance(value, Mapping):
+        part_id, kwargs = value.get("id"), value.get("kwargs") or {}
+        if set(value) - {"id", "kwargs"} or not isinstance(part_id, str) or not isinstance(kwargs, Mapping):
+            raise UnknownPartError(f'a {kind} given as an object needs {{"id": ..., "kwargs": {{...}}}}, got {value!r}')
+        return _build(kind, part_id, dict(kwargs), defaults)
+    if isinstance(value, str):
+        return _build(kind, value, {}, defaults)
+    if callable(value):
+        return from_callable(value)
+    raise UnknownPartError(
+        f"{value!r} is no {kind}: pass one of {part_ids(kind)}, 'module:factory', "
+        f'{{"id": ..., "kwargs": {{...}}}}, a {base.__name__} or a callable'
+    )
+
+
+def _build(kind: str, name: str, kwargs: dict[str, Any], defaults: dict[str, Any]) -> Any:
+    base, from_callable = _WRAPPERS[kind]
+    entry_point = _ENTRY_POINTS.get(kind, {}).get(name, name)
+    module_name, _, attribute = entry_point.partition(":")
+    if not (module_name and attribute):
+        raise UnknownPartError(f"unknown {kind} {name!r}: use one of {part_ids(kind)} or 'module:factory'")
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UnknownPartError(f"cannot load {kind} {name!r}: {error}") from error
+    if isinstance(factory, base):  # "module:object"
+        return factory
+    if not callable(factory):
+        raise UnknownPartError(f"{kind} {name!r} is a {type(factory).__name__}, not a factory")
+    parameters = inspect.signature(factory).parameters
+    try:
+        part = factory(**{k: v for k, v in defaults.items() if k in parameters} | kwargs)
+    except TypeError as error:
+        raise UnknownPartError(f"cannot build {kind} {name!r}: {error}") from error
+    if isinstance(part, base):
+        return part
+    if callable(part):
+        return from_callable(part)
+    raise UnknownPartError(f"{kind} {name!r} returned a {type(part).__name__}, expected a {base.__name__}")

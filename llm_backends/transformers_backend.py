@@ -1,0 +1,112 @@
+"""Backend for any Hugging Face causal language model, in this process."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .base import Backend, BackendError, ContextLengthError, Prompt, PromptStyle, Result, Sampling
+
+if TYPE_CHECKING:
+    from .causal_lm import CausalLM
+
+_LOADING = threading.Lock()
+
+
+@lru_cache(maxsize=4)
+def load_causal_lm(path: str, dtype: str, device: str) -> CausalLM:
+    """The model at a path or hub id; one copy per process, however many backends use it."""
+    from .causal_lm import CausalLM
+
+    return CausalLM.from_pretrained(path, dtype, device)
+
+
+@lru_cache(maxsize=8)
+def context_length(path: str) -> int:
+    """Positions that the model at a path or hub id reads, from its configuration alone."""
+    from .causal_lm import load_config
+
+    return int(load_config(path).get_text_config().max_position_embeddings)
+
+
+@dataclass(eq=False)
+class TransformersBackend(Backend):
+    """Generates and scores with a Hugging Face model; the model is loaded on first use.
+
+    Args:
+        model: local folder or hub id.
+        dtype: ``"float32"`` (reproducible whatever else is in the batch), ``"bfloat16"`` or ``"float16"``.
+        device: ``"auto"`` takes a GPU where there is one.
+        prompt_style: ``"chat"`` for instruction-tuned models, ``"completion"`` for base and very small ones.
+
+    Raises:
+        ModelLoadError: on first use, if the model cannot be loaded.
+    """
+
+    model: str
+    dtype: str = "float32"
+    device: str = "auto"
+    prompt_style: PromptStyle = "chat"
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Model and dtype."""
+        return f"transformers:{self.model}:{self.dtype}"
+
+    @property
+    def lm(self) -> CausalLM:
+        """The loaded model."""
+        with _LOADING:
+            return load_causal_lm(self._path(), self.dtype, self.device)
+
+    def _path(self) -> str:
+        return self.model
+
+    def context_error(self, prompt: Prompt, max_tokens: int) -> ContextLengthError | None:
+        limit = context_length(self._path())
+        if isinstance(prompt, str) and len(prompt.encode()) + max_tokens <= limit:
+            return None  # a token is at least a byte: no need to load the tokenizer
+        size = len(self.lm.encode(prompt, check=False)) + max_tokens
+        if size <= limit:
+            return None
+        return ContextLengthError(f"prompt and completion take up to {size} tokens, {self.name} reads {limit}")
+
+    def _generate(self, prompts: list[Prompt], samplings: list[Sampling]) -> list[Result]:
+        from .sampling import generate
+
+        encoded = self._encode(prompts)
+        fit = [i for i, ids in enumerate(encoded) if isinstance(ids, list)]
+        tokens = [ids for ids in encoded if isinstance(ids, list)]
+        self.usage.prompt_tokens += sum(map(len, tokens))
+        completions = iter(generate(self.lm, tokens, [samplings[i] for i in fit]) if fit else [])
+        return [next(completions) if isinstance(ids, list) else ids for ids in encoded]
+
+    def _logprobs(self, prompts: list[Prompt], completions: list[str]) -> list[np.ndarray | BackendError]:
+        encoded = self._encode(prompts, completions)
+        fit = [i for i, ids in enumerate(encoded) if isinstance(ids, list)]
+        tokens = [ids for ids in encoded if isinstance(ids, list)]
+        self.usage.prompt_tokens += sum(map(len, tokens))
+        targets = [self.lm.encode_completion(completions[i]) for i in fit]
+        scores = iter(self.lm.logprobs(tokens, targets) if fit else [])
+        return [next(scores) if isinstance(ids, list) else ids for ids in encoded]
+
+    def _encode(self, prompts: list[Prompt], completions: list[str] | None = None) -> list[list[int] | BackendError]:
+        """Token ids of each prompt, or the error of those that do not fit the context (with their completion)."""
+        encoded: list[list[int] | BackendError] = []
+        for index, prompt in enumerate(prompts):
+            try:
+                ids = self.lm.encode(prompt)
+                if completions is not None:
+                    total = len(ids) + len(self.lm.encode_completion(completions[index]))
+                    if total > self.lm.context_length:
+                        raise ContextLengthError(
+                            f"prompt and completion have {total} tokens, {self.name} reads {self.lm.context_length}"
+                        )
+                encoded.append(ids)
+            except BackendError as error:
+                encoded.append(error)
+        return encoded

@@ -1,0 +1,147 @@
+"""The package as a whole: layout, import order, import cost, packaging, and what must not be in the repository."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import gymnasium
+import pytest
+
+import instructgym
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = ("llm_backends", "rewards", "envs", "agents", "experiments")  # each may import itself and those before it
+FILES = sorted([*ROOT.glob("*.py"), *(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))])
+
+
+def imported_modules(path: Path) -> Iterator[tuple[int, str]]:
+    """All modules that a file names, with line numbers: imports at any depth, and names resolved at run time.
+
+    A string such as "instructgym.agents.ppo:PPO" counts, because a registry that holds it will import it.
+    """
+    package = ("instructgym", *path.relative_to(ROOT).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            anchor = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*anchor, *(node.module or "").split(".")) if node.module else anchor)
+            # `from .. import agents` names the module in the alias, not in the path.
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Constant) and re.fullmatch(r"instructgym(\.\w+)+(:\w+)?", str(node.value)):
+            yield node.lineno, str(node.value).replace(":", ".")
+
+
+def layer_of(module: str) -> str | None:
+    parts = module.split(".")
+    return parts[1] if parts[0] == "instructgym" and len(parts) > 1 and parts[1] in LAYERS else None
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_imports_point_one_way(layer: str) -> None:
+    allowed = LAYERS[: LAYERS.index(layer) + 1]
+    offences = [
+        f"{path.relative_to(ROOT)}:{line} names {module}"
+        for path in (ROOT / layer).rglob("*.py")
+        for line, module in imported_modules(path)
+        if layer_of(module) not in (None, *allowed)
+    ]
+    assert not offences, f"{layer} may import only {', '.join(allowed)}:\n" + "\n".join(offences)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from ..agents import baselines",
+        "from ..agents.baselines import Random",
+        "from .. import agents",
+        "import instructgym.agents.baselines",
+        "def late():\n    from instructgym import agents",
+        "AGENTS = {'random': 'instructgym.agents.baselines:Random'}",
+    ],
+)
+def test_the_import_scan_sees_every_form(statement: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    file = tmp_path / "envs" / "sample.py"
+    file.parent.mkdir()
+    file.write_text(statement, encoding="utf-8")
+    assert "agents" in [layer_of(module) for _, module in imported_modules(file)]
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_import_brings_no_heavy_library() -> None:
+    heavy = (
+        "torch",
+        "transformers",
+        "stable_baselines3",
+        "sb3_contrib",
+        "sentence_transformers",
+        "wandb",
+        "matplotlib",
+    )
+    code = f"import sys, instructgym; print(*[name for name in {heavy} if name in sys.modules])"
+    assert run_python(code) == ""
+
+
+def test_import_costs_at_most_a_tenth_of_a_second_above_gymnasium() -> None:
+    code = "import time, gymnasium; start = time.perf_counter(); import instructgym; print(time.perf_counter() - start)"
+    assert min(float(run_python(code)) for _ in range(5)) <= 0.1
+
+
+def test_files_stay_readable_in_one_sitting() -> None:
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    assert lengths["__init__.py"] < 40
+    assert {name: length for name, length in lengths.items() if length > 600} == {}
+
+
+def test_every_subpackage_is_packaged() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    found = {".".join(("instructgym", *path.relative_to(ROOT).parent.parts)) for path in FILES}
+    assert sorted(declared) == sorted(found), "[tool.setuptools] packages in pyproject.toml differs from the folders"
+
+
+def test_version_is_the_installed_one() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert instructgym.__version__ == declared
+
+
+@pytest.mark.parametrize("env_id", ["instructgym/EvolveInstruction-v0"])
+def test_env_is_registered_on_import(env_id: str) -> None:
+    assert env_id in gymnasium.registry
+
+
+# No pattern matches its own source text: this file is among those searched.
+FOREIGN = {
+    "machine path": re.compile(r"(?<![\w.~\-])/(?:root|work|opt|home|Users)/\w|file:///\w"),
+    "registry host": re.compile(
+        r"\bpypi\.org|pythonhosted\.org|download\.pytorch\.org|registry\.npmjs\.org|deb\.debian\.org"
+    ),
+}
+
+
+def test_no_machine_paths_or_registry_hosts_in_the_repository() -> None:
+    # Files that git does not know yet count too, so that the test speaks up before the commit.
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        done = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("git is not installed")
+    if done.returncode != 0:
+        pytest.skip("not a git checkout")
+    offences = []
+    for name in filter(None, done.stdout.split("\0")):
+        try:
+            text = (ROOT / name).read_text(encoding="utf-8")
+        except (UnicodeDecodeError, FileNotFoundError):  # a picture; a file deleted but not yet staged
+            continue
+        for number, line in enumerate(text.splitlines(), 1):
+            offences += [f"{name}:{number}: {what}: {line.strip()}" for what, rx in FOREIGN.items() if rx.search(line)]
+    assert not offences, "\n".join(offences)
