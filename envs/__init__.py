@@ -1,0 +1,1 @@
+"""Environments: the edit MDP and its vector forms. Made through ``gymnasium.make("instructgym/...")``."""

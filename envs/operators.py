@@ -1,0 +1,143 @@
+"""Operators: what an action of the edit MDP means, and how it turns one text into the next."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+
+from ..llm_backends import Completion, Prompt, Sampling
+from ..llm_backends.base import PromptStyle
+from ..llm_backends.parts import Part
+from ..llm_backends.prompting import one_line
+from .tasks.operations import NO_OP, Operation, load_operations
+
+SAMPLING: dict[str, Sampling] = {
+    "completion": Sampling(max_tokens=40, temperature=0.6, top_p=0.9, stop=("\n",)),
+    "chat": Sampling(max_tokens=256, temperature=1.0, top_p=0.95, top_k=40),
+}
+"""Defaults by prompt style. Chat: the paper's. Completion: what SmolLM2-135M edits best with."""
+
+TOKENS_PER_WORD = 2
+"""Room for the text itself: a rewrite repeats most of it before it adds anything."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What an action asks for on a given text."""
+
+    operation: int
+    """Index into the operator's operations."""
+    prompt: Prompt | None = None
+    """Request to the rewriter; None if a rule made the result."""
+    sampling: Sampling | None = None
+    result: str | None = None
+    """The new text, where no request is needed."""
+
+
+class Operator(Part, ABC):
+    """The actions of a :class:`~instructgym.envs.text_edit.TextEditEnv`."""
+
+    action_space: spaces.Space[Any]
+    operations: tuple[str, ...]
+    """Names of the operations, for logs and for the one-hot of the last edit."""
+
+    @abstractmethod
+    def plan(self, action: Any, text: str, style: PromptStyle) -> Edit:
+        """What the action asks for; ``style`` is the form of prompt that the rewriter needs."""
+
+    @abstractmethod
+    def finish(self, edit: Edit, text: str, completions: Sequence[Completion]) -> str:
+        """The new text, from the rewriter's replies to ``edit.prompt``; ``text`` itself where none is usable."""
+
+    def mask(self, text: str) -> np.ndarray:
+        """int8, one entry per discrete action: 1 where it is possible on this text."""
+        return np.ones(int(getattr(self.action_space, "n", 1)), dtype=np.int8)
+
+
+class LLMOperator(Operator):
+    """One operation per action, carried out by a language model.
+
+    Args:
+        operations: names of operations in action order; None for the six of TeaMs-RL.
+        no_op: append a seventh action that leaves the text alone and calls nobody.
+        candidates: rewrites drawn per edit; the one with the highest mean token log-prob is taken.
+        sampling: sampling parameters that replace the defaults of the prompt style, e.g. ``{"temperature": 1.0}``.
+        max_words: on texts longer than this only operations that need not lengthen it (breadth, no-op) are possible.
+
+    Raises:
+        ValueError: for an unknown operation, a count below 1, or a sampling parameter that does not exist.
+    """
+
+    SHRINKING = frozenset({"breadth", NO_OP})
+
+    def __init__(
+        self,
+        operations: Sequence[str] | None = None,
+        no_op: bool = False,
+        candidates: int = 1,
+        sampling: Mapping[str, Any] | None = None,
+        max_words: int = 200,
+    ) -> None:
+        if candidates < 1 or max_words < 1:
+            raise ValueError(f"candidates and max_words must be at least 1, got {candidates} and {max_words}")
+        self._operations = load_operations(operations, no_op)
+        self.operations = tuple(operation.name for operation in self._operations)
+        self.action_space = spaces.Discrete(len(self.operations))
+        self.max_words = max_words
+        try:
+            overrides = dict(sampling or {}) | {"n": candidates}
+            self._sampling = {style: replace(default, **overrides) for style, default in SAMPLING.items()}
+        except TypeError as error:
+            raise ValueError(f"unknown sampling parameter in {dict(sampling or {})}: {error}") from error
+
+    def operation(self, action: Any) -> Operation:
+        """The operation behind an action."""
+        return self._operations[int(action)]
+
+    def plan(self, action: Any, text: str, style: PromptStyle) -> Edit:
+        operation = self.operation(action)
+        if operation.name == NO_OP:
+            return Edit(int(action), result=text)
+        sampling = self._sampling[style]
+        sampling = replace(sampling, max_tokens=sampling.max_tokens + TOKENS_PER_WORD * len(text.split()))
+        return Edit(int(action), operation.prompt(text, style), sampling)  # type: ignore[arg-type]
+
+    def finish(self, edit: Edit, text: str, completions: Sequence[Completion]) -> str:
+        """The most likely candidate of which something is left after :func:`tidy`."""
+        candidates = [(c.mean_logprob, tidy(c.text, cut=c.finish_reason == "length")) for c in completions]
+        usable = [(score, reply) for score, reply in candidates if reply]
+        return max(usable, key=lambda candidate: candidate[0])[1] if usable else text
+
+    def mask(self, text: str) -> np.ndarray:
+        if len(text.split()) <= self.max_words:
+            return np.ones(len(self.operations), dtype=np.int8)
+        return np.array([name in self.SHRINKING for name in self.operations], dtype=np.int8)
+
+
+def tidy(reply: str, cut: bool = False) -> str:
+    """A rewriter's reply without repeated sentences and, where it was cut off, without its unfinished last one.
+
+    Small models run into loops of one sentence; what stands before the loop is often a good edit. Line ends are kept.
+
+    Args:
+        reply: the reply.
+        cut: it ended at the token limit.
+    """
+    pieces = re.split(r"(?<=[.!?])(\s+)", reply.strip())
+    sentences, gaps = pieces[::2], [*pieces[1::2], ""]
+    if cut and not re.search(r"[.!?][\"')\]]*$", sentences[-1]):
+        sentences.pop()
+    seen: set[str] = set()
+    kept = []
+    for sentence, gap in zip(sentences, gaps, strict=False):
+        key = one_line(sentence).casefold()
+        if key not in seen:
+            seen.add(key)
+            kept.append(sentence + gap)
+    return "".join(kept).strip()

@@ -1,0 +1,20 @@
+"""The ids that importing instructgym adds to Gymnasium's registry."""
+
+from __future__ import annotations
+
+import gymnasium as gym
+
+IDS = {
+    "instructgym/EvolveInstruction-v0": (
+        "instructgym.envs.evolve_instruction:evolve_instruction",
+        "instructgym.envs.evolve_instruction:evolve_instruction_vector",
+    ),
+}
+"""Id to entry points of the single and of the vector env. Strings, so that nothing heavy is imported."""
+
+
+def register_envs() -> None:
+    """Registers every id; a second call changes nothing."""
+    for env_id, (entry_point, vector_entry_point) in IDS.items():
+        if env_id not in gym.registry:
+            gym.register(env_id, entry_point=entry_point, vector_entry_point=vector_entry_point)

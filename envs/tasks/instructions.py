@@ -1,0 +1,115 @@
+"""Seed instructions: from the package, from a list, or from a file in any of the usual formats."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ...llm_backends.errors import InputError
+
+SPLITS = {"train": range(0, 8), "validation": range(8, 9), "test": range(9, 10)}
+"""Tenths of the hash space: an instruction's split depends on its text alone, not on the file around it."""
+
+
+class SeedFileError(InputError):
+    """A seed file that cannot be used; the message says where and why."""
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction, with the input it came with."""
+
+    text: str
+    input: str = ""
+    id: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.id:
+            object.__setattr__(self, "id", hashlib.sha1(f"{self.text}\n{self.input}".encode()).hexdigest()[:12])
+
+
+def load_instructions(
+    seeds: str | Path | Sequence[str | Instruction] | None = None, split: str | None = None
+) -> list[Instruction]:
+    """Seed instructions.
+
+    Args:
+        seeds: a file (JSONL or a JSON list of objects with ``instruction``, Alpaca's JSON, Self-Instruct's
+            ``seed_tasks.jsonl``, or plain text with one instruction a line), a list of texts, or None for the
+            package's own seeds.
+        split: ``"train"``, ``"validation"`` or ``"test"`` for a fixed 80 / 10 / 10 % by hash; None for all.
+
+    Raises:
+        SeedFileError: for a file that is missing, empty, not UTF-8, torn, or has rows without ``instruction``.
+        ValueError: for an unknown split, or one that is empty.
+    """
+    if seeds is None:
+        instructions = read_instructions(Path(str(files(__package__).joinpath("seeds", "instructions.jsonl"))))
+    elif isinstance(seeds, str | Path):
+        instructions = read_instructions(Path(seeds))
+    else:
+        instructions = [seed if isinstance(seed, Instruction) else Instruction(str(seed).strip()) for seed in seeds]
+        if not instructions or not all(i.text for i in instructions):
+            raise SeedFileError("the list of seeds is empty or holds an empty text")
+    if split is None:
+        return instructions
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: use {', '.join(SPLITS)} or none")
+    chosen = [i for i in instructions if int(hashlib.sha1(i.text.encode()).hexdigest(), 16) % 10 in SPLITS[split]]
+    if not chosen:
+        raise ValueError(f"none of the {len(instructions)} seeds falls into the split {split!r}")
+    return chosen
+
+
+def read_instructions(path: Path) -> list[Instruction]:
+    """Reads a seed file; see :func:`load_instructions`."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise SeedFileError(f"cannot read seed file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise SeedFileError(f"seed file {path} is not UTF-8: {error.reason} at byte {error.start}") from error
+    if not text.strip():
+        raise SeedFileError(f"seed file {path} is empty")
+    first = text.lstrip()[0]
+    if path.suffix in (".json", ".jsonl") or (path.suffix != ".txt" and first in "[{"):
+        rows = _json_rows(path, text)
+        instructions = [_instruction(path, where, row) for where, row in rows]
+    else:
+        instructions = [Instruction(line.strip()) for line in text.split("\n") if line.strip()]
+    if not instructions:
+        raise SeedFileError(f"seed file {path} holds no instruction")
+    return instructions
+
+
+def _json_rows(path: Path, text: str) -> list[tuple[str, Any]]:
+    if text.lstrip().startswith("["):
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise SeedFileError(f"seed file {path} line {error.lineno} is broken JSON: {error.msg}") from error
+        return [(f"item {number}", row) for number, row in enumerate(rows, start=1)]
+    numbered = []
+    for number, line in enumerate(text.split("\n"), start=1):  # a JSON string may hold other line ends, e.g. U+2028
+        if line.strip():
+            try:
+                numbered.append((f"line {number}", json.loads(line)))
+            except json.JSONDecodeError as error:
+                raise SeedFileError(f"seed file {path} line {number} is broken JSON: {error.msg}") from error
+    return numbered
+
+
+def _instruction(path: Path, where: str, row: Any) -> Instruction:
+    if not isinstance(row, dict) or not isinstance(row.get("instruction"), str):
+        has = f"it has {', '.join(map(repr, row))}" if isinstance(row, dict) else f"it is a {type(row).__name__}"
+        raise SeedFileError(f"seed file {path} {where} needs a text field 'instruction'; {has}")
+    if not row["instruction"].strip():
+        raise SeedFileError(f"seed file {path} {where} has an empty instruction")
+    instances = row.get("instances")  # Self-Instruct keeps inputs there
+    first = instances[0] if isinstance(instances, list) and instances and isinstance(instances[0], dict) else row
+    return Instruction(row["instruction"].strip(), str(first.get("input") or ""), str(row.get("id") or ""))
