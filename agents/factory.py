@@ -1,0 +1,127 @@
+"""Agents by name: stable-baselines3 and sb3-contrib algorithms with settings for short episodes, and the baselines."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from gymnasium import spaces
+from stable_baselines3 import A2C, DQN, PPO
+from stable_baselines3.common.vec_env import VecEnv
+
+from ..llm_backends.errors import InputError
+from .baselines import RandomAgent, RoundRobinAgent, ScheduleAgent
+
+NETWORK = {"net_arch": [64, 64], "activation_fn": torch.nn.ReLU}
+"""TeaMs-RL's networks: two layers of 64, ReLU (stable-baselines3's own default is tanh)."""
+
+TRPO_PAPER = {
+    "gamma": 0.995,
+    "gae_lambda": 0.97,
+    "target_kl": 0.01,
+    "cg_damping": 0.1,
+    "cg_max_steps": 10,
+    "line_search_shrinking_factor": 0.5,
+    "line_search_max_iter": 10,
+}
+"""The settings of TeaMs-RL's released code; here over a categorical policy, whose ratio and KL are those of the
+executed actions (the original evaluates a Gaussian at an argmax)."""
+
+ON_POLICY = {"gamma": 0.995, "gae_lambda": 0.97}
+
+BASELINES = {"random": RandomAgent, "round-robin": RoundRobinAgent, "schedule": ScheduleAgent}
+
+
+class UnknownAlgorithmError(InputError):
+    """No agent has this name."""
+
+
+def _contrib(name: str) -> Any:
+    import sb3_contrib
+
+    return getattr(sb3_contrib, name)
+
+
+def _on_policy(rollout: int) -> dict[str, Any]:
+    return ON_POLICY | {"learning_rate": 1e-3, "batch_size": rollout, "n_epochs": 10, "ent_coef": 0.01}
+
+
+ALGORITHMS: dict[str, tuple[Callable[[], Any], Callable[[int], dict[str, Any]]]] = {
+    "TRPO": (lambda: _contrib("TRPO"), lambda rollout: TRPO_PAPER | {"learning_rate": 1e-3, "batch_size": rollout}),
+    "PPO": (lambda: PPO, _on_policy),
+    "A2C": (lambda: A2C, lambda rollout: ON_POLICY | {"learning_rate": 2e-3, "ent_coef": 0.01}),
+    "DQN": (
+        lambda: DQN,
+        lambda rollout: {
+            "gamma": 0.995,
+            "learning_rate": 1e-3,
+            "buffer_size": 50_000,
+            "learning_starts": rollout,
+            "batch_size": 32,
+            "train_freq": 1,
+            "gradient_steps": -1,
+            "target_update_interval": 2 * rollout,
+            "exploration_fraction": 0.4,
+            "exploration_final_eps": 0.05,
+        },
+    ),
+    "MaskablePPO": (lambda: _contrib("MaskablePPO"), _on_policy),
+    "RecurrentPPO": (lambda: _contrib("RecurrentPPO"), _on_policy),
+}
+"""Name to (class, settings for a rollout of so many transitions)."""
+
+
+def algorithm_names() -> list[str]:
+    """Every name that :func:`make_agent` takes."""
+    return [*ALGORITHMS, *BASELINES]
+
+
+def check_algorithm(name: str) -> str:
+    """The name in its own spelling, found whatever the case.
+
+    Raises:
+        UnknownAlgorithmError: listing the names there are.
+    """
+    for known in algorithm_names():
+        if known.casefold() == name.casefold():
+            return known
+    raise UnknownAlgorithmError(f"unknown algorithm {name!r}: use {', '.join(algorithm_names())}")
+
+
+def make_agent(algorithm: str, env: VecEnv, seed: int = 0, n_steps: int = 6, **kwargs: Any) -> Any:
+    """An agent on an env, all with ``learn``, ``predict``, ``get_env`` and ``set_logger``.
+
+    Args:
+        algorithm: one of :func:`algorithm_names`.
+        env: a VecEnv, see :func:`~instructgym.envs.sb3.make_sb3_env`.
+        seed: of the agent and, for the learners, of the env.
+        n_steps: steps of each copy per rollout (on-policy) or row of the log (baselines).
+        kwargs: arguments of the algorithm that replace the settings here.
+
+    Raises:
+        UnknownAlgorithmError: for an unknown name.
+        ValueError: for an argument that the algorithm does not have.
+    """
+    name = check_algorithm(algorithm)
+    if name in BASELINES:
+        env.seed(seed)
+        return _construct(name, BASELINES[name], env, {"seed": seed, "n_steps": n_steps} | kwargs)
+    load, settings = ALGORITHMS[name]
+    policy = "MultiInputPolicy" if isinstance(env.observation_space, spaces.Dict) else "MlpPolicy"
+    network: dict[str, Any] = dict(NETWORK)
+    if name == "RecurrentPPO":
+        policy = policy.replace("Policy", "LstmPolicy")
+        network["lstm_hidden_size"] = 64
+    chosen = settings(n_steps * env.num_envs) | {"seed": seed, "device": "cpu", "policy_kwargs": network}
+    if name != "DQN":
+        chosen["n_steps"] = n_steps
+    return _construct(name, load(), env, {"policy": policy} | chosen | kwargs)
+
+
+def _construct(name: str, factory: Any, env: VecEnv, kwargs: dict[str, Any]) -> Any:
+    unknown = set(kwargs) - set(inspect.signature(factory).parameters)
+    if unknown:
+        raise ValueError(f"{name} has no argument {sorted(unknown)[0]!r}")
+    return factory(env=env, **kwargs)

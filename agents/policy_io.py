@@ -1,0 +1,128 @@
+"""Saving and loading trained policies without pickles: JSON for settings, safetensors for numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
+
+from ..llm_backends.errors import InputError
+from .baselines import BaselineAgent
+from .factory import make_agent
+
+SETTINGS, WEIGHTS = "agent.json", "policy.safetensors"
+CLIP = 5.0
+"""Normalised observations are clipped to this (TeaMs-RL's observation filter)."""
+
+
+class PolicyFileError(InputError):
+    """A saved policy that is missing, or does not fit the env."""
+
+
+def normalize_observations(env: VecEnv) -> VecNormalize:
+    """The env with observations normalised by their running mean and deviation, clipped to 5; rewards as they are."""
+    return VecNormalize(env, norm_reward=False, clip_obs=CLIP)
+
+
+def save_policy(agent: Any, folder: str | Path, algorithm: str, n_steps: int, **kwargs: Any) -> None:
+    """Saves what acting needs: algorithm, its arguments, weights, and the observation normaliser where there is one.
+
+    Args:
+        agent: the agent.
+        folder: made where missing; files in it are replaced, each in one move.
+        algorithm: its name.
+        n_steps: as it was built with.
+        kwargs: JSON-able arguments it was built with besides.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    env = agent.get_env()
+    normalizer = unwrap_vec_normalize(env)
+    tensors: dict[str, torch.Tensor] = {}
+    if not isinstance(agent, BaselineAgent):
+        tensors |= {f"policy.{k}": v.detach().contiguous().clone() for k, v in agent.policy.state_dict().items()}
+    if normalizer is not None:
+        for key, statistics in _statistics(normalizer).items():
+            for part in ("mean", "var", "count"):
+                tensors[f"normalizer.{key}.{part}"] = torch.as_tensor(np.asarray(getattr(statistics, part)))
+    settings = {
+        "algorithm": algorithm,
+        "n_steps": n_steps,
+        "kwargs": kwargs,
+        "normalize_observation": normalizer is not None,
+        "operations": list(env.get_attr("operations")[0]),
+        "observation": observation_shapes(env.observation_space),
+        "timesteps": int(agent.num_timesteps),
+    }
+    _replace(folder / WEIGHTS, lambda path: save_file(tensors, path))
+    _replace(folder / SETTINGS, lambda path: Path(path).write_text(json.dumps(settings, indent=2) + "\n"))
+
+
+def read_settings(folder: str | Path) -> dict[str, Any]:
+    """The settings of a saved policy.
+
+    Raises:
+        PolicyFileError: where there is none.
+    """
+    path = Path(folder) / SETTINGS
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise PolicyFileError(f"no trained policy in {folder}: {error}") from error
+
+
+def load_policy(folder: str | Path, env: VecEnv, seed: int = 0) -> Any:
+    """The agent saved in a folder, on a new env; its ``get_env()`` normalises observations as in training.
+
+    Raises:
+        PolicyFileError: if files are missing, or operations or observations of the env differ from those in training.
+    """
+    settings = read_settings(folder)
+    for name, mine in (
+        ("operations", list(env.get_attr("operations")[0])),
+        ("observation", observation_shapes(env.observation_space)),
+    ):
+        if settings[name] != mine:
+            raise PolicyFileError(
+                f"the policy in {folder} was trained with {name} {settings[name]}, the env has {mine}"
+            )
+    try:
+        tensors = load_file(Path(folder) / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise PolicyFileError(f"no weights in {folder}: {error}") from error
+    if settings["normalize_observation"]:
+        env = normalize_observations(env)
+        env.training = False
+        for key, statistics in _statistics(env).items():
+            for part in ("mean", "var", "count"):
+                setattr(statistics, part, tensors[f"normalizer.{key}.{part}"].numpy())
+    agent = make_agent(settings["algorithm"], env, seed, settings["n_steps"], **settings["kwargs"])
+    if not isinstance(agent, BaselineAgent):
+        weights = {k.removeprefix("policy."): v for k, v in tensors.items() if k.startswith("policy.")}
+        agent.policy.load_state_dict(weights)
+    return agent
+
+
+def observation_shapes(space: spaces.Space[Any]) -> dict[str, list[int]]:
+    """Shape of every part of an observation, by name."""
+    if isinstance(space, spaces.Dict):
+        return {key: list(part.shape or ()) for key, part in space.spaces.items()}
+    return {"observation": list(space.shape or ())}
+
+
+def _statistics(env: VecNormalize) -> dict[str, RunningMeanStd]:
+    return env.obs_rms if isinstance(env.obs_rms, dict) else {"observation": env.obs_rms}
+
+
+def _replace(path: Path, write: Any) -> None:
+    scratch = path.with_suffix(path.suffix + ".part")
+    write(str(scratch))
+    scratch.replace(path)
