@@ -1,0 +1,128 @@
+"""The command ``instructgym``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from ..llm_backends import BackendError
+from ..llm_backends.errors import InputError
+from .benchmarks.edit_env import BenchEditEnv
+from .evolve_compare import EvolveCompare
+from .evolve_generate import EvolveGenerate
+from .evolve_train import EvolveTrain
+
+if TYPE_CHECKING:
+    EvolveCommand = EvolveTrain | EvolveGenerate | EvolveCompare
+else:
+    EvolveCommand = (
+        Annotated[EvolveTrain, tyro.conf.subcommand("train")]
+        | Annotated[EvolveGenerate, tyro.conf.subcommand("generate")]
+        | Annotated[EvolveCompare, tyro.conf.subcommand("compare")]
+    )
+
+
+@dataclass
+class Evolve:
+    """TeaMs-RL: an agent picks edit operations that evolve instructions."""
+
+    command: EvolveCommand
+
+
+@dataclass
+class Envs:
+    """List the environments with their spaces."""
+
+
+@dataclass
+class Bench:
+    """Measure speed, ours and theirs alternately in one run."""
+
+    command: Annotated[BenchEditEnv, tyro.conf.subcommand("edit-env")]
+
+
+if TYPE_CHECKING:
+    Command = Evolve | Envs | Bench
+else:
+    Command = (
+        Annotated[Evolve, tyro.conf.subcommand("evolve")]
+        | Annotated[Envs, tyro.conf.subcommand("envs")]
+        | Annotated[Bench, tyro.conf.subcommand("bench")]
+    )
+
+
+def list_envs(console: Console) -> None:
+    """Prints every id with its spaces."""
+    import gymnasium as gym
+
+    from ..envs.registration import IDS
+
+    table = Table(title="instructgym environments")
+    for title in ("id", "action space", "observation space", "episode"):
+        table.add_column(title)
+    for env_id in IDS:
+        env = gym.make(env_id)
+        horizon = env.unwrapped.process.settings.horizon  # type: ignore[attr-defined]
+        table.add_row(env_id, str(env.action_space), str(env.observation_space), f"at most {horizon} edits")
+    console.print(table)
+
+
+def dispatch(command: Any, console: Console) -> None:
+    """Runs a parsed command."""
+    from . import evolve_compare, evolve_generate, evolve_train
+    from .benchmarks import edit_env
+
+    if isinstance(command, Evolve | Bench):
+        command = command.command
+    if isinstance(command, EvolveTrain):
+        evolve_train.run(command, console)
+    elif isinstance(command, EvolveGenerate):
+        evolve_generate.run(command, console)
+    elif isinstance(command, EvolveCompare):
+        evolve_compare.run(command, console)
+    elif isinstance(command, BenchEditEnv):
+        edit_env.run(command, console)
+    else:
+        list_envs(console)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point. Exit codes: 0 done, 2 bad input, 130 interrupted."""
+    command = tyro.cli(
+        Command,
+        prog="instructgym",
+        description="Gymnasium environments for instructions, prompts and responses, and agents that solve them.",
+        args=args,
+        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
+    )
+    sys.exit(guarded(lambda console: dispatch(command, console)))
+
+
+def guarded(work: Any) -> int:
+    """Runs ``work(console)`` and turns errors that a user can mend into one line on stderr and an exit code."""
+    from ..agents.callbacks import InvalidRewardRateError
+    from ..envs.edit_process import InvalidRewardError
+
+    console = Console()
+    try:
+        work(console)
+    except (InputError, BackendError, InvalidRewardError, InvalidRewardRateError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    main()

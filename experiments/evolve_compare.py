@@ -1,0 +1,257 @@
+"""``instructgym evolve compare``: agents and baselines at equal LLM budget, training calls included.
+
+Every arm gets the same number of LLM calls per seed. A learner spends part of it on training; the rest, and all of a
+baseline's, goes into generation, which cycles over the seed instructions until the budget does not cover another chunk.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..agents.callbacks import make_progress
+from ..agents.factory import BASELINES, check_algorithm, make_agent
+from ..agents.policy_io import load_policy
+from ..envs.tasks.instructions import Instruction
+from ..llm_backends import Journal
+from ..llm_backends.errors import InputError
+from ..llm_backends.records import read_records
+from .evolve import EnvOptions, check_context, config_of, input_errors, load_seeds, make_env, roles_of
+from .evolve_generate import EvolveGenerate, InstructionGenerator, chunks, dataset_metrics, generation_env
+from .evolve_train import EPISODES, EvolveTrain
+from .evolve_train import run as train
+from .metrics import interval
+from .plots import plot_comparison
+from .run_folder import RowWriter, RunFolder, read_json, write_json
+
+BUDGET = {"smoke": 700, "report": 2000}
+
+COLUMNS = {
+    "mean_return": "return per episode",
+    "accepted": "accepted",
+    "calls_per_accepted": "calls / accepted",
+    "calls_per_accepted_generation": "calls / accepted, training excluded",
+    "embedding_distance": "cosine distance",
+    "distinct_2": "distinct-2",
+    "mean_words": "words",
+}
+
+
+@dataclass
+class EvolveCompare(EnvOptions):
+    """Compare agents and baselines at equal LLM budget."""
+
+    algorithms: str = "TRPO,PPO,random,schedule"
+    """Arms, separated by commas: learners and baselines as of 'evolve train'."""
+    repeats: int = 3
+    """Seeds per arm: --seed, --seed + 1, ..."""
+    calls: int = 0
+    """LLM calls per arm and seed, training included: rewrites, verdicts and answers. 0: by --scale."""
+    episodes: int = 0
+    """Training of each learner, in full episodes. 0: by --scale."""
+    n_steps: int = 6
+    """Steps of each copy per update in training."""
+    chunk: int = 16
+    """Seeds evolved together in generation."""
+    answer_tokens: int = 64
+    """Longest answer, in tokens."""
+    rouge_threshold: float = 0.7
+    """Drop an instruction whose ROUGE-L to a seed or an accepted one is above this."""
+
+    def check(self) -> None:
+        super().check()
+        if self.repeats < 1:
+            raise InputError(f"--repeats must be at least 1, got {self.repeats}")
+        arms = self.arms
+        if len(set(arms)) < len(arms):
+            raise InputError(f"--algorithms names an arm twice: {self.algorithms}")
+
+    @property
+    def arms(self) -> list[str]:
+        """Names of the arms, in their own spelling."""
+        return [check_algorithm(name.strip()) for name in self.algorithms.split(",") if name.strip()]
+
+    @property
+    def budget(self) -> int:
+        """LLM calls per arm and seed."""
+        return self.calls or BUDGET[self.scale]
+
+
+def run(options: EvolveCompare, console: Console | None = None) -> dict[str, Any]:
+    """Runs every arm under every seed, or those that are missing, and returns the table.
+
+    Raises:
+        InputError: for bad input, before anything heavy.
+    """
+    console = console or Console()
+    options.check()
+    instructions = load_seeds(options.seeds)
+    folder = RunFolder(options.run_dir, config_of(options), "evolve compare")
+    with input_errors():
+        roles = roles_of(options, None)
+        make_env(options, roles, instructions)
+    check_context(roles.rewriter, instructions, options.seeds)
+    _check_budget(options)
+    if options.dry_run:
+        console.print(f"would run {', '.join(options.arms)} on {options.repeats} seeds, {options.budget} calls each")
+        return {}
+    if folder.results is not None:
+        console.print(f"{folder.path} holds this comparison, finished: nothing to do")
+        return folder.results
+    deadline = options.deadline
+    with folder.opened():
+        runs: dict[str, list[dict[str, Any]]] = {}
+        for repeat in range(options.repeats):
+            for arm in options.arms:
+                left = None if deadline is None else (deadline - time.monotonic()) / 60
+                if left is not None and left <= 0:
+                    console.print("stopped at the time limit: the same command goes on")
+                    return folder.finish({}, {}, status="stopped")
+                result = _arm(options, folder, arm, options.seed + repeat, instructions, left, console)
+                if result is None:
+                    console.print("stopped at the time limit: the same command goes on")
+                    return folder.finish({}, {}, status="stopped")
+                runs.setdefault(arm, []).append(result)
+        return _report(options, folder, runs, console)
+
+
+def _check_budget(options: EvolveCompare) -> None:
+    per_chunk = options.chunk * options.horizon * 3
+    for arm in options.arms:
+        training = 0 if arm in BASELINES else 2 * (options.episodes or EPISODES[options.scale]) * options.horizon
+        if options.budget < training + per_chunk:
+            raise InputError(
+                f"--calls {options.budget} does not cover the training of {arm} ({training} calls) and one chunk of "
+                f"generation ({per_chunk} calls): raise it, or lower --episodes or --chunk"
+            )
+
+
+def _arm(
+    options: EvolveCompare,
+    folder: RunFolder,
+    arm: str,
+    seed: int,
+    instructions: Sequence[Instruction],
+    minutes: float | None,
+    console: Console,
+) -> dict[str, Any] | None:
+    """One arm under one seed; None if time ran out."""
+    place = folder.path / "arms" / f"{arm}-seed{seed}"
+    done = read_json(place / "arm.json")
+    if done is not None:
+        return done
+    trained = EvolveTrain(
+        **{k: v for k, v in config_of(options).items() if k in EvolveTrain.__dataclass_fields__},
+        algorithm=arm,
+    )
+    trained = replace(trained, run_dir=str(place), seed=seed, minutes=minutes or 0.0)
+    training_calls = 0
+    if arm not in BASELINES:
+        results = train(trained, console)
+        if results["status"] != "finished":
+            return None
+        training_calls = results["counts"]["rewrite_calls"] + results["counts"]["judge_calls"]
+    result = _generate(options, trained, place, instructions, training_calls, console)
+    curve = [(row["timesteps"], row["return"]) for row in read_records(place / "episodes.jsonl")]
+    result |= {"training": curve, "seed": seed}
+    write_json(place / "arm.json", result)
+    return result
+
+
+def _generate(
+    options: EvolveCompare,
+    trained: EvolveTrain,
+    place: Path,
+    instructions: Sequence[Instruction],
+    training_calls: int,
+    console: Console,
+) -> dict[str, Any]:
+    roles = roles_of(trained, Journal(place / "generate.jsonl"))
+    env = generation_env(trained, roles, instructions, options.chunk)
+    if trained.algorithm in BASELINES:
+        agent = make_agent(trained.algorithm, env, trained.seed)
+    else:
+        agent = load_policy(place / "checkpoints", env, trained.seed)
+    generator = InstructionGenerator(
+        agent,
+        env,
+        roles,
+        EvolveGenerate(
+            run_dir=str(place),
+            seed=trained.seed,
+            chunk=options.chunk,
+            answer_tokens=options.answer_tokens,
+            rouge_threshold=options.rouge_threshold,
+        ),
+    )
+    rows = RowWriter(place / "data.jsonl")
+    texts: list[str] = []
+    returns: list[float] = []
+    calls: Counter[str] = Counter()
+    curve: list[tuple[int, int]] = [(training_calls, 0)]
+    epoch = 0
+    with make_progress(console) as progress:
+        task = progress.add_task(f"{trained.algorithm} seed {trained.seed} generates", total=options.budget, note="")
+        while True:
+            for members in chunks(len(instructions), options.chunk):
+                spent = training_calls + sum(calls.values())
+                progress.update(task, completed=spent, note=f"{len(texts)} accepted")
+                if spent + generator.max_chunk_calls > options.budget:
+                    metrics = dataset_metrics(texts, calls, returns)
+                    count = max(len(texts), 1)
+                    return metrics | {
+                        "accepted": len(texts),
+                        "calls": dict(calls) | {"training": training_calls},
+                        "calls_per_accepted": spent / count,
+                        "calls_per_accepted_generation": sum(calls.values()) / count,
+                        "curve": curve,
+                    }
+                result = generator.chunk(members, epoch)
+                for row in result.accepted:
+                    rows.write(row)
+                texts += [row["instruction"] for row in result.accepted]
+                returns += result.returns
+                calls.update(result.calls)
+                curve.append((training_calls + sum(calls.values()), len(texts)))
+            epoch += 1
+
+
+def _report(
+    options: EvolveCompare, folder: RunFolder, runs: dict[str, list[dict[str, Any]]], console: Console
+) -> dict[str, Any]:
+    arms = {
+        arm: {
+            "results": results,
+            "curves": [result["curve"] for result in results],
+            "training": [result["training"] for result in results],
+        }
+        for arm, results in runs.items()
+    }
+    figure = plot_comparison(arms, options.budget, folder.file("figures", "comparison.png"))
+    table = Table(title=f"{options.repeats} seeds, {options.budget} LLM calls per arm and seed (mean ± 95% t-interval)")
+    table.add_column("arm")
+    markdown = ["| arm | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    metrics: dict[str, Any] = {}
+    for title in COLUMNS.values():
+        table.add_column(title, justify="right")
+    for arm, results in runs.items():
+        cells = []
+        metrics[arm] = {}
+        for key in COLUMNS:
+            mean, half = interval([result[key] for result in results])
+            metrics[arm][key] = {"mean": mean, "half_width": None if half != half else half}
+            digits = 1 if mean >= 10 else 2
+            cells.append(f"{mean:.{digits}f}" + ("" if half != half else f" ± {half:.{digits}f}"))
+        table.add_row(arm, *cells)
+        markdown.append(f"| {arm} | " + " | ".join(cells) + " |")
+    console.print(table)
+    folder.file("table.md").write_text("\n".join(markdown) + "\n", "utf-8")
+    console.print(f"figure: {figure}")
+    return folder.finish(metrics, {"arms": len(runs), "repeats": options.repeats, "calls_per_arm": options.budget})

@@ -1,0 +1,172 @@
+"""Figures of runs. Colours follow one order of arms, every band says what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .metrics import interval
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's palette, distinguishable by colour-blind readers."""
+
+OPERATION_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#999999")
+
+
+def _figure(columns: int, rows: int = 1) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2 * columns, 3.8 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25, linewidth=0.6)
+    return figure, axes
+
+
+def smooth(values: Sequence[float], window: int) -> np.ndarray:
+    """Mean over the last ``window`` values at each position (fewer at the start)."""
+    total = np.cumsum(np.concatenate([[0.0], np.asarray(values, dtype=np.float64)]))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return (total[ends] - total[starts]) / (ends - starts)
+
+
+def plot_training(episodes: Sequence[Mapping[str, Any]], updates: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Learning curve of one run, and the mix of operations over its updates.
+
+    Args:
+        episodes: rows of ``episodes.jsonl``.
+        updates: rows of ``metrics.jsonl``.
+        path: the PNG.
+    """
+    figure, axes = _figure(2)
+    left, right = axes[0]
+    if episodes:
+        steps = [row["timesteps"] for row in episodes]
+        returns = [row["return"] for row in episodes]
+        left.scatter(steps, returns, s=14, alpha=0.35, color=COLOURS[0], linewidths=0, label="episode")
+        window = max(len(returns) // 8, 5)
+        left.plot(steps, smooth(returns, window), color=COLOURS[0], linewidth=2, label=f"mean of the last {window}")
+        left.legend(frameon=False)
+    left.set(title="Return per episode", xlabel="environment steps", ylabel="return")
+    names = sorted({key for row in updates for key in row if key.startswith("operations/")})
+    if names:
+        steps = [row["timesteps"] for row in updates]
+        shares = np.array([[row.get(name) or 0.0 for row in updates] for name in names])
+        right.stackplot(
+            steps, shares, labels=[n.removeprefix("operations/") for n in names], colors=OPERATION_COLOURS, alpha=0.85
+        )
+        right.set_ylim(0, 1)
+        handles, labels = right.get_legend_handles_labels()
+        right.legend(handles[::-1], labels[::-1], frameon=False, bbox_to_anchor=(1.0, 1.0), loc="upper left")
+    right.set(title="Operations chosen (last 96 steps)", xlabel="environment steps", ylabel="share")
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def plot_comparison(arms: Mapping[str, Mapping[str, Any]], budget: int, path: Path) -> Path:
+    """Agents and baselines side by side, with 95% t-intervals over seeds.
+
+    Args:
+        arms: by name: ``curves`` (per seed, lists of (calls spent, accepted)), ``training`` (per seed, lists of
+            (steps, return) or empty), ``results`` (per seed, the metrics of the table).
+        budget: LLM calls per arm and seed.
+        path: the PNG.
+    """
+    figure, axes = _figure(2, 2)
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(arms)}
+    _plot_returns(axes[0, 0], arms, colours)
+    _plot_accepted(axes[0, 1], arms, colours, budget)
+    _plot_bars(
+        axes[1, 0],
+        arms,
+        colours,
+        {"calls_per_accepted": "training included", "calls_per_accepted_generation": "generation only"},
+        "LLM queries per accepted instruction (fewer is better)",
+    )
+    _plot_bars(
+        axes[1, 1],
+        arms,
+        colours,
+        {"embedding_distance": "mean cosine distance", "distinct_2": "distinct-2"},
+        "Diversity of the accepted instructions",
+    )
+    seeds = max(len(arm["results"]) for arm in arms.values())
+    figure.suptitle(f"{seeds} seeds, {budget} LLM calls per arm and seed; bands and bars: 95% t-interval of the mean")
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def _plot_returns(axis: Any, arms: Mapping[str, Mapping[str, Any]], colours: Mapping[str, str]) -> None:
+    for name, arm in arms.items():
+        curves = [curve for curve in arm["training"] if curve]
+        if not curves:
+            continue
+        grid = np.linspace(max(c[0][0] for c in curves), min(c[-1][0] for c in curves), 60)
+        rows = [np.interp(grid, [s for s, _ in c], smooth([r for _, r in c], max(len(c) // 8, 5))) for c in curves]
+        _band(axis, grid, np.array(rows), name, colours[name])
+    axis.set(title="Return per episode in training", xlabel="environment steps", ylabel="return (smoothed)")
+    axis.legend(frameon=False)
+
+
+def _plot_accepted(axis: Any, arms: Mapping[str, Mapping[str, Any]], colours: Mapping[str, str], budget: int) -> None:
+    grid = np.linspace(0, budget, 80)
+    for name, arm in arms.items():
+        rows = [np.interp(grid, [0, *(c for c, _ in curve)], [0, *(a for _, a in curve)]) for curve in arm["curves"]]
+        _band(axis, grid, np.array(rows), name, colours[name])
+    axis.set(title="Accepted instructions", xlabel="LLM calls spent, training included", ylabel="accepted")
+    axis.legend(frameon=False)
+
+
+def _plot_bars(
+    axis: Any, arms: Mapping[str, Mapping[str, Any]], colours: Mapping[str, str], keys: Mapping[str, str], title: str
+) -> None:
+    positions = np.arange(len(arms), dtype=np.float64)
+    width = 0.8 / len(keys)
+    for k, (key, label) in enumerate(keys.items()):
+        means, errors = zip(*(_mean_error(arm["results"], key) for arm in arms.values()), strict=True)
+        bars = axis.bar(
+            positions + (k - (len(keys) - 1) / 2) * width,
+            means,
+            width * 0.92,
+            yerr=errors,
+            capsize=3,
+            color=[colours[name] for name in arms],
+            alpha=1.0 if k == 0 else 0.45,
+            label=label,
+        )
+        axis.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
+    axis.set_xticks(positions, list(arms))
+    axis.set(title=title)
+    axis.set_ylim(top=axis.get_ylim()[1] * 1.12)
+    axis.text(
+        0.99,
+        0.99,
+        " | ".join(("solid: ", "light: ")[k] + v for k, v in enumerate(keys.values())),
+        transform=axis.transAxes,
+        ha="right",
+        va="top",
+        fontsize=8,
+    )
+
+
+def _mean_error(results: Sequence[Mapping[str, Any]], key: str) -> tuple[float, float]:
+    values = [row[key] for row in results if row[key] is not None]
+    if not values:
+        return 0.0, 0.0
+    mean, half = interval(values)
+    return mean, 0.0 if np.isnan(half) else half
+
+
+def _band(axis: Any, grid: np.ndarray, rows: np.ndarray, name: str, colour: str) -> None:
+    mean = rows.mean(axis=0)
+    axis.plot(grid, mean, color=colour, linewidth=2, label=name)
+    if len(rows) > 1:
+        half = np.array([interval(rows[:, i].tolist())[1] for i in range(rows.shape[1])])
+        axis.fill_between(grid, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)

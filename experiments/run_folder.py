@@ -1,0 +1,151 @@
+"""Run folders: what a command was told, what it wrote, and whether it has finished."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ..llm_backends.errors import InputError
+from ..llm_backends.records import append_lines, read_records
+
+PACKAGES = ("instructgym", "gymnasium", "stable-baselines3", "sb3-contrib", "torch", "transformers", "numpy")
+
+NOT_IDENTITY = frozenset({"minutes", "track", "dry_run", "run_dir"})
+"""Options that may change between a start and its resumption."""
+
+
+class RunFolder:
+    """One run: ``config.json`` first, rows while it goes, ``results.json`` last.
+
+    Args:
+        path: the folder.
+        config: JSON-able options of the command.
+        command: its name.
+
+    Raises:
+        InputError: if the folder cannot be written, belongs to a run with other options, or is in use.
+    """
+
+    def __init__(self, path: str | Path, config: Mapping[str, Any], command: str) -> None:
+        self.path, self.command = Path(path), command
+        self.config = json.loads(json.dumps(dict(config), default=str))
+        self._refuse_other_run()
+
+    def _refuse_other_run(self) -> None:
+        stored = read_json(self.path / "config.json")
+        if stored is None:
+            return
+        if stored.get("command") != self.command:
+            raise InputError(f"{self.path} holds a run of '{stored.get('command')}': choose another --run-dir")
+        for key in sorted(set(self.config) | set(stored["options"])):
+            mine, theirs = self.config.get(key), stored["options"].get(key)
+            if key not in NOT_IDENTITY and mine != theirs:
+                raise InputError(
+                    f"{self.path} holds a run with {key}={theirs!r}, not {mine!r}: choose another --run-dir, or repeat "
+                    "the options of that run to resume it"
+                )
+
+    @property
+    def results(self) -> dict[str, Any] | None:
+        """The results of a finished run."""
+        results = read_json(self.path / "results.json")
+        return results if results is not None and results.get("status") == "finished" else None
+
+    @contextmanager
+    def opened(self) -> Iterator[RunFolder]:
+        """Holds the folder for this process and writes ``config.json``.
+
+        Raises:
+            InputError: if it cannot be written or another process holds it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / ".lock")
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(f"{self.path} is in use by another process") from None
+        except OSError as error:
+            raise InputError(f"cannot write the run folder {self.path}: {error.strerror or error}") from error
+        try:
+            if not (self.path / "config.json").exists():
+                write_json(
+                    self.path / "config.json",
+                    {"command": self.command, "options": self.config, "versions": _versions()},
+                )
+            yield self
+        finally:
+            lock.release()
+
+    def file(self, *parts: str) -> Path:
+        """Path of a file in the folder; its folder is made."""
+        path = self.path.joinpath(*parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def finish(self, metrics: Mapping[str, Any], counts: Mapping[str, Any], status: str = "finished") -> dict[str, Any]:
+        """Writes ``results.json``; a status other than ``finished`` leaves the run open for resumption."""
+        results = {"status": status, "metrics": dict(metrics), "counts": dict(counts)}
+        write_json(self.path / "results.json", results)
+        return results
+
+
+class RowWriter:
+    """Rows of a run that may be replayed: those that are in the file already are not written again.
+
+    A resumed run goes through the same rows once more, its model calls answered by the journal. The file keeps what it
+    has, a torn last line is dropped.
+
+    Args:
+        path: a JSONL file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.stored = len(read_records(path, repair=True))
+        self.seen = 0
+
+    def write(self, row: Mapping[str, Any]) -> bool:
+        """Appends the row unless it stands there from before; says whether it was new."""
+        self.seen += 1
+        if self.seen <= self.stored:
+            return False
+        append_lines(self.path, [dict(row)])
+        return True
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object from a file; None where there is no file.
+
+    Raises:
+        InputError: if the file is broken.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON file in one move: it is there whole or not at all."""
+    scratch = path.with_name(path.name + ".part")
+    scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    scratch.replace(path)
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
