@@ -23,7 +23,7 @@ class EpisodeRows(BaseCallback):
         write: gets ``{"episode", "timesteps", "episode_id", "return", "length", "operations", "text", ...}``.
     """
 
-    def __init__(self, write: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, write: Callable[[dict[str, Any]], object]) -> None:
         super().__init__()
         self.write = write
         self.episodes = 0
@@ -122,7 +122,10 @@ class StopAtDeadline(BaseCallback):
 
 
 class ProgressBar(BaseCallback):
-    """A rich progress bar of env steps with the mean return of the last 100 episodes."""
+    """A rich progress bar of env steps with the mean return of the last 100 episodes.
+
+    It moves while ``progress``, a context manager, is open.
+    """
 
     def __init__(self, total: int, label: str, console: Console | None = None) -> None:
         super().__init__()
@@ -130,17 +133,11 @@ class ProgressBar(BaseCallback):
         self.progress = make_progress(console)
         self.task = self.progress.add_task(label, total=total, note="")
 
-    def _on_training_start(self) -> None:
-        self.progress.start()
-
     def _on_step(self) -> bool:
         episodes = list(self.model.ep_info_buffer or [])
         mean = f"return {sum(e['r'] for e in episodes) / len(episodes):.2f}" if len(episodes) else ""
         self.progress.update(self.task, completed=min(self.num_timesteps, self.total), note=mean)
         return True
-
-    def _on_training_end(self) -> None:
-        self.progress.stop()
 
 
 def make_progress(console: Console | None = None) -> Progress:

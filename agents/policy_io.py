@@ -107,7 +107,10 @@ def load_policy(folder: str | Path, env: VecEnv, seed: int = 0) -> Any:
     agent = make_agent(settings["algorithm"], env, seed, settings["n_steps"], **settings["kwargs"])
     if not isinstance(agent, BaselineAgent):
         weights = {k.removeprefix("policy."): v for k, v in tensors.items() if k.startswith("policy.")}
-        agent.policy.load_state_dict(weights)
+        try:
+            agent.policy.load_state_dict(weights)
+        except RuntimeError as error:  # torch's message has many lines
+            raise PolicyFileError(f"the weights in {folder} do not fit: {' '.join(str(error).split())}") from error
     return agent
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -18,12 +19,12 @@ from ..llm_backends.prompting import one_line
 from .tasks.operations import NO_OP, Operation, load_operations
 
 SAMPLING: dict[str, Sampling] = {
-    "completion": Sampling(max_tokens=40, temperature=0.6, top_p=0.9, stop=("\n",)),
+    "completion": Sampling(max_tokens=32, temperature=0.6, top_p=0.9, stop=("\n",)),
     "chat": Sampling(max_tokens=256, temperature=1.0, top_p=0.95, top_k=40),
 }
 """Defaults by prompt style. Chat: the paper's. Completion: what SmolLM2-135M edits best with."""
 
-TOKENS_PER_WORD = 2
+TOKENS_PER_WORD = 1.4
 """Room for the text itself: a rewrite repeats most of it before it adds anything."""
 
 
@@ -105,7 +106,7 @@ class LLMOperator(Operator):
         if operation.name == NO_OP:
             return Edit(int(action), result=text)
         sampling = self._sampling[style]
-        sampling = replace(sampling, max_tokens=sampling.max_tokens + TOKENS_PER_WORD * len(text.split()))
+        sampling = replace(sampling, max_tokens=sampling.max_tokens + math.ceil(TOKENS_PER_WORD * len(text.split())))
         return Edit(int(action), operation.prompt(text, style), sampling)  # type: ignore[arg-type]
 
     def finish(self, edit: Edit, text: str, completions: Sequence[Completion]) -> str:

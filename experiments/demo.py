@@ -21,7 +21,14 @@ def run(console: Console) -> None:
     begun = time.monotonic()
     console.rule("1 of 2: an agent learns which edits pay (TRPO, 240 steps on SmolLM2-135M-Instruct)")
     evolve_train.run(
-        evolve_train.EvolveTrain(run_dir=str(RUN), algorithm="TRPO", episodes=40, reward="judge + 0.5*diversity"),
+        evolve_train.EvolveTrain(
+            run_dir=str(RUN),
+            algorithm="TRPO",
+            episodes=40,
+            n_steps=2,
+            reward="judge + diversity",
+            backend=json.dumps({"id": "embedded", "kwargs": {"dtype": "auto"}}),
+        ),
         console,
     )
     console.rule("2 of 2: its policy evolves 16 seeds, the model answers")

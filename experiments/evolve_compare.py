@@ -25,13 +25,15 @@ from ..llm_backends.errors import InputError
 from ..llm_backends.records import read_records
 from .evolve import EnvOptions, check_context, config_of, input_errors, load_seeds, make_env, roles_of
 from .evolve_generate import EvolveGenerate, InstructionGenerator, chunks, dataset_metrics, generation_env
-from .evolve_train import EPISODES, EvolveTrain
+from .evolve_train import EvolveTrain
 from .evolve_train import run as train
 from .metrics import interval
 from .plots import plot_comparison
 from .run_folder import RowWriter, RunFolder, read_json, write_json
+from .tracking import Tracker
 
-BUDGET = {"smoke": 700, "report": 2000}
+BUDGET = {"smoke": 700, "report": 2400}
+TRAINING_EPISODES = {"smoke": 20, "report": 80}
 
 COLUMNS = {
     "mean_return": "return per episode",
@@ -83,6 +85,11 @@ class EvolveCompare(EnvOptions):
         """LLM calls per arm and seed."""
         return self.calls or BUDGET[self.scale]
 
+    @property
+    def training_episodes(self) -> int:
+        """Training of each learner, in full episodes."""
+        return self.episodes or TRAINING_EPISODES[self.scale]
+
 
 def run(options: EvolveCompare, console: Console | None = None) -> dict[str, Any]:
     """Runs every arm under every seed, or those that are missing, and returns the table.
@@ -125,7 +132,7 @@ def run(options: EvolveCompare, console: Console | None = None) -> dict[str, Any
 def _check_budget(options: EvolveCompare) -> None:
     per_chunk = options.chunk * options.horizon * 3
     for arm in options.arms:
-        training = 0 if arm in BASELINES else 2 * (options.episodes or EPISODES[options.scale]) * options.horizon
+        training = 0 if arm in BASELINES else 2 * options.training_episodes * options.horizon
         if options.budget < training + per_chunk:
             raise InputError(
                 f"--calls {options.budget} does not cover the training of {arm} ({training} calls) and one chunk of "
@@ -151,7 +158,9 @@ def _arm(
         **{k: v for k, v in config_of(options).items() if k in EvolveTrain.__dataclass_fields__},
         algorithm=arm,
     )
-    trained = replace(trained, run_dir=str(place), seed=seed, minutes=minutes or 0.0)
+    trained = replace(  # a comparison is one entry of the tracker, its figure and table
+        trained, run_dir=str(place), seed=seed, minutes=minutes or 0.0, episodes=options.training_episodes, track="none"
+    )
     training_calls = 0
     if arm not in BASELINES:
         results = train(trained, console)
@@ -253,5 +262,8 @@ def _report(
         markdown.append(f"| {arm} | " + " | ".join(cells) + " |")
     console.print(table)
     folder.file("table.md").write_text("\n".join(markdown) + "\n", "utf-8")
+    with Tracker(folder, options.track) as tracker:
+        tracker.image("comparison", figure)
+        tracker.summary(metrics)
     console.print(f"figure: {figure}")
     return folder.finish(metrics, {"arms": len(runs), "repeats": options.repeats, "calls_per_arm": options.budget})

@@ -48,6 +48,7 @@ from .evolve import (
 from .evolve_train import EvolveTrain
 from .metrics import distinct_n, mean_pairwise_distance
 from .run_folder import RowWriter, RunFolder, read_json
+from .tracking import Tracker
 
 FORMATS = ("alpaca", "messages")
 
@@ -326,9 +327,8 @@ def _generate(
     returns: list[float] = []
     accepted: list[dict[str, Any]] = []
     count = len(generator.process.instructions)
-    progress = make_progress(console)
     done = 0
-    with progress:
+    with Tracker(folder, options.track, step_name="seeds") as tracker, make_progress(console) as progress:
         task = progress.add_task("seeds evolved", total=count, note="")
         for members in chunks(count, options.chunk):
             if deadline is not None and time.monotonic() >= deadline:
@@ -343,6 +343,8 @@ def _generate(
             returns += result.returns
             reasons.update(row["rejected_by"] for row in result.rejected)
             done += len(members)
+            counters = {f"calls/{role}": spent for role, spent in calls.items()}
+            tracker.write(counters | {"accepted": len(accepted), "rejected": sum(reasons.values())}, {}, step=done)
             progress.update(task, completed=done, note=f"{len(accepted)} instructions accepted")
     results = folder.finish(
         metrics=dataset_metrics([row["instruction"] for row in accepted], calls, returns),

@@ -109,52 +109,50 @@ def run(options: EvolveTrain, console: Console | None = None, roles: Roles | Non
 
 def _train(options: EvolveTrain, folder: RunFolder, env: VecEnv, console: Console) -> dict[str, Any]:
     begun = time.monotonic()
-    process = env.env.unwrapped  # type: ignore[attr-defined]
+    process = env.env.unwrapped.process  # type: ignore[attr-defined]
     wrapped: VecEnv = VecMonitor(env)
     if options.normalize_observation:
         wrapped = normalize_observations(wrapped)
     agent = make_agent(options.algorithm, wrapped, options.seed, options.n_steps)
-    tracker = Tracker(folder, options.track)
-    agent.set_logger(tracker.logger())
-    rows = RowWriter(folder.file("episodes.jsonl"))
-    episodes = EpisodeRows(rows.write)  # type: ignore[arg-type]
-    stop = StopAtDeadline(options.deadline)
-    guard = InvalidRewardGuard(options.max_invalid_share)
-    save = _Checkpoint(options, folder)
-    bar = ProgressBar(options.timesteps, f"{options.algorithm} seed {options.seed}", console)
-    try:
-        agent.learn(
-            options.timesteps,
-            callback=[episodes, guard, stop, save, bar],
-            log_interval=options.num_envs if options.algorithm == "DQN" else 1,
+    with Tracker(folder, options.track) as tracker:
+        agent.set_logger(tracker.logger())
+        rows = RowWriter(folder.file("episodes.jsonl"))
+        episodes = EpisodeRows(rows.write)
+        stop = StopAtDeadline(options.deadline)
+        save = _Checkpoint(options, folder)
+        guard = InvalidRewardGuard(options.max_invalid_share)
+        bar = ProgressBar(options.timesteps, f"{options.algorithm} seed {options.seed}", console)
+        with bar.progress:
+            agent.learn(
+                options.timesteps,
+                callback=[episodes, guard, stop, save, bar],
+                log_interval=options.num_envs if options.algorithm == "DQN" else 1,
+            )
+        save.save(agent)
+        history = read_records(folder.path / "episodes.jsonl")
+        updates = read_records(folder.path / "metrics.jsonl")
+        figure = plot_training(history, updates, folder.file("figures", "training.png"))
+        returns = [row["return"] for row in history]
+        fifth = max(len(returns) // 5, 1)
+        results = folder.finish(
+            metrics={
+                "mean_return": _mean(returns),
+                "first_fifth_return": _mean(returns[:fifth]),
+                "last_fifth_return": _mean(returns[-fifth:]),
+                "mean_length": _mean([row["length"] for row in history]),
+            },
+            counts={
+                "timesteps": int(agent.num_timesteps),
+                "episodes": len(history),
+                "rewrite_calls": episodes.calls["rewrite_calls"],
+                "judge_calls": episodes.calls["judge_calls"],
+                "replayed_replies": int(process.backend.usage.cache_hits),
+                "seconds": round(time.monotonic() - begun, 1),
+            },
+            status="stopped" if stop.out_of_time else "finished",
         )
-    finally:
-        bar.progress.stop()
-        tracker.close()
-    save.save(agent)
-    history = read_records(folder.path / "episodes.jsonl")
-    figure = plot_training(history, read_records(folder.path / "metrics.jsonl"), folder.file("figures", "training.png"))
-    tracker.image("training", figure)
-    returns = [row["return"] for row in history]
-    tenth = max(len(returns) // 5, 1)
-    results = folder.finish(
-        metrics={
-            "mean_return": _mean(returns),
-            "first_fifth_return": _mean(returns[:tenth]),
-            "last_fifth_return": _mean(returns[-tenth:]),
-            "mean_length": _mean([row["length"] for row in history]),
-        },
-        counts={
-            "timesteps": int(agent.num_timesteps),
-            "episodes": len(history),
-            "rewrite_calls": episodes.calls["rewrite_calls"],
-            "judge_calls": episodes.calls["judge_calls"],
-            "replayed_replies": int(process.backend.usage.cache_hits),
-            "seconds": round(time.monotonic() - begun, 1),
-        },
-        status="stopped" if stop.out_of_time else "finished",
-    )
-    tracker.summary(results["metrics"])
+        tracker.image("training", figure)
+        tracker.summary(results["metrics"])
     word = "stopped at the time limit (the same command goes on)" if stop.out_of_time else "finished"
     console.print(
         f"{options.algorithm} {word}: {len(history)} episodes, mean return {results['metrics']['mean_return']:.2f}, "

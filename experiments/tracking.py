@@ -26,13 +26,15 @@ class Tracker(KVWriter):
     Args:
         folder: the run.
         track: ``"none"`` or ``"wandb"``.
+        step_name: what a row's step counts.
 
     Raises:
         InputError: for another tracker, or if wandb is not installed.
     """
 
-    def __init__(self, folder: RunFolder, track: str = "none") -> None:
+    def __init__(self, folder: RunFolder, track: str = "none", step_name: str = "timesteps") -> None:
         check_tracker(track)
+        self.step_name = step_name
         self._rows = RowWriter(folder.file("metrics.jsonl"))
         self._run: Any = _start_wandb(folder) if track == "wandb" else None
 
@@ -41,7 +43,7 @@ class Tracker(KVWriter):
         return Logger(folder=None, output_formats=[self])
 
     def write(self, key_values: dict[str, Any], key_excluded: dict[str, Any], step: int = 0) -> None:
-        row = {"timesteps": int(step)} | {key: _number(value) for key, value in sorted(key_values.items())}
+        row = {self.step_name: int(step)} | {key: _number(value) for key, value in sorted(key_values.items())}
         if self._rows.write(row) and self._run is not None:
             self._run.log(row, step=step)
 
@@ -56,6 +58,12 @@ class Tracker(KVWriter):
         """Sends the results to wandb."""
         if self._run is not None:
             self._run.summary.update(dict(results))
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def close(self) -> None:
         if self._run is not None:

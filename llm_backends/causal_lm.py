@@ -28,6 +28,13 @@ class ModelLoadError(InputError):
     """A model or its tokenizer could not be loaded from the given path or hub id."""
 
 
+def computes_in_bfloat16(device: str = "auto") -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware; elsewhere float32 is faster."""
+    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
 def load_config(path: str | Path) -> Any:
     """The configuration of a model by local path or hub id.
 
@@ -178,6 +185,15 @@ class CausalLM:
             prompts: token ids, none empty.
             room: positions to keep free for the tokens that follow.
         """
+        if self.prefix_cache.capacity and (headers := self.prefix_cache.apart(prompts)):
+            state = self._read(headers, 0)
+            for row, header in enumerate(headers):
+                end = state.cache.get_seq_length()
+                keys_values = state.cache.buffer[:, :, row, :, end - len(header) : end]  # type: ignore[attr-defined]
+                self.prefix_cache.store(header, keys_values, apart=True)
+        return self._read(prompts, room)
+
+    def _read(self, prompts: Sequence[Sequence[int]], room: int) -> Prefilled:
         batch = len(prompts)
         prefixes = [self.prefix_cache.lookup(p) if self._plain_attention else None for p in prompts]
         known = [0 if prefix is None else prefix.shape[-2] for prefix in prefixes]

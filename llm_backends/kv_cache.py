@@ -6,13 +6,13 @@ small model on a CPU. Here a batch has one buffer that is written in place.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-BLOCK = 32
+BLOCK = 16
 """Tokens in one cached prefix block."""
 
 BlockKey = tuple[int, ...]
@@ -100,14 +100,40 @@ class PrefixCache:
             self._blocks.move_to_end(key)
         return torch.cat([self._blocks[key] for key in found], dim=-2) if found else None
 
-    def store(self, tokens: Sequence[int], row: torch.Tensor) -> None:
-        """Offers a prompt's keys and values, shape (layers, 2, heads, len(tokens), head dim)."""
-        for end in reversed(range(BLOCK, min(len(tokens), self.capacity + 1), BLOCK)):
+    def apart(self, prompts: Sequence[Sequence[int]]) -> list[BlockKey]:
+        """Prefixes that are better read once, apart from the batch, and stored.
+
+        Those met before or in two of these prompts; and those of a prompt with far more to read than another one has,
+        for the whole batch would be padded to its length.
+        """
+        unread = []
+        for tokens in prompts:
+            ends = range(BLOCK, min(len(tokens), self.capacity + 1), BLOCK)
+            unread.append([key for end in ends if (key := tuple(tokens[:end])) not in self._blocks])
+        counts = Counter(key for keys in unread for key in keys)
+        shortest = min(map(len, unread))
+        worth = {
+            key
+            for keys in unread
+            for key in keys
+            if counts[key] > 1 or hash(key) in self._seen or len(keys) > 2 * shortest + 4
+        }
+        return sorted(worth - {key[:-BLOCK] for key in worth})
+
+    def store(self, tokens: Sequence[int], row: torch.Tensor, apart: bool = False) -> None:
+        """Offers a prompt's keys and values, shape (layers, 2, heads, len(tokens), head dim).
+
+        Args:
+            tokens: the prompt.
+            row: its keys and values.
+            apart: store all of them now, for :meth:`apart` named them.
+        """
+        for end in reversed(range(BLOCK, min(len(tokens) + apart, self.capacity + 1), BLOCK)):
             key = tuple(tokens[:end])
             if key in self._blocks:
                 continue
             digest = hash(key)
-            if digest not in self._seen:
+            if not apart and digest not in self._seen:
                 self._seen[digest] = None
                 while len(self._seen) > 65_536:
                     self._seen.popitem(last=False)

@@ -39,7 +39,8 @@ class TransformersBackend(Backend):
 
     Args:
         model: local folder or hub id.
-        dtype: ``"float32"`` (reproducible whatever else is in the batch), ``"bfloat16"`` or ``"float16"``.
+        dtype: ``"float32"`` (reproducible whatever else is in the batch), ``"bfloat16"``, ``"float16"``, or ``"auto"``:
+            bfloat16 on hardware that computes in it, float32 elsewhere.
         device: ``"auto"`` takes a GPU where there is one.
         prompt_style: ``"chat"`` for instruction-tuned models, ``"completion"`` for base and very small ones.
 
@@ -55,13 +56,22 @@ class TransformersBackend(Backend):
     @property
     def name(self) -> str:  # type: ignore[override]
         """Model and dtype."""
-        return f"transformers:{self.model}:{self.dtype}"
+        return f"transformers:{self.model}:{self.chosen_dtype}"
+
+    @property
+    def chosen_dtype(self) -> str:
+        """The dtype, with ``"auto"`` decided."""
+        if self.dtype != "auto":
+            return self.dtype
+        from .causal_lm import computes_in_bfloat16
+
+        return "bfloat16" if computes_in_bfloat16(self.device) else "float32"
 
     @property
     def lm(self) -> CausalLM:
         """The loaded model."""
         with _LOADING:
-            return load_causal_lm(self._path(), self.dtype, self.device)
+            return load_causal_lm(self._path(), self.chosen_dtype, self.device)
 
     def _path(self) -> str:
         return self.model

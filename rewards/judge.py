@@ -30,7 +30,7 @@ class EqualityJudge(Reward):
     Args:
         backend: the judge LLM.
         mode: ``"verdict"`` generates and parses strictly, ``"likelihood"`` compares the log-probs of the two verdicts,
-            ``"auto"`` takes the latter for backends with few-shot prompts.
+            ``"auto"`` takes the latter for backends with few-shot prompts that report log-probs.
         graded: in likelihood mode, pay the probability of ``Not Equal`` instead of 0 or 1.
         bias: nats taken off the log-odds of ``Not Equal``; by default the value tuned for the packaged prompt.
     """

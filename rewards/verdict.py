@@ -13,7 +13,7 @@ from ..llm_backends.prompting import build_prompt, few_shot, fill
 
 VerdictMode = Literal["auto", "verdict", "likelihood"]
 """``verdict``: generate and parse; ``likelihood``: compare the two words' log-probs, which small models need;
-``auto``: likelihood for backends with few-shot prompts, verdict for chat models."""
+``auto``: likelihood for backends with few-shot prompts that report log-probs, verdict for all others."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,11 @@ def judge_verdicts(
         for q in questions
     ]
     if mode == "likelihood" or (mode == "auto" and style == "completion"):
-        return _by_likelihood(backend, prompts, questions)
+        try:
+            return _by_likelihood(backend, prompts, questions)
+        except UnsupportedRequestError:
+            if mode == "likelihood":
+                raise
     samplings = [Sampling(max_tokens=8, temperature=temperature, stop=("\n",), seed=q.seed) for q in questions]
     verdicts = []
     for question, result in zip(questions, backend.generate(prompts, samplings), strict=True):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from instructgym.llm_backends.base import ContextLengthError
 from instructgym.llm_backends.causal_lm import CausalLM, ModelLoadError, token_budget_chunks
-from instructgym.llm_backends.kv_cache import PrefixCache
+from instructgym.llm_backends.kv_cache import BLOCK, PrefixCache
 
 ARCHITECTURES = ["llama", "gpt2", "qwen3", "mistral-sliding", "gemma3-mixed"]
 HEADER = [5 + i * 7 % 300 for i in range(100)]
@@ -119,10 +119,20 @@ def test_what_is_left_of_an_evicted_prefix_is_its_beginning():
 def test_the_prefix_cache_never_answers_for_a_whole_prompt():
     cache = PrefixCache()
     for _ in range(2):
-        cache.store([1] * 65, torch.zeros((1, 2, 1, 65, 4)))
-    assert cache.lookup([1] * 64).shape[-2] == 32
-    assert cache.lookup([1] * 32) is None
-    assert cache.lookup([1] * 31 + [2] * 40) is None
+        cache.store([1] * (2 * BLOCK + 1), torch.zeros((1, 2, 1, 2 * BLOCK + 1, 4)))
+    assert cache.lookup([1] * 2 * BLOCK).shape[-2] == BLOCK
+    assert cache.lookup([1] * BLOCK) is None
+    assert cache.lookup([1] * (BLOCK - 1) + [2] * 40) is None
+
+
+def test_an_unread_header_is_read_apart_and_once():
+    cache = PrefixCache()
+    header, other = [1] * 3 * BLOCK, [2] * 3 * BLOCK
+    assert cache.apart([[*header, 5], [*header, 6]]) == [tuple(header)]
+    assert cache.apart([[*header, 5], [*other, 6]]) == []
+    cache.store((*header,), torch.zeros((1, 2, 1, len(header), 4)), apart=True)
+    assert cache.apart([[*header, 5], [*header, 6]]) == []
+    assert cache.apart([[*header, 5], [3] * 9 * BLOCK]) == [(3,) * 8 * BLOCK]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral-sliding"])

@@ -110,6 +110,11 @@ def _instruction(path: Path, where: str, row: Any) -> Instruction:
         raise SeedFileError(f"seed file {path} {where} needs a text field 'instruction'; {has}")
     if not row["instruction"].strip():
         raise SeedFileError(f"seed file {path} {where} has an empty instruction")
+    try:
+        row["instruction"].encode()
+    except UnicodeEncodeError as error:  # JSON can say it, UTF-8 and tokenizers cannot
+        half = ascii(error.object[error.start])
+        raise SeedFileError(f"seed file {path} {where} holds half a character (surrogate {half})") from error
     instances = row.get("instances")  # Self-Instruct keeps inputs there
     first = instances[0] if isinstance(instances, list) and instances and isinstance(instances[0], dict) else row
     return Instruction(row["instruction"].strip(), str(first.get("input") or ""), str(row.get("id") or ""))
