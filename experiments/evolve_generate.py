@@ -21,7 +21,7 @@ from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecNormalize, unwrap_vec_normalize
 
 from ..agents.baselines import BaselineAgent
-from ..agents.callbacks import make_progress
+from ..agents.callbacks import StepProgress
 from ..agents.policy_io import load_policy
 from ..envs.edit_process import EditProcess, Transition
 from ..envs.operators import tidy
@@ -328,8 +328,10 @@ def _generate(
     accepted: list[dict[str, Any]] = []
     count = len(generator.process.instructions)
     done = 0
-    with Tracker(folder, options.track, step_name="seeds") as tracker, make_progress(console) as progress:
-        task = progress.add_task("seeds evolved", total=count, note="")
+    with (
+        Tracker(folder, options.track, step_name="seeds") as tracker,
+        StepProgress("seeds evolved", count, console) as progress,
+    ):
         for members in chunks(count, options.chunk):
             if deadline is not None and time.monotonic() >= deadline:
                 break
@@ -345,7 +347,7 @@ def _generate(
             done += len(members)
             counters = {f"calls/{role}": spent for role, spent in calls.items()}
             tracker.write(counters | {"accepted": len(accepted), "rejected": sum(reasons.values())}, {}, step=done)
-            progress.update(task, completed=done, note=f"{len(accepted)} instructions accepted")
+            progress.update(done, f"{len(accepted)} instructions accepted")
     results = folder.finish(
         metrics=dataset_metrics([row["instruction"] for row in accepted], calls, returns),
         counts={

@@ -16,7 +16,7 @@ from rich.console import Console
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 
-from ..agents.callbacks import EpisodeRows, InvalidRewardGuard, ProgressBar, StopAtDeadline
+from ..agents.callbacks import EpisodeRows, InvalidRewardGuard, ShowProgress, StepProgress, StopAtDeadline
 from ..agents.factory import check_algorithm, make_agent
 from ..agents.policy_io import normalize_observations, save_policy
 from ..llm_backends import Journal
@@ -121,11 +121,10 @@ def _train(options: EvolveTrain, folder: RunFolder, env: VecEnv, console: Consol
         stop = StopAtDeadline(options.deadline)
         save = _Checkpoint(options, folder)
         guard = InvalidRewardGuard(options.max_invalid_share)
-        bar = ProgressBar(options.timesteps, f"{options.algorithm} seed {options.seed}", console)
-        with bar.progress:
+        with StepProgress(f"{options.algorithm} seed {options.seed}", options.timesteps, console) as progress:
             agent.learn(
                 options.timesteps,
-                callback=[episodes, guard, stop, save, bar],
+                callback=[episodes, guard, stop, save, ShowProgress(progress)],
                 log_interval=options.num_envs if options.algorithm == "DQN" else 1,
             )
         save.save(agent)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,8 +58,10 @@ def _convert(package: Path, target: Path) -> None:
 
     scratch = target.with_name(f"{target.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)  # left by a process that was killed
+    print(f"converting SmolLM2-135M-Instruct into {target}, once (half a minute)", file=sys.stderr)
     try:
-        with quiet_loading():
+        # Transformers' bars of this step obey no setting; an error is raised, not printed, and so not lost.
+        with quiet_loading(), contextlib.redirect_stderr(io.StringIO()):
             tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=GGUF_FILE)
             # dequantize=True: otherwise transformers 5.2x refuses to save what it read from GGUF.
             model = AutoModelForCausalLM.from_pretrained(
@@ -65,8 +70,8 @@ def _convert(package: Path, target: Path) -> None:
                 dtype=torch.float32,
                 quantization_config=GgufConfig(dequantize=True),
             )
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
+            model.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
         scratch.rename(target)  # atomic: a killed conversion leaves no half model behind
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
