@@ -41,10 +41,23 @@ class Envs:
 
 
 @dataclass
+class BenchList:
+    """List the benchmarks."""
+
+
+if TYPE_CHECKING:
+    BenchCommand = BenchEditEnv | BenchList
+else:
+    BenchCommand = (
+        Annotated[BenchEditEnv, tyro.conf.subcommand("edit-env")] | Annotated[BenchList, tyro.conf.subcommand("list")]
+    )
+
+
+@dataclass
 class Bench:
     """Measure speed, ours and theirs alternately in one run."""
 
-    command: Annotated[BenchEditEnv, tyro.conf.subcommand("edit-env")]
+    command: BenchCommand
 
 
 if TYPE_CHECKING:
@@ -88,6 +101,8 @@ def dispatch(command: Any, console: Console) -> None:
         evolve_compare.run(command, console)
     elif isinstance(command, BenchEditEnv):
         edit_env.run(command, console)
+    elif isinstance(command, BenchList):
+        console.print(f"edit-env  {' '.join((BenchEditEnv.__doc__ or '').split())}")
     else:
         list_envs(console)
 

@@ -52,7 +52,8 @@ def plot_training(episodes: Sequence[Mapping[str, Any]], updates: Sequence[Mappi
         returns = [row["return"] for row in episodes]
         left.scatter(steps, returns, s=14, alpha=0.35, color=COLOURS[0], linewidths=0, label="episode")
         window = max(len(returns) // 8, 5)
-        left.plot(steps, smooth(returns, window), color=COLOURS[0], linewidth=2, label=f"mean of the last {window}")
+        curve = dict(zip(steps, smooth(returns, window), strict=True))  # several episodes may end in one step
+        left.plot(list(curve), list(curve.values()), color=COLOURS[0], linewidth=2, label=f"mean of the last {window}")
         left.legend(frameon=False)
     left.set(title="Return per episode", xlabel="environment steps", ylabel="return")
     names = sorted({key for row in updates for key in row if key.startswith("operations/")})

@@ -281,6 +281,21 @@ def test_command_line_exit_codes(tmp_path, seeds, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["envs"], "EvolveInstruction-v0"),
+        (["bench", "list"], "edit-env"),
+        (["bench", "edit-env", "--backend", "scripted", "--rounds", "1"], "equal texts"),
+    ],
+)
+def test_small_commands(capsys, monkeypatch, arguments, words):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 0 and words in capsys.readouterr().out
+
+
 def test_interrupt_exits_with_130(capsys):
     def interrupted(console):
         raise KeyboardInterrupt
