@@ -87,6 +87,8 @@ class EnvOptions(RunOptions):
     """Edits per episode."""
     candidates: int = 1
     """Rewrites drawn per edit, of which the most likely is taken. Each edit still counts as one call."""
+    operations: str = ""
+    """Edit operations in action order, separated by commas; by default the paper's six."""
     no_op: bool = False
     """Add a seventh action that leaves the text alone and calls nobody."""
     num_envs: int = 8
@@ -180,6 +182,7 @@ def make_env(
         "reward": parse_reward(options.reward),
         "horizon": options.horizon,
         "candidates": options.candidates,
+        "operations": [name.strip() for name in options.operations.split(",")] if options.operations else None,
         "no_op": options.no_op,
         "backend": roles.rewriter,
         "judge_backend": roles.judge,

@@ -41,12 +41,18 @@ def check_installed_package(checkout: Path) -> None:
     files = importlib.resources.files("instructgym")
     assert (files / "py.typed").is_file()
     subpackages = [init.parent for init in checkout.glob("*/__init__.py")]
-    patterns = ("*.py", "prompts/*.toml", "prompts/*.jsonl", "seeds/*.jsonl")
+    patterns = ("*.py", "prompts/*.toml", "seeds/*.jsonl")
     found = [
         path.relative_to(checkout) for folder in subpackages for pattern in patterns for path in folder.rglob(pattern)
     ]
     missing = [str(name) for name in found if not (files / str(name)).is_file()]
     assert not missing, f"left out of the wheel: {missing}"
+
+    import gymnasium
+
+    env = gymnasium.make("instructgym/EvolveInstruction-v0", backend="scripted")
+    env.reset(seed=0)
+    assert env.step(0)[-1]["reward_valid"], "a step of the installed environment gave no verdict"
 
 
 def copy_sources(destination: Path) -> None:

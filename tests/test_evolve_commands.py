@@ -228,6 +228,7 @@ BAD = [
     ({"reward": "applause"}, "unknown reward 'applause'"),
     ({"preset": "improved"}, "unknown preset"),
     ({"observation": "pixels"}, "unknown observation mode"),
+    ({"operations": "breadth,sing"}, "unknown operation 'sing'"),
     ({"episodes": -1}, "--episodes"),
     ({"horizon": 0}, "--horizon"),
     ({"num_envs": 0}, "--num-envs"),
