@@ -34,9 +34,12 @@ class EpisodeRows(BaseCallback):
 
     def _on_step(self) -> bool:
         for copy, (info, reward) in enumerate(zip(self.locals["infos"], self.locals["rewards"], strict=True)):
-            row = self._open.setdefault(copy, {"return": 0.0, "operations": [], "rewrite_calls": 0, "judge_calls": 0})
+            row = self._open.setdefault(
+                copy, {"return": 0.0, "operations": [], "invalid": 0, "rewrite_calls": 0, "judge_calls": 0}
+            )
             row["return"] += float(reward)
             row["operations"].append(info["operation"])
+            row["invalid"] += not info["reward_valid"]
             self._operations.append(info["operation"])
             for role in ("rewrite_calls", "judge_calls"):
                 row[role] += info[role]
@@ -57,6 +60,7 @@ class EpisodeRows(BaseCallback):
             "finish_reason": info["finish_reason"],
             "operations": row["operations"],
             "text": info["text"],
+            "invalid": row["invalid"],
             "rewrite_calls": row["rewrite_calls"],
             "judge_calls": row["judge_calls"],
         }
@@ -108,16 +112,22 @@ class StopAtDeadline(BaseCallback):
     """Stops training when a time budget is spent.
 
     Args:
-        deadline: ``time.monotonic()`` at which to stop; None for never.
+        seconds: the budget; 0 for none.
+        counts: whether time counts yet, asked at every step: replaying what is stored should not.
     """
 
-    def __init__(self, deadline: float | None) -> None:
+    def __init__(self, seconds: float, counts: Callable[[], bool] = lambda: True) -> None:
         super().__init__()
-        self.deadline = deadline
+        self.seconds, self.counts = seconds, counts
+        self._begun: float | None = None
         self.out_of_time = False
 
     def _on_step(self) -> bool:
-        self.out_of_time = self.deadline is not None and time.monotonic() >= self.deadline
+        if self._begun is None and self.counts():
+            self._begun = time.monotonic()
+        self.out_of_time = bool(self.seconds and self._begun is not None) and (
+            time.monotonic() - (self._begun or 0.0) >= self.seconds
+        )
         return not self.out_of_time
 
 

@@ -300,7 +300,10 @@ class EditProcess:
             "masked": step.masked,
             "reward_valid": valid,
             "invalid_reason": step.error or ("" if valid or step.score is None else step.score.feedback),
-            "reward_terms": dict(step.score.terms) if step.score is not None and step.score.valid else {},
+            "reward_terms": {k: float(v) for k, v in step.score.terms.items()}
+            if step.score is not None and step.score.valid
+            else {},
+            "rewrite_failed": bool(step.error),
             "rewrite_calls": step.rewrite_calls,
             "judge_calls": step.score.calls if step.score is not None else 0,
             "action_mask": self.operator.mask(episode.text),

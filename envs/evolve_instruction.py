@@ -18,8 +18,8 @@ PUBLISHED_SEED = "How to cook food?"
 """The one instruction that the released code trains on."""
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "published": {"seeds": (PUBLISHED_SEED,), "carry_text": True, "elimination": ()},
-    "corrected": {"seeds": None, "carry_text": False, "elimination": tuple(STRING_RULES)},
+    "published": {"seeds": (PUBLISHED_SEED,), "carry_text": True, "elimination": (), "max_words": 2048},
+    "corrected": {"seeds": None, "carry_text": False, "elimination": tuple(STRING_RULES), "max_words": 200},
 }
 """``published``: one seed whose text is never reset, nothing eliminated (the released code). ``corrected``: a seed
 per episode, the text reset, all four elimination rules active."""
@@ -42,7 +42,7 @@ def _arguments(
     no_op: bool = False,
     candidates: int = 1,
     sampling: Mapping[str, Any] | None = None,
-    max_words: int = 200,
+    max_words: int | None = None,
     carry_text: bool | None = None,
     elimination: Sequence[str] | None = None,
     elimination_ends: bool = True,
@@ -55,7 +55,8 @@ def _arguments(
     rules = chosen["elimination"] if elimination is None else tuple(elimination)
     check_rules(rules)
     if operator is None:
-        operator = LLMOperator(operations, no_op, candidates, sampling, max_words)
+        words = chosen["max_words"] if max_words is None else max_words
+        operator = LLMOperator(operations, no_op, candidates, sampling, words)
     return others | {
         "instructions": load_instructions(chosen["seeds"] if seeds is None else seeds, split),
         "operator": resolve("operator", operator),

@@ -13,6 +13,8 @@ from rich.table import Table
 
 from ..llm_backends import BackendError
 from ..llm_backends.errors import InputError
+from . import evolve_compare, evolve_generate, evolve_train
+from .benchmarks import edit_env
 from .benchmarks.edit_env import BenchEditEnv
 from .evolve_compare import EvolveCompare
 from .evolve_generate import EvolveGenerate
@@ -88,9 +90,6 @@ def list_envs(console: Console) -> None:
 
 def dispatch(command: Any, console: Console) -> None:
     """Runs a parsed command."""
-    from . import evolve_compare, evolve_generate, evolve_train
-    from .benchmarks import edit_env
-
     if isinstance(command, Evolve | Bench):
         command = command.command
     if isinstance(command, EvolveTrain):
@@ -134,7 +133,7 @@ def guarded(work: Any) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
+        print("interrupted: a command with a run folder goes on from here when it is repeated", file=sys.stderr)
         return 130
     return 0
 

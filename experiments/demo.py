@@ -19,6 +19,7 @@ RUN = Path("runs") / "demo"
 def run(console: Console) -> None:
     """Trains for 240 steps, generates from 16 seeds and points at the files."""
     begun = time.monotonic()
+    RUN.mkdir(parents=True, exist_ok=True)
     console.rule("1 of 2: an agent learns which edits pay (TRPO, 240 steps on SmolLM2-135M-Instruct)")
     evolve_train.run(
         evolve_train.EvolveTrain(

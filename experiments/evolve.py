@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+import os
 import re
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -54,18 +56,16 @@ class RunOptions:
         """
         if not self.run_dir:
             raise InputError("--run-dir is missing: name the folder of the run")
+        check_output(Path(self.run_dir) / "config.json")
         if self.scale not in SCALES:
             raise InputError(f"--scale must be {' or '.join(SCALES)}, got {self.scale!r}")
         check_tracker(self.track)
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int | float) and not isinstance(value, bool) and value < 0:
+            if isinstance(value, int | float) and not isinstance(value, bool) and not 0 <= value < math.inf:
                 raise InputError(f"--{field.name.replace('_', '-')} must not be negative, got {value}")
-
-    @property
-    def deadline(self) -> float | None:
-        """When to stop, on ``time.monotonic``'s clock."""
-        return time.monotonic() + 60 * self.minutes if self.minutes else None
+        if self.seed >= 2**32:
+            raise InputError(f"--seed must be below 2**32, got {self.seed}")
 
 
 @dataclass
@@ -129,6 +129,8 @@ def parse_part(text: str, model: str = "") -> Any:
             part = json.loads(text)
         except json.JSONDecodeError as error:
             raise InputError(f"broken JSON in {text!r}: {error.msg}") from error
+        if not isinstance(part.get("id"), str) or not isinstance(part.get("kwargs", {}), dict):
+            raise InputError(f'a part as JSON needs {{"id": "...", "kwargs": {{...}}}}, got {text!r}')
     else:
         part = {"id": text}
     if model:
@@ -215,9 +217,11 @@ def check_context(backend: Backend, instructions: Sequence[Instruction], where: 
                 )
 
 
-def config_of(options: RunOptions) -> dict[str, Any]:
-    """Options as they are written to ``config.json``."""
-    return asdict(options)
+def identity(options: RunOptions, instructions: Sequence[Instruction] | None) -> dict[str, Any]:
+    """What makes a run the same run: its options and its seed instructions, whatever the file around them."""
+    texts = [[i.text, i.input, i.id] for i in instructions or []]
+    digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+    return asdict(options) | {"seed_instructions": digest}
 
 
 def describe(env: gym.vector.VectorEnv[Any, Any, Any]) -> str:
@@ -228,15 +232,16 @@ def describe(env: gym.vector.VectorEnv[Any, Any, Any]) -> str:
     )
 
 
-def output_error(path: Path) -> InputError | None:
-    """Why a file cannot be written, or None. Makes its folder."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        existed = path.exists()
-        with path.open("ab"):
-            pass
-        if not existed:
-            path.unlink()
-    except OSError as error:
-        return InputError(f"cannot write {path}: {error.strerror or error}")
-    return None
+def check_output(path: Path) -> None:
+    """Refuses a file that cannot be written; makes nothing.
+
+    Raises:
+        InputError: naming the file or the folder that is in the way.
+    """
+    place = path
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if path.is_dir() or (place != path and not place.is_dir()):
+        raise InputError(f"cannot write {path}: {place} is {'a' if place.is_dir() else 'not a'} folder")
+    if not os.access(place, os.W_OK):
+        raise InputError(f"cannot write {path}: no permission on {place}")

@@ -6,9 +6,11 @@ baseline's, goes into generation, which cycles over the seed instructions until 
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,11 @@ from ..envs.tasks.instructions import Instruction
 from ..llm_backends import Journal
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import read_records
-from .evolve import EnvOptions, check_context, config_of, input_errors, load_seeds, make_env, roles_of
-from .evolve_generate import EvolveGenerate, InstructionGenerator, chunks, dataset_metrics, generation_env
+from .evolve import EnvOptions, check_context, identity, input_errors, load_seeds, make_env, roles_of
+from .evolve_generate import EvolveGenerate
 from .evolve_train import EvolveTrain
 from .evolve_train import run as train
+from .instruction_generator import GenerationSettings, InstructionGenerator, chunks, dataset_metrics, generation_env
 from .metrics import interval
 from .plots import plot_comparison
 from .run_folder import RowWriter, RunFolder, read_json, write_json
@@ -72,8 +75,16 @@ class EvolveCompare(EnvOptions):
         if self.repeats < 1:
             raise InputError(f"--repeats must be at least 1, got {self.repeats}")
         arms = self.arms
-        if len(set(arms)) < len(arms):
-            raise InputError(f"--algorithms names an arm twice: {self.algorithms}")
+        if not arms or len(set(arms)) < len(arms):
+            raise InputError(f"--algorithms must name distinct arms, separated by commas, got {self.algorithms!r}")
+        for arm in arms:
+            self.training(arm, self.seed, self.run_dir).check()
+        EvolveGenerate(
+            run_dir=self.run_dir,
+            chunk=self.chunk,
+            answer_tokens=self.answer_tokens,
+            rouge_threshold=self.rouge_threshold,
+        ).check()
 
     @property
     def arms(self) -> list[str]:
@@ -85,10 +96,14 @@ class EvolveCompare(EnvOptions):
         """LLM calls per arm and seed."""
         return self.calls or BUDGET[self.scale]
 
-    @property
-    def training_episodes(self) -> int:
-        """Training of each learner, in full episodes."""
-        return self.episodes or TRAINING_EPISODES[self.scale]
+    def training(self, arm: str, seed: int, run_dir: str) -> EvolveTrain:
+        """The options of one arm's training."""
+        mine = {k: v for k, v in vars(self).items() if k in EvolveTrain.__dataclass_fields__}
+        episodes = self.episodes or TRAINING_EPISODES[self.scale]
+        # The tracker gets the comparison as one entry, with its figure and table.
+        return EvolveTrain(
+            **mine | {"algorithm": arm, "seed": seed, "run_dir": run_dir, "episodes": episodes, "track": "none"}
+        )
 
 
 def run(options: EvolveCompare, console: Console | None = None) -> dict[str, Any]:
@@ -100,28 +115,24 @@ def run(options: EvolveCompare, console: Console | None = None) -> dict[str, Any
     console = console or Console()
     options.check()
     instructions = load_seeds(options.seeds)
-    folder = RunFolder(options.run_dir, config_of(options), "evolve compare")
+    folder = RunFolder(options.run_dir, identity(options, instructions), "evolve compare")
     with input_errors():
         roles = roles_of(options, None)
-        make_env(options, roles, instructions)
+        env = make_env(options, roles, instructions)
     check_context(roles.rewriter, instructions, options.seeds)
-    _check_budget(options)
+    _check_budget(options, env.get_attr("reward")[0].calls_per_sample)
     if options.dry_run:
         console.print(f"would run {', '.join(options.arms)} on {options.repeats} seeds, {options.budget} calls each")
         return {}
     if folder.results is not None:
         console.print(f"{folder.path} holds this comparison, finished: nothing to do")
         return folder.results
-    deadline = options.deadline
+    deadline = time.monotonic() + 60 * options.minutes if options.minutes else math.inf
     with folder.opened():
         runs: dict[str, list[dict[str, Any]]] = {}
         for repeat in range(options.repeats):
             for arm in options.arms:
-                left = None if deadline is None else (deadline - time.monotonic()) / 60
-                if left is not None and left <= 0:
-                    console.print("stopped at the time limit: the same command goes on")
-                    return folder.finish({}, {}, status="stopped")
-                result = _arm(options, folder, arm, options.seed + repeat, instructions, left, console)
+                result = _arm(options, folder, arm, options.seed + repeat, instructions, deadline, console)
                 if result is None:
                     console.print("stopped at the time limit: the same command goes on")
                     return folder.finish({}, {}, status="stopped")
@@ -129,10 +140,11 @@ def run(options: EvolveCompare, console: Console | None = None) -> dict[str, Any
         return _report(options, folder, runs, console)
 
 
-def _check_budget(options: EvolveCompare) -> None:
-    per_chunk = options.chunk * options.horizon * 3
+def _check_budget(options: EvolveCompare, verdicts: int) -> None:
+    """Refuses a budget that does not cover training and one chunk; ``verdicts`` are the judge's calls per edit."""
+    per_chunk = options.chunk * options.horizon * (2 + verdicts)
     for arm in options.arms:
-        training = 0 if arm in BASELINES else 2 * options.training_episodes * options.horizon
+        training = 0 if arm in BASELINES else options.training(arm, options.seed, "").timesteps * (1 + verdicts)
         if options.budget < training + per_chunk:
             raise InputError(
                 f"--calls {options.budget} does not cover the training of {arm} ({training} calls) and one chunk of "
@@ -146,7 +158,7 @@ def _arm(
     arm: str,
     seed: int,
     instructions: Sequence[Instruction],
-    minutes: float | None,
+    deadline: float,
     console: Console,
 ) -> dict[str, Any] | None:
     """One arm under one seed; None if time ran out."""
@@ -154,20 +166,19 @@ def _arm(
     done = read_json(place / "arm.json")
     if done is not None:
         return done
-    trained = EvolveTrain(
-        **{k: v for k, v in config_of(options).items() if k in EvolveTrain.__dataclass_fields__},
-        algorithm=arm,
-    )
-    trained = replace(  # a comparison is one entry of the tracker, its figure and table
-        trained, run_dir=str(place), seed=seed, minutes=minutes or 0.0, episodes=options.training_episodes, track="none"
-    )
+    left = (deadline - time.monotonic()) / 60
+    if left <= 0:
+        return None
+    trained = replace(options.training(arm, seed, str(place)), minutes=left if math.isfinite(left) else 0.0)
     training_calls = 0
     if arm not in BASELINES:
         results = train(trained, console)
         if results["status"] != "finished":
             return None
         training_calls = results["counts"]["rewrite_calls"] + results["counts"]["judge_calls"]
-    result = _generate(options, trained, place, instructions, training_calls, console)
+    result = _generate(options, trained, place, instructions, training_calls, deadline, console)
+    if result is None:
+        return None
     curve = [(row["timesteps"], row["return"]) for row in read_records(place / "episodes.jsonl")]
     result |= {"training": curve, "seed": seed}
     write_json(place / "arm.json", result)
@@ -180,55 +191,55 @@ def _generate(
     place: Path,
     instructions: Sequence[Instruction],
     training_calls: int,
+    deadline: float,
     console: Console,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
+    """Generates until the budget does not cover another chunk; None if time ran out."""
     roles = roles_of(trained, Journal(place / "generate.jsonl"))
     env = generation_env(trained, roles, instructions, options.chunk)
     if trained.algorithm in BASELINES:
         agent = make_agent(trained.algorithm, env, trained.seed)
     else:
         agent = load_policy(place / "checkpoints", env, trained.seed)
-    generator = InstructionGenerator(
-        agent,
-        env,
-        roles,
-        EvolveGenerate(
-            run_dir=str(place),
-            seed=trained.seed,
-            chunk=options.chunk,
-            answer_tokens=options.answer_tokens,
-            rouge_threshold=options.rouge_threshold,
-        ),
-    )
+    settings = GenerationSettings(trained.seed, options.chunk, options.rouge_threshold, options.answer_tokens)
+    generator = InstructionGenerator(agent, env, roles, settings)
     rows = RowWriter(place / "data.jsonl")
     texts: list[str] = []
     returns: list[float] = []
     calls: Counter[str] = Counter()
-    curve: list[tuple[int, int]] = [(training_calls, 0)]
-    epoch = 0
+    spent = training_calls
+    curve: list[tuple[int, int]] = [(spent, 0)]
     with StepProgress(f"{trained.algorithm} seed {trained.seed} generates", options.budget, console) as progress:
-        while True:
-            for members in chunks(len(instructions), options.chunk):
-                spent = training_calls + sum(calls.values())
-                progress.update(spent, f"{len(texts)} accepted")
-                if spent + generator.max_chunk_calls > options.budget:
-                    metrics = dataset_metrics(texts, calls, returns)
-                    count = max(len(texts), 1)
-                    return metrics | {
-                        "accepted": len(texts),
-                        "calls": dict(calls) | {"training": training_calls},
-                        "calls_per_accepted": spent / count,
-                        "calls_per_accepted_generation": sum(calls.values()) / count,
-                        "curve": curve,
-                    }
-                result = generator.chunk(members, epoch)
-                for row in result.accepted:
-                    rows.write(row)
-                texts += [row["instruction"] for row in result.accepted]
-                returns += result.returns
-                calls.update(result.calls)
-                curve.append((training_calls + sum(calls.values()), len(texts)))
-            epoch += 1
+        for epoch, members in _rounds(len(instructions), options.chunk):
+            progress.update(spent, f"{len(texts)} accepted")
+            if spent + generator.max_chunk_calls > options.budget:
+                break
+            if time.monotonic() >= deadline:
+                return None
+            result = generator.chunk(members, epoch)
+            if not result.calls.total():
+                break  # a policy that only does nothing would never spend its budget
+            for row in result.accepted:
+                rows.write(row)
+            texts += [row["instruction"] for row in result.accepted]
+            returns += result.returns
+            calls.update(result.calls)
+            spent = training_calls + calls.total()
+            curve.append((spent, len(texts)))
+    return dataset_metrics(texts, calls, returns) | {
+        "accepted": len(texts),
+        "calls": dict(calls) | {"training": training_calls},
+        "calls_per_accepted": spent / len(texts) if texts else None,
+        "calls_per_accepted_generation": calls.total() / len(texts) if texts else None,
+        "curve": curve,
+    }
+
+
+def _rounds(count: int, size: int) -> Iterator[tuple[int, list[int]]]:
+    """Chunks of the seeds, round after round, with the number of the round."""
+    for epoch in itertools.count():
+        for members in chunks(count, size):
+            yield epoch, members
 
 
 def _report(
@@ -253,10 +264,15 @@ def _report(
         cells = []
         metrics[arm] = {}
         for key in COLUMNS:
-            mean, half = interval([result[key] for result in results])
-            metrics[arm][key] = {"mean": mean, "half_width": None if half != half else half}
+            values = [result[key] for result in results if result[key] is not None]
+            if not values:
+                metrics[arm][key] = None
+                cells.append("-")
+                continue
+            mean, half = interval(values)
+            metrics[arm][key] = {"mean": mean, "half_width": None if math.isnan(half) else half}
             digits = 1 if mean >= 10 else 2
-            cells.append(f"{mean:.{digits}f}" + ("" if half != half else f" ± {half:.{digits}f}"))
+            cells.append(f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}"))
         table.add_row(arm, *cells)
         markdown.append(f"| {arm} | " + " | ".join(cells) + " |")
     console.print(table)

@@ -7,6 +7,7 @@ the learner's own arithmetic.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -24,10 +25,9 @@ from ..llm_backends.errors import InputError
 from ..llm_backends.records import read_records
 from .evolve import (
     EnvOptions,
-    Roles,
     check_context,
-    config_of,
     describe,
+    identity,
     input_errors,
     load_seeds,
     make_env,
@@ -61,23 +61,24 @@ class EvolveTrain(EnvOptions):
         self.algorithm = check_algorithm(self.algorithm)
         if self.n_steps < 1:
             raise InputError(f"--n-steps must be at least 1, got {self.n_steps}")
+        if self.algorithm in ("PPO", "MaskablePPO", "RecurrentPPO", "TRPO") and self.n_steps * self.num_envs < 2:
+            raise InputError(f"{self.algorithm} needs rollouts of at least 2 steps: raise --n-steps or --num-envs")
         if self.max_invalid_share > 1:
             raise InputError(f"--max-invalid-share is a share, at most 1, got {self.max_invalid_share}")
 
     @property
     def timesteps(self) -> int:
-        """Env steps to train for."""
-        return (self.episodes or EPISODES[self.scale]) * self.horizon
+        """Env steps to train for, in whole rollouts."""
+        rollout = self.num_envs * (1 if self.algorithm == "DQN" else self.n_steps)
+        return math.ceil((self.episodes or EPISODES[self.scale]) * self.horizon / rollout) * rollout
 
 
-def run(options: EvolveTrain, console: Console | None = None, roles: Roles | None = None) -> dict[str, Any]:
+def run(options: EvolveTrain, console: Console | None = None) -> dict[str, Any]:
     """Trains, or resumes training, and returns the results.
 
     Args:
         options: the options.
         console: where to print.
-        roles: live backends in place of those that the options name (their requests are journaled all the same only if
-            the caller sees to it).
 
     Raises:
         InputError: for bad input, before anything heavy.
@@ -86,7 +87,7 @@ def run(options: EvolveTrain, console: Console | None = None, roles: Roles | Non
     console = console or Console()
     options.check()
     instructions = load_seeds(options.seeds) if options.seeds or options.preset != "published" else None
-    folder = RunFolder(options.run_dir, config_of(options), "evolve train")
+    folder = RunFolder(options.run_dir, identity(options, instructions), "evolve train")
     with input_errors():
         probe = make_env(options, roles_of(options, None), instructions)
     check_context(probe.env.unwrapped.backend, instructions or [], options.seeds)  # type: ignore[attr-defined]
@@ -103,13 +104,12 @@ def run(options: EvolveTrain, console: Console | None = None, roles: Roles | Non
         journal = Journal(folder.file("journal.jsonl"))
         if len(journal):
             console.print(f"resuming {folder.path}: {len(journal)} stored replies are replayed, none is paid for again")
-        env = make_env(options, roles or roles_of(options, journal), instructions)
-        return _train(options, folder, env, console)
+        env = make_env(options, roles_of(options, journal), instructions)
+        return _train(options, folder, env, journal, console)
 
 
-def _train(options: EvolveTrain, folder: RunFolder, env: VecEnv, console: Console) -> dict[str, Any]:
-    begun = time.monotonic()
-    process = env.env.unwrapped.process  # type: ignore[attr-defined]
+def _train(options: EvolveTrain, folder: RunFolder, env: VecEnv, journal: Journal, console: Console) -> dict[str, Any]:
+    begun, replayed = time.monotonic(), len(journal)
     wrapped: VecEnv = VecMonitor(env)
     if options.normalize_observation:
         wrapped = normalize_observations(wrapped)
@@ -118,7 +118,7 @@ def _train(options: EvolveTrain, folder: RunFolder, env: VecEnv, console: Consol
         agent.set_logger(tracker.logger())
         rows = RowWriter(folder.file("episodes.jsonl"))
         episodes = EpisodeRows(rows.write)
-        stop = StopAtDeadline(options.deadline)
+        stop = StopAtDeadline(60 * options.minutes, counts=lambda: len(journal) > replayed)
         save = _Checkpoint(options, folder)
         guard = InvalidRewardGuard(options.max_invalid_share)
         with StepProgress(f"{options.algorithm} seed {options.seed}", options.timesteps, console) as progress:
@@ -145,7 +145,7 @@ def _train(options: EvolveTrain, folder: RunFolder, env: VecEnv, console: Consol
                 "episodes": len(history),
                 "rewrite_calls": episodes.calls["rewrite_calls"],
                 "judge_calls": episodes.calls["judge_calls"],
-                "replayed_replies": int(process.backend.usage.cache_hits),
+                "replayed_replies": replayed,
                 "seconds": round(time.monotonic() - begun, 1),
             },
             status="stopped" if stop.out_of_time else "finished",

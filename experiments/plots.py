@@ -110,10 +110,14 @@ def _plot_returns(axis: Any, arms: Mapping[str, Mapping[str, Any]], colours: Map
         if not curves:
             continue
         grid = np.linspace(max(c[0][0] for c in curves), min(c[-1][0] for c in curves), 60)
-        rows = [np.interp(grid, [s for s, _ in c], smooth([r for _, r in c], max(len(c) // 8, 5))) for c in curves]
+        smoothed = [
+            dict(zip((s for s, _ in c), smooth([r for _, r in c], max(len(c) // 8, 5)), strict=True)) for c in curves
+        ]
+        rows = [np.interp(grid, list(curve), list(curve.values())) for curve in smoothed]
         _band(axis, grid, np.array(rows), name, colours[name])
     axis.set(title="Return per episode in training", xlabel="environment steps", ylabel="return (smoothed)")
-    axis.legend(frameon=False)
+    if axis.get_legend_handles_labels()[1]:
+        axis.legend(frameon=False)
 
 
 def _plot_accepted(axis: Any, arms: Mapping[str, Mapping[str, Any]], colours: Mapping[str, str], budget: int) -> None:
@@ -160,7 +164,7 @@ def _plot_bars(
 def _mean_error(results: Sequence[Mapping[str, Any]], key: str) -> tuple[float, float]:
     values = [row[key] for row in results if row[key] is not None]
     if not values:
-        return 0.0, 0.0
+        return float("nan"), 0.0
     mean, half = interval(values)
     return mean, 0.0 if np.isnan(half) else half
 

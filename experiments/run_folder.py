@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,8 +18,10 @@ from ..llm_backends.records import append_lines, read_records
 
 PACKAGES = ("instructgym", "gymnasium", "stable-baselines3", "sb3-contrib", "torch", "transformers", "numpy")
 
-NOT_IDENTITY = frozenset({"minutes", "track", "dry_run", "run_dir"})
+NOT_IDENTITY = frozenset({"minutes", "track", "dry_run", "run_dir", "max_invalid_share"})
 """Options that may change between a start and its resumption."""
+
+ROW_FILES = ("journal.jsonl", "episodes.jsonl", "metrics.jsonl", "rejected.jsonl")
 
 
 class RunFolder:
@@ -41,15 +44,19 @@ class RunFolder:
     def _refuse_other_run(self) -> None:
         stored = read_json(self.path / "config.json")
         if stored is None:
+            strangers = [name for name in ROW_FILES if (self.path / name).exists()]
+            if strangers:
+                raise InputError(f"{self.path} holds a {strangers[0]} but no config.json: choose another folder")
             return
-        if stored.get("command") != self.command:
-            raise InputError(f"{self.path} holds a run of '{stored.get('command')}': choose another --run-dir")
-        for key in sorted(set(self.config) | set(stored["options"])):
-            mine, theirs = self.config.get(key), stored["options"].get(key)
+        options = stored.get("options")
+        if stored.get("command") != self.command or not isinstance(options, dict):
+            raise InputError(f"{self.path} holds a run of '{stored.get('command')}': choose another folder")
+        for key in sorted(set(self.config) | set(options)):
+            mine, theirs = self.config.get(key), options.get(key)
             if key not in NOT_IDENTITY and mine != theirs:
                 raise InputError(
-                    f"{self.path} holds a run with {key}={theirs!r}, not {mine!r}: choose another --run-dir, or repeat "
-                    "the options of that run to resume it"
+                    f"{self.path} holds a run with {key}={theirs!r}, not {mine!r}: choose another folder or output, or "
+                    "repeat the options of that run to resume it"
                 )
 
     @property
@@ -71,8 +78,9 @@ class RunFolder:
             lock.acquire(timeout=0)
         except Timeout:
             raise InputError(f"{self.path} is in use by another process") from None
-        except OSError as error:
-            raise InputError(f"cannot write the run folder {self.path}: {error.strerror or error}") from error
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"cannot write the run folder {self.path}: {reason}") from error
         try:
             if not (self.path / "config.json").exists():
                 write_json(
@@ -104,20 +112,46 @@ class RowWriter:
 
     Args:
         path: a JSONL file.
+        compare: hold replayed rows to the stored ones.
+
+    Raises:
+        RecordError: if the file holds something other than rows.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.stored = len(read_records(path, repair=True))
-        self.seen = 0
+    def __init__(self, path: Path, compare: bool = True) -> None:
+        self.path, self.compare = path, compare
+        self._stored = read_records(path, repair=True)
+        self._seen = 0
 
     def write(self, row: Mapping[str, Any]) -> bool:
-        """Appends the row unless it stands there from before; says whether it was new."""
-        self.seen += 1
-        if self.seen <= self.stored:
-            return False
-        append_lines(self.path, [dict(row)])
-        return True
+        """Appends the row unless it stands there from before; says whether it was new.
+
+        Raises:
+            InputError: if a replayed row differs from the stored one, for then the file belongs to another run.
+        """
+        self._seen += 1
+        if self._seen > len(self._stored):
+            append_lines(self.path, [dict(row)])
+            return True
+        if self.compare and not _alike(json.loads(json.dumps(row)), self._stored[self._seen - 1]):
+            raise InputError(
+                f"row {self._seen} of {self.path} is not the one that this run gives: a model, a seed file or the "
+                "machine has changed since; choose another folder or output"
+            )
+        return False
+
+
+def _alike(row: Any, stored: Any) -> bool:
+    """Equal, up to floating-point noise."""
+    if isinstance(row, dict) and isinstance(stored, dict):
+        return row.keys() == stored.keys() and all(_alike(row[key], stored[key]) for key in row)
+    if isinstance(row, list) and isinstance(stored, list):
+        return len(row) == len(stored) and all(map(_alike, row, stored))
+    if isinstance(row, float) or isinstance(stored, float):
+        return (
+            isinstance(row, int | float) and isinstance(stored, int | float) and math.isclose(row, stored, abs_tol=1e-4)
+        )
+    return bool(row == stored)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -127,15 +161,19 @@ def read_json(path: Path) -> dict[str, Any] | None:
         InputError: if the file is broken.
     """
     try:
-        return json.loads(path.read_text("utf-8"))
+        value = json.loads(path.read_text("utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds a {type(value).__name__}, not an object")
+        return value
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"cannot read {path}: {error}; delete the file, and the run is replayed") from error
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON file in one move: it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(path.name + ".part")
     scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
     scratch.replace(path)

@@ -35,7 +35,7 @@ class Tracker(KVWriter):
     def __init__(self, folder: RunFolder, track: str = "none", step_name: str = "timesteps") -> None:
         check_tracker(track)
         self.step_name = step_name
-        self._rows = RowWriter(folder.file("metrics.jsonl"))
+        self._rows = RowWriter(folder.file("metrics.jsonl"), compare=False)
         self._run: Any = _start_wandb(folder) if track == "wandb" else None
 
     def logger(self) -> Logger:
@@ -82,6 +82,13 @@ def _start_wandb(folder: RunFolder) -> Any:
     except ImportError as error:
         raise InputError("--track wandb needs wandb: pip install wandb") from error
     has_key = bool(os.environ.get("WANDB_API_KEY")) or (Path.home() / ".netrc").exists()
+    try:
+        return _init_wandb(wandb, folder, "online" if has_key else "offline")
+    except wandb.errors.Error as error:
+        raise InputError(f"wandb refused the run: {error}") from error
+
+
+def _init_wandb(wandb: Any, folder: RunFolder, mode: str) -> Any:
     return wandb.init(
         project=os.environ.get("WANDB_PROJECT", "instructgym"),
         name=folder.path.name,
@@ -89,7 +96,7 @@ def _start_wandb(folder: RunFolder) -> Any:
         resume="allow",
         dir=str(folder.path),
         config=folder.config,
-        mode=os.environ.get("WANDB_MODE") or ("online" if has_key else "offline"),  # type: ignore[arg-type]
+        mode=os.environ.get("WANDB_MODE") or mode,
     )
 
 

@@ -154,6 +154,11 @@ class Backend(Part, ABC):
     prompt_style: PromptStyle = "chat"
     """The form of prompt this model needs."""
 
+    @property
+    def supports_logprobs(self) -> bool:
+        """Whether :meth:`logprobs` can answer at all."""
+        return type(self)._logprobs is not Backend._logprobs
+
     @cached_property
     def usage(self) -> Usage:
         """Counters since this object was built."""

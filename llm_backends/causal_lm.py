@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from transformers.utils import logging
 from .base import ContextLengthError, Message, Prompt
 from .errors import InputError
 from .kv_cache import BatchCache, PrefixCache
+from .rng import preserved_rng
 
 PREFILL_TOKENS = 16_384
 """Tokens, padding included, in one forward pass at most."""
@@ -60,17 +60,14 @@ def quiet_loading() -> Iterator[None]:
 
     Transformers' bars of loading weights, which would break into a command's own progress bar, are held back too.
     """
-    python_state, numpy_state = random.getstate(), np.random.get_state()
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        with preserved_rng(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             yield
     finally:
         if bars:
             logging.enable_progress_bar()
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
 
 
 @dataclass
@@ -135,7 +132,7 @@ class CausalLM:
     @property
     def context_length(self) -> int:
         """Positions the model was built for."""
-        return int(getattr(self._config, "max_position_embeddings", 0) or self.tokenizer.model_max_length)
+        return int(getattr(self._config, "max_position_embeddings", None) or self.tokenizer.model_max_length)
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -165,7 +162,7 @@ class CausalLM:
 
     def _encode_chat(self, messages: Sequence[Message]) -> list[int]:
         if not self.tokenizer.chat_template:
-            raise ValueError(f"{self.name} has no chat template: pass prompts as strings (prompt_style='completion')")
+            raise InputError(f"{self.name} has no chat template: pass prompts as strings (prompt_style='completion')")
         text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 

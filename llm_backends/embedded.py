@@ -7,7 +7,7 @@ import importlib.util
 import io
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .base import PromptStyle
@@ -85,8 +85,14 @@ class EmbeddedBackend(TransformersBackend):
     ``prompt_style="completion"``.
     """
 
-    model: str = "smollm2-135m-instruct"
+    model: str = field(default="smollm2-135m-instruct", init=False)
     prompt_style: PromptStyle = "completion"
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Says which weights: the packaged ones are quantised, the hub's are not."""
+        weights = "hub" if self._path() == HUB_ID else "q4_1"
+        return f"embedded:{self.model}:{weights}:{self.chosen_dtype}"
 
     def _path(self) -> str:
         return embedded_model_path()

@@ -12,8 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from .base import Backend, BackendError, Completion, Prompt, Result, Sampling
-from .records import append_lines, read_records
+from .base import (
+    Backend,
+    BackendError,
+    Completion,
+    ContextLengthError,
+    Prompt,
+    Result,
+    Sampling,
+    UnsupportedRequestError,
+)
+from .records import RecordError, append_lines, read_records
+from .rng import preserved_rng
 
 
 class Journal:
@@ -29,7 +39,13 @@ class Journal:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._lock = threading.Lock()
-        self._replies: dict[str, Any] = {row["key"]: row["reply"] for row in read_records(self.path, repair=True)}
+        rows = read_records(self.path, repair=True)
+        for number, row in enumerate(rows, start=1):
+            if not isinstance(row.get("key"), str) or "reply" not in row:
+                raise RecordError(f"{self.path} line {number} is no entry of a request journal: remove the line")
+        while rows and _is_error(rows[-1]["reply"]):  # what stopped the run may be mended now: ask again
+            rows.pop()
+        self._replies: dict[str, Any] = {row["key"]: row["reply"] for row in rows}
 
     def __len__(self) -> int:
         return len(self._replies)
@@ -49,7 +65,11 @@ class Journal:
 class Journaled(Backend):
     """A backend whose replies are kept in a journal and taken from it when the same request comes again.
 
-    The key is the whole request: model, prompt and every sampling parameter, the seed included. Errors are not stored.
+    The key is the whole request: model, prompt and every sampling parameter, the seed included. Errors are kept like
+    replies, or a run that went on after one would go another way when it is resumed; only those at the very end of a
+    journal, after which nothing went on, are asked again.
+
+    A model's draws from global generators are hidden from the caller, so that a replay draws what the run drew.
 
     Args:
         inner: the backend that answers what the journal does not hold.
@@ -68,6 +88,14 @@ class Journaled(Backend):
     def prompt_style(self) -> str:  # type: ignore[override]
         """Prompt style of the inner backend."""
         return self.inner.prompt_style
+
+    @property
+    def supports_logprobs(self) -> bool:
+        """As the inner backend."""
+        return self.inner.supports_logprobs
+
+    def context_error(self, prompt: Prompt, max_tokens: int) -> ContextLengthError | None:
+        return self.inner.context_error(prompt, max_tokens)
 
     def _generate(self, prompts: list[Prompt], samplings: list[Sampling]) -> list[Result]:
         keys = [request_key("generate", self.name, p, asdict(s)) for p, s in zip(prompts, samplings, strict=True)]
@@ -100,20 +128,36 @@ class Journaled(Backend):
             if self.journal.get(key) is None:
                 missing.setdefault(key, index)
         self.usage.cache_hits += len(keys) - len(missing)
-        errors: dict[str, BackendError] = {}
         if missing:
             before = replace(self.inner.usage)
-            replies: dict[str, Any] = {}
-            for key, result in zip(missing, send(list(missing.values())), strict=True):
-                if isinstance(result, BackendError):
-                    errors[key] = result
-                else:
-                    replies[key] = pack(result)
-            self.journal.put(replies)
+            with preserved_rng():
+                results = send(list(missing.values()))
+            self.journal.put(
+                {
+                    key: _pack_error(result) if isinstance(result, BackendError) else pack(result)
+                    for key, result in zip(missing, results, strict=True)
+                }
+            )
             spent = self.inner.usage - before
             self.usage.prompt_tokens += spent.prompt_tokens
             self.usage.cost += spent.cost
-        return [errors[key] if key in errors else unpack(self.journal.get(key)) for key in keys]
+        replies = [self.journal.get(key) for key in keys]
+        return [_unpack_error(reply) if _is_error(reply) else unpack(reply) for reply in replies]
+
+
+_ERRORS = {error.__name__: error for error in (BackendError, ContextLengthError, UnsupportedRequestError)}
+
+
+def _is_error(reply: Any) -> bool:
+    return isinstance(reply, dict) and "error" in reply
+
+
+def _pack_error(error: BackendError) -> dict[str, str]:
+    return {"error": type(error).__name__, "message": str(error)}
+
+
+def _unpack_error(reply: Any) -> BackendError:
+    return _ERRORS.get(reply["error"], BackendError)(reply["message"])
 
 
 def request_key(*parts: Any) -> str:

@@ -81,7 +81,7 @@ def _build(kind: str, name: str, kwargs: dict[str, Any], defaults: dict[str, Any
         raise UnknownPartError(f"unknown {kind} {name!r}: use one of {part_ids(kind)} or 'module:factory'")
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UnknownPartError(f"cannot load {kind} {name!r}: {error}") from error
     if isinstance(factory, base):  # "module:object"
         return factory

@@ -25,12 +25,16 @@ def load_causal_lm(path: str, dtype: str, device: str) -> CausalLM:
     return CausalLM.from_pretrained(path, dtype, device)
 
 
+UNKNOWN_CONTEXT = 1_000_000_000
+"""For models without a number of positions (ALiBi, state-space models): nothing is too long for them."""
+
+
 @lru_cache(maxsize=8)
 def context_length(path: str) -> int:
     """Positions that the model at a path or hub id reads, from its configuration alone."""
     from .causal_lm import load_config
 
-    return int(load_config(path).get_text_config().max_position_embeddings)
+    return int(getattr(load_config(path).get_text_config(), "max_position_embeddings", None) or UNKNOWN_CONTEXT)
 
 
 @dataclass(eq=False)

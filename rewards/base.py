@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from ..llm_backends.base import request_seed
+from ..llm_backends.errors import InputError
 from ..llm_backends.parts import Part
 
 Timing = Literal["terminal", "causal", "whole"]
@@ -19,7 +20,7 @@ Timing = Literal["terminal", "causal", "whole"]
 split over tokens needs the whole response: an env pays its sum at the last token and hands the split out as credit."""
 
 
-class NonFiniteRewardError(ValueError):
+class NonFiniteRewardError(InputError):
     """A reward returned NaN or infinity for a sample it called valid."""
 
 
@@ -83,6 +84,8 @@ class Reward(Part, ABC):
     timing: ClassVar[Timing] = "terminal"
     name: str = "reward"
     """The name of its term in logs."""
+    calls_per_sample: int = 0
+    """LLM requests per sample at most, retries aside; what a budget has to reserve."""
 
     @abstractmethod
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
@@ -115,7 +118,7 @@ class FunctionReward(Reward):
             for value in self.function(samples)
         ]
         if len(scores) != len(samples):
-            raise ValueError(f"reward {self.name!r} returned {len(scores)} scores for {len(samples)} samples")
+            raise InputError(f"reward {self.name!r} returned {len(scores)} scores for {len(samples)} samples")
         return scores
 
 

@@ -35,6 +35,8 @@ class WeightedSum(Reward):
         backend: Any = "embedded",
         embedder: Any = "minilm",
     ) -> None:
+        if not isinstance(terms, Mapping):
+            raise ValueError(f"terms must map names to rewards, got {terms!r}")
         unknown = set(weights or {}) - set(terms)
         if not terms or unknown:
             raise ValueError(f"weights without a term: {sorted(unknown)}" if unknown else "a sum needs terms")
@@ -42,6 +44,7 @@ class WeightedSum(Reward):
             name: resolve("reward", term, backend=backend, embedder=embedder) for name, term in terms.items()
         }
         self.weights = {name: float((weights or {}).get(name, 1.0)) for name in terms}
+        self.calls_per_sample = sum(term.calls_per_sample for term in self.terms.values())
         timings: set[Timing] = {self.terms[name].timing for name in terms if self.weights[name]}
         self.timing = next((t for t in ("whole", "causal") if t in timings), "terminal")  # type: ignore[misc]
 

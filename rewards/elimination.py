@@ -16,7 +16,7 @@ from ..llm_backends import resolve
 from ..llm_backends.prompting import load_prompts
 from .base import Reward, Sample, Score
 from .judge import equality_prompt
-from .verdict import Question, VerdictMode, VerdictPrompt, judge_verdicts
+from .verdict import Question, VerdictMode, VerdictPrompt, check_mode, judge_verdicts
 
 REFUSAL_WORDS = 80
 
@@ -132,8 +132,10 @@ class JudgedElimination(Reward):
         self, backend: Any = "embedded", rules: Sequence[str] = tuple(STRING_RULES), mode: VerdictMode = "auto"
     ) -> None:
         check_rules(rules)
+        check_mode(mode)
         self.backend, self.mode = resolve("backend", backend), mode
         self.prompts = {rule: elimination_prompt(rule) for rule in rules}
+        self.calls_per_sample = len(self.prompts)
 
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
         questions = [

@@ -8,7 +8,7 @@ from typing import Any
 from ..llm_backends import resolve
 from ..llm_backends.prompting import load_prompts
 from .base import Reward, Sample, Score
-from .verdict import Question, VerdictMode, VerdictPrompt, judge_verdicts
+from .verdict import Question, VerdictMode, VerdictPrompt, check_mode, judge_verdicts
 
 RETRY_TEMPERATURE = 0.7
 """A retry must be able to come out differently, so it is sampled."""
@@ -36,6 +36,7 @@ class EqualityJudge(Reward):
     """
 
     name = "judge"
+    calls_per_sample = 1
 
     def __init__(
         self,
@@ -44,6 +45,7 @@ class EqualityJudge(Reward):
         graded: bool = False,
         bias: float | None = None,
     ) -> None:
+        check_mode(mode)
         self.backend = resolve("backend", backend)
         self.mode, self.graded = mode, graded
         prompt = equality_prompt()

@@ -79,6 +79,12 @@ class Question:
     seed: int = 0
 
 
+def check_mode(mode: str) -> None:
+    """Refuses an unknown mode with a ValueError."""
+    if mode not in ("auto", "verdict", "likelihood"):
+        raise ValueError(f"unknown judge mode {mode!r}: use 'auto', 'verdict' or 'likelihood'")
+
+
 def judge_verdicts(
     backend: Backend, questions: Sequence[Question], mode: VerdictMode = "auto", temperature: float = 0.0
 ) -> list[Verdict]:
@@ -94,8 +100,7 @@ def judge_verdicts(
         UnsupportedRequestError: in likelihood mode, if the backend reports no log-probs.
         ValueError: for an unknown mode.
     """
-    if mode not in ("auto", "verdict", "likelihood"):
-        raise ValueError(f"unknown judge mode {mode!r}: use 'auto', 'verdict' or 'likelihood'")
+    check_mode(mode)
     if not questions:
         return []
     style = backend.prompt_style
@@ -109,12 +114,8 @@ def judge_verdicts(
         )
         for q in questions
     ]
-    if mode == "likelihood" or (mode == "auto" and style == "completion"):
-        try:
-            return _by_likelihood(backend, prompts, questions)
-        except UnsupportedRequestError:
-            if mode == "likelihood":
-                raise
+    if mode == "likelihood" or (mode == "auto" and style == "completion" and backend.supports_logprobs):
+        return _by_likelihood(backend, prompts, questions)
     samplings = [Sampling(max_tokens=8, temperature=temperature, stop=("\n",), seed=q.seed) for q in questions]
     verdicts = []
     for question, result in zip(questions, backend.generate(prompts, samplings), strict=True):

@@ -491,13 +491,13 @@ def test_callbacks_log_shares_and_counts(tmp_path):
 
 
 def test_a_deadline_stops_training():
-    stop = StopAtDeadline(deadline=0.0)
+    stop = StopAtDeadline(1e-9)
     agent = make_agent("PPO", make())
     agent.learn(10_000, callback=stop)
     assert stop.out_of_time and agent.num_timesteps == 4
-    never = StopAtDeadline(None)
-    make_agent("random", make()).learn(24, callback=never)
-    assert not never.out_of_time
+    for never in (StopAtDeadline(0), StopAtDeadline(1e-9, counts=lambda: False)):
+        make_agent("random", make()).learn(24, callback=never)
+        assert not never.out_of_time
 
 
 def test_making_agents_warns_of_nothing():

@@ -1,5 +1,6 @@
 """The evolve commands in this process, on the scripted backend."""
 
+import itertools
 import json
 
 import pytest
@@ -63,7 +64,9 @@ def test_train_then_generate(tmp_path, seeds, algorithm, extra):
     assert made["counts"]["accepted"] + made["counts"]["rejected"] == len(SEEDS) * 6
     for row in rows:
         assert row["instruction"] not in SEEDS and row["output"] and row["instruction"] == row["lineage"][-1]["text"]
-        assert row["lineage"][0]["operation"] == "seed" and len(row["lineage"]) == row["step"] + 1
+        assert row["lineage"][0]["operation"] == "seed" and len(row["lineage"]) <= row["step"] + 1
+        texts = [edit["text"] for edit in row["lineage"]]  # the script appends: ancestors and nothing else
+        assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
         assert row["calls"]["answer"] == 1 and "scripted" in row["rewriter"]
     assert sum(made["counts"]["calls"].values()) == sum(
         sum(row["calls"].values()) for row in rows + read_records(next(run.glob("generate/*/rejected.jsonl")))
@@ -96,7 +99,70 @@ def test_a_replayed_run_sends_no_request_again(tmp_path, seeds):
     results = train(tmp_path, seeds)
     assert (run / "episodes.jsonl").read_text() == rows
     assert len(Journal(run / "journal.jsonl")) == requests
-    assert results["counts"]["replayed_replies"] == results["counts"]["rewrite_calls"]
+    assert results["counts"]["replayed_replies"] == requests
+
+
+def test_a_changed_seed_file_is_another_run(tmp_path, seeds):
+    train(tmp_path, seeds)
+    with open(seeds, "a") as file:
+        file.write("\nExplain lightning.")
+    with pytest.raises(InputError, match="seed_instructions"):
+        train(tmp_path, seeds)
+
+
+def test_an_error_that_training_survived_does_not_change_the_rows_of_a_resumed_run(tmp_path, seeds):
+    flaky = json.dumps({"id": f"{__name__}:flaky"})
+    train(tmp_path, seeds, backend=flaky, judge_backend="scripted")
+    run = tmp_path / "run"
+    rows = (run / "episodes.jsonl").read_text()
+    (run / "results.json").unlink()
+    FAILURES.clear()
+    train(tmp_path, seeds, backend=flaky, judge_backend="scripted")
+    assert (run / "episodes.jsonl").read_text() == rows
+
+
+FAILURES: set[str] = set()
+
+
+def flaky():
+    """Every tenth request fails the first time in a process; the retry comes under another seed."""
+    from instructgym.llm_backends import BackendError, ScriptedBackend, request_seed
+
+    script = ScriptedBackend()
+
+    def reply(prompt, sampling):
+        key = f"{prompt}{sampling.seed}"
+        if request_seed(key) % 10 == 0 and key not in FAILURES:
+            FAILURES.add(key)
+            return BackendError("connection lost")
+        return script._text(prompt, sampling)
+
+    return ScriptedBackend(reply=reply)
+
+
+def test_compare_ends_with_a_policy_that_does_nothing(tmp_path, seeds, monkeypatch):
+    from instructgym.agents import factory
+    from instructgym.agents.baselines import BaselineAgent
+
+    class Idle(BaselineAgent):
+        def act(self, steps, masks):
+            return steps * 0 + 6
+
+    monkeypatch.setitem(factory.BASELINES, "idle", Idle)
+    options = evolve_compare.EvolveCompare(
+        run_dir=str(tmp_path), seeds=seeds, backend="scripted", algorithms="idle,random", repeats=1, calls=400,
+        chunk=8, no_op=True,
+    )  # fmt: skip
+    results = evolve_compare.run(options, QUIET)
+    assert results["metrics"]["idle"]["calls_per_accepted"] is None
+    assert "| idle |" in (tmp_path / "table.md").read_text()
+
+
+def test_generation_waits_for_the_end_of_training(tmp_path, seeds):
+    train(tmp_path, seeds)
+    (tmp_path / "run" / "results.json").unlink()
+    with pytest.raises(InputError, match="has not ended"):
+        generate(tmp_path, seeds)
 
 
 def test_a_time_limit_stops_cleanly_and_the_same_command_goes_on(tmp_path, seeds):
@@ -224,6 +290,13 @@ BAD = [
     ({"algorithm": "SAC"}, "unknown algorithm 'SAC'"),
     ({"backend": "gpt-9"}, "unknown backend 'gpt-9'"),
     ({"backend": "{broken"}, "broken JSON"),
+    ({"backend": '{"kwargs": {}}', "model": "x"}, "a part as JSON needs"),
+    ({"backend": ".foo:bar"}, "cannot load backend"),
+    ({"reward": '{"id": "judge", "kwargs": {"mode": "loud"}}'}, "unknown judge mode"),
+    ({"seed": 2**32}, "--seed"),
+    ({"algorithm": "PPO", "num_envs": 1, "n_steps": 1}, "at least 2 steps"),
+    ({"minutes": float("nan")}, "--minutes"),
+    ({"run_dir": "/proc/nowhere/run"}, "cannot write"),
     ({"backend": "no_such_module:factory"}, "no_such_module"),
     ({"reward": "applause"}, "unknown reward 'applause'"),
     ({"preset": "improved"}, "unknown preset"),

@@ -1,6 +1,7 @@
 """The request journal and the JSONL files below it: nothing is paid twice, nothing torn is believed."""
 
 import asyncio
+import random
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from instructgym.llm_backends.base import Backend, BackendError, Completion, Sampling
 from instructgym.llm_backends.journal import Journal, Journaled
 from instructgym.llm_backends.records import RecordError, append_lines, read_records
+from instructgym.llm_backends.scripted import ScriptedBackend
 
 ANY_TEXT = st.text(st.characters(), max_size=8)  # lone surrogates too: servers send them in JSON escapes
 SCALAR = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), ANY_TEXT)
@@ -159,15 +161,43 @@ def test_models_share_a_journal_but_no_replies(tmp_path):
     assert len(Journal(tmp_path / "j.jsonl")) == 4
 
 
-def test_errors_are_handed_on_but_not_kept(tmp_path):
-    backend = Journaled(Counting(), Journal(tmp_path / "j.jsonl"))
+def test_an_error_that_the_run_survived_is_replayed_and_one_at_the_end_is_asked_again(tmp_path):
+    path = tmp_path / "j.jsonl"
+    backend = Journaled(Counting(), Journal(path))
     for _ in range(2):
         good, bad, again = backend.generate(["good", "bad", "bad"])
         assert good[0].text
-        assert isinstance(bad, BackendError) and isinstance(again, BackendError)
-    assert [prompt for prompt, _ in backend.inner.asked] == ["good", "bad", "bad"]
-    assert len(backend.journal) == 1
+        assert isinstance(bad, BackendError) and str(bad) == str(again)
+    assert [prompt for prompt, _ in backend.inner.asked] == ["good", "bad"]
     assert backend.usage.errors == 4
+    reopened = Journaled(Counting(), Journal(path))
+    reopened.generate(["bad"])
+    assert len(reopened.inner.asked) == 1
+    reopened.generate(["better"])
+    survived = Journaled(Counting(), Journal(path))
+    assert isinstance(survived.generate(["bad"])[0], BackendError) and not survived.inner.asked
+
+
+def test_a_line_that_is_no_entry_is_named(tmp_path):
+    path = tmp_path / "j.jsonl"
+    path.write_text('{"key": "a", "reply": []}\n{"other": 1}\n{"key": "b", "reply": []}\n')
+    with pytest.raises(RecordError, match="line 2"):
+        Journal(path)
+
+
+def test_a_models_draws_do_not_reach_the_callers_generators(tmp_path):
+    torch = pytest.importorskip("torch")
+
+    def noisy(prompt):
+        return f"{random.random()} {np.random.rand()} {torch.rand(1).item()}"
+
+    states = []
+    for _ in range(2):  # the first asks, the second replays
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(3)
+        Journaled(ScriptedBackend(reply=noisy), Journal(tmp_path / "j.jsonl")).generate(["a"])
+        states.append((random.random(), np.random.rand(), torch.rand(1).item()))
+    assert states[0] == states[1]
 
 
 @pytest.mark.parametrize("reopen", [False, True])

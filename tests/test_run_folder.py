@@ -51,10 +51,18 @@ def test_an_unwritable_folder_is_named(tmp_path):
         pass
 
 
-def test_a_broken_config_is_named(tmp_path):
-    (tmp_path / "config.json").write_text('{"comm')
-    with pytest.raises(InputError, match=r"config\.json"):
+@pytest.mark.parametrize("text", ['{"comm', "[]", "{}", '{"command": "evolve train", "options": []}'])
+def test_a_broken_config_is_refused(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError, match=r"config|holds a run"):
         RunFolder(tmp_path, CONFIG, "evolve train")
+
+
+def test_a_folder_with_strange_rows_is_refused(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"mine": 1}')
+    with pytest.raises(InputError, match="no config"):
+        RunFolder(tmp_path, CONFIG, "evolve train")
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"mine": 1}'
 
 
 def test_replayed_rows_are_written_once_and_a_torn_line_again(tmp_path):
@@ -64,4 +72,7 @@ def test_replayed_rows_are_written_once_and_a_torn_line_again(tmp_path):
     path.write_bytes(path.read_bytes()[:-4])  # killed while writing the third
     second = RowWriter(path)
     assert [second.write({"row": i}) for i in range(5)] == [False, False, True, True, True]
+    with pytest.raises(InputError, match=r"row 1 of .* is not the one"):
+        RowWriter(path).write({"row": 7})
+    assert RowWriter(path).write({"row": 0.00001}) is False  # floating-point noise
     assert [row["row"] for row in read_records(path)] == [0, 1, 2, 3, 4]

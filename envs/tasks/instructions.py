@@ -91,16 +91,17 @@ def _json_rows(path: Path, text: str) -> list[tuple[str, Any]]:
     if text.lstrip().startswith("["):
         try:
             rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise SeedFileError(f"seed file {path} line {error.lineno} is broken JSON: {error.msg}") from error
+        except (ValueError, RecursionError) as error:
+            where = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+            raise SeedFileError(f"seed file {path}{where} is broken JSON: {error}") from error
         return [(f"item {number}", row) for number, row in enumerate(rows, start=1)]
     numbered = []
     for number, line in enumerate(text.split("\n"), start=1):  # a JSON string may hold other line ends, e.g. U+2028
         if line.strip():
             try:
                 numbered.append((f"line {number}", json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise SeedFileError(f"seed file {path} line {number} is broken JSON: {error.msg}") from error
+            except (ValueError, RecursionError) as error:
+                raise SeedFileError(f"seed file {path} line {number} is broken JSON: {error}") from error
     return numbered
 
 
@@ -110,11 +111,12 @@ def _instruction(path: Path, where: str, row: Any) -> Instruction:
         raise SeedFileError(f"seed file {path} {where} needs a text field 'instruction'; {has}")
     if not row["instruction"].strip():
         raise SeedFileError(f"seed file {path} {where} has an empty instruction")
+    instances = row.get("instances")  # Self-Instruct keeps inputs there
+    first = instances[0] if isinstance(instances, list) and instances and isinstance(instances[0], dict) else row
+    fields = (row["instruction"].strip(), str(first.get("input") or ""), str(row.get("id") or ""))
     try:
-        row["instruction"].encode()
+        "".join(fields).encode()
     except UnicodeEncodeError as error:  # JSON can say it, UTF-8 and tokenizers cannot
         half = ascii(error.object[error.start])
         raise SeedFileError(f"seed file {path} {where} holds half a character (surrogate {half})") from error
-    instances = row.get("instances")  # Self-Instruct keeps inputs there
-    first = instances[0] if isinstance(instances, list) and instances and isinstance(instances[0], dict) else row
-    return Instruction(row["instruction"].strip(), str(first.get("input") or ""), str(row.get("id") or ""))
+    return Instruction(*fields)

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ...llm_backends import resolve
 from ...llm_backends.errors import InputError
-from ..evolve import ENV_ID, input_errors, load_seeds, parse_part, parse_reward
+from ..evolve import ENV_ID, check_output, input_errors, load_seeds, parse_part, parse_reward
 from ..run_folder import write_json
 
 
@@ -46,6 +46,8 @@ def run(options: BenchEditEnv, console: Console | None = None) -> dict[str, Any]
     console = console or Console()
     if options.num_envs < 1 or options.rounds < 1:
         raise InputError("--num-envs and --rounds must be at least 1")
+    if options.json:
+        check_output(Path(options.json))
     part = parse_part(options.backend, options.model)
     seeds = load_seeds(options.seeds)
 
@@ -124,8 +126,5 @@ def run(options: BenchEditEnv, console: Console | None = None) -> dict[str, Any]
     table.add_row("equal texts", figures["settings"]["equal_texts"], "", "")
     console.print(table)
     if options.json:
-        try:
-            write_json(Path(options.json), figures)
-        except OSError as error:
-            raise InputError(f"cannot write {options.json}: {error.strerror or error}") from error
+        write_json(Path(options.json), figures)
     return figures
