@@ -1,7 +1,6 @@
 """Seed files in every format and with every defect, fixed splits, and the order in which examples are drawn."""
 
 import json
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -110,16 +109,6 @@ def test_the_packages_own_seeds():
     assert len({i.text for i in instructions}) == len({i.id for i in instructions}) == len(instructions)
     for split in ("train", "validation", "test"):
         assert load_instructions(split=split)
-
-
-def test_self_instructs_seed_tasks_are_read_as_they_are():
-    path = Path(__file__).resolve().parents[2] / "shared/data/self_instruct/seed_tasks.jsonl"
-    if not path.exists():
-        pytest.skip("other people's data are not in the repository")
-    instructions = load_instructions(path)
-    assert len(instructions) == 175
-    assert len({i.id for i in instructions}) == 175
-    assert any(i.input for i in instructions)
 
 
 # --- defects -----------------------------------------------------------------------------------------------------
