@@ -160,17 +160,19 @@ class Roles:
     responder: Backend
 
 
-def make_roles(backend: Any, judge: Any, responder: Any, journal: Journal | None) -> Roles:
-    """Backends for the three roles; each counts its own usage."""
-    live = [resolve("backend", part) for part in (backend, judge, responder)]
-    return Roles(*(live if journal is None else [Journaled(part, journal) for part in live]))
-
-
 def roles_of(options: EnvOptions, journal: Journal | None, responder: str = "") -> Roles:
-    """The roles that the options describe."""
+    """The roles that the options describe; equal parts are built once, each role counts its own usage in a journal."""
     backend = parse_part(options.backend, options.model)
     judge = parse_part(options.judge_backend) if options.judge_backend else backend
-    return make_roles(backend, judge, parse_part(responder) if responder else backend, journal)
+    live: dict[str, Backend] = {}
+
+    def role(part: Any) -> Backend:
+        key = json.dumps(part, sort_keys=True)
+        if key not in live:
+            live[key] = resolve("backend", part)
+        return live[key] if journal is None else Journaled(live[key], journal)
+
+    return Roles(role(backend), role(judge), role(parse_part(responder) if responder else backend))
 
 
 def make_env(
