@@ -15,15 +15,9 @@ from ..llm_backends import Backend, BackendError, ContextLengthError, request_se
 from ..rewards import Reward, Sample, Score, eliminated_by, score_with_retries
 from .observations import EditState
 from .operators import Edit, Operator
+from .process import InvalidRewardError, RunningMean, Transition, check_index, check_options, copy_option
 from .tasks.episodes import EpisodeSource
 from .tasks.instructions import Instruction
-
-ON_INVALID = ("retry", "raise")
-RESET_OPTIONS = frozenset({"index", "prefix", "reset_mask"})
-
-
-class InvalidRewardError(RuntimeError):
-    """The rewriter or the judge gave no usable answer, and the env was told to raise."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +56,6 @@ class Episode:
     def state(self) -> EditState:
         """What observations are made of."""
         return EditState(self.text, self.last_operation, self.step)
-
-
-@dataclass(frozen=True)
-class Transition:
-    """What one copy's step gave."""
-
-    reward: float
-    terminated: bool
-    info: dict[str, Any]
 
 
 @dataclass
@@ -126,7 +111,7 @@ class EditProcess:
     def _forget(self) -> None:
         self.reward.reset()
         self._carried = [None] * len(self._carried)
-        self._valid_sum, self._valid_count = 0.0, 0
+        self._mean = RunningMean()
 
     def restart(self, seed: int) -> None:
         """Restores everything that outlives an episode: data order, diversity pool, carried texts, running mean."""
@@ -153,9 +138,8 @@ class EditProcess:
         if self._unseeded:
             self.restart(int(self.generators[copies[0]].integers(2**31)))
         for copy in copies:
-            index, prefix = self._option(options, "index", copy), self._option(options, "prefix", copy)
-            if index is not None and not 0 <= int(index) < len(self.instructions):
-                raise ValueError(f"options['index'] must be in [0, {len(self.instructions)}), got {index}")
+            index, prefix = (copy_option(options, key, copy, len(self.episodes)) for key in ("index", "prefix"))
+            check_index(index, len(self.instructions))
             if prefix is not None and not (isinstance(prefix, str) and prefix.strip()):
                 raise ValueError(f"options['prefix'] must be a non-empty text, got {prefix!r}")
             chosen = self.source.draw() if index is None else int(index)
@@ -195,14 +179,6 @@ class EditProcess:
         if episode is None:
             raise RuntimeError("call reset() before anything else")
         return episode
-
-    def _option(self, options: Mapping[str, Any], key: str, copy: int) -> Any:
-        value = options.get(key)
-        if isinstance(value, list | tuple | np.ndarray):
-            if len(value) != len(self.episodes):
-                raise ValueError(f"options[{key!r}] needs one entry per copy ({len(self.episodes)}), got {len(value)}")
-            return value[copy]
-        return value
 
     def _plan(self, copy: int, action: Any) -> _Step:
         episode = self._episode(copy)
@@ -250,7 +226,7 @@ class EditProcess:
         for step, score in zip(steps, scores, strict=True):
             step.score = score
             if score.valid:
-                self._valid_sum, self._valid_count = self._valid_sum + score.value, self._valid_count + 1
+                self._mean.add(score.value)
             elif not retry:
                 raise InvalidRewardError(f"no verdict on copy {step.copy}: {score.feedback}")
 
@@ -273,7 +249,7 @@ class EditProcess:
         valid = not step.error and (step.score is None or step.score.valid)
         reward = 0.0
         if not valid:
-            reward = self._valid_sum / self._valid_count if self._valid_count else 0.0
+            reward = self._mean.value
         elif step.score is not None:
             reward = step.score.value
         if not step.masked:
@@ -318,10 +294,3 @@ class EditProcess:
             "index": episode.index,
             "action_mask": self.operator.mask(episode.text),
         }
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """Refuses unknown reset options with a ValueError."""
-    unknown = set(options) - RESET_OPTIONS
-    if unknown:
-        raise ValueError(f"unknown reset option {sorted(unknown)[0]!r}: use {', '.join(sorted(RESET_OPTIONS))}")

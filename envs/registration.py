@@ -9,6 +9,10 @@ IDS = {
         "instructgym.envs.evolve_instruction:evolve_instruction",
         "instructgym.envs.evolve_instruction:evolve_instruction_vector",
     ),
+    "instructgym/GenerateLabel-v0": (
+        "instructgym.envs.generate_label:generate_label",
+        "instructgym.envs.generate_label:generate_label_vector",
+    ),
 }
 """Id to entry points of the single and of the vector env. Strings, so that nothing heavy is imported."""
 

@@ -16,6 +16,7 @@ from .embeddings import Embedder, FunctionEmbedder
 from .journal import Journal, Journaled
 from .parts import UnknownPartError, part_ids, register_kind, register_part, resolve
 from .scripted import FunctionBackend, ScriptedBackend
+from .tokenization import Tokenizer, not_a_function
 
 __all__ = [
     "Backend",
@@ -29,6 +30,7 @@ __all__ = [
     "Prompt",
     "Sampling",
     "ScriptedBackend",
+    "Tokenizer",
     "UnknownPartError",
     "UnsupportedRequestError",
     "Usage",
@@ -47,3 +49,9 @@ register_kind("embedder", Embedder, FunctionEmbedder)
 register_part("embedder", "minilm", "instructgym.llm_backends.embeddings:SentenceTransformerEmbedder")
 register_part("embedder", "sentence-transformers", "instructgym.llm_backends.embeddings:SentenceTransformerEmbedder")
 register_part("embedder", "hashing", "instructgym.llm_backends.embeddings:HashingEmbedder")
+
+register_kind("tokenizer", Tokenizer, not_a_function)
+register_part("tokenizer", "embedded", "instructgym.llm_backends.tokenization:EmbeddedTokenizer")
+register_part("tokenizer", "transformers", "instructgym.llm_backends.tokenization:Tokenizer")
+register_part("tokenizer", "words", "instructgym.llm_backends.tokenization:WordTokenizer")
+register_part("tokenizer", "bytes", "instructgym.llm_backends.tokenization:ByteTokenizer")

@@ -19,6 +19,7 @@ from .base import ContextLengthError, Message, Prompt
 from .errors import InputError
 from .kv_cache import BatchCache, PrefixCache
 from .rng import preserved_rng
+from .tokenization import decode_ids
 
 PREFILL_TOKENS = 16_384
 """Tokens, padding included, in one forward pass at most."""
@@ -47,11 +48,24 @@ def load_config(path: str | Path) -> Any:
         raise _load_error(path, error) from error
 
 
-def _load_error(path: str | Path, error: Exception) -> ModelLoadError:
+def _load_error(path: str | Path, error: Exception, what: str = "causal language model") -> ModelLoadError:
     if isinstance(error, ModelLoadError):
         return error
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return ModelLoadError(f"cannot load a causal language model from {str(path)!r}: {reason}")
+    return ModelLoadError(f"cannot load a {what} from {str(path)!r}: {reason}")
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The Hugging Face tokenizer at a local path or hub id.
+
+    Raises:
+        ModelLoadError: naming the path and the reason.
+    """
+    try:
+        with quiet_loading():
+            return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise _load_error(path, error, "tokenizer") from error
 
 
 @contextmanager
@@ -68,6 +82,13 @@ def quiet_loading() -> Iterator[None]:
     finally:
         if bars:
             logging.enable_progress_bar()
+
+
+def _logit_scale(config: Any) -> float:
+    """What a model multiplies its logits by."""
+    if getattr(config, "final_logit_softcapping", None):
+        return float("nan")  # no constant: see LanguageModelPolicy, which refuses such models
+    return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
 
 
 @dataclass
@@ -97,11 +118,14 @@ class CausalLM:
         config = model.config.get_text_config()
         layer_types = getattr(config, "layer_types", None) or []
         # Sliding or linear attention keeps other state than (key, value) per position: leave those to transformers.
-        self._plain_attention = set(layer_types) <= {"full_attention"} and not (
+        self.plain_attention = set(layer_types) <= {"full_attention"} and not (
             not layer_types and getattr(config, "sliding_window", None)
         )
-        self.prefix_cache = PrefixCache(prefix_cache_tokens if self._plain_attention else 0)
-        self._config = config
+        self.logit_scale = _logit_scale(config)
+        # A slice of the last positions is not contiguous; torch would then copy the output layer once per row.
+        model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+        self.prefix_cache = PrefixCache(prefix_cache_tokens if self.plain_attention else 0)
+        self.text_config = config
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: str = "float32", device: str = "auto", **kwargs: Any) -> CausalLM:
@@ -118,7 +142,7 @@ class CausalLM:
         try:
             with quiet_loading():
                 load_config(path)  # a cheap refusal before the weights are read
-                tokenizer = AutoTokenizer.from_pretrained(path)
+                tokenizer = load_tokenizer(path)
                 model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype)
         except (OSError, ValueError, KeyError) as error:
             raise _load_error(path, error) from error
@@ -130,9 +154,19 @@ class CausalLM:
         return self.model.device
 
     @property
+    def trunk(self) -> Any:
+        """The model without its output layer."""
+        return self.model.base_model
+
+    @property
+    def head(self) -> Any:
+        """The output layer, a linear one."""
+        return self.model.get_output_embeddings()
+
+    @property
     def context_length(self) -> int:
         """Positions the model was built for."""
-        return int(getattr(self._config, "max_position_embeddings", None) or self.tokenizer.model_max_length)
+        return int(getattr(self.text_config, "max_position_embeddings", None) or self.tokenizer.model_max_length)
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -172,7 +206,7 @@ class CausalLM:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return decode_ids(self.tokenizer, ids)
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]], room: int) -> Prefilled:
@@ -192,7 +226,7 @@ class CausalLM:
 
     def _read(self, prompts: Sequence[Sequence[int]], room: int) -> Prefilled:
         batch = len(prompts)
-        prefixes = [self.prefix_cache.lookup(p) if self._plain_attention else None for p in prompts]
+        prefixes = [self.prefix_cache.lookup(p) if self.plain_attention else None for p in prompts]
         known = [0 if prefix is None else prefix.shape[-2] for prefix in prefixes]
         past, fresh = max(known), max(len(p) - k for p, k in zip(prompts, known, strict=True))
 
@@ -293,9 +327,9 @@ class CausalLM:
         return [row.cpu().numpy().astype(np.float32) for row in scores]
 
     def _empty_cache(self, batch: int, capacity: int) -> Cache:
-        if not self._plain_attention:
-            return DynamicCache(config=self._config)
-        return BatchCache.allocate(self._config, batch, capacity, self.model.dtype, self.device)
+        if not self.plain_attention:
+            return DynamicCache(config=self.text_config)
+        return BatchCache.allocate(self.text_config, batch, capacity, self.model.dtype, self.device)
 
     def _store_prefixes(self, prompts: Sequence[Sequence[int]], known: list[int], past: int, cache: Cache) -> None:
         if not isinstance(cache, BatchCache) or not self.prefix_cache.capacity:

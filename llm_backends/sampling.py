@@ -9,6 +9,8 @@ import torch
 
 from .base import Completion, Sampling, request_seed
 from .causal_lm import CausalLM, select_rows, token_budget_chunks
+from .choices import Choices
+from .tokenization import stopped_text
 
 NUCLEUS_CANDIDATES = 256
 """Most likely tokens looked at first for top-p; the whole vocabulary is sorted only where they do not suffice."""
@@ -33,6 +35,8 @@ class _Row:
     uniforms: torch.Tensor
     """float64, shape (max new tokens, DRAWS): made up front from the request's own generator."""
     eos: frozenset[int]
+    choices: Choices | None = None
+    """Constrained decoding; the row ends with a whole choice."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     text: str | None = None
@@ -41,24 +45,26 @@ class _Row:
         """Whether the row ends with its newest token; sets ``text`` where a stop string was met."""
         if self.token_ids[-1] in self.eos:
             return True
-        if self.sampling.stop:
-            # A token is at least one byte, so the last few tokens hold any stop string that ends now.
-            tail = lm.decode(self.token_ids[-max(len(stop.encode()) for stop in self.sampling.stop) - 4 :])
-            if any(stop in tail for stop in self.sampling.stop):
-                text = lm.decode(self.token_ids)
-                cuts = [at for stop in self.sampling.stop if (at := text.find(stop)) >= 0]
-                if cuts:
-                    self.text = text[: min(cuts)]
-                    return True
+        if self.choices is not None and self.choices.complete(self.token_ids):
+            return True
+        self.text = stopped_text(lm.tokenizer, self.token_ids, self.sampling.stop)
+        if self.text is not None:
+            return True
         return len(self.token_ids) == len(self.uniforms)
 
     def completion(self, lm: CausalLM) -> Completion:
         stopped = self.text is not None or self.token_ids[-1] in self.eos
+        stopped = stopped or (self.choices is not None and self.choices.complete(self.token_ids))
         text = lm.decode(self.token_ids) if self.text is None else self.text
         return Completion(text, self.token_ids, self.logprobs, "stop" if stopped else "length")
 
 
-def generate(lm: CausalLM, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling]) -> list[list[Completion]]:
+def generate(
+    lm: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    samplings: Sequence[Sampling],
+    choices: Sequence[Choices | None] | None = None,
+) -> list[list[Completion]]:
     """Completes every prompt by its own sampling parameters.
 
     A prompt with ``n > 1`` is read once. Every completion draws from a generator of its own, seeded by the request, so
@@ -68,6 +74,8 @@ def generate(lm: CausalLM, prompts: Sequence[Sequence[int]], samplings: Sequence
         lm: the model.
         prompts: n lists of token ids, each shorter than the model's context.
         samplings: n sets of sampling parameters.
+        choices: for each prompt the responses that are allowed, or None; log-probs are then those among the allowed
+            tokens. None for free generation of all.
 
     Returns:
         n lists of ``sampling.n`` completions.
@@ -78,16 +86,20 @@ def generate(lm: CausalLM, prompts: Sequence[Sequence[int]], samplings: Sequence
     for chunk in token_budget_chunks(sizes, CACHE_TOKENS):
         members = [order[k] for k in chunk]
         with lm.lock:
-            for row in _decode(lm, [prompts[i] for i in members], [samplings[i] for i in members]):
+            allowed = [choices[i] for i in members] if choices is not None else [None] * len(members)
+            for row in _decode(lm, [prompts[i] for i in members], [samplings[i] for i in members], allowed):
                 completions[members[row.request]].append(row.completion(lm))
     return completions
 
 
 @torch.inference_mode()
-def _decode(lm: CausalLM, prompts: list[Sequence[int]], samplings: list[Sampling]) -> list[_Row]:
+def _decode(
+    lm: CausalLM, prompts: list[Sequence[int]], samplings: list[Sampling], choices: list[Choices | None]
+) -> list[_Row]:
     unique = {prompt: index for index, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    eos = lm.eos_token_ids
     rows = [
-        _Row(i, unique[tuple(prompts[i])], sampling, _uniforms(lm, prompts[i], sampling, k), lm.eos_token_ids)
+        _Row(i, unique[tuple(prompts[i])], sampling, _uniforms(lm, prompts[i], sampling, k), eos, choices[i])
         for i, sampling in enumerate(samplings)
         for k in range(sampling.n)
     ]
@@ -104,6 +116,8 @@ def _decode(lm: CausalLM, prompts: list[Sequence[int]], samplings: list[Sampling
     done = [False] * len(rows)
     step = 0
     while True:
+        if any(rows[i].choices is not None for i in live):
+            logits = _masked(logits, [rows[i] for i in live])
         ids, logprobs = sample_tokens(
             logits,
             [rows[i].sampling for i in live],
@@ -124,6 +138,18 @@ def _decode(lm: CausalLM, prompts: list[Sequence[int]], samplings: list[Sampling
         mask = torch.cat([mask, mask.new_ones((len(live), 1))], dim=1)
         logits = lm.forward(ids.unsqueeze(1), mask, cache)
         step += 1
+
+
+def _masked(logits: torch.Tensor, rows: list[_Row]) -> torch.Tensor:
+    """The logits with minus infinity for tokens that are not allowed; finished rows are left alone."""
+    logits = logits.clone()  # the prompts' logits may be shared
+    for k, row in enumerate(rows):
+        allowed = row.choices.allowed(row.token_ids) if row.choices is not None else None
+        if allowed is not None and len(allowed):
+            kept = logits[k, torch.as_tensor(allowed, device=logits.device)]
+            logits[k] = float("-inf")
+            logits[k, torch.as_tensor(allowed, device=logits.device)] = kept
+    return logits
 
 
 def _uniforms(lm: CausalLM, prompt: Sequence[int], sampling: Sampling, index: int) -> torch.Tensor:

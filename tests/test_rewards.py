@@ -130,17 +130,54 @@ def test_token_splits_are_weighted_and_added():
     assert score.value == 9
 
 
-def test_the_latest_timing_of_a_paid_term_is_that_of_the_sum():
-    class Whole(FunctionReward):
-        timing = "whole"
+class Timed(FunctionReward):
+    """A reward of a given timing that gives every sample the same score."""
 
-    class Causal(FunctionReward):
-        timing = "causal"
+    def __init__(self, timing, score):
+        super().__init__(lambda samples: [score for _ in samples])
+        self.timing = timing
 
-    terms = {"whole": Whole(len), "causal": Causal(len), "terminal": constant(1)}
-    assert WeightedSum(terms).timing == "whole"
-    assert WeightedSum(terms, {"whole": 0}).timing == "causal"
-    assert WeightedSum(terms, {"whole": 0, "causal": 0}).timing == "terminal"
+
+def split_of(*values):
+    return Score(float(sum(values)), per_token=np.array(values, np.float32))
+
+
+def test_terms_of_one_timing_keep_it_and_a_mixture_is_known_at_the_end():
+    terms = {
+        "whole": Timed("whole", split_of(1)),
+        "causal": Timed("causal", split_of(1)),
+        "other": Timed("causal", split_of(1)),
+        "end": constant(1),
+    }
+    for paid, timing in [
+        ({"end"}, "terminal"),
+        ({"causal"}, "causal"),
+        ({"causal", "other"}, "causal"),
+        ({"causal", "end"}, "whole"),
+        ({"whole", "end"}, "whole"),
+        ({"whole", "causal"}, "whole"),
+        ({"whole"}, "whole"),
+        (set(), "terminal"),
+    ]:
+        assert WeightedSum(terms, {name: float(name in paid) for name in terms}).timing == timing
+
+
+def test_in_a_mixture_a_terminal_term_is_earned_by_the_last_token():
+    terms = {"each": Timed("causal", split_of(1, 2, 3)), "end": constant(5), "metric": constant(7)}
+    [score] = WeightedSum(terms, {"each": 2, "end": 0.5, "metric": 0}).reward([Sample("x")])
+    assert score.per_token.tolist() == [2, 4, 8.5] and score.value == 14.5
+    [score] = WeightedSum({"a": terms["each"], "b": Timed("whole", split_of(0, 1, 0))}).reward([Sample("x")])
+    assert score.per_token.tolist() == [1, 3, 3]
+    assert terms["each"].reward([Sample("x")])[0].per_token.tolist() == [1, 2, 3]
+
+
+def test_a_mixture_has_no_split_where_a_term_owes_one():
+    owing = WeightedSum({"each": Timed("causal", Score(3.0)), "whole": Timed("whole", split_of(1, 2))})
+    assert owing.reward([Sample("x")])[0].per_token is None
+    assert WeightedSum({"a": constant(1), "b": constant(2)}).reward([Sample("x")])[0].per_token is None
+    broken = WeightedSum({"each": Timed("causal", split_of(1, 2)), "end": constant(Score.invalid("no"))})
+    [score] = broken.reward([Sample("x")])
+    assert not score.valid and score.per_token is None
 
 
 def test_bad_sums():

@@ -1,0 +1,388 @@
+"""The language-model policy: one trunk; policy, reference and value function are adapters and heads on it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
+
+from ..llm_backends import Completion, Sampling
+from ..llm_backends.attention import use_training_attention
+from ..llm_backends.causal_lm import CausalLM, computes_in_bfloat16, quiet_loading
+from ..llm_backends.choices import Choices
+from ..llm_backends.errors import InputError
+from ..llm_backends.sampling import generate
+from ..llm_backends.teacher_forcing import response_hidden
+from ..llm_backends.token_logprobs import allowed_logprobs, token_logprobs
+
+POLICY, VALUE = "policy", "value"
+SETTINGS, HEAD = "policy.json", "value_head.safetensors"
+
+ValueFunction = Literal["shared", "own_adapter", "none"]
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Which weights are trained, and how."""
+
+    rank: int = 16
+    """Rank of the adapters; 0 trains all weights of the model instead."""
+    alpha: float = 32.0
+    """Numerator of the adapters' scale."""
+    dropout: float = 0.0
+    """Dropout on the adapters' input; above 0 the ratio before the first optimiser step is not 1."""
+    targets: str = "all-linear"
+    """Names of the layers that get an adapter, comma-separated; all-linear for every linear layer but the output."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead of alpha / rank."""
+
+    def config(self) -> LoraConfig:
+        """The same for peft. Biases stay frozen: trained ones would stay active in the reference (peft's own note)."""
+        targets = self.targets if self.targets == "all-linear" else self.targets.split(",")
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]
+            lora_dropout=self.dropout,
+            target_modules=targets,
+            use_rslora=self.rslora,
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
+
+
+@dataclass
+class TokenScores:
+    """What the policy says of given responses; tokens of all responses in one flat array."""
+
+    logprobs: torch.Tensor
+    """float32, shape (tokens,), in nats, at the policy's temperature and under its constraints."""
+    entropies: torch.Tensor
+    """float32, shape (tokens,), in nats."""
+    values: torch.Tensor | None
+    """float32, shape (tokens,): V of the state in which the token was chosen."""
+
+
+class LanguageModelPolicy:
+    """A causal language model that acts, token by token.
+
+    Args:
+        model: ``"embedded"``, a local path or hub id, or a live :class:`CausalLM` (which is then changed in place).
+        lora: what is trained.
+        value: ``shared``: a linear head on the policy's hidden states; ``own_adapter``: on those of an adapter of its
+            own; ``none``.
+        reference: ``base``: the model without adapters; ``none``. :meth:`freeze_reference` makes another one.
+        temperature: of the policy's distribution; log-probs and ratios are those at this temperature.
+        dtype: ``float32``; ``bfloat16``: frozen weights in bfloat16 and autocast, trained weights in float32; ``auto``:
+            bfloat16 on hardware that computes in it.
+        device: ``auto`` takes a GPU where there is one.
+        seed: of the adapters' initial weights.
+
+    Raises:
+        InputError: if the model cannot be loaded, has no tokenizer, or computes its logits in an unknown way.
+    """
+
+    def __init__(
+        self,
+        model: str | CausalLM = "embedded",
+        lora: LoraSettings = LoraSettings(),
+        value: ValueFunction = "shared",
+        reference: Literal["base", "none"] = "base",
+        temperature: float = 1.0,
+        dtype: str = "auto",
+        device: str = "auto",
+        seed: int = 0,
+    ) -> None:
+        if value not in ("shared", "own_adapter", "none") or reference not in ("base", "none"):
+            raise InputError(
+                f"value must be shared, own_adapter or none and reference base or none, got {value!r}, {reference!r}"
+            )
+        if value == "own_adapter" and not lora.rank:
+            raise InputError("value='own_adapter' needs adapters: set a LoRA rank")
+        if temperature <= 0:
+            raise InputError(f"temperature must be above 0, got {temperature}")
+        if dtype == "auto":
+            dtype = "bfloat16" if computes_in_bfloat16(device) else "float32"
+        self.lora, self.value, self.reference, self.temperature, self.dtype = lora, value, reference, temperature, dtype
+        # A copy of its own, not the one that backends share: adapters are put into it.
+        self.lm = (
+            model
+            if isinstance(model, CausalLM)
+            else CausalLM.from_pretrained(_path(model), dtype if lora.rank else "float32", device)
+        )
+        self.model_name = self.lm.name if isinstance(model, CausalLM) else model
+        self._check_logits()
+        use_training_attention(self.lm.model)
+        self.lm.model.requires_grad_(False)
+        self._peft: PeftModel | None = None
+        self._reference_lm: CausalLM | None = None
+        with quiet_loading():
+            torch.manual_seed(seed)
+            if lora.rank:
+                self._peft = get_peft_model(self.lm.model, lora.config(), adapter_name=POLICY)
+                if value == "own_adapter":
+                    self._peft.add_adapter(VALUE, lora.config())
+            else:
+                if reference == "base":
+                    self._reference_lm = _frozen_copy(self.lm)
+                self.lm.model.requires_grad_(True)
+            self.value_head = torch.nn.Linear(self.lm.head.weight.shape[1], 1, device=self.lm.device)
+            torch.nn.init.zeros_(self.value_head.weight)
+            torch.nn.init.zeros_(self.value_head.bias)
+        self._activate(None)
+
+    def _check_logits(self) -> None:
+        """Refuses a model whose logits are not a scaled linear map of its last hidden states."""
+        ids = torch.tensor([[1, 2, 3]], device=self.lm.device)
+        with torch.no_grad():
+            logits = self.lm.model(input_ids=ids, use_cache=False).logits.float()
+            hidden = self.lm.trunk(input_ids=ids, use_cache=False).last_hidden_state
+            mine = self.lm.head(hidden).float() * self.lm.logit_scale
+        if not torch.allclose(logits, mine, atol=1e-3, rtol=1e-3):
+            raise InputError(f"{self.lm.name} changes its logits after the output layer (soft capping?): not supported")
+
+    # --- what is trained ---------------------------------------------------------------------------------------------
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The trained weights by name, those of the value head included."""
+        if self._peft is None:
+            named = {name: p for name, p in self.lm.model.named_parameters()}
+        else:
+            marks = (f".{POLICY}.", f".{VALUE}.") if self.value == "own_adapter" else (f".{POLICY}.",)
+            named = {n: p for n, p in self.lm.model.named_parameters() if any(mark in n for mark in marks)}
+        for parameter in named.values():
+            parameter.requires_grad_(True)
+        if self.value != "none":
+            named |= {f"value_head.{name}": p for name, p in self.value_head.named_parameters()}
+        return named
+
+    def changed(self) -> None:
+        """To be called when weights have changed: forgets cached prefixes."""
+        self.lm.prefix_cache.clear()
+
+    # --- acting ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def adapter(self, name: str | None) -> Iterator[CausalLM]:
+        """The trunk under an adapter, or without any (None), for this thread alone; afterwards it has none."""
+        with self.lm.lock:
+            if self._peft is None:
+                yield self._reference_lm if name is None and self._reference_lm is not None else self.lm
+                return
+            if name is None:
+                yield self.lm
+                return
+            self._activate(name)
+            try:
+                yield self.lm
+            finally:
+                self._activate(None)
+
+    def _activate(self, name: str | None) -> None:
+        """Switches the adapter layers. Peft's own switches would also set ``requires_grad`` before a backward pass."""
+        for layer in self.lm.model.modules() if self._peft is not None else ():
+            if isinstance(layer, BaseTunerLayer):
+                layer._disable_adapters = name is None
+                if name is not None:
+                    layer._active_adapter = [name]
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling | Sequence[Sampling],
+        choices: Sequence[Choices | None] | None = None,
+    ) -> list[list[Completion]]:
+        """Continues prompts of token ids.
+
+        Args:
+            prompts: n sequences of token ids.
+            sampling: one set of parameters for all, or one each. Its temperature is what it says, not the policy's.
+            choices: constraints, one (or None) per prompt.
+
+        Returns:
+            n lists of completions, as of :func:`~instructgym.llm_backends.sampling.generate`.
+        """
+        samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+        with self.adapter(POLICY) as lm:
+            self.changed()  # prefixes of another adapter, or of the bare model
+            completions = generate(lm, [[int(t) for t in p] for p in prompts], samplings, choices)
+            self.changed()
+        return completions
+
+    # --- scoring -----------------------------------------------------------------------------------------------------
+
+    def score(
+        self,
+        prompts: Sequence[np.ndarray],
+        responses: Sequence[np.ndarray],
+        allowed: Sequence[Sequence[np.ndarray] | None],
+        values: bool = True,
+        entropy_gradient: bool = False,
+    ) -> TokenScores:
+        """Log-probs, entropies and values of responses, in one pass; with a graph where gradients are on.
+
+        Args:
+            prompts: n int arrays.
+            responses: n int arrays, none empty.
+            allowed: for each response the allowed tokens at each position, or None.
+            values: False leaves the values out.
+            entropy_gradient: whether entropies are differentiable.
+        """
+        with self.adapter(POLICY) as lm, self._autocast():
+            hidden = response_hidden(lm, prompts, responses)
+            logprobs, entropies = self._head(lm, hidden, responses, allowed, entropy_gradient)
+        estimates = None
+        if values and self.value == "shared":
+            estimates = self._values(hidden)
+        elif values and self.value == "own_adapter":
+            with self.adapter(VALUE) as lm, self._autocast():
+                hidden = response_hidden(lm, prompts, responses)
+            estimates = self._values(hidden)
+        return TokenScores(logprobs, entropies, estimates)
+
+    @torch.no_grad()
+    def reference_logprobs(
+        self,
+        prompts: Sequence[np.ndarray],
+        responses: Sequence[np.ndarray],
+        allowed: Sequence[Sequence[np.ndarray] | None],
+    ) -> torch.Tensor:
+        """float32, shape (tokens,): log-probs by the reference policy."""
+        name = self.reference.partition(":")[2] or None
+        with self.adapter(name) as lm, self._autocast():
+            return self._head(lm, response_hidden(lm, prompts, responses), responses, allowed, False)[0]
+
+    def _head(
+        self,
+        lm: CausalLM,
+        hidden: torch.Tensor,
+        responses: Sequence[np.ndarray],
+        allowed: Sequence[Sequence[np.ndarray] | None],
+        entropy_gradient: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = torch.from_numpy(np.concatenate(responses).astype(np.int64)).to(hidden.device)
+        scale = lm.logit_scale / self.temperature
+        weight, bias = lm.head.weight, lm.head.bias
+        free = [tokens is None for tokens in allowed]
+        if all(free):
+            return token_logprobs(hidden, weight, bias, ids, scale, entropy_gradient)
+        if not any(free):
+            sets = [a for tokens in allowed for a in tokens]  # type: ignore[union-attr]
+            return allowed_logprobs(hidden, weight, bias, ids, sets, scale)
+        mask = torch.from_numpy(np.repeat(free, [len(r) for r in responses])).to(hidden.device)
+        sets = [a for tokens in allowed if tokens is not None for a in tokens]
+        one = token_logprobs(hidden[mask], weight, bias, ids[mask], scale, entropy_gradient)
+        two = allowed_logprobs(hidden[~mask], weight, bias, ids[~mask], sets, scale)
+        order = torch.cat([mask.nonzero().squeeze(1), (~mask).nonzero().squeeze(1)]).argsort()
+        return torch.cat([one[0], two[0]])[order], torch.cat([one[1], two[1]])[order]
+
+    def _values(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.value_head(hidden.float()).squeeze(-1)
+
+    def _autocast(self) -> Any:
+        if self.dtype == "float32":
+            return nullcontext()
+        return torch.autocast(self.lm.device.type, dtype=getattr(torch, self.dtype))
+
+    # --- reference, saving, loading ----------------------------------------------------------------------------------
+
+    def freeze_reference(self, name: str = "sft") -> None:
+        """Makes the policy as it is now the reference, as PPO after SFT needs it.
+
+        Args:
+            name: of the frozen adapter.
+
+        Raises:
+            InputError: without adapters, or for a name in use.
+        """
+        if self._peft is None:
+            self._reference_lm, self.reference = _frozen_copy(self.lm), "base"  # type: ignore[assignment]
+            return
+        if name in (POLICY, VALUE):
+            raise InputError(f"a reference cannot be called {name!r}")
+        if name not in self._peft.peft_config:
+            self._peft.add_adapter(name, self.lora.config())
+        weights = {k: v.clone() for k, v in get_peft_model_state_dict(self._peft, adapter_name=POLICY).items()}
+        set_peft_model_state_dict(self._peft, weights, adapter_name=name)
+        for parameter_name, parameter in self.lm.model.named_parameters():
+            if f".{name}." in parameter_name:
+                parameter.requires_grad_(False)
+        self._activate(None)
+        self.reference = f"adapter:{name}"  # type: ignore[assignment]
+
+    def frozen_adapters(self) -> list[str]:
+        """Names of the frozen adapters."""
+        return [] if self._peft is None else sorted(set(self._peft.peft_config) - {POLICY, VALUE})
+
+    def save(self, folder: str | Path) -> None:
+        """Writes adapters in peft's own format (one folder each), or the whole model, the value head and settings."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._peft is None:
+            self.lm.model.save_pretrained(folder / POLICY)
+        else:
+            self._peft.save_pretrained(str(folder))
+        save_file({k: v.detach().cpu().contiguous() for k, v in self.value_head.state_dict().items()}, folder / HEAD)
+        settings = {
+            "model": self.model_name,
+            "lora": asdict(self.lora),
+            "value": self.value,
+            "reference": self.reference,
+            "temperature": self.temperature,
+        }
+        (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+
+    def load(self, folder: str | Path) -> None:
+        """Reads what :meth:`save` wrote into this policy, which must be built alike.
+
+        Raises:
+            InputError: if files are missing or do not fit.
+        """
+        folder = Path(folder)
+        try:
+            settings = json.loads((folder / SETTINGS).read_text("utf-8"))
+            for key, mine in (("lora", asdict(self.lora)), ("value", self.value)):
+                if settings[key] != mine:
+                    raise InputError(
+                        f"the policy in {folder} was built with {key}={settings[key]}, this one with {mine}"
+                    )
+            self.value_head.load_state_dict(load_file(folder / HEAD, device=str(self.lm.device)))
+            if self._peft is None:
+                self.lm.model.load_state_dict(load_file(folder / POLICY / "model.safetensors"), strict=False)
+            else:
+                frozen = settings["reference"].partition(":")[2]
+                names = [POLICY, *([VALUE] if self.value == "own_adapter" else []), *([frozen] if frozen else [])]
+                for name in names:
+                    if name not in self._peft.peft_config:
+                        self._peft.add_adapter(name, self.lora.config())
+                    weights = load_file(folder / name / "adapter_model.safetensors", device=str(self.lm.device))
+                    set_peft_model_state_dict(self._peft, weights, adapter_name=name)
+                self._activate(None)
+        except (OSError, KeyError, ValueError, RuntimeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"cannot read a policy from {folder}: {' '.join(str(error).split())}") from error
+        self.reference = settings["reference"]
+        self.changed()
+
+
+def _path(model: str) -> str:
+    if model != "embedded":
+        return model
+    from ..llm_backends.embedded import embedded_model_path
+
+    return embedded_model_path()
+
+
+def _frozen_copy(lm: CausalLM) -> CausalLM:
+    twin = copy.deepcopy(lm.model).requires_grad_(False)
+    return CausalLM(twin, lm.tokenizer, name=f"{lm.name} (reference)")

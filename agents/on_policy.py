@@ -1,0 +1,515 @@
+"""The core of the token-level agents: rollouts, one scoring pass, epochs of micro-batches, logs, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
+
+from ..llm_backends import Completion, Sampling, request_seed
+from ..llm_backends.errors import InputError
+from .advantages import KLController, KLEstimator, kl_estimate
+from .callbacks import InvalidRewardRateError
+from .distributed import Processes
+from .language_model import LanguageModelPolicy, TokenScores
+from .optimization import Optimizer, OptimizerSettings
+from .rollout import RolloutStatistics, TokenBatch, collect
+
+STATE, OPTIMIZER, POLICY_FOLDER = "trainer.json", "optimizer.safetensors", "policy"
+
+
+class TrainingDivergedError(RuntimeError):
+    """Every optimiser step of an update had a non-finite gradient."""
+
+
+@dataclass(frozen=True)
+class OnPolicySettings(OptimizerSettings):
+    """What token-level on-policy agents have in common."""
+
+    rollout_batches: int = 1
+    """Episodes per env copy and update; with more than one, scoring overlaps with the next generation."""
+    epochs: int = 4
+    """Passes over the episodes of an update."""
+    minibatches: int = 1
+    """Optimiser steps per epoch."""
+    token_budget: int = 1024
+    """Tokens of a micro-batch, padding included: bounds memory, does not change results."""
+    clip: float = 0.2
+    """Clip range of the probability ratio."""
+    kl_coefficient: float = 0.05
+    """Weight of the KL penalty against the reference policy; 0 leaves the reference out."""
+    entropy_coefficient: float = 0.0
+    """Weight of the entropy bonus."""
+    target_kl: float = 0.0
+    """An update ends early when the mean KL from its start exceeds 1.5 times this; 0 turns it off."""
+    top_k: int = 0
+    """Sampling truncated to the k most likely tokens; 0, as the gradient assumes, samples from the policy itself."""
+    importance_cap: float = 2.0
+    """Cap of the importance weights between sampler and training kernels; 0 leaves the weights out."""
+    max_invalid_share: float = 0.2
+    """Training stops when more of an update's episodes have no verdict."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("rollout_batches", "epochs", "minibatches", "token_budget"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.clip <= 0 or self.kl_coefficient < 0:
+            raise InputError(
+                f"clip must be above 0 and kl_coefficient at least 0, got {self.clip}, {self.kl_coefficient}"
+            )
+
+
+@dataclass
+class MicroBatch:
+    """The tensors of some episodes, flat over their tokens, on the model's device."""
+
+    old_logprobs: torch.Tensor
+    advantages: torch.Tensor
+    returns: torch.Tensor
+    old_values: torch.Tensor
+    reference_logprobs: torch.Tensor
+    scale: torch.Tensor
+    """float32: the share of each token in the loss, importance weight included; 0 where masked out."""
+    mask: torch.Tensor
+
+
+class OnPolicyAgent(ABC):
+    """An agent that learns from its own episodes.
+
+    Args:
+        env: a vector env with the fast path (:class:`~instructgym.envs.token_vector_env.TokenVectorEnv`), in autoreset
+            mode ``DISABLED``; wrappers are looked through.
+        policy: a :class:`LanguageModelPolicy`, or the name, path or hub id of a model.
+        seed: of everything that is drawn: episodes' order, tokens, minibatches.
+        settings: an object of the class's ``settings_class``; or
+        **options: its fields by name.
+
+    Raises:
+        InputError: for settings out of range, an env without the fast path, or a policy that counts tokens otherwise.
+    """
+
+    settings_class: ClassVar[type[OnPolicySettings]] = OnPolicySettings
+    needs_values: ClassVar[bool] = False
+    name: ClassVar[str] = "on-policy"
+
+    def __init__(
+        self,
+        env: Any,
+        policy: str | LanguageModelPolicy = "embedded",
+        seed: int = 0,
+        settings: OnPolicySettings | None = None,
+        **options: Any,
+    ) -> None:
+        try:
+            self.settings: Any = self.settings_class(**options) if settings is None else settings
+        except TypeError as error:
+            raise InputError(f"{type(self).__name__}: {error}") from error
+        self.env, self.seed = getattr(env, "unwrapped", env), seed
+        for method in ("prompts", "play_async", "play_wait", "generation"):
+            if not hasattr(self.env, method):
+                raise InputError(f"{type(env).__name__} has no {method}: token-level agents need a TokenVectorEnv")
+        if isinstance(policy, str):
+            policy = LanguageModelPolicy(policy, value="shared" if self.needs_values else "none", seed=seed)
+        self.policy = policy
+        self._check_fit()
+        self.processes = Processes()
+        self.optimizer = Optimizer(policy.parameters(), self.settings)
+        self.kl = KLController(self.settings.kl_coefficient)
+        self.sampling = Sampling(
+            max_tokens=self.env.generation.max_tokens,
+            temperature=policy.temperature,
+            top_k=self.settings.top_k,
+            stop=self.env.generation.stop,
+        )
+        self.logger = Logger(folder=None, output_formats=[])
+        self.num_timesteps = 0
+        """Response tokens that the env has taken."""
+        self.episodes = 0
+        self.updates = 0
+        self.last_rollout: TokenBatch | None = None
+        self._resumed = False
+
+    def _check_fit(self) -> None:
+        generation, lm = self.env.generation, self.policy.lm
+        if len(lm.tokenizer) != generation.vocabulary or set(lm.eos_token_ids) < set(generation.eos_ids):
+            raise InputError(
+                f"{lm.name} has {len(lm.tokenizer)} tokens, the env counts {generation.vocabulary} of "
+                f"{generation.tokenizer}: give the env the model's own tokenizer"
+            )
+        if lm.context_length < generation.context_length:
+            raise InputError(
+                f"{lm.name} reads {lm.context_length} tokens, the env's episodes take up to "
+                f"{generation.context_length}: set its context_length"
+            )
+        if self.needs_values and self.policy.value == "none":
+            raise InputError(f"{self.name} needs a value function: build the policy with value='shared'")
+
+    # --- learning ----------------------------------------------------------------------------------------------------
+
+    def learn(
+        self,
+        total_timesteps: int,
+        callback: BaseCallback | Callable[[OnPolicyAgent], bool | None] | None = None,
+    ) -> OnPolicyAgent:
+        """Trains until ``total_timesteps`` response tokens have been played, those of before included.
+
+        Args:
+            total_timesteps: env steps, which are response tokens.
+            callback: a stable-baselines3 callback (its steps are updates), or a function of this agent called after
+                every update; returning False stops training.
+
+        Raises:
+            InvalidRewardRateError: when too many episodes have no verdict.
+            TrainingDivergedError: when no step of an update had a finite gradient.
+        """
+        hook = callback if isinstance(callback, BaseCallback) else None
+        if hook is not None:
+            hook.init_callback(self)  # type: ignore[arg-type]
+            hook.on_training_start(locals(), globals())
+        if not self._resumed:
+            self.env.reset(seed=self.seed)
+            self._resumed = True
+            self.processes.broadcast(self.policy.parameters().values())
+        while self.num_timesteps < total_timesteps:
+            self.update(self.num_timesteps / total_timesteps)
+            going = hook.on_step() if hook is not None else callback(self) if callable(callback) else True
+            self.logger.dump(self.num_timesteps)
+            if going is False:
+                break
+        if hook is not None:
+            hook.on_training_end()
+        return self
+
+    def update(self, progress: float = 0.0) -> None:
+        """One update: episodes, scoring, epochs.
+
+        Args:
+            progress: share of training done, for the schedules.
+        """
+        begun = time.perf_counter()
+        self.optimizer.schedule(progress)
+        batch, statistics = collect(
+            self.policy,
+            self.env,
+            self.settings.rollout_batches,
+            self.sampling,
+            request_seed(self.seed, "rollout", self.updates),
+            self.processes.share(self.env.num_envs),
+        )
+        totals = self._log_rollout(batch, statistics)
+        scoring = time.perf_counter()
+        if totals["kept"]:
+            self._score(batch)
+            self._prepare(batch)
+            training = time.perf_counter()
+            self._train(batch)
+            self.policy.changed()
+            self.logger.record("time/score", training - scoring)
+            self.logger.record("time/train", time.perf_counter() - training)
+        self.num_timesteps += int(totals["tokens"])
+        self.episodes += int(totals["episodes"])
+        self.updates += 1
+        self.last_rollout = batch
+        seconds = time.perf_counter() - begun
+        self.logger.record("time/seconds", seconds)
+        self.logger.record("time/tokens_per_second", totals["tokens"] / seconds)
+        self.logger.record("rollout/episodes", self.episodes)
+        self.logger.record("train/updates", self.updates)
+
+    def _log_rollout(self, batch: TokenBatch, statistics: RolloutStatistics) -> dict[str, float]:
+        """Logs the rollout of all processes and returns its counts."""
+        rows = self.processes.gather(asdict(statistics) | {"kept": len(batch)})
+        totals = {key: float(sum(row[key] for row in rows)) for key in rows[0] if key not in ("terms", "finish")}
+        kept = max(totals["kept"], 1)
+        record = self.logger.record
+        record("rollout/reward", totals["reward"] / kept)
+        record("rollout/length", totals["tokens"] / max(totals["episodes"], 1))
+        record("rollout/invalid_share", totals["invalid"] / max(totals["episodes"], 1))
+        record("rollout/empty", totals["empty"])
+        for kind in ("terms", "finish"):
+            for name in sorted({name for row in rows for name in row[kind]}):
+                record(f"rollout/{kind}/{name}", sum(row[kind].get(name, 0.0) for row in rows) / kept)
+        record("time/rollout", statistics.seconds)
+        record("time/play", statistics.waited)
+        if totals["invalid"] > self.settings.max_invalid_share * totals["episodes"]:
+            raise InvalidRewardRateError(
+                f"{int(totals['invalid'])} of {int(totals['episodes'])} episodes of update {self.updates} had no "
+                f"verdict (limit {self.settings.max_invalid_share:.0%})"
+            )
+        return totals
+
+    @torch.no_grad()
+    def _score(self, batch: TokenBatch) -> None:
+        """Fills in log-probs, values, reference log-probs and importance weights, in the kernels of training."""
+        size = batch.tokens
+        batch.logprobs, batch.values, batch.reference_logprobs = (np.zeros(size, np.float32) for _ in range(3))
+        entropies = np.zeros(size, np.float32)
+        for episodes in batch.micro_batches(np.arange(len(batch)), self.settings.token_budget):
+            rows, arguments = batch.rows(episodes), _arguments(batch, episodes)
+            scores = self.policy.score(*arguments, values=self.needs_values)
+            batch.logprobs[rows] = scores.logprobs.float().cpu().numpy()
+            entropies[rows] = scores.entropies.float().cpu().numpy()
+            if scores.values is not None:
+                batch.values[rows] = scores.values.float().cpu().numpy()
+            if self._uses_reference:
+                batch.reference_logprobs[rows] = self.policy.reference_logprobs(*arguments).float().cpu().numpy()
+        if not self._uses_reference:
+            batch.reference_logprobs = batch.logprobs.copy()
+        gap = batch.logprobs - batch.sampler_logprobs
+        cap = self.settings.importance_cap
+        batch.weights = np.minimum(np.exp(gap), cap).astype(np.float32) if cap else np.ones(size, np.float32)
+        kept = batch.loss_mask
+        sums = self.processes.total(
+            np.array(
+                [
+                    kept.sum(),
+                    np.abs(gap[kept]).sum(),
+                    batch.weights[kept].sum(),
+                    (batch.weights[kept] ** 2).sum(),
+                    entropies[kept].sum(),
+                ]
+            )
+        )
+        largest = max(self.processes.gather(float(np.abs(gap[kept]).max(initial=0.0))))
+        count = max(sums[0], 1)
+        self.logger.record("train/entropy", float(sums[4] / count))
+        self.logger.record("sampler/gap_mean", float(sums[1] / count))
+        self.logger.record("sampler/gap_max", largest)
+        self.logger.record("sampler/effective_sample_size", float(sums[2] ** 2 / max(count * sums[3], 1e-12)))
+
+    @property
+    def _uses_reference(self) -> bool:
+        return self.policy.reference != "none" and (self.settings.kl_coefficient > 0)
+
+    def _kl(self, batch: TokenBatch, estimator: KLEstimator = "k1") -> np.ndarray:
+        """Per-token KL penalty, 0 where masked out; logs its mean per episode and adapts its coefficient."""
+        kl = np.where(batch.loss_mask, kl_estimate(batch.logprobs, batch.reference_logprobs, estimator), 0.0)
+        unbiased = np.where(batch.loss_mask, kl_estimate(batch.logprobs, batch.reference_logprobs), 0.0)
+        total, episodes = self.processes.total(np.array([unbiased.sum(), len(batch)], dtype=np.float64))
+        mean = float(total / max(episodes, 1))
+        self.logger.record("train/kl", mean)
+        self.logger.record("train/kl_coefficient", self.kl.coefficient)
+        self._kl_observed = (mean, int(episodes))
+        return kl.astype(np.float32)
+
+    @abstractmethod
+    def _prepare(self, batch: TokenBatch) -> None:
+        """Fills in advantages (and returns)."""
+
+    @abstractmethod
+    def _loss(self, scores: TokenScores, micro: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of each token, shape (tokens,), and per-token metrics to log the means of."""
+
+    def _token_scale(self, batch: TokenBatch) -> np.ndarray:
+        """The weight of each token in the loss before it is divided by their sum: one mean over all tokens."""
+        return np.ones(batch.tokens, np.float32)
+
+    def _train(self, batch: TokenBatch) -> None:
+        sums: dict[str, float] = {}
+        count, steps, skipped, norms = 0.0, 0, self.optimizer.skipped, 0.0
+        scale = self._token_scale(batch) * batch.loss_mask
+        for epoch in range(self.settings.epochs):
+            epoch_kl = np.zeros(2)
+            generator = np.random.default_rng(request_seed(self.seed, "minibatches", self.updates, epoch))
+            order = generator.permutation(len(batch)) if self.settings.minibatches > 1 else np.arange(len(batch))
+            for episodes in np.array_split(order, self.settings.minibatches):
+                total = float(self.processes.total(np.array([scale[batch.rows(episodes)].sum()]))[0])
+                for members in batch.micro_batches(episodes, self.settings.token_budget):
+                    rows = batch.rows(members)
+                    micro = self._tensors(batch, rows, scale[rows] / max(total, 1e-12))
+                    scores = self.policy.score(
+                        *_arguments(batch, members),
+                        values=self.needs_values,
+                        entropy_gradient=self.settings.entropy_coefficient > 0,
+                    )
+                    losses, metrics = self._loss(scores, micro)
+                    if self.settings.entropy_coefficient:
+                        losses = losses - self.settings.entropy_coefficient * scores.entropies
+                    (losses * micro.scale).sum().backward()
+                    with torch.no_grad():
+                        change = scores.logprobs - micro.old_logprobs
+                        metrics["approx_kl"] = change.expm1() - change
+                        metrics["loss"] = losses
+                        for name, values in metrics.items():
+                            sums[name] = sums.get(name, 0.0) + float((values.float() * micro.mask).sum())
+                        count += float(micro.mask.sum())
+                        epoch_kl += [float((metrics["approx_kl"] * micro.mask).sum()), float(micro.mask.sum())]
+                self.processes.add_gradients(self.optimizer.parameters.values())
+                norms += self.optimizer.step()
+                steps += 1
+            drift = self.processes.total(epoch_kl)
+            if self.settings.target_kl and drift[0] > 1.5 * self.settings.target_kl * max(drift[1], 1):
+                break
+        if self.optimizer.skipped - skipped == steps:
+            raise TrainingDivergedError(
+                f"no optimiser step of update {self.updates} had a finite gradient: lower the learning rate "
+                f"({self.optimizer.learning_rate:g}) or train in float32"
+            )
+        self._log_training(sums, count, steps, norms, epoch + 1)
+
+    def _log_training(self, sums: dict[str, float], count: float, steps: int, norms: float, epochs: int) -> None:
+        rows = self.processes.gather(sums | {"count": count})
+        tokens = max(sum(row["count"] for row in rows), 1.0)
+        for name in sorted(set().union(*rows) - {"count"}):
+            self.logger.record(f"train/{name}", sum(row.get(name, 0.0) for row in rows) / tokens)
+        self.logger.record("train/grad_norm", norms / steps)
+        self.logger.record("train/epochs", epochs)
+        self.logger.record("train/learning_rate", self.optimizer.learning_rate)
+        self.logger.record("train/skipped_steps", self.optimizer.skipped)
+        self.kl.update(*self._kl_observed)
+
+    def _tensors(self, batch: TokenBatch, rows: np.ndarray, scale: np.ndarray) -> MicroBatch:
+        def tensor(values: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(np.ascontiguousarray(values)).to(self.policy.lm.device)
+
+        returns = batch.returns[rows] if len(batch.returns) else batch.advantages[rows]
+        return MicroBatch(
+            old_logprobs=tensor(batch.logprobs[rows]),
+            advantages=tensor(batch.advantages[rows]),
+            returns=tensor(returns),
+            old_values=tensor(batch.values[rows]),
+            reference_logprobs=tensor(batch.reference_logprobs[rows]),
+            scale=tensor((scale * batch.weights[rows]).astype(np.float32)),
+            mask=tensor(batch.loss_mask[rows]),
+        )
+
+    # --- acting ------------------------------------------------------------------------------------------------------
+
+    def get_env(self) -> Any:
+        """The vector env."""
+        return self.env
+
+    def set_logger(self, logger: Logger) -> None:
+        """Sends metrics to another logger."""
+        self.logger = logger
+
+    def generate(self, prompts: Any, sampling: Sampling | None = None) -> list[list[Completion]]:
+        """Continues prompts, given as texts or token ids, as in training unless ``sampling`` says otherwise."""
+        ids = [self.policy.lm.encode(prompt) for prompt in prompts]
+        return self.policy.generate(ids, sampling or self.sampling)
+
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> Any:
+        """The next token for one or more observations of mode ``tokens``: (int64 action or array of them, None)."""
+        ids, mask = np.atleast_2d(observation["ids"]), np.atleast_2d(observation["mask"]).astype(bool)
+        prompts = [row[kept] for row, kept in zip(ids, mask, strict=True)]
+        temperature = 0.0 if deterministic else self.policy.temperature
+        seeds = [request_seed(self.seed, "predict", [int(t) for t in prompt]) for prompt in prompts]
+        samplings = [Sampling(max_tokens=1, temperature=temperature, seed=seed) for seed in seeds]
+        actions = np.array([c[0].token_ids[0] for c in self.policy.generate(prompts, samplings)], dtype=np.int64)
+        return (actions if np.ndim(observation["ids"]) > 1 else int(actions[0])), None
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> None:
+        """Writes a checkpoint: policy, optimiser, counters, and where the env stands.
+
+        Weights are safetensors, the rest JSON. To be called between updates.
+        """
+        if self.processes.is_main:
+            folder = Path(folder)
+            self.policy.save(folder / POLICY_FOLDER)
+            tensors, optimizer = self.optimizer.state()
+            save_file(tensors, folder / OPTIMIZER)
+            state = {
+                "agent": self.name,
+                "seed": self.seed,
+                "settings": asdict(self.settings),
+                "num_timesteps": self.num_timesteps,
+                "episodes": self.episodes,
+                "updates": self.updates,
+                "kl_coefficient": self.kl.coefficient,
+                "optimizer": optimizer,
+                "env": self.env.state_dict(),
+                "torch_rng": torch.get_rng_state().tolist() if self.policy.lora.dropout else None,
+            }
+            (folder / STATE).write_text(json.dumps(state) + "\n", "utf-8")
+        self.processes.wait()
+
+    def restore(self, folder: str | Path) -> None:
+        """Continues from :meth:`save`: the following updates are those of an undisturbed run.
+
+        Bit for bit on a CPU in float32, with the same number of threads.
+
+        Raises:
+            InputError: if the checkpoint is missing, broken, or of another agent.
+        """
+        folder = Path(folder)
+        try:
+            state = json.loads((folder / STATE).read_text("utf-8"))
+            if state["agent"] != self.name:
+                raise InputError(f"{folder} is a checkpoint of {state['agent']}, not of {self.name}")
+            self.policy.load(folder / POLICY_FOLDER)
+            self.optimizer.load_state(load_file(folder / OPTIMIZER), state["optimizer"])
+        except (OSError, KeyError, json.JSONDecodeError) as error:
+            raise InputError(f"cannot read a checkpoint from {folder}: {error}") from error
+        self.num_timesteps, self.updates = state["num_timesteps"], state["updates"]
+        self.episodes, self.seed = state["episodes"], state["seed"]
+        self.kl.coefficient = state["kl_coefficient"]
+        self.env.load_state_dict(state["env"])
+        if state["torch_rng"] is not None:
+            torch.set_rng_state(torch.tensor(state["torch_rng"], dtype=torch.uint8))
+        self._resumed = True
+
+    @classmethod
+    def load(cls, folder: str | Path, env: Any, policy: LanguageModelPolicy | None = None) -> OnPolicyAgent:
+        """The agent of a checkpoint, on an env, ready to act or to go on learning.
+
+        Args:
+            folder: what :meth:`save` wrote.
+            env: built as in training.
+            policy: built as in training; by default built from what the checkpoint says.
+        """
+        state = _read(Path(folder) / STATE)
+        agent = cls(env, policy or policy_from(Path(folder) / POLICY_FOLDER), **state["settings"])
+        agent.restore(folder)
+        return agent
+
+
+def policy_from(folder: str | Path, **options: Any) -> LanguageModelPolicy:
+    """A saved policy on the model it was trained on.
+
+    Args:
+        folder: what :meth:`LanguageModelPolicy.save` wrote.
+        options: further arguments of :class:`LanguageModelPolicy`, ``model`` among them.
+    """
+    from .language_model import SETTINGS, LoraSettings
+
+    settings = _read(Path(folder) / SETTINGS)
+    built = {
+        "model": settings["model"],
+        "lora": LoraSettings(**settings["lora"]),
+        "value": settings["value"],
+        "reference": "none" if settings["reference"] == "none" else "base",
+        "temperature": settings["temperature"],
+    }
+    policy = LanguageModelPolicy(**(built | options))
+    policy.load(folder)
+    return policy
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+
+
+def _arguments(batch: TokenBatch, episodes: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray], list[Any]]:
+    return (
+        [batch.prompts[i] for i in episodes],
+        [batch.responses[i] for i in episodes],
+        [batch.allowed[i] for i in episodes],
+    )

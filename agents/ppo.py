@@ -1,0 +1,91 @@
+"""Token-level PPO for causal language models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from ..llm_backends.errors import InputError
+from .advantages import KLController, KLEstimator, discounted_gae, explained_variance, whiten
+from .language_model import TokenScores
+from .losses import clipped_policy_loss, clipped_value_loss
+from .on_policy import MicroBatch, OnPolicyAgent, OnPolicySettings
+from .rollout import TokenBatch
+
+
+@dataclass(frozen=True)
+class PPOSettings(OnPolicySettings):
+    """Settings of token-level PPO."""
+
+    gamma: float = 1.0
+    """Discount per token."""
+    lam: float = 0.95
+    """GAE's lambda."""
+    value_clip: float = 0.2
+    """Clip range of the value function; 0 turns it off."""
+    value_coefficient: float = 0.1
+    """Weight of the value loss."""
+    whiten_advantages: bool = True
+    """Advantages of an update have mean 0 and deviation 1 over the tokens that the policy wrote."""
+    whiten_rewards: bool = False
+    """Rewards are divided by their deviation, with the mean left as it is."""
+    kl_estimator: KLEstimator = "k1"
+    """Estimator of the KL penalty in the reward: k1 or k3."""
+    kl_target: float = 0.0
+    """Mean KL per episode, in nats, to which the coefficient adapts; 0 keeps the coefficient."""
+    kl_horizon: int = 10_000
+    """Episodes over which the coefficient adapts."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.gamma <= 1 or not 0 <= self.lam <= 1:
+            raise InputError(f"gamma must be in (0, 1] and lam in [0, 1], got {self.gamma} and {self.lam}")
+
+
+class TokenPPO(OnPolicyAgent):
+    """PPO whose actions are tokens: KL penalty in the reward, GAE over tokens, clipped policy and value losses.
+
+    Arguments and methods are those of :class:`OnPolicyAgent`; its options are the fields of :class:`PPOSettings`.
+    """
+
+    settings_class: ClassVar[type[OnPolicySettings]] = PPOSettings
+    needs_values: ClassVar[bool] = True
+    name: ClassVar[str] = "ppo"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.kl = KLController(self.settings.kl_coefficient, self.settings.kl_target or None, self.settings.kl_horizon)
+
+    def _prepare(self, batch: TokenBatch) -> None:
+        settings, total = self.settings, self.processes.total
+        rewards = batch.rewards
+        if settings.whiten_rewards:
+            rewards = whiten(rewards, np.ones(len(rewards), dtype=bool), shift_mean=False, total=total)
+        shaped = rewards - np.float32(self.kl.coefficient) * self._kl(batch, settings.kl_estimator)
+        # Episodes end in `terminated`; the value of what would follow is 0.
+        advantages, batch.returns = discounted_gae(shaped, batch.values, batch.lengths, settings.gamma, settings.lam)
+        kept = batch.loss_mask
+        batch.advantages = (
+            whiten(advantages, kept, total=total) if settings.whiten_advantages else np.where(kept, advantages, 0.0)
+        ).astype(np.float32)
+        self.logger.record("train/explained_variance", explained_variance(batch.values[kept], batch.returns[kept]))
+        self.logger.record("train/value_mean", float(batch.values[kept].mean()) if kept.any() else 0.0)
+
+    def _loss(self, scores: TokenScores, micro: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        policy_loss, clipped = clipped_policy_loss(
+            scores.logprobs, micro.old_logprobs, micro.advantages, self.settings.clip
+        )
+        assert scores.values is not None
+        value_loss, value_clipped = clipped_value_loss(
+            scores.values, micro.old_values, micro.returns, self.settings.value_clip
+        )
+        metrics = {
+            "policy_loss": policy_loss,
+            "value_loss": value_loss,
+            "clip_fraction": clipped,
+            "value_clip_fraction": value_clipped,
+        }
+        return policy_loss + self.settings.value_coefficient * value_loss, metrics

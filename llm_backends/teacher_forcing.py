@@ -1,0 +1,66 @@
+"""Hidden states of given responses in one pass over whole sequences, what is shared among them computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers.cache_utils import DynamicCache
+
+from .attention import training_kernels
+from .causal_lm import CausalLM
+
+SHARED_PREFIX = 8
+"""Tokens that prompts must have in common before their prefix is read once for all of them."""
+
+
+def common_prefix(sequences: Sequence[np.ndarray]) -> int:
+    """Number of leading tokens that all sequences share."""
+    first = np.asarray(sequences[0])
+    shared = min(map(len, sequences))
+    for sequence in sequences[1:]:
+        differs = np.flatnonzero(first[:shared] != np.asarray(sequence)[:shared])
+        if len(differs):
+            shared = int(differs[0])
+    return shared
+
+
+def response_hidden(lm: CausalLM, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> torch.Tensor:
+    """Last hidden states at the positions that predict the response tokens.
+
+    Rows are padded on the right, where causality hides padding from the real positions, so no attention mask is needed.
+    A prefix that all prompts share (task description, few-shot header) is read once; gradients flow through it exactly.
+
+    Args:
+        lm: the model.
+        prompts: n int arrays of token ids, none empty.
+        responses: n int arrays of token ids, none empty.
+
+    Returns:
+        shape (total response tokens, d), rows of one response together and in order; with a graph where gradients
+            are on.
+    """
+    sequences = [np.concatenate([p, r[:-1]]) for p, r in zip(prompts, responses, strict=True)]
+    prefix = common_prefix([p[:-1] for p in prompts]) if len(prompts) > 1 and lm.plain_attention else 0
+    if prefix < SHARED_PREFIX:
+        prefix = 0
+    width = max(map(len, sequences)) - prefix
+    ids = torch.zeros((len(sequences), width), dtype=torch.long)
+    wanted = torch.zeros((len(sequences), width), dtype=torch.bool)
+    for row, (sequence, prompt) in enumerate(zip(sequences, prompts, strict=True)):
+        ids[row, : len(sequence) - prefix] = torch.from_numpy(sequence[prefix:].astype(np.int64))
+        wanted[row, len(prompt) - 1 - prefix : len(sequence) - prefix] = True
+    ids, wanted = ids.to(lm.device), wanted.to(lm.device)
+    with training_kernels():
+        if not prefix:
+            return lm.trunk(input_ids=ids, use_cache=False).last_hidden_state[wanted]
+        header = torch.from_numpy(np.asarray(prompts[0][:prefix], dtype=np.int64)).to(lm.device)
+        cache = DynamicCache(config=lm.text_config)
+        lm.trunk(input_ids=header[None], past_key_values=cache, use_cache=True)
+        for layer in cache.layers:
+            layer.keys = layer.keys.expand(len(sequences), -1, -1, -1)
+            layer.values = layer.values.expand(len(sequences), -1, -1, -1)
+        positions = torch.arange(prefix, prefix + width, device=lm.device)[None]
+        output = lm.trunk(input_ids=ids, past_key_values=cache, position_ids=positions, use_cache=True)
+        return output.last_hidden_state[wanted]
