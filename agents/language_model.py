@@ -24,6 +24,7 @@ from ..llm_backends.errors import InputError
 from ..llm_backends.sampling import generate
 from ..llm_backends.teacher_forcing import response_hidden
 from ..llm_backends.token_logprobs import allowed_logprobs, token_logprobs
+from ..llm_backends.tokenization import LoadedTokenizer, Tokenizer
 
 POLICY, VALUE = "policy", "value"
 SETTINGS, HEAD = "policy.json", "value_head.safetensors"
@@ -150,6 +151,11 @@ class LanguageModelPolicy:
         if not torch.allclose(logits, mine, atol=1e-3, rtol=1e-3):
             raise InputError(f"{self.lm.name} changes its logits after the output layer (soft capping?): not supported")
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, for the env that it acts in."""
+        return LoadedTokenizer(self.lm.tokenizer, self.model_name, self.lm.context_length)
+
     # --- what is trained ---------------------------------------------------------------------------------------------
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -212,7 +218,7 @@ class LanguageModelPolicy:
             n lists of completions, as of :func:`~instructgym.llm_backends.sampling.generate`.
         """
         samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
-        with self.adapter(POLICY) as lm:
+        with self.adapter(POLICY) as lm, self._autocast():
             self.changed()  # prefixes of another adapter, or of the bare model
             completions = generate(lm, [[int(t) for t in p] for p in prompts], samplings, choices)
             self.changed()

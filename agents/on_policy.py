@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 
@@ -20,12 +19,11 @@ from ..llm_backends import Completion, Sampling, request_seed
 from ..llm_backends.errors import InputError
 from .advantages import KLController, KLEstimator, kl_estimate
 from .callbacks import InvalidRewardRateError
+from .checkpoints import POLICY_FOLDER, STATE, read_checkpoint, write_checkpoint
 from .distributed import Processes
 from .language_model import LanguageModelPolicy, TokenScores
 from .optimization import Optimizer, OptimizerSettings
 from .rollout import RolloutStatistics, TokenBatch, collect
-
-STATE, OPTIMIZER, POLICY_FOLDER = "trainer.json", "optimizer.safetensors", "policy"
 
 
 class TrainingDivergedError(RuntimeError):
@@ -138,7 +136,7 @@ class OnPolicyAgent(ABC):
         self.episodes = 0
         self.updates = 0
         self.last_rollout: TokenBatch | None = None
-        self._resumed = False
+        self._started = False
 
     def _check_fit(self) -> None:
         generation, lm = self.env.generation, self.policy.lm
@@ -177,10 +175,7 @@ class OnPolicyAgent(ABC):
         if hook is not None:
             hook.init_callback(self)  # type: ignore[arg-type]
             hook.on_training_start(locals(), globals())
-        if not self._resumed:
-            self.env.reset(seed=self.seed)
-            self._resumed = True
-            self.processes.broadcast(self.policy.parameters().values())
+        self.start()
         while self.num_timesteps < total_timesteps:
             self.update(self.num_timesteps / total_timesteps)
             going = hook.on_step() if hook is not None else callback(self) if callable(callback) else True
@@ -190,6 +185,13 @@ class OnPolicyAgent(ABC):
         if hook is not None:
             hook.on_training_end()
         return self
+
+    def start(self) -> None:
+        """Seeds the env and gives all processes the same weights, unless training is under way or restored."""
+        if not self._started:
+            self.env.reset(seed=self.seed)
+            self.processes.broadcast(self.policy.parameters().values())
+            self._started = True
 
     def update(self, progress: float = 0.0) -> None:
         """One update: episodes, scoring, epochs.
@@ -419,10 +421,6 @@ class OnPolicyAgent(ABC):
         Weights are safetensors, the rest JSON. To be called between updates.
         """
         if self.processes.is_main:
-            folder = Path(folder)
-            self.policy.save(folder / POLICY_FOLDER)
-            tensors, optimizer = self.optimizer.state()
-            save_file(tensors, folder / OPTIMIZER)
             state = {
                 "agent": self.name,
                 "seed": self.seed,
@@ -431,11 +429,9 @@ class OnPolicyAgent(ABC):
                 "episodes": self.episodes,
                 "updates": self.updates,
                 "kl_coefficient": self.kl.coefficient,
-                "optimizer": optimizer,
                 "env": self.env.state_dict(),
-                "torch_rng": torch.get_rng_state().tolist() if self.policy.lora.dropout else None,
             }
-            (folder / STATE).write_text(json.dumps(state) + "\n", "utf-8")
+            write_checkpoint(folder, self.policy, self.optimizer, state)
         self.processes.wait()
 
     def restore(self, folder: str | Path) -> None:
@@ -446,22 +442,12 @@ class OnPolicyAgent(ABC):
         Raises:
             InputError: if the checkpoint is missing, broken, or of another agent.
         """
-        folder = Path(folder)
-        try:
-            state = json.loads((folder / STATE).read_text("utf-8"))
-            if state["agent"] != self.name:
-                raise InputError(f"{folder} is a checkpoint of {state['agent']}, not of {self.name}")
-            self.policy.load(folder / POLICY_FOLDER)
-            self.optimizer.load_state(load_file(folder / OPTIMIZER), state["optimizer"])
-        except (OSError, KeyError, json.JSONDecodeError) as error:
-            raise InputError(f"cannot read a checkpoint from {folder}: {error}") from error
+        state = read_checkpoint(folder, self.policy, self.optimizer, self.name)
         self.num_timesteps, self.updates = state["num_timesteps"], state["updates"]
         self.episodes, self.seed = state["episodes"], state["seed"]
         self.kl.coefficient = state["kl_coefficient"]
         self.env.load_state_dict(state["env"])
-        if state["torch_rng"] is not None:
-            torch.set_rng_state(torch.tensor(state["torch_rng"], dtype=torch.uint8))
-        self._resumed = True
+        self._started = True
 
     @classmethod
     def load(cls, folder: str | Path, env: Any, policy: LanguageModelPolicy | None = None) -> OnPolicyAgent:

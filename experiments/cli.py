@@ -13,12 +13,13 @@ from rich.table import Table
 
 from ..llm_backends import BackendError
 from ..llm_backends.errors import InputError
-from . import evolve_compare, evolve_generate, evolve_train
+from . import evolve_compare, evolve_generate, evolve_train, nlu
 from .benchmarks import edit_env
 from .benchmarks.edit_env import BenchEditEnv
 from .evolve_compare import EvolveCompare
 from .evolve_generate import EvolveGenerate
 from .evolve_train import EvolveTrain
+from .nlu import NLU
 
 if TYPE_CHECKING:
     EvolveCommand = EvolveTrain | EvolveGenerate | EvolveCompare
@@ -63,10 +64,11 @@ class Bench:
 
 
 if TYPE_CHECKING:
-    Command = Evolve | Envs | Bench
+    Command = Evolve | NLU | Envs | Bench
 else:
     Command = (
         Annotated[Evolve, tyro.conf.subcommand("evolve")]
+        | Annotated[NLU, tyro.conf.subcommand("nlu")]
         | Annotated[Envs, tyro.conf.subcommand("envs")]
         | Annotated[Bench, tyro.conf.subcommand("bench")]
     )
@@ -83,8 +85,10 @@ def list_envs(console: Console) -> None:
         table.add_column(title)
     for env_id in IDS:
         env = gym.make(env_id)
-        horizon = env.unwrapped.process.settings.horizon  # type: ignore[attr-defined]
-        table.add_row(env_id, str(env.action_space), str(env.observation_space), f"at most {horizon} edits")
+        settings = env.unwrapped.process.settings  # type: ignore[attr-defined]
+        edits, tokens = getattr(settings, "horizon", None), getattr(settings, "max_tokens", None)
+        length = f"at most {edits} edits" if edits else f"at most {tokens} tokens"
+        table.add_row(env_id, str(env.action_space), str(env.observation_space), length)
     console.print(table)
 
 
@@ -98,6 +102,8 @@ def dispatch(command: Any, console: Console) -> None:
         evolve_generate.run(command, console)
     elif isinstance(command, EvolveCompare):
         evolve_compare.run(command, console)
+    elif isinstance(command, NLU):
+        nlu.run(command, console)
     elif isinstance(command, BenchEditEnv):
         edit_env.run(command, console)
     elif isinstance(command, BenchList):

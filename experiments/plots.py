@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..llm_backends.records import read_records
 from .metrics import interval
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -67,6 +68,33 @@ def plot_training(episodes: Sequence[Mapping[str, Any]], updates: Sequence[Mappi
         handles, labels = right.get_legend_handles_labels()
         right.legend(handles[::-1], labels[::-1], frameon=False, bbox_to_anchor=(1.0, 1.0), loc="upper left")
     right.set(title="Operations chosen (last 96 steps)", xlabel="environment steps", ylabel="share")
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def plot_token_training(run: Path, path: Path) -> Path:
+    """Learning curves of one token-level run: reward, KL and entropy over the labels it has seen.
+
+    Args:
+        run: its folder, of which ``metrics.jsonl`` is read.
+        path: the PNG.
+    """
+    rows = read_records(run / "metrics.jsonl")
+    labels = [row["rollout/labels"] for row in rows]
+    figure, axes = _figure(2)
+    left, right = axes[0]
+    for k, (key, name) in enumerate(
+        (("rollout/reward", "reward"), ("rollout/terms/correct", "correct"), ("rollout/terms/format", "well-formed"))
+    ):
+        values = [row.get(key) for row in rows]
+        if all(value is not None for value in values):
+            left.plot(labels, smooth(values, max(len(values) // 10, 1)), color=COLOURS[k], linewidth=2, label=name)
+    left.set(title="Rollouts (smoothed)", xlabel="labels seen", ylabel="mean per episode")
+    for k, (key, name) in enumerate((("train/kl", "KL per episode (nats)"), ("train/entropy", "entropy (nats)"))):
+        right.plot(labels, [row.get(key) for row in rows], color=COLOURS[k], linewidth=2, label=name)
+    right.set(title="Policy", xlabel="labels seen")
+    for axis in (left, right):
+        axis.legend(frameon=False)
     figure.savefig(path, dpi=130)
     return path
 

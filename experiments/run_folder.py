@@ -123,6 +123,16 @@ class RowWriter:
         self._stored = read_records(path, repair=True)
         self._seen = 0
 
+    def skip(self, rows: int) -> None:
+        """Says that a checkpoint stands behind the first ``rows`` rows: the next one written is the one after them.
+
+        Raises:
+            InputError: if the file has fewer.
+        """
+        if rows > len(self._stored):
+            raise InputError(f"{self.path} has {len(self._stored)} rows, its checkpoint stands behind {rows}")
+        self._seen = rows
+
     def write(self, row: Mapping[str, Any]) -> bool:
         """Appends the row unless it stands there from before; says whether it was new.
 

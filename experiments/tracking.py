@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,18 @@ class Tracker(KVWriter):
         row = {self.step_name: int(step)} | {key: _number(value) for key, value in sorted(key_values.items())}
         if self._rows.write(row) and self._run is not None:
             self._run.log(row, step=step)
+
+    def skip(self, rows: int) -> None:
+        """Says that a checkpoint stands behind the first ``rows`` rows."""
+        self._rows.skip(rows)
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Sends rows with the same keys to wandb as a table."""
+        if self._run is not None and rows:
+            import wandb
+
+            columns = list(rows[0])
+            self._run.log({name: wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in rows])})
 
     def image(self, name: str, path: Path) -> None:
         """Sends a picture to wandb."""

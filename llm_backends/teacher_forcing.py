@@ -42,20 +42,29 @@ def response_hidden(lm: CausalLM, prompts: Sequence[np.ndarray], responses: Sequ
             are on.
     """
     sequences = [np.concatenate([p, r[:-1]]) for p, r in zip(prompts, responses, strict=True)]
-    prefix = common_prefix([p[:-1] for p in prompts]) if len(prompts) > 1 and lm.plain_attention else 0
-    if prefix < SHARED_PREFIX:
-        prefix = 0
+    # Samples of one prompt that agree but for their last token are one sequence: it is read once.
+    index = {key: k for k, key in enumerate(dict.fromkeys(sequence.tobytes() for sequence in sequences))}
+    owners = [index[sequence.tobytes()] for sequence in sequences]
+    unique = [sequences[owners.index(k)] for k in range(len(index))]
+    shared = common_prefix([p[:-1] for p in prompts]) if len(unique) > 1 and lm.plain_attention else 0
+    prefix = shared if shared >= SHARED_PREFIX else 0
+    states = _read(lm, unique, prefix)
+    rows = [np.full(len(r), k) for k, r in zip(owners, responses, strict=True)]
+    columns = [np.arange(len(p) - 1, len(p) - 1 + len(r)) for p, r in zip(prompts, responses, strict=True)]
+    return states[torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(columns) - prefix)]
+
+
+def _read(lm: CausalLM, sequences: Sequence[np.ndarray], prefix: int) -> torch.Tensor:
+    """Last hidden states, shape (n, longest - prefix, d), of what follows a common prefix; rows are right-padded."""
     width = max(map(len, sequences)) - prefix
     ids = torch.zeros((len(sequences), width), dtype=torch.long)
-    wanted = torch.zeros((len(sequences), width), dtype=torch.bool)
-    for row, (sequence, prompt) in enumerate(zip(sequences, prompts, strict=True)):
+    for row, sequence in enumerate(sequences):
         ids[row, : len(sequence) - prefix] = torch.from_numpy(sequence[prefix:].astype(np.int64))
-        wanted[row, len(prompt) - 1 - prefix : len(sequence) - prefix] = True
-    ids, wanted = ids.to(lm.device), wanted.to(lm.device)
+    ids = ids.to(lm.device)
     with training_kernels():
         if not prefix:
-            return lm.trunk(input_ids=ids, use_cache=False).last_hidden_state[wanted]
-        header = torch.from_numpy(np.asarray(prompts[0][:prefix], dtype=np.int64)).to(lm.device)
+            return lm.trunk(input_ids=ids, use_cache=False).last_hidden_state
+        header = torch.from_numpy(sequences[0][:prefix].astype(np.int64)).to(lm.device)
         cache = DynamicCache(config=lm.text_config)
         lm.trunk(input_ids=header[None], past_key_values=cache, use_cache=True)
         for layer in cache.layers:
@@ -63,4 +72,4 @@ def response_hidden(lm: CausalLM, prompts: Sequence[np.ndarray], responses: Sequ
             layer.values = layer.values.expand(len(sequences), -1, -1, -1)
         positions = torch.arange(prefix, prefix + width, device=lm.device)[None]
         output = lm.trunk(input_ids=ids, past_key_values=cache, position_ids=positions, use_cache=True)
-        return output.last_hidden_state[wanted]
+        return output.last_hidden_state

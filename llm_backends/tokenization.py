@@ -97,6 +97,20 @@ class Tokenizer(Part):
         return self.model
 
 
+class LoadedTokenizer(Tokenizer):
+    """A Hugging Face tokenizer that is loaded already.
+
+    Args:
+        hf: the tokenizer.
+        model: name of the model it belongs to.
+        context_length: positions which that model reads.
+    """
+
+    def __init__(self, hf: Any, model: str, context_length: int) -> None:
+        super().__init__(model)
+        self.hf, self.context_length = hf, context_length  # type: ignore[misc]
+
+
 @dataclass(eq=False)
 class EmbeddedTokenizer(Tokenizer):
     """The tokenizer of the embedded model."""
