@@ -1,14 +1,40 @@
-"""Who acts: stable-baselines3 algorithms by name, and baselines with the same interface."""
+"""Who acts: stable-baselines3 algorithms by name, baselines, and token-level agents on language models."""
+
+from typing import TYPE_CHECKING, Any
 
 from .baselines import BaselineAgent, RandomAgent, RoundRobinAgent, ScheduleAgent
 from .factory import UnknownAlgorithmError, algorithm_names, make_agent
 from .policy_io import load_policy, normalize_observations, save_policy
 
+if TYPE_CHECKING:
+    from .grpo import GRPO, RLOO
+    from .language_model import LanguageModelPolicy, LoraSettings
+    from .ppo import TokenPPO
+    from .sft import SFT, Demonstration
+
+_LAZY = {
+    "GRPO": "grpo",
+    "RLOO": "grpo",
+    "SFT": "sft",
+    "Demonstration": "sft",
+    "LanguageModelPolicy": "language_model",
+    "LoraSettings": "language_model",
+    "TokenPPO": "ppo",
+}
+"""Imported when asked for: they need transformers and peft, which the agents of edit environments do not."""
+
 __all__ = [
+    "GRPO",
+    "RLOO",
+    "SFT",
     "BaselineAgent",
+    "Demonstration",
+    "LanguageModelPolicy",
+    "LoraSettings",
     "RandomAgent",
     "RoundRobinAgent",
     "ScheduleAgent",
+    "TokenPPO",
     "UnknownAlgorithmError",
     "algorithm_names",
     "load_policy",
@@ -16,3 +42,11 @@ __all__ = [
     "normalize_observations",
     "save_policy",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_LAZY[name]}", __name__), name)

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..llm_backends.errors import InputError
+
 
 class Processes:
     """The processes of this training run."""
@@ -24,17 +26,20 @@ class Processes:
         """Whether this one writes files and logs."""
         return self.index == 0
 
-    def share(self, copies: int) -> np.ndarray:
-        """bool, shape (copies,): the consecutive env copies that this process plays.
+    def share(self, copies: int, group_size: int = 1) -> np.ndarray:
+        """bool, shape (copies,): the consecutive env copies that this process plays, in whole groups.
 
         Raises:
-            ValueError: if there are fewer copies than processes.
+            InputError: if there are fewer groups than processes.
         """
-        if copies < self.count:
-            raise ValueError(f"{self.count} processes need at least {self.count} env copies, got {copies}")
-        mine = np.zeros(copies, dtype=bool)
-        mine[np.array_split(np.arange(copies), self.count)[self.index]] = True
-        return mine
+        groups = copies // group_size
+        if groups < self.count:
+            raise InputError(
+                f"{self.count} processes need at least {self.count} groups of env copies, got {groups} of {group_size}"
+            )
+        mine = np.zeros(groups, dtype=bool)
+        mine[np.array_split(np.arange(groups), self.count)[self.index]] = True
+        return np.repeat(mine, group_size)
 
     def total(self, values: np.ndarray) -> np.ndarray:
         """The element-wise sum over processes, float64."""

@@ -13,6 +13,7 @@ from .advantages import group_advantages, leave_one_out_advantages
 from .language_model import TokenScores
 from .losses import clipped_policy_loss, k3_penalty
 from .on_policy import MicroBatch, OnPolicyAgent, OnPolicySettings
+from .optimization import check_choice
 from .rollout import TokenBatch
 
 
@@ -26,6 +27,10 @@ class GRPOSettings(OnPolicySettings):
     """Divide by the deviation of the group's returns; False is Dr. GRPO's."""
     loss_mean: Literal["sequence", "token"] = "sequence"
     """Mean over each response and then over responses (the paper's), or over all tokens of an update."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self, "loss_mean", ("sequence", "token"))
 
 
 class _GroupAgent(OnPolicyAgent):
@@ -57,7 +62,7 @@ class GRPO(_GroupAgent):
     def _prepare(self, batch: TokenBatch) -> None:
         self._check_groups(batch)
         self._kl(batch)
-        returns = batch.per_episode(batch.rewards)
+        returns = batch.per_episode(batch.own_rewards)
         self._spread(batch, group_advantages(returns, batch.groups, self.settings.scale_advantages))
 
     def _token_scale(self, batch: TokenBatch) -> np.ndarray:
@@ -91,5 +96,5 @@ class RLOO(_GroupAgent):
 
     def _prepare(self, batch: TokenBatch) -> None:
         self._check_groups(batch)
-        returns = batch.per_episode(batch.rewards - np.float32(self.kl.coefficient) * self._kl(batch))
+        returns = batch.per_episode(batch.own_rewards - np.float32(self.kl.coefficient) * self._kl(batch))
         self._spread(batch, leave_one_out_advantages(returns, batch.groups))

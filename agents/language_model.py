@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..llm_backends import Completion, Sampling
@@ -126,7 +128,9 @@ class LanguageModelPolicy:
         self.lm.model.requires_grad_(False)
         self._peft: PeftModel | None = None
         self._reference_lm: CausalLM | None = None
-        with quiet_loading():
+        with quiet_loading(), warnings.catch_warnings():
+            # Peft asks transformers for something by its old name; there is nothing a user could do about it.
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
             torch.manual_seed(seed)
             if lora.rank:
                 self._peft = get_peft_model(self.lm.model, lora.config(), adapter_name=POLICY)
@@ -178,26 +182,27 @@ class LanguageModelPolicy:
     # --- acting ------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def adapter(self, name: str | None) -> Iterator[CausalLM]:
+    def adapter(self, name: str | None, dropout: bool = False) -> Iterator[CausalLM]:
         """The trunk under an adapter, or without any (None), for this thread alone; afterwards it has none."""
         with self.lm.lock:
             if self._peft is None:
-                yield self._reference_lm if name is None and self._reference_lm is not None else self.lm
+                yield self._reference_lm if name != POLICY and self._reference_lm is not None else self.lm
                 return
             if name is None:
                 yield self.lm
                 return
-            self._activate(name)
+            self._activate(name, dropout)
             try:
                 yield self.lm
             finally:
                 self._activate(None)
 
-    def _activate(self, name: str | None) -> None:
+    def _activate(self, name: str | None, dropout: bool = False) -> None:
         """Switches the adapter layers. Peft's own switches would also set ``requires_grad`` before a backward pass."""
         for layer in self.lm.model.modules() if self._peft is not None else ():
             if isinstance(layer, BaseTunerLayer):
                 layer._disable_adapters = name is None
+                layer.lora_dropout.train(dropout)  # type: ignore[attr-defined]
                 if name is not None:
                     layer._active_adapter = [name]
 
@@ -206,6 +211,7 @@ class LanguageModelPolicy:
         prompts: Sequence[Sequence[int]],
         sampling: Sampling | Sequence[Sampling],
         choices: Sequence[Choices | None] | None = None,
+        eos: frozenset[int] | None = None,
     ) -> list[list[Completion]]:
         """Continues prompts of token ids.
 
@@ -213,14 +219,16 @@ class LanguageModelPolicy:
             prompts: n sequences of token ids.
             sampling: one set of parameters for all, or one each. Its temperature is what it says, not the policy's.
             choices: constraints, one (or None) per prompt.
+            eos: tokens that end a completion; by default the model's own.
 
         Returns:
-            n lists of completions, as of :func:`~instructgym.llm_backends.sampling.generate`.
+            n lists of completions, as of :func:`~instructgym.llm_backends.sampling.generate`, with log-probs at the
+                temperature of sampling.
         """
         samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         with self.adapter(POLICY) as lm, self._autocast():
             self.changed()  # prefixes of another adapter, or of the bare model
-            completions = generate(lm, [[int(t) for t in p] for p in prompts], samplings, choices)
+            completions = generate(lm, [[int(t) for t in p] for p in prompts], samplings, choices, eos, tempered=True)
             self.changed()
         return completions
 
@@ -243,14 +251,15 @@ class LanguageModelPolicy:
             values: False leaves the values out.
             entropy_gradient: whether entropies are differentiable.
         """
-        with self.adapter(POLICY) as lm, self._autocast():
+        training = torch.is_grad_enabled()
+        with self.adapter(POLICY, training) as lm, self._autocast():
             hidden = response_hidden(lm, prompts, responses)
             logprobs, entropies = self._head(lm, hidden, responses, allowed, entropy_gradient)
         estimates = None
         if values and self.value == "shared":
             estimates = self._values(hidden)
         elif values and self.value == "own_adapter":
-            with self.adapter(VALUE) as lm, self._autocast():
+            with self.adapter(VALUE, training) as lm, self._autocast():
                 hidden = response_hidden(lm, prompts, responses)
             estimates = self._values(hidden)
         return TokenScores(logprobs, entropies, estimates)
@@ -277,7 +286,10 @@ class LanguageModelPolicy:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ids = torch.from_numpy(np.concatenate(responses).astype(np.int64)).to(hidden.device)
         scale = lm.logit_scale / self.temperature
-        weight, bias = lm.head.weight, lm.head.bias
+        # Output layers are often padded beyond the tokenizer: the sampler leaves those rows out as well.
+        vocabulary = len(lm.tokenizer)
+        weight, bias = lm.head.weight[:vocabulary], getattr(lm.head, "bias", None)
+        bias = None if bias is None else bias[:vocabulary]
         free = [tokens is None for tokens in allowed]
         if all(free):
             return token_logprobs(hidden, weight, bias, ids, scale, entropy_gradient)
@@ -308,13 +320,13 @@ class LanguageModelPolicy:
             name: of the frozen adapter.
 
         Raises:
-            InputError: without adapters, or for a name in use.
+            InputError: for the name of the policy's own adapter or the value function's.
         """
-        if self._peft is None:
-            self._reference_lm, self.reference = _frozen_copy(self.lm), "base"  # type: ignore[assignment]
-            return
         if name in (POLICY, VALUE):
             raise InputError(f"a reference cannot be called {name!r}")
+        if self._peft is None:
+            self._reference_lm, self.reference = _frozen_copy(self.lm), f"copy:{name}"  # type: ignore[assignment]
+            return
         if name not in self._peft.peft_config:
             self._peft.add_adapter(name, self.lora.config())
         weights = {k: v.clone() for k, v in get_peft_model_state_dict(self._peft, adapter_name=POLICY).items()}
@@ -335,6 +347,8 @@ class LanguageModelPolicy:
         folder.mkdir(parents=True, exist_ok=True)
         if self._peft is None:
             self.lm.model.save_pretrained(folder / POLICY)
+            if (frozen := self.reference.partition(":")[2]) and self._reference_lm is not None:
+                self._reference_lm.model.save_pretrained(folder / frozen)
         else:
             self._peft.save_pretrained(str(folder))
         save_file({k: v.detach().cpu().contiguous() for k, v in self.value_head.state_dict().items()}, folder / HEAD)
@@ -362,18 +376,24 @@ class LanguageModelPolicy:
                         f"the policy in {folder} was built with {key}={settings[key]}, this one with {mine}"
                     )
             self.value_head.load_state_dict(load_file(folder / HEAD, device=str(self.lm.device)))
+            frozen = settings["reference"].partition(":")[2]
             if self._peft is None:
-                self.lm.model.load_state_dict(load_file(folder / POLICY / "model.safetensors"), strict=False)
+                _load_model(self.lm.model, folder / POLICY)
+                if frozen:
+                    self._reference_lm = _frozen_copy(self.lm)
+                    _load_model(self._reference_lm.model, folder / frozen)
             else:
-                frozen = settings["reference"].partition(":")[2]
                 names = [POLICY, *([VALUE] if self.value == "own_adapter" else []), *([frozen] if frozen else [])]
                 for name in names:
                     if name not in self._peft.peft_config:
                         self._peft.add_adapter(name, self.lora.config())
                     weights = load_file(folder / name / "adapter_model.safetensors", device=str(self.lm.device))
+                    mine = get_peft_model_state_dict(self._peft, adapter_name=name)
+                    if set(weights) != set(mine):
+                        raise InputError(f"the adapters in {folder / name} are of other layers than this policy's")
                     set_peft_model_state_dict(self._peft, weights, adapter_name=name)
                 self._activate(None)
-        except (OSError, KeyError, ValueError, RuntimeError) as error:
+        except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"cannot read a policy from {folder}: {' '.join(str(error).split())}") from error
@@ -387,6 +407,15 @@ def _path(model: str) -> str:
     from ..llm_backends.embedded import embedded_model_path
 
     return embedded_model_path()
+
+
+def _load_model(model: Any, folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
+    here = model.state_dict()
+    read = {here[name].data_ptr() for name in weights if name in here}
+    if unexpected or any(weight.data_ptr() not in read for weight in here.values()):  # tied weights are saved once
+        raise InputError(f"the model in {folder} has other layers than this policy's")
 
 
 def _frozen_copy(lm: CausalLM) -> CausalLM:

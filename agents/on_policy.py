@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 
@@ -22,7 +23,7 @@ from .callbacks import InvalidRewardRateError
 from .checkpoints import POLICY_FOLDER, STATE, read_checkpoint, write_checkpoint
 from .distributed import Processes
 from .language_model import LanguageModelPolicy, TokenScores
-from .optimization import Optimizer, OptimizerSettings
+from .optimization import Optimizer, OptimizerSettings, check_at_least_zero
 from .rollout import RolloutStatistics, TokenBatch, collect
 
 
@@ -62,10 +63,17 @@ class OnPolicySettings(OptimizerSettings):
         for name in ("rollout_batches", "epochs", "minibatches", "token_budget"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.clip <= 0 or self.kl_coefficient < 0:
-            raise InputError(
-                f"clip must be above 0 and kl_coefficient at least 0, got {self.clip}, {self.kl_coefficient}"
-            )
+        if not self.clip > 0:
+            raise InputError(f"clip must be above 0, got {self.clip}")
+        check_at_least_zero(
+            self,
+            "kl_coefficient",
+            "entropy_coefficient",
+            "target_kl",
+            "top_k",
+            "importance_cap",
+            "max_invalid_share",
+        )
 
 
 @dataclass
@@ -140,11 +148,15 @@ class OnPolicyAgent(ABC):
 
     def _check_fit(self) -> None:
         generation, lm = self.env.generation, self.policy.lm
-        if len(lm.tokenizer) != generation.vocabulary or set(lm.eos_token_ids) < set(generation.eos_ids):
+        words = self.env.tokenizer.hf.get_vocab() if hasattr(self.env, "tokenizer") else lm.tokenizer.get_vocab()
+        if len(lm.tokenizer) != generation.vocabulary or lm.tokenizer.get_vocab() != words:
             raise InputError(
                 f"{lm.name} has {len(lm.tokenizer)} tokens, the env counts {generation.vocabulary} of "
                 f"{generation.tokenizer}: give the env the model's own tokenizer"
             )
+        if getattr(self.env, "autoreset_mode", AutoresetMode.DISABLED) is not AutoresetMode.DISABLED:
+            mode = self.env.autoreset_mode.value
+            raise InputError(f"token-level agents need autoreset_mode='Disabled', got {mode!r}")
         if lm.context_length < generation.context_length:
             raise InputError(
                 f"{lm.name} reads {lm.context_length} tokens, the env's episodes take up to "
@@ -207,7 +219,7 @@ class OnPolicyAgent(ABC):
             self.settings.rollout_batches,
             self.sampling,
             request_seed(self.seed, "rollout", self.updates),
-            self.processes.share(self.env.num_envs),
+            self.processes.share(self.env.num_envs, getattr(self.env, "group_size", 1)),
         )
         totals = self._log_rollout(batch, statistics)
         scoring = time.perf_counter()
@@ -399,7 +411,7 @@ class OnPolicyAgent(ABC):
     def generate(self, prompts: Any, sampling: Sampling | None = None) -> list[list[Completion]]:
         """Continues prompts, given as texts or token ids, as in training unless ``sampling`` says otherwise."""
         ids = [self.policy.lm.encode(prompt) for prompt in prompts]
-        return self.policy.generate(ids, sampling or self.sampling)
+        return self.policy.generate(ids, sampling or self.sampling, eos=self.env.generation.eos_ids)
 
     def predict(
         self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False

@@ -23,7 +23,7 @@ class OptimizerSettings:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """What becomes of the learning rate after warm-up."""
     warmup: float = 0.0
-    """Share of training in which the learning rate rises linearly from 0."""
+    """Share of training in which the learning rate rises linearly from a tenth of its peak."""
     final: float = 0.1
     """Learning rate at the end of linear and cosine schedules, as a share of the peak."""
     weight_decay: float = 0.0
@@ -34,7 +34,10 @@ class OptimizerSettings:
     """Peak learning rate of the value head; 0 takes that of the policy."""
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0 or not 0 <= self.warmup < 1 or not 0 <= self.final <= 1:
+        check_choice(self, "optimizer", ("adamw", "adafactor"))
+        check_choice(self, "schedule", ("constant", "linear", "cosine"))
+        check_at_least_zero(self, "weight_decay", "max_grad_norm", "value_learning_rate")
+        if not self.learning_rate > 0 or not 0 <= self.warmup < 1 or not 0 <= self.final <= 1:
             raise InputError(
                 "learning_rate must be above 0, warmup in [0, 1) and final in [0, 1], got "
                 f"{self.learning_rate}, {self.warmup} and {self.final}"
@@ -43,12 +46,25 @@ class OptimizerSettings:
     def factor(self, progress: float) -> float:
         """The learning rate at a share of training in [0, 1], as a share of its peak."""
         if progress < self.warmup:
-            return progress / self.warmup
+            return 0.1 + 0.9 * progress / self.warmup
         if self.schedule == "constant":
             return 1.0
         rest = min((progress - self.warmup) / (1.0 - self.warmup), 1.0)
         shape = 1.0 - rest if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * rest))
         return self.final + (1.0 - self.final) * shape
+
+
+def check_choice(settings: Any, name: str, values: tuple[str, ...]) -> None:
+    """Refuses a setting that is none of ``values``."""
+    if getattr(settings, name) not in values:
+        raise InputError(f"{name} must be one of {', '.join(values)}, got {getattr(settings, name)!r}")
+
+
+def check_at_least_zero(settings: Any, *names: str) -> None:
+    """Refuses settings below 0, NaN among them."""
+    for name in names:
+        if not getattr(settings, name) >= 0:
+            raise InputError(f"{name} must be at least 0, got {getattr(settings, name)}")
 
 
 class Optimizer:

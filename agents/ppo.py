@@ -13,6 +13,7 @@ from .advantages import KLController, KLEstimator, discounted_gae, explained_var
 from .language_model import TokenScores
 from .losses import clipped_policy_loss, clipped_value_loss
 from .on_policy import MicroBatch, OnPolicyAgent, OnPolicySettings
+from .optimization import check_at_least_zero, check_choice
 from .rollout import TokenBatch
 
 
@@ -43,6 +44,10 @@ class PPOSettings(OnPolicySettings):
         super().__post_init__()
         if not 0 < self.gamma <= 1 or not 0 <= self.lam <= 1:
             raise InputError(f"gamma must be in (0, 1] and lam in [0, 1], got {self.gamma} and {self.lam}")
+        check_choice(self, "kl_estimator", ("k1", "k3"))
+        check_at_least_zero(self, "value_clip", "value_coefficient", "kl_target")
+        if self.kl_horizon < 1:
+            raise InputError(f"kl_horizon must be at least 1, got {self.kl_horizon}")
 
 
 class TokenPPO(OnPolicyAgent):
@@ -61,16 +66,16 @@ class TokenPPO(OnPolicyAgent):
 
     def _prepare(self, batch: TokenBatch) -> None:
         settings, total = self.settings, self.processes.total
-        rewards = batch.rewards
+        rewards, kept = batch.own_rewards, batch.loss_mask
         if settings.whiten_rewards:
-            rewards = whiten(rewards, np.ones(len(rewards), dtype=bool), shift_mean=False, total=total)
+            rewards = whiten(rewards, kept, shift_mean=False, total=total)
         shaped = rewards - np.float32(self.kl.coefficient) * self._kl(batch, settings.kl_estimator)
-        # Episodes end in `terminated`; the value of what would follow is 0.
-        advantages, batch.returns = discounted_gae(shaped, batch.values, batch.lengths, settings.gamma, settings.lam)
-        kept = batch.loss_mask
-        batch.advantages = (
-            whiten(advantages, kept, total=total) if settings.whiten_advantages else np.where(kept, advantages, 0.0)
-        ).astype(np.float32)
+        # Episodes end in `terminated`; the value of what would follow is 0. Tokens of others are part of a transition.
+        advantages, batch.returns = np.zeros_like(rewards), np.zeros_like(rewards)
+        advantages[kept], batch.returns[kept] = discounted_gae(
+            shaped[kept], batch.values[kept], batch.per_episode(kept).tolist(), settings.gamma, settings.lam
+        )
+        batch.advantages = whiten(advantages, kept, total=total) if settings.whiten_advantages else advantages
         self.logger.record("train/explained_variance", explained_variance(batch.values[kept], batch.returns[kept]))
         self.logger.record("train/value_mean", float(batch.values[kept].mean()) if kept.any() else 0.0)
 

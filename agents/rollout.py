@@ -68,6 +68,11 @@ class TokenBatch:
         """Response tokens in all."""
         return int(self.lengths.sum())
 
+    @property
+    def own_rewards(self) -> np.ndarray:
+        """float32, shape (tokens,): the rewards, 0 for tokens that the policy did not write."""
+        return np.where(self.loss_mask, self.rewards, np.float32(0.0))
+
     def rows(self, episodes: Sequence[int] | np.ndarray) -> np.ndarray:
         """int64: positions of the tokens of the given episodes, in their order."""
         ends = np.cumsum(self.lengths)
@@ -75,7 +80,7 @@ class TokenBatch:
         return np.concatenate([np.arange(starts[i], ends[i]) for i in episodes]) if len(episodes) else np.zeros(0, int)
 
     def per_episode(self, values: np.ndarray) -> np.ndarray:
-        """Sums of per-token values, shape (n,)."""
+        """Sums of per-token values, shape (n,); of a bool array, counts."""
         return np.add.reduceat(values, np.cumsum(self.lengths) - self.lengths) if len(self) else np.zeros(0)
 
     def micro_batches(self, episodes: np.ndarray, budget: int) -> Iterator[np.ndarray]:
@@ -164,6 +169,7 @@ def _write(
         [prompts[i] for i in copies],
         [replace(sampling, seed=request_seed(seed, int(i))) for i in copies],
         [constraints[i] for i in copies],
+        env.generation.eos_ids,
     )
     drafts: list[dict[str, Any]] = [{} for _ in prompts]
     for i, [completion] in zip(copies, completions, strict=True):

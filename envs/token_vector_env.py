@@ -83,6 +83,11 @@ class TokenVectorEnv(TokenParts, ProcessVectorEnv[TokenProcess, TokenObservation
         self._build(num_envs, examples, tokenizer, reward, settings, observation, backend, embedder)
         self._setup(num_envs, self.process.action_space, render_mode, autoreset_mode)
 
+    @property
+    def group_size(self) -> int:
+        """That many consecutive copies answer the same prompt."""
+        return self.process.settings.group_size
+
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:

@@ -13,13 +13,14 @@ from rich.table import Table
 
 from ..llm_backends import BackendError
 from ..llm_backends.errors import InputError
-from . import evolve_compare, evolve_generate, evolve_train, nlu
+from . import evolve_compare, evolve_generate, evolve_train, nlu, nlu_report
 from .benchmarks import edit_env
 from .benchmarks.edit_env import BenchEditEnv
 from .evolve_compare import EvolveCompare
 from .evolve_generate import EvolveGenerate
 from .evolve_train import EvolveTrain
 from .nlu import NLU
+from .nlu_report import NLUReport
 
 if TYPE_CHECKING:
     EvolveCommand = EvolveTrain | EvolveGenerate | EvolveCompare
@@ -36,6 +37,21 @@ class Evolve:
     """TeaMs-RL: an agent picks edit operations that evolve instructions."""
 
     command: EvolveCommand
+
+
+if TYPE_CHECKING:
+    UnderstandingCommand = NLU | NLUReport
+else:
+    UnderstandingCommand = (
+        Annotated[NLU, tyro.conf.subcommand("run")] | Annotated[NLUReport, tyro.conf.subcommand("report")]
+    )
+
+
+@dataclass
+class Understanding:
+    """RL for language understanding: 'nlu [run]' trains and evaluates one method, 'nlu report' gathers runs."""
+
+    command: UnderstandingCommand
 
 
 @dataclass
@@ -64,11 +80,11 @@ class Bench:
 
 
 if TYPE_CHECKING:
-    Command = Evolve | NLU | Envs | Bench
+    Command = Evolve | Understanding | Envs | Bench
 else:
     Command = (
         Annotated[Evolve, tyro.conf.subcommand("evolve")]
-        | Annotated[NLU, tyro.conf.subcommand("nlu")]
+        | Annotated[Understanding, tyro.conf.subcommand("nlu")]
         | Annotated[Envs, tyro.conf.subcommand("envs")]
         | Annotated[Bench, tyro.conf.subcommand("bench")]
     )
@@ -94,7 +110,7 @@ def list_envs(console: Console) -> None:
 
 def dispatch(command: Any, console: Console) -> None:
     """Runs a parsed command."""
-    if isinstance(command, Evolve | Bench):
+    if isinstance(command, Evolve | Understanding | Bench):
         command = command.command
     if isinstance(command, EvolveTrain):
         evolve_train.run(command, console)
@@ -104,6 +120,8 @@ def dispatch(command: Any, console: Console) -> None:
         evolve_compare.run(command, console)
     elif isinstance(command, NLU):
         nlu.run(command, console)
+    elif isinstance(command, NLUReport):
+        nlu_report.run(command, console)
     elif isinstance(command, BenchEditEnv):
         edit_env.run(command, console)
     elif isinstance(command, BenchList):
@@ -114,11 +132,14 @@ def dispatch(command: Any, console: Console) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 2 bad input, 130 interrupted."""
+    given = list(sys.argv[1:] if args is None else args)
+    if given[:1] == ["nlu"] and (given[1:2] or ["--"])[0].startswith("--") and given[1:2] != ["--help"]:
+        given.insert(1, "run")  # 'nlu --task ...' is short for 'nlu run --task ...'
     command = tyro.cli(
         Command,
         prog="instructgym",
         description="Gymnasium environments for instructions, prompts and responses, and agents that solve them.",
-        args=args,
+        args=given,
         config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
     )
     sys.exit(guarded(lambda console: dispatch(command, console)))

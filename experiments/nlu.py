@@ -116,7 +116,7 @@ class NLU:
         start, _, count = self.start.partition(":")
         if start not in ("constrained", "free", "few-shot-header", "sft") or (start == "sft") != bool(count):
             raise InputError(f"--start must be constrained, free, few-shot-header or sft:N, got {self.start!r}")
-        if count and not (count.isdigit() and 0 < int(count)):
+        if count and not (count.isdigit() and int(count) > 0):
             raise InputError(f"--start sft:N needs a number of labels, got {self.start!r}")
         if count and self.labels and int(count) >= self.labels:
             raise InputError(f"--start {self.start} leaves no labels of --labels {self.labels} for training")
@@ -266,7 +266,7 @@ class _Run:
                 self.console.print(f"{task} {self.options.method} ({how}): {line}", highlight=False)
         return results
 
-    # --- training ------------------------------------------------------------------------------------------------------
+    # --- training ------------------------------------------------------------------------------------------------
 
     def _train(self, policy: LanguageModelPolicy, data: _Data, counts: dict[str, Any]) -> bool:
         """Trains to the end, or as far as the time goes; says whether it came to the end."""

@@ -64,6 +64,8 @@ def generate(
     prompts: Sequence[Sequence[int]],
     samplings: Sequence[Sampling],
     choices: Sequence[Choices | None] | None = None,
+    eos: frozenset[int] | None = None,
+    tempered: bool = False,
 ) -> list[list[Completion]]:
     """Completes every prompt by its own sampling parameters.
 
@@ -76,6 +78,8 @@ def generate(
         samplings: n sets of sampling parameters.
         choices: for each prompt the responses that are allowed, or None; log-probs are then those among the allowed
             tokens. None for free generation of all.
+        eos: tokens that end a completion; by default the model's own.
+        tempered: log-probs at the temperature of sampling (1 for greedy decoding) instead of at 1.
 
     Returns:
         n lists of ``sampling.n`` completions.
@@ -86,18 +90,24 @@ def generate(
     for chunk in token_budget_chunks(sizes, CACHE_TOKENS):
         members = [order[k] for k in chunk]
         with lm.lock:
-            allowed = [choices[i] for i in members] if choices is not None else [None] * len(members)
-            for row in _decode(lm, [prompts[i] for i in members], [samplings[i] for i in members], allowed):
+            allowed = [None if choices is None else choices[i] for i in members]
+            mine = [prompts[i] for i in members], [samplings[i] for i in members]
+            for row in _decode(lm, *mine, allowed, lm.eos_token_ids if eos is None else eos, tempered):
                 completions[members[row.request]].append(row.completion(lm))
     return completions
 
 
 @torch.inference_mode()
 def _decode(
-    lm: CausalLM, prompts: list[Sequence[int]], samplings: list[Sampling], choices: list[Choices | None]
+    lm: CausalLM,
+    prompts: list[Sequence[int]],
+    samplings: list[Sampling],
+    choices: list[Choices | None],
+    eos: frozenset[int],
+    tempered: bool,
 ) -> list[_Row]:
     unique = {prompt: index for index, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    eos = lm.eos_token_ids
+    vocabulary = len(lm.tokenizer)  # output layers are often padded beyond it
     rows = [
         _Row(i, unique[tuple(prompts[i])], sampling, _uniforms(lm, prompts[i], sampling, k), eos, choices[i])
         for i, sampling in enumerate(samplings)
@@ -114,15 +124,16 @@ def _decode(
 
     live = list(range(len(rows)))  # the rows in the batch, by batch index
     done = [False] * len(rows)
-    step = 0
+    # What every step needs is made once: small tensors cost as much as a layer of a small model.
+    uniforms = _side_by_side([row.uniforms for row in rows], room)
+    mask = torch.nn.functional.pad(mask, (0, room), value=1)
+    constrained = any(row.choices is not None for row in rows)
+    length, step = mask.shape[1] - room, 0
     while True:
-        if any(rows[i].choices is not None for i in live):
+        logits = logits[:, :vocabulary]
+        if constrained and any(rows[i].choices is not None for i in live):
             logits = _masked(logits, [rows[i] for i in live])
-        ids, logprobs = sample_tokens(
-            logits,
-            [rows[i].sampling for i in live],
-            torch.stack([rows[i].uniforms[min(step, len(rows[i].uniforms) - 1)] for i in live]),
-        )
+        ids, logprobs = sample_tokens(logits, [rows[i].sampling for i in live], uniforms[step], tempered)
         for i, token, logprob in zip(live, ids.tolist(), logprobs.tolist(), strict=True):
             if not done[i]:
                 rows[i].token_ids.append(token)
@@ -134,10 +145,15 @@ def _decode(
         if len(going) <= 0.75 * len(live):  # finished rows leave, not one by one since leaving copies the cache
             kept = torch.tensor(going, device=lm.device)
             cache, mask, ids = select_rows(cache, kept), mask[kept], ids[kept]
-            live = [live[k] for k in going]
-        mask = torch.cat([mask, mask.new_ones((len(live), 1))], dim=1)
-        logits = lm.forward(ids.unsqueeze(1), mask, cache)
+            uniforms, live = uniforms[:, going], [live[k] for k in going]
         step += 1
+        logits = lm.forward(ids.unsqueeze(1), mask[:, : length + step], cache)
+
+
+def _side_by_side(uniforms: list[torch.Tensor], steps: int) -> torch.Tensor:
+    """float64, shape (steps, rows, DRAWS): rows that end earlier repeat their last draws, which nobody looks at."""
+    table = torch.stack([torch.cat([row, row[-1:].expand(steps - len(row), -1)]) for row in uniforms])
+    return table.transpose(0, 1).contiguous()
 
 
 def _masked(logits: torch.Tensor, rows: list[_Row]) -> torch.Tensor:
@@ -159,7 +175,7 @@ def _uniforms(lm: CausalLM, prompt: Sequence[int], sampling: Sampling, index: in
 
 
 def sample_tokens(
-    logits: torch.Tensor, samplings: Sequence[Sampling], uniforms: torch.Tensor
+    logits: torch.Tensor, samplings: Sequence[Sampling], uniforms: torch.Tensor, tempered: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws one token per row.
 
@@ -169,25 +185,37 @@ def sample_tokens(
         logits: float32, shape (batch, vocabulary).
         samplings: one per row.
         uniforms: float64, shape (batch, DRAWS), in [0, 1).
+        tempered: log-probs at the temperature of sampling (1 for greedy decoding) instead of at 1.
 
     Returns:
-        int64 token ids and float32 log-probs at temperature 1 before truncation, each of shape (batch,).
+        int64 token ids and float32 log-probs before truncation, each of shape (batch,).
     """
     vocabulary = logits.shape[-1]
-    ids = logits.argmax(dim=-1)
     drawn = [i for i, s in enumerate(samplings) if s.temperature > 0]
     plain = [i for i in drawn if samplings[i].top_p == 1 and not 0 < samplings[i].top_k < vocabulary]
-    truncated = sorted(set(drawn) - set(plain))
-    if plain:
-        ids[plain] = _draw(_scaled(logits, samplings, plain).softmax(dim=-1), uniforms[plain])
-    if truncated:
-        weights = _truncate(_scaled(logits, samplings, truncated), [samplings[i] for i in truncated])
-        ids[truncated] = _draw(weights, uniforms[truncated])
+    if len(plain) == len(samplings):  # the rule in training: no copy of all logits
+        ids = _draw(_scaled(logits, samplings, plain).softmax(dim=-1), uniforms)
+    else:
+        ids = logits.argmax(dim=-1)
+        truncated = sorted(set(drawn) - set(plain))
+        if plain:
+            ids[plain] = _draw(_scaled(logits, samplings, plain).softmax(dim=-1), uniforms[plain])
+        if truncated:
+            weights = _truncate(_scaled(logits, samplings, truncated), [samplings[i] for i in truncated])
+            ids[truncated] = _draw(weights, uniforms[truncated])
+    if tempered and drawn:
+        logits = logits.index_copy(0, torch.tensor(drawn, device=logits.device), _scaled(logits, samplings, drawn))
     chosen = logits.gather(1, ids.unsqueeze(1)).squeeze(1) - logits.logsumexp(dim=-1)
     return ids, chosen
 
 
 def _scaled(logits: torch.Tensor, samplings: Sequence[Sampling], rows: list[int]) -> torch.Tensor:
+    """The rows' logits divided by their temperatures; the logits themselves where that changes nothing."""
+    if len(rows) == len(logits):
+        if all(samplings[i].temperature == 1 for i in rows):
+            return logits
+        temperatures = torch.tensor([samplings[i].temperature for i in rows], device=logits.device)
+        return logits / temperatures.unsqueeze(1)
     temperatures = torch.tensor([samplings[i].temperature for i in rows], device=logits.device)
     return logits[rows] / temperatures.unsqueeze(1)
 
@@ -226,7 +254,9 @@ def _draw(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     uniforms = uniforms.to(weights.device)
     levels = []
     while weights.shape[1] > 1:
-        weights = torch.nn.functional.pad(weights, (0, -weights.shape[1] % BRANCHES)).unflatten(1, (-1, BRANCHES))
+        if missing := -weights.shape[1] % BRANCHES:
+            weights = torch.nn.functional.pad(weights, (0, missing))
+        weights = weights.unflatten(1, (-1, BRANCHES))
         levels.append(weights)
         weights = weights.sum(dim=-1)
     rows = torch.arange(len(weights), device=weights.device)

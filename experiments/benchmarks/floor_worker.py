@@ -1,0 +1,120 @@
+"""The forwards and backwards that one PPO update cannot avoid, in plain transformers calls: prints a line of JSON.
+
+``python floor_worker.py JSON``. An update is a sampled ``generate``, a pass of the policy (old log-probs and values)
+and one of the reference without gradients, and ``epochs`` of forward and backward: no reward, no env, no advantages.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+MICRO_BATCHES = (4, 8, 16, 32)
+
+
+def peak_mb() -> float:
+    """The most memory that this process has had, in MB; ``ru_maxrss`` starts at what the parent process held."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class Floor:
+    """A model with adapters, and the passes over it.
+
+    Args:
+        spec: the benchmark's settings.
+    """
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        self.spec = spec
+        tokenizer = AutoTokenizer.from_pretrained(spec["model"])
+        self.prompts = torch.tensor([tokenizer(prompt)["input_ids"] for prompt in spec["prompts"]])
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        # As in training: frozen weights in the dtype of the computation, adapters in float32.
+        model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=getattr(torch, spec["dtype"]))
+        model.generation_config.eos_token_id = None
+        targets = spec["targets"] if spec["targets"] == "all-linear" else spec["targets"].split(",")
+        lora = LoraConfig(r=spec["rank"], lora_alpha=spec["alpha"], target_modules=targets, task_type="CAUSAL_LM")
+        self.model: Any = get_peft_model(model.eval(), lora)
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], 1e-5)
+
+    def _cast(self) -> Any:
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.spec["dtype"] == "bfloat16")
+
+    def update(self, number: int, micro: int) -> int:
+        """One update; returns the number of response tokens."""
+        batch, length = self.spec["batch"], self.spec["response_tokens"]
+        prompts = self.prompts[number * batch : (number + 1) * batch]
+        with torch.no_grad(), self._cast():
+            sequences = self.model.generate(
+                input_ids=prompts,
+                attention_mask=torch.ones_like(prompts),
+                do_sample=True,
+                top_k=0,
+                max_new_tokens=length,
+                pad_token_id=self.pad,
+            )
+            for rows in sequences.split(micro):
+                self.model(rows)
+            with self.model.disable_adapter():
+                for rows in sequences.split(micro):
+                    self.model(rows)
+        for _ in range(self.spec["epochs"]):
+            self.epoch(sequences, micro)
+        return sequences[:, prompts.shape[1] :].numel()
+
+    def epoch(self, sequences: torch.Tensor, micro: int) -> None:
+        """Forward and backward over all sequences, and an optimiser step."""
+        length = self.spec["response_tokens"]
+        for rows in sequences.split(micro):
+            with self._cast():
+                logits = self.model(rows).logits[:, -length - 1 : -1]
+            logprobs = torch.log_softmax(logits.float(), -1).gather(-1, rows[:, -length:, None])
+            (-logprobs.sum() / (len(sequences) * length)).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def measure(spec: dict[str, Any]) -> dict[str, Any]:
+    """Runs one warm-up update and then the measured ones; without ``micro`` finds the best micro-batch instead."""
+    torch.set_num_threads(spec["threads"])
+    torch.manual_seed(0)
+    floor = Floor(spec)
+    if not spec.get("micro"):
+        shape = (spec["batch"], floor.prompts.shape[1] + spec["response_tokens"])
+        sequences = torch.randint(0, floor.model.config.vocab_size, shape)
+        floor.epoch(sequences, min(MICRO_BATCHES))
+        seconds = {}
+        for micro in MICRO_BATCHES:
+            start = time.process_time()
+            floor.epoch(sequences, micro)
+            seconds[micro] = time.process_time() - start
+        return {"micro": min(seconds, key=lambda micro: seconds[micro])}
+    before = peak_mb()
+    floor.update(0, spec["micro"])
+    cpu, wall = time.process_time(), time.perf_counter()
+    tokens = sum(floor.update(number, spec["micro"]) for number in range(1, spec["updates"] + 1))
+    return {
+        "tokens": tokens,
+        "cpu_seconds": time.process_time() - cpu,
+        "wall_seconds": time.perf_counter() - wall,
+        "start_mb": before,
+        "peak_mb": peak_mb(),
+        "computes_in": spec["dtype"],
+        "micro_batch": spec["micro"],
+    }
+
+
+if __name__ == "__main__":
+    print("\n" + json.dumps(measure(json.loads(sys.argv[1]))))

@@ -1,0 +1,66 @@
+"""One measurement of this library's PPO, in a process of its own: prints a line of JSON.
+
+``python -m instructgym.experiments.benchmarks.ppo_worker JSON``, with the JSON of :func:`.token_ppo.run`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+import torch
+
+from ...agents.language_model import LanguageModelPolicy, LoraSettings
+from ...agents.ppo import TokenPPO
+from ...envs.tasks.prompt_examples import PromptExample
+from ...envs.token_process import TokenSettings
+from ...envs.token_vector_env import TokenVectorEnv
+from ...llm_backends.causal_lm import computes_in_bfloat16
+from .tiny import EndlessTokenizer, endless_model, peak_mb, share_of_e
+
+
+def measure(spec: dict[str, Any]) -> dict[str, Any]:
+    """Trains for one warm-up update and then for the measured ones."""
+    torch.set_num_threads(spec["threads"])
+    dtype = spec["dtype"]
+    if dtype == "default":
+        dtype = "bfloat16" if computes_in_bfloat16("cpu") else "float32"
+    tokenizer = EndlessTokenizer(spec["model"])
+    env = TokenVectorEnv(
+        spec["batch"],
+        [PromptExample(str(i), prompt) for i, prompt in enumerate(spec["prompts"])],
+        tokenizer,
+        share_of_e,
+        TokenSettings(max_tokens=spec["response_tokens"]),
+    )
+    policy = LanguageModelPolicy(
+        endless_model(spec["model"], tokenizer, dtype),
+        LoraSettings(rank=spec["rank"], alpha=spec["alpha"], targets=spec["targets"]),
+        dtype=dtype,
+        device="cpu",
+    )
+    agent = TokenPPO(env, policy, epochs=spec["epochs"], learning_rate=1e-5, kl_coefficient=0.05)
+    before = peak_mb()
+    marks: list[tuple[float, float, int]] = []
+    update_tokens = spec["batch"] * spec["response_tokens"]
+    agent.learn(
+        update_tokens * (spec["updates"] + 1),
+        lambda agent: marks.append((time.process_time(), time.perf_counter(), agent.num_timesteps)),
+    )
+    (cpu, wall, tokens), (cpu_end, wall_end, tokens_end) = marks[0], marks[-1]
+    env.close()
+    return {
+        "tokens": tokens_end - tokens,
+        "cpu_seconds": cpu_end - cpu,
+        "wall_seconds": wall_end - wall,
+        "start_mb": before,
+        "peak_mb": peak_mb(),
+        "computes_in": dtype,
+        "token_budget": agent.settings.token_budget,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(json.loads(sys.argv[1]))))

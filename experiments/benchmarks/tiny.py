@@ -1,0 +1,126 @@
+"""Models, tokenizers and prompts of the token benchmarks: the same for every side, and read from folders."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ...llm_backends import Tokenizer
+from ...llm_backends.causal_lm import CausalLM, load_tokenizer, quiet_loading
+from ...llm_backends.embedded import embedded_model_path
+from ...llm_backends.errors import InputError
+from ...rewards import Sample
+
+WORDS = "river stone light bread winter garden paper music silver window harbor engine forest letter market".split()
+
+
+def model_folder(model: str, scratch: Path) -> str:
+    """Where a benchmark's model lies.
+
+    Args:
+        model: ``tiny`` (built in ``scratch``), ``embedded``, or a path.
+        scratch: an existing folder.
+    """
+    if model == "tiny":
+        build_tiny(scratch / "tiny")
+        return str(scratch / "tiny")
+    return embedded_model_path() if model == "embedded" else os.path.abspath(model)
+
+
+def build_tiny(folder: Path) -> None:
+    """Writes a GPT-2 of four layers with random weights and a tokenizer of bytes, ``<eos>`` and ``<pad>``."""
+    import torch
+    from tokenizers import Tokenizer as Core
+    from tokenizers import decoders, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<eos>", "<pad>"]
+    core = Core(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<eos>", pad_token="<pad>", padding_side="left", model_max_length=512
+    )
+    config = GPT2Config(
+        vocab_size=258,
+        n_positions=512,
+        n_embd=256,
+        n_layer=4,
+        n_head=4,
+        bos_token_id=256,
+        eos_token_id=256,
+        pad_token_id=257,
+    )
+    with quiet_loading():
+        torch.manual_seed(0)
+        GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def lora_targets(folder: str) -> str:
+    """Names of the layers that get an adapter: GPT-2's attention, or every linear layer."""
+    config = json.loads((Path(folder) / "config.json").read_text("utf-8"))
+    return "c_attn" if config.get("model_type") == "gpt2" else "all-linear"
+
+
+def make_prompts(folder: str, count: int, length: int) -> list[str]:
+    """Different texts of exactly ``length`` tokens, which begin differently.
+
+    Raises:
+        InputError: if the tokenizer gives too few of them.
+    """
+    tokenizer = load_tokenizer(folder)
+    texts: dict[str, None] = {}
+    for number in range(40 * count):
+        words = (WORDS[(7 * number + k) % len(WORDS)] for k in range(length))
+        text = f"{WORDS[number % len(WORDS)]} {number}: write about {' '.join(words)}"
+        ids = tokenizer(text, truncation=True, max_length=length)["input_ids"]
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        if len(tokenizer(text)["input_ids"]) == length and text.strip():
+            texts[text] = None
+        if len(texts) == count:
+            return list(texts)
+    raise InputError(f"the tokenizer in {folder} gave {len(texts)} of {count} prompts of {length} tokens: ask for more")
+
+
+@dataclass(eq=False)
+class EndlessTokenizer(Tokenizer):
+    """A tokenizer without an end-of-sequence token: every response runs to the cap."""
+
+    @cached_property
+    def hf(self) -> Any:
+        tokenizer = load_tokenizer(self.model)
+        tokenizer.eos_token = None
+        return tokenizer
+
+
+def endless_model(folder: str, tokenizer: Tokenizer, dtype: str) -> CausalLM:
+    """A model on the CPU that knows no end of a response."""
+    lm = CausalLM.from_pretrained(folder, dtype, "cpu")
+    lm.model.generation_config.eos_token_id = None
+    lm.tokenizer = tokenizer.hf
+    return lm
+
+
+def share_of_e(samples: Sequence[Sample]) -> list[float]:
+    """A rule reward: the share of the letter e in the text."""
+    return [sample.response.count("e") / max(len(sample.response), 1) for sample in samples]
+
+
+def peak_mb() -> float:
+    """The most memory that this process has had, in MB.
+
+    Not ``ru_maxrss`` where that can be helped: in a child process Linux starts it at what its parent held.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
+    except (OSError, StopIteration):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,0 +1,243 @@
+"""``instructgym bench token-env``: sampling and ``play`` against transformers' ``generate``, and the ``step`` rate."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+
+from ...envs.generate_label import generate_label_vector
+from ...envs.tasks.prompt_examples import PromptExample
+from ...envs.token_vector_env import TokenVectorEnv
+from ...llm_backends import Sampling, request_seed
+from ...llm_backends.causal_lm import CausalLM, quiet_loading, selective_log_softmax
+from ...llm_backends.errors import InputError
+from ...llm_backends.sampling import generate
+from ..evolve import check_output
+from ..run_folder import write_json
+from .tiny import EndlessTokenizer, endless_model, make_prompts, model_folder, share_of_e
+
+STEP_ENV = "instructgym/GenerateLabel-v0"
+
+
+@dataclass
+class BenchTokenEnv:
+    """Tokens per CPU-second of sampling and play against transformers' generate, and steps per second of the env."""
+
+    model: str = "tiny"
+    """tiny (a GPT-2 of four layers with random weights), embedded, or the path of a model."""
+    batch: int = 32
+    """Episodes at once."""
+    prompt_tokens: int = 24
+    """Tokens of every prompt."""
+    response_tokens: int = 64
+    """Tokens of every response; there is no end of sequence."""
+    rounds: int = 5
+    """Measurements of each side, taken alternately after one to warm up."""
+    threads: int = 1
+    """Threads of torch."""
+    step_tokens: int = 512
+    """Tokens of the episodes that are stepped through."""
+    episodes: int = 5
+    """Episodes that are stepped through, after one to warm up."""
+    json: str = ""
+    """File for the figures, as JSON."""
+
+
+def run(options: BenchTokenEnv, console: Console | None = None) -> dict[str, Any]:
+    """Measures and returns ``{"ours": ..., "theirs": ..., "ratio": ..., "settings": ...}``.
+
+    Raises:
+        InputError: for options out of range, or a model that cannot be used.
+    """
+    console = console or Console()
+    for name in ("batch", "prompt_tokens", "response_tokens", "rounds", "threads", "step_tokens", "episodes"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    if options.json:
+        check_output(Path(options.json))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    try:
+        with tempfile.TemporaryDirectory(prefix="instructgym-bench-") as scratch:
+            figures = _rollouts(options, model_folder(options.model, Path(scratch)))
+        figures["ours"] |= _steps(options)
+    finally:
+        torch.set_num_threads(threads)
+    figures["settings"] = {key: value for key, value in vars(options).items() if key != "json"}
+    _print(options, figures, console)
+    if options.json:
+        write_json(Path(options.json), figures)
+    return figures
+
+
+@dataclass
+class _Ours:
+    """Our side: an env whose responses run to the cap, and our sampling."""
+
+    lm: CausalLM
+    env: TokenVectorEnv
+    sampling: Sampling
+    played: float = 0.0
+    """Seconds in ``play``, resets not included."""
+
+    def rollout(self, number: int) -> int:
+        """Episodes of all copies; returns how many tokens the env took."""
+        self.env.reset(options={"index": _indices(number, self.env.num_envs)})
+        self.lm.prefix_cache.clear()  # as in training, where the weights have changed
+        prompts = [prompt.tolist() for prompt in self.env.prompts()]
+        samplings = [replace(self.sampling, seed=request_seed(number, i)) for i in range(len(prompts))]
+        responses = [row[0].token_ids for row in generate(self.lm, prompts, samplings)]
+        start = time.perf_counter()
+        played = self.env.play(responses)
+        self.played += time.perf_counter() - start
+        if not played.valid.all():
+            raise RuntimeError("a rule reward gave no verdict")
+        return int(played.n_consumed.sum())
+
+
+def _indices(number: int, count: int) -> np.ndarray:
+    return np.arange(number * count, (number + 1) * count)
+
+
+@torch.inference_mode()
+def _plain_rollout(model: Any, prompts: torch.Tensor, length: int, pad: int) -> int:
+    """The same tokens and log-probs from transformers alone."""
+    output = model.generate(
+        input_ids=prompts,
+        attention_mask=torch.ones_like(prompts),
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        temperature=1.0,
+        max_new_tokens=length,
+        pad_token_id=pad,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    written = output.sequences[:, prompts.shape[1] :]
+    logprobs = selective_log_softmax(torch.stack(output.logits, dim=1).float(), written)
+    return logprobs.numel()
+
+
+def _rollouts(options: BenchTokenEnv, folder: str) -> dict[str, Any]:
+    tokenizer = EndlessTokenizer(folder)
+    prompts = make_prompts(folder, options.batch * (options.rounds + 1), options.prompt_tokens)
+    # The env's stop string, a closing tag, is looked for at every token, but a random text does not hold it.
+    env = generate_label_vector(
+        options.batch,
+        examples=[PromptExample(str(i), prompt) for i, prompt in enumerate(prompts)],
+        tokenizer=tokenizer,
+        reward=share_of_e,
+        max_tokens=options.response_tokens,
+    )
+    env.reset(seed=0)
+    ours = _Ours(
+        endless_model(folder, tokenizer, "float32"),
+        env,
+        Sampling(max_tokens=options.response_tokens, stop=env.generation.stop),
+    )
+    with quiet_loading():
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    pad = tokenizer.hf.pad_token_id or 0
+    ids = torch.tensor(tokenizer.encode_batch(prompts))
+    mine, plain, shares, tokens = [], [], [], [0, 0]
+    for number in range(options.rounds + 1):
+        ours.played = 0.0
+        wall = time.perf_counter()
+        count, seconds = _timed(lambda: ours.rollout(number))  # noqa: B023
+        wall = time.perf_counter() - wall
+        rows = ids[_indices(number, options.batch)]
+        their_count, their_seconds = _timed(lambda: _plain_rollout(model, rows, options.response_tokens, pad))  # noqa: B023
+        if number:  # the first round warms up
+            mine.append(count / seconds)
+            plain.append(their_count / their_seconds)
+            shares.append(ours.played / wall)
+            tokens = [tokens[0] + count, tokens[1] + their_count]
+    env.close()
+    ratios = np.array(mine) / np.array(plain)
+    return {
+        "ours": {
+            "tokens_per_cpu_second": float(np.median(mine)),
+            "play_share": float(np.median(shares)),
+            "tokens": tokens[0],
+        },
+        "theirs": {"tokens_per_cpu_second": float(np.median(plain)), "tokens": tokens[1]},
+        "ratio": {
+            "tokens_per_cpu_second": float(np.median(ratios)),
+            "tokens_per_cpu_second_min": float(ratios.min()),
+            "tokens_per_cpu_second_max": float(ratios.max()),
+        },
+    }
+
+
+def _timed(work: Callable[[], int]) -> tuple[int, float]:
+    start = time.process_time()
+    return work(), time.process_time() - start
+
+
+def _steps(options: BenchTokenEnv) -> dict[str, Any]:
+    """Steps per second through ``gym.make``, wrappers and resets included."""
+    name = "embedded" if options.model == "embedded" else "bytes"
+    env = gym.make(
+        STEP_ENV,
+        examples=[PromptExample(str(i), f"Text {i}: a fine day. Answer:") for i in range(8)],
+        tokenizer=name,
+        reward=share_of_e,
+        max_tokens=options.step_tokens,
+    )
+    tokens = _letters(env, options.step_tokens)
+    env.reset(seed=0)
+    rates = []
+    for episode in range(options.episodes + 1):
+        start, steps, terminated = time.perf_counter(), 0, False
+        env.reset()
+        while not terminated:
+            terminated = env.step(tokens[steps])[2]
+            steps += 1
+        if steps != options.step_tokens:
+            raise RuntimeError(f"an episode ended after {steps} steps of {options.step_tokens}")
+        if episode:
+            rates.append(steps / (time.perf_counter() - start))
+    env.close()
+    return {"steps_per_second": float(np.median(rates)), "steps_tokenizer": name}
+
+
+def _letters(env: gym.Env, count: int) -> Sequence[int]:
+    """Tokens of plain text, none of which ends an episode."""
+    text = "the river runs past a quiet garden and winter light falls on old stone "
+    ids = env.unwrapped.tokenizer.encode_continuation(text * (count // 8 + 1))  # type: ignore[attr-defined]
+    return [int(token) for token in ids[:count]]
+
+
+def _print(options: BenchTokenEnv, figures: dict[str, Any], console: Console) -> None:
+    ours, theirs, ratio = figures["ours"], figures["theirs"], figures["ratio"]
+    name = "tokens_per_cpu_second"
+    table = Table(
+        title=f"rollouts of {options.model}, {options.batch} x {options.response_tokens} tokens, float32, "
+        f"threads: {options.threads}"
+    )
+    for title in ("", "sampling and play (ours)", "transformers' generate", "ratio (median, min to max)"):
+        table.add_column(title)
+    spread = f"{ratio[name]:.2f} ({ratio[f'{name}_min']:.2f} to {ratio[f'{name}_max']:.2f})"
+    table.add_row("tokens per CPU-second", f"{ours[name]:.0f}", f"{theirs[name]:.0f}", spread)
+    table.add_row("tokens measured", str(ours["tokens"]), str(theirs["tokens"]), "")
+    table.add_row("share of play in a rollout", f"{ours['play_share']:.2%}", "", "")
+    table.add_row(
+        f"steps per second, {options.step_tokens} tokens, {ours['steps_tokenizer']}",
+        f"{ours['steps_per_second']:.0f}",
+        "",
+        "",
+    )
+    console.print(table)

@@ -1,0 +1,122 @@
+"""The benchmarks of token environments and agents, on the tiny model and at the smallest sizes."""
+
+import json
+import math
+import os
+
+import pytest
+from rich.console import Console
+
+from instructgym.experiments.benchmarks import token_env, token_ppo
+from instructgym.experiments.benchmarks.tiny import build_tiny, make_prompts
+from instructgym.experiments.benchmarks.token_env import BenchTokenEnv
+from instructgym.experiments.benchmarks.token_ppo import BenchTokenPPO
+from instructgym.experiments.benchmarks.trl_environment import TRL_VERSION, installed, trl_folder
+from instructgym.llm_backends.errors import InputError
+
+SMALL = {"rounds": 2, "updates": 1, "batch": 4, "prompt_tokens": 12, "response_tokens": 5, "epochs": 1, "lora_rank": 2}
+
+
+def quiet():
+    return Console(quiet=True)
+
+
+def check_form(figures, file, measures):
+    assert json.loads(file.read_text()) == figures
+    assert {"ours", "theirs", "ratio", "settings"} <= set(figures)
+    for name in measures:
+        low, middle, high = (figures["ratio"][name + end] for end in ("_min", "", "_max"))
+        assert math.isfinite(middle) and 0 < low <= middle <= high
+        assert figures["ours"][name] > 0 and figures["theirs"][name] > 0
+    assert figures["ours"]["tokens"] == figures["theirs"]["tokens"] > 0
+
+
+def trl_interpreter():
+    """One with TRL, where there is one: named by the environment, or prepared by an earlier benchmark."""
+    given = os.environ.get("INSTRUCTGYM_TRL_PYTHON") or str(trl_folder() / "bin" / "python")
+    found = installed(given)
+    return given if found is not None and found["trl"] == TRL_VERSION else None
+
+
+def test_prompts_are_different_and_of_equal_length(tmp_path):
+    build_tiny(tmp_path)
+    prompts = make_prompts(str(tmp_path), 40, 20)
+    assert len(set(prompts)) == 40
+    assert {len(prompt.encode()) for prompt in prompts} == {20}
+    with pytest.raises(InputError, match="of 400 prompts of 2 tokens"):
+        make_prompts(str(tmp_path), 400, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_token_ppo_against_the_floor(tmp_path, dtype):
+    options = BenchTokenPPO(against="floor", dtype=dtype, json=str(tmp_path / "figures.json"), **SMALL)
+    figures = token_ppo.run(options, quiet())
+    check_form(figures, tmp_path / "figures.json", token_ppo.MEASURES)
+    assert figures["ours"]["tokens"] == 4 * 5
+    assert figures["ours"]["computes_in"] == figures["theirs"]["computes_in"] == dtype
+    assert len(figures["ours"]["rounds"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    trl_interpreter() is None,
+    reason=f"no environment with trl {TRL_VERSION}: 'instructgym bench token-ppo' prepares one, INSTRUCTGYM_TRL_PYTHON "
+    "names one",
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_token_ppo_against_trl(tmp_path, dtype):
+    options = BenchTokenPPO(
+        dtype=dtype, trl_python=trl_interpreter(), json=str(tmp_path / "figures.json"), **SMALL | {"rounds": 1}
+    )
+    figures = token_ppo.run(options, quiet())
+    check_form(figures, tmp_path / "figures.json", token_ppo.MEASURES)
+    assert figures["ours"]["computes_in"] == figures["theirs"]["computes_in"] == dtype
+    assert figures["settings"]["their_versions"]["trl"] == TRL_VERSION
+
+
+def test_token_env(tmp_path):
+    options = BenchTokenEnv(
+        batch=3,
+        prompt_tokens=12,
+        response_tokens=5,
+        rounds=2,
+        step_tokens=20,
+        episodes=2,
+        json=str(tmp_path / "f.json"),
+    )
+    figures = token_env.run(options, quiet())
+    check_form(figures, tmp_path / "f.json", ["tokens_per_cpu_second"])
+    assert figures["ours"]["tokens"] == 2 * 3 * 5
+    assert 0 < figures["ours"]["play_share"] < 1
+    assert figures["ours"]["steps_per_second"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch": 12}, "multiple of 8"),
+        ({"rounds": 0}, "--rounds must be at least 1"),
+        ({"trl_python": "/nowhere/python"}, "/nowhere/python: no environment with trl"),
+        ({"model": "/nowhere", "against": "floor"}, "/nowhere"),
+        ({"prompt_tokens": 500, "response_tokens": 64, "against": "floor"}, "make 564 tokens, the model reads 512"),
+    ],
+)
+def test_bad_options_of_token_ppo_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        token_ppo.run(BenchTokenPPO(**SMALL | options), quiet())
+
+
+def test_bad_options_of_token_env_are_refused():
+    with pytest.raises(InputError, match="--batch must be at least 1"):
+        token_env.run(BenchTokenEnv(batch=0), quiet())
+
+
+def test_an_environment_that_cannot_be_prepared_is_one_error(tmp_path, monkeypatch):
+    from instructgym.experiments.benchmarks import trl_environment
+
+    monkeypatch.setenv("INSTRUCTGYM_CACHE", str(tmp_path))
+    monkeypatch.setattr(trl_environment.sys, "executable", "/bin/false")
+    with pytest.raises(InputError, match="name an existing one with --trl-python"):
+        trl_environment.trl_python("", quiet())
+    assert not (tmp_path / "trl-venv" / ".ready").exists()

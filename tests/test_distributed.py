@@ -1,0 +1,194 @@
+"""Two processes of one launch do what a single one does. Run as a script, this file is one of the processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from stable_baselines3.common.logger import KVWriter, Logger
+
+from instructgym.agents.distributed import Processes
+from instructgym.agents.grpo import GRPO, RLOO
+from instructgym.agents.language_model import LanguageModelPolicy, LoraSettings
+from instructgym.agents.ppo import TokenPPO
+from instructgym.agents.sft import SFT, Demonstration
+from instructgym.envs.tasks.prompt_examples import PromptExample
+from instructgym.envs.token_process import TokenSettings
+from instructgym.envs.token_vector_env import TokenVectorEnv
+from instructgym.llm_backends.errors import InputError
+from instructgym.rewards import Reward, Score
+
+EXAMPLES = [PromptExample("one", "red sea"), PromptExample("two", "sky sky end"), PromptExample("three", "blue")]
+CASES = {
+    "ppo": (TokenPPO, 6, {"epochs": 2, "kl_target": 0.1, "kl_horizon": 50}),
+    "ppo, whitened rewards": (TokenPPO, 5, {"whiten_rewards": True, "epochs": 1, "target_kl": 1e-6}),
+    "ppo, one process without episodes": (TokenPPO, 2, {"max_invalid_share": 1.0}),
+    "grpo": (GRPO, 9, {}),
+    "rloo": (RLOO, 9, {"entropy_coefficient": 0.01}),
+}
+SAME = ["train/loss", "train/policy_loss", "train/value_loss", "train/kl", "train/kl_coefficient", "train/grad_norm"]
+SAME += ["train/approx_kl", "train/entropy", "train/epochs", "rollout/reward", "rollout/length", "rollout/episodes"]
+
+
+class Varied(Reward):
+    """Different for every response; without a verdict on one of the prompts where asked for."""
+
+    name = "varied"
+
+    def __init__(self, moody):
+        self.moody = moody
+
+    def reward(self, samples):
+        return [
+            Score.invalid("no idea") if self.moody and s.episode_id == "two" else Score(0.1 * float(s.token_ids.sum()))
+            for s in samples
+        ]
+
+
+class Rows(KVWriter):
+    def __init__(self):
+        self.rows = []
+
+    def write(self, key_values, key_excluded, step=0):
+        self.rows.append({key: float(key_values[key]) for key in SAME if key in key_values})
+
+    def close(self):
+        pass
+
+
+def plain_steps(optimizer):
+    """Plain gradient steps, which do not magnify rounding as Adam's first ones do."""
+    optimizer.inner = torch.optim.SGD([dict(group) for group in optimizer.inner.param_groups])
+
+
+def policy_of(model, processes, value):
+    # Each process starts with weights of its own: training has to begin with the first one's.
+    policy = LanguageModelPolicy(model, LoraSettings(rank=4), value=value, dtype="float32", seed=processes.index)
+    generator = torch.Generator().manual_seed(processes.index)
+    with torch.no_grad():
+        for parameter in policy.parameters().values():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return policy
+
+
+def play(model, folder, name):
+    """Two updates of one case; writes what was logged, the weights of each process and a checkpoint."""
+    cls, copies, options = CASES[name]
+    processes, writer = Processes(), Rows()
+    policy = policy_of(model, processes, "shared" if cls is TokenPPO else "none")
+    moody = "without" in name
+    settings = TokenSettings(max_tokens=4, context_length=16, group_size=1 if cls is TokenPPO else 3)
+    env = TokenVectorEnv(copies, EXAMPLES[: 2 if moody else 3], policy.tokenizer, Varied(moody), settings)
+    agent = cls(env, policy, learning_rate=0.05, **options)
+    plain_steps(agent.optimizer)
+    agent.set_logger(Logger(folder=None, output_formats=[writer]))
+    agent.learn(10**6, lambda agent: agent.updates < 2)
+    finish(agent, folder / name, writer)
+
+
+def fit(model, folder):
+    """Supervised fine-tuning, of batches that the processes share unequally."""
+    writer = Rows()
+    trainer = SFT(policy_of(model, Processes(), "none"), learning_rate=0.05, batch_size=3)
+    plain_steps(trainer.optimizer)
+    trainer.set_logger(Logger(folder=None, output_formats=[writer]))
+    trainer.fit([Demonstration([i, 1], [2] * (1 + i)) for i in range(4)])
+    finish(trainer, folder / "sft", writer)
+
+
+def finish(agent, folder, writer):
+    folder.mkdir(parents=True, exist_ok=True)
+    index = agent.processes.index
+    weights = {n: p.detach().contiguous().clone() for n, p in agent.policy.parameters().items()}
+    save_file(weights, folder / f"{index}.safetensors")
+    (folder / f"{index}.json").write_text(json.dumps(writer.rows), "utf-8")
+    agent.save(folder / "checkpoint")
+    assert (folder / "checkpoint" / "trainer.json").exists()  # also where another process wrote it
+
+
+def main():
+    torch.set_num_threads(1)
+    model, folder = sys.argv[1], Path(sys.argv[2])
+    for name in CASES:
+        play(model, folder, name)
+    fit(model, folder)
+
+
+def launched(model, folder, processes):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines=1", "--mixed_precision=no"]
+    launcher += ["--dynamo_backend=no", "--num_cpu_threads_per_process=1", f"--main_process_port={port}"]
+    subprocess.run(
+        [*launcher, f"--num_processes={processes}", __file__, model, str(folder)],
+        check=True,
+        timeout=250,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(tmp_path):
+    from instructgym.llm_backends.tokenization import WordTokenizer
+    from tests.conftest import build_model
+
+    tokenizer, model = WordTokenizer(words=("red", "blue", "sea", "sky", "end")).hf, tmp_path / "model"
+    network = build_model(vocabulary=len(tokenizer))
+    network.generation_config.eos_token_id = tokenizer.eos_token_id
+    network.save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    for name in CASES:
+        play(str(model), tmp_path / "alone", name)
+    fit(str(model), tmp_path / "alone")
+    launched(str(model), tmp_path / "together", 2)
+    for name in [*CASES, "sft"]:
+        alone, together = tmp_path / "alone" / name, tmp_path / "together" / name
+        expected, first, second = (
+            load_file(p / f"{i}.safetensors") for p, i in ((alone, 0), (together, 0), (together, 1))
+        )
+        [rows, *others] = [json.loads(p.read_text("utf-8")) for p in (alone / "0.json", *together.glob("?.json"))]
+        assert len(rows) == 2 and len(others) == 2
+        for mine in others:
+            for one, other in zip(rows, mine, strict=True):
+                assert other == pytest.approx(one, abs=1e-5, rel=1e-5), name
+        for key, weight in expected.items():
+            assert torch.equal(first[key], second[key]), (name, key)
+            torch.testing.assert_close(first[key], weight, atol=1e-5, rtol=1e-5, msg=lambda m: f"{name}: {key}: {m}")  # noqa: B023
+
+
+# --- in one process ----------------------------------------------------------------------------------------------
+
+
+def test_a_single_process_has_nothing_to_agree_on():
+    processes = Processes()
+    assert processes.is_main and processes.count == 1
+    assert processes.gather({"a": 1}) == [{"a": 1}]
+    assert processes.total(np.array([1.0, 2.0])).tolist() == [1, 2]
+    assert processes.share(3).tolist() == [True] * 3
+    weight = torch.nn.Parameter(torch.ones(2))
+    processes.add_gradients([weight])
+    assert weight.grad is None
+
+
+def test_copies_are_shared_out_in_whole_groups():
+    shares = []
+    processes = Processes()
+    processes.count = 3
+    for processes.index in range(3):
+        shares.append(processes.share(20, group_size=4))
+    assert np.sum(shares, axis=0).tolist() == [1] * 20
+    assert [share.sum() for share in shares] == [8, 8, 4]
+    assert all((share.reshape(5, 4).any(axis=1) == share.reshape(5, 4).all(axis=1)).all() for share in shares)
+    with pytest.raises(InputError, match="at least 3 groups of env copies, got 2 of 4"):
+        processes.share(8, group_size=4)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The nlu commands in this process, on a tiny model: methods, resumption, reports, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from rich.console import Console
+
+from instructgym.experiments import nlu, nlu_report
+from instructgym.experiments.cli import main
+from instructgym.experiments.nlu import NLU
+from instructgym.llm_backends.errors import InputError
+from instructgym.llm_backends.records import read_records
+
+QUIET = Console(quiet=True)
+WORDS = "tides rain snow wind hail fog dew frost heat mist".split()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """SST-2's files: reviews that say good or bad."""
+    folder = tmp_path_factory.mktemp("glue")
+    (folder / "SST-2").mkdir()
+    for name, count in (("train", 60), ("dev", 10)):
+        rows = [f"{('bad', 'good')[i % 2]} {WORDS[i % 10]} {i}\t{i % 2}" for i in range(count)]
+        (folder / "SST-2" / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    return str(folder)
+
+
+def options(data, folder, model, **kwargs):
+    defaults = {
+        "task": "SST-2", "data_dir": data, "run_dir": str(folder), "model": model, "dtype": "float32",
+        "layout": "plain", "batch_size": 8, "labels": 32, "group_size": 2, "lora_rank": 2, "context_length": 256,
+        "save_every": 1, "max_tokens": 8,
+    }  # fmt: skip
+    return NLU(**(defaults | kwargs))
+
+
+def rows_without_time(folder):
+    rows = read_records(folder / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("method", "start"),
+    [
+        ("majority", "constrained"),
+        ("zero-shot", "constrained"),
+        ("zero-shot", "free"),
+        ("few-shot", "free"),
+        ("sft", "free"),
+        ("sft", "constrained"),
+        ("ppo", "constrained"),
+        ("ppo", "sft:8"),
+        ("ppo", "free"),
+        ("grpo", "constrained"),
+        ("rloo", "few-shot-header"),
+    ],
+)
+def test_every_method_runs_to_its_end(tmp_path, data, tiny_model_path, method, start):
+    few = {"shots": 1, "labels": 16}
+    chosen = options(data, tmp_path / "run", tiny_model_path, method=method, start=start, **few)
+    results = nlu.run(chosen, QUIET)
+    assert results["status"] == "finished"
+    for how in ("greedy", "sampled")[: 1 if method == "majority" else 2]:
+        values = results["metrics"][how]["SST-2"]
+        assert 0 <= values["accuracy"] <= values["format_rate"] <= 1
+        assert values["format_rate"] == 1 or not chosen.constrained
+    assert results["counts"]["evaluated"] == 10
+    if method in nlu.AGENTS:
+        rows = read_records(tmp_path / "run" / "metrics.jsonl")
+        assert rows[-1]["rollout/labels"] == results["counts"]["labels"] and rows[-1]["train/learning_rate"] > 0
+        assert (tmp_path / "run" / "figures" / "training.png").exists()
+    again = nlu.run(options(data, tmp_path / "run", tiny_model_path, method=method, start=start, **few), QUIET)
+    assert again == results
+
+
+@pytest.mark.parametrize(("method", "start"), [("ppo", "sft:8"), ("grpo", "constrained"), ("sft", "free")])
+def test_a_run_stopped_by_time_goes_on_where_it_stood(tmp_path, data, tiny_model_path, monkeypatch, method, start):
+    whole = nlu.run(options(data, tmp_path / "whole", tiny_model_path, method=method, start=start), QUIET)
+    arguments = options(data, tmp_path / "parts", tiny_model_path, method=method, start=start)
+    clock = iter(range(0, 10_000_000, 61))  # every look at the clock is a minute later
+    with monkeypatch.context() as patched:
+        patched.setattr(nlu.time, "monotonic", lambda: float(next(clock)))
+        arguments.minutes = 3.0
+        assert nlu.run(arguments, QUIET)["status"] == "stopped"
+    arguments.minutes = 0.0
+    parts = nlu.run(arguments, QUIET)
+    assert parts["metrics"] == whole["metrics"]
+    assert rows_without_time(tmp_path / "parts") == rows_without_time(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_killed_run_gives_the_curve_of_an_undisturbed_one(tmp_path, data, tiny_model_path):
+    def command(folder):
+        chosen = ["--task", "SST-2", "--method", "ppo", "--data-dir", data, "--run-dir", str(folder), "--model",
+                  tiny_model_path, "--dtype", "float32", "--layout", "plain", "--batch-size", "4", "--labels", "48",
+                  "--context-length", "256", "--save-every", "2", "--lora-rank", "2"]  # fmt: skip
+        return [sys.executable, "-m", "instructgym.experiments.cli", "nlu", *chosen]
+
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True, env=environment)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    for updates in (3, 8):
+        process = subprocess.Popen(
+            command(tmp_path / "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+        )
+        while process.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < updates):
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(command(tmp_path / "killed"), check=True, capture_output=True, env=environment)
+    assert rows_without_time(tmp_path / "killed") == rows_without_time(tmp_path / "whole")
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "killed")]
+    assert results[0]["metrics"] == results[1]["metrics"]
+
+
+def test_a_report_gathers_runs_into_a_table_and_a_figure(tmp_path, data, tiny_model_path):
+    for method, seed in (("majority", 0), ("ppo", 0), ("ppo", 1)):
+        folder = tmp_path / "runs" / f"{method}-{seed}"
+        nlu.run(options(data, folder, tiny_model_path, method=method, seed=seed, labels=16), QUIET)
+    figures = nlu_report.run(nlu_report.NLUReport((str(tmp_path / "runs"),), str(tmp_path / "out")), QUIET)
+    assert figures["SST-2"]["ppo, constrained"]["seeds"] == 2
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| SST-2 | majority | accuracy |" in text and "±" in text
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
+    with pytest.raises(InputError, match="no finished run"):
+        nlu_report.run(nlu_report.NLUReport((str(tmp_path / "nowhere"),), str(tmp_path / "out")), QUIET)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "SST-3"], "SST-3"),
+        (["--start", "warm"], "--start"),
+        (["--start", "sft:none"], "sft:N"),
+        (["--start", "sft:64", "--method", "sft"], "--start"),
+        (["--task", "STS-B"], "number"),
+        (["--data-dir", "nowhere"], "nowhere"),
+        (["--labels", "-1"], "--labels"),
+        (["--track", "mlflow"], "tracker"),
+        (["--model", "no/such/model", "--data-dir", "{data}"], "no/such/model"),
+        (["--data-dir", "{data}", "--context-length", "16", "--model", "{model}", "--layout", "plain"], "context"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, data, tiny_model_path, capsys, arguments, message):
+    given = [a.format(data=data, model=tiny_model_path) for a in arguments]
+    if "--task" not in given:
+        given += ["--task", "SST-2"]
+    with pytest.raises(SystemExit) as exit_:
+        main(
+            ["nlu", *given, "--run-dir", str(tmp_path / "run"), "--labels", "16"][
+                : None if "--labels" not in given else -2
+            ]
+        )
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert exit_.value.code == 2 and len(lines) == 1 and message in lines[0]
+
+
+def test_a_dry_run_loads_no_model(tmp_path, data, capsys):
+    nlu.run(options(data, tmp_path / "run", "no/such/model", dry_run=True))
+    assert "32 labels" in capsys.readouterr().out and not (tmp_path / "run").exists()
+
+
+def test_another_configuration_is_refused_in_the_same_folder(tmp_path, data, tiny_model_path):
+    nlu.run(options(data, tmp_path / "run", tiny_model_path, method="majority"), QUIET)
+    with pytest.raises(InputError, match="seed"):
+        nlu.run(options(data, tmp_path / "run", tiny_model_path, method="majority", seed=1), QUIET)
