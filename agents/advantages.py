@@ -56,12 +56,12 @@ def discounted_gae(
         advantages and returns (advantages + values), float32, shape (tokens,).
     """
     advantages = np.zeros_like(rewards, dtype=np.float64)
-    lengths = np.asarray(lengths, dtype=np.int64)
-    ends = np.cumsum(lengths)
-    starts = ends - lengths
-    next_value = np.zeros(len(lengths)) if bootstrap is None else np.asarray(bootstrap, dtype=np.float64).copy()
-    running = np.zeros(len(lengths))
-    for back in range(1, int(lengths.max(initial=0)) + 1):  # all episodes at once, from their ends
+    sizes = np.asarray(lengths, dtype=np.int64)
+    ends = np.cumsum(sizes)
+    starts = ends - sizes
+    next_value = np.zeros(len(sizes)) if bootstrap is None else np.asarray(bootstrap, dtype=np.float64).copy()
+    running = np.zeros(len(sizes))
+    for back in range(1, int(sizes.max(initial=0)) + 1):  # all episodes at once, from their ends
         live = np.flatnonzero(ends - back >= starts)
         at = ends[live] - back
         delta = rewards[at] + gamma * next_value[live] - values[at]
@@ -129,8 +129,8 @@ def _members(groups: Sequence[str]) -> list[np.ndarray]:
 
 
 def explained_variance(values: np.ndarray, returns: np.ndarray) -> float:
-    """1 - Var(returns - values) / Var(returns); NaN where the returns do not vary."""
-    variance = float(np.var(returns))
+    """1 - Var(returns - values) / Var(returns); NaN where the returns do not vary, or there are none."""
+    variance = float(np.var(returns)) if len(returns) else 0.0
     return float("nan") if variance == 0 else 1.0 - float(np.var(returns - values)) / variance
 
 

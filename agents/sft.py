@@ -82,6 +82,7 @@ class SFT:
             TrainingDivergedError: after ten optimiser steps in a row without a finite gradient.
         """
         batch = _batch(demonstrations)
+        self.processes.broadcast(self.policy.parameters().values())
         done = self.steps  # after :meth:`restore`: the steps before are passed over
         size, epochs = self.settings.batch_size, self.settings.epochs
         total = epochs * -(-len(batch) // size)

@@ -14,8 +14,11 @@ from rich.table import Table
 from ..llm_backends import BackendError
 from ..llm_backends.errors import InputError
 from . import evolve_compare, evolve_generate, evolve_train, nlu, nlu_report
-from .benchmarks import edit_env
+from .benchmarks import edit_env, token_env, token_learning, token_ppo
 from .benchmarks.edit_env import BenchEditEnv
+from .benchmarks.token_env import BenchTokenEnv
+from .benchmarks.token_learning import BenchTokenLearning
+from .benchmarks.token_ppo import BenchTokenPPO
 from .evolve_compare import EvolveCompare
 from .evolve_generate import EvolveGenerate
 from .evolve_train import EvolveTrain
@@ -65,11 +68,23 @@ class BenchList:
 
 
 if TYPE_CHECKING:
-    BenchCommand = BenchEditEnv | BenchList
+    BenchCommand = BenchEditEnv | BenchTokenEnv | BenchTokenPPO | BenchTokenLearning | BenchList
 else:
     BenchCommand = (
-        Annotated[BenchEditEnv, tyro.conf.subcommand("edit-env")] | Annotated[BenchList, tyro.conf.subcommand("list")]
+        Annotated[BenchEditEnv, tyro.conf.subcommand("edit-env")]
+        | Annotated[BenchTokenEnv, tyro.conf.subcommand("token-env")]
+        | Annotated[BenchTokenPPO, tyro.conf.subcommand("token-ppo")]
+        | Annotated[BenchTokenLearning, tyro.conf.subcommand("token-learning")]
+        | Annotated[BenchList, tyro.conf.subcommand("list")]
     )
+
+
+BENCHMARKS = {
+    "edit-env": BenchEditEnv,
+    "token-env": BenchTokenEnv,
+    "token-ppo": BenchTokenPPO,
+    "token-learning": BenchTokenLearning,
+}
 
 
 @dataclass
@@ -124,8 +139,15 @@ def dispatch(command: Any, console: Console) -> None:
         nlu_report.run(command, console)
     elif isinstance(command, BenchEditEnv):
         edit_env.run(command, console)
+    elif isinstance(command, BenchTokenEnv):
+        token_env.run(command, console)
+    elif isinstance(command, BenchTokenPPO):
+        token_ppo.run(command, console)
+    elif isinstance(command, BenchTokenLearning):
+        token_learning.run(command, console)
     elif isinstance(command, BenchList):
-        console.print(f"edit-env  {' '.join((BenchEditEnv.__doc__ or '').split())}")
+        for name, benchmark in BENCHMARKS.items():
+            console.print(f"{name:15} {' '.join((benchmark.__doc__ or '').split())}")
     else:
         list_envs(console)
 

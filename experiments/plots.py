@@ -86,8 +86,8 @@ def plot_token_training(run: Path, path: Path) -> Path:
     for k, (key, name) in enumerate(
         (("rollout/reward", "reward"), ("rollout/terms/correct", "correct"), ("rollout/terms/format", "well-formed"))
     ):
-        values = [row.get(key) for row in rows]
-        if all(value is not None for value in values):
+        values = [row[key] for row in rows if row.get(key) is not None]
+        if len(values) == len(labels):
             left.plot(labels, smooth(values, max(len(values) // 10, 1)), color=COLOURS[k], linewidth=2, label=name)
     left.set(title="Rollouts (smoothed)", xlabel="labels seen", ylabel="mean per episode")
     for k, (key, name) in enumerate((("train/kl", "KL per episode (nats)"), ("train/entropy", "entropy (nats)"))):

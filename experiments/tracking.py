@@ -56,8 +56,8 @@ class Tracker(KVWriter):
         if self._run is not None and rows:
             import wandb
 
-            columns = list(rows[0])
-            self._run.log({name: wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in rows])})
+            columns: list[str | int] = list(rows[0])
+            self._run.log({name: wandb.Table(columns=columns, data=[list(row.values()) for row in rows])})
 
     def image(self, name: str, path: Path) -> None:
         """Sends a picture to wandb."""

@@ -125,7 +125,7 @@ def _decode(
     live = list(range(len(rows)))  # the rows in the batch, by batch index
     done = [False] * len(rows)
     # What every step needs is made once: small tensors cost as much as a layer of a small model.
-    uniforms = _side_by_side([row.uniforms for row in rows], room)
+    uniforms = _side_by_side([row.uniforms for row in rows], room).to(lm.device)
     mask = torch.nn.functional.pad(mask, (0, room), value=1)
     constrained = any(row.choices is not None for row in rows)
     length, step = mask.shape[1] - room, 0
@@ -203,7 +203,7 @@ def sample_tokens(
         if truncated:
             weights = _truncate(_scaled(logits, samplings, truncated), [samplings[i] for i in truncated])
             ids[truncated] = _draw(weights, uniforms[truncated])
-    if tempered and drawn:
+    if tempered and any(samplings[i].temperature != 1 for i in drawn):
         logits = logits.index_copy(0, torch.tensor(drawn, device=logits.device), _scaled(logits, samplings, drawn))
     chosen = logits.gather(1, ids.unsqueeze(1)).squeeze(1) - logits.logsumexp(dim=-1)
     return ids, chosen

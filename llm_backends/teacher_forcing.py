@@ -68,8 +68,8 @@ def _read(lm: CausalLM, sequences: Sequence[np.ndarray], prefix: int) -> torch.T
         cache = DynamicCache(config=lm.text_config)
         lm.trunk(input_ids=header[None], past_key_values=cache, use_cache=True)
         for layer in cache.layers:
-            layer.keys = layer.keys.expand(len(sequences), -1, -1, -1)
-            layer.values = layer.values.expand(len(sequences), -1, -1, -1)
+            layer.keys = layer.keys.expand(len(sequences), -1, -1, -1)  # type: ignore[union-attr]
+            layer.values = layer.values.expand(len(sequences), -1, -1, -1)  # type: ignore[union-attr]
         positions = torch.arange(prefix, prefix + width, device=lm.device)[None]
         output = lm.trunk(input_ids=ids, past_key_values=cache, position_ids=positions, use_cache=True)
         return output.last_hidden_state

@@ -108,7 +108,7 @@ class LoadedTokenizer(Tokenizer):
 
     def __init__(self, hf: Any, model: str, context_length: int) -> None:
         super().__init__(model)
-        self.hf, self.context_length = hf, context_length  # type: ignore[misc]
+        self.hf, self.context_length = hf, context_length
 
 
 @dataclass(eq=False)

@@ -200,6 +200,7 @@ def test_explained_variance():
     assert explained_variance(np.full(4, 9, np.float32), returns) == pytest.approx(0)
     assert explained_variance(-returns, returns) == pytest.approx(-3)
     assert math.isnan(explained_variance(returns, np.ones(4)))
+    assert math.isnan(explained_variance(f32(), f32()))
 
 
 def test_effective_sample_size():

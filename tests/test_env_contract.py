@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import instructgym
-from instructgym.envs.registration import IDS
 from instructgym.envs.spaces import Unicode
 from instructgym.llm_backends import ScriptedBackend
 from instructgym.llm_backends.embeddings import HashingEmbedder
 from instructgym.rewards import DiversityReward, FunctionReward
 
+IDS = ("instructgym/EvolveInstruction-v0",)  # of the edit MDP; tests/test_token_env.py has those of the token MDP
 QUICK = {"backend": "scripted", "embedder": "hashing"}
 SEEDS = ["Name a bird that sings.", "Explain how rain forms.", "Describe a deep sea.", "Count the old trees."]
 BOTH = {"id": "weighted-sum", "kwargs": {"terms": {"judge": "judge", "new": "diversity"}}}

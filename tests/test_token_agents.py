@@ -241,6 +241,13 @@ def test_empty_responses_are_left_out_and_tokens_after_the_end_are_dropped():
     assert (statistics.episodes, statistics.empty, statistics.invalid) == (4, 1, 0)
 
 
+def test_the_env_says_what_ends_a_response():
+    policy = make_policy()
+    policy.lm.model.generation_config.eos_token_id = [EOS, SEA, SKY]  # chat models often have several
+    batch = rollout(make_agent(policy=policy))
+    assert batch.terminated.all() and any({SEA, SKY} & set(r[:-1].tolist()) for r in batch.responses)
+
+
 def test_episodes_without_a_verdict_are_left_out():
     agent = make_agent(env=make_env(reward=Moody()), max_invalid_share=0.6)
     batch = rollout(agent)
@@ -278,14 +285,12 @@ def test_an_update_is_the_same_each_time(cls):
 
 def test_the_learning_rate_follows_its_schedule():
     agent = make_agent(schedule="cosine", warmup=0.4, final=0.1, learning_rate=1e-3, value_learning_rate=1e-2)
-    start = weights(agent)
-    for progress, rate in [(0.0, 0.0), (0.2, 5e-4), (0.4, 1e-3), (0.7, 5.5e-4), (1.0, 1e-4)]:
+    for progress, rate in [(0.0, 1e-4), (0.2, 5.5e-4), (0.4, 1e-3), (0.7, 5.5e-4), (1.0, 1e-4)]:
         agent.start()
         agent.update(progress)
         agent.logger.dump()
         assert rows(agent)[-1]["train/learning_rate"] == pytest.approx(rate)
         assert [group["lr"] for group in agent.optimizer.inner.param_groups] == pytest.approx([rate, 10 * rate])
-        assert all(torch.equal(start[n], w) for n, w in weights(agent).items()) == (rate == 0)
     agent = make_agent(schedule="linear", final=0.5, learning_rate=1e-3).learn(200)
     rates = [row["train/learning_rate"] for row in rows(agent)]
     assert rates[0] == 1e-3 and len(rates) > 3 and (np.diff(rates) < 0).all() and rates[-1] >= 5e-4
