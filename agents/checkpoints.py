@@ -53,13 +53,17 @@ def read_checkpoint(
     return state
 
 
-def replace_checkpoint(folder: Path, write: Callable[[Path], None]) -> None:
+def replace_checkpoint(folder: Path, write: Callable[[Path], None], is_main: bool = True) -> None:
     """Replaces the one checkpoint in a folder; a kill at any moment leaves the old or the new one, whole.
 
     Args:
         folder: what :func:`latest_checkpoint` is given.
         write: writes a checkpoint into the folder it gets.
+        is_main: False in all processes but one, which only take part in ``write``.
     """
+    if not is_main:
+        write(folder / "writing")
+        return
     scratch, last, old = folder / "writing", folder / "last", folder / "old"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)

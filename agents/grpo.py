@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -36,8 +36,9 @@ class GRPOSettings(OnPolicySettings):
 class _GroupAgent(OnPolicyAgent):
     """What the two have in common."""
 
-    def _check_groups(self, batch: TokenBatch) -> None:
-        if len(batch) > 1 and len(set(batch.groups)) == len(batch) and not self.updates:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if getattr(self.env, "group_size", 2) < 2:
             raise InputError(f"{self.name} compares samples of one prompt: make the env with group_size above 1")
 
     def _spread(self, batch: TokenBatch, advantages: np.ndarray) -> None:
@@ -60,7 +61,6 @@ class GRPO(_GroupAgent):
     name: ClassVar[str] = "grpo"
 
     def _prepare(self, batch: TokenBatch) -> None:
-        self._check_groups(batch)
         self._kl(batch)
         returns = batch.per_episode(batch.own_rewards)
         self._spread(batch, group_advantages(returns, batch.groups, self.settings.scale_advantages))
@@ -95,6 +95,5 @@ class RLOO(_GroupAgent):
     name: ClassVar[str] = "rloo"
 
     def _prepare(self, batch: TokenBatch) -> None:
-        self._check_groups(batch)
         returns = batch.per_episode(batch.own_rewards - np.float32(self.kl.coefficient) * self._kl(batch))
         self._spread(batch, leave_one_out_advantages(returns, batch.groups))

@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..llm_backends import Completion, Sampling
-from ..llm_backends.attention import use_training_attention
 from ..llm_backends.causal_lm import CausalLM, computes_in_bfloat16, quiet_loading
 from ..llm_backends.choices import Choices
 from ..llm_backends.errors import InputError
@@ -27,6 +26,7 @@ from ..llm_backends.sampling import generate
 from ..llm_backends.teacher_forcing import response_hidden
 from ..llm_backends.token_logprobs import allowed_logprobs, token_logprobs
 from ..llm_backends.tokenization import LoadedTokenizer, Tokenizer
+from ..llm_backends.training_kernels import use_training_kernels
 
 POLICY, VALUE = "policy", "value"
 SETTINGS, HEAD = "policy.json", "value_head.safetensors"
@@ -124,7 +124,7 @@ class LanguageModelPolicy:
         )
         self.model_name = self.lm.name if isinstance(model, CausalLM) else model
         self._check_logits()
-        use_training_attention(self.lm.model)
+        use_training_kernels(self.lm.model)
         self.lm.model.requires_grad_(False)
         self._peft: PeftModel | None = None
         self._reference_lm: CausalLM | None = None
@@ -147,7 +147,7 @@ class LanguageModelPolicy:
 
     def _check_logits(self) -> None:
         """Refuses a model whose logits are not a scaled linear map of its last hidden states."""
-        ids = torch.tensor([[1, 2, 3]], device=self.lm.device)
+        ids = torch.tensor([[0, 1]], device=self.lm.device)
         with torch.no_grad():
             logits = self.lm.model(input_ids=ids, use_cache=False).logits.float()
             hidden = self.lm.trunk(input_ids=ids, use_cache=False).last_hidden_state

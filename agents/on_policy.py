@@ -145,6 +145,8 @@ class OnPolicyAgent(ABC):
         self.updates = 0
         self.last_rollout: TokenBatch | None = None
         self._started = False
+        self._env_seed: int | None = None
+        """The seed of the next reset; None goes on."""
 
     def _check_fit(self) -> None:
         generation, lm = self.env.generation, self.policy.lm
@@ -201,7 +203,7 @@ class OnPolicyAgent(ABC):
     def start(self) -> None:
         """Seeds the env and gives all processes the same weights, unless training is under way or restored."""
         if not self._started:
-            self.env.reset(seed=self.seed)
+            self._env_seed = self.seed
             self.processes.broadcast(self.policy.parameters().values())
             self._started = True
 
@@ -220,7 +222,9 @@ class OnPolicyAgent(ABC):
             self.sampling,
             request_seed(self.seed, "rollout", self.updates),
             self.processes.share(self.env.num_envs, getattr(self.env, "group_size", 1)),
+            self._env_seed,
         )
+        self._env_seed = None
         totals = self._log_rollout(batch, statistics)
         scoring = time.perf_counter()
         if totals["kept"]:

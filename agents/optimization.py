@@ -87,7 +87,7 @@ class Optimizer:
         if settings.optimizer == "adamw":
             self.inner: torch.optim.Optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
         else:
-            self.inner = torch.optim.Adafactor(groups, weight_decay=settings.weight_decay)
+            self.inner = torch.optim.Adafactor(groups, eps=(None, 1.0), weight_decay=settings.weight_decay)
         self.skipped = 0
         """Steps left out because a gradient was not finite."""
 

@@ -123,6 +123,7 @@ def collect(
     sampling: Sampling,
     seed: int,
     mine: np.ndarray,
+    env_seed: int | None = None,
 ) -> tuple[TokenBatch, RolloutStatistics]:
     """Lets the policy write episodes: ``batches`` times one per copy of the env.
 
@@ -136,6 +137,7 @@ def collect(
         sampling: its seed is replaced by one per episode.
         seed: from which the episodes' seeds are derived.
         mine: bool, shape (copies,): the copies that this process plays.
+        env_seed: of the first reset; None goes on.
 
     Returns:
         The valid, non-empty episodes, and counts of all.
@@ -145,7 +147,7 @@ def collect(
     pending: list[dict[str, Any]] | None = None
     begun = time.perf_counter()
     for number in range(batches):
-        env.reset()
+        env.reset(seed=env_seed if number == 0 else None)
         drafts = _write(policy, env, sampling, request_seed(seed, number), mine)
         if pending is not None:
             statistics.waited += _finish(env, pending, kept, statistics)

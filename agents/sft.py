@@ -65,6 +65,8 @@ class SFT:
         self.optimizer = Optimizer(policy.parameters(), self.settings)
         self.logger = Logger(folder=None, output_formats=[])
         self.steps = 0
+        """Optimiser steps of this :meth:`fit`."""
+        self._done = 0
 
     def set_logger(self, logger: Logger) -> None:
         """Sends metrics to another logger."""
@@ -83,7 +85,8 @@ class SFT:
         """
         batch = _batch(demonstrations)
         self.processes.broadcast(self.policy.parameters().values())
-        done = self.steps  # after :meth:`restore`: the steps before are passed over
+        done, self._done = self._done, 0  # after :meth:`restore` the steps before are passed over
+        self.steps = done
         size, epochs = self.settings.batch_size, self.settings.epochs
         total = epochs * -(-len(batch) // size)
         failures = 0
@@ -117,7 +120,7 @@ class SFT:
         Raises:
             InputError: if the checkpoint is missing, broken, or of another agent.
         """
-        self.steps = read_checkpoint(folder, self.policy, self.optimizer, "sft")["steps"]
+        self.steps = self._done = read_checkpoint(folder, self.policy, self.optimizer, "sft")["steps"]
 
     def _step(self, batch: TokenBatch, episodes: np.ndarray) -> None:
         mine = np.array_split(episodes, self.processes.count)[self.processes.index]

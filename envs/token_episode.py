@@ -75,6 +75,11 @@ class TokenEpisode:
             How many were appended, the last one included.
         """
         written, prompt = self.tokens, len(self.prompt)
+        stop = spec.stop
+        if stop and len(tokens) > 1 and not any("\N{REPLACEMENT CHARACTER}" in text for text in stop):
+            # A text without a stop string has none at any of its tokens: one look spares one per token.
+            whole = tokenizer.decode([*written, *tokens[: spec.max_tokens]])
+            stop = stop if any(text in whole for text in stop) else ()
         for count, token in enumerate(tokens):
             if self.finish_reason:
                 return count
@@ -88,7 +93,7 @@ class TokenEpisode:
                 self._finish("choice", tokenizer.decode(written[:-1] if token in spec.eos_ids else written))
             elif token in spec.eos_ids:
                 self._finish("eos", tokenizer.decode(written[:-1]))
-            elif spec.stop and (text := stopped_text(tokenizer.hf, written, spec.stop)) is not None:
+            elif stop and (text := stopped_text(tokenizer.hf, written, stop)) is not None:
                 self._finish("stop", text)
             elif len(written) == spec.max_tokens:
                 self._finish("length", tokenizer.decode(written))

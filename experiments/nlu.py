@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from ..agents.callbacks import StepProgress
 from ..agents.checkpoints import latest_checkpoint, replace_checkpoint
+from ..agents.distributed import Processes
 from ..agents.grpo import GRPO, RLOO
 from ..agents.language_model import LanguageModelPolicy, LoraSettings
 from ..agents.on_policy import OnPolicyAgent
@@ -180,7 +182,11 @@ def run(options: NLU, console: Console | None = None) -> dict[str, Any]:
     console = console or Console()
     options.check()
     data = _load(options)
-    folder = RunFolder(options.run_dir, asdict(options), "nlu")
+    processes = Processes()
+    path = Path(options.run_dir)
+    if not processes.is_main:  # of several, one writes the run; the others keep a scratch folder within it
+        path, console = path / "ranks" / str(processes.index), Console(quiet=True)
+    folder = RunFolder(path, asdict(options), "nlu")
     if options.dry_run:
         console.print(
             f"would run {options.method} on {options.task}: {len(data.warm) + len(data.train)} labels, "
@@ -192,8 +198,8 @@ def run(options: NLU, console: Console | None = None) -> dict[str, Any]:
             f"{folder.path} holds this run, finished: nothing to do (choose another --run-dir to run it again)"
         )
         return folder.results
-    with folder.opened(), Tracker(folder, options.track) as tracker:
-        return _Run(options, folder, tracker, console).go(data)
+    with folder.opened(), Tracker(folder, options.track if processes.is_main else "none") as tracker:
+        return _Run(options, folder, tracker, console, processes).go(data)
 
 
 def _load(options: NLU) -> _Data:
@@ -215,8 +221,11 @@ def _load(options: NLU) -> _Data:
 class _Run:
     """One run: what its steps share."""
 
-    def __init__(self, options: NLU, folder: RunFolder, tracker: Tracker, console: Console) -> None:
+    def __init__(
+        self, options: NLU, folder: RunFolder, tracker: Tracker, console: Console, processes: Processes
+    ) -> None:
         self.options, self.folder, self.tracker, self.console = options, folder, tracker, console
+        self.processes, self.checkpoints = processes, Path(options.run_dir) / "checkpoints"
         self.begun = time.monotonic()
         self.generations = RowWriter(folder.file("generations.jsonl"), compare=False)
 
@@ -240,6 +249,8 @@ class _Run:
                 self.console.print(f"out of time: repeat the command to go on with {self.folder.path}")
                 return self.folder.finish({}, counts, status="stopped")
             policy.save(self.folder.file("policy", "policy.json").parent)
+        if not self.processes.is_main:
+            return self.folder.finish({}, counts)
         metrics = {}
         for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
             rows = answers(policy, data.evaluation, temperature, options.seed, **options.env_options())
@@ -270,8 +281,7 @@ class _Run:
 
     def _train(self, policy: LanguageModelPolicy, data: _Data, counts: dict[str, Any]) -> bool:
         """Trains to the end, or as far as the time goes; says whether it came to the end."""
-        checkpoints = self.folder.path / "checkpoints"
-        saved = latest_checkpoint(checkpoints)
+        saved = latest_checkpoint(self.checkpoints)
         options = self.options
         if options.method == "sft":
             return self._supervised(policy, data.train, options.passes, counts, tracked=True)
@@ -288,8 +298,8 @@ class _Run:
         agent.start()
         with StepProgress(f"{options.method} on {options.task}", total, self.console) as progress:
             while agent.updates < total:
-                if options.minutes and time.monotonic() - self.begun > 60 * options.minutes:
-                    replace_checkpoint(checkpoints, agent.save)
+                if self._out_of_time():
+                    self._save(agent.save)
                     return False
                 agent.update(agent.updates / total)
                 agent.logger.record("rollout/labels", len(data.warm) + agent.updates * options.batch_size)
@@ -298,7 +308,7 @@ class _Run:
                 agent.logger.dump(agent.num_timesteps)
                 self._keep_some(agent)
                 if agent.updates % options.save_every == 0 or agent.updates == total:
-                    replace_checkpoint(checkpoints, agent.save)
+                    self._save(agent.save)
         counts |= {"updates": agent.updates, "tokens": agent.num_timesteps, "episodes": agent.episodes}
         self.tracker.image(
             "training", plot_token_training(self.folder.path, self.folder.file("figures", "training.png"))
@@ -337,7 +347,7 @@ class _Run:
         counts: dict[str, Any],
         tracked: bool,
     ) -> bool:
-        options, checkpoints = self.options, self.folder.path / "checkpoints"
+        options = self.options
         trainer = SFT(
             policy,
             options.seed,
@@ -351,7 +361,7 @@ class _Run:
         )
         demonstrations = [self._demonstration(policy, example) for example in examples]
         total = passes * -(-len(examples) // trainer.settings.batch_size)
-        saved = latest_checkpoint(checkpoints) if tracked else None
+        saved = latest_checkpoint(self.checkpoints) if tracked else None
         if saved is not None:
             trainer.restore(saved)
             self.tracker.skip(trainer.steps)
@@ -363,14 +373,23 @@ class _Run:
             def step(trainer: SFT) -> bool:
                 nonlocal stopped
                 progress.update(trainer.steps, f"loss {trainer.logger.name_to_value.get('train/loss', 0.0):.3f}")
-                stopped = bool(options.minutes) and time.monotonic() - self.begun > 60 * options.minutes
+                stopped = self._out_of_time()
                 if tracked and (stopped or trainer.steps % (4 * options.save_every) == 0):
-                    replace_checkpoint(checkpoints, trainer.save)
+                    self._save(trainer.save)
                 return not (tracked and stopped)
 
             trainer.fit(demonstrations, step)
         counts["sft_steps"] = trainer.steps
         return not (tracked and stopped)
+
+    def _out_of_time(self) -> bool:
+        """Whether the time budget of any process is spent."""
+        spent = time.monotonic() - self.begun > 60 * self.options.minutes
+        return bool(self.options.minutes) and any(self.processes.gather(spent))
+
+    def _save(self, write: Callable[[Path], None]) -> None:
+        replace_checkpoint(self.checkpoints, write, self.processes.is_main)
+        self.processes.wait()
 
     def _demonstration(self, policy: LanguageModelPolicy, example: PromptExample) -> Demonstration:
         tokenizer, answer = policy.tokenizer, str(example.reference)

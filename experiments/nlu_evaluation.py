@@ -57,7 +57,7 @@ def answers(
             )
             for i in chunk
         ]
-        completions = policy.generate(prompts[: len(chunk)], samplings, constraints[: len(chunk)])
+        completions = policy.generate(prompts[: len(chunk)], samplings, constraints[: len(chunk)], generation.eos_ids)
         played = env.play([c[0].token_ids for c in completions] + [[]] * (copies - len(chunk)), mask)
         for i, info in zip(chunk, played.infos, strict=False):
             rows[i] = {

@@ -1,4 +1,4 @@
-"""``instructgym/GenerateLabel-v0`` as registered: checkers, specs, play as step, right answers paid, speed of a step."""
+"""``instructgym/GenerateLabel-v0`` as registered: checkers, specs, play as step, what is paid, speed of a step."""
 
 import time
 import warnings

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from instructgym.llm_backends import attention, token_logprobs
+from instructgym.llm_backends import token_logprobs, training_kernels
 from instructgym.llm_backends.causal_lm import CausalLM
 from instructgym.llm_backends.teacher_forcing import SHARED_PREFIX, common_prefix, response_hidden
 
@@ -219,8 +219,8 @@ def test_training_attention_is_close_to_the_fused_kernel(tiny_lm, kind):
     for mine in (True, False):
         tensors, mask, causal = attended(kind)
         if mine:
-            with attention.training_kernels():
-                output, _ = attention._attention(module, *tensors, mask, scaling=0.3)
+            with training_kernels.training_kernels():
+                output, _ = training_kernels._attention(module, *tensors, mask, scaling=0.3)
         else:
             output, _ = sdpa_attention_forward(module, *tensors, causal, scaling=0.3)
         (output.float() * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
@@ -232,10 +232,10 @@ def test_training_attention_is_close_to_the_fused_kernel(tiny_lm, kind):
 
 def test_training_attention_is_used_only_within_training_kernels(tiny_lm, monkeypatch):
     used = []
-    kernel = attention._matmul_attention
-    monkeypatch.setattr(attention, "_matmul_attention", lambda *a: used.append(1) or kernel(*a))
+    kernel = training_kernels._matmul_attention
+    monkeypatch.setattr(training_kernels, "_matmul_attention", lambda *a: used.append(1) or kernel(*a))
     lm = CausalLM(copy.deepcopy(tiny_lm.model).bfloat16(), None)
-    attention.use_training_attention(lm.model)
+    training_kernels.use_training_kernels(lm.model)
     ids = torch.tensor([[5, 6, 7]])
 
     def count(call):
@@ -246,7 +246,7 @@ def test_training_attention_is_used_only_within_training_kernels(tiny_lm, monkey
     assert count(lambda: lm.model(input_ids=ids)) == 0
     assert count(lambda: response_hidden(lm, *rows("ragged"))) == 2  # one per layer
     assert count(lambda: response_hidden(lm, *rows("shared prefix"))) == 4
-    with pytest.raises(ZeroDivisionError), attention.training_kernels():
+    with pytest.raises(ZeroDivisionError), training_kernels.training_kernels():
         _ = 1 / 0
     assert count(lambda: lm.model(input_ids=ids)) == 0
     lm.model.float()
@@ -255,8 +255,8 @@ def test_training_attention_is_used_only_within_training_kernels(tiny_lm, monkey
 
 def test_training_attention_changes_nothing_in_float32(tiny_lm):
     lm = CausalLM(copy.deepcopy(tiny_lm.model), None)
-    attention.use_training_attention(lm.model)
-    assert lm.model.config._attn_implementation == attention.NAME
+    training_kernels.use_training_kernels(lm.model)
+    assert lm.model.config._attn_implementation == training_kernels.NAME
     for name in ("ragged", "shared prefix"):
         with torch.no_grad():
             mine, plain = response_hidden(lm, *rows(name)), response_hidden(tiny_lm, *rows(name))

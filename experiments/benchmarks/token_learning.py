@@ -1,10 +1,10 @@
-"""``instructgym bench token-learning``: tokens until a small task is learned, ours against theirs.
+"""``instructgym bench token-learning``: tokens until a small task is learned, ours and theirs.
 
-Both act in ``instructgym/GenerateLabel-v0`` with the same examples, reward and vocabulary of eight tokens: the prompt is
-a digit, the response has to count on from it, and every right token is paid at once. Stable-baselines3's PPO sees it
-as ``onehot``, through a multilayer perceptron; ours is a transformer of random weights. The learning rate of each was
-chosen from :data:`LEARNING_RATES` by the median over three other seeds (100 to 102). Discount, lambda and rollout are
-the same; epochs and minibatches are the defaults of either library.
+Both act in ``instructgym/GenerateLabel-v0`` with the same examples, reward and vocabulary of eight tokens: the prompt
+is a digit, the response has to count on from it, and every right token is paid at once. Stable-baselines3's PPO sees
+it as ``onehot``, through a multilayer perceptron; ours is a transformer of random weights. The learning rate of each
+was chosen from :data:`LEARNING_RATES` by the median over three other seeds (100 to 102). Discount, lambda and rollout
+are the same; epochs and minibatches are the defaults of either library.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Attention for training on CPUs in bfloat16, where torch's fused kernel has a slow backward pass.
+"""Kernels for training on CPUs: attention in bfloat16, where torch's fused one has a slow backward pass, and GELU.
 
 Measured with torch 2.13 on 32 x 9 heads of 64 dimensions, forward and backward, two threads: fused 59 ms at 40 tokens
 and 97 ms at 88, batched matrix products 10 ms and 20 ms. In float32 and without gradients the fused kernel is as fast
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface
+from transformers.activations import NewGELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -79,7 +80,11 @@ AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def use_training_attention(model: Any) -> None:
-    """Gives a model this attention, if it has transformers' fused one and can change it."""
+def use_training_kernels(model: Any) -> None:
+    """Gives a model this attention, if it has transformers' fused one and can change it, and GELU in one operation."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):  # the same function, written out in seven operations
+                setattr(module, name, torch.nn.GELU(approximate="tanh"))
     if getattr(model.config, "_attn_implementation", None) == "sdpa" and model._can_set_attn_implementation():
         model.set_attn_implementation(NAME)
