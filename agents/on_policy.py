@@ -463,7 +463,7 @@ class OnPolicyAgent(ABC):
         self.episodes, self.seed = state["episodes"], state["seed"]
         self.kl.coefficient = state["kl_coefficient"]
         self.env.load_state_dict(state["env"])
-        self._started = True
+        self._started = self.updates > 0  # before the first update the env was not seeded yet
 
     @classmethod
     def load(cls, folder: str | Path, env: Any, policy: LanguageModelPolicy | None = None) -> OnPolicyAgent:

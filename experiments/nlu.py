@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import gymnasium as gym
+import numpy as np
 from rich.console import Console
 
 from ..agents.callbacks import StepProgress
@@ -206,6 +207,7 @@ def _load(options: NLU) -> _Data:
     limit = options.labels or None
     train = load_examples(options.task, "train", options.data_dir, limit, options.shown, options.layout, options.seed)
     train = [example for example in train if example.reference is not None]
+    np.random.default_rng(options.seed).shuffle(train)  # type: ignore[arg-type]  # tasks of a mixture come one by one
     evaluation = load_examples(
         options.eval_task or options.task,
         options.eval_split,
@@ -215,6 +217,13 @@ def _load(options: NLU) -> _Data:
         options.layout,
         options.seed,
     )
+    hidden = next((example for example in evaluation if example.reference is None), None)
+    if hidden is not None:
+        raise InputError(
+            f"{hidden.id} of the {options.eval_split} split has no label: choose another --eval-task or split"
+        )
+    if len(train) <= options.warm_labels:
+        raise InputError(f"--start {options.start} leaves none of the {len(train)} labels for training")
     return _Data(train[options.warm_labels :], train[: options.warm_labels], evaluation)
 
 
@@ -248,9 +257,9 @@ class _Run:
             if not done:
                 self.console.print(f"out of time: repeat the command to go on with {self.folder.path}")
                 return self.folder.finish({}, counts, status="stopped")
+            if not self.processes.is_main:
+                return self.folder.finish({}, counts)
             policy.save(self.folder.file("policy", "policy.json").parent)
-        if not self.processes.is_main:
-            return self.folder.finish({}, counts)
         metrics = {}
         for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
             rows = answers(policy, data.evaluation, temperature, options.seed, **options.env_options())

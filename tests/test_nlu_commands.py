@@ -79,14 +79,18 @@ def test_every_method_runs_to_its_end(tmp_path, data, tiny_model_path, method, s
     assert again == results
 
 
+@pytest.mark.parametrize("minutes", [0.5, 3.0])
 @pytest.mark.parametrize(("method", "start"), [("ppo", "sft:8"), ("grpo", "constrained"), ("sft", "free")])
-def test_a_run_stopped_by_time_goes_on_where_it_stood(tmp_path, data, tiny_model_path, monkeypatch, method, start):
-    whole = nlu.run(options(data, tmp_path / "whole", tiny_model_path, method=method, start=start), QUIET)
-    arguments = options(data, tmp_path / "parts", tiny_model_path, method=method, start=start)
+def test_a_run_stopped_by_time_goes_on_where_it_stood(
+    tmp_path, data, tiny_model_path, monkeypatch, method, start, minutes
+):
+    chosen = {"method": method, "start": start, "passes": 4 if method == "sft" else 1}
+    whole = nlu.run(options(data, tmp_path / "whole", tiny_model_path, **chosen), QUIET)
+    arguments = options(data, tmp_path / "parts", tiny_model_path, **chosen)
     clock = iter(range(0, 10_000_000, 61))  # every look at the clock is a minute later
     with monkeypatch.context() as patched:
         patched.setattr(nlu.time, "monotonic", lambda: float(next(clock)))
-        arguments.minutes = 3.0
+        arguments.minutes = minutes
         assert nlu.run(arguments, QUIET)["status"] == "stopped"
     arguments.minutes = 0.0
     parts = nlu.run(arguments, QUIET)
