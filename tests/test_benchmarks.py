@@ -7,7 +7,7 @@ import os
 import pytest
 from rich.console import Console
 
-from instructgym.experiments.benchmarks import token_env, token_ppo
+from instructgym.experiments.benchmarks import token_env, token_learning, token_ppo
 from instructgym.experiments.benchmarks.tiny import build_tiny, make_prompts
 from instructgym.experiments.benchmarks.token_env import BenchTokenEnv
 from instructgym.experiments.benchmarks.token_ppo import BenchTokenPPO
@@ -118,3 +118,11 @@ def test_an_environment_that_cannot_be_prepared_is_one_error(tmp_path, monkeypat
     with pytest.raises(InputError, match="name an existing one with --trl-python"):
         trl_environment.trl_python("", quiet())
     assert not (tmp_path / "trl-venv" / ".ready").exists()
+
+
+@pytest.mark.slow
+def test_both_learn_the_counting_task_and_ours_from_fewer_tokens(tmp_path):
+    file = tmp_path / "learning.json"
+    figures = token_learning.run(token_learning.BenchTokenLearning(seeds=5, json=str(file)), quiet())
+    assert json.loads(file.read_text()) == figures
+    assert figures["ours"]["median"] < figures["theirs"]["median"] < token_learning.CAP

@@ -28,8 +28,8 @@ from ..run_folder import write_json
 
 DIGITS, LENGTH, COPIES = 6, 4, 16
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
-OURS_RATE, THEIRS_RATE = 1e-2, 1e-2
-TARGET, WINDOW, CAP = 0.9, 64, 40_000
+OURS_RATE, THEIRS_RATE = 3e-3, 3e-3
+TARGET, WINDOW, CAP = 0.8, 64, 20_000
 
 
 class CountingReward(Reward):
@@ -51,7 +51,7 @@ class CountingReward(Reward):
 
 @dataclass
 class BenchTokenLearning:
-    """Env steps (tokens) until the mean return of the last 64 episodes reaches 0.9 of the best."""
+    """Env steps (tokens) until the mean return of the last 64 episodes reaches 0.8 of the best."""
 
     seeds: int = 5
     """Seeds of each."""
