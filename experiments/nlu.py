@@ -207,7 +207,8 @@ def _load(options: NLU) -> _Data:
     limit = options.labels or None
     train = load_examples(options.task, "train", options.data_dir, limit, options.shown, options.layout, options.seed)
     train = [example for example in train if example.reference is not None]
-    np.random.default_rng(options.seed).shuffle(train)  # type: ignore[arg-type]  # tasks of a mixture come one by one
+    # The tasks of a mixture come one after the other.
+    train = [train[i] for i in np.random.default_rng(options.seed).permutation(len(train))]
     evaluation = load_examples(
         options.eval_task or options.task,
         options.eval_split,
