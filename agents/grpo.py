@@ -43,8 +43,7 @@ class _GroupAgent(OnPolicyAgent):
 
     def _spread(self, batch: TokenBatch, advantages: np.ndarray) -> None:
         batch.advantages = np.where(batch.loss_mask, np.repeat(advantages, batch.lengths), 0.0).astype(np.float32)
-        flat = [np.ptp(batch.advantages[batch.rows([i])]) == 0 and advantages[i] == 0 for i in range(len(batch))]
-        self.logger.record("train/no_signal_share", float(np.mean(flat)) if flat else 0.0)
+        self.logger.record("train/no_signal_share", float(np.mean(advantages == 0)) if len(batch) else 0.0)
 
     def _loss(self, scores: TokenScores, micro: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         loss, clipped = clipped_policy_loss(scores.logprobs, micro.old_logprobs, micro.advantages, self.settings.clip)

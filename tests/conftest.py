@@ -133,3 +133,16 @@ def tiny_model_path(tiny_lm, tiny_tokenizer, tmp_path_factory):
     tiny_lm.model.save_pretrained(path)
     tiny_tokenizer.save_pretrained(path)
     return str(path)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """``write(name, content)``: a file of text or bytes below ``tmp_path``, which is returned."""
+
+    def write(name, content):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return tmp_path
+
+    return write

@@ -11,17 +11,6 @@ from instructgym.envs.tasks.nlu_tasks import CLOSE_TAG, OPEN_TAG, render
 from instructgym.llm_backends.errors import InputError
 
 
-@pytest.fixture
-def write(tmp_path):
-    def write(name, content):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return tmp_path
-
-    return write
-
-
 def jsonl(*rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
