@@ -128,16 +128,31 @@ def _members(groups: Sequence[str]) -> list[np.ndarray]:
     return [np.flatnonzero(inverse == k) for k in range(int(inverse.max(initial=-1)) + 1)]
 
 
-def explained_variance(values: np.ndarray, returns: np.ndarray) -> float:
-    """1 - Var(returns - values) / Var(returns); NaN where the returns do not vary, or there are none."""
-    variance = float(np.var(returns)) if len(returns) else 0.0
-    return float("nan") if variance == 0 else 1.0 - float(np.var(returns - values)) / variance
+def explained_variance(values: np.ndarray, returns: np.ndarray, total: Total = lambda sums: sums) -> float:
+    """1 - Var(returns - values) / Var(returns); NaN where the returns do not vary, or there are none.
+
+    Args:
+        values: shape (tokens,).
+        returns: shape (tokens,).
+        total: sums the moments over processes.
+    """
+    returns = np.asarray(returns, dtype=np.float64)
+    errors = returns - values
+    count, *moments = total(np.array([len(returns), *(m for x in (returns, errors) for m in (x.sum(), (x * x).sum()))]))
+    spread, unexplained = (s / max(count, 1) - (f / max(count, 1)) ** 2 for f, s in (moments[:2], moments[2:]))
+    return float("nan") if spread <= 1e-12 else float(1.0 - unexplained / spread)
 
 
-def effective_sample_size(weights: np.ndarray) -> float:
-    """Kish's effective share of samples, (sum w)^2 / (n sum w^2): 1 where all weights are equal."""
+def effective_sample_size(weights: np.ndarray, total: Total = lambda sums: sums) -> float:
+    """Kish's effective share of samples, (sum w)^2 / (n sum w^2): 1 where all weights are equal; NaN without any.
+
+    Args:
+        weights: shape (tokens,).
+        total: sums the moments over processes.
+    """
     weights = np.asarray(weights, dtype=np.float64)
-    return float(weights.sum() ** 2 / (len(weights) * (weights**2).sum())) if len(weights) else float("nan")
+    count, first, second = total(np.array([len(weights), weights.sum(), (weights**2).sum()]))
+    return float(first**2 / (count * second)) if count * second else float("nan")
 
 
 @dataclass

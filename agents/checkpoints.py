@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..llm_backends.errors import InputError
-from .language_model import LanguageModelPolicy
+from .language_model import SETTINGS, LanguageModelPolicy, LoraSettings
 from .optimization import Optimizer
 
 STATE, OPTIMIZER, POLICY_FOLDER = "trainer.json", "optimizer.safetensors", "policy"
@@ -78,3 +78,35 @@ def replace_checkpoint(folder: Path, write: Callable[[Path], None], is_main: boo
 def latest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint that :func:`replace_checkpoint` left, or None."""
     return next((folder / name for name in ("last", "old") if (folder / name / STATE).exists()), None)
+
+
+def policy_from(folder: str | Path, **options: Any) -> LanguageModelPolicy:
+    """A saved policy on the model it was trained on.
+
+    Args:
+        folder: what :meth:`LanguageModelPolicy.save` wrote.
+        options: further arguments of :class:`LanguageModelPolicy`, ``model`` among them.
+    """
+    settings = read_state(Path(folder) / SETTINGS)
+    built = {
+        "model": settings["model"],
+        "lora": LoraSettings(**settings["lora"]),
+        "value": settings["value"],
+        "reference": "none" if settings["reference"] == "none" else "base",
+        "temperature": settings["temperature"],
+    }
+    policy = LanguageModelPolicy(**(built | options))
+    policy.load(folder)
+    return policy
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        InputError: if it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error

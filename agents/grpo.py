@@ -43,7 +43,8 @@ class _GroupAgent(OnPolicyAgent):
 
     def _spread(self, batch: TokenBatch, advantages: np.ndarray) -> None:
         batch.advantages = np.where(batch.loss_mask, np.repeat(advantages, batch.lengths), 0.0).astype(np.float32)
-        self.logger.record("train/no_signal_share", float(np.mean(advantages == 0)) if len(batch) else 0.0)
+        without, count = self.processes.total(np.array([(advantages == 0).sum(), len(batch)]))
+        self.logger.record("train/no_signal_share", float(without / max(count, 1)))
 
     def _loss(self, scores: TokenScores, micro: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         loss, clipped = clipped_policy_loss(scores.logprobs, micro.old_logprobs, micro.advantages, self.settings.clip)

@@ -27,6 +27,7 @@ from ..llm_backends.teacher_forcing import response_hidden
 from ..llm_backends.token_logprobs import allowed_logprobs, token_logprobs
 from ..llm_backends.tokenization import LoadedTokenizer, Tokenizer
 from ..llm_backends.training_kernels import use_training_kernels
+from .lora_kernel import use_lora_kernel
 
 POLICY, VALUE = "policy", "value"
 SETTINGS, HEAD = "policy.json", "value_head.safetensors"
@@ -136,6 +137,7 @@ class LanguageModelPolicy:
                 self._peft = get_peft_model(self.lm.model, lora.config(), adapter_name=POLICY)
                 if value == "own_adapter":
                     self._peft.add_adapter(VALUE, lora.config())
+                use_lora_kernel(self.lm.model)
             else:
                 if reference == "base":
                     self._reference_lm = _frozen_copy(self.lm)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -17,10 +16,11 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 
 from ..llm_backends import Completion, Sampling, request_seed
+from ..llm_backends.choices import Choices
 from ..llm_backends.errors import InputError
-from .advantages import KLController, KLEstimator, kl_estimate
+from .advantages import KLController, KLEstimator, effective_sample_size, kl_estimate
 from .callbacks import InvalidRewardRateError
-from .checkpoints import POLICY_FOLDER, STATE, read_checkpoint, write_checkpoint
+from .checkpoints import POLICY_FOLDER, STATE, policy_from, read_checkpoint, read_state, write_checkpoint
 from .distributed import Processes
 from .language_model import LanguageModelPolicy, TokenScores
 from .optimization import Optimizer, OptimizerSettings, check_at_least_zero
@@ -288,23 +288,13 @@ class OnPolicyAgent(ABC):
         cap = self.settings.importance_cap
         batch.weights = np.minimum(np.exp(gap), cap).astype(np.float32) if cap else np.ones(size, np.float32)
         kept = batch.loss_mask
-        sums = self.processes.total(
-            np.array(
-                [
-                    kept.sum(),
-                    np.abs(gap[kept]).sum(),
-                    batch.weights[kept].sum(),
-                    (batch.weights[kept] ** 2).sum(),
-                    entropies[kept].sum(),
-                ]
-            )
-        )
+        total = self.processes.total
+        count, gaps, entropy = total(np.array([kept.sum(), np.abs(gap[kept]).sum(), entropies[kept].sum()]))
         largest = max(self.processes.gather(float(np.abs(gap[kept]).max(initial=0.0))))
-        count = max(sums[0], 1)
-        self.logger.record("train/entropy", float(sums[4] / count))
-        self.logger.record("sampler/gap_mean", float(sums[1] / count))
+        self.logger.record("train/entropy", float(entropy / max(count, 1)))
+        self.logger.record("sampler/gap_mean", float(gaps / max(count, 1)))
         self.logger.record("sampler/gap_max", largest)
-        self.logger.record("sampler/effective_sample_size", float(sums[2] ** 2 / max(count * sums[3], 1e-12)))
+        self.logger.record("sampler/effective_sample_size", effective_sample_size(batch.weights[kept], total))
 
     @property
     def _uses_reference(self) -> bool:
@@ -418,15 +408,26 @@ class OnPolicyAgent(ABC):
         return self.policy.generate(ids, sampling or self.sampling, eos=self.env.generation.eos_ids)
 
     def predict(
-        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+        self,
+        observation: Any,
+        state: Any = None,
+        episode_start: Any = None,
+        deterministic: bool = False,
+        action_masks: np.ndarray | None = None,
     ) -> Any:
-        """The next token for one or more observations of mode ``tokens``: (int64 action or array of them, None)."""
+        """The next token for one or more observations of mode ``tokens``: (int64 action or array of them, None).
+
+        ``action_masks``, bool, shape (n, vocabulary) or (vocabulary,), are those of the env, as in sb3-contrib.
+        """
         ids, mask = np.atleast_2d(observation["ids"]), np.atleast_2d(observation["mask"]).astype(bool)
         prompts = [row[kept] for row, kept in zip(ids, mask, strict=True)]
         temperature = 0.0 if deterministic else self.policy.temperature
         seeds = [request_seed(self.seed, "predict", [int(t) for t in prompt]) for prompt in prompts]
         samplings = [Sampling(max_tokens=1, temperature=temperature, seed=seed) for seed in seeds]
-        actions = np.array([c[0].token_ids[0] for c in self.policy.generate(prompts, samplings)], dtype=np.int64)
+        rows = [] if action_masks is None else np.atleast_2d(action_masks)
+        choices = [None if row.all() else Choices(np.flatnonzero(row)[:, None].tolist()) for row in rows] or None
+        written = self.policy.generate(prompts, samplings, choices)
+        actions = np.array([completion.token_ids[0] for [completion] in written], dtype=np.int64)
         return (actions if np.ndim(observation["ids"]) > 1 else int(actions[0])), None
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
@@ -474,39 +475,10 @@ class OnPolicyAgent(ABC):
             env: built as in training.
             policy: built as in training; by default built from what the checkpoint says.
         """
-        state = _read(Path(folder) / STATE)
+        state = read_state(Path(folder) / STATE)
         agent = cls(env, policy or policy_from(Path(folder) / POLICY_FOLDER), **state["settings"])
         agent.restore(folder)
         return agent
-
-
-def policy_from(folder: str | Path, **options: Any) -> LanguageModelPolicy:
-    """A saved policy on the model it was trained on.
-
-    Args:
-        folder: what :meth:`LanguageModelPolicy.save` wrote.
-        options: further arguments of :class:`LanguageModelPolicy`, ``model`` among them.
-    """
-    from .language_model import SETTINGS, LoraSettings
-
-    settings = _read(Path(folder) / SETTINGS)
-    built = {
-        "model": settings["model"],
-        "lora": LoraSettings(**settings["lora"]),
-        "value": settings["value"],
-        "reference": "none" if settings["reference"] == "none" else "base",
-        "temperature": settings["temperature"],
-    }
-    policy = LanguageModelPolicy(**(built | options))
-    policy.load(folder)
-    return policy
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
 
 
 def _arguments(batch: TokenBatch, episodes: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray], list[Any]]:

@@ -76,8 +76,9 @@ class TokenPPO(OnPolicyAgent):
             shaped[kept], batch.values[kept], batch.per_episode(kept).tolist(), settings.gamma, settings.lam
         )
         batch.advantages = whiten(advantages, kept, total=total) if settings.whiten_advantages else advantages
-        self.logger.record("train/explained_variance", explained_variance(batch.values[kept], batch.returns[kept]))
-        self.logger.record("train/value_mean", float(batch.values[kept].mean()) if kept.any() else 0.0)
+        values, count = batch.values[kept], total(np.array([batch.values[kept].sum(), kept.sum()]))
+        self.logger.record("train/explained_variance", explained_variance(values, batch.returns[kept], total))
+        self.logger.record("train/value_mean", float(count[0] / max(count[1], 1)))
 
     def _loss(self, scores: TokenScores, micro: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         policy_loss, clipped = clipped_policy_loss(

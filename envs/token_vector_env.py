@@ -111,8 +111,12 @@ class TokenVectorEnv(TokenParts, ProcessVectorEnv[TokenProcess, TokenObservation
         return [self.process.state(copy).copy() for copy in range(self.num_envs)]
 
     def constraints(self) -> list[Choices | None]:
-        """The allowed responses of each copy, prefixes included; None where any token is allowed."""
-        return [self.process.episode(copy).choices for copy in range(self.num_envs)]
+        """What each copy may still write, behind :meth:`prompts`; None where any token is allowed or it has ended."""
+        episodes = [self.process.episode(copy) for copy in range(self.num_envs)]
+        return [
+            None if episode.choices is None or episode.finish_reason else episode.choices.after(episode.tokens)
+            for episode in episodes
+        ]
 
     def play(self, actions: Sequence[Any], mask: np.ndarray | None = None) -> Played:
         """Writes a sequence of tokens per copy, from where it stands to the end of its episode.

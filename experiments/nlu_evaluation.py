@@ -13,8 +13,7 @@ from ..agents.language_model import LanguageModelPolicy
 from ..envs.tasks.nlu_metrics import evaluate
 from ..envs.tasks.prompt_examples import PromptExample
 from ..llm_backends import Sampling, request_seed
-from ..rewards import parse_label
-from ..rewards.ground_truth import COMPLETE
+from ..rewards.ground_truth import parse_answer
 
 ENV_ID = "instructgym/GenerateLabel-v0"
 COPIES = 64
@@ -64,17 +63,11 @@ def answers(
                 "episode_id": info["episode_id"],
                 "text": info["text"],
                 "finish_reason": info["finish_reason"],
-                "prediction": _prediction(examples[i], info["text"], info["finish_reason"]),
+                "prediction": parse_answer(info["text"], info["finish_reason"], examples[i].choices),
                 "reference": examples[i].reference,
             }
     env.close()
     return [rows[i] for i in range(len(examples))]
-
-
-def _prediction(example: PromptExample, text: str, finish_reason: str) -> str | None:
-    if finish_reason not in COMPLETE:
-        return None
-    return parse_label(text, example.choices) if example.choices else text.strip()
 
 
 def scores(examples: Sequence[PromptExample], predictions: Sequence[str | None]) -> dict[str, dict[str, float]]:

@@ -24,6 +24,9 @@ from .tokenization import decode_ids
 PREFILL_TOKENS = 16_384
 """Tokens, padding included, in one forward pass at most."""
 
+GROUP_TOKENS = 1024
+"""The same on a CPU, where larger batches are no faster and padding costs."""
+
 
 class ModelLoadError(InputError):
     """A model or its tokenizer could not be loaded from the given path or hub id."""
@@ -228,26 +231,36 @@ class CausalLM:
         batch = len(prompts)
         prefixes = [self.prefix_cache.lookup(p) if self.plain_attention else None for p in prompts]
         known = [0 if prefix is None else prefix.shape[-2] for prefix in prefixes]
-        past, fresh = max(known), max(len(p) - k for p, k in zip(prompts, known, strict=True))
-
+        fresh = [len(p) - k for p, k in zip(prompts, known, strict=True)]
         # Row layout: [padding][stored prefix][padding][new tokens]; every row ends in the same column.
-        mask = torch.zeros((batch, past + fresh), dtype=torch.long)
-        ids = torch.zeros((batch, fresh), dtype=torch.long)
-        cache = self._empty_cache(batch, past + fresh + room)
-        for row, (prompt, k, prefix) in enumerate(zip(prompts, known, prefixes, strict=True)):
-            mask[row, past - k : past] = 1
-            mask[row, past + fresh - (len(prompt) - k) :] = 1
-            ids[row, fresh - (len(prompt) - k) :] = torch.tensor(prompt[k:])
+        groups = self._groups(fresh)
+        columns = max(max(known[i] for i in group) + max(fresh[i] for i in group) for group in groups)
+        mask = torch.zeros((batch, columns), dtype=torch.long)
+        cache, logits = self._empty_cache(batch, columns + room), []
+        for group in groups:
+            past, new = max(known[i] for i in group), max(fresh[i] for i in group)
+            rows, first, begin = slice(group[0], group[-1] + 1), columns - new - past, columns - new
+            ids = torch.zeros((len(group), new), dtype=torch.long)
             if isinstance(cache, BatchCache):
-                cache.buffer[:, :, row, :, :past] = 0  # padding is masked, but must not hold NaN
-                if prefix is not None:
-                    cache.buffer[:, :, row, :, past - k : past] = prefix
+                cache.buffer[:, :, rows, :, :begin] = 0  # padding is masked, but must not hold NaN
+            for row, i in enumerate(group):
+                ids[row, new - fresh[i] :] = torch.tensor(prompts[i][known[i] :])
+                mask[i, columns - fresh[i] :] = 1
+                mask[i, begin - known[i] : begin] = 1
+                if (prefix := prefixes[i]) is not None:
+                    cache.buffer[:, :, i, :, begin - known[i] : begin] = prefix  # type: ignore[attr-defined]
+            window = BatchCache(cache.buffer[:, :, rows, :, first:], past) if isinstance(cache, BatchCache) else cache
+            logits.append(self.forward(ids.to(self.device), mask[rows, first:].to(self.device), window))
+            self._store_prefixes(prompts[rows], known[rows], past, window)
         if isinstance(cache, BatchCache):
-            cache = BatchCache(cache.buffer, past)
-        mask = mask.to(self.device)
-        logits = self.forward(ids.to(self.device), mask, cache)
-        self._store_prefixes(prompts, known, past, cache)
-        return Prefilled(cache, mask, logits)
+            cache = BatchCache(cache.buffer, columns)
+        return Prefilled(cache, mask.to(self.device), torch.cat(logits))
+
+    def _groups(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Consecutive rows to be read together: on a CPU few enough that short ones are not padded to the longest."""
+        if not self.plain_attention:
+            return [list(range(len(lengths)))]
+        return list(token_budget_chunks(lengths, GROUP_TOKENS if self.device.type == "cpu" else PREFILL_TOKENS))
 
     @torch.inference_mode()
     def forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: Cache, keep: int = 1) -> torch.Tensor:
@@ -331,7 +344,7 @@ class CausalLM:
             return DynamicCache(config=self.text_config)
         return BatchCache.allocate(self.text_config, batch, capacity, self.model.dtype, self.device)
 
-    def _store_prefixes(self, prompts: Sequence[Sequence[int]], known: list[int], past: int, cache: Cache) -> None:
+    def _store_prefixes(self, prompts: Sequence[Sequence[int]], known: Sequence[int], past: int, cache: Cache) -> None:
         if not isinstance(cache, BatchCache) or not self.prefix_cache.capacity:
             return
         end = cache.get_seq_length()

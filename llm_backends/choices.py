@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,6 +49,23 @@ class Choices:
                 node = node.get(int(token)) if node is not None else None
             self._arrays[key] = None if node is None else np.array(sorted(node), dtype=np.int64)
         return self._arrays[key]
+
+    def after(self, prefix: Sequence[int]) -> Choices:
+        """What may still be written after ``prefix``, as choices of their own.
+
+        Raises:
+            ValueError: where nothing may follow.
+        """
+        if not prefix:
+            return self
+        node: Any = self._trie
+        for token in prefix:
+            node = node.get(int(token)) if node else None
+        if not node:
+            raise ValueError(f"nothing may follow the tokens {list(prefix)}")
+        rest = copy.copy(self)
+        rest._trie, rest._arrays = node, {}
+        return rest
 
     def complete(self, prefix: Sequence[int]) -> bool:
         """Whether ``prefix`` is a whole response."""

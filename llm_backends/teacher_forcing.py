@@ -43,9 +43,9 @@ def response_hidden(lm: CausalLM, prompts: Sequence[np.ndarray], responses: Sequ
     """
     sequences = [np.concatenate([p, r[:-1]]) for p, r in zip(prompts, responses, strict=True)]
     # Samples of one prompt that agree but for their last token are one sequence: it is read once.
-    index = {key: k for k, key in enumerate(dict.fromkeys(sequence.tobytes() for sequence in sequences))}
-    owners = [index[sequence.tobytes()] for sequence in sequences]
-    unique = [sequences[owners.index(k)] for k in range(len(index))]
+    distinct = {sequence.tobytes(): sequence for sequence in sequences}
+    index = {key: k for k, key in enumerate(distinct)}
+    owners, unique = [index[sequence.tobytes()] for sequence in sequences], list(distinct.values())
     shared = common_prefix([p[:-1] for p in prompts]) if len(unique) > 1 and lm.plain_attention else 0
     prefix = shared if shared >= SHARED_PREFIX else 0
     states = _read(lm, unique, prefix)

@@ -44,6 +44,19 @@ def parse_label(text: str, choices: Sequence[str]) -> str | None:
     return stripped if stripped in choices else None
 
 
+def parse_answer(text: str, finish_reason: str, choices: Sequence[str] = ()) -> str | None:
+    """The answer that a response gives; None for a malformed one.
+
+    Args:
+        text: the response, without the stop string.
+        finish_reason: why it ended; what was cut off is malformed.
+        choices: the allowed answers; without any, every text is one.
+    """
+    if finish_reason not in COMPLETE:
+        return None
+    return parse_label(text, choices) if choices else text.strip()
+
+
 def parse_number(text: str) -> float | None:
     """The finite decimal number that the text, without surrounding blanks, consists of; None if it is none."""
     stripped = text.strip()
@@ -115,7 +128,7 @@ class LabelMatch(_AnswerReward):
                 f"sample {sample.episode_id!r} has the reference {reference!r}, which is none of its choices "
                 f"({', '.join(choices) or 'none'}): put both into the example"
             )
-        word = parse_label(sample.response, choices) if _complete(sample) else None
+        word = parse_answer(sample.response, _finish_reason(sample), choices)
         if word is None:
             feedback = f"Malformed: the answer has to be one of {', '.join(choices)}."
             return Score(self.points.malformed, terms={"correct": 0.0, "format": 0.0}, feedback=feedback)
@@ -150,7 +163,7 @@ class RegressionReward(_AnswerReward):
         wanted = parse_number(reference)
         if wanted is None or not LOW <= wanted <= HIGH:
             raise InputError(f"sample {sample.episode_id!r} has the reference {reference!r}: use a number from 0 to 5")
-        value = parse_number(sample.response) if _complete(sample) else None
+        value = parse_number(parse_answer(sample.response, _finish_reason(sample)) or "")
         if value is None:
             feedback = "Malformed: the answer has to be a number from 0 to 5."
             return Score(-2.5, terms={"error": LOW - HIGH, "format": 0.0}, feedback=feedback)
@@ -180,7 +193,7 @@ class SpanReward(_AnswerReward):
     def score(self, sample: Sample) -> Score:
         answers = sample.metadata.get("answers") or [_reference(sample)]
         exact = exact_match(sample.response, answers)
-        if not sample.response.strip() or not _complete(sample):
+        if not parse_answer(sample.response, _finish_reason(sample)):
             feedback = "Malformed: the answer is empty or was cut off."
             return Score(-1.0, terms={"correct": 0.0, "format": 0.0}, feedback=feedback)
         value = exact if self.measure == "em" else token_f1(sample.response, answers)
@@ -228,5 +241,5 @@ def _reference(sample: Sample) -> str:
     return sample.reference
 
 
-def _complete(sample: Sample) -> bool:
-    return sample.metadata.get("finish_reason", "stop") in COMPLETE
+def _finish_reason(sample: Sample) -> str:
+    return str(sample.metadata.get("finish_reason", "stop"))

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from instructgym.llm_backends import causal_lm
 from instructgym.llm_backends.base import ContextLengthError
 from instructgym.llm_backends.causal_lm import CausalLM, ModelLoadError, token_budget_chunks
 from instructgym.llm_backends.kv_cache import BLOCK, PrefixCache
@@ -46,14 +47,20 @@ def tokens_read(lm, call):
     return sum(sizes)
 
 
+@pytest.mark.parametrize("budget", [1024, 70, 1])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_ragged_prompts_give_the_logits_they_give_alone(tiny_lms, architecture):
+def test_ragged_prompts_give_the_logits_they_give_alone(tiny_lms, architecture, budget, monkeypatch):
+    monkeypatch.setattr(causal_lm, "GROUP_TOKENS", budget)
     lm = fresh(tiny_lms(architecture))
     prompts = [[7], HEADER[:3], HEADER[:31], HEADER[:32], HEADER[:33], HEADER]
     for _ in range(3):  # the second and third time with a warm prefix cache
         state = lm.prefill(prompts, room=4)
         for row, prompt in enumerate(prompts):
             torch.testing.assert_close(state.logits[row], plain_logits(lm, prompt), atol=1e-4, rtol=1e-4)
+        token = torch.full((len(prompts), 1), 9)
+        logits = lm.forward(token, torch.nn.functional.pad(state.mask, (0, 1), value=1), state.cache)
+        for row, prompt in enumerate(prompts):  # what was read together or apart is continued together
+            torch.testing.assert_close(logits[row], plain_logits(lm, [*prompt, 9]), atol=1e-4, rtol=1e-4)
 
 
 @settings(max_examples=10)

@@ -386,3 +386,36 @@ def test_a_model_with_soft_capping_is_refused():
     lm.model.forward = capped
     with pytest.raises(InputError, match="soft capping"):
         build(lm)
+
+
+# --- the LoRA kernel ---------------------------------------------------------------------------------------------
+
+
+def without_kernel(policy):
+    for layer in policy.lm.model.modules():
+        layer.__dict__.pop("forward", None)
+    return policy
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.05)])
+def test_the_lora_kernel_computes_what_peft_does(architecture, dtype, tolerance):
+    ours = moved(build(tiny(architecture), dtype=dtype, value="own_adapter"), 0.1)
+    theirs = without_kernel(moved(build(tiny(architecture), dtype=dtype, value="own_adapter"), 0.1))
+    assert sum("forward" in layer.__dict__ for layer in ours.lm.model.modules()) > 4
+    torch.testing.assert_close(scored(ours).logprobs, scored(theirs).logprobs, atol=tolerance, rtol=tolerance)
+    mine, other = (
+        gradients(policy, lambda scores: scores.logprobs.sum() + scores.values.square().sum())
+        for policy in (ours, theirs)
+    )
+    assert mine.keys() == other.keys() == ours.parameters().keys()
+    for name, gradient in mine.items():
+        assert gradient.dtype == torch.float32
+        assert (gradient - other[name]).norm() < 3 * tolerance * other[name].norm()
+
+
+def test_the_lora_kernel_leaves_dropout_to_peft():
+    policy = moved(LanguageModelPolicy(tiny(), LoraSettings(rank=4, dropout=0.5), dtype="float32"))
+    assert torch.equal(scored(policy).logprobs, scored(policy).logprobs)
+    one, two = (policy.score(PROMPTS, RESPONSES, FREE).logprobs for _ in range(2))
+    assert not torch.allclose(one, two)

@@ -9,9 +9,10 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger
 
+from instructgym.agents.checkpoints import policy_from
 from instructgym.agents.grpo import GRPO, RLOO
 from instructgym.agents.language_model import LanguageModelPolicy, LoraSettings
-from instructgym.agents.on_policy import TrainingDivergedError, policy_from
+from instructgym.agents.on_policy import TrainingDivergedError
 from instructgym.agents.ppo import TokenPPO
 from instructgym.agents.sft import SFT, Demonstration
 from instructgym.envs.tasks.prompt_examples import PromptExample
@@ -284,6 +285,10 @@ def test_predict_takes_observations_and_gives_tokens():
         assert actions[i] == int(logits.argmax()) == agent.predict(one, deterministic=True)[0]
     assert isinstance(agent.predict(one)[0], int)
     env.step(agent.predict(observation)[0])
+    masks = np.zeros((8, len(agent.policy.lm.tokenizer)), dtype=bool)
+    masks[:, RED] = masks[:4, SEA] = True
+    allowed, _ = agent.predict(observation, action_masks=masks)
+    assert set(allowed[:4]) <= {RED, SEA} and set(allowed[4:]) == {RED}
 
 
 def test_generate_continues_texts_and_ids_as_in_training():

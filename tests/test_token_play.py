@@ -249,11 +249,15 @@ def test_a_generator_is_told_what_it_needs():
     env.prompts()[0][:] = 0
     assert env.prompts()[0].any()
     first, second, third = env.constraints()
-    assert first.allowed([RED]).tolist() == [SEA, EOS]
+    assert first.allowed([]).tolist() == [SEA, EOS]  # behind the prefix, as the prompts are
     assert second.allowed([]).tolist() == [RED, BLUE]
-    assert third.allowed([SKY]).tolist() == [RED, END]
+    assert third.allowed([]).tolist() == [RED, END]
     assert env.action_masks().shape == (N, 7)
     assert np.flatnonzero(env.action_masks()[0]).tolist() == [SEA, EOS]
+    env.play([[EOS], [], []])
+    assert env.constraints()[0] is None
+    with pytest.raises(ValueError, match="nothing may follow"):
+        second.after([SEA])
     free = make()
     free.reset(seed=0)
     assert free.constraints() == [None] * N
