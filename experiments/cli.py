@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -123,33 +123,32 @@ def list_envs(console: Console) -> None:
     console.print(table)
 
 
+def list_benchmarks(console: Console) -> None:
+    """Prints every benchmark with what it measures."""
+    for name, benchmark in BENCHMARKS.items():
+        console.print(f"{name:15} {' '.join((benchmark.__doc__ or '').split())}")
+
+
+RUNS: dict[type, Callable[[Any, Console], Any]] = {
+    EvolveTrain: evolve_train.run,
+    EvolveGenerate: evolve_generate.run,
+    EvolveCompare: evolve_compare.run,
+    NLU: nlu.run,
+    NLUReport: nlu_report.run,
+    BenchEditEnv: edit_env.run,
+    BenchTokenEnv: token_env.run,
+    BenchTokenPPO: token_ppo.run,
+    BenchTokenLearning: token_learning.run,
+    BenchList: lambda options, console: list_benchmarks(console),
+    Envs: lambda options, console: list_envs(console),
+}
+"""What runs each parsed command."""
+
+
 def dispatch(command: Any, console: Console) -> None:
     """Runs a parsed command."""
-    if isinstance(command, Evolve | Understanding | Bench):
-        command = command.command
-    if isinstance(command, EvolveTrain):
-        evolve_train.run(command, console)
-    elif isinstance(command, EvolveGenerate):
-        evolve_generate.run(command, console)
-    elif isinstance(command, EvolveCompare):
-        evolve_compare.run(command, console)
-    elif isinstance(command, NLU):
-        nlu.run(command, console)
-    elif isinstance(command, NLUReport):
-        nlu_report.run(command, console)
-    elif isinstance(command, BenchEditEnv):
-        edit_env.run(command, console)
-    elif isinstance(command, BenchTokenEnv):
-        token_env.run(command, console)
-    elif isinstance(command, BenchTokenPPO):
-        token_ppo.run(command, console)
-    elif isinstance(command, BenchTokenLearning):
-        token_learning.run(command, console)
-    elif isinstance(command, BenchList):
-        for name, benchmark in BENCHMARKS.items():
-            console.print(f"{name:15} {' '.join((benchmark.__doc__ or '').split())}")
-    else:
-        list_envs(console)
+    command = getattr(command, "command", command)  # that of a group
+    RUNS[type(command)](command, console)
 
 
 def main(args: Sequence[str] | None = None) -> None:
