@@ -143,6 +143,8 @@ class OnPolicyAgent(ABC):
         """Response tokens that the env has taken."""
         self.episodes = 0
         self.updates = 0
+        self.predictions = 0
+        """Calls of :meth:`predict`, each of which draws anew."""
         self.last_rollout: TokenBatch | None = None
         self._started = False
         self._env_seed: int | None = None
@@ -422,10 +424,13 @@ class OnPolicyAgent(ABC):
         ids, mask = np.atleast_2d(observation["ids"]), np.atleast_2d(observation["mask"]).astype(bool)
         prompts = [row[kept] for row, kept in zip(ids, mask, strict=True)]
         temperature = 0.0 if deterministic else self.policy.temperature
-        seeds = [request_seed(self.seed, "predict", [int(t) for t in prompt]) for prompt in prompts]
+        self.predictions += 1
+        seeds = [request_seed(self.seed, "predict", self.predictions, row) for row in range(len(prompts))]
         samplings = [Sampling(max_tokens=1, temperature=temperature, seed=seed) for seed in seeds]
-        rows = [] if action_masks is None else np.atleast_2d(action_masks)
-        choices = [None if row.all() else Choices(np.flatnonzero(row)[:, None].tolist()) for row in rows] or None
+        choices = None
+        if action_masks is not None:
+            masks = np.broadcast_to(action_masks, (len(prompts), np.shape(action_masks)[-1]))
+            choices = [None if row.all() else Choices(np.flatnonzero(row)[:, None].tolist()) for row in masks]
         written = self.policy.generate(prompts, samplings, choices)
         actions = np.array([completion.token_ids[0] for [completion] in written], dtype=np.int64)
         return (actions if np.ndim(observation["ids"]) > 1 else int(actions[0])), None

@@ -66,6 +66,8 @@ class SFT:
         self.logger = Logger(folder=None, output_formats=[])
         self.steps = 0
         """Optimiser steps of this :meth:`fit`."""
+        self.loss = float("nan")
+        """Of the last step, in nats per token."""
         self._done = 0
 
     def set_logger(self, logger: Logger) -> None:
@@ -101,8 +103,8 @@ class SFT:
                 failures = failures + 1 if self.optimizer.skipped > skipped else 0
                 if failures == 10:
                     raise TrainingDivergedError("ten steps without a finite gradient: lower the learning rate")
+                self.logger.dump(self.steps)  # before the callback saves a checkpoint that stands behind it
                 going = callback(self) if callback is not None else True
-                self.logger.dump(self.steps)
                 if going is False:
                     return self
         return self
@@ -140,7 +142,8 @@ class SFT:
         norm = self.optimizer.step()
         self.policy.changed()
         self.steps += 1
-        self.logger.record("train/loss", float(self.processes.total(np.array([loss]))[0]))
+        self.loss = float(self.processes.total(np.array([loss]))[0])
+        self.logger.record("train/loss", self.loss)
         self.logger.record("train/grad_norm", norm)
         self.logger.record("train/learning_rate", self.optimizer.learning_rate)
         self.logger.record(

@@ -27,12 +27,14 @@ from ..llm_backends.choices import Choices
 from ..llm_backends.errors import InputError
 from .nlu_evaluation import ENV_ID, answers, majority, scores
 from .plots import plot_token_training
-from .run_folder import RowWriter, RunFolder
+from .run_folder import RowWriter, RunFolder, read_json, write_json
 from .tracking import Tracker, check_tracker
 
 Method = Literal["majority", "zero-shot", "few-shot", "sft", "ppo", "grpo", "rloo"]
 
 AGENTS: dict[str, type[OnPolicyAgent]] = {"ppo": TokenPPO, "grpo": GRPO, "rloo": RLOO}
+
+CLOCK = "clock.json"
 
 SMOKE = {"labels": 64, "eval_limit": 32}
 """What ``--scale smoke`` cuts a run to."""
@@ -134,7 +136,7 @@ class NLU:
         for task in f"{self.task},{self.eval_task}".split(","):
             if task.strip() or not self.eval_task:
                 kind = get_task(task.strip()).kind if task.strip() else ""
-                if kind == "regression" and self.constrained:
+                if kind == "regression" and self.constrained and self.method != "majority":
                     raise InputError(
                         f"{task} asks for a number, which --start constrained cannot write: use free or sft:N"
                     )
@@ -223,9 +225,16 @@ def _load(options: NLU) -> _Data:
         raise InputError(
             f"{hidden.id} of the {options.eval_split} split has no label: choose another --eval-task or split"
         )
+    scores(evaluation, [None] * len(evaluation))  # rows that a metric cannot use are refused before training
     if len(train) <= options.warm_labels:
         raise InputError(f"--start {options.start} leaves none of the {len(train)} labels for training")
     return _Data(train[options.warm_labels :], train[: options.warm_labels], evaluation)
+
+
+def _update_of(row: Mapping[str, Any]) -> float:
+    """The update that a row of ``generations.jsonl`` is of; infinite for one of the evaluation."""
+    kind, _, number = str(row.get("when")).partition(" ")
+    return int(number) if kind == "update" else float("inf")
 
 
 class _Run:
@@ -237,6 +246,10 @@ class _Run:
         self.options, self.folder, self.tracker, self.console = options, folder, tracker, console
         self.processes, self.checkpoints = processes, Path(options.run_dir) / "checkpoints"
         self.begun = time.monotonic()
+        saved = latest_checkpoint(self.checkpoints)
+        clock = read_json(saved / CLOCK) if saved is not None else None
+        self.before = float(clock["seconds"]) if clock is not None else 0.0
+        """Seconds that went into the checkpoint which this run goes on from."""
         self.generations = RowWriter(folder.file("generations.jsonl"), compare=False)
 
     def go(self, data: _Data) -> dict[str, Any]:
@@ -251,15 +264,16 @@ class _Run:
             dtype=options.dtype,
             seed=options.seed,
         )
+        self._check_lengths(policy, data)
         counts: dict[str, Any] = {}
         if options.method in ("sft", *AGENTS):
             done = self._train(policy, data, counts)
-            counts["train_seconds"] = round(time.monotonic() - self.begun, 1)
+            counts["train_seconds"] = self._seconds()
             if not done:
                 self.console.print(f"out of time: repeat the command to go on with {self.folder.path}")
                 return self.folder.finish({}, counts, status="stopped")
             if not self.processes.is_main:
-                return self.folder.finish({}, counts)
+                return self.folder.finish({}, counts, status="helper")
             policy.save(self.folder.file("policy", "policy.json").parent)
         metrics = {}
         for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
@@ -270,13 +284,25 @@ class _Run:
         self.tracker.table("generations", [{"when": name, **row} for row in rows[:50]])
         return self._finish(data, metrics, counts)
 
+    def _check_lengths(self, policy: LanguageModelPolicy, data: _Data) -> None:
+        """Refuses prompts over the context, of training and evaluation alike."""
+        if policy.lm.context_length < self.options.context_length:
+            raise InputError(
+                f"{self.options.model} reads {policy.lm.context_length} tokens: set --context-length to that or less"
+            )
+        trains = [data.warm, data.train] if self.options.method in ("sft", *AGENTS) else []
+        for examples in filter(None, [data.evaluation, *trains]):
+            gym.make_vec(
+                ENV_ID, num_envs=1, examples=examples, tokenizer=policy.tokenizer, **self.options.env_options()
+            ).close()
+
     def _finish(self, data: _Data, metrics: Mapping[str, Any], counts: Mapping[str, Any]) -> dict[str, Any]:
         results = self.folder.finish(
             metrics,
             {
                 "labels": len(data.warm) + len(data.train),
                 "evaluated": len(data.evaluation),
-                "seconds": round(time.monotonic() - self.begun, 1),
+                "seconds": self._seconds(),
                 **counts,
             },
         )
@@ -286,6 +312,9 @@ class _Run:
                 line = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
                 self.console.print(f"{task} {self.options.method} ({how}): {line}", highlight=False)
         return results
+
+    def _seconds(self) -> float:
+        return round(time.monotonic() - self.begun + self.before, 1)
 
     # --- training ------------------------------------------------------------------------------------------------
 
@@ -304,6 +333,7 @@ class _Run:
             agent.restore(saved)
             self.tracker.skip(agent.updates)
             self.console.print(f"resuming {self.folder.path} after {agent.updates} of {total} updates")
+            self.generations.skip_those(lambda row: _update_of(row) <= agent.updates)
         agent.set_logger(self.tracker.logger())
         agent.start()
         with StepProgress(f"{options.method} on {options.task}", total, self.console) as progress:
@@ -382,7 +412,7 @@ class _Run:
 
             def step(trainer: SFT) -> bool:
                 nonlocal stopped
-                progress.update(trainer.steps, f"loss {trainer.logger.name_to_value.get('train/loss', 0.0):.3f}")
+                progress.update(trainer.steps, f"loss {trainer.loss:.3f}")
                 stopped = self._out_of_time()
                 if tracked and (stopped or trainer.steps % (4 * options.save_every) == 0):
                     self._save(trainer.save)
@@ -398,7 +428,12 @@ class _Run:
         return bool(self.options.minutes) and any(self.processes.gather(spent))
 
     def _save(self, write: Callable[[Path], None]) -> None:
-        replace_checkpoint(self.checkpoints, write, self.processes.is_main)
+        def all_of_it(folder: Path) -> None:
+            if self.processes.is_main:
+                write_json(folder / CLOCK, {"seconds": time.monotonic() - self.begun + self.before})
+            write(folder)
+
+        replace_checkpoint(self.checkpoints, all_of_it, self.processes.is_main)
         self.processes.wait()
 
     def _demonstration(self, policy: LanguageModelPolicy, example: PromptExample) -> Demonstration:

@@ -18,6 +18,14 @@ from .metrics import interval
 from .plots import plot_nlu
 from .run_folder import read_json
 
+UNTRAINED = ("majority", "zero-shot", "few-shot")
+NEUTRAL = {"seed", "run_dir", "data_dir", "eval_data_dir", "minutes", "save_every", "track", "dry_run", "token_budget"}
+TRAINING = {"labels", "passes", "batch_size", "group_size", "learning_rate", "schedule", "optimizer", "epochs"} | {
+    "kl_coefficient",
+    "lora_rank",
+}
+"""Options that say nothing of a method that is not trained."""
+
 ORDER = ("majority", "zero-shot", "few-shot", "sft", "ppo", "grpo", "rloo")
 
 
@@ -49,6 +57,12 @@ class Run:
             return "majority"
         return f"{shots}-shot, {start}" if method == "few-shot" else f"{method}, {start}"
 
+    @property
+    def differences(self) -> dict[str, str]:
+        """Options in which runs of one arm may not differ if they are to be taken for its seeds."""
+        left_out = NEUTRAL | (TRAINING if self.options["method"] in UNTRAINED else set())
+        return {key: str(value) for key, value in self.options.items() if key not in left_out}
+
 
 def run(options: NLUReport, console: Console | None = None) -> dict[str, Any]:
     """Writes ``report.md`` and ``curves.png`` and returns the table's figures, by task and arm.
@@ -57,10 +71,10 @@ def run(options: NLUReport, console: Console | None = None) -> dict[str, Any]:
         InputError: if there is no finished run.
     """
     console = console or Console()
-    runs = [found for folder in options.runs if (found := _read(Path(folder)))]
-    if not runs:
-        nested = [path.parent for folder in options.runs for path in sorted(Path(folder).rglob("results.json"))]
-        runs = [found for folder in nested if (found := _read(folder))]
+    folders = dict.fromkeys(
+        path.parent for folder in options.runs for path in sorted(Path(folder).rglob("results.json"))
+    )
+    runs = [found for folder in folders if (found := _read(folder))]
     if not runs:
         raise InputError(f"no finished run of 'nlu' in {', '.join(options.runs)}")
     out = Path(options.out)
@@ -88,17 +102,29 @@ def _read(folder: Path) -> Run | None:
     return Run(config["options"], results["metrics"], results["counts"], curve)
 
 
+def _named(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs by the name of their arm: its seeds together; what else they differ in becomes part of the name."""
+    groups: dict[str, dict[tuple[tuple[str, str], ...], list[Run]]] = {}
+    for run in runs:
+        groups.setdefault(run.arm, {}).setdefault(tuple(sorted(run.differences.items())), []).append(run)
+    named: dict[str, list[Run]] = {}
+    for arm in sorted(groups, key=lambda arm: (_rank(arm), arm)):
+        options = [dict(key) for key in groups[arm]]
+        differing = [key for key in options[0] if len({option.get(key) for option in options}) > 1]
+        for option, members in zip(options, groups[arm].values(), strict=True):
+            named["".join([arm, *(f", {key.replace('_', ' ')} {option.get(key)}" for key in differing)])] = members
+    return named
+
+
 def _figures(runs: Sequence[Run]) -> dict[str, dict[str, dict[str, Any]]]:
     """By task and arm: the main metric greedy and sampled, format rates, labels, minutes; means over seeds."""
-    figures: dict[str, dict[str, dict[str, Any]]] = {}
     tasks = dict.fromkeys(task for run in runs for task in run.metrics["greedy"])
-    arms = sorted({run.arm for run in runs}, key=lambda arm: (_rank(arm), arm))
-    for task in tasks:
-        for arm in arms:
-            mine = [run for run in runs if run.arm == arm and task in run.metrics["greedy"]]
-            if mine:
-                figures.setdefault(task, {})[arm] = _row(mine, task)
-    return figures
+    return {task: {arm: _row(members, task) for arm, members in _on(task, runs).items()} for task in tasks}
+
+
+def _on(task: str, runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The arms that were evaluated on a task."""
+    return _named([run for run in runs if task in run.metrics["greedy"]])
 
 
 def _rank(arm: str) -> int:
@@ -115,18 +141,24 @@ def _row(runs: Sequence[Run], task: str) -> dict[str, Any]:
             row[how] = interval([values[main] for values in measured])
             row[f"{how}_format"] = float(np.mean([values["format_rate"] for values in measured]))
     row["minutes"] = float(np.mean([run.counts["seconds"] for run in runs])) / 60
-    trains = runs[0].options["method"] not in ("majority", "zero-shot", "few-shot")
+    trains = runs[0].options["method"] not in UNTRAINED
     row["labels"] = row["labels"] if trains else 0
     row["examples"] = runs[0].counts["evaluated"]
     return row
 
 
 def _curves(runs: Sequence[Run]) -> dict[str, dict[str, list[list[tuple[float, float, float]]]]]:
-    curves: dict[str, dict[str, list[list[tuple[float, float, float]]]]] = {}
-    for run in runs:
-        if run.curve:
-            curves.setdefault(str(run.options["task"]), {}).setdefault(run.arm, []).append(run.curve)
-    return curves
+    """By task of the evaluation and arm, the learning curves of its runs."""
+    tasks = dict.fromkeys(task for run in runs for task in run.metrics["greedy"])
+    curves = {
+        task: {
+            arm: kept
+            for arm, members in _on(task, runs).items()
+            if (kept := [run.curve for run in members if run.curve])
+        }
+        for task in tasks
+    }
+    return {task: by_arm for task, by_arm in curves.items() if by_arm}
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

@@ -107,7 +107,7 @@ def plot_nlu(curves: Mapping[str, Any], figures: Mapping[str, Any], path: Path) 
         figures: by task and arm, what is known of its evaluation (``greedy``: mean and half-width).
         path: the PNG.
     """
-    tasks = [task for task in figures if task in curves] or list(figures)
+    tasks = list(figures)
     figure, axes = _figure(2, len(tasks))
     for (left, right), task in zip(axes, tasks, strict=True):
         arms = list(figures[task])

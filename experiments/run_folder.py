@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -132,6 +132,10 @@ class RowWriter:
         if rows > len(self._stored):
             raise InputError(f"{self.path} has {len(self._stored)} rows, its checkpoint stands behind {rows}")
         self._seen = rows
+
+    def skip_those(self, belongs: Callable[[dict[str, Any]], bool]) -> None:
+        """The same for a checkpoint that says which rows of the file it stands behind."""
+        self._seen = sum(map(belongs, self._stored))
 
     def write(self, row: Mapping[str, Any]) -> bool:
         """Appends the row unless it stands there from before; says whether it was new.

@@ -66,9 +66,12 @@ def load_tokenizer(path: str | Path) -> Any:
     """
     try:
         with quiet_loading():
-            return AutoTokenizer.from_pretrained(path)
+            tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise _load_error(path, error, "tokenizer") from error
+    if not tokenizer("a")["input_ids"]:  # what transformers makes of a folder without a tokenizer's files
+        raise ModelLoadError(f"cannot load a tokenizer from {str(path)!r}: its files are missing")
+    return tokenizer
 
 
 @contextmanager
@@ -220,14 +223,10 @@ class CausalLM:
             room: positions to keep free for the tokens that follow.
         """
         if self.prefix_cache.capacity and (headers := self.prefix_cache.apart(prompts)):
-            state = self._read(headers, 0)
-            for row, header in enumerate(headers):
-                end = state.cache.get_seq_length()
-                keys_values = state.cache.buffer[:, :, row, :, end - len(header) : end]  # type: ignore[attr-defined]
-                self.prefix_cache.store(header, keys_values, apart=True)
+            self._read(headers, 0, apart=True)
         return self._read(prompts, room)
 
-    def _read(self, prompts: Sequence[Sequence[int]], room: int) -> Prefilled:
+    def _read(self, prompts: Sequence[Sequence[int]], room: int, apart: bool = False) -> Prefilled:
         batch = len(prompts)
         prefixes = [self.prefix_cache.lookup(p) if self.plain_attention else None for p in prompts]
         known = [0 if prefix is None else prefix.shape[-2] for prefix in prefixes]
@@ -251,7 +250,7 @@ class CausalLM:
                     cache.buffer[:, :, i, :, begin - known[i] : begin] = prefix  # type: ignore[attr-defined]
             window = BatchCache(cache.buffer[:, :, rows, :, first:], past) if isinstance(cache, BatchCache) else cache
             logits.append(self.forward(ids.to(self.device), mask[rows, first:].to(self.device), window))
-            self._store_prefixes(prompts[rows], known[rows], past, window)
+            self._store_prefixes(prompts[rows], known[rows], past, window, apart)
         if isinstance(cache, BatchCache):
             cache = BatchCache(cache.buffer, columns)
         return Prefilled(cache, mask.to(self.device), torch.cat(logits))
@@ -344,14 +343,16 @@ class CausalLM:
             return DynamicCache(config=self.text_config)
         return BatchCache.allocate(self.text_config, batch, capacity, self.model.dtype, self.device)
 
-    def _store_prefixes(self, prompts: Sequence[Sequence[int]], known: Sequence[int], past: int, cache: Cache) -> None:
+    def _store_prefixes(
+        self, prompts: Sequence[Sequence[int]], known: Sequence[int], past: int, cache: Cache, apart: bool
+    ) -> None:
         if not isinstance(cache, BatchCache) or not self.prefix_cache.capacity:
             return
         end = cache.get_seq_length()
         for row, (prompt, k) in enumerate(zip(prompts, known, strict=True)):
             keys_values = cache.buffer[:, :, row]
             stored, new = keys_values[..., past - k : past, :], keys_values[..., end - (len(prompt) - k) : end, :]
-            self.prefix_cache.store(prompt, torch.cat([stored, new], dim=-2) if k else new)
+            self.prefix_cache.store(prompt, torch.cat([stored, new], dim=-2) if k else new, apart)
 
 
 def select_rows(cache: Cache, rows: torch.Tensor, capacity: int | None = None) -> Cache:

@@ -160,7 +160,7 @@ class RegressionReward(_AnswerReward):
 
     def score(self, sample: Sample) -> Score:
         reference = _reference(sample)
-        wanted = parse_number(reference)
+        wanted = parse_number(str(sample.metadata.get("label", reference)))  # the label is not rounded
         if wanted is None or not LOW <= wanted <= HIGH:
             raise InputError(f"sample {sample.episode_id!r} has the reference {reference!r}: use a number from 0 to 5")
         value = parse_number(parse_answer(sample.response, _finish_reason(sample)) or "")

@@ -80,6 +80,18 @@ def test_scores_do_not_depend_on_the_prefix_cache(tiny_lm, prompts, capacity, co
             np.testing.assert_allclose(row, plain_logprobs(lm, prompt, completion), atol=1e-4)
 
 
+@pytest.mark.parametrize("capacity", [64, 160, 1024])
+def test_a_cache_that_overflows_gives_no_wrong_logits(tiny_lm, capacity):
+    lm, generator = fresh(tiny_lm, capacity), random.Random(0)
+    prompts = [
+        [*HEADER[:32], *(generator.randrange(5, 300) for _ in range(generator.randrange(60, 120)))] for _ in range(12)
+    ]
+    for _ in range(3):
+        state = lm.prefill(prompts, room=1)
+        for row, prompt in enumerate(prompts):
+            torch.testing.assert_close(state.logits[row], plain_logits(lm, prompt), atol=1e-4, rtol=1e-4)
+
+
 def test_a_prefix_that_comes_again_is_not_read_again(tiny_lm):
     lm = fresh(tiny_lm)
     reads = [tokens_read(lm, lambda i=i: lm.prefill([[*HEADER, i]], room=1)) for i in (5, 6, 7)]

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -96,6 +97,9 @@ def test_a_run_stopped_by_time_goes_on_where_it_stood(
     parts = nlu.run(arguments, QUIET)
     assert parts["metrics"] == whole["metrics"]
     assert rows_without_time(tmp_path / "parts") == rows_without_time(tmp_path / "whole")
+    generations = [read_records(tmp_path / name / "generations.jsonl") for name in ("parts", "whole")]
+    assert generations[0] == generations[1]
+    assert parts["counts"]["train_seconds"] > 60, "the time before the stop counts"
 
 
 @pytest.mark.slow
@@ -134,6 +138,59 @@ def test_a_report_gathers_runs_into_a_table_and_a_figure(tmp_path, data, tiny_mo
     assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
     with pytest.raises(InputError, match="no finished run"):
         nlu_report.run(nlu_report.NLUReport((str(tmp_path / "nowhere"),), str(tmp_path / "out")), QUIET)
+
+
+def finished(folder, **options):
+    folder.mkdir(parents=True)
+    chosen = {"task": "SST-2", "method": "ppo", "start": "constrained", "shots": 4, "labels": 64, "seed": 0} | options
+    (folder / "config.json").write_text(json.dumps({"command": "nlu", "options": chosen}))
+    scored = {"SST-2": {"accuracy": 0.5, "format_rate": 1.0}}
+    counts = {"labels": chosen["labels"], "evaluated": 10, "seconds": 60.0}
+    results = {"status": "finished", "metrics": {"greedy": scored, "sampled": scored}, "counts": counts}
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+def test_a_report_takes_only_seeds_for_seeds(tmp_path):
+    runs = tmp_path / "runs"
+    finished(runs / "a")
+    finished(runs / "b", seed=1)
+    finished(runs / "c", labels=2000)
+    finished(runs / "d", method="zero-shot", labels=64)
+    finished(runs / "e", method="zero-shot", labels=2000, seed=1)
+    finished(tmp_path / "runs" / "a" / "ranks" / "1", method="sft")
+    helper = runs / "a" / "ranks" / "1" / "results.json"
+    helper.write_text(helper.read_text().replace("finished", "helper"))
+    given = (str(runs / "c"), str(runs))  # a run, and a folder of runs that holds it too
+    figures = nlu_report.run(nlu_report.NLUReport(given, str(tmp_path / "out")), QUIET)["SST-2"]
+    seeds = {arm: row["seeds"] for arm, row in figures.items()}
+    assert seeds == {"zero-shot, constrained": 2, "ppo, constrained, labels 64": 2, "ppo, constrained, labels 2000": 1}
+
+
+def test_prompts_of_the_evaluation_are_measured_before_training(tmp_path, data, tiny_model_path):
+    folder = tmp_path / "glue" / "SST-2"
+    folder.mkdir(parents=True)
+    (folder / "train.tsv").write_text((Path(data) / "SST-2" / "train.tsv").read_text())
+    (folder / "dev.tsv").write_text("sentence\tlabel\nfine\t1\n" + "very " * 300 + "long\t0\n")
+    for method in ("ppo", "sft", "zero-shot"):
+        chosen = options(str(tmp_path / "glue"), tmp_path / method, tiny_model_path, method=method)
+        with pytest.raises(InputError, match="context"):
+            nlu.run(chosen, QUIET)
+        assert not (tmp_path / method / "metrics.jsonl").exists()
+
+
+def test_a_context_that_the_model_does_not_have(tmp_path, data, tiny_model_path):
+    with pytest.raises(InputError, match=r"reads \d+ tokens: set --context-length"):
+        nlu.run(options(data, tmp_path / "run", tiny_model_path, method="sft", context_length=4096), QUIET)
+
+
+def test_majority_needs_no_way_to_write_a_number(tmp_path):
+    folder = tmp_path / "STS-B"
+    folder.mkdir()
+    rows = "\n".join(f"a {i}\tb\t{i % 6}.0" for i in range(60))
+    for name in ("train", "dev"):
+        (folder / f"{name}.tsv").write_text(f"sentence1\tsentence2\tscore\n{rows}\n")
+    chosen = NLU(task="STS-B", data_dir=str(tmp_path), run_dir=str(tmp_path / "run"), method="majority")
+    assert nlu.run(chosen, QUIET)["metrics"]["greedy"]["STS-B"]["format_rate"] == 1
 
 
 @pytest.mark.parametrize(

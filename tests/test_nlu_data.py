@@ -167,6 +167,24 @@ BAD_FILES = [
 ]
 
 
+def test_a_few_torn_rows_of_a_large_file_are_left_out_and_counted(write):
+    rows = [(f"fine {i}", i % 2) for i in range(3000)]
+    folder = write("SST-2/dev.tsv", sst2(rows) + "torn\n\n \t1\n")
+    with pytest.warns(UserWarning, match=r"2 rows of .*dev.tsv were left out; the first: .*row 3002 is torn"):
+        assert len(load_rows("SST-2", "test", folder)) == 3000
+
+
+def test_blank_lines_and_any_case_of_truth(write):
+    rows = '{"question": "q", "passage": "p", "label": true}\n\n{"question": "r", "passage": "p", "label": "FALSE"}\n'
+    examples = load_examples("BoolQ", "test", write("BoolQ/val.jsonl", rows))
+    assert [example.reference for example in examples] == ["Yes", "No"]
+
+
+def test_a_list_in_the_place_of_a_text_is_refused(write):
+    with pytest.raises(InputError, match="'sentence' of SST-2 is a list: make it a text"):
+        load_rows("SST-2", "test", write("SST-2/val.jsonl", '{"sentence": ["a", "b"], "label": 1}\n'))
+
+
 @pytest.mark.parametrize(("name", "content", "message"), BAD_FILES)
 def test_bad_files_are_named(write, name, content, message):
     with pytest.raises(InputError, match=message) as error:

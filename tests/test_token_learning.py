@@ -289,6 +289,8 @@ def test_predict_takes_observations_and_gives_tokens():
     masks[:, RED] = masks[:4, SEA] = True
     allowed, _ = agent.predict(observation, action_masks=masks)
     assert set(allowed[:4]) <= {RED, SEA} and set(allowed[4:]) == {RED}
+    assert set(agent.predict(observation, action_masks=masks[7])[0]) == {RED}
+    assert len({agent.predict(one)[0] for _ in range(20)}) > 1, "sampling draws anew at every call"
 
 
 def test_generate_continues_texts_and_ids_as_in_training():

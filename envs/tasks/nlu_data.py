@@ -17,6 +17,7 @@ import csv
 import hashlib
 import io
 import random
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ from typing import Any
 from ...llm_backends.embedded import package_folder
 from ...llm_backends.errors import InputError
 from .instructions import SPLITS
-from .nlu_files import find_file, read_rows, task_folder, unnest
+from .nlu_files import RowError, find_file, read_rows, task_folder, unnest
 from .nlu_tasks import Layout, NLUTask, check_layout, few_shot_header, get_task, is_hidden, render
 from .prompt_examples import PromptExample
 
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 1000
+TORN_SHARE = 0.001
 OFFLINE_TASK = "rotten-tomatoes"
 
 
@@ -50,7 +52,7 @@ def load_rows(
 
     Raises:
         InputError: for an unknown task or split, a split that is empty or that the task lacks, data that cannot be
-            had, and rows that cannot be used.
+            had, and rows that cannot be used; of a file up to one in a thousand of them is left out, with a warning.
     """
     task = get_task(task) if isinstance(task, str) else task
     if split not in SPLITS:
@@ -62,7 +64,7 @@ def load_rows(
     part = "test" if split == "test" else "train"
     path = find_file(task, part, data_dir) if data_dir else None
     if path is not None:
-        rows = [_row(task, raw, where, number) for number, (where, raw) in enumerate(read_rows(task, path))]
+        rows = _file_rows(task, path)
     elif task.name == OFFLINE_TASK:
         rows = [_row(task, raw, where, number) for number, (where, raw) in enumerate(_package_rows())]
         rows = [row for row in rows if int(_hash(task, row) * 10) in SPLITS[split]]
@@ -204,13 +206,32 @@ def _shots(task: NLUTask, data_dir: str | Path, count: int, seed: int) -> list[d
     return chosen
 
 
+def _file_rows(task: NLUTask, path: Path) -> list[dict[str, Any]]:
+    rows, errors = [], []
+    for number, (where, raw) in enumerate(read_rows(task, path)):
+        try:
+            if isinstance(raw, RowError):
+                raise raw
+            rows.append(_row(task, raw, where, number))
+        except RowError as error:
+            errors.append(error)
+    if len(errors) > TORN_SHARE * (len(rows) + len(errors)):
+        raise errors[0]
+    if errors:  # the published QQP has some
+        warnings.warn(f"{len(errors)} rows of {path} were left out; the first: {errors[0]}", stacklevel=2)
+    return rows
+
+
 def _row(task: NLUTask, raw: Mapping[str, Any], where: str, number: int, strict: bool = True) -> dict[str, Any]:
     """Checks one row and renames its columns; ``strict`` refuses empty texts."""
     row: dict[str, Any] = {}
     for name in task.fields:
         value = raw[_column(task, name, raw, where)]
         if strict and not str("" if value is None else value).strip():
-            raise InputError(f"{where}: the field {name!r} of {task.name} is empty: fill it in or delete the row")
+            raise RowError(f"{where}: the field {name!r} of {task.name} is empty: fill it in or delete the row")
+        if isinstance(value, list | Mapping):
+            kind = type(value).__name__
+            raise InputError(f"{where}: the field {name!r} of {task.name} is a {kind}: make it a text")
         row[name] = "" if value is None else str(value)
         try:
             row[name].encode()
@@ -307,5 +328,8 @@ def scored_with(task: NLUTask, row: Mapping[str, Any]) -> Any:
     if task.name == "MultiRC" and isinstance(row["idx"], Mapping):
         return row["idx"]["paragraph"], row["idx"]["question"]
     if task.name == "AXg":
-        return int(row["idx"]) // 2
+        try:
+            return int(row["idx"]) // 2
+        except (TypeError, ValueError):
+            raise InputError(f"a row of AXg has the idx {row['idx']!r}: number the rows, pairs together") from None
     return row["id"]

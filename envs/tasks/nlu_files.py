@@ -14,6 +14,10 @@ from .nlu_tasks import TASKS, NLUTask
 TRAIN_FILES = ("train.tsv", "train.jsonl")
 
 
+class RowError(InputError):
+    """One row that cannot be used: torn, or without a text. A few in a large file are left out, with a warning."""
+
+
 def task_folder(task: NLUTask, data_dir: str | Path) -> Path | None:
     """The task's own folder in a local copy, in any case of its letters; None where there is none.
 
@@ -51,13 +55,13 @@ def find_file(task: NLUTask, part: str, data_dir: str | Path) -> Path | None:
     return path
 
 
-def read_rows(task: NLUTask, path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The rows of a TSV or JSONL file, each with the words that say where it stands.
+def read_rows(task: NLUTask, path: Path) -> list[tuple[str, dict[str, Any] | RowError]]:
+    """The rows of a TSV or JSONL file, each with the words that say where it stands; a torn one is its error.
 
-    TSV is split at tabs and line ends alone: GLUE's files hold stray quotes.
+    TSV is split at tabs and line ends alone: GLUE's files hold stray quotes. Blank lines are passed over.
 
     Raises:
-        InputError: for a file that is empty or not UTF-8, and for a broken row.
+        InputError: for a file that is empty or not UTF-8, and for broken JSON.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -69,28 +73,36 @@ def read_rows(task: NLUTask, path: Path) -> list[tuple[str, dict[str, Any]]]:
     if not lines[0].strip():
         raise InputError(f"{path} is empty: put the rows of {task.name} there")
     rows = _jsonl(path, lines) if path.suffix == ".jsonl" else _tsv(task, path, lines)
-    return [(where, flat) for where, row in rows for flat in unnest(task, row, where)]
+    return [
+        (where, flat)
+        for where, row in rows
+        for flat in ([row] if isinstance(row, RowError) else unnest(task, row, where))
+    ]
 
 
-def _tsv(task: NLUTask, path: Path, lines: list[str]) -> list[tuple[str, dict[str, Any]]]:
+Rows = list[tuple[str, dict[str, Any] | RowError]]
+
+
+def _tsv(task: NLUTask, path: Path, lines: list[str]) -> Rows:
     header, start = lines[0].split("\t"), 1
     if task.headerless and not {"sentence", "label"} <= set(header):
         header, start = list(task.headerless), 0
-    rows = []
+    rows: Rows = []
     for number, line in enumerate(lines[start:], start=start + 1):
-        cells = line.split("\t")
-        if len(cells) < len(header):
-            raise InputError(
-                f"{path} row {number} is torn: it has {len(cells)} of {len(header)} columns, "
-                f"{header[len(cells)]!r} is missing; mend or delete the row"
-            )
-        rows.append((f"{path} row {number}", dict(zip(header, cells, strict=False))))
+        cells, where = line.split("\t"), f"{path} row {number}"
+        if len(cells) < len(header) and line.strip():
+            torn = f"it has {len(cells)} of {len(header)} columns, {header[len(cells)]!r} is missing"
+            rows.append((where, RowError(f"{where} is torn: {torn}; mend or delete the row")))
+        elif line.strip():
+            rows.append((where, dict(zip(header, cells, strict=False))))
     return rows
 
 
-def _jsonl(path: Path, lines: list[str]) -> list[tuple[str, dict[str, Any]]]:
-    rows = []
+def _jsonl(path: Path, lines: list[str]) -> Rows:
+    rows: Rows = []
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:

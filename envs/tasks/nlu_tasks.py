@@ -110,7 +110,8 @@ class NLUTask:
 
 def label_key(raw: Any) -> str:
     """A raw label as the label maps write it: booleans as ``True`` and ``False``, integers without a point."""
-    return str(int(raw)) if isinstance(raw, float) and raw.is_integer() else str(raw).strip()
+    key = str(int(raw)) if isinstance(raw, float) and raw.is_integer() else str(raw).strip()
+    return key.capitalize() if key.casefold() in ("true", "false") else key
 
 
 def is_hidden(raw: Any) -> bool:
