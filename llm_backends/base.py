@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from abc import ABC
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
@@ -144,9 +144,10 @@ def last_content(prompt: Prompt) -> str:
 class Backend(Part, ABC):
     """A language model behind two batched, order-preserving calls.
 
-    Subclasses implement :meth:`_generate` and, where the model reports log-probs, :meth:`_logprobs`. Both get lists of
-    equal length and return one result per prompt; the failure of one prompt is a :class:`BackendError` in its place,
-    never an empty string. The async twins run the same code in a thread unless a subclass has something better.
+    Subclasses implement :meth:`_generate` (or :meth:`_generate_each`, where results come one by one) and, where the
+    model reports log-probs, :meth:`_logprobs`. They get lists of equal length and give one result per prompt; the
+    failure of one prompt is a :class:`BackendError` in its place, never an empty string. The async twins run the same
+    code in a thread.
     """
 
     name: str = "backend"
@@ -177,15 +178,24 @@ class Backend(Part, ABC):
         Raises:
             ValueError: if the numbers of prompts and sampling parameters differ, or a prompt is empty.
         """
-        prompts, samplings = list(prompts), self._per_prompt(prompts, sampling)
-        if not prompts:
-            return []
-        results = self._generate(prompts, samplings)
-        self._count(results)
-        for result in results:
-            if not isinstance(result, BackendError):
-                self.usage.completion_tokens += sum(len(c.token_ids) for c in result)
-        return results
+        results: dict[int, Result] = dict(self.generate_each(prompts, sampling))
+        return [results[index] for index in range(len(results))]
+
+    def generate_each(
+        self, prompts: Sequence[Prompt], sampling: Sampling | Sequence[Sampling] = Sampling()
+    ) -> Iterator[tuple[int, Result]]:
+        """As :meth:`generate`, but gives (index, result) as soon as a result is known, in any order.
+
+        Who stores replies loses none that way when a long batch is interrupted.
+        """
+        prompts, samplings = list(prompts), self._per_prompt(list(prompts), sampling)
+        return self._counted(prompts, samplings) if prompts else iter(())
+
+    def _counted(self, prompts: list[Prompt], samplings: list[Sampling]) -> Iterator[tuple[int, Result]]:
+        self.usage.calls += 1
+        for index, result in self._generate_each(prompts, samplings):
+            self._count(result)
+            yield index, result
 
     def logprobs(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[np.ndarray | BackendError]:
         """Log-probs of given completions.
@@ -208,7 +218,9 @@ class Backend(Part, ABC):
         if not prompts:
             return []
         results = self._logprobs(prompts, completions)
-        self._count(results)
+        self.usage.calls += 1
+        self.usage.requests += len(results)
+        self.usage.errors += sum(isinstance(result, BackendError) for result in results)
         return results
 
     def context_error(self, prompt: Prompt, max_tokens: int) -> ContextLengthError | None:
@@ -228,17 +240,23 @@ class Backend(Part, ABC):
         """Async twin of :meth:`logprobs`."""
         return await asyncio.to_thread(self.logprobs, prompts, completions)
 
-    @abstractmethod
     def _generate(self, prompts: list[Prompt], samplings: list[Sampling]) -> list[Result]:
-        """Completes non-empty prompts, one set of sampling parameters each."""
+        """Completes non-empty prompts, one set of sampling parameters each. This or the next one is implemented."""
+        raise NotImplementedError
+
+    def _generate_each(self, prompts: list[Prompt], samplings: list[Sampling]) -> Iterator[tuple[int, Result]]:
+        """The same, result by result; at once where a backend answers in batches."""
+        yield from enumerate(self._generate(prompts, samplings))
 
     def _logprobs(self, prompts: list[Prompt], completions: list[str]) -> list[np.ndarray | BackendError]:
         return [UnsupportedRequestError(f"backend {self.name!r} reports no log-probs") for _ in prompts]
 
-    def _count(self, results: Sequence[Any]) -> None:
-        self.usage.calls += 1
-        self.usage.requests += len(results)
-        self.usage.errors += sum(isinstance(result, BackendError) for result in results)
+    def _count(self, result: Result) -> None:
+        self.usage.requests += 1
+        if isinstance(result, BackendError):
+            self.usage.errors += 1
+        else:
+            self.usage.completion_tokens += sum(len(completion.token_ids) for completion in result)
 
     @staticmethod
     def _per_prompt(prompts: list[Prompt], sampling: Sampling | Sequence[Sampling]) -> list[Sampling]:

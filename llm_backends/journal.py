@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ class Journaled(Backend):
         keys = [request_key("generate", self.name, p, asdict(s)) for p, s in zip(prompts, samplings, strict=True)]
         return self._through(
             keys,
-            lambda missing: self.inner.generate([prompts[i] for i in missing], [samplings[i] for i in missing]),
+            lambda missing: self.inner.generate_each([prompts[i] for i in missing], [samplings[i] for i in missing]),
             pack=lambda result: [asdict(completion) for completion in result],
             unpack=lambda reply: [Completion(**completion) for completion in reply],
         )
@@ -110,7 +110,9 @@ class Journaled(Backend):
         keys = [request_key("logprobs", self.name, p, c) for p, c in zip(prompts, completions, strict=True)]
         return self._through(
             keys,
-            lambda missing: self.inner.logprobs([prompts[i] for i in missing], [completions[i] for i in missing]),
+            lambda missing: enumerate(
+                self.inner.logprobs([prompts[i] for i in missing], [completions[i] for i in missing])
+            ),
             pack=lambda result: [float(x) for x in result],
             unpack=lambda reply: np.asarray(reply, dtype=np.float32),
         )
@@ -118,7 +120,7 @@ class Journaled(Backend):
     def _through(
         self,
         keys: list[str],
-        send: Callable[[list[int]], Sequence[Any]],
+        send: Callable[[list[int]], Iterable[tuple[int, Any]]],
         pack: Callable[[Any], Any],
         unpack: Callable[[Any], Any],
     ) -> list[Any]:
@@ -130,14 +132,14 @@ class Journaled(Backend):
         self.usage.cache_hits += len(keys) - len(missing)
         if missing:
             before = replace(self.inner.usage)
-            with preserved_rng():
-                results = send(list(missing.values()))
-            self.journal.put(
-                {
-                    key: _pack_error(result) if isinstance(result, BackendError) else pack(result)
-                    for key, result in zip(missing, results, strict=True)
-                }
-            )
+            sent, came = list(missing), {}
+            try:
+                with preserved_rng():
+                    for number, result in send(list(missing.values())):
+                        came[number] = _pack_error(result) if isinstance(result, BackendError) else pack(result)
+            finally:  # what came before an error was paid for
+                if came:
+                    self.journal.put({sent[number]: came[number] for number in sorted(came)})
             spent = self.inner.usage - before
             self.usage.prompt_tokens += spent.prompt_tokens
             self.usage.cost += spent.cost

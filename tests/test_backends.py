@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fault_server import serving
 
 from instructgym.llm_backends import (
     Backend,
@@ -31,21 +32,28 @@ from instructgym.llm_backends import (
 from instructgym.llm_backends.transformers_backend import TransformersBackend
 
 SCORES = ["transformers", "scripted", "journaled", pytest.param("embedded", marks=pytest.mark.slow)]
-BACKENDS = [*SCORES, "function"]
+BACKENDS = [*SCORES, "cached", "openai", "function"]
 PROMPTS = ["write a short poem", "list three things about the sea", "answer", "one", "two"]
 
 
 @pytest.fixture
 def backend(request, tmp_path, tiny_model_path):
-    """A fresh backend by id, the transformers one with the tiny model."""
+    """A fresh backend by id, the transformers one with the tiny model, the openai one on a scripted server."""
     transformers = {"id": "transformers", "kwargs": {"model": tiny_model_path, "prompt_style": "completion"}}
     value = {
         "transformers": transformers,
         "function": lambda prompt: f"{prompt} and so on",
     }.get(request.param, request.param)
     if request.param == "journaled":
-        return Journaled(resolve("backend", transformers), Journal(tmp_path / "journal.jsonl"))
-    return resolve("backend", value)
+        value = Journaled(resolve("backend", transformers), Journal(tmp_path / "journal.jsonl"))
+    if request.param == "cached":
+        value = {"id": "cached", "kwargs": {"inner": transformers, "path": str(tmp_path / "cache.db")}}
+    if request.param != "openai":
+        yield resolve("backend", value)
+        return
+    with serving(scripted=True, usage=None) as server:
+        asked = {"model": "m", "base_url": server.url, "logprobs": True, "token_ids": True}
+        yield resolve("backend", {"id": "openai", "kwargs": asked})
 
 
 def outcome(result):

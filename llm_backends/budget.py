@@ -1,0 +1,76 @@
+"""Hard limits on what a run may ask of a server: requests, tokens, money."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+from .errors import InputError
+
+
+class BudgetExceededError(RuntimeError):
+    """The next request might exceed a limit and was not sent: a run can save its state and stop."""
+
+
+@dataclass(frozen=True)
+class Spending:
+    """An amount of requests, tokens and money."""
+
+    requests: int = 0
+    tokens: int = 0
+    """Prompt and completion tokens."""
+    cost: float = 0.0
+
+    def __add__(self, other: Spending) -> Spending:
+        return Spending(self.requests + other.requests, self.tokens + other.tokens, self.cost + other.cost)
+
+    def __sub__(self, other: Spending) -> Spending:
+        return Spending(self.requests - other.requests, self.tokens - other.tokens, self.cost - other.cost)
+
+
+class Budget:
+    """What may be spent; shared by the backends of a run, and safe to use from several threads.
+
+    The most that an attempt can use is reserved before it is sent, what it used is booked after it. Every attempt
+    counts, those that fail included.
+
+    Args:
+        requests: limit; 0 for none.
+        tokens: limit of prompt and completion tokens; 0 for none.
+        cost: limit of money, in the currency of the backends' prices; 0 for none.
+        spent: what was spent before, by the run that this one continues.
+
+    Raises:
+        InputError: for a negative limit.
+    """
+
+    def __init__(self, requests: int = 0, tokens: int = 0, cost: float = 0.0, spent: Spending = Spending()) -> None:
+        for name, limit in (("requests", requests), ("tokens", tokens), ("cost", cost)):
+            if limit < 0:
+                raise InputError(f"a budget's {name} must be at least 0, got {limit}")
+        self.limit, self.spent, self.reserved = Spending(requests, tokens, cost), spent, Spending()
+        self._lock = threading.Lock()
+
+    def reserve(self, wanted: Spending) -> None:
+        """Sets an amount aside, all of it or nothing.
+
+        Raises:
+            BudgetExceededError: if what is spent, reserved and wanted together exceed a limit.
+        """
+        with self._lock:
+            sure = self.spent + self.reserved
+            total = sure + wanted
+            for name in ("requests", "tokens", "cost"):
+                limit = getattr(self.limit, name)
+                if limit and getattr(total, name) > limit:
+                    raise BudgetExceededError(
+                        f"the budget of {limit:g} {name} has {limit - getattr(sure, name):g} left, the next request "
+                        f"may need {getattr(wanted, name):g}: raise the limit to go on"
+                    )
+            self.reserved += wanted
+
+    def settle(self, reserved: Spending, used: Spending) -> None:
+        """Gives a reservation back and books what was used of it."""
+        with self._lock:
+            self.reserved -= reserved
+            self.spent += used

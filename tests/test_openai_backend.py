@@ -1,0 +1,282 @@
+"""The OpenAI-compatible backend against a server on loopback: forms of request, faults, limits, budget, secrets."""
+
+import asyncio
+import json
+import logging
+import threading
+import time
+
+import pytest
+from fault_server import serving
+
+from instructgym.llm_backends import Journal, Journaled, Sampling, resolve
+from instructgym.llm_backends.base import BackendError, UnsupportedRequestError
+from instructgym.llm_backends.budget import Budget, BudgetExceededError
+from instructgym.llm_backends.errors import InputError
+from instructgym.llm_backends.openai_backend import OpenAIBackend, prompt_tokens_at_most, retry_after
+from instructgym.rewards import Sample
+from instructgym.rewards.judge import EqualityJudge
+
+KEY = "sk-secret-of-the-tests"
+
+
+@pytest.fixture
+def server():
+    with serving() as running:
+        yield running
+
+
+def backend(server, **options):
+    options = {"prompt_style": "completion", "timeout": 5.0, "backoff": 0.01} | options
+    return OpenAIBackend("m", base_url=server.url, **options)
+
+
+def texts(results):
+    return [result if isinstance(result, BackendError) else result[0].text for result in results]
+
+
+# --- requests and replies ----------------------------------------------------------------------------------------
+
+
+def test_prompts_and_replies_keep_their_order(server):
+    server.latency = 0.005
+    prompts = [f"prompt {i}" for i in range(40)]
+    assert texts(backend(server).generate(prompts)) == [f"echo: prompt {i}" for i in range(40)]
+
+
+def test_every_sampling_parameter_is_sent(server):
+    sampling = Sampling(max_tokens=9, temperature=0.5, top_p=0.9, top_k=5, stop=("end",), n=2, seed=2**40 + 3)
+    [completions] = backend(server, extra_body={"min_p": 0.1}).generate(["one"], sampling)
+    [body] = server.bodies
+    assert len(completions) == 2
+    wanted = {"model": "m", "prompt": "one", "max_tokens": 9, "temperature": 0.5, "top_p": 0.9, "n": 2, "stop": ["end"]}
+    assert body == wanted | {"seed": 3, "top_k": 5, "min_p": 0.1}
+
+
+def test_greedy_completions_are_asked_for_once(server):
+    [completions] = backend(server).generate(["one"], Sampling(temperature=0, n=3))
+    assert server.bodies[0]["n"] == 1 and [c.text for c in completions] == ["echo: one"] * 3
+
+
+def test_chat_takes_strings_and_messages(server):
+    chat = backend(server, prompt_style="chat")
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "two"}]
+    assert texts(chat.generate(["one", messages])) == ["echo: one", "echo: two"]
+    assert server.bodies[-1].keys() >= {"messages"} and all("prompt" not in body for body in server.bodies)
+
+
+def test_token_ids_go_in_and_come_out_as_they_are(server):
+    server.text = lambda body: "a b c"
+    [[completion]] = backend(server, logprobs=True, token_ids=True).generate([[5, 6, 7]])
+    assert server.bodies[0]["prompt"] == [5, 6, 7] and server.bodies[0]["return_token_ids"] is True
+    assert completion.token_ids == [0, 1, 2] and completion.logprobs == [-0.5] * 3
+
+
+@pytest.mark.parametrize("style", ["chat", "completion"])
+def test_log_probs_come_where_they_are_asked_for(server, style):
+    [[completion]] = backend(server, prompt_style=style, logprobs=True).generate(["x y"])
+    assert completion.logprobs == [-0.5] * 3  # "echo: x y"
+    [[without]] = backend(server, prompt_style=style).generate(["x y"])
+    assert without.logprobs == []
+
+
+def test_what_a_form_cannot_carry_is_an_error_of_that_prompt(server):
+    mixed = backend(server).generate([[{"role": "user", "content": "x"}], "fine"])
+    assert isinstance(mixed[0], UnsupportedRequestError) and mixed[1][0].text == "echo: fine"
+    [ids] = backend(server, prompt_style="chat").generate([[1, 2]])
+    assert isinstance(ids, UnsupportedRequestError)
+
+
+def test_usage_is_the_servers(server):
+    it = backend(server, prices=(1.0, 10.0))
+    it.generate(["one", "two"])
+    assert (it.usage.prompt_tokens, it.usage.completion_tokens, it.usage.requests) == (14, 6, 2)
+    assert it.usage.cost == pytest.approx((14 + 60) / 1e6)
+
+
+def test_async_calls_and_calls_from_a_running_loop(server):
+    it = backend(server)
+
+    async def both():
+        first, second = await asyncio.gather(it.agenerate(["one"]), it.agenerate(["two"]))
+        return texts(first + second + it.generate(["three"]))
+
+    assert asyncio.run(both()) == ["echo: one", "echo: two", "echo: three"]
+
+
+def test_it_is_a_part():
+    built = resolve("backend", {"id": "openai", "kwargs": {"model": "m", "base_url": "http://127.0.0.1:9/v1"}})
+    assert isinstance(built, OpenAIBackend) and built.prompt_style == "chat"
+
+
+# --- faults ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["drop", "429", "500", "truncated", "empty", "lengths", "slow"])
+def test_a_fault_is_tried_again(fault):
+    with serving(rate=0.4, faults=(fault,)) as server:
+        it = backend(server, attempts=12, timeout=0.4, logprobs=True, token_ids=True)
+        prompts = [f"p{i}" for i in range(30)]
+        assert texts(it.generate(prompts)) == [f"echo: {p}" for p in prompts]
+        assert it.retries == server.failed[fault] > 3 and it.usage.errors == 0
+
+
+def test_what_keeps_failing_is_an_error_in_its_place():
+    with serving(rate=1.0, faults=("500",)) as server:
+        it = backend(server, attempts=3)
+        results = it.generate(["one", "two"])
+        assert all(isinstance(r, BackendError) and "500" in str(r) for r in results)
+        assert it.usage.errors == 2 and server.attempts == {"one": 3, "two": 3}
+
+
+def test_what_no_retry_can_mend_is_not_tried_again():
+    with serving(rate=1.0, faults=("400",)) as server:
+        assert isinstance(backend(server).generate(["one"])[0], BackendError)
+        assert server.attempts["one"] == 1
+    with serving(rate=1.0, faults=("401",)) as server, pytest.raises(InputError, match=r"401.*base_url"):
+        backend(server).generate(["one"])
+
+
+def test_a_server_that_is_not_there():
+    it = OpenAIBackend("m", base_url="http://127.0.0.1:9/v1", attempts=2, backoff=0.01)
+    [error] = it.generate(["one"])
+    assert isinstance(error, BackendError) and "cannot be reached" in str(error)
+
+
+def test_the_server_says_how_long_to_wait():
+    assert retry_after({"retry-after": "1.5"}) == 1.5
+    assert retry_after({}) == retry_after({"retry-after": "soon"}) == 0
+    later = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 30))
+    assert 25 < retry_after({"retry-after": later}) <= 30
+
+
+def test_two_thousand_judge_calls_among_faults_lose_none():
+    def verdict(body):
+        return "Not Equal" if len(body["messages"][-1]["content"]) % 3 else "Perhaps?"
+
+    with serving(rate=0.2, faults=("drop", "429", "500", "truncated", "empty"), text=verdict) as server:
+        judge = EqualityJudge(backend(server, prompt_style="chat", concurrency=32, attempts=12), mode="verdict")
+        samples = [Sample(prompt="p", response=f"list {i} things " + "x" * (i % 7), previous="p") for i in range(2000)]
+        scores = judge.reward(samples)
+    valid = [score.valid for score in scores]
+    assert len(scores) == 2000 and sum(server.answered.values()) == 2000
+    assert max(server.answered.values()) == 1, "a request was answered twice"
+    odd = [len(str(k)) % 3 == 0 for k in server.answered]
+    assert valid.count(False) == sum(odd) > 100, "garbage is invalid, never a zero"
+    assert all(score.value == 1 for score in scores if score.valid)
+
+
+# --- limits ------------------------------------------------------------------------------------------------------
+
+
+def test_no_more_requests_are_in_flight_than_allowed():
+    with serving(latency=0.01) as server:
+        backend(server, concurrency=5).generate([f"p{i}" for i in range(40)])
+        assert 2 <= server.most_in_flight <= 5
+
+
+@pytest.mark.parametrize("options", [{"requests_per_minute": 60}, {"tokens_per_minute": 60 * 66}])
+def test_requests_and_tokens_per_minute(server, options):
+    assert prompt_tokens_at_most("p") + 1 == 66
+    it = backend(server, concurrency=64, **options)
+    begun = time.monotonic()
+    it.generate(["p"] * 60, Sampling(max_tokens=1))  # what a minute allows goes at once
+    it.generate(["p"] * 2, Sampling(max_tokens=1))
+    assert 1.5 < time.monotonic() - begun < 20
+
+
+@pytest.mark.parametrize("limit", [{"requests": 25}, {"tokens": 2000}, {"cost": 0.002}])
+def test_a_budget_is_never_overrun(limit):
+    with serving(latency=0.005, rate=0.2, faults=("500", "truncated"), usage=(60, 8)) as server:
+        budget = Budget(**limit)
+        it = backend(server, concurrency=16, budget=budget, prices=(1.0, 1.0))
+        got = []
+        with pytest.raises(BudgetExceededError, match="left, the next request may need"):
+            for index, result in it.generate_each([f"prompt {i}" for i in range(400)], Sampling(max_tokens=8)):
+                got.append((index, result))
+        sent = sum(server.attempts.values())
+        assert (
+            budget.reserved.tokens == 0 and budget.reserved.cost == pytest.approx(0) and budget.spent.requests == sent
+        )
+        for name, most in limit.items():
+            assert getattr(budget.spent, name) <= most
+        if "requests" in limit:
+            assert sent == 25
+        # Everything that was answered was given out before the error.
+        assert len([r for _, r in got if not isinstance(r, BackendError)]) == sum(server.answered.values()) > 5
+        with pytest.raises(BudgetExceededError):
+            it.generate(["one more"], Sampling(max_tokens=1900))
+
+
+def test_a_budget_is_shared_by_threads(server):
+    server.latency = 0.002
+    budget = Budget(requests=50)
+    parts = [backend(server, budget=budget, concurrency=8) for _ in range(4)]
+
+    def work(part):
+        with pytest.raises(BudgetExceededError):
+            part.generate([f"p{i}" for i in range(40)])
+
+    threads = [threading.Thread(target=work, args=(part,)) for part in parts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(server.attempts.values()) == budget.spent.requests == 50
+
+
+def test_a_run_that_met_its_budget_goes_on_from_its_journal(server, tmp_path):
+    prompts = [f"p{i}" for i in range(40)]
+    with pytest.raises(BudgetExceededError):
+        Journaled(backend(server, budget={"requests": 25}), Journal(tmp_path / "j.jsonl")).generate(prompts)
+    it = Journaled(backend(server, budget={"requests": 15}), Journal(tmp_path / "j.jsonl"))
+    assert texts(it.generate(prompts)) == [f"echo: p{i}" for i in range(40)]
+    assert max(server.attempts.values()) == 1 and it.usage.cache_hits == 25
+
+
+def test_a_budget_that_cannot_work_is_refused():
+    with pytest.raises(InputError, match="at least 0"):
+        Budget(tokens=-1)
+    with pytest.raises(InputError, match="needs prices"):
+        OpenAIBackend("m", base_url="http://127.0.0.1:9/v1", budget={"cost": 1.0})
+
+
+# --- bad arguments and secrets -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"base_url": "127.0.0.1:8000"}, "must be http"),
+        ({"base_url": "http://me:secret@host/v1"}, "no name, password"),
+        ({"prompt_style": "text"}, "chat or completion"),
+        ({"concurrency": 0}, "concurrency"),
+        ({"timeout": 0}, "timeout"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(InputError, match=message) as caught:
+        OpenAIBackend("m", **{"base_url": "http://host/v1"} | options)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_missing_key_is_said_before_anything_is_sent(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    with pytest.raises(InputError, match=r"set \$OPENAI_API_KEY"):
+        OpenAIBackend("m").generate(["one"])
+
+
+def test_the_key_appears_nowhere(monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    store = {"id": "cached", "kwargs": {"inner": None, "path": str(tmp_path / "cache.db")}}
+    with serving(rate=0.5, faults=("400", "500")) as server, caplog.at_level(logging.DEBUG):
+        it = backend(server, attempts=2)
+        store["kwargs"]["inner"] = it
+        results = resolve("backend", store).generate([f"p{i}" for i in range(20)])
+        assert server.keys[0] == f"Bearer {KEY}"
+    with serving(rate=1.0, faults=("401",)) as refusing, pytest.raises(InputError) as caught:
+        backend(refusing).generate(["one"])
+    seen = [it.name, repr(it), str(caught.value), caplog.text, json.dumps([str(r) for r in results])]
+    seen += [path.read_bytes().decode("latin-1") for path in tmp_path.iterdir()]
+    assert not any(KEY in text for text in seen)
