@@ -61,6 +61,7 @@ class Run:
     def differences(self) -> dict[str, str]:
         """Options in which runs of one arm may not differ if they are to be taken for its seeds."""
         left_out = NEUTRAL | (TRAINING if self.options["method"] in UNTRAINED else set())
+        left_out -= {"labels"} if self.options["method"] == "majority" else set()
         return {key: str(value) for key, value in self.options.items() if key not in left_out}
 
 
@@ -110,8 +111,12 @@ def _named(runs: Sequence[Run]) -> dict[str, list[Run]]:
     named: dict[str, list[Run]] = {}
     for arm in sorted(groups, key=lambda arm: (_rank(arm), arm)):
         options = [dict(key) for key in groups[arm]]
-        differing = [key for key in options[0] if len({option.get(key) for option in options}) > 1]
+        keys = sorted(set().union(*options))
+        differing = [key for key in keys if len({option.get(key) for option in options}) > 1]
         for option, members in zip(options, groups[arm].values(), strict=True):
+            seeds = [run.options["seed"] for run in members]
+            if len(set(seeds)) < len(seeds):
+                raise InputError(f"{arm}: two runs with seed {max(seeds, key=seeds.count)} are alike: leave one out")
             named["".join([arm, *(f", {key.replace('_', ' ')} {option.get(key)}" for key in differing)])] = members
     return named
 

@@ -178,8 +178,9 @@ class Backend(Part, ABC):
         Raises:
             ValueError: if the numbers of prompts and sampling parameters differ, or a prompt is empty.
         """
+        prompts = list(prompts)
         results: dict[int, Result] = dict(self.generate_each(prompts, sampling))
-        return [results[index] for index in range(len(results))]
+        return [results[index] for index in range(len(prompts))]
 
     def generate_each(
         self, prompts: Sequence[Prompt], sampling: Sampling | Sequence[Sampling] = Sampling()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from .errors import InputError
 
@@ -44,30 +46,40 @@ class Budget:
         InputError: for a negative limit.
     """
 
-    def __init__(self, requests: int = 0, tokens: int = 0, cost: float = 0.0, spent: Spending = Spending()) -> None:
+    def __init__(
+        self,
+        requests: int = 0,
+        tokens: int = 0,
+        cost: float = 0.0,
+        spent: Spending | Mapping[str, Any] = Spending(),
+    ) -> None:
         for name, limit in (("requests", requests), ("tokens", tokens), ("cost", cost)):
             if limit < 0:
                 raise InputError(f"a budget's {name} must be at least 0, got {limit}")
-        self.limit, self.spent, self.reserved = Spending(requests, tokens, cost), spent, Spending()
+        self.limit, self.reserved = Spending(requests, tokens, cost), Spending()
+        self.spent = spent if isinstance(spent, Spending) else Spending(**spent)
         self._lock = threading.Lock()
 
-    def reserve(self, wanted: Spending) -> None:
-        """Sets an amount aside, all of it or nothing.
+    def reserve(self, wanted: Spending) -> bool:
+        """Sets an amount aside, all of it or nothing; False where it may fit once others have settled.
 
         Raises:
-            BudgetExceededError: if what is spent, reserved and wanted together exceed a limit.
+            BudgetExceededError: if what is spent and wanted together exceed a limit.
         """
         with self._lock:
-            sure = self.spent + self.reserved
-            total = sure + wanted
             for name in ("requests", "tokens", "cost"):
-                limit = getattr(self.limit, name)
-                if limit and getattr(total, name) > limit:
+                limit, spent = getattr(self.limit, name), getattr(self.spent, name)
+                if limit and spent + getattr(wanted, name) > limit:
                     raise BudgetExceededError(
-                        f"the budget of {limit:g} {name} has {limit - getattr(sure, name):g} left, the next request "
+                        f"the budget of {limit:g} {name} has {limit - spent:g} left, the next request "
                         f"may need {getattr(wanted, name):g}: raise the limit to go on"
                     )
+            total = self.spent + self.reserved + wanted
+            for name in ("requests", "tokens", "cost"):
+                if 0 < getattr(self.limit, name) < getattr(total, name):
+                    return False
             self.reserved += wanted
+            return True
 
     def settle(self, reserved: Spending, used: Spending) -> None:
         """Gives a reservation back and books what was used of it."""

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import time
 from typing import Any
 
 import numpy as np
 
-from .base import Backend, BackendError, Completion, ContextLengthError, Prompt, Result, Sampling
+from .base import Backend, BackendError, Completion, ContextLengthError, Prompt, Result, Sampling, Usage
 from .errors import InputError
 from .journal import request_key
 from .parts import resolve
@@ -33,7 +35,7 @@ class ReplyStore:
 
     Args:
         path: the SQLite file, made with its folders.
-        max_mb: size at which the replies that were not asked for longest are dropped.
+        max_mb: size of the replies (the file is a little larger) at which those not asked for longest are dropped.
         memory: replies that are kept in memory as well.
 
     Raises:
@@ -47,23 +49,40 @@ class ReplyStore:
         self._lock, self._stored = threading.Lock(), 0
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._database = sqlite3.connect(self.path, timeout=60, check_same_thread=False, isolation_level=None)
+            self._connect()
             self._database.execute("PRAGMA journal_mode=WAL")
-            self._database.execute("PRAGMA synchronous=NORMAL")
             self._database.execute(SCHEMA)
+            self._shrink()
         except (OSError, sqlite3.Error) as error:
             raise InputError(f"cannot use {self.path} as a cache of replies: {error}") from error
 
-    def __len__(self) -> int:
+    def _connect(self) -> None:
+        self._process = os.getpid()
+        self._database = sqlite3.connect(self.path, timeout=60, check_same_thread=False, isolation_level=None)
+        self._database.execute("PRAGMA synchronous=NORMAL")
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        """The database, for this thread alone; a fork gets a connection and a lock of its own."""
+        if self._process != os.getpid():
+            self._lock = threading.Lock()
+            self._connect()
         with self._lock:
-            return int(self._database.execute("SELECT COUNT(*) FROM replies").fetchone()[0])
+            try:
+                yield self._database
+            except sqlite3.Error as error:
+                raise OSError(f"the cache of replies {self.path} failed: {error}") from error
+
+    def __len__(self) -> int:
+        with self._open() as database:
+            return int(database.execute("SELECT COUNT(*) FROM replies").fetchone()[0])
 
     def get(self, key: str) -> str | None:
         """The stored reply, or None."""
-        with self._lock:
+        with self._open() as database:
             reply = self._recent.get(key)
             if reply is None:
-                row = self._database.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
+                row = database.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
                 if row is None:
                     return None
                 reply = str(row[0])
@@ -73,9 +92,9 @@ class ReplyStore:
 
     def put(self, key: str, reply: str) -> None:
         """Stores a reply, in place of an earlier one; it is on disk for other processes when this returns."""
-        with self._lock:
+        with self._open() as database:
             row = (key, reply, len(reply), time())
-            self._database.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", row)
+            database.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", row)
             self._keep(key, reply)
             self._stored += 1
             if self._stored % CHECK_EVERY == 0:
@@ -122,7 +141,8 @@ class Cached(Backend):
     inner: Backend
     store: ReplyStore
     refresh: bool = False
-    _under_way: dict[str, Future[Result]] = field(default_factory=dict, repr=False)
+    _usage: Usage = field(default_factory=Usage, repr=False)
+    _under_way: dict[str, Future[Result | None]] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __post_init__(self) -> None:
@@ -148,13 +168,36 @@ class Cached(Backend):
         return self.inner.context_error(prompt, max_tokens)
 
     def _generate_each(self, prompts: list[Prompt], samplings: list[Sampling]) -> Iterator[tuple[int, Result]]:
-        keys = [request_key("generate", self.name, p, asdict(s)) for p, s in zip(prompts, samplings, strict=True)]
         wanted: dict[str, list[int]] = {}
-        for index, key in enumerate(keys):
-            wanted.setdefault(key, []).append(index)
-        mine: dict[str, Future[Result]] = {}
-        others: dict[str, Future[Result]] = {}
+        for index, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
+            wanted.setdefault(self._key(prompt, sampling), []).append(index)
+        self.usage.cache_hits += len(prompts)  # less those that are sent
+        while wanted:
+            claimed: dict[str, Future[Result | None]] = {}
+            try:
+                for key, result in self._round(wanted, claimed, prompts, samplings):
+                    yield from ((index, result) for index in wanted.pop(key))
+            finally:  # who waits for what this call did not get asks for it
+                with self._lock:
+                    for key, future in claimed.items():
+                        self._under_way.pop(key, None)
+                        if not future.done():
+                            future.set_result(None)
+
+    def _key(self, prompt: Prompt, sampling: Sampling) -> str:
+        same = sampling if sampling.temperature else sampling.with_seed(0)  # greedy decoding draws nothing
+        return request_key("generate", self.name, prompt, asdict(same))
+
+    def _round(
+        self,
+        wanted: dict[str, list[int]],
+        claimed: dict[str, Future[Result | None]],
+        prompts: list[Prompt],
+        samplings: list[Sampling],
+    ) -> Iterator[tuple[str, Result]]:
+        """Stored replies, then those of requests that nobody has sent, then those that other calls are waiting for."""
         stored: dict[str, str] = {}
+        others: dict[str, Future[Result | None]] = {}
         for key in wanted:
             with self._lock:  # between the look and the claim no other thread may claim the key
                 reply = None if self.refresh else self.store.get(key)
@@ -163,40 +206,32 @@ class Cached(Backend):
                 elif key in self._under_way:
                     others[key] = self._under_way[key]
                 else:
-                    mine[key] = self._under_way[key] = Future()
-        self.usage.cache_hits += len(keys) - len(mine)
+                    claimed[key] = self._under_way[key] = Future()
         for key, reply in stored.items():
-            completions = [Completion(**completion) for completion in json.loads(reply)]
-            yield from ((index, completions) for index in wanted[key])
-        for key, result in self._ask(mine, [wanted[key][0] for key in mine], prompts, samplings):
-            yield from ((index, result) for index in wanted[key])
-        for key, future in others.items():
-            result = future.result()
-            yield from ((index, result) for index in wanted[key])
-
-    def _ask(
-        self, mine: dict[str, Future[Result]], indices: list[int], prompts: list[Prompt], samplings: list[Sampling]
-    ) -> Iterator[tuple[str, Result]]:
-        keys = list(mine)
-        before = replace(self.inner.usage)
-        try:
-            if not keys:
-                return
+            yield key, [Completion(**completion) for completion in json.loads(reply)]
+        mine = list(claimed)
+        if mine:
+            self.usage.cache_hits -= len(mine)
+            indices = [wanted[key][0] for key in mine]
             asked = self.inner.generate_each([prompts[i] for i in indices], [samplings[i] for i in indices])
             for number, result in asked:
+                key = mine[number]
                 if not isinstance(result, BackendError):
-                    self.store.put(keys[number], json.dumps([asdict(completion) for completion in result]))
-                mine[keys[number]].set_result(result)
-                yield keys[number], result
-        finally:
-            spent = self.inner.usage - before
-            self.usage.prompt_tokens += spent.prompt_tokens
-            self.usage.cost += spent.cost
-            with self._lock:
-                for key, future in mine.items():
-                    self._under_way.pop(key, None)
-                    if not future.done():
-                        future.set_result(BackendError("the call that sent this request was interrupted: ask again"))
+                    self.store.put(key, json.dumps([asdict(completion) for completion in result]))
+                claimed[key].set_result(result)
+                yield key, result
+        for key, future in others.items():
+            result_of_another = future.result()
+            if result_of_another is not None:
+                yield key, result_of_another
+
+    @property
+    def usage(self) -> Usage:
+        """Calls, hits and errors of this object; tokens and money of the inner backend, which may be shared."""
+        inner = self.inner.usage
+        self._usage.prompt_tokens, self._usage.completion_tokens = inner.prompt_tokens, inner.completion_tokens
+        self._usage.cost = inner.cost
+        return self._usage
 
     def _logprobs(self, prompts: list[Prompt], completions: list[str]) -> list[np.ndarray | BackendError]:
         keys = [request_key("logprobs", self.name, p, c) for p, c in zip(prompts, completions, strict=True)]

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,9 @@ from .base import (
 )
 from .records import RecordError, append_lines, read_records
 from .rng import preserved_rng
+
+STORE_EVERY = 0.2
+"""Seconds between two writes while the replies of a long call come in."""
 
 
 class Journal:
@@ -132,17 +136,24 @@ class Journaled(Backend):
         self.usage.cache_hits += len(keys) - len(missing)
         if missing:
             before = replace(self.inner.usage)
-            sent, came = list(missing), {}
+            sent, came, errors, stored = list(missing), {}, {}, monotonic()
             try:
                 with preserved_rng():
                     for number, result in send(list(missing.values())):
-                        came[number] = _pack_error(result) if isinstance(result, BackendError) else pack(result)
-            finally:  # what came before an error was paid for
+                        if isinstance(result, BackendError):
+                            errors[sent[number]] = _pack_error(result)
+                        else:
+                            came[sent[number]] = pack(result)
+                        if came and monotonic() - stored > STORE_EVERY:
+                            self.journal.put(came)
+                            came, stored = {}, monotonic()
+                came |= errors  # of a call that breaks off they are asked again
+            finally:
                 if came:
-                    self.journal.put({sent[number]: came[number] for number in sorted(came)})
-            spent = self.inner.usage - before
-            self.usage.prompt_tokens += spent.prompt_tokens
-            self.usage.cost += spent.cost
+                    self.journal.put(came)
+                spent = self.inner.usage - before
+                self.usage.prompt_tokens += spent.prompt_tokens
+                self.usage.cost += spent.cost
         replies = [self.journal.get(key) for key in keys]
         return [_unpack_error(reply) if _is_error(reply) else unpack(reply) for reply in replies]
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import math
 import os
 import queue
 import random
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from time import time
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -31,8 +35,43 @@ NO_KEY = "none"
 """What servers without keys are sent."""
 
 
+LONGEST_PAUSE = 120.0
+"""Seconds: a server that asks to wait longer is given up on."""
+
+OWN_FIELDS = {
+    "model",
+    "messages",
+    "prompt",
+    "max_tokens",
+    "max_completion_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "n",
+} | {
+    "seed",
+    "stop",
+    "stream",
+    "logprobs",
+    "return_token_ids",
+}
+"""What a request sets itself."""
+
+
 class MalformedReplyError(BackendError):
     """A server answered something that is no completion: broken JSON, no choices, log-probs of another length."""
+
+
+@dataclass
+class _Sending:
+    """What sends requests, in the process that made it."""
+
+    pid: int = field(default_factory=os.getpid)
+    loop: Any = None
+    """Runs in a thread of its own: callers may have a loop of theirs, or none."""
+    client: Any = None
+    slots: Any = None
+    limits: tuple[Any, Any] = (None, None)
 
 
 class OpenAIBackend(Backend):
@@ -53,11 +92,12 @@ class OpenAIBackend(Backend):
         concurrency: requests in flight at most.
         requests_per_minute: limit; 0 for none. Attempts count, so a retry waits for its turn as well.
         tokens_per_minute: limit of estimated prompt tokens plus ``max_tokens``; 0 for none.
-        timeout: seconds for one attempt.
+        timeout: seconds for one attempt, from its start to the whole reply.
         attempts: of one request at most.
         backoff: seconds before the second attempt, at most; doubled before each further one.
         logprobs: ask for the log-probs of completions.
         token_ids: ask for token ids, which vLLM reports.
+        max_tokens_field: ``max_tokens``, or ``max_completion_tokens`` as newer models of OpenAI's want it.
         extra_body: further fields of every request.
         prices: money per million prompt and completion tokens, for ``usage.cost``.
         budget: hard limits, a :class:`Budget` (to be shared) or its arguments. Prompts are reckoned at one token per
@@ -82,16 +122,17 @@ class OpenAIBackend(Backend):
         backoff: float = 0.5,
         logprobs: bool = False,
         token_ids: bool = False,
+        max_tokens_field: str = "max_tokens",
         extra_body: Mapping[str, Any] | None = None,
         prices: tuple[float, float] = (0.0, 0.0),
         budget: Budget | Mapping[str, Any] | None = None,
     ) -> None:
         url = base_url or os.environ.get("OPENAI_BASE_URL", "")
         parts = urlsplit(url)
+        if "@" in url or parts.query:
+            raise InputError(f"base_url must hold no name, password or query: put the key into ${key_variable}")
         if url and (parts.scheme not in ("http", "https") or not parts.hostname):
             raise InputError(f"base_url must be http(s)://host/v1, got {url!r}")
-        if parts.username or parts.password or parts.query:
-            raise InputError(f"base_url must hold no name, password or query: put the key into ${key_variable}")
         if prompt_style not in ("chat", "completion"):
             raise InputError(f"prompt_style must be chat or completion, got {prompt_style!r}")
         for name, value in (("concurrency", concurrency), ("attempts", attempts)):
@@ -103,15 +144,19 @@ class OpenAIBackend(Backend):
         self.concurrency, self.timeout, self.attempts, self.backoff = concurrency, timeout, attempts, backoff
         self.requests_per_minute, self.tokens_per_minute = requests_per_minute, tokens_per_minute
         self.ask_logprobs, self.ask_token_ids, self.prices = logprobs, token_ids, prices
-        self.extra_body = dict(extra_body or {})
+        self.max_tokens_field, self.extra_body = max_tokens_field, dict(extra_body or {})
+        taken = sorted(OWN_FIELDS & set(self.extra_body))
+        if taken:
+            raise InputError(f"extra_body must not set {', '.join(taken)}: these are arguments and sampling parameters")
+        if max_tokens_field not in ("max_tokens", "max_completion_tokens"):
+            raise InputError(f"max_tokens_field must be max_tokens or max_completion_tokens, got {max_tokens_field!r}")
         self.budget = budget if isinstance(budget, Budget) else Budget(**(budget or {}))
         if self.budget.limit.cost and not any(prices):
             raise InputError("a budget of money needs prices")
         self.retries = 0
         """Attempts beyond the first of each request, since this object was built."""
-        self._lock = threading.Lock()
-        self._running: asyncio.AbstractEventLoop | None = None
-        self._connected: Any = None
+        self._random = random.Random()
+        self._lock, self._sending = threading.Lock(), _Sending()
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -122,57 +167,54 @@ class OpenAIBackend(Backend):
 
     # --- sending -----------------------------------------------------------------------------------------------------
 
-    @property
-    def _loop(self) -> asyncio.AbstractEventLoop:
-        """An event loop in a thread of its own: callers may have one of theirs, or none."""
+    def _connected(self) -> _Sending:
+        """The connection of this process: a fork leaves the parent's loop, sockets and locks behind."""
+        if self._sending.pid != os.getpid():
+            self._lock, self._sending = threading.Lock(), _Sending()
         with self._lock:
-            if self._running is None:
-                self._running = asyncio.new_event_loop()
-                threading.Thread(target=self._running.run_forever, name=self.name, daemon=True).start()
-            return self._running
-
-    @property
-    def _client(self) -> Any:
-        with self._lock:
-            if self._connected is None:
-                self._connected = self._connect()
-            return self._connected
+            sending = self._sending
+            if sending.loop is None:
+                sending.client = self._connect()
+                sending.slots = asyncio.Semaphore(self.concurrency)
+                sending.limits = (_limiter(self.requests_per_minute), _limiter(self.tokens_per_minute))
+                sending.loop = asyncio.new_event_loop()
+                threading.Thread(target=sending.loop.run_forever, name=self.name, daemon=True).start()
+            return sending
 
     def _connect(self) -> Any:
         try:
             from openai import AsyncOpenAI
         except ImportError as error:
             raise InputError("the openai package is missing: pip install 'instructgym[openai]'") from error
-        key = os.environ.get(self.key_variable, "")
+        key = self._key()
         if not key and not self.url:
             raise InputError(f"no key: set ${self.key_variable}, or name a server with base_url")
         return AsyncOpenAI(api_key=key or NO_KEY, base_url=self.url or None, timeout=self.timeout, max_retries=0)
 
-    @cached_property
-    def _slots(self) -> asyncio.Semaphore:
-        return asyncio.Semaphore(self.concurrency)
+    def _key(self) -> str:
+        key = os.environ.get(self.key_variable, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise InputError(f"${self.key_variable} holds characters that no key has")
+        return key
 
-    @cached_property
-    def _limits(self) -> tuple[Any, Any]:
-        from aiolimiter import AsyncLimiter
-
-        return tuple(  # type: ignore[return-value]
-            AsyncLimiter(limit, 60) if limit else None for limit in (self.requests_per_minute, self.tokens_per_minute)
-        )
+    def _line(self, error: object) -> str:
+        """An error's text on one line, without the key, should a server repeat it."""
+        text = " ".join(str(error).split())
+        return (text.replace(self._key(), "***") if self._key() else text)[:300]
 
     def _generate_each(self, prompts: list[Prompt], samplings: list[Sampling]) -> Iterator[tuple[int, Result]]:
-        self._client  # noqa: B018 (a missing key or package is an error of the call, not of each prompt)
+        sending = self._connected()  # a missing key or package is an error of the call, not of each prompt
         done: queue.SimpleQueue[tuple[int, Result | BaseException]] = queue.SimpleQueue()
         fatal: list[BaseException] = []
 
         async def one(index: int) -> None:
             try:
-                done.put((index, await self._complete(prompts[index], samplings[index], fatal)))
+                done.put((index, await self._complete(sending, prompts[index], samplings[index], fatal)))
             except BaseException as error:
                 fatal.append(error)
                 done.put((index, error))
 
-        tasks = [asyncio.run_coroutine_threadsafe(one(index), self._loop) for index in range(len(prompts))]
+        tasks = [asyncio.run_coroutine_threadsafe(one(index), sending.loop) for index in range(len(prompts))]
         try:
             for _ in tasks:
                 index, result = done.get()
@@ -184,67 +226,71 @@ class OpenAIBackend(Backend):
             for task in tasks:
                 task.cancel()
 
-    async def _complete(self, prompt: Prompt, sampling: Sampling, fatal: Sequence[BaseException]) -> Result:
+    async def _complete(
+        self, sending: _Sending, prompt: Prompt, sampling: Sampling, fatal: Sequence[BaseException]
+    ) -> Result:
         try:
             request = self._request(prompt, sampling)
         except BackendError as error:
             return error
         read, written = prompt_tokens_at_most(prompt), sampling.max_tokens * request["n"]
         most = Spending(1, read + written, self._cost(read, written))
-        async with self._slots:
+        async with sending.slots:
             for attempt in range(1, self.attempts + 1):
-                await self._wait_for_turn(most.tokens)
-                if fatal:
-                    raise fatal[0]
-                self.budget.reserve(most)
+                await self._wait_for_turn(sending, most, fatal)
                 used = most  # of an attempt that ends in the dark the most is booked
                 try:
-                    result, pause, used = await self._try(request, sampling, most)
+                    result, pause, used = await self._try(sending.client, request, sampling, most)
                 finally:
                     self.budget.settle(most, used)
                 if pause is None or attempt == self.attempts or not isinstance(result, BackendError):
                     return result
                 self.retries += 1
-                await asyncio.sleep(max(pause, self.backoff * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)))
+                growing = self.backoff * 2 ** (attempt - 1) * self._random.uniform(0.5, 1.0)
+                await asyncio.sleep(max(pause, growing))
         raise AssertionError("unreachable")
 
     def _cost(self, read: int, written: int) -> float:
         return (read * self.prices[0] + written * self.prices[1]) / 1e6
 
-    async def _wait_for_turn(self, tokens: int) -> None:
-        by_request, by_token = self._limits
-        if by_request is not None:
-            await by_request.acquire()
-        if by_token is not None:
-            await by_token.acquire(min(tokens, self.tokens_per_minute))
+    async def _wait_for_turn(self, sending: _Sending, most: Spending, fatal: Sequence[BaseException]) -> None:
+        """Until limits and budget allow one more attempt; raises what has ended the call meanwhile."""
+        for limiter, amount in zip(sending.limits, (1, most.tokens), strict=True):
+            if fatal:
+                raise fatal[0]
+            if limiter is not None:
+                await limiter.acquire(min(amount, limiter.max_rate))
+        while not self.budget.reserve(most):  # what others have reserved may come back
+            if fatal:
+                raise fatal[0]
+            await asyncio.sleep(0.01)
 
     async def _try(
-        self, request: dict[str, Any], sampling: Sampling, most: Spending
+        self, client: Any, request: dict[str, Any], sampling: Sampling, most: Spending
     ) -> tuple[Result, float | None, Spending]:
         """One attempt: its result, the seconds to wait before the next one (None: no further one), what it used."""
         import openai
 
         used = most
+        api = client.chat.completions if self.prompt_style == "chat" else client.completions
         try:
-            reply = await self._api.create(**request)
+            reply = await asyncio.wait_for(api.create(**request), self.timeout)
             used = self._used(reply, most)
             return self._parse(reply, sampling), None, used
         except openai.APIStatusError as error:
             return *self._refused(error), Spending(1)
-        except UnsupportedRequestError as error:
-            return error, None, used
         except MalformedReplyError as error:
             return error, 0.0, used
-        except openai.APITimeoutError:
+        except BackendError as error:  # a reply that would not come out better
+            return error, None, used
+        except (TimeoutError, openai.APITimeoutError):
             return BackendError(f"{self._server} gave no answer within {self.timeout:g} s"), 0.0, used
         except openai.APIConnectionError as error:
-            return BackendError(f"{self._server} cannot be reached: {_line(error.__cause__ or error)}"), 0.0, used
+            sent = type(error.__cause__).__name__ != "ConnectError"
+            why = f"{self._server} cannot be reached: {self._line(error.__cause__ or error)}"
+            return BackendError(why), 0.0, used if sent else Spending(1)
         except (openai.OpenAIError, ValueError, TypeError, AttributeError) as error:
-            return MalformedReplyError(f"{self._server} gave a malformed reply: {_line(error)}"), 0.0, used
-
-    @property
-    def _api(self) -> Any:
-        return self._client.chat.completions if self.prompt_style == "chat" else self._client.completions
+            return MalformedReplyError(f"{self._server} gave a malformed reply: {self._line(error)}"), 0.0, used
 
     def _used(self, reply: Any, most: Spending) -> Spending:
         """What a reply says it used, booked before anything else is asked of it."""
@@ -258,12 +304,12 @@ class OpenAIBackend(Backend):
         return Spending(1, read + written, self._cost(read, written))
 
     def _refused(self, error: Any) -> tuple[BackendError, float | None]:
-        status, why = error.status_code, f"{self._server} answered {error.status_code}: {_line(error)}"
-        why = why.replace(self._client.api_key, "***") if self._client.api_key != NO_KEY else why
-        if status in (401, 403, 404):  # no request will do better
+        status, why = error.status_code, f"{self._server} answered {error.status_code}: {self._line(error)}"
+        if status in (401, 404):  # no request will do better
             raise InputError(f"{why} (check base_url, the model's name and ${self.key_variable})") from None
         if status in (408, 409, 429) or status >= 500:
-            return BackendError(why), retry_after(error.response.headers)
+            pause = retry_after(error.response.headers)
+            return BackendError(why), pause if pause <= LONGEST_PAUSE else None
         if status == 400 and any(hint in why.lower() for hint in ("context length", "maximum context", "too long")):
             return ContextLengthError(why), None
         return BackendError(why), None
@@ -281,7 +327,7 @@ class OpenAIBackend(Backend):
     def _request(self, prompt: Prompt, sampling: Sampling) -> dict[str, Any]:
         request: dict[str, Any] = {
             "model": self.model,
-            "max_tokens": sampling.max_tokens,
+            self.max_tokens_field: sampling.max_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "n": sampling.n if sampling.temperature else 1,  # greedy completions are all the same
@@ -296,6 +342,10 @@ class OpenAIBackend(Backend):
             body["return_token_ids"] = True
         if body:
             request["extra_body"] = body
+        try:
+            json.dumps(prompt if isinstance(prompt, str) else list(prompt), default=str, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UnsupportedRequestError("the prompt holds half a character, which UTF-8 cannot say") from None
         ids = not isinstance(prompt, str) and not isinstance(prompt[0], Mapping)
         if self.prompt_style == "chat":
             if ids:
@@ -315,24 +365,28 @@ class OpenAIBackend(Backend):
     def _parse(self, reply: Any, sampling: Sampling) -> list[Completion]:
         choices = getattr(reply, "choices", None)
         wanted = sampling.n if sampling.temperature else 1
-        if not isinstance(choices, list) or len(choices) != wanted:
-            raise MalformedReplyError(f"{self._server} gave {len(choices or [])} completions, not {wanted}")
+        if not isinstance(choices, list) or not choices:
+            raise MalformedReplyError(f"{self._server} gave no completions")
+        if len(choices) != wanted:
+            raise UnsupportedRequestError(f"{self._server} gave {len(choices)} completions, not {wanted}: it ignores n")
         completions = [self._completion(choice) for choice in sorted(choices, key=lambda choice: choice.index or 0)]
         return completions * (sampling.n // wanted)
 
     def _completion(self, choice: Any) -> Completion:
         chat = self.prompt_style == "chat"
         text = choice.message.content if chat else choice.text
-        if not isinstance(text, str):
-            raise MalformedReplyError(f"{self._server} gave a completion without text ({choice.finish_reason})")
+        if not isinstance(text, str) or choice.finish_reason not in ("stop", "length"):
+            raise BackendError(f"{self._server} gave no whole text: it ended by {choice.finish_reason!r}")
         logprobs: Sequence[float] = ()
         if self.ask_logprobs:
             found = choice.logprobs
             if found is None:
                 raise UnsupportedRequestError(f"{self._server} reports no log-probs: build the backend without them")
             logprobs = [token.logprob for token in found.content or ()] if chat else list(found.token_logprobs or ())
-            if not all(isinstance(value, float | int) and value <= 1e-6 for value in logprobs):
-                raise MalformedReplyError(f"{self._server} gave log-probs that are no numbers below 0")
+            if not all(isinstance(value, float | int) and value <= 1e-6 for value in logprobs) or (
+                text and not logprobs
+            ):
+                raise MalformedReplyError(f"{self._server} gave log-probs that are no numbers below 0, or none")
         ids = list(getattr(choice, "token_ids", None) or ())
         if self.ask_token_ids and not ids:
             raise UnsupportedRequestError(f"{self._server} reports no token ids: build the backend without them")
@@ -354,19 +408,22 @@ def prompt_tokens_at_most(prompt: Prompt) -> int:
 
 def retry_after(headers: Mapping[str, str]) -> float:
     """Seconds that a server asks to wait, by ``Retry-After`` in seconds or as a date; 0 where it says nothing."""
-    from email.utils import parsedate_to_datetime
-    from time import time
-
     value = headers.get("retry-after", "")
     try:
-        return max(float(value), 0.0)
+        seconds = float(value)
     except ValueError:
-        pass
-    try:
-        return max(parsedate_to_datetime(value).timestamp() - time(), 0.0)
-    except (TypeError, ValueError):
-        return 0.0
+        try:
+            seconds = parsedate_to_datetime(value).timestamp() - time()
+        except (TypeError, ValueError):
+            return 0.0
+    return max(seconds, 0.0) if math.isfinite(seconds) else 0.0
 
 
-def _line(error: object) -> str:
-    return " ".join(str(error).split())[:300]
+def _limiter(per_minute: int) -> Any:
+    """Lets through so many a minute, at most a sixth of them at once; None for no limit."""
+    if not per_minute:
+        return None
+    from aiolimiter import AsyncLimiter
+
+    seconds = max(10.0, 60.0 / per_minute)
+    return AsyncLimiter(per_minute * seconds / 60, seconds)

@@ -22,13 +22,15 @@ class FaultServer(ThreadingHTTPServer):
         latency: seconds that an answer takes.
         usage: tokens that a reply says it used, (prompt, completion); None for the true ones.
         text: what to answer to a request's body in place of the echo.
+        slow: seconds that a slow answer takes.
+        why: part of the text of refusals.
         scripted: answer as :class:`ScriptedBackend` does, by prompt, seed, stop strings and so on.
     """
 
     daemon_threads = True
     request_queue_size = 256
 
-    def __init__(self, rate=0.0, faults=FAULTS, latency=0.0, usage=(7, 3), text=None, scripted=False):
+    def __init__(self, rate=0.0, faults=FAULTS, latency=0.0, usage=(7, 3), text=None, scripted=False, slow=1.0, why=""):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.rate, self.faults, self.latency, self.used = rate, faults, latency, usage
         self.text = text
@@ -36,6 +38,7 @@ class FaultServer(ThreadingHTTPServer):
         self.attempts, self.answered, self.failed = Counter(), Counter(), Counter()
         self.in_flight = self.most_in_flight = 0
         self.bodies, self.keys = [], []
+        self.slow, self.why, self.trickle = slow, why, 0
         self.scripted = ScriptedBackend() if scripted else None
 
     @property
@@ -90,16 +93,21 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
             return
-        if fault in ("429", "500", "401", "400"):
-            self._send(int(fault), {"error": {"message": f"fault {fault}"}}, {"Retry-After": "0.05"})
+        if fault in ("429", "500", "401", "403", "400"):
+            self._send(int(fault), {"error": {"message": f"fault {fault} {server.why}"}}, {"Retry-After": "0.05"})
             return
         if fault == "slow":
-            time.sleep(1.0)
+            time.sleep(server.slow)
         reply = completion(body, server.complete(body), server.used)
         if fault == "empty":
             reply["choices"] = []
         if fault == "lengths" and reply["choices"][0]["logprobs"]:
             reply["choices"][0]["token_ids"].append(1)
+        if fault == "filtered":
+            for choice in reply["choices"]:
+                choice["finish_reason"] = "content_filter"
+        if fault == "one choice":
+            reply["choices"] = reply["choices"][:1]
         if fault == "truncated":
             self._send(200, reply, cut=40)
             return
@@ -116,7 +124,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data)
+        for _ in range(self.server.trickle):  # white space that keeps a connection alive
+            self.wfile.write(b"\n")
+            time.sleep(0.2)
+        self.wfile.write(data[self.server.trickle :] if self.server.trickle else data)
 
 
 def completion(body, completions, used):

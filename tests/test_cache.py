@@ -92,14 +92,17 @@ def test_threads_send_a_request_once(tmp_path):
     assert len(seen) == 3 and all(r == results[0] for r in results) and len(results) == 8
 
 
-def test_who_waits_for_a_call_that_breaks_is_told(tmp_path):
-    release = threading.Event()
+def test_who_waits_for_a_call_that_breaks_asks_by_itself(tmp_path):
+    release, calls = threading.Event(), []
 
-    def broken(prompt):
-        release.wait(5)
-        raise RuntimeError("broken")
+    def broken_at_first(prompt):
+        calls.append(prompt)
+        if len(calls) == 1:
+            release.wait(5)
+            raise RuntimeError("broken")
+        return "mended"
 
-    it, waiting = Cached(ScriptedBackend(reply=broken), ReplyStore(tmp_path / "c.db")), []
+    it, waiting = Cached(ScriptedBackend(reply=broken_at_first), ReplyStore(tmp_path / "c.db")), []
 
     def first():
         with pytest.raises(RuntimeError):
@@ -115,7 +118,34 @@ def test_who_waits_for_a_call_that_breaks_is_told(tmp_path):
     release.set()
     for thread in threads:
         thread.join(10)
-    assert isinstance(waiting[0], BackendError) and "ask again" in str(waiting[0])
+    assert waiting[0][0].text == "mended" and len(calls) == 2
+
+
+def test_a_call_that_is_left_early_blocks_nobody(tmp_path):
+    inner, _ = counting()
+    it = Cached(inner, ReplyStore(tmp_path / "c.db"))
+    it.generate(["stored"])
+    for _ in it.generate_each(["stored", "new"]):
+        break
+    assert it.generate(["new"])[0][0].text == "new!" and not it._under_way
+
+
+def test_greedy_requests_are_equal_whatever_their_seeds(tmp_path):
+    inner, seen = counting()
+    it = Cached(inner, ReplyStore(tmp_path / "c.db"))
+    it.generate(["p"] * 4, [Sampling(temperature=0, seed=seed) for seed in range(4)])
+    assert len(seen) == 1
+
+
+def test_tokens_are_counted_once_however_many_threads_ask(tmp_path):
+    inner, _ = counting(latency=0.01)
+    it = Cached(inner, ReplyStore(tmp_path / "c.db"))
+    threads = [threading.Thread(target=it.generate, args=([f"one {i}"],)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert it.usage.prompt_tokens == inner.usage.prompt_tokens == 12
 
 
 def _fill(path, which):

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import logging
+import os
+import signal
 import threading
 import time
 
@@ -129,6 +131,35 @@ def test_what_keeps_failing_is_an_error_in_its_place():
         assert it.usage.errors == 2 and server.attempts == {"one": 3, "two": 3}
 
 
+@pytest.mark.parametrize("fault", ["filtered", "one choice", "403"])
+def test_replies_that_would_not_come_out_better_are_asked_for_once(fault):
+    with serving(rate=1.0, faults=(fault,)) as server:
+        [result] = backend(server, prompt_style="chat").generate(["one"], Sampling(n=2))
+        assert isinstance(result, BackendError) and server.attempts["one"] == 1
+
+
+def test_half_a_character_is_not_sent(server):
+    results = backend(server).generate(["\ud800", "fine"])
+    assert isinstance(results[0], UnsupportedRequestError) and results[1][0].text == "echo: fine"
+
+
+def test_a_reply_that_trickles_is_given_up(server):
+    server.trickle = 20
+    begun = time.monotonic()
+    [result] = backend(server, timeout=0.5, attempts=1).generate(["one"])
+    assert "no answer within" in str(result) and time.monotonic() - begun < 3
+
+
+def test_a_process_that_was_forked_sends_by_itself(server):
+    it = backend(server)
+    assert texts(it.generate(["one"])) == ["echo: one"]
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        os._exit(0 if texts(it.generate(["two"])) == ["echo: two"] else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
 def test_what_no_retry_can_mend_is_not_tried_again():
     with serving(rate=1.0, faults=("400",)) as server:
         assert isinstance(backend(server).generate(["one"])[0], BackendError)
@@ -146,16 +177,19 @@ def test_a_server_that_is_not_there():
 def test_the_server_says_how_long_to_wait():
     assert retry_after({"retry-after": "1.5"}) == 1.5
     assert retry_after({}) == retry_after({"retry-after": "soon"}) == 0
+    assert retry_after({"retry-after": "inf"}) == retry_after({"retry-after": "nan"}) == 0
     later = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 30))
     assert 25 < retry_after({"retry-after": later}) <= 30
 
 
+@pytest.mark.slow
 def test_two_thousand_judge_calls_among_faults_lose_none():
     def verdict(body):
         return "Not Equal" if len(body["messages"][-1]["content"]) % 3 else "Perhaps?"
 
-    with serving(rate=0.2, faults=("drop", "429", "500", "truncated", "empty"), text=verdict) as server:
-        judge = EqualityJudge(backend(server, prompt_style="chat", concurrency=32, attempts=12), mode="verdict")
+    with serving(rate=0.2, text=verdict, slow=6.0) as server:
+        faulty = {"concurrency": 32, "attempts": 12, "timeout": 4.0, "logprobs": True, "token_ids": True}
+        judge = EqualityJudge(backend(server, prompt_style="chat", **faulty), mode="verdict")
         samples = [Sample(prompt="p", response=f"list {i} things " + "x" * (i % 7), previous="p") for i in range(2000)]
         scores = judge.reward(samples)
     valid = [score.valid for score in scores]
@@ -180,9 +214,16 @@ def test_requests_and_tokens_per_minute(server, options):
     assert prompt_tokens_at_most("p") + 1 == 66
     it = backend(server, concurrency=64, **options)
     begun = time.monotonic()
-    it.generate(["p"] * 60, Sampling(max_tokens=1))  # what a minute allows goes at once
-    it.generate(["p"] * 2, Sampling(max_tokens=1))
+    it.generate(["p"] * 12, Sampling(max_tokens=1))  # ten at once, then one a second
     assert 1.5 < time.monotonic() - begun < 20
+
+
+def test_an_error_that_ends_a_call_does_not_wait_for_the_limits():
+    with serving(rate=1.0, faults=("401",)) as server:
+        begun = time.monotonic()
+        with pytest.raises(InputError):
+            backend(server, requests_per_minute=6, concurrency=1).generate(["p"] * 30)
+        assert time.monotonic() - begun < 5 and sum(server.attempts.values()) == 1
 
 
 @pytest.mark.parametrize("limit", [{"requests": 25}, {"tokens": 2000}, {"cost": 0.002}])
@@ -206,6 +247,15 @@ def test_a_budget_is_never_overrun(limit):
         assert len([r for _, r in got if not isinstance(r, BackendError)]) == sum(server.answered.values()) > 5
         with pytest.raises(BudgetExceededError):
             it.generate(["one more"], Sampling(max_tokens=1900))
+
+
+def test_reservations_that_come_back_are_used(server):
+    server.latency = 0.01
+    it = backend(server, budget={"tokens": 1000, "spent": {"tokens": 100}}, concurrency=16)
+    assert texts(it.generate([f"p{i}" for i in range(30)], Sampling(max_tokens=200))) == [
+        f"echo: p{i}" for i in range(30)
+    ]
+    assert it.budget.spent.tokens == 100 + 300
 
 
 def test_a_budget_is_shared_by_threads(server):
@@ -249,6 +299,9 @@ def test_a_budget_that_cannot_work_is_refused():
     [
         ({"base_url": "127.0.0.1:8000"}, "must be http"),
         ({"base_url": "http://me:secret@host/v1"}, "no name, password"),
+        ({"base_url": "me:secret@host/v1"}, "no name, password"),
+        ({"extra_body": {"max_tokens": 5000}}, "must not set max_tokens"),
+        ({"max_tokens_field": "max"}, "max_tokens_field"),
         ({"prompt_style": "text"}, "chat or completion"),
         ({"concurrency": 0}, "concurrency"),
         ({"timeout": 0}, "timeout"),
@@ -267,16 +320,28 @@ def test_a_missing_key_is_said_before_anything_is_sent(monkeypatch):
         OpenAIBackend("m").generate(["one"])
 
 
+@pytest.mark.parametrize("key", ["sk-secret\x07", "sk-s\u00e9cret"])
+def test_a_key_that_cannot_be_one_is_refused_without_showing_it(monkeypatch, server, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(InputError, match="characters that no key has") as caught:
+        backend(server).generate(["one"])
+    assert "sk-" not in str(caught.value)
+
+
 def test_the_key_appears_nowhere(monkeypatch, caplog, tmp_path):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY + "\n")  # as a file of secrets gives it
     store = {"id": "cached", "kwargs": {"inner": None, "path": str(tmp_path / "cache.db")}}
-    with serving(rate=0.5, faults=("400", "500")) as server, caplog.at_level(logging.DEBUG):
+    with (
+        serving(rate=0.5, faults=("400", "500"), why=f"{'x' * 230} {KEY} is wrong") as server,
+        caplog.at_level(logging.DEBUG),
+    ):
         it = backend(server, attempts=2)
         store["kwargs"]["inner"] = it
         results = resolve("backend", store).generate([f"p{i}" for i in range(20)])
         assert server.keys[0] == f"Bearer {KEY}"
-    with serving(rate=1.0, faults=("401",)) as refusing, pytest.raises(InputError) as caught:
+    assert any("***" in str(result) for result in results)
+    with serving(rate=1.0, faults=("401",), why=f"no such key: {KEY}") as refusing, pytest.raises(InputError) as caught:
         backend(refusing).generate(["one"])
     seen = [it.name, repr(it), str(caught.value), caplog.text, json.dumps([str(r) for r in results])]
     seen += [path.read_bytes().decode("latin-1") for path in tmp_path.iterdir()]
-    assert not any(KEY in text for text in seen)
+    assert not any(KEY[:12] in text for text in seen)
