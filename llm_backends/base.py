@@ -57,11 +57,14 @@ class Sampling:
     """Strings that end the completion; they are cut from the text, their tokens stay in ``token_ids``."""
     n: int = 1
     """Number of completions per prompt."""
+    choices: tuple[str, ...] = ()
+    """Structured output: the completion is one of these texts, as a whole. Empty for free text."""
     seed: int = 0
     """Seed of the request (see :func:`request_seed`): results do not depend on what else is in the batch."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "choices", tuple(self.choices))
         for name in ("temperature", "top_p"):  # 1 and 1.0 are one request, also in a journal's key
             object.__setattr__(self, name, float(getattr(self, name)))
         for name, valid, rule in (
@@ -71,6 +74,7 @@ class Sampling:
             ("top_k", self.top_k >= 0, "at least 0"),
             ("n", self.n >= 1, "at least 1"),
             ("stop", all(self.stop), "free of empty strings"),
+            ("choices", all(self.choices), "free of empty strings"),
         ):
             if not valid:
                 raise ValueError(f"Sampling.{name} must be {rule}, got {getattr(self, name)!r}")
@@ -160,6 +164,11 @@ class Backend(Part, ABC):
         """Whether :meth:`logprobs` can answer at all."""
         return type(self)._logprobs is not Backend._logprobs
 
+    @property
+    def supports_choices(self) -> bool:
+        """Whether a completion can be held to ``Sampling.choices``."""
+        return False
+
     @cached_property
     def usage(self) -> Usage:
         """Counters since this object was built."""
@@ -177,6 +186,7 @@ class Backend(Part, ABC):
 
         Raises:
             ValueError: if the numbers of prompts and sampling parameters differ, or a prompt is empty.
+            UnsupportedRequestError: if ``choices`` are set and the backend cannot hold a completion to them.
         """
         prompts = list(prompts)
         results: dict[int, Result] = dict(self.generate_each(prompts, sampling))
@@ -259,11 +269,12 @@ class Backend(Part, ABC):
         else:
             self.usage.completion_tokens += sum(len(completion.token_ids) for completion in result)
 
-    @staticmethod
-    def _per_prompt(prompts: list[Prompt], sampling: Sampling | Sequence[Sampling]) -> list[Sampling]:
+    def _per_prompt(self, prompts: list[Prompt], sampling: Sampling | Sequence[Sampling]) -> list[Sampling]:
         samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         if len(samplings) != len(prompts):
             raise ValueError(f"generate got {len(prompts)} prompts but {len(samplings)} sampling parameters")
         if not all(map(len, prompts)):
             raise ValueError("generate needs non-empty prompts")
+        if any(one.choices for one in samplings) and not self.supports_choices:
+            raise UnsupportedRequestError(f"backend {self.name!r} cannot hold a completion to given choices")
         return samplings

@@ -164,6 +164,11 @@ class Cached(Backend):
         """As the inner backend."""
         return self.inner.supports_logprobs
 
+    @property
+    def supports_choices(self) -> bool:
+        """As the inner backend."""
+        return self.inner.supports_choices
+
     def context_error(self, prompt: Prompt, max_tokens: int) -> ContextLengthError | None:
         return self.inner.context_error(prompt, max_tokens)
 

@@ -98,6 +98,11 @@ class Journaled(Backend):
         """As the inner backend."""
         return self.inner.supports_logprobs
 
+    @property
+    def supports_choices(self) -> bool:
+        """As the inner backend."""
+        return self.inner.supports_choices
+
     def context_error(self, prompt: Prompt, max_tokens: int) -> ContextLengthError | None:
         return self.inner.context_error(prompt, max_tokens)
 

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import math
 import os
-import queue
-import random
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
-from time import time
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from .base import (
     Backend,
     BackendError,
     Completion,
-    ContextLengthError,
     Message,
     Prompt,
     PromptStyle,
@@ -30,48 +21,20 @@ from .base import (
 )
 from .budget import Budget, Spending
 from .errors import InputError
+from .sending import Job, MalformedReplyError, Sender
 
 NO_KEY = "none"
 """What servers without keys are sent."""
 
-
-LONGEST_PAUSE = 120.0
-"""Seconds: a server that asks to wait longer is given up on."""
-
-OWN_FIELDS = {
-    "model",
-    "messages",
-    "prompt",
-    "max_tokens",
-    "max_completion_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "n",
-} | {
-    "seed",
-    "stop",
-    "stream",
-    "logprobs",
-    "return_token_ids",
-}
+OWN_FIELDS = set(
+    "model messages prompt max_tokens max_completion_tokens temperature top_p top_k n seed stop stream logprobs "
+    "return_token_ids structured_outputs response_format".split()
+)
 """What a request sets itself."""
 
-
-class MalformedReplyError(BackendError):
-    """A server answered something that is no completion: broken JSON, no choices, log-probs of another length."""
-
-
-@dataclass
-class _Sending:
-    """What sends requests, in the process that made it."""
-
-    pid: int = field(default_factory=os.getpid)
-    loop: Any = None
-    """Runs in a thread of its own: callers may have a loop of theirs, or none."""
-    client: Any = None
-    slots: Any = None
-    limits: tuple[Any, Any] = (None, None)
+Structured = Literal["none", "vllm", "json_schema"]
+"""How a server is asked for one of a few texts: not at all; by vLLM's ``structured_outputs``; or by OpenAI's
+``response_format``, where the reply is a JSON object whose ``answer`` is the text."""
 
 
 class OpenAIBackend(Backend):
@@ -98,6 +61,8 @@ class OpenAIBackend(Backend):
         logprobs: ask for the log-probs of completions.
         token_ids: ask for token ids, which vLLM reports.
         max_tokens_field: ``max_tokens``, or ``max_completion_tokens`` as newer models of OpenAI's want it.
+        structured: how the server is asked for one of a few texts (``Sampling.choices``): ``none``, ``vllm`` or
+            ``json_schema``, which other servers know.
         extra_body: further fields of every request.
         prices: money per million prompt and completion tokens, for ``usage.cost``.
         budget: hard limits, a :class:`Budget` (to be shared) or its arguments. Prompts are reckoned at one token per
@@ -123,6 +88,7 @@ class OpenAIBackend(Backend):
         logprobs: bool = False,
         token_ids: bool = False,
         max_tokens_field: str = "max_tokens",
+        structured: Structured = "none",
         extra_body: Mapping[str, Any] | None = None,
         prices: tuple[float, float] = (0.0, 0.0),
         budget: Budget | Mapping[str, Any] | None = None,
@@ -141,22 +107,30 @@ class OpenAIBackend(Backend):
         if timeout <= 0 or min(requests_per_minute, tokens_per_minute, backoff) < 0:
             raise InputError("timeout must be above 0; backoff, requests_per_minute, tokens_per_minute at least 0")
         self.model, self.url, self.prompt_style, self.key_variable = model, url, prompt_style, key_variable
-        self.concurrency, self.timeout, self.attempts, self.backoff = concurrency, timeout, attempts, backoff
-        self.requests_per_minute, self.tokens_per_minute = requests_per_minute, tokens_per_minute
         self.ask_logprobs, self.ask_token_ids, self.prices = logprobs, token_ids, prices
-        self.max_tokens_field, self.extra_body = max_tokens_field, dict(extra_body or {})
+        self.max_tokens_field, self.structured, self.extra_body = max_tokens_field, structured, dict(extra_body or {})
         taken = sorted(OWN_FIELDS & set(self.extra_body))
         if taken:
             raise InputError(f"extra_body must not set {', '.join(taken)}: these are arguments and sampling parameters")
         if max_tokens_field not in ("max_tokens", "max_completion_tokens"):
             raise InputError(f"max_tokens_field must be max_tokens or max_completion_tokens, got {max_tokens_field!r}")
+        if structured not in ("none", "vllm", "json_schema"):
+            raise InputError(f"structured must be none, vllm or json_schema, got {structured!r}")
         self.budget = budget if isinstance(budget, Budget) else Budget(**(budget or {}))
         if self.budget.limit.cost and not any(prices):
             raise InputError("a budget of money needs prices")
-        self.retries = 0
-        """Attempts beyond the first of each request, since this object was built."""
-        self._random = random.Random()
-        self._lock, self._sending = threading.Lock(), _Sending()
+        self.sender = Sender(
+            self._connect,
+            url or "the OpenAI API",
+            self._redacted,
+            concurrency,
+            requests_per_minute,
+            tokens_per_minute,
+            timeout,
+            attempts,
+            backoff,
+            self.budget,
+        )
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -167,20 +141,6 @@ class OpenAIBackend(Backend):
 
     # --- sending -----------------------------------------------------------------------------------------------------
 
-    def _connected(self) -> _Sending:
-        """The connection of this process: a fork leaves the parent's loop, sockets and locks behind."""
-        if self._sending.pid != os.getpid():
-            self._lock, self._sending = threading.Lock(), _Sending()
-        with self._lock:
-            sending = self._sending
-            if sending.loop is None:
-                sending.client = self._connect()
-                sending.slots = asyncio.Semaphore(self.concurrency)
-                sending.limits = (_limiter(self.requests_per_minute), _limiter(self.tokens_per_minute))
-                sending.loop = asyncio.new_event_loop()
-                threading.Thread(target=sending.loop.run_forever, name=self.name, daemon=True).start()
-            return sending
-
     def _connect(self) -> Any:
         try:
             from openai import AsyncOpenAI
@@ -189,7 +149,7 @@ class OpenAIBackend(Backend):
         key = self._key()
         if not key and not self.url:
             raise InputError(f"no key: set ${self.key_variable}, or name a server with base_url")
-        return AsyncOpenAI(api_key=key or NO_KEY, base_url=self.url or None, timeout=self.timeout, max_retries=0)
+        return AsyncOpenAI(api_key=key or NO_KEY, base_url=self.url or None, timeout=self.sender.timeout, max_retries=0)
 
     def _key(self) -> str:
         key = os.environ.get(self.key_variable, "").strip()
@@ -197,130 +157,56 @@ class OpenAIBackend(Backend):
             raise InputError(f"${self.key_variable} holds characters that no key has")
         return key
 
-    def _line(self, error: object) -> str:
-        """An error's text on one line, without the key, should a server repeat it."""
-        text = " ".join(str(error).split())
-        return (text.replace(self._key(), "***") if self._key() else text)[:300]
+    def _redacted(self, text: str) -> str:
+        return text.replace(self._key(), "***") if self._key() else text
 
     def _generate_each(self, prompts: list[Prompt], samplings: list[Sampling]) -> Iterator[tuple[int, Result]]:
-        sending = self._connected()  # a missing key or package is an error of the call, not of each prompt
-        done: queue.SimpleQueue[tuple[int, Result | BaseException]] = queue.SimpleQueue()
-        fatal: list[BaseException] = []
+        yield from self.sender.each([self._job(p, s) for p, s in zip(prompts, samplings, strict=True)])
 
-        async def one(index: int) -> None:
-            try:
-                done.put((index, await self._complete(sending, prompts[index], samplings[index], fatal)))
-            except BaseException as error:
-                fatal.append(error)
-                done.put((index, error))
-
-        tasks = [asyncio.run_coroutine_threadsafe(one(index), sending.loop) for index in range(len(prompts))]
-        try:
-            for _ in tasks:
-                index, result = done.get()
-                if isinstance(result, list | BackendError):  # what was paid for is given out, whatever else happened
-                    yield index, result
-            if fatal:
-                raise fatal[0]
-        finally:
-            for task in tasks:
-                task.cancel()
-
-    async def _complete(
-        self, sending: _Sending, prompt: Prompt, sampling: Sampling, fatal: Sequence[BaseException]
-    ) -> Result:
+    def _job(self, prompt: Prompt, sampling: Sampling) -> Job | BackendError:
         try:
             request = self._request(prompt, sampling)
         except BackendError as error:
             return error
+
+        async def send(client: Any) -> Any:
+            api = client.chat.completions if self.prompt_style == "chat" else client.completions
+            return await api.create(**request)
+
         read, written = prompt_tokens_at_most(prompt), sampling.max_tokens * request["n"]
-        most = Spending(1, read + written, self._cost(read, written))
-        async with sending.slots:
-            for attempt in range(1, self.attempts + 1):
-                await self._wait_for_turn(sending, most, fatal)
-                used = most  # of an attempt that ends in the dark the most is booked
-                try:
-                    result, pause, used = await self._try(sending.client, request, sampling, most)
-                finally:
-                    self.budget.settle(most, used)
-                if pause is None or attempt == self.attempts or not isinstance(result, BackendError):
-                    return result
-                self.retries += 1
-                growing = self.backoff * 2 ** (attempt - 1) * self._random.uniform(0.5, 1.0)
-                await asyncio.sleep(max(pause, growing))
-        raise AssertionError("unreachable")
+        return Job(send, lambda reply: self._parse(reply, sampling), self._spending(read, written), self._used)
 
-    def _cost(self, read: int, written: int) -> float:
-        return (read * self.prices[0] + written * self.prices[1]) / 1e6
+    def _spending(self, read: int, written: int) -> Spending:
+        return Spending(1, read + written, (read * self.prices[0] + written * self.prices[1]) / 1e6)
 
-    async def _wait_for_turn(self, sending: _Sending, most: Spending, fatal: Sequence[BaseException]) -> None:
-        """Until limits and budget allow one more attempt; raises what has ended the call meanwhile."""
-        for limiter, amount in zip(sending.limits, (1, most.tokens), strict=True):
-            if fatal:
-                raise fatal[0]
-            if limiter is not None:
-                await limiter.acquire(min(amount, limiter.max_rate))
-        while not self.budget.reserve(most):  # what others have reserved may come back
-            if fatal:
-                raise fatal[0]
-            await asyncio.sleep(0.01)
-
-    async def _try(
-        self, client: Any, request: dict[str, Any], sampling: Sampling, most: Spending
-    ) -> tuple[Result, float | None, Spending]:
-        """One attempt: its result, the seconds to wait before the next one (None: no further one), what it used."""
-        import openai
-
-        used = most
-        api = client.chat.completions if self.prompt_style == "chat" else client.completions
-        try:
-            reply = await asyncio.wait_for(api.create(**request), self.timeout)
-            used = self._used(reply, most)
-            return self._parse(reply, sampling), None, used
-        except openai.APIStatusError as error:
-            return *self._refused(error), Spending(1)
-        except MalformedReplyError as error:
-            return error, 0.0, used
-        except BackendError as error:  # a reply that would not come out better
-            return error, None, used
-        except (TimeoutError, openai.APITimeoutError):
-            return BackendError(f"{self._server} gave no answer within {self.timeout:g} s"), 0.0, used
-        except openai.APIConnectionError as error:
-            sent = type(error.__cause__).__name__ != "ConnectError"
-            why = f"{self._server} cannot be reached: {self._line(error.__cause__ or error)}"
-            return BackendError(why), 0.0, used if sent else Spending(1)
-        except (openai.OpenAIError, ValueError, TypeError, AttributeError) as error:
-            return MalformedReplyError(f"{self._server} gave a malformed reply: {self._line(error)}"), 0.0, used
-
-    def _used(self, reply: Any, most: Spending) -> Spending:
+    def _used(self, reply: Any) -> Spending | None:
         """What a reply says it used, booked before anything else is asked of it."""
         told = getattr(reply, "usage", None)
         if told is None:
-            return most
+            return None
         read, written = int(told.prompt_tokens or 0), int(told.completion_tokens or 0)
+        used = self._spending(read, written)
         self.usage.prompt_tokens += read
         self.usage.completion_tokens += written
-        self.usage.cost += self._cost(read, written)
-        return Spending(1, read + written, self._cost(read, written))
+        self.usage.cost += used.cost
+        return used
 
-    def _refused(self, error: Any) -> tuple[BackendError, float | None]:
-        status, why = error.status_code, f"{self._server} answered {error.status_code}: {self._line(error)}"
-        if status in (401, 404):  # no request will do better
-            raise InputError(f"{why} (check base_url, the model's name and ${self.key_variable})") from None
-        if status in (408, 409, 429) or status >= 500:
-            pause = retry_after(error.response.headers)
-            return BackendError(why), pause if pause <= LONGEST_PAUSE else None
-        if status == 400 and any(hint in why.lower() for hint in ("context length", "maximum context", "too long")):
-            return ContextLengthError(why), None
-        return BackendError(why), None
+    @property
+    def retries(self) -> int:
+        """Attempts beyond the first of each request, since this object was built."""
+        return self.sender.retries
+
+    @property
+    def supports_choices(self) -> bool:
+        return self.structured != "none"
 
     @property
     def _server(self) -> str:
-        return self.url or "the OpenAI API"
+        return self.sender.server
 
     def _count(self, result: Result) -> None:
         self.usage.requests += 1
-        self.usage.errors += isinstance(result, BackendError)  # tokens are the server's, see _parse
+        self.usage.errors += isinstance(result, BackendError)  # tokens are the server's, see _used
 
     # --- requests and replies ----------------------------------------------------------------------------------------
 
@@ -340,6 +226,10 @@ class OpenAIBackend(Backend):
             body["top_k"] = sampling.top_k
         if self.ask_token_ids:
             body["return_token_ids"] = True
+        if sampling.choices and self.structured == "vllm":
+            body["structured_outputs"] = {"choice": list(sampling.choices)}
+        elif sampling.choices:
+            request["response_format"] = _answer_format(sampling.choices)
         if body:
             request["extra_body"] = body
         try:
@@ -370,6 +260,11 @@ class OpenAIBackend(Backend):
         if len(choices) != wanted:
             raise UnsupportedRequestError(f"{self._server} gave {len(choices)} completions, not {wanted}: it ignores n")
         completions = [self._completion(choice) for choice in sorted(choices, key=lambda choice: choice.index or 0)]
+        if sampling.choices and self.structured == "json_schema":
+            completions = [_answer(completion) for completion in completions]
+        for completion in completions if sampling.choices else ():
+            if completion.text not in sampling.choices:
+                raise MalformedReplyError(f"{self._server} gave {completion.text[:80]!r}, which is no choice")
         return completions * (sampling.n // wanted)
 
     def _completion(self, choice: Any) -> Completion:
@@ -396,6 +291,18 @@ class OpenAIBackend(Backend):
         return Completion(text, ids, [float(value) for value in logprobs], reason)  # type: ignore[arg-type]
 
 
+def _answer_format(choices: Sequence[str]) -> dict[str, Any]:
+    """OpenAI's ``response_format`` for an object whose ``answer`` is one of the choices."""
+    answer = {"type": "string", "enum": list(choices)}
+    schema = {"type": "object", "properties": {"answer": answer}, "required": ["answer"], "additionalProperties": False}
+    return {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
+
+
+def _answer(completion: Completion) -> Completion:
+    """The answer in a completion's JSON; the tokens and log-probs are the JSON's and left out."""
+    return Completion(str(json.loads(completion.text)["answer"]), [], [], completion.finish_reason)
+
+
 def prompt_tokens_at_most(prompt: Prompt) -> int:
     """An upper bound of a prompt's tokens without its tokenizer: one per byte, and what a chat template may add."""
     if isinstance(prompt, str):
@@ -404,26 +311,3 @@ def prompt_tokens_at_most(prompt: Prompt) -> int:
     if len(messages) < len(prompt):
         return len(prompt)
     return sum(len(message["content"].encode("utf-8", "replace")) + 16 for message in messages) + 64
-
-
-def retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds that a server asks to wait, by ``Retry-After`` in seconds or as a date; 0 where it says nothing."""
-    value = headers.get("retry-after", "")
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(value).timestamp() - time()
-        except (TypeError, ValueError):
-            return 0.0
-    return max(seconds, 0.0) if math.isfinite(seconds) else 0.0
-
-
-def _limiter(per_minute: int) -> Any:
-    """Lets through so many a minute, at most a sixth of them at once; None for no limit."""
-    if not per_minute:
-        return None
-    from aiolimiter import AsyncLimiter
-
-    seconds = max(10.0, 60.0 / per_minute)
-    return AsyncLimiter(per_minute * seconds / 60, seconds)

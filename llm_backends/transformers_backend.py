@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .base import Backend, BackendError, ContextLengthError, Prompt, PromptStyle, Result, Sampling
+from .choices import Choices
 
 if TYPE_CHECKING:
     from .causal_lm import CausalLM
@@ -80,6 +81,10 @@ class TransformersBackend(Backend):
     def _path(self) -> str:
         return self.model
 
+    @property
+    def supports_choices(self) -> bool:
+        return True
+
     def context_error(self, prompt: Prompt, max_tokens: int) -> ContextLengthError | None:
         limit = context_length(self._path())
         if isinstance(prompt, str) and len(prompt.encode()) + max_tokens <= limit:
@@ -96,8 +101,15 @@ class TransformersBackend(Backend):
         fit = [i for i, ids in enumerate(encoded) if isinstance(ids, list)]
         tokens = [ids for ids in encoded if isinstance(ids, list)]
         self.usage.prompt_tokens += sum(map(len, tokens))
-        completions = iter(generate(self.lm, tokens, [samplings[i] for i in fit]) if fit else [])
+        mine = [samplings[i] for i in fit]
+        choices = [self._choices(sampling) for sampling in mine]
+        completions = iter(generate(self.lm, tokens, mine, choices) if fit else [])
         return [next(completions) if isinstance(ids, list) else ids for ids in encoded]
+
+    def _choices(self, sampling: Sampling) -> Choices | None:
+        eos = min(self.lm.eos_token_ids, default=None)
+        texts = [self.lm.encode_completion(text) for text in sampling.choices]
+        return Choices(texts, eos) if texts else None
 
     def _logprobs(self, prompts: list[Prompt], completions: list[str]) -> list[np.ndarray | BackendError]:
         encoded = self._encode(prompts, completions)

@@ -15,7 +15,8 @@ from instructgym.llm_backends import Journal, Journaled, Sampling, resolve
 from instructgym.llm_backends.base import BackendError, UnsupportedRequestError
 from instructgym.llm_backends.budget import Budget, BudgetExceededError
 from instructgym.llm_backends.errors import InputError
-from instructgym.llm_backends.openai_backend import OpenAIBackend, prompt_tokens_at_most, retry_after
+from instructgym.llm_backends.openai_backend import OpenAIBackend, prompt_tokens_at_most
+from instructgym.llm_backends.sending import retry_after
 from instructgym.rewards import Sample
 from instructgym.rewards.judge import EqualityJudge
 
