@@ -343,6 +343,16 @@ class LanguageModelPolicy:
         """Names of the frozen adapters."""
         return [] if self._peft is None else sorted(set(self._peft.peft_config) - {POLICY, VALUE})
 
+    def export_adapter(self, folder: str | Path) -> None:
+        """Writes the policy's adapter in peft's format into ``FOLDER/policy``, for servers that load such adapters.
+
+        Raises:
+            InputError: for a policy without adapters.
+        """
+        if self._peft is None:
+            raise InputError("this policy has no adapter: all weights of the model are trained")
+        self._peft.save_pretrained(str(folder), selected_adapters=[POLICY])
+
     def save(self, folder: str | Path) -> None:
         """Writes adapters in peft's own format (one folder each), or the whole model, the value head and settings."""
         folder = Path(folder)

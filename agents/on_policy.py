@@ -25,6 +25,7 @@ from .distributed import Processes
 from .language_model import LanguageModelPolicy, TokenScores
 from .optimization import Optimizer, OptimizerSettings, check_at_least_zero
 from .rollout import RolloutStatistics, TokenBatch, collect
+from .rollout_engine import RolloutEngine
 
 
 class TrainingDivergedError(RuntimeError):
@@ -98,6 +99,8 @@ class OnPolicyAgent(ABC):
             mode ``DISABLED``; wrappers are looked through.
         policy: a :class:`LanguageModelPolicy`, or the name, path or hub id of a model.
         seed: of everything that is drawn: episodes' order, tokens, minibatches.
+        engine: what writes the episodes, e.g. a :class:`~instructgym.agents.rollout_engine.VLLMEngine`; by default the
+            policy itself.
         settings: an object of the class's ``settings_class``; or
         **options: its fields by name.
 
@@ -115,6 +118,7 @@ class OnPolicyAgent(ABC):
         policy: str | LanguageModelPolicy = "embedded",
         seed: int = 0,
         settings: OnPolicySettings | None = None,
+        engine: RolloutEngine | None = None,
         **options: Any,
     ) -> None:
         try:
@@ -127,7 +131,7 @@ class OnPolicyAgent(ABC):
                 raise InputError(f"{type(env).__name__} has no {method}: token-level agents need a TokenVectorEnv")
         if isinstance(policy, str):
             policy = LanguageModelPolicy(policy, value="shared" if self.needs_values else "none", seed=seed)
-        self.policy = policy
+        self.policy, self.engine = policy, engine
         self._check_fit()
         self.processes = Processes()
         self.optimizer = Optimizer(policy.parameters(), self.settings)
@@ -217,8 +221,11 @@ class OnPolicyAgent(ABC):
         """
         begun = time.perf_counter()
         self.optimizer.schedule(progress)
+        if self.engine is not None:
+            self.engine.take(self.policy, self.processes)
+            self.logger.record("time/push", time.perf_counter() - begun)
         batch, statistics = collect(
-            self.policy,
+            self.engine or self.policy,
             self.env,
             self.settings.rollout_batches,
             self.sampling,

@@ -14,6 +14,7 @@ from ..llm_backends.causal_lm import token_budget_chunks
 from ..llm_backends.choices import Choices
 from ..llm_backends.teacher_forcing import common_prefix
 from .language_model import LanguageModelPolicy
+from .rollout_engine import RolloutEngine
 
 
 @dataclass
@@ -117,7 +118,7 @@ class RolloutStatistics:
 
 
 def collect(
-    policy: LanguageModelPolicy,
+    writer: LanguageModelPolicy | RolloutEngine,
     env: Any,
     batches: int,
     sampling: Sampling,
@@ -125,12 +126,12 @@ def collect(
     mine: np.ndarray,
     env_seed: int | None = None,
 ) -> tuple[TokenBatch, RolloutStatistics]:
-    """Lets the policy write episodes: ``batches`` times one per copy of the env.
+    """Has episodes written: ``batches`` times one per copy of the env.
 
     Scoring of one batch overlaps with the generation of the next.
 
     Args:
-        policy: who writes.
+        writer: the policy, or an engine that has its weights.
         env: a vector env with the fast path (``prompts``, ``play_async``, ``play_wait``), in autoreset mode
             ``DISABLED``.
         batches: resets of the env.
@@ -148,7 +149,7 @@ def collect(
     begun = time.perf_counter()
     for number in range(batches):
         env.reset(seed=env_seed if number == 0 else None)
-        drafts = _write(policy, env, sampling, request_seed(seed, number), mine)
+        drafts = _write(writer, env, sampling, request_seed(seed, number), mine)
         if pending is not None:
             statistics.waited += _finish(env, pending, kept, statistics)
         pending = drafts
@@ -162,12 +163,12 @@ def collect(
 
 
 def _write(
-    policy: LanguageModelPolicy, env: Any, sampling: Sampling, seed: int, mine: np.ndarray
+    writer: LanguageModelPolicy | RolloutEngine, env: Any, sampling: Sampling, seed: int, mine: np.ndarray
 ) -> list[dict[str, Any]]:
     prompts = env.prompts()
     constraints: list[Choices | None] = env.constraints() if hasattr(env, "constraints") else [None] * len(prompts)
     copies = np.flatnonzero(mine)
-    completions = policy.generate(
+    completions = writer.generate(
         [prompts[i] for i in copies],
         [replace(sampling, seed=request_seed(seed, int(i))) for i in copies],
         [constraints[i] for i in copies],

@@ -19,6 +19,7 @@ from ..agents.grpo import GRPO, RLOO
 from ..agents.language_model import LanguageModelPolicy, LoraSettings
 from ..agents.on_policy import OnPolicyAgent
 from ..agents.ppo import TokenPPO
+from ..agents.rollout_engine import VLLMEngine
 from ..agents.sft import SFT, Demonstration
 from ..envs.tasks.nlu_data import load_examples
 from ..envs.tasks.nlu_tasks import get_task, response_text
@@ -93,6 +94,12 @@ class NLU:
     """Rank of the adapters."""
     token_budget: int = 1024
     """Tokens of a micro-batch."""
+    rollouts: Literal["process", "vllm"] = "process"
+    """Who writes the episodes (ppo, grpo, rloo): this process, or the vLLM servers of --servers."""
+    servers: str = ""
+    """Base URLs of vLLM servers of the same model, http://host:port/v1, separated by commas."""
+    adapter_dir: str = ""
+    """Folder that the servers see under the same path, for handing over adapters; by default a temporary one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic; auto: bfloat16 where the hardware computes in it."""
     max_tokens: int = 12
@@ -133,6 +140,10 @@ class NLU:
         for name in ("labels", "eval_limit", "minutes"):
             if getattr(self, name) < 0:
                 raise InputError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
+        if (self.rollouts == "vllm") != bool(self.urls):
+            raise InputError("--rollouts vllm needs --servers, and --servers is for --rollouts vllm")
+        if self.rollouts == "vllm" and self.method not in AGENTS:
+            raise InputError(f"--rollouts vllm is for {', '.join(AGENTS)}, not for {self.method}")
         for task in f"{self.task},{self.eval_task}".split(","):
             if task.strip() or not self.eval_task:
                 kind = get_task(task.strip()).kind if task.strip() else ""
@@ -145,6 +156,11 @@ class NLU:
     def constrained(self) -> bool:
         """Whether only the allowed answers can be written."""
         return self.start == "constrained"
+
+    @property
+    def urls(self) -> list[str]:
+        """The servers' base URLs."""
+        return [url.strip() for url in self.servers.split(",") if url.strip()]
 
     @property
     def shown(self) -> int:
@@ -366,10 +382,12 @@ class _Run:
             group_size=group,
             **options.env_options(),
         )
+        engine = VLLMEngine(options.urls, options.adapter_dir) if options.rollouts == "vllm" else None
         return AGENTS[options.method](
             env,
             policy,
             options.seed,
+            engine=engine,
             learning_rate=options.learning_rate,
             schedule=options.schedule,
             warmup=0.1,

@@ -19,10 +19,12 @@ from .plots import plot_nlu
 from .run_folder import read_json
 
 UNTRAINED = ("majority", "zero-shot", "few-shot")
-NEUTRAL = {"seed", "run_dir", "data_dir", "eval_data_dir", "minutes", "save_every", "track", "dry_run", "token_budget"}
+NEUTRAL = set("seed run_dir data_dir eval_data_dir minutes save_every track dry_run token_budget".split())
+NEUTRAL |= {"servers", "adapter_dir"}
 TRAINING = {"labels", "passes", "batch_size", "group_size", "learning_rate", "schedule", "optimizer", "epochs"} | {
     "kl_coefficient",
     "lora_rank",
+    "rollouts",
 }
 """Options that say nothing of a method that is not trained."""
 

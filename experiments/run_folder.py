@@ -18,7 +18,7 @@ from ..llm_backends.records import append_lines, read_records
 
 PACKAGES = ("instructgym", "gymnasium", "stable-baselines3", "sb3-contrib", "torch", "transformers", "numpy")
 
-NOT_IDENTITY = frozenset({"minutes", "track", "dry_run", "run_dir", "max_invalid_share"})
+NOT_IDENTITY = frozenset({"minutes", "track", "dry_run", "run_dir", "max_invalid_share", "servers", "adapter_dir"})
 """Options that may change between a start and its resumption."""
 
 ROW_FILES = ("journal.jsonl", "episodes.jsonl", "metrics.jsonl", "rejected.jsonl")
