@@ -21,8 +21,8 @@ from ..llm_backends import Backend, Journal, Journaled, request_seed, resolve
 from ..llm_backends.errors import InputError
 from ..rewards.judge import equality_prompt
 from ..rewards.pairwise import Pair, both_orders, compare, pair_question, pairwise_prompt
-from ..rewards.verdict import RETRY_TEMPERATURE, Verdict, VerdictMode, judge_verdicts, reads_likelihood, sigmoid
-from .evolve import RunOptions, parse_part
+from ..rewards.verdict import RETRY_TEMPERATURE, VerdictMode, check_mode, judge_verdicts, reads_likelihood, sigmoid
+from .evolve import RunOptions, input_errors, parse_part
 from .judge_measures import Judgement, count, measure
 from .judge_pairs import LABELS, LabelledPair, PairKind, read_pairs
 from .plots import plot_calibration
@@ -53,6 +53,8 @@ class JudgeCalibrate(RunOptions):
 
     def check(self) -> None:
         super().check()
+        with input_errors():
+            check_mode(self.mode)
         if not self.data:
             raise InputError("--data is missing: name a JSONL file of labelled pairs")
         if self.repeats == 1:
@@ -69,7 +71,8 @@ def run(options: JudgeCalibrate, console: Console | None = None) -> dict[str, An
     options.check()
     kind, pairs = read_pairs(options.data)
     pairs = pairs[: options.limit or (SMOKE_LIMIT if options.scale == "smoke" else len(pairs))]
-    backend = resolve("backend", parse_part(options.backend, options.model))
+    with input_errors():
+        backend = resolve("backend", parse_part(options.backend, options.model))
     if options.mode == "likelihood" and not backend.supports_logprobs:
         raise InputError(f"--mode likelihood needs log-probs, which backend {backend.name!r} does not report")
     digest = hashlib.sha256(json.dumps([kind, *map(asdict, pairs)]).encode()).hexdigest()[:16]
@@ -225,10 +228,6 @@ def judgement_row(kind: PairKind, number: int, judgement: Judgement) -> dict[str
     """A row of ``judgements.jsonl``: the judge's words on a pair, by its row number among the pairs."""
     prompt = equality_prompt() if kind == "equality" else pairwise_prompt()
     words = {True: prompt.positive, False: prompt.negative, None: None}
-
-    def why(verdicts: Sequence[Verdict]) -> str:
-        return next((verdict.why for verdict in verdicts if verdict.answer is None), "")
-
     verdicts = judgement.verdicts or ()
     return {
         "pair": number,
@@ -238,7 +237,7 @@ def judgement_row(kind: PairKind, number: int, judgement: Judgement) -> dict[str
         "log_odds": [verdict.log_odds for verdict in verdicts],
         "probability": judgement.probability,
         "repeats": [words[answer] for answer in judgement.repeats],
-        "why": why(verdicts),
+        "why": next((verdict.why for verdict in verdicts if verdict.answer is None), ""),
     }
 
 

@@ -1,4 +1,4 @@
-"""Ranking: the strict parser, shuffled presentation, duplicates, agreement of rounds, and texts that rank themselves."""
+"""Ranking: the strict parser, shuffled presentation, duplicates, agreement of rounds, and texts that rank."""
 
 import re
 from itertools import permutations
