@@ -38,6 +38,8 @@ SMOKE_LIMIT = 32
 class JudgeCalibrate(RunOptions):
     """Measure a judge on labelled pairs: accuracy, position bias, self-consistency, invalid rate."""
 
+    backend: str = "embedded"
+    """The judge: embedded, transformers, openai, scripted, 'module:factory', or JSON {"id": ..., "kwargs": {...}}."""
     data: str = ""
     """JSONL with {"prompt", "first", "second", "better": "first" | "second" | "tie"} for the pairwise judge, or
     {"first", "second", "verdict": "Equal" | "Not Equal"} for the equality judge."""

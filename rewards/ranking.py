@@ -166,7 +166,8 @@ class RankingJudge(Reward):
 
     Samples of one ``group`` (or, where it is empty, of one ``episode_id``) are ranked together, in one request per
     round. Duplicates share a rank; a group of nothing but duplicates gets 1/2. Where no round gives a ranking, the
-    scores of the whole group are invalid, so a retry ranks it as a whole.
+    scores of the whole group are invalid, so a retry ranks it as a whole. Within a weighted sum, a term beside this one
+    that has no verdict on a part of a group makes a retry rank that part alone.
 
     The terms are the value, ``mean_rank`` (1 for the best) and, over several rounds, ``agreement``: the mean Kendall
     tau between them. The requests of a group are counted on its first sample.
