@@ -11,9 +11,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from ..llm_backends import BackendError
+from ..llm_backends import BackendError, part_ids, resolve
 from ..llm_backends.errors import InputError
-from . import evolve_compare, evolve_generate, evolve_train, nlu, nlu_report
+from . import evolve_compare, evolve_generate, evolve_train, judge, nlu, nlu_report
 from .benchmarks import edit_env, token_env, token_learning, token_ppo
 from .benchmarks.edit_env import BenchEditEnv
 from .benchmarks.token_env import BenchTokenEnv
@@ -22,6 +22,7 @@ from .benchmarks.token_ppo import BenchTokenPPO
 from .evolve_compare import EvolveCompare
 from .evolve_generate import EvolveGenerate
 from .evolve_train import EvolveTrain
+from .judge import JudgeCalibrate
 from .nlu import NLU
 from .nlu_report import NLUReport
 
@@ -55,6 +56,27 @@ class Understanding:
     """RL for language understanding: 'nlu [run]' trains and evaluates one method, 'nlu report' gathers runs."""
 
     command: UnderstandingCommand
+
+
+@dataclass
+class JudgeList:
+    """List the judges."""
+
+
+if TYPE_CHECKING:
+    JudgeCommand = JudgeCalibrate | JudgeList
+else:
+    JudgeCommand = (
+        Annotated[JudgeCalibrate, tyro.conf.subcommand("calibrate")]
+        | Annotated[JudgeList, tyro.conf.subcommand("list")]
+    )
+
+
+@dataclass
+class Judge:
+    """Judge LLMs: measure one on pairs with known answers."""
+
+    command: JudgeCommand
 
 
 @dataclass
@@ -95,11 +117,12 @@ class Bench:
 
 
 if TYPE_CHECKING:
-    Command = Evolve | Understanding | Envs | Bench
+    Command = Evolve | Understanding | Judge | Envs | Bench
 else:
     Command = (
         Annotated[Evolve, tyro.conf.subcommand("evolve")]
         | Annotated[Understanding, tyro.conf.subcommand("nlu")]
+        | Annotated[Judge, tyro.conf.subcommand("judge")]
         | Annotated[Envs, tyro.conf.subcommand("envs")]
         | Annotated[Bench, tyro.conf.subcommand("bench")]
     )
@@ -129,12 +152,21 @@ def list_benchmarks(console: Console) -> None:
         console.print(f"{name:15} {' '.join((benchmark.__doc__ or '').split())}")
 
 
+def list_judges(console: Console) -> None:
+    """Prints every reward that asks a judge, by its id, with what it pays."""
+    for part_id in filter(lambda name: "judge" in name, part_ids("reward")):
+        described = (type(resolve("reward", part_id)).__doc__ or "").partition("\n\n")[0]
+        console.print(f"{part_id:20} {' '.join(described.split())}", highlight=False, markup=False)
+
+
 RUNS: dict[type, Callable[[Any, Console], Any]] = {
     EvolveTrain: evolve_train.run,
     EvolveGenerate: evolve_generate.run,
     EvolveCompare: evolve_compare.run,
     NLU: nlu.run,
     NLUReport: nlu_report.run,
+    JudgeCalibrate: judge.run,
+    JudgeList: lambda options, console: list_judges(console),
     BenchEditEnv: edit_env.run,
     BenchTokenEnv: token_env.run,
     BenchTokenPPO: token_ppo.run,

@@ -1,4 +1,4 @@
-"""How good is a set of instructions: counts, diversity, intervals over seeds."""
+"""How good is a set of instructions or a judge: counts, diversity, ranking quality, intervals."""
 
 from __future__ import annotations
 
@@ -34,3 +34,23 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
         return float(array.mean()), float("nan")
     quantile = stats.t.ppf(0.975, df=len(array) - 1)
     return float(array.mean()), float(quantile * array.std(ddof=1) / np.sqrt(len(array)))
+
+
+def wilson(right: int, total: int) -> tuple[float, float]:
+    """Wilson's 95% interval of a share, right / total (Wilson 1927); (0, 1) where nothing was counted."""
+    if not total:
+        return 0.0, 1.0
+    z = float(stats.norm.ppf(0.975))
+    share, scale = right / total, 1 + z * z / total
+    half = z * np.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    centre = share + z * z / (2 * total)
+    return max(float((centre - half) / scale), 0.0), min(float((centre + half) / scale), 1.0)
+
+
+def auc(values: Sequence[float], positive: Sequence[bool]) -> float | None:
+    """Chance that a positive example has a higher value than a negative one, ties by halves; None without both."""
+    ranks, labels = stats.rankdata(values), np.asarray(positive, dtype=bool)
+    ahead, behind = int(labels.sum()), int((~labels).sum())
+    if not ahead or not behind:
+        return None
+    return float((ranks[labels].sum() - ahead * (ahead + 1) / 2) / (ahead * behind))

@@ -16,7 +16,7 @@ from ..llm_backends import resolve
 from ..llm_backends.prompting import load_prompts
 from .base import Reward, Sample, Score
 from .judge import equality_prompt
-from .verdict import Question, VerdictMode, VerdictPrompt, check_mode, judge_verdicts
+from .verdict import Question, VerdictMode, VerdictPrompt, check_mode, judge_verdicts, temperature_for
 
 REFUSAL_WORDS = 80
 
@@ -147,8 +147,7 @@ class JudgedElimination(Reward):
             for sample in samples
             for prompt in self.prompts.values()
         ]
-        temperature = 0.7 if any(sample.metadata.get("attempt") for sample in samples) else 0.0
-        verdicts = judge_verdicts(self.backend, questions, self.mode, temperature)
+        verdicts = judge_verdicts(self.backend, questions, self.mode, temperature_for(samples))
         width = len(self.prompts)
         scores = []
         for index in range(len(samples)):

@@ -8,10 +8,7 @@ from typing import Any
 from ..llm_backends import resolve
 from ..llm_backends.prompting import load_prompts
 from .base import Reward, Sample, Score
-from .verdict import Question, VerdictMode, VerdictPrompt, check_mode, judge_verdicts
-
-RETRY_TEMPERATURE = 0.7
-"""A retry must be able to come out differently, so it is sampled."""
+from .verdict import Question, VerdictMode, VerdictPrompt, check_mode, judge_verdicts, temperature_for
 
 
 def equality_prompt() -> VerdictPrompt:
@@ -59,7 +56,6 @@ class EqualityJudge(Reward):
         """
         scores: list[Score | None] = []
         questions: list[Question] = []
-        retrying = any(sample.metadata.get("attempt") for sample in samples)
         for sample in samples:
             if sample.previous is None:
                 raise ValueError("the equality judge compares a text with the one before: Sample.previous is None")
@@ -69,7 +65,7 @@ class EqualityJudge(Reward):
                 scores.append(None)
                 texts = {"first": sample.previous, "second": sample.response}
                 questions.append(Question(self.prompt, texts, sample.seed))
-        verdicts = iter(judge_verdicts(self.backend, questions, self.mode, RETRY_TEMPERATURE if retrying else 0.0))
+        verdicts = iter(judge_verdicts(self.backend, questions, self.mode, temperature_for(samples)))
         for index, known in enumerate(scores):
             if known is None:
                 verdict = next(verdicts)

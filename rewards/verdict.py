@@ -8,8 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..llm_backends import Backend, BackendError, Sampling, UnsupportedRequestError
+from ..llm_backends import Backend, BackendError, Prompt, Sampling, UnsupportedRequestError
 from ..llm_backends.prompting import build_prompt, few_shot, fill
+from .base import Sample
+
+RETRY_TEMPERATURE = 0.7
+"""A retry must be able to come out differently, so it is sampled."""
 
 VerdictMode = Literal["auto", "verdict", "likelihood"]
 """``verdict``: generate and parse; ``likelihood``: compare the two words' log-probs, which small models need;
@@ -64,10 +68,15 @@ class Verdict:
 
     answer: bool | None
     """None where there is no verdict: the request failed, or the reply is not one of the two answers."""
-    probability: float | None = None
-    """Of the positive answer, among the two; likelihood mode only."""
+    log_odds: float | None = None
+    """Of the positive answer, in nats and less the prompt's bias; likelihood mode only."""
     why: str = ""
     """The reason, where there is no verdict."""
+
+    @property
+    def probability(self) -> float | None:
+        """Of the positive answer, among the two; likelihood mode only."""
+        return None if self.log_odds is None else sigmoid(self.log_odds)
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,52 @@ def check_mode(mode: str) -> None:
     """Refuses an unknown mode with a ValueError."""
     if mode not in ("auto", "verdict", "likelihood"):
         raise ValueError(f"unknown judge mode {mode!r}: use 'auto', 'verdict' or 'likelihood'")
+
+
+def sigmoid(log_odds: float) -> float:
+    """The probability of given log-odds in nats."""
+    return 1 / (1 + math.exp(-max(min(log_odds, 500.0), -500.0)))
+
+
+def temperature_for(samples: Sequence[Sample]) -> float:
+    """Temperature of a judge's replies: greedy, but sampled where the samples come as a retry."""
+    return RETRY_TEMPERATURE if any(sample.metadata.get("attempt") for sample in samples) else 0.0
+
+
+def reads_likelihood(backend: Backend, mode: VerdictMode) -> bool:
+    """Whether a judge of this mode compares log-probs on this backend, or else generates."""
+    return mode == "likelihood" or (
+        mode == "auto" and backend.prompt_style == "completion" and backend.supports_logprobs
+    )
+
+
+def word_log_probs(
+    backend: Backend, prompts: Sequence[Prompt], words: Sequence[Sequence[str]]
+) -> list[list[float] | BackendError]:
+    """Log-probs of possible answers, in one backend call.
+
+    Args:
+        backend: the judge.
+        prompts: n prompts.
+        words: for each prompt its possible answers.
+
+    Returns:
+        For each prompt one log-prob in nats per answer, or the error of one of its requests.
+
+    Raises:
+        UnsupportedRequestError: if the backend reports no log-probs.
+    """
+    lead = " " if backend.prompt_style == "completion" else ""
+    repeated = [prompt for prompt, mine in zip(prompts, words, strict=True) for _ in mine]
+    rows = iter(backend.logprobs(repeated, [lead + word for mine in words for word in mine]))
+    results: list[list[float] | BackendError] = []
+    for mine in words:
+        found = [next(rows) for _ in mine]
+        failed = next((row for row in found if isinstance(row, BackendError)), None)
+        if isinstance(failed, UnsupportedRequestError):
+            raise failed
+        results.append([float(row.sum()) for row in found] if failed is None else failed)  # type: ignore[union-attr]
+    return results
 
 
 def judge_verdicts(
@@ -114,9 +169,9 @@ def judge_verdicts(
         )
         for q in questions
     ]
-    if mode == "likelihood" or (mode == "auto" and style == "completion" and backend.supports_logprobs):
+    if reads_likelihood(backend, mode):
         return _by_likelihood(backend, prompts, questions)
-    samplings = [Sampling(max_tokens=8, temperature=temperature, stop=("\n",), seed=q.seed) for q in questions]
+    samplings = [verdict_sampling(question, temperature) for question in questions]
     verdicts = []
     for question, result in zip(questions, backend.generate(prompts, samplings), strict=True):
         if isinstance(result, BackendError):
@@ -128,23 +183,21 @@ def judge_verdicts(
     return verdicts
 
 
-def _by_likelihood(backend: Backend, prompts: Sequence[Any], questions: Sequence[Question]) -> list[Verdict]:
-    lead = " " if backend.prompt_style == "completion" else ""
-    doubled = [prompt for prompt in prompts for _ in range(2)]
-    words = [lead + word for q in questions for word in (q.prompt.positive, q.prompt.negative)]
-    rows = backend.logprobs(doubled, words)
+def verdict_sampling(question: Question, temperature: float) -> Sampling:
+    """How the verdict on one question is generated."""
+    return Sampling(max_tokens=8, temperature=temperature, stop=("\n",), seed=question.seed)
+
+
+def _by_likelihood(backend: Backend, prompts: Sequence[Prompt], questions: Sequence[Question]) -> list[Verdict]:
     verdicts = []
-    for index, question in enumerate(questions):
-        positive, negative = rows[2 * index], rows[2 * index + 1]
-        failed = next((row for row in (positive, negative) if isinstance(row, BackendError)), None)
-        if isinstance(failed, UnsupportedRequestError):
-            raise failed
-        if failed is not None:
-            verdicts.append(Verdict(None, why=str(failed)))
+    words = [(question.prompt.positive, question.prompt.negative) for question in questions]
+    for question, row in zip(questions, word_log_probs(backend, prompts, words), strict=True):
+        if isinstance(row, BackendError):
+            verdicts.append(Verdict(None, why=str(row)))
             continue
-        odds = float(positive.sum()) - float(negative.sum()) - question.prompt.bias  # type: ignore[union-attr]
-        if not math.isfinite(odds):
+        odds = row[0] - row[1] - question.prompt.bias
+        if math.isfinite(odds):
+            verdicts.append(Verdict(odds > 0, odds))
+        else:
             verdicts.append(Verdict(None, why=f"the judge's log-odds are {odds}"))
-            continue
-        verdicts.append(Verdict(odds > 0, probability=1 / (1 + math.exp(-max(min(odds, 500.0), -500.0)))))
     return verdicts
