@@ -34,7 +34,9 @@ def fill(template: str, values: Mapping[str, str]) -> str:
 
     def value(match: re.Match[str]) -> str:
         text = values.get(match[1], match[0])
-        return re.sub(rf"<(/?)({tags})>", r"< \1\2>", text) if tags and match[1] in values else text
+        # In any case and spacing: a judge may take </TEXT > for the end of the fence as well.
+        fence = rf"<\s*(/?)\s*({tags})\s*>"
+        return re.sub(fence, r"< \1\2>", text, flags=re.IGNORECASE) if tags and match[1] in values else text
 
     return re.sub(r"\{(\w+)\}", value, template)
 

@@ -16,7 +16,7 @@ import numpy as np
 from ..llm_backends import Backend, BackendError, Prompt, Sampling, resolve
 from ..llm_backends.prompting import build_prompt, few_shot, fill, load_prompts
 from .base import Reward, Sample, Score
-from .verdict import VerdictMode, check_mode, reads_likelihood, temperature_for, word_log_probs
+from .verdict import VerdictMode, check_mode, held_to, reads_likelihood, temperature_for, word_log_probs
 
 CRITERIA = {
     "helpfulness": "does the response do all that the request asks for, in the form it asks for?",
@@ -172,10 +172,12 @@ def grade(
     return [_joined(replies[i : i + len(parts)]) for i in range(0, len(replies), len(parts))]
 
 
-def grade_sampling(names: Sequence[str], style: str, temperature: float, seed: int) -> Sampling:
+def grade_sampling(backend: Backend, rubric: Rubric, names: Sequence[str], temperature: float, seed: int) -> Sampling:
     """How the grades of some criteria are generated; names take at most a token per character."""
-    stop = () if style == "chat" else ("\n",)
-    return Sampling(sum(len(name) + 8 for name in names), temperature, stop=stop, seed=seed)
+    most = sum(len(name) + 8 for name in names)
+    if backend.prompt_style == "chat":
+        return Sampling(most, temperature, seed=seed)
+    return Sampling(most, temperature, stop=("\n",), choices=held_to(backend, list(rubric.grades)), seed=seed)
 
 
 def _generated(
@@ -186,7 +188,7 @@ def _generated(
     temperature: float,
 ) -> list[Grades]:
     style = backend.prompt_style
-    samplings = [grade_sampling(names, style, temperature, sample.seed) for sample, names in asked]
+    samplings = [grade_sampling(backend, rubric, names, temperature, sample.seed) for sample, names in asked]
     found = []
     for (_, names), result in zip(asked, backend.generate(prompts, samplings), strict=True):
         if isinstance(result, BackendError):

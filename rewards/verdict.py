@@ -127,9 +127,8 @@ def word_log_probs(
     Raises:
         UnsupportedRequestError: if the backend reports no log-probs.
     """
-    lead = " " if backend.prompt_style == "completion" else ""
     repeated = [prompt for prompt, mine in zip(prompts, words, strict=True) for _ in mine]
-    rows = iter(backend.logprobs(repeated, [lead + word for mine in words for word in mine]))
+    rows = iter(backend.logprobs(repeated, [lead(backend) + word for mine in words for word in mine]))
     results: list[list[float] | BackendError] = []
     for mine in words:
         found = [next(rows) for _ in mine]
@@ -171,7 +170,7 @@ def judge_verdicts(
     ]
     if reads_likelihood(backend, mode):
         return _by_likelihood(backend, prompts, questions)
-    samplings = [verdict_sampling(question, temperature) for question in questions]
+    samplings = [verdict_sampling(backend, question, temperature) for question in questions]
     verdicts = []
     for question, result in zip(questions, backend.generate(prompts, samplings), strict=True):
         if isinstance(result, BackendError):
@@ -183,9 +182,21 @@ def judge_verdicts(
     return verdicts
 
 
-def verdict_sampling(question: Question, temperature: float) -> Sampling:
-    """How the verdict on one question is generated."""
-    return Sampling(max_tokens=8, temperature=temperature, stop=("\n",), seed=question.seed)
+def verdict_sampling(backend: Backend, question: Question, temperature: float) -> Sampling:
+    """How the verdict on one question is generated: held to its two answers, where the backend can do that."""
+    words = (question.prompt.positive, question.prompt.negative)
+    choices = held_to(backend, words)
+    return Sampling(max_tokens=8, temperature=temperature, stop=("\n",), choices=choices, seed=question.seed)
+
+
+def lead(backend: Backend) -> str:
+    """What stands before an answer: a blank, where it goes on from a few-shot label."""
+    return " " if backend.prompt_style == "completion" else ""
+
+
+def held_to(backend: Backend, words: Sequence[str]) -> tuple[str, ...]:
+    """``Sampling.choices`` for a reply that is one of the words; empty where the backend cannot hold it to them."""
+    return tuple(lead(backend) + word for word in words) if backend.supports_choices else ()
 
 
 def _by_likelihood(backend: Backend, prompts: Sequence[Prompt], questions: Sequence[Question]) -> list[Verdict]:
