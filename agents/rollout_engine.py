@@ -43,6 +43,9 @@ class RolloutEngine(Protocol):
     ) -> list[list[Completion]]:
         """As :meth:`LanguageModelPolicy.generate`, one completion per prompt."""
 
+    def close(self) -> None:
+        """Gives back what the engine holds elsewhere; called by one process when training ends."""
+
 
 class VLLMEngine:
     """Writes episodes on one or more vLLM servers.
@@ -125,8 +128,8 @@ class VLLMEngine:
                     server.unload_adapter(old)
         except OSError as error:
             raise InputError(f"cannot hand adapters over through {self.adapter_dir}: {error}") from error
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)  # the servers have read it
+        # Not before: a server that has more adapters than room reads them again.
+        shutil.rmtree(self.adapter_dir / old, ignore_errors=True)
 
     @staticmethod
     def _base(server: VLLMServerBackend) -> str:
@@ -162,12 +165,13 @@ class VLLMEngine:
             )
 
     def close(self) -> None:
-        """Drops the adapter from the servers."""
+        """Drops the adapter from the servers, and its folder. Only one process of a run does it."""
         for server in self.servers if self.pushes else ():
             try:
                 server.unload_adapter(self._name)
             except (InputError, BackendError):  # a server that is gone has no adapter either
                 continue
+        shutil.rmtree(self.adapter_dir / self._name, ignore_errors=True)
 
     # --- episodes ----------------------------------------------------------------------------------------------------
 
@@ -193,7 +197,7 @@ class VLLMEngine:
 
     def _advance(self, rows: list[_Row]) -> None:
         """One request for each of the rows, shared out over the servers."""
-        shares = np.array_split(np.arange(len(rows)), len(self.servers))
+        shares = np.array_split(np.arange(len(rows)), min(len(self.servers), len(rows)))
 
         def ask(server: VLLMServerBackend, share: np.ndarray) -> None:
             mine = [rows[i] for i in share]
@@ -204,7 +208,7 @@ class VLLMEngine:
                     raise result
                 row.take(result[0])
 
-        with ThreadPoolExecutor(len(self.servers)) as pool:
+        with ThreadPoolExecutor(len(shares)) as pool:
             list(pool.map(ask, self.servers, shares))
 
 

@@ -344,7 +344,15 @@ class _Run:
             self._supervised(policy, data.warm, 4, counts, tracked=False)
             policy.freeze_reference("sft")
         agent = self._agent(policy, data)
-        total = -(-len(data.train) // options.batch_size) * options.passes
+        try:
+            return self._learn(agent, -(-len(data.train) // options.batch_size) * options.passes, saved, counts)
+        finally:
+            if agent.engine is not None and self.processes.is_main:
+                agent.engine.close()
+
+    def _learn(self, agent: OnPolicyAgent, total: int, saved: Path | None, counts: dict[str, Any]) -> bool:
+        """All updates that are left, or as many as the time allows; says whether it came to the end."""
+        options = self.options
         if saved is not None:
             agent.restore(saved)
             self.tracker.skip(agent.updates)
@@ -358,7 +366,7 @@ class _Run:
                     self._save(agent.save)
                     return False
                 agent.update(agent.updates / total)
-                agent.logger.record("rollout/labels", len(data.warm) + agent.updates * options.batch_size)
+                agent.logger.record("rollout/labels", options.warm_labels + agent.updates * options.batch_size)
                 values = agent.logger.name_to_value
                 progress.update(agent.updates, f"reward {values.get('rollout/reward', float('nan')):.2f}")
                 agent.logger.dump(agent.num_timesteps)

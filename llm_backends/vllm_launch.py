@@ -19,9 +19,13 @@ from .errors import InputError
 RUNTIME = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
 """Environment of the server: no network, and adapters at run time."""
 
-CPU_FLAGS = ("--no-enable-chunked-prefill",)
-"""vLLM's CPU build dies of a request with a seed whose prompt it reads in parts (0.32.0: "CPU Generator does not use
-offset")."""
+CPU_FLAGS = (
+    "--no-enable-chunked-prefill",
+    *("--lora-target-modules", "qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+)
+"""What keeps vLLM's CPU build (0.32.0) alive. It dies of a request with a seed whose prompt it reads in chunks ("CPU
+Generator does not use offset"), and, where adapters may change the output layer, of two requests at a time for the
+log-probs of given texts ("einsum(): subscript b has size"). The names are those of Llama and its relatives."""
 
 
 def server_command(
@@ -31,6 +35,7 @@ def server_command(
     dtype: str = "auto",
     context_length: int = 1024,
     max_lora_rank: int = 16,
+    adapters: int = 4,
     sequences: int = 64,
     cpu: bool = False,
     python: str = sys.executable,
@@ -45,6 +50,7 @@ def server_command(
         dtype: of the weights.
         context_length: tokens of prompt and completion at most.
         max_lora_rank: of adapters.
+        adapters: used at the same time at most, one per training run.
         sequences: completions in the making at most.
         cpu: for vLLM's CPU build.
         python: the interpreter that has vLLM.
@@ -59,6 +65,7 @@ def server_command(
         "--max-model-len": context_length,
         "--max-num-seqs": sequences,
         "--max-lora-rank": max_lora_rank,
+        "--max-loras": adapters,
         "--logprobs-mode": "processed_logprobs",
     }
     if cpu:  # without chunks a whole prompt must fit into one batch
@@ -113,7 +120,7 @@ def vllm_server(
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         if server.poll() is None:
-            os.killpg(server.pid, signal.SIGINT)
+            server.terminate()  # an ignored SIGINT, as background jobs have it, would be inherited
         try:
             server.wait(30)
         except subprocess.TimeoutExpired:

@@ -182,7 +182,7 @@ class VLLMServerBackend(OpenAIBackend):
     def _request(self, prompt: Prompt, sampling: Sampling) -> dict[str, Any]:
         request = super()._request(prompt, sampling)
         # What vLLM would otherwise take from the model's generation_config.json.
-        body = {"top_k": sampling.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0}
+        body: dict[str, Any] = {"top_k": sampling.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0}
         if isinstance(sampling, TokenSampling):
             if sampling.allowed:
                 body["allowed_token_ids"] = list(sampling.allowed)

