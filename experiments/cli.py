@@ -14,8 +14,10 @@ from rich.table import Table
 from ..llm_backends import BackendError, part_ids, resolve
 from ..llm_backends.errors import InputError
 from . import evolve_compare, evolve_generate, evolve_train, judge, nlu, nlu_report
-from .benchmarks import edit_env, token_env, token_learning, token_ppo
+from .benchmarks import backend, edit_env, rollouts, token_env, token_learning, token_ppo
+from .benchmarks.backend import BenchBackend
 from .benchmarks.edit_env import BenchEditEnv
+from .benchmarks.rollouts import BenchRollouts
 from .benchmarks.token_env import BenchTokenEnv
 from .benchmarks.token_learning import BenchTokenLearning
 from .benchmarks.token_ppo import BenchTokenPPO
@@ -90,13 +92,17 @@ class BenchList:
 
 
 if TYPE_CHECKING:
-    BenchCommand = BenchEditEnv | BenchTokenEnv | BenchTokenPPO | BenchTokenLearning | BenchList
+    BenchCommand = (
+        BenchEditEnv | BenchTokenEnv | BenchTokenPPO | BenchTokenLearning | BenchRollouts | BenchBackend | BenchList
+    )
 else:
     BenchCommand = (
         Annotated[BenchEditEnv, tyro.conf.subcommand("edit-env")]
         | Annotated[BenchTokenEnv, tyro.conf.subcommand("token-env")]
         | Annotated[BenchTokenPPO, tyro.conf.subcommand("token-ppo")]
         | Annotated[BenchTokenLearning, tyro.conf.subcommand("token-learning")]
+        | Annotated[BenchRollouts, tyro.conf.subcommand("rollouts")]
+        | Annotated[BenchBackend, tyro.conf.subcommand("backend")]
         | Annotated[BenchList, tyro.conf.subcommand("list")]
     )
 
@@ -106,6 +112,8 @@ BENCHMARKS = {
     "token-env": BenchTokenEnv,
     "token-ppo": BenchTokenPPO,
     "token-learning": BenchTokenLearning,
+    "rollouts": BenchRollouts,
+    "backend": BenchBackend,
 }
 
 
@@ -171,6 +179,8 @@ RUNS: dict[type, Callable[[Any, Console], Any]] = {
     BenchTokenEnv: token_env.run,
     BenchTokenPPO: token_ppo.run,
     BenchTokenLearning: token_learning.run,
+    BenchRollouts: rollouts.run,
+    BenchBackend: backend.run,
     BenchList: lambda options, console: list_benchmarks(console),
     Envs: lambda options, console: list_envs(console),
 }

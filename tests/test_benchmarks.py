@@ -5,13 +5,17 @@ import math
 import os
 
 import pytest
+from fault_server import serving
 from rich.console import Console
 
-from instructgym.experiments.benchmarks import token_env, token_learning, token_ppo
+from instructgym.experiments.benchmarks import backend, rollouts, token_env, token_learning, token_ppo
+from instructgym.experiments.benchmarks.backend import BenchBackend
+from instructgym.experiments.benchmarks.rollouts import BenchRollouts
 from instructgym.experiments.benchmarks.tiny import build_tiny, make_prompts
 from instructgym.experiments.benchmarks.token_env import BenchTokenEnv
 from instructgym.experiments.benchmarks.token_ppo import BenchTokenPPO
 from instructgym.experiments.benchmarks.trl_environment import TRL_VERSION, installed, trl_folder
+from instructgym.llm_backends import BackendError
 from instructgym.llm_backends.errors import InputError
 
 SMALL = {"rounds": 1, "updates": 1, "batch": 4, "prompt_tokens": 12, "response_tokens": 5, "epochs": 1, "lora_rank": 2}
@@ -126,3 +130,40 @@ def test_both_learn_the_counting_task_and_ours_from_fewer_tokens(tmp_path):
     figures = token_learning.run(token_learning.BenchTokenLearning(seeds=5, json=str(file)), quiet())
     assert json.loads(file.read_text()) == figures
     assert figures["ours"]["median"] < figures["theirs"]["median"] < token_learning.CAP
+
+
+def test_backend_sends_different_requests_once_and_keeps_up_with_a_bare_client(tmp_path):
+    file = tmp_path / "figures.json"
+    with serving(latency=0.05) as server:
+        options = BenchBackend(server=server.url, requests=64, concurrency=8, rounds=1, json=str(file))
+        figures = backend.run(options, quiet())
+    assert json.loads(file.read_text()) == figures
+    assert figures["ours"]["sent"] == figures["theirs"]["sent"] == 32 and figures["ours"]["sent_again"] == 0
+    assert sum(server.attempts.values()) == 2 * (32 + 32)
+    assert figures["ratio"]["requests_per_second"] > 0.5, "on a quiet machine it is about 1"
+
+
+def test_backend_refuses_what_it_cannot_measure():
+    with pytest.raises(InputError, match="requests"):
+        backend.run(BenchBackend(requests=1), quiet())
+    with pytest.raises((InputError, BackendError), match="cannot be reached"):
+        backend.run(BenchBackend(server="http://127.0.0.1:9/v1", requests=2, rounds=1), quiet())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"batch": 0}, "--batch"), ({"python": "/nowhere/python"}, "make venv-server")],
+)
+def test_rollouts_refuses_what_it_cannot_measure(options, message):
+    with pytest.raises((InputError, OSError), match=message):
+        rollouts.run(BenchRollouts(**options), quiet())
+
+
+@pytest.mark.server
+@pytest.mark.timeout(900)
+def test_rollouts_against_the_real_server(tmp_path, vllm_url):
+    file = str(tmp_path / "figures.json")
+    small = {"batch": 2, "prompt_tokens": 12, "response_tokens": 4, "lora_rank": 4, "rounds": 1}
+    figures = rollouts.run(BenchRollouts(server=vllm_url, json=file, **small), quiet())
+    assert figures["ours"]["tokens_per_second"] > 0 and figures["ratio"]["tokens_per_second"] > 0
+    assert figures["base_model"]["tokens_per_second"] > 0

@@ -1,0 +1,166 @@
+"""``instructgym bench rollouts``: rollouts on a vLLM server against those of this process."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from ...agents.distributed import Processes
+from ...agents.language_model import LanguageModelPolicy, LoraSettings
+from ...agents.rollout_engine import VLLMEngine
+from ...llm_backends import Sampling, request_seed
+from ...llm_backends.causal_lm import computes_in_bfloat16
+from ...llm_backends.errors import InputError
+from ...llm_backends.vllm_launch import vllm_server
+from ...llm_backends.vllm_server import TokenSampling, VLLMServerBackend
+from ..evolve import check_output
+from ..run_folder import write_json
+from .tiny import make_prompts, model_folder
+
+SIDES = ("in process", "vLLM, adapter", "vLLM, base model")
+
+
+@dataclass
+class BenchRollouts:
+    """Response tokens per second of rollouts on a vLLM server, adapter pushed, against sampling in this process."""
+
+    server: str = ""
+    """Base URL of a vLLM server of the same model; empty: start one."""
+    python: str = ".venv-server/bin/python"
+    """Interpreter that has vLLM, for starting one."""
+    model: str = "embedded"
+    """embedded, or the path of a model."""
+    batch: int = 16
+    """Episodes at once."""
+    prompt_tokens: int = 32
+    """Tokens of every prompt."""
+    response_tokens: int = 48
+    """Tokens of every response; there is no end of sequence."""
+    lora_rank: int = 8
+    """Rank of the policy's adapter."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of this process, and of a server that is started."""
+    rounds: int = 3
+    """Measurements of each side, taken in turn after one to warm up."""
+    json: str = ""
+    """File for the figures, as JSON."""
+
+
+def run(options: BenchRollouts, console: Console | None = None) -> dict[str, Any]:
+    """Measures and returns ``{"ours": ..., "theirs": ..., "ratio": ..., "settings": ...}``.
+
+    Ours is vLLM with the adapter, its push included; theirs is this process.
+
+    Raises:
+        InputError: for options out of range, or a server that cannot be used or started.
+    """
+    console = console or Console()
+    for name in ("batch", "prompt_tokens", "response_tokens", "lora_rank", "rounds"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    if options.json:
+        check_output(Path(options.json))
+    if not options.server and not Path(options.python).exists():
+        raise InputError(f"no interpreter {options.python}: make venv-server, or name a server with --server")
+    with tempfile.TemporaryDirectory(prefix="instructgym-bench-") as scratch:
+        folder = model_folder(options.model, Path(scratch))
+        with _server(options, folder, Path(scratch)) as url:
+            rates, push = _measure(options, folder, url)
+    figures = _figures(options, rates, push)
+    _print(options, figures, console)
+    if options.json:
+        write_json(Path(options.json), figures)
+    return figures
+
+
+@contextmanager
+def _server(options: BenchRollouts, folder: str, scratch: Path) -> Iterator[str]:
+    if options.server:
+        yield options.server
+        return
+    dtype = options.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if computes_in_bfloat16("cpu") else "float32"
+    rank = max(8, options.lora_rank)
+    started = vllm_server(folder, scratch / "server.log", options.python, dtype=dtype, max_lora_rank=rank)
+    with started as url:
+        yield url
+
+
+def _measure(options: BenchRollouts, folder: str, url: str) -> tuple[dict[str, list[float]], float]:
+    policy = LanguageModelPolicy(folder, LoraSettings(rank=options.lora_rank), value="none", dtype=options.dtype)
+    engine, processes = VLLMEngine([url]), Processes()
+    engine.take(policy, processes)
+    [base] = [model["id"] for model in engine.servers[0].models() if not model.get("parent")]
+    plain = VLLMServerBackend(base, url, "completion", concurrency=256, timeout=600)
+    texts = make_prompts(folder, options.batch * (options.rounds + 1), options.prompt_tokens)
+    prompts = [policy.lm.encode(text) for text in texts]
+    sampling = Sampling(max_tokens=options.response_tokens)
+    pushes: list[float] = []
+
+    def pushed(batch: list[list[int]], samplings: list[Sampling]) -> list[Any]:
+        begun = time.perf_counter()
+        engine.take(policy, processes)
+        pushes.append(time.perf_counter() - begun)
+        return engine.generate(batch, samplings, None, frozenset())
+
+    sides: dict[str, Callable[[list[list[int]], list[Sampling]], list[Any]]] = {
+        SIDES[0]: lambda batch, samplings: policy.generate(batch, samplings, None, frozenset()),
+        SIDES[1]: pushed,
+        SIDES[2]: lambda batch, samplings: plain.generate(batch, [TokenSampling(**vars(s), eos=()) for s in samplings]),
+    }
+    rates: dict[str, list[float]] = {side: [] for side in SIDES}
+    for number in range(options.rounds + 1):
+        batch = prompts[number * options.batch : (number + 1) * options.batch]
+        samplings = [sampling.with_seed(request_seed(number, i)) for i in range(options.batch)]
+        for side, write in sides.items():
+            begun = time.perf_counter()
+            written = write(batch, samplings)
+            seconds = time.perf_counter() - begun
+            counts = [len(completions[0].token_ids) for completions in written]
+            if set(counts) != {options.response_tokens}:
+                raise RuntimeError(f"{side}: responses of {sorted(set(counts))} tokens, not {options.response_tokens}")
+            if number:  # the first round warms up
+                rates[side].append(sum(counts) / seconds)
+    engine.close()
+    return rates, float(np.median(pushes[1:]))
+
+
+def _figures(options: BenchRollouts, rates: dict[str, list[float]], push: float) -> dict[str, Any]:
+    name = "tokens_per_second"
+    ratios = np.array(rates[SIDES[1]]) / np.array(rates[SIDES[0]])
+    return {
+        "ours": {name: float(np.median(rates[SIDES[1]])), "push_seconds": push},
+        "theirs": {name: float(np.median(rates[SIDES[0]]))},
+        "base_model": {name: float(np.median(rates[SIDES[2]]))},
+        "ratio": {
+            name: float(np.median(ratios)),
+            f"{name}_min": float(ratios.min()),
+            f"{name}_max": float(ratios.max()),
+        },
+        "settings": {key: value for key, value in vars(options).items() if key != "json"},
+    }
+
+
+def _print(options: BenchRollouts, figures: dict[str, Any], console: Console) -> None:
+    table = Table(
+        title=f"rollouts of {options.model}: {options.batch} x ({options.prompt_tokens} + {options.response_tokens}) "
+        f"tokens, rank {options.lora_rank}"
+    )
+    for title in ("", *SIDES, "adapter / in process"):
+        table.add_column(title)
+    ratio, name = figures["ratio"], "tokens_per_second"
+    rates = [figures[key][name] for key in ("theirs", "ours", "base_model")]
+    spread = f"{ratio[name]:.2f} ({ratio[f'{name}_min']:.2f} to {ratio[f'{name}_max']:.2f})"
+    table.add_row("response tokens per second", *(f"{rate:.1f}" for rate in rates), spread)
+    table.add_row("seconds to push the adapter", "", f"{figures['ours']['push_seconds']:.2f}", "", "")
+    console.print(table)
