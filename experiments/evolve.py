@@ -19,7 +19,9 @@ from ..envs.operators import LLMOperator
 from ..envs.sb3 import VectorToVecEnv, make_sb3_env
 from ..envs.tasks.instructions import Instruction, load_instructions
 from ..llm_backends import Backend, Journal, Journaled, resolve
+from ..llm_backends.budget import Budget
 from ..llm_backends.errors import InputError
+from .run_folder import RunFolder, read_json, write_json
 from .tracking import check_tracker
 
 ENV_ID = "instructgym/EvolveInstruction-v0"
@@ -173,6 +175,29 @@ def roles_of(options: EnvOptions, journal: Journal | None, responder: str = "") 
         return live[key] if journal is None else Journaled(live[key], journal)
 
     return Roles(role(backend), role(judge), role(parse_part(responder) if responder else backend))
+
+
+@contextmanager
+def accounted(roles: Roles, folder: RunFolder) -> Iterator[None]:
+    """Keeps the spending of a run's backends in its folder, over all its starts.
+
+    ``budget.json`` is what budgets have spent, ``usage.json`` the usage of each role.
+    """
+    each = {name: getattr(roles, name) for name in ("rewriter", "judge", "responder")}
+    for backend in each.values():
+        while backend is not None:
+            if isinstance(budget := getattr(backend, "budget", None), Budget):
+                budget.keep(folder.file("budget.json"))
+            backend = getattr(backend, "inner", None)
+    stored = read_json(folder.path / "usage.json") or {}
+    try:
+        yield
+    finally:
+        totals = {
+            name: {key: stored.get(name, {}).get(key, 0) + value for key, value in backend.usage.as_dict().items()}
+            for name, backend in each.items()
+        }
+        write_json(folder.file("usage.json"), totals)
 
 
 def make_env(

@@ -24,6 +24,7 @@ from ..llm_backends.records import read_records
 from .evolve import (
     Roles,
     RunOptions,
+    accounted,
     check_context,
     check_output,
     describe,
@@ -122,7 +123,8 @@ def run(options: EvolveGenerate, console: Console | None = None) -> dict[str, An
         env = generation_env(trained, roles, instructions, options.chunk)
         agent = load_policy(Path(options.run_dir) / "checkpoints", env, options.seed)
         generator = InstructionGenerator(agent, env, roles, options.settings)
-        return _generate(options, folder, generator, journal, out, console)
+        with accounted(roles, folder):
+            return _generate(options, folder, generator, journal, out, console)
 
 
 def _generate(

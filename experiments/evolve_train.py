@@ -25,6 +25,7 @@ from ..llm_backends.errors import InputError
 from ..llm_backends.records import read_records
 from .evolve import (
     EnvOptions,
+    accounted,
     check_context,
     describe,
     identity,
@@ -104,8 +105,10 @@ def run(options: EvolveTrain, console: Console | None = None) -> dict[str, Any]:
         journal = Journal(folder.file("journal.jsonl"))
         if len(journal):
             console.print(f"resuming {folder.path}: {len(journal)} stored replies are replayed, none is paid for again")
-        env = make_env(options, roles_of(options, journal), instructions)
-        return _train(options, folder, env, journal, console)
+        roles = roles_of(options, journal)
+        env = make_env(options, roles, instructions)
+        with accounted(roles, folder):
+            return _train(options, folder, env, journal, console)
 
 
 def _train(options: EvolveTrain, folder: RunFolder, env: VecEnv, journal: Journal, console: Console) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class RunFolder:
             raise InputError(f"{self.path} holds a run of '{stored.get('command')}': choose another folder")
         for key in sorted(set(self.config) | set(options)):
             mine, theirs = self.config.get(key), options.get(key)
-            if key not in NOT_IDENTITY and mine != theirs:
+            if key not in NOT_IDENTITY and _without_budget(mine) != _without_budget(theirs):
                 raise InputError(
                     f"{self.path} holds a run with {key}={theirs!r}, not {mine!r}: choose another folder or output, or "
                     "repeat the options of that run to resume it"
@@ -153,6 +153,18 @@ class RowWriter:
                 "machine has changed since; choose another folder or output"
             )
         return False
+
+
+def _without_budget(option: Any) -> Any:
+    """An option's value; a part given as JSON without its budget, which may be raised to go on."""
+    if isinstance(option, str) and option.lstrip().startswith("{"):
+        try:
+            part = json.loads(option)
+            part.get("kwargs", {}).pop("budget", None)
+            return part
+        except (ValueError, AttributeError):
+            pass
+    return option
 
 
 def _alike(row: Any, stored: Any) -> bool:

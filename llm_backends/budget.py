@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from .errors import InputError
@@ -58,7 +60,37 @@ class Budget:
                 raise InputError(f"a budget's {name} must be at least 0, got {limit}")
         self.limit, self.reserved = Spending(requests, tokens, cost), Spending()
         self.spent = spent if isinstance(spent, Spending) else Spending(**spent)
+        self._file: Path | None = None
         self._lock = threading.Lock()
+
+    def keep(self, file: str | Path) -> None:
+        """Keeps what is spent in a file, and goes on from what stands there: limits then hold over restarts.
+
+        Reserved amounts count as spent there, so that a process that is killed leaves no spending out. A file belongs
+        to one process at a time. Called again with the same file it does nothing.
+
+        Raises:
+            InputError: if the file is broken.
+        """
+        file = Path(file)
+        with self._lock:
+            if self._file == file:
+                return
+            try:
+                if file.exists():
+                    self.spent += Spending(**json.loads(file.read_text("utf-8")))
+            except (OSError, ValueError, TypeError) as error:
+                raise InputError(
+                    f"{file} is no record of a budget: {error}; remove it to start from nothing"
+                ) from error
+            self._file = file
+            self._write()
+
+    def _write(self) -> None:
+        if self._file is not None:
+            scratch = self._file.with_name(self._file.name + ".part")
+            scratch.write_text(json.dumps(asdict(self.spent + self.reserved)) + "\n", "utf-8")
+            scratch.replace(self._file)
 
     def reserve(self, wanted: Spending) -> bool:
         """Sets an amount aside, all of it or nothing; False where it may fit once others have settled.
@@ -79,6 +111,7 @@ class Budget:
                 if 0 < getattr(self.limit, name) < getattr(total, name):
                     return False
             self.reserved += wanted
+            self._write()
             return True
 
     def settle(self, reserved: Spending, used: Spending) -> None:
@@ -86,3 +119,4 @@ class Budget:
         with self._lock:
             self.reserved -= reserved
             self.spent += used
+            self._write()

@@ -4,6 +4,7 @@ import itertools
 import json
 
 import pytest
+from fault_server import serving
 from rich.console import Console
 
 from instructgym.experiments import evolve_compare, evolve_generate, evolve_train
@@ -11,6 +12,7 @@ from instructgym.experiments.benchmarks import edit_env
 from instructgym.experiments.cli import guarded, main
 from instructgym.experiments.evolve import parse_part, parse_reward
 from instructgym.llm_backends import Journal
+from instructgym.llm_backends.budget import BudgetExceededError
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.records import read_records
 
@@ -71,6 +73,43 @@ def test_train_then_generate(tmp_path, seeds, algorithm, extra):
     assert sum(made["counts"]["calls"].values()) == sum(
         sum(row["calls"].values()) for row in rows + read_records(next(run.glob("generate/*/rejected.jsonl")))
     )
+
+
+def test_a_run_against_a_server_accounts_for_each_role_and_leaves_no_key(tmp_path, seeds, monkeypatch):
+    key = "sk-secret-of-this-test"
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+    def answer(body):
+        text = body["messages"][-1]["content"]
+        return "Not Equal" if "write nothing else" in text else f"Sing {len(text)} songs of {body['seed'] % 97} words."
+
+    with serving(text=answer) as server:
+        part = {"model": "m", "base_url": server.url, "budget": {"requests": 30}}
+        options = {"episodes": 8, "algorithm": "random", "num_envs": 4, "track": "wandb"}
+
+        def start(limit):
+            chosen = json.dumps({"id": "openai", "kwargs": part | {"budget": {"requests": limit}}})
+            return train(tmp_path, seeds, backend=chosen, **options)
+
+        with pytest.raises(BudgetExceededError):
+            start(30)
+        assert sum(server.attempts.values()) == 30
+        with pytest.raises(BudgetExceededError):  # spent is spent
+            start(30)
+        assert sum(server.attempts.values()) == 30
+        results = start(2000)  # a limit may be raised: the run goes on, and pays for nothing twice
+        sent = sum(server.attempts.values())
+    assert results["status"] == "finished"
+    run = tmp_path / "run"
+    usage = json.loads((run / "usage.json").read_text())
+    assert usage["rewriter"]["requests"] > 0 and usage["judge"]["requests"] > 0 == usage["responder"]["requests"]
+    assert json.loads((run / "budget.json").read_text())["requests"] == sent
+    assert len(Journal(run / "journal.jsonl")) == sent
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any("wandb" in str(path) for path in files)
+    assert not [path for path in files if key.encode() in path.read_bytes()]
 
 
 def test_a_finished_run_changes_nothing_and_another_configuration_is_refused(tmp_path, seeds):

@@ -13,7 +13,7 @@ from fault_server import serving
 
 from instructgym.llm_backends import Journal, Journaled, Sampling, resolve
 from instructgym.llm_backends.base import BackendError, UnsupportedRequestError
-from instructgym.llm_backends.budget import Budget, BudgetExceededError
+from instructgym.llm_backends.budget import Budget, BudgetExceededError, Spending
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.openai_backend import OpenAIBackend, prompt_tokens_at_most
 from instructgym.llm_backends.sending import retry_after
@@ -286,6 +286,27 @@ def test_a_run_that_met_its_budget_goes_on_from_its_journal(server, tmp_path):
     it = Journaled(backend(server, budget={"requests": 15}), Journal(tmp_path / "j.jsonl"))
     assert texts(it.generate(prompts)) == [f"echo: p{i}" for i in range(40)]
     assert max(server.attempts.values()) == 1 and it.usage.cache_hits == 25
+
+
+def test_a_budget_that_is_kept_holds_over_restarts_and_kills(server, tmp_path):
+    file = tmp_path / "budget.json"
+    first = Budget(requests=25)
+    first.keep(file)
+    assert texts(backend(server, budget=first).generate([f"p{i}" for i in range(10)])) == [
+        f"echo: p{i}" for i in range(10)
+    ]
+    assert json.loads(file.read_text())["requests"] == first.spent.requests == 10
+    first.reserve(Spending(requests=5))  # and never settled: the process was killed
+    second = Budget(requests=25)
+    second.keep(file)
+    second.keep(file)  # once is enough
+    assert second.spent.requests == 15
+    with pytest.raises(BudgetExceededError):
+        backend(server, budget=second, concurrency=4).generate([f"q{i}" for i in range(20)])
+    assert sum(server.attempts.values()) == 20 and second.spent.requests == 25
+    file.write_text("{")
+    with pytest.raises(InputError, match=r"budget\.json is no record"):
+        Budget(requests=1).keep(file)
 
 
 def test_a_budget_that_cannot_work_is_refused():
