@@ -160,7 +160,9 @@ def test_scores_are_float32_rows_in_order(backend):
 
 def test_every_registered_backend_is_held_to_the_contract():
     tested = {getattr(value, "values", [value])[0] for value in BACKENDS}
-    assert set(part_ids("backend")) <= tested
+    elsewhere = {"vllm": "test_vllm_backend.py", "vllm-server": "test_vllm_server.py"}  # whose batches are never alike
+    assert set(part_ids("backend")) - tested <= set(elsewhere)
+    assert all((Path(__file__).parent / name).exists() for name in elsewhere.values())
 
 
 # ---- transformers ---------------------------------------------------------------------------------------------------
@@ -474,3 +476,15 @@ def test_defaults_reach_only_those_who_take_them(here):
 def test_an_unknown_part_is_named(here, value, named):
     with pytest.raises(UnknownPartError, match=named):
         resolve("backend", value)
+
+
+def test_choices_hold_a_completion(tiny_model_path):
+    backend = TransformersBackend(str(tiny_model_path), prompt_style="completion")
+    words = ("sea", "sea and sky", "the")
+    drawn = [backend.generate(["write"], Sampling(choices=words, seed=seed))[0][0] for seed in range(12)]
+    assert {completion.text for completion in drawn} <= set(words) and len({c.text for c in drawn}) > 1
+    assert all(completion.finish_reason == "stop" for completion in drawn)
+    with pytest.raises(UnsupportedRequestError, match="given choices"):
+        ScriptedBackend().generate(["write"], Sampling(choices=words))
+    with pytest.raises(ValueError, match="choices"):
+        Sampling(choices=("",))

@@ -112,6 +112,50 @@ def test_it_is_a_part():
     assert isinstance(built, OpenAIBackend) and built.prompt_style == "chat"
 
 
+# --- structured outputs ------------------------------------------------------------------------------------------
+
+WORDS = ("Equal", "Not Equal")
+
+
+def test_choices_in_vllms_form(server):
+    server.text = lambda body: body["structured_outputs"]["choice"][1]
+    [[completion]] = backend(server, structured="vllm").generate(["x"], Sampling(choices=WORDS))
+    assert completion.text == "Not Equal"
+
+
+def test_choices_in_openais_form(server):
+    def answer(body):
+        schema = body["response_format"]["json_schema"]
+        assert schema["strict"] and schema["schema"]["additionalProperties"] is False
+        return json.dumps({"answer": schema["schema"]["properties"]["answer"]["enum"][0]})
+
+    server.text = answer
+    [[completion]] = backend(server, structured="json_schema", logprobs=True).generate(["x"], Sampling(choices=WORDS))
+    assert completion.text == "Equal" and completion.token_ids == completion.logprobs == []
+
+
+@pytest.mark.parametrize("reply", ["Perhaps", "", '{"answer": "Perhaps"}', '{"verdict": "Equal"}', "[1]"])
+@pytest.mark.parametrize("structured", ["vllm", "json_schema"])
+def test_a_reply_that_is_no_choice_is_an_error(server, structured, reply):
+    server.text = lambda body: reply
+    [result] = backend(server, structured=structured, attempts=2).generate(["x"], Sampling(choices=WORDS))
+    assert isinstance(result, BackendError) and server.attempts["x"] == 2
+
+
+def test_choices_are_refused_where_a_server_is_not_said_to_know_them(server):
+    with pytest.raises(UnsupportedRequestError, match="given choices"):
+        backend(server).generate(["x"], Sampling(choices=WORDS))
+    assert not server.bodies
+
+
+def test_a_judge_holds_verdicts_to_its_answers_where_it_can(server):
+    server.text = lambda body: body.get("structured_outputs", {"choice": ["Perhaps"]})["choice"][0]
+    sample = Sample("Name a fish.", previous="Name a bird.")
+    [held] = EqualityJudge(backend(server, prompt_style="chat", structured="vllm"), mode="verdict").reward([sample])
+    [free] = EqualityJudge(backend(server, prompt_style="chat"), mode="verdict").reward([sample])
+    assert held.valid and not free.valid
+
+
 # --- faults ------------------------------------------------------------------------------------------------------
 
 
@@ -330,6 +374,7 @@ def test_a_budget_that_cannot_work_is_refused():
         ({"prompt_style": "text"}, "chat or completion"),
         ({"concurrency": 0}, "concurrency"),
         ({"timeout": 0}, "timeout"),
+        ({"structured": "yes"}, "json_schema"),
     ],
 )
 def test_bad_arguments(options, message):
