@@ -229,7 +229,7 @@ class OpenAIBackend(Backend):
         if sampling.choices and self.structured == "vllm":
             body["structured_outputs"] = {"choice": list(sampling.choices)}
         elif sampling.choices:
-            request["response_format"] = _answer_format(sampling.choices)
+            body["response_format"] = _answer_format(sampling.choices)  # plain completions of some servers know it too
         if body:
             request["extra_body"] = body
         try:
