@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -17,7 +17,6 @@ from .base import (
     ContextLengthError,
     Prompt,
     PromptStyle,
-    Result,
     Sampling,
     UnsupportedRequestError,
     Usage,
@@ -39,6 +38,9 @@ REFUSALS = frozenset({400, 404, 405, 415, 422, 501})
 
 SAME = 1e-3
 """Nats: log-probs closer than this are taken for equal."""
+
+
+ResultT = TypeVar("ResultT")
 
 
 class ServerProbe:
@@ -96,7 +98,9 @@ class ServerProbe:
     def _vllm(self, style: PromptStyle = "completion") -> VLLMServerBackend:
         key = ("vllm", style, self.found.model)
         if key not in self._backends:
-            self._backends[key] = VLLMServerBackend(self.found.model, self.base_url, style, **self.options)
+            # vLLM's CPU build with --enable-lora (0.32.0) dies of two requests for prompt_logprobs in one batch.
+            options = self.options | {"concurrency": 1}
+            self._backends[key] = VLLMServerBackend(self.found.model, self.base_url, style, **options)
         return self._backends[key]
 
     def run(self) -> Findings:
@@ -107,10 +111,10 @@ class ServerProbe:
         """
         self._list_models()
         for name in ("chat", "completions"):
-            self._ask(name, CAPABILITIES[name])
+            self._ask(name)
         self._choose_style()
         for name in list(CAPABILITIES)[2:]:
-            self._ask(name, CAPABILITIES[name])
+            self._ask(name)
         return self.found
 
     # --- what every server must do -----------------------------------------------------------------------------------
@@ -159,8 +163,7 @@ class ServerProbe:
         return "" if self.found.max_tokens_field == "max_tokens" else "with max_completion_tokens"
 
     def _count(self, style: PromptStyle) -> str:
-        sampling = Sampling(max_tokens=24, temperature=0.0)
-        [completion] = _one(self._openai(style).generate([COUNTING], sampling))
+        [completion] = _one(self._openai(style).generate([COUNTING], Sampling(max_tokens=24, temperature=0.0)))
         if not completion.text:
             raise UnsupportedRequestError("the completion is empty")
         self._greedy[style] = completion
@@ -169,8 +172,8 @@ class ServerProbe:
     # --- sampling parameters -----------------------------------------------------------------------------------------
 
     def _n(self) -> str:
-        sampling = Sampling(max_tokens=24, n=3, seed=1)
-        texts = {one.text for one in _one(self._openai(self.found.style).generate([INVENTING], sampling))}
+        results = self._openai(self.found.style).generate([INVENTING], Sampling(max_tokens=24, n=3, seed=1))
+        texts = {completion.text for completion in _one(results)}
         if len(texts) == 1:
             raise UnsupportedRequestError("3 copies of one completion")
         if len(texts) == 2:
@@ -205,9 +208,7 @@ class ServerProbe:
             raise BackendError("greedy decoding gave two texts: the server is not deterministic")
         if not with_ids or not self._ids:
             return "the text ends before it"
-        [ids] = self._vllm().tokenize([kept.rstrip()], special=False)  # a last space may be the stop string's
-        if isinstance(ids, BackendError):
-            raise ids
+        ids = _one(self._vllm().tokenize([kept.rstrip()], special=False))  # a last space may be the stop string's
         if len(completion.token_ids) <= len(ids):
             raise UnsupportedRequestError("its tokens are missing from the token ids")
         return "the text ends before it, its tokens stay"
@@ -225,9 +226,7 @@ class ServerProbe:
         return "one per token"
 
     def _tokenize(self) -> str:
-        [ids] = self._vllm().tokenize([COUNTING])
-        if isinstance(ids, BackendError):
-            raise ids
+        ids = _one(self._vllm().tokenize([COUNTING]))
         if len(ids) < 2 or not all(isinstance(token, int) for token in ids):
             raise UnsupportedRequestError("/tokenize gave no token ids")
         self._ids = ids
@@ -245,9 +244,7 @@ class ServerProbe:
     def _given_logprobs(self) -> str:
         texts = (" six, seven, eight", " xylophone of the moon")
         scored = self._vllm(self.found.style).logprobs([COUNTING, COUNTING], texts)
-        for values in scored:
-            if isinstance(values, BackendError):
-                raise values
+        for values in (_one([result]) for result in scored):
             if not len(values) or not np.isfinite(values).all() or values.max() > SAME:
                 raise UnsupportedRequestError("they are no numbers below 0")
         if scored[0].sum() == scored[1].sum():  # type: ignore[union-attr]
@@ -257,8 +254,7 @@ class ServerProbe:
     def _allowed_tokens(self) -> str:
         backend, tokens = self._vllm(), self._known_ids()[:2]
         for token in tokens:
-            sampling = TokenSampling(max_tokens=1, allowed=(token,))
-            [completion] = _one(backend.generate([self._ids], sampling))
+            [completion] = _one(backend.generate([self._ids], TokenSampling(max_tokens=1, allowed=(token,))))
             if completion.token_ids != [token]:
                 raise UnsupportedRequestError("another token was written")
             self._forced += completion.logprobs
@@ -266,15 +262,14 @@ class ServerProbe:
 
     def _processed_logprobs(self) -> str:
         if not self.found.can("allowed_tokens"):
-            raise BackendError("allowed_token_ids, which would show it, is not honoured")
+            raise BackendError("only forced tokens would show it")
         if max(map(abs, self._forced)) > SAME:
             raise UnsupportedRequestError("log-probs are the model's own (raw)")
         return "log-probs are those of what was sampled from"
 
     def _end_tokens(self) -> str:
         backend, ids = self._vllm(), self._known_ids()
-        free = TokenSampling(max_tokens=4, temperature=0.0, eos=())
-        [completion] = _one(backend.generate([ids], free))
+        [completion] = _one(backend.generate([ids], TokenSampling(max_tokens=4, temperature=0.0, eos=())))
         first = completion.token_ids[0]
         [ended] = _one(backend.generate([ids], TokenSampling(max_tokens=4, temperature=0.0, eos=(first,))))
         if len(completion.token_ids) != 4 or ended.token_ids != [first]:
@@ -316,19 +311,29 @@ class ServerProbe:
 
     # --- answers -----------------------------------------------------------------------------------------------------
 
-    def _ask(self, name: str, probe: Callable[[ServerProbe], str]) -> None:
+    def _ask(self, name: str) -> None:
         self.on_request(name)
         try:
-            found = Capability("yes", probe(self))
+            found = Capability("yes", CAPABILITIES[name](self))
         except (BackendError, InputError) as error:
             if _status(error) in (401, 403) and name in ("chat", "completions"):
                 raise _final(error, self.options["key_variable"]) from None
             refused = isinstance(error, UnsupportedRequestError | MalformedReplyError) or _status(error) in REFUSALS
             refused = refused and not isinstance(error, ContextLengthError)
             found = Capability("no" if refused else "unknown", self._reason(error))
+            if "cannot be reached" in found.why:
+                self._check_alive(name)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             found = Capability("no", f"malformed reply: {type(error).__name__} {error}")
         self.found.capabilities[name] = found
+
+    def _check_alive(self, name: str) -> None:
+        try:
+            self._vllm().models()
+        except BackendError:
+            raise InputError(f"{self.base_url} went away when it was asked for {name}: see its log") from None
+        except (InputError, LookupError, TypeError):  # it answers, though not with a list
+            return
 
     def _reason(self, error: Exception) -> str:
         """An error's text, shortened to what the server said."""
@@ -336,7 +341,7 @@ class ServerProbe:
         text = text.removesuffix(" (check base_url, the model's name and the key)")
         before, _, reply = text.partition("Error code: ")
         message = re.search(r"""'message': (['"])(.+?)(?:\1[,}]|$)""", reply)
-        return before + (message[2] if message else reply)
+        return before + (message[2] if message else re.sub(r"^\d+ - ", "", reply))
 
 
 CAPABILITIES: dict[str, Callable[[ServerProbe], str]] = {
@@ -360,8 +365,8 @@ CAPABILITIES: dict[str, Callable[[ServerProbe], str]] = {
 """How each capability is asked for, in the order in which they are asked."""
 
 
-def _one(results: Sequence[Result]) -> list[Completion]:
-    """The completions of a single request."""
+def _one(results: Sequence[ResultT | BackendError]) -> ResultT:
+    """The result of a single request; raises its error."""
     [result] = results
     if isinstance(result, BackendError):
         raise result
@@ -389,6 +394,7 @@ def _status(error: Exception) -> int | None:
 
 
 def _final(error: Exception, key_variable: str) -> InputError:
-    if _status(error) in (401, 403):
-        return InputError(f"{error}: the key comes from ${key_variable}")
-    return InputError(f"{error}: is the server up, and is this its base URL?")
+    """The error of a server that cannot be asked at all."""
+    refused = _status(error) in (401, 403)
+    hint = f"the key comes from ${key_variable}" if refused else "is the server up, and is this its base URL?"
+    return InputError(f"{error}: {hint}")

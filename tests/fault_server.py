@@ -86,6 +86,9 @@ class _Handler(BaseHTTPRequestHandler):
         if fault in REFUSALS:
             self._send(int(fault), {"error": {"message": f"fault {fault} {server.why}"}})
             return
+        if fault == "drop":
+            self._drop()
+            return
         time.sleep(server.slow if fault == "slow" else 0)
         if self.path != "/v1/models" or server.models is None:
             self._send(404, {"detail": "Not Found"})
@@ -122,8 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(status, {"error": {"message": f"fault {status}: not {server.refuses}, max_completion_tokens"}})
             return
         if fault == "drop":
-            self.close_connection = True
-            self.connection.close()
+            self._drop()
             return
         if fault in REFUSALS:
             self._send(int(fault), {"error": {"message": f"fault {fault} {server.why}"}}, {"Retry-After": "0.05"})
@@ -149,6 +151,10 @@ class _Handler(BaseHTTPRequestHandler):
             with server.lock:
                 server.answered[str(prompt_of(body))] += 1
         self._send(200, reply)
+
+    def _drop(self):
+        self.close_connection = True
+        self.connection.close()
 
     def _send(self, status, reply, headers=None, cut=0):
         data = json.dumps(reply).encode()

@@ -181,6 +181,18 @@ def test_a_request_that_fails_for_another_reason_is_unknown():
     assert found.can("structured_json_schema")
 
 
+def test_a_server_that_dies_of_a_request_is_one_error():
+    class Dying(ImitatedVLLM):
+        def complete(self, body):
+            if "structured_outputs" in body:
+                server.rate, server.faults = 1.0, ("drop",)
+                raise ConnectionAbortedError
+            return super().complete(body)
+
+    with serving(vllm=Dying(), usage=None) as server, pytest.raises(InputError, match="asked for structured_vllm"):
+        probed(server)
+
+
 @pytest.mark.parametrize(
     ("models", "message"), [(("a", "b"), "serves 2 models: a, b; name one"), (None, "does not list its models")]
 )
