@@ -183,8 +183,7 @@ class ServerProbe:
     def _seed(self) -> str:
         backend, texts = self._openai(self.found.style), []
         for seed in (1, 1, 2):  # one after the other, so that they do not share a batch
-            [completion] = _one(backend.generate([INVENTING], Sampling(max_tokens=24, seed=seed)))
-            texts.append(completion.text)
+            texts.append(_one(backend.generate([INVENTING], Sampling(max_tokens=24, seed=seed)))[0].text)
         if texts[0] != texts[1]:
             raise UnsupportedRequestError("one seed gave two texts: it is ignored, or the server is not deterministic")
         if texts[0] == texts[2]:
