@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..llm_backends import BackendError, part_ids, resolve
 from ..llm_backends.errors import InputError
-from . import evolve_compare, evolve_generate, evolve_train, judge, nlu, nlu_report
+from . import evolve_compare, evolve_generate, evolve_train, judge, nlu, nlu_report, serve_check
 from .benchmarks import backend, edit_env, rollouts, token_env, token_learning, token_ppo
 from .benchmarks.backend import BenchBackend
 from .benchmarks.edit_env import BenchEditEnv
@@ -27,6 +27,7 @@ from .evolve_train import EvolveTrain
 from .judge import JudgeCalibrate
 from .nlu import NLU
 from .nlu_report import NLUReport
+from .serve_check import ServeCheck
 
 if TYPE_CHECKING:
     EvolveCommand = EvolveTrain | EvolveGenerate | EvolveCompare
@@ -125,12 +126,13 @@ class Bench:
 
 
 if TYPE_CHECKING:
-    Command = Evolve | Understanding | Judge | Envs | Bench
+    Command = Evolve | Understanding | Judge | ServeCheck | Envs | Bench
 else:
     Command = (
         Annotated[Evolve, tyro.conf.subcommand("evolve")]
         | Annotated[Understanding, tyro.conf.subcommand("nlu")]
         | Annotated[Judge, tyro.conf.subcommand("judge")]
+        | Annotated[ServeCheck, tyro.conf.subcommand("serve-check")]
         | Annotated[Envs, tyro.conf.subcommand("envs")]
         | Annotated[Bench, tyro.conf.subcommand("bench")]
     )
@@ -175,6 +177,7 @@ RUNS: dict[type, Callable[[Any, Console], Any]] = {
     NLUReport: nlu_report.run,
     JudgeCalibrate: judge.run,
     JudgeList: lambda options, console: list_judges(console),
+    ServeCheck: serve_check.run,
     BenchEditEnv: edit_env.run,
     BenchTokenEnv: token_env.run,
     BenchTokenPPO: token_ppo.run,

@@ -45,6 +45,7 @@ register_part("backend", "embedded", "instructgym.llm_backends.embedded:Embedded
 register_part("backend", "transformers", "instructgym.llm_backends.transformers_backend:TransformersBackend")
 register_part("backend", "openai", "instructgym.llm_backends.openai_backend:OpenAIBackend")
 register_part("backend", "vllm", "instructgym.llm_backends.vllm_backend:VLLMBackend")
+register_part("backend", "vllm-server", "instructgym.llm_backends.vllm_server:VLLMServerBackend")
 register_part("backend", "cached", "instructgym.llm_backends.cache:cached")
 register_part("backend", "scripted", "instructgym.llm_backends.scripted:ScriptedBackend")
 

@@ -114,6 +114,8 @@ class OpenAIBackend(Backend):
             raise InputError(f"extra_body must not set {', '.join(taken)}: these are arguments and sampling parameters")
         if max_tokens_field not in ("max_tokens", "max_completion_tokens"):
             raise InputError(f"max_tokens_field must be max_tokens or max_completion_tokens, got {max_tokens_field!r}")
+        if max_tokens_field != "max_tokens" and prompt_style == "completion":
+            raise InputError("plain completions know max_tokens only: leave max_tokens_field, or use the chat form")
         if structured not in ("none", "vllm", "json_schema"):
             raise InputError(f"structured must be none, vllm or json_schema, got {structured!r}")
         self.budget = budget if isinstance(budget, Budget) else Budget(**(budget or {}))

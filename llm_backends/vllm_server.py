@@ -80,11 +80,11 @@ class VLLMServerBackend(OpenAIBackend):
 
     def models(self) -> list[dict[str, Any]]:
         """What the server says of its models: ``id``, ``max_model_len``, for an adapter its ``parent``."""
-        return list(self._ask(self._job_for("GET", "/v1/models", None, Spending(1)))["data"])
+        return list(self._ask(self._job_for("GET", "/v1/models", None, "data")))
 
     def _post(self, path: str, body: dict[str, Any]) -> None:
         try:
-            self._ask(self._job_for("POST", path, body, Spending(1)))
+            self._ask(self._job_for("POST", path, body))
         except (BackendError, InputError) as error:
             raise InputError(
                 f"{error}; adapters need a server started with --enable-lora, "
@@ -97,8 +97,8 @@ class VLLMServerBackend(OpenAIBackend):
             raise result
         return result
 
-    def _job_for(self, method: str, path: str, body: dict[str, Any] | None, most: Spending) -> Job:
-        """A request outside OpenAI's API."""
+    def _job_for(self, method: str, path: str, body: dict[str, Any] | None, field: str = "") -> Job:
+        """A request outside OpenAI's API; its result is a field of the JSON reply, or the whole text."""
 
         async def send(client: Any) -> Any:
             import httpx
@@ -108,10 +108,9 @@ class VLLMServerBackend(OpenAIBackend):
             return await call(f"{self.root}{path}", cast_to=httpx.Response, **extra)
 
         def parse(reply: Any) -> Any:
-            kind = reply.headers.get("content-type", "")
-            return reply.json() if "json" in kind else reply.text
+            return reply.json()[field] if field else reply.text
 
-        return Job(send, parse, most, lambda reply: Spending(1))
+        return Job(send, parse, Spending(1), lambda reply: Spending(1))
 
     # --- log-probs of given texts ------------------------------------------------------------------------------------
 
@@ -133,10 +132,10 @@ class VLLMServerBackend(OpenAIBackend):
             else:
                 results[index] = [int(token) for token in prompt]  # type: ignore[arg-type]
                 continue
-            jobs.append(self._job_for("POST", "/tokenize", body, Spending(1)))
+            jobs.append(self._job_for("POST", "/tokenize", body, "tokens"))
             places.append(index)
         for number, result in self.sender.each(jobs) if jobs else ():
-            results[places[number]] = result if isinstance(result, BackendError) else result["tokens"]
+            results[places[number]] = result
         return results
 
     def _logprobs(self, prompts: list[Prompt], completions: list[str]) -> list[np.ndarray | BackendError]:

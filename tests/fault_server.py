@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from instructgym.llm_backends import Completion, Sampling, ScriptedBackend
 
 FAULTS = ("drop", "429", "500", "slow", "truncated", "empty", "lengths")
+REFUSALS = ("429", "500", "401", "403", "400")
 
 
 class FaultServer(ThreadingHTTPServer):
@@ -25,13 +26,21 @@ class FaultServer(ThreadingHTTPServer):
         slow: seconds that a slow answer takes.
         why: part of the text of refusals.
         scripted: answer as :class:`ScriptedBackend` does, by prompt, seed, stop strings and so on.
+        vllm: an :class:`ImitatedVLLM` that answers.
+        models: names of the models that are listed; None for a server without a list.
     """
 
     daemon_threads = True
     request_queue_size = 256
 
-    def __init__(self, rate=0.0, faults=FAULTS, latency=0.0, usage=(7, 3), text=None, scripted=False, slow=1.0, why=""):
+    def __init__(
+        self, rate=0.0, faults=FAULTS, latency=0.0, usage=(7, 3), text=None, scripted=False, slow=1.0, why="",
+        vllm=None, models=("m",),
+    ):  # fmt: skip
         super().__init__(("127.0.0.1", 0), _Handler)
+        self.vllm, self.models = vllm, models
+        self.refuses = self.fails = ""
+        """Fields of a request that is answered by 400, and by 500."""
         self.rate, self.faults, self.latency, self.used = rate, faults, latency, usage
         self.text = text
         self.random, self.lock = random.Random(0), threading.Lock()
@@ -47,6 +56,8 @@ class FaultServer(ThreadingHTTPServer):
 
     def complete(self, body):
         """The completions of a request."""
+        if self.vllm is not None:
+            return self.vllm.complete(body)
         if self.scripted is None:
             text = self.text(body) if self.text else f"echo: {prompt_of(body)}"
             ids = list(range(len(text.split())))
@@ -69,9 +80,29 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
+    def do_GET(self):
+        server = self.server
+        fault = server.random.choice(server.faults) if server.random.random() < server.rate else ""
+        if fault in REFUSALS:
+            self._send(int(fault), {"error": {"message": f"fault {fault} {server.why}"}})
+            return
+        if fault == "drop":
+            self._drop()
+            return
+        time.sleep(server.slow if fault == "slow" else 0)
+        if self.path != "/v1/models" or server.models is None:
+            self._send(404, {"detail": "Not Found"})
+            return
+        about = {"owned_by": "vllm", "max_model_len": 512} if server.vllm else {"owned_by": "tests"}
+        self._send(200, {"data": [{"id": name, **about} for name in server.models]})
+
     def do_POST(self):
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path not in ("/v1/chat/completions", "/v1/completions"):
+            known = server.vllm.extras(self.path, body) if server.vllm else None
+            self._send(*(known or (404, {"detail": "Not Found"})))
+            return
         with server.lock:
             server.bodies.append(body)
             server.keys.append(self.headers["Authorization"])
@@ -89,16 +120,21 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, body, fault):
         server = self.server
-        if fault == "drop":
-            self.close_connection = True
-            self.connection.close()
+        if server.refuses in body or server.fails in body:
+            status = 400 if server.refuses in body else 500
+            self._send(status, {"error": {"message": f"fault {status}: not {server.refuses}, max_completion_tokens"}})
             return
-        if fault in ("429", "500", "401", "403", "400"):
+        if fault == "drop":
+            self._drop()
+            return
+        if fault in REFUSALS:
             self._send(int(fault), {"error": {"message": f"fault {fault} {server.why}"}}, {"Retry-After": "0.05"})
             return
         if fault == "slow":
             time.sleep(server.slow)
         reply = completion(body, server.complete(body), server.used)
+        if server.vllm is not None and body.get("prompt_logprobs") is not None:
+            reply["choices"][0]["prompt_logprobs"] = server.vllm.prompt_logprobs(body["prompt"])
         if fault == "empty":
             reply["choices"] = []
         if fault == "lengths" and reply["choices"][0]["logprobs"]:
@@ -115,6 +151,10 @@ class _Handler(BaseHTTPRequestHandler):
             with server.lock:
                 server.answered[str(prompt_of(body))] += 1
         self._send(200, reply)
+
+    def _drop(self):
+        self.close_connection = True
+        self.connection.close()
 
     def _send(self, status, reply, headers=None, cut=0):
         data = json.dumps(reply).encode()
@@ -140,7 +180,9 @@ def completion(body, completions, used):
         part = {"message": {"role": "assistant", "content": one.text}} if chat else {"text": one.text}
         ends = {"index": index, "finish_reason": one.finish_reason, "token_ids": list(one.token_ids)}
         choices.append({**part, **ends, "logprobs": logprobs})
-    used = used or (len(str(prompt_of(body)).split()), sum(len(one.token_ids) for one in completions))
+    prompt = prompt_of(body)
+    read = len(prompt.split()) if isinstance(prompt, str) else len(prompt)
+    used = used or (read, sum(len(one.token_ids) for one in completions))
     return {
         "id": "x",
         "object": "chat.completion" if chat else "text_completion",

@@ -1,0 +1,399 @@
+"""What a server can do, found out by one small request per capability; a capability counts if the reply shows it."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+
+from .base import (
+    BackendError,
+    Completion,
+    ContextLengthError,
+    Prompt,
+    PromptStyle,
+    Sampling,
+    UnsupportedRequestError,
+    Usage,
+)
+from .errors import InputError
+from .openai_backend import OpenAIBackend, Structured
+from .sending import MalformedReplyError
+from .serve_findings import Capability, Findings, ServedModel
+from .vllm_server import TokenSampling, VLLMServerBackend
+
+COUNTING = "Count from one to twenty in words: one, two, three, four, five,"
+INVENTING = "Invent the name of a person and a random number below one million:"
+
+CHOICE_SETS = (("zvorblat", "quimnex"), ("plorvik", "drabwuzzle"), ("fnerp", "oskwidge"))
+"""Made-up words, which no free model would answer."""
+
+REFUSALS = frozenset({400, 404, 405, 415, 422, 501})
+"""Statuses by which a server says that it does not know a kind of request."""
+
+SAME = 1e-3
+"""Nats: log-probs closer than this are taken for equal."""
+
+
+ResultT = TypeVar("ResultT")
+
+
+class ServerProbe:
+    """Asks a server what it can do, through the library's own backends, each request once.
+
+    Args:
+        base_url: ``http(s)://host/v1``.
+        model: name of a model on the server; by default its only base model.
+        style: ``auto``: chat where the server answers chat requests, else plain completions.
+        key_variable: environment variable with the key.
+        timeout: seconds for one request.
+        on_request: called with the name of each capability before it is asked for.
+
+    Raises:
+        InputError: for a bad URL, style or timeout.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str = "",
+        style: Literal["auto", "chat", "completion"] = "auto",
+        key_variable: str = "OPENAI_API_KEY",
+        timeout: float = 60.0,
+        on_request: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        if not base_url:
+            raise InputError("the base URL is missing: name the server as http(s)://host/v1")
+        if style not in ("auto", "chat", "completion"):
+            raise InputError(f"style must be auto, chat or completion, got {style!r}")
+        self.base_url, self.wanted, self.on_request = base_url, style, on_request
+        self.options: dict[str, Any] = {"key_variable": key_variable, "timeout": timeout, "attempts": 1}
+        self.found = Findings(base_url, model)
+        self._backends: dict[tuple[Any, ...], Any] = {}
+        self._greedy: dict[str, Completion] = {}
+        """The greedy completion of COUNTING, by style."""
+        self._ids: list[int] = []
+        """The token ids of COUNTING; empty where the server does not tell them."""
+        self._forced: list[float] = []
+        """Log-probs of tokens that had no alternative."""
+        self.openai("chat")  # refuses bad arguments before anything is sent
+
+    def openai(self, style: PromptStyle, **options: Any) -> OpenAIBackend:
+        """A new backend for the model."""
+        limit = self.found.max_tokens_field if style == "chat" else "max_tokens"
+        options = self.options | {"max_tokens_field": limit} | options
+        return OpenAIBackend(self.found.model, self.base_url, style, **options)
+
+    def _openai(self, style: PromptStyle, **options: Any) -> OpenAIBackend:
+        key = (style, self.found.max_tokens_field, *sorted(options.items()))
+        if key not in self._backends:  # each opens a connection of its own, which takes time
+            self._backends[key] = self.openai(style, **options)
+        return self._backends[key]
+
+    def _vllm(self, style: PromptStyle = "completion") -> VLLMServerBackend:
+        key = ("vllm", style, self.found.model)
+        if key not in self._backends:
+            # vLLM's CPU build with --enable-lora (0.32.0) dies of two requests for prompt_logprobs in one batch.
+            options = self.options | {"concurrency": 1}
+            self._backends[key] = VLLMServerBackend(self.found.model, self.base_url, style, **options)
+        return self._backends[key]
+
+    def run(self) -> Findings:
+        """Asks for everything.
+
+        Raises:
+            InputError: if there is no server, it refuses the key, or it answers neither form of request.
+        """
+        self._list_models()
+        for name in ("chat", "completions"):
+            self._ask(name)
+        self._choose_style()
+        for name in list(CAPABILITIES)[2:]:
+            self._ask(name)
+        return self.found
+
+    # --- what every server must do -----------------------------------------------------------------------------------
+
+    def _list_models(self) -> None:
+        self.on_request("models")
+        listed: list[dict[str, Any]] = []
+        try:
+            listed = [dict(entry) for entry in self._vllm().models() if entry.get("id")]
+        except (BackendError, InputError) as error:
+            if _status(error) in (None, 401, 403):  # nobody there, or not for us
+                raise _final(error, self.options["key_variable"]) from None
+        except (LookupError, TypeError, ValueError, AttributeError):
+            pass  # an address that answers something else: the next requests will tell
+        self.found.models = [
+            ServedModel(str(entry["id"]), entry.get("max_model_len"), entry.get("parent")) for entry in listed
+        ]
+        if not self.found.model:
+            names = [model.name for model in self.found.models if not model.parent]
+            if len(names) != 1:
+                served = f"serves {len(names)} models: {', '.join(names[:8])}" if names else "does not list its models"
+                raise InputError(f"{self.base_url} {served}; name one with --model")
+            self.found.model = names[0]
+        owners = {entry["id"]: entry.get("owned_by") for entry in listed}
+        self.found.software = str(owners.get(self.found.model) or "")
+
+    def _choose_style(self) -> None:
+        forms: dict[PromptStyle, str] = {"chat": "chat", "completion": "completions"}
+        asked = {style: name for style, name in forms.items() if self.wanted in ("auto", style)}
+        able = [style for style, name in asked.items() if self.found.can(name)]
+        if not able:
+            why = "; ".join(f"{name}: {self.found.capabilities[name].why}" for name in asked.values())
+            raise InputError(f"{self.base_url} answers no request to model {self.found.model!r}: {why}")
+        self.found.style = able[0]
+        if self.found.style == "completion":  # the other field is of chat requests only
+            self.found.max_tokens_field = "max_tokens"
+
+    def _chat(self) -> str:
+        try:
+            self._count("chat")
+        except BackendError as error:
+            if "max_completion_tokens" not in str(error):
+                raise
+            self.found.max_tokens_field = "max_completion_tokens"
+            self._count("chat")
+        return "" if self.found.max_tokens_field == "max_tokens" else "with max_completion_tokens"
+
+    def _count(self, style: PromptStyle) -> str:
+        [completion] = _one(self._openai(style).generate([COUNTING], Sampling(max_tokens=24, temperature=0.0)))
+        if not completion.text:
+            raise UnsupportedRequestError("the completion is empty")
+        self._greedy[style] = completion
+        return ""
+
+    # --- sampling parameters -----------------------------------------------------------------------------------------
+
+    def _n(self) -> str:
+        results = self._openai(self.found.style).generate([INVENTING], Sampling(max_tokens=24, n=3, seed=1))
+        texts = {completion.text for completion in _one(results)}
+        if len(texts) == 1:
+            raise UnsupportedRequestError("3 copies of one completion")
+        if len(texts) == 2:
+            raise BackendError("2 of 3 completions are the same")
+        return "3 different completions"
+
+    def _seed(self) -> str:
+        backend, texts = self._openai(self.found.style), []
+        for seed in (1, 1, 2):  # one after the other, so that they do not share a batch
+            texts.append(_one(backend.generate([INVENTING], Sampling(max_tokens=24, seed=seed)))[0].text)
+        if texts[0] != texts[1]:
+            raise UnsupportedRequestError("one seed gave two texts: it is ignored, or the server is not deterministic")
+        if texts[0] == texts[2]:
+            raise UnsupportedRequestError("two seeds gave one text")
+        return "one seed, one text; another seed, another text"
+
+    def _stop(self) -> str:
+        style = self.found.style
+        free = self._greedy[style].text
+        words = re.findall(r"\w\w+", free)
+        stop = words[len(words) // 2] if words else ""
+        kept = free.partition(stop)[0] if stop else ""
+        if not kept.strip():
+            raise BackendError(f"no stop string to be had from the completion {free[:40]!r}")
+        with_ids = self.found.can("token_ids")
+        sampling = Sampling(max_tokens=24, temperature=0.0, stop=(stop,))
+        [completion] = _one(self._openai(style, token_ids=with_ids).generate([COUNTING], sampling))
+        if stop in completion.text or completion.finish_reason != "stop":
+            raise UnsupportedRequestError("the text goes on past the stop string")
+        if completion.text != kept:
+            raise BackendError("greedy decoding gave two texts: the server is not deterministic")
+        if not with_ids or not self._ids:
+            return "the text ends before it"
+        ids = _one(self._vllm().tokenize([kept.rstrip()], special=False))  # a last space may be the stop string's
+        if len(completion.token_ids) <= len(ids):
+            raise UnsupportedRequestError("its tokens are missing from the token ids")
+        return "the text ends before it, its tokens stay"
+
+    # --- tokens and log-probs ----------------------------------------------------------------------------------------
+
+    def _logprobs(self) -> str:
+        completion, used = _used(self._openai(self.found.style, logprobs=True), COUNTING, Sampling(max_tokens=8))
+        _check_count(completion, used, len(completion.logprobs), "log-probs")
+        return "one per token"
+
+    def _token_ids(self) -> str:
+        completion, used = _used(self._openai(self.found.style, token_ids=True), COUNTING, Sampling(max_tokens=8))
+        _check_count(completion, used, len(completion.token_ids), "token ids")
+        return "one per token"
+
+    def _tokenize(self) -> str:
+        ids = _one(self._vllm().tokenize([COUNTING]))
+        if len(ids) < 2 or not all(isinstance(token, int) for token in ids):
+            raise UnsupportedRequestError("/tokenize gave no token ids")
+        self._ids = ids
+        return ""
+
+    def _prompt_ids(self) -> str:
+        ids = self._known_ids()
+        completion, used = _used(self._openai("completion"), ids, Sampling(max_tokens=24, temperature=0.0))
+        if used.prompt_tokens not in (0, len(ids)):
+            raise UnsupportedRequestError(f"{len(ids)} ids were read as {used.prompt_tokens} tokens")
+        if "completion" not in self._greedy or completion.text[:12] != self._greedy["completion"].text[:12]:
+            raise UnsupportedRequestError("ids and their text are continued in different ways")
+        return "ids are continued as their text is"
+
+    def _given_logprobs(self) -> str:
+        texts = (" six, seven, eight", " xylophone of the moon")
+        scored = self._vllm(self.found.style).logprobs([COUNTING, COUNTING], texts)
+        for values in (_one([result]) for result in scored):
+            if not len(values) or not np.isfinite(values).all() or values.max() > SAME:
+                raise UnsupportedRequestError("they are no numbers below 0")
+        if scored[0].sum() == scored[1].sum():  # type: ignore[union-attr]
+            raise UnsupportedRequestError("two texts got the same log-probs")
+        return "prompt_logprobs"
+
+    def _allowed_tokens(self) -> str:
+        backend, tokens = self._vllm(), self._known_ids()[:2]
+        for token in tokens:
+            [completion] = _one(backend.generate([self._ids], TokenSampling(max_tokens=1, allowed=(token,))))
+            if completion.token_ids != [token]:
+                raise UnsupportedRequestError("another token was written")
+            self._forced += completion.logprobs
+        return "allowed_token_ids"
+
+    def _processed_logprobs(self) -> str:
+        if not self.found.can("allowed_tokens"):
+            raise BackendError("only forced tokens would show it")
+        if max(map(abs, self._forced)) > SAME:
+            raise UnsupportedRequestError("log-probs are the model's own (raw)")
+        return "log-probs are those of what was sampled from"
+
+    def _end_tokens(self) -> str:
+        backend, ids = self._vllm(), self._known_ids()
+        [completion] = _one(backend.generate([ids], TokenSampling(max_tokens=4, temperature=0.0, eos=())))
+        first = completion.token_ids[0]
+        [ended] = _one(backend.generate([ids], TokenSampling(max_tokens=4, temperature=0.0, eos=(first,))))
+        if len(completion.token_ids) != 4 or ended.token_ids != [first]:
+            raise UnsupportedRequestError("a completion ends elsewhere")
+        return "stop_token_ids, ignore_eos"
+
+    def _known_ids(self) -> list[int]:
+        if not self._ids:
+            raise BackendError("no token ids to send: the server does not tokenise")
+        return self._ids
+
+    # --- structured output and adapters ------------------------------------------------------------------------------
+
+    def _structured(self, form: Structured) -> str:
+        if form == "json_schema" and self.found.style != "chat":
+            raise UnsupportedRequestError("response_format goes with chat requests only")
+        backend = self._openai(self.found.style, structured=form)
+        samplings = [Sampling(max_tokens=64, choices=choices) for choices in CHOICE_SETS]
+        for result in backend.generate(["Which word is it?"] * len(samplings), samplings):
+            _one([result])  # the backend takes nothing else for a reply than one of the choices
+        return f"{len(samplings)} sets of made-up words were kept to"
+
+    def _adapters(self) -> str:
+        backend, name = self._vllm(), f"instructgym-serve-check-{uuid.uuid4().hex[:8]}"
+        path = f"/nonexistent/{name}"
+        try:
+            backend.load_adapter(name, path)
+        except InputError as error:
+            why = str(error).lower()
+            if f"no adapter found for {path}" in why:
+                return "it looked for an adapter's files"
+            if "lora is not enabled" in why:
+                raise UnsupportedRequestError("LoRA is not enabled") from None
+            if _status(error) in (404, 405):
+                raise UnsupportedRequestError("no /v1/load_lora_adapter") from None
+            raise
+        backend.unload_adapter(name)
+        raise BackendError("it took an adapter that does not exist")
+
+    # --- answers -----------------------------------------------------------------------------------------------------
+
+    def _ask(self, name: str) -> None:
+        self.on_request(name)
+        try:
+            found = Capability("yes", CAPABILITIES[name](self))
+        except (BackendError, InputError) as error:
+            if _status(error) in (401, 403) and name in ("chat", "completions"):
+                raise _final(error, self.options["key_variable"]) from None
+            refused = isinstance(error, UnsupportedRequestError | MalformedReplyError) or _status(error) in REFUSALS
+            refused = refused and not isinstance(error, ContextLengthError)
+            found = Capability("no" if refused else "unknown", self._reason(error))
+            if "cannot be reached" in found.why:
+                self._check_alive(name)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            found = Capability("no", f"malformed reply: {type(error).__name__} {error}")
+        self.found.capabilities[name] = found
+
+    def _check_alive(self, name: str) -> None:
+        try:
+            self._vllm().models()
+        except BackendError:
+            raise InputError(f"{self.base_url} went away when it was asked for {name}: see its log") from None
+        except (InputError, LookupError, TypeError):  # it answers, though not with a list
+            return
+
+    def _reason(self, error: Exception) -> str:
+        """An error's text, shortened to what the server said."""
+        text = str(error).removeprefix(self.base_url).partition("; adapters need")[0].strip()
+        text = text.removesuffix(" (check base_url, the model's name and the key)")
+        before, _, reply = text.partition("Error code: ")
+        message = re.search(r"""'message': (['"])(.+?)(?:\1[,}]|$)""", reply)
+        return before + (message[2] if message else re.sub(r"^\d+ - ", "", reply))
+
+
+CAPABILITIES: dict[str, Callable[[ServerProbe], str]] = {
+    "chat": ServerProbe._chat,
+    "completions": partial(ServerProbe._count, style="completion"),
+    "logprobs": ServerProbe._logprobs,
+    "token_ids": ServerProbe._token_ids,
+    "tokenize": ServerProbe._tokenize,
+    "prompt_ids": ServerProbe._prompt_ids,
+    "given_logprobs": ServerProbe._given_logprobs,
+    "allowed_tokens": ServerProbe._allowed_tokens,
+    "processed_logprobs": ServerProbe._processed_logprobs,
+    "end_tokens": ServerProbe._end_tokens,
+    "adapters": ServerProbe._adapters,
+    "structured_vllm": partial(ServerProbe._structured, form="vllm"),
+    "structured_json_schema": partial(ServerProbe._structured, form="json_schema"),
+    "n": ServerProbe._n,
+    "seed": ServerProbe._seed,
+    "stop": ServerProbe._stop,
+}
+"""How each capability is asked for, in the order in which they are asked."""
+
+
+def _one(results: Sequence[ResultT | BackendError]) -> ResultT:
+    """The result of a single request; raises its error."""
+    [result] = results
+    if isinstance(result, BackendError):
+        raise result
+    return result
+
+
+def _used(backend: OpenAIBackend, prompt: Prompt, sampling: Sampling) -> tuple[Completion, Usage]:
+    """A completion, and what the server says that it used."""
+    before = replace(backend.usage)
+    [completion] = _one(backend.generate([prompt], sampling))
+    return completion, backend.usage - before
+
+
+def _check_count(completion: Completion, used: Usage, count: int, what: str) -> None:
+    """Holds what was reported per token against the server's own count of the tokens that were written."""
+    written = used.completion_tokens
+    ends = (written, written - 1) if completion.finish_reason == "stop" else (written,)  # the end may go unreported
+    if written and count not in ends:
+        raise UnsupportedRequestError(f"{count} {what} of {written} tokens")
+
+
+def _status(error: Exception) -> int | None:
+    found = re.search(r" answered (\d{3}):", str(error))
+    return int(found[1]) if found else None
+
+
+def _final(error: Exception, key_variable: str) -> InputError:
+    """The error of a server that cannot be asked at all."""
+    refused = _status(error) in (401, 403)
+    hint = f"the key comes from ${key_variable}" if refused else "is the server up, and is this its base URL?"
+    return InputError(f"{error}: {hint}")
