@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +12,7 @@ import numpy as np
 
 from .base import Backend, BackendError, Completion, ContextLengthError, Prompt, PromptStyle, Result, Sampling
 from .errors import InputError
+from .vllm_launch import CPU_LORA_MODULES
 
 
 @dataclass(eq=False)
@@ -27,6 +29,7 @@ class VLLMBackend(Backend):
         adapter: folder of a LoRA adapter in peft's format, to be applied to every request.
         context_length: tokens of prompt and completion at most; 0 for what the model reads.
         max_lora_rank: of the adapter.
+        kv_cache_gb: size of the key-value cache of the CPU build, in GiB, unless ``$VLLM_CPU_KVCACHE_SPACE`` is set.
         options: further arguments of ``vllm.LLM``, e.g. ``{"gpu_memory_utilization": 0.5}``.
 
     Raises:
@@ -39,6 +42,7 @@ class VLLMBackend(Backend):
     adapter: str = ""
     context_length: int = 0
     max_lora_rank: int = 16
+    kv_cache_gb: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -67,7 +71,10 @@ class VLLMBackend(Backend):
         if self.adapter:
             options |= {"enable_lora": True, "max_lora_rank": self.max_lora_rank}
         if current_platform.is_cpu():
-            options["enable_chunked_prefill"] = False  # see vllm_launch.CPU_FLAGS
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(self.kv_cache_gb))
+            options["enable_chunked_prefill"] = False  # for this and the next see vllm_launch.CPU_FLAGS
+            if self.adapter:
+                options["lora_target_modules"] = list(CPU_LORA_MODULES)
         try:
             return LLM(model=self.model, **(options | dict(self.options)))
         except (OSError, ValueError, RuntimeError) as error:

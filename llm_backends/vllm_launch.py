@@ -19,13 +19,13 @@ from .errors import InputError
 RUNTIME = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
 """Environment of the server: no network, and adapters at run time."""
 
-CPU_FLAGS = (
-    "--no-enable-chunked-prefill",
-    *("--lora-target-modules", "qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
-)
+CPU_LORA_MODULES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+"""All layers but the output, by the names that vLLM gives to those of Llama and its relatives."""
+
+CPU_FLAGS = ("--no-enable-chunked-prefill", "--lora-target-modules", *CPU_LORA_MODULES)
 """What keeps vLLM's CPU build (0.32.0) alive. It dies of a request with a seed whose prompt it reads in chunks ("CPU
 Generator does not use offset"), and, where adapters may change the output layer, of two requests at a time for the
-log-probs of given texts ("einsum(): subscript b has size"). The names are those of Llama and its relatives."""
+log-probs of given texts ("einsum(): subscript b has size")."""
 
 
 def server_command(

@@ -310,8 +310,8 @@ def test_a_real_vllm_server_has_everything(vllm_url):
     options = ServeCheck(base_url=vllm_url, requests=2, concurrency="1,2", max_tokens=4)
     findings = serve_check.run(options, Console(quiet=True))
     capabilities = findings["server"]["capabilities"]
-    assert {name: one["answer"] for name, one in capabilities.items()} == dict.fromkeys(CAPABILITIES, "yes"), (
-        capabilities
-    )
+    answers = {name: one["answer"] for name, one in capabilities.items()}
+    answers.pop("seed")  # on a busy server the batch, and with it the rounding in bfloat16, is never twice the same
+    assert set(answers.values()) == {"yes"} and set(capabilities) == set(CAPABILITIES), capabilities
     assert findings["settings"]["rollouts"] == f"--rollouts vllm --servers {vllm_url}"
     assert [one["completion_tokens"] for one in findings["speed"]] == [8, 8]
