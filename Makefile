@@ -54,7 +54,7 @@ $(SERVER_STAMP): requirements/server.txt | venv
 	"$(PYTHON)" -m venv "$(SERVER_VENV)"
 	@echo "[2/2] vLLM and what it needs (minutes)"
 	$(SERVER_PIP) -r requirements/server.txt
-	$(SERVER_PIP) --no-build-isolation --editable .
+	PYTHONWARNINGS='ignore:Editable installation' $(SERVER_PIP) --no-build-isolation --editable .
 	@touch $@
 
 demo: venv ## Train an agent on the embedded model and write a data set, a learning curve and a table.
@@ -76,7 +76,8 @@ test-slow: venv ## Tests that load the embedded models or train.
 
 # The second run is of vLLM within the tests' own process, which has to be the server's environment.
 test-server: venv venv-server ## Tests against a real vLLM server of the embedded model, and of vLLM in process.
-	$(OFFLINE) $(BIN)/python -m pytest -m server --ignore tests/test_vllm_backend.py
+	INSTRUCTGYM_SERVER_PYTHON="$(abspath $(SERVER_VENV))/bin/python" \
+		$(OFFLINE) $(BIN)/python -m pytest -m server --ignore tests/test_vllm_backend.py
 	$(OFFLINE) $(SERVER_VENV)/bin/python -m pytest tests/test_vllm_backend.py
 
 lint: venv ## Ruff: rules and formatting.

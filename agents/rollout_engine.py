@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 import uuid
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 
 from ..llm_backends import BackendError, Completion, Sampling, request_seed
 from ..llm_backends.choices import Choices
@@ -124,8 +124,7 @@ class VLLMEngine:
             policy.export_adapter(folder)
             for server in self.servers:
                 server.load_adapter(self._name, folder / POLICY)
-                if self.pushes > 1:
-                    server.unload_adapter(old)
+                self._drop(server, old)
         except OSError as error:
             raise InputError(f"cannot hand adapters over through {self.adapter_dir}: {error}") from error
         # Not before: a server that has more adapters than room reads them again.
@@ -152,26 +151,31 @@ class VLLMEngine:
             raise InputError(str(result))
         if abs(result[0].logprobs[0]) > 1e-3:
             raise InputError(f"{server.url} must be started with --logprobs-mode processed_logprobs")
-        [scored] = server.logprobs([ids[:1]], [policy.lm.decode(ids[1:])])
-        if isinstance(scored, BackendError):
-            raise InputError(str(scored))
-        with torch.no_grad():
-            mine = policy.score([np.array(ids[:1])], [np.array(ids[1:])], [None], values=False)
-        gap = float(np.abs(mine.logprobs.float().cpu().numpy() * policy.temperature - scored).mean())
-        if policy.temperature == 1 and gap > LARGEST_GAP:
+        with policy.adapter(POLICY) as lm:
+            [mine] = lm.logprobs([ids[:1]], [ids[1:]])
+        policy.changed()  # the prefix of the probe, too
+        gap = float(np.abs(mine - server.score(ids[:1], ids[1:])).mean())
+        if gap > LARGEST_GAP:
             raise InputError(
                 f"{server.url} gives log-probs that are {gap:.2f} nats per token off those of {policy.model_name}: "
                 f"its model {base!r} is another one"
             )
 
     def close(self) -> None:
-        """Drops the adapter from the servers, and its folder. Only one process of a run does it."""
-        for server in self.servers if self.pushes else ():
-            try:
-                server.unload_adapter(self._name)
-            except (InputError, BackendError):  # a server that is gone has no adapter either
-                continue
-        shutil.rmtree(self.adapter_dir / self._name, ignore_errors=True)
+        """Drops the run's adapters from the servers, and their folders. Only one process of a run does it."""
+        for number in (self.pushes - 1, self.pushes):  # where a push failed there may be both
+            name = f"instructgym-{self._run}-{number}"
+            for server in self.servers:
+                self._drop(server, name)
+            shutil.rmtree(self.adapter_dir / name, ignore_errors=True)
+
+    @staticmethod
+    def _drop(server: VLLMServerBackend, name: str) -> None:
+        """Unloads an adapter; a server that has it no longer, or is gone, is not waited for."""
+        if name.endswith("-0"):
+            return
+        with contextlib.suppress(InputError, BackendError):
+            server.unload_adapter(name)
 
     # --- episodes ----------------------------------------------------------------------------------------------------
 
@@ -208,8 +212,11 @@ class VLLMEngine:
                     raise result
                 row.take(result[0])
 
-        with ThreadPoolExecutor(len(shares)) as pool:
+        pool = ThreadPoolExecutor(len(shares))
+        try:
             list(pool.map(ask, self.servers, shares))
+        finally:  # an interrupt does not wait for the rest
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass
@@ -222,6 +229,7 @@ class _Row:
     eos: tuple[int, ...] | None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    text: str = ""
     reason: Any = None
     """Why the server ended; None while it has not."""
 
@@ -250,10 +258,10 @@ class _Row:
     def take(self, completion: Completion) -> None:
         self.token_ids += completion.token_ids
         self.logprobs += completion.logprobs
-        self.reason = completion.finish_reason
+        self.text, self.reason = completion.text, completion.finish_reason
 
     def completion(self, decode: Callable[[Sequence[int]], str]) -> Completion:
-        reason = self.reason
-        if self.choices is not None:
-            reason = "stop" if self.choices.complete(self.token_ids) else "length"
-        return Completion(decode(self.token_ids), self.token_ids, self.logprobs, reason)
+        if self.choices is None:
+            return Completion(self.text, self.token_ids, self.logprobs, self.reason)
+        reason = "stop" if self.choices.complete(self.token_ids) else "length"
+        return Completion(decode(self.token_ids), self.token_ids, self.logprobs, reason)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..envs.tasks.instructions import Instruction, load_instructions
 from ..llm_backends import Backend, Journal, Journaled, resolve
 from ..llm_backends.budget import Budget
 from ..llm_backends.errors import InputError
-from .run_folder import RunFolder, read_json, write_json
+from .run_folder import read_json, write_json
 from .tracking import check_tracker
 
 ENV_ID = "instructgym/EvolveInstruction-v0"
@@ -178,26 +178,33 @@ def roles_of(options: EnvOptions, journal: Journal | None, responder: str = "") 
 
 
 @contextmanager
-def accounted(roles: Roles, folder: RunFolder) -> Iterator[None]:
+def accounted(backends: Mapping[str, Backend], folder: Path) -> Iterator[None]:
     """Keeps the spending of a run's backends in its folder, over all its starts.
 
-    ``budget.json`` is what budgets have spent, ``usage.json`` the usage of each role.
+    ``budget-ROLE.json`` is what a budget has spent, under the first of the roles that share it. ``usage.json`` is what
+    each role sent to its model, replies from the journal left out; starts that were killed and calls that broke off are
+    missing in it.
+
+    Args:
+        backends: by role.
+        folder: the run's.
     """
-    each = {name: getattr(roles, name) for name in ("rewriter", "judge", "responder")}
-    for backend in each.values():
-        while backend is not None:
-            if isinstance(budget := getattr(backend, "budget", None), Budget):
-                budget.keep(folder.file("budget.json"))
-            backend = getattr(backend, "inner", None)
-    stored = read_json(folder.path / "usage.json") or {}
+    for name, backend in backends.items():
+        inner: Any = backend
+        while inner is not None:
+            if isinstance(budget := getattr(inner, "budget", None), Budget):
+                budget.keep(folder / f"budget-{name}.json")
+            inner = getattr(inner, "inner", None)
+    stored = read_json(folder / "usage.json") or {}
     try:
         yield
     finally:
-        totals = {
-            name: {key: stored.get(name, {}).get(key, 0) + value for key, value in backend.usage.as_dict().items()}
-            for name, backend in each.items()
-        }
-        write_json(folder.file("usage.json"), totals)
+        totals = {}
+        for name, backend in backends.items():
+            usage, before = backend.usage.as_dict(), stored.get(name, {})
+            usage["requests"] -= usage.pop("cache_hits")
+            totals[name] = {key: before.get(key, 0) + value for key, value in usage.items()}
+        write_json(folder / "usage.json", totals)
 
 
 def make_env(

@@ -25,7 +25,7 @@ from ..envs.tasks.instructions import Instruction
 from ..llm_backends import Journal
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import read_records
-from .evolve import EnvOptions, check_context, identity, input_errors, load_seeds, make_env, roles_of
+from .evolve import EnvOptions, accounted, check_context, identity, input_errors, load_seeds, make_env, roles_of
 from .evolve_generate import EvolveGenerate
 from .evolve_train import EvolveTrain
 from .evolve_train import run as train
@@ -203,6 +203,20 @@ def _generate(
         agent = load_policy(place / "checkpoints", env, trained.seed)
     settings = GenerationSettings(trained.seed, options.chunk, options.rouge_threshold, options.answer_tokens)
     generator = InstructionGenerator(agent, env, roles, settings)
+    with accounted(vars(roles), place / "generate"):
+        return _generate_rows(options, trained, place, generator, len(instructions), training_calls, deadline, console)
+
+
+def _generate_rows(
+    options: EvolveCompare,
+    trained: EvolveTrain,
+    place: Path,
+    generator: InstructionGenerator,
+    seeds: int,
+    training_calls: int,
+    deadline: float,
+    console: Console,
+) -> dict[str, Any] | None:
     rows = RowWriter(place / "data.jsonl")
     texts: list[str] = []
     returns: list[float] = []
@@ -210,7 +224,7 @@ def _generate(
     spent = training_calls
     curve: list[tuple[int, int]] = [(spent, 0)]
     with StepProgress(f"{trained.algorithm} seed {trained.seed} generates", options.budget, console) as progress:
-        for epoch, members in _rounds(len(instructions), options.chunk):
+        for epoch, members in _rounds(seeds, options.chunk):
             progress.update(spent, f"{len(texts)} accepted")
             if spent + generator.max_chunk_calls > options.budget:
                 break

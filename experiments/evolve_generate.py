@@ -123,7 +123,7 @@ def run(options: EvolveGenerate, console: Console | None = None) -> dict[str, An
         env = generation_env(trained, roles, instructions, options.chunk)
         agent = load_policy(Path(options.run_dir) / "checkpoints", env, options.seed)
         generator = InstructionGenerator(agent, env, roles, options.settings)
-        with accounted(roles, folder):
+        with accounted(vars(roles), folder.path):
             return _generate(options, folder, generator, journal, out, console)
 
 

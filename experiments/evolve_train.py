@@ -107,7 +107,7 @@ def run(options: EvolveTrain, console: Console | None = None) -> dict[str, Any]:
             console.print(f"resuming {folder.path}: {len(journal)} stored replies are replayed, none is paid for again")
         roles = roles_of(options, journal)
         env = make_env(options, roles, instructions)
-        with accounted(roles, folder):
+        with accounted(vars(roles), folder.path):
             return _train(options, folder, env, journal, console)
 
 

@@ -22,7 +22,7 @@ from ..llm_backends.errors import InputError
 from ..rewards.judge import equality_prompt
 from ..rewards.pairwise import Pair, both_orders, compare, pair_question, pairwise_prompt
 from ..rewards.verdict import RETRY_TEMPERATURE, VerdictMode, check_mode, judge_verdicts, reads_likelihood, sigmoid
-from .evolve import RunOptions, input_errors, parse_part
+from .evolve import RunOptions, accounted, input_errors, parse_part
 from .judge_measures import Judgement, count, measure
 from .judge_pairs import LABELS, LabelledPair, PairKind, read_pairs
 from .plots import plot_calibration
@@ -95,7 +95,9 @@ def run(options: JudgeCalibrate, console: Console | None = None) -> dict[str, An
         journal = Journal(folder.file("journal.jsonl"))
         if len(journal):
             console.print(f"resuming {folder.path}: {len(journal)} stored replies are replayed, none is paid for again")
-        return _calibrate(options, folder, kind, pairs, Journaled(backend, journal), console)
+        journaled = Journaled(backend, journal)
+        with accounted({"judge": journaled}, folder.path):
+            return _calibrate(options, folder, kind, pairs, journaled, console)
 
 
 def _calibrate(

@@ -84,7 +84,7 @@ def measure(kind: PairKind, judgements: Sequence[Judgement]) -> dict[str, Any]:
     known = [(j.probability, j.pair.label == positive) for j in labelled if j.probability is not None]
     if known:
         agreeing = sum((probability > 0.5) == is_so for probability, is_so in known)
-        metrics["accuracy_by_probability"] = shares(agreeing, len(labelled))
+        metrics["accuracy_by_probability"] = shares(agreeing, len(known))
         metrics["auc"] = auc(*map(list, zip(*known, strict=True)))
     return metrics
 

@@ -159,12 +159,17 @@ def _without_budget(option: Any) -> Any:
     """An option's value; a part given as JSON without its budget, which may be raised to go on."""
     if isinstance(option, str) and option.lstrip().startswith("{"):
         try:
-            part = json.loads(option)
-            part.get("kwargs", {}).pop("budget", None)
-            return part
-        except (ValueError, AttributeError):
+            return _stripped(json.loads(option))
+        except ValueError:
             pass
     return option
+
+
+def _stripped(value: Any) -> Any:
+    """The value without any ``budget``, however deep."""
+    if isinstance(value, dict):
+        return {key: _stripped(inner) for key, inner in value.items() if key != "budget"}
+    return [_stripped(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _alike(row: Any, stored: Any) -> bool:

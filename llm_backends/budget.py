@@ -67,14 +67,14 @@ class Budget:
         """Keeps what is spent in a file, and goes on from what stands there: limits then hold over restarts.
 
         Reserved amounts count as spent there, so that a process that is killed leaves no spending out. A file belongs
-        to one process at a time. Called again with the same file it does nothing.
+        to one budget of one process at a time. Of a budget that is kept already, further calls are ignored.
 
         Raises:
             InputError: if the file is broken.
         """
         file = Path(file)
         with self._lock:
-            if self._file == file:
+            if self._file is not None:
                 return
             try:
                 if file.exists():
@@ -83,6 +83,7 @@ class Budget:
                 raise InputError(
                     f"{file} is no record of a budget: {error}; remove it to start from nothing"
                 ) from error
+            file.parent.mkdir(parents=True, exist_ok=True)
             self._file = file
             self._write()
 

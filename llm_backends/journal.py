@@ -106,6 +106,10 @@ class Journaled(Backend):
     def context_error(self, prompt: Prompt, max_tokens: int) -> ContextLengthError | None:
         return self.inner.context_error(prompt, max_tokens)
 
+    def _count(self, result: Result) -> None:
+        self.usage.requests += 1
+        self.usage.errors += isinstance(result, BackendError)  # tokens are the inner backend's, see _through
+
     def _generate(self, prompts: list[Prompt], samplings: list[Sampling]) -> list[Result]:
         keys = [request_key("generate", self.name, p, asdict(s)) for p, s in zip(prompts, samplings, strict=True)]
         return self._through(
@@ -158,6 +162,7 @@ class Journaled(Backend):
                     self.journal.put(came)
                 spent = self.inner.usage - before
                 self.usage.prompt_tokens += spent.prompt_tokens
+                self.usage.completion_tokens += spent.completion_tokens
                 self.usage.cost += spent.cost
         replies = [self.journal.get(key) for key in keys]
         return [_unpack_error(reply) if _is_error(reply) else unpack(reply) for reply in replies]

@@ -26,6 +26,9 @@ from .sending import Job, MalformedReplyError, Sender
 NO_KEY = "none"
 """What servers without keys are sent."""
 
+JSON_TOKENS = 24
+"""Tokens, white space included, that a JSON object takes beside its answer."""
+
 OWN_FIELDS = set(
     "model messages prompt max_tokens max_completion_tokens temperature top_p top_k n seed stop stream logprobs "
     "return_token_ids structured_outputs response_format".split()
@@ -139,6 +142,7 @@ class OpenAIBackend(Backend):
         """Server, model and what else decides on a reply."""
         extras = f" {sorted(self.extra_body.items())}" if self.extra_body else ""
         asked = "".join(f" +{what}" for what in ("logprobs", "token_ids") if getattr(self, f"ask_{what}"))
+        asked += f" +structured={self.structured}" if self.structured != "none" else ""
         return f"openai:{self.url or 'default'}:{self.model}:{self.prompt_style}{asked}{extras}"
 
     # --- sending -----------------------------------------------------------------------------------------------------
@@ -175,7 +179,7 @@ class OpenAIBackend(Backend):
             api = client.chat.completions if self.prompt_style == "chat" else client.completions
             return await api.create(**request)
 
-        read, written = prompt_tokens_at_most(prompt), sampling.max_tokens * request["n"]
+        read, written = prompt_tokens_at_most(prompt), request[self.max_tokens_field] * request["n"]
         return Job(send, lambda reply: self._parse(reply, sampling), self._spending(read, written), self._used)
 
     def _spending(self, read: int, written: int) -> Spending:
@@ -221,7 +225,9 @@ class OpenAIBackend(Backend):
             "n": sampling.n if sampling.temperature else 1,  # greedy completions are all the same
             "seed": sampling.seed % 2**31,
         }
-        if sampling.stop:
+        if sampling.choices and self.structured == "json_schema":  # limits are those of the answer, not of the JSON
+            request[self.max_tokens_field] += JSON_TOKENS + max(len(text.encode()) for text in sampling.choices)
+        elif sampling.stop:
             request["stop"] = list(sampling.stop)
         body = dict(self.extra_body)
         if sampling.top_k:
@@ -262,12 +268,20 @@ class OpenAIBackend(Backend):
         if len(choices) != wanted:
             raise UnsupportedRequestError(f"{self._server} gave {len(choices)} completions, not {wanted}: it ignores n")
         completions = [self._completion(choice) for choice in sorted(choices, key=lambda choice: choice.index or 0)]
-        if sampling.choices and self.structured == "json_schema":
-            completions = [_answer(completion) for completion in completions]
-        for completion in completions if sampling.choices else ():
-            if completion.text not in sampling.choices:
-                raise MalformedReplyError(f"{self._server} gave {completion.text[:80]!r}, which is no choice")
+        if sampling.choices:
+            completions = [self._choice(completion, sampling.choices) for completion in completions]
         return completions * (sampling.n // wanted)
+
+    def _choice(self, completion: Completion, choices: Sequence[str]) -> Completion:
+        """The completion, which has to be one of the choices; the JSON's tokens and log-probs are left out."""
+        cut, text = completion.finish_reason == "length", completion.text
+        if self.structured == "json_schema" and not cut:
+            text = str(json.loads(text)["answer"])
+            completion = Completion(text, [], [], "stop")
+        if text not in choices:
+            kind = BackendError if cut else MalformedReplyError  # what was cut would be cut again
+            raise kind(f"{self._server} gave {text[:80]!r}, which is no choice{' (cut at max_tokens)' * cut}")
+        return completion
 
     def _completion(self, choice: Any) -> Completion:
         chat = self.prompt_style == "chat"
@@ -298,11 +312,6 @@ def _answer_format(choices: Sequence[str]) -> dict[str, Any]:
     answer = {"type": "string", "enum": list(choices)}
     schema = {"type": "object", "properties": {"answer": answer}, "required": ["answer"], "additionalProperties": False}
     return {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
-
-
-def _answer(completion: Completion) -> Completion:
-    """The answer in a completion's JSON; the tokens and log-probs are the JSON's and left out."""
-    return Completion(str(json.loads(completion.text)["answer"]), [], [], completion.finish_reason)
 
 
 def prompt_tokens_at_most(prompt: Prompt) -> int:

@@ -38,6 +38,10 @@ class Job:
     """What the request may use at most: reserved before it is sent."""
     used: Callable[[Any], Spending | None]
     """What a reply says it used; None where it says nothing. Called once per reply."""
+    attempts: int = 0
+    """At most; 0 for the sender's number."""
+    timeout: float = 0.0
+    """Seconds for one attempt; 0 for the sender's."""
 
 
 @dataclass
@@ -87,7 +91,7 @@ class Sender:
             BudgetExceededError: when what is left of the budget does not suffice. Requests in flight are waited for and
                 given out first.
         """
-        connection = self._connected()  # a missing key or package is an error of the call, not of each request
+        connection = self.connected()  # a missing key or package is an error of the call, not of each request
         done: queue.SimpleQueue[tuple[int, Any, bool]] = queue.SimpleQueue()
         fatal: list[BaseException] = []
 
@@ -111,8 +115,12 @@ class Sender:
             for task in tasks:
                 task.cancel()
 
-    def _connected(self) -> _Connection:
-        """The connection of this process: a fork leaves the parent's loop, sockets and locks behind."""
+    def connected(self) -> _Connection:
+        """The connection of this process: a fork leaves the parent's loop, sockets and locks behind.
+
+        Raises:
+            InputError: if the client or the key is missing.
+        """
         if self._connection.pid != os.getpid():
             self._lock, self._connection = threading.Lock(), _Connection()
         with self._lock:
@@ -127,14 +135,17 @@ class Sender:
 
     async def _complete(self, connection: _Connection, job: Job, fatal: Sequence[BaseException]) -> Any:
         async with connection.slots:
-            for attempt in range(1, self.attempts + 1):
+            attempts = job.attempts or self.attempts
+            for attempt in range(1, attempts + 1):
                 await self._wait_for_turn(connection, job.most, fatal)
                 used = job.most  # of an attempt that ends in the dark the most is booked
                 try:
                     result, pause, used = await self._try(connection.client, job)
                 finally:
                     self.budget.settle(job.most, used)
-                if pause is None or attempt == self.attempts or not isinstance(result, BackendError):
+                if isinstance(result, InputError):
+                    raise result
+                if pause is None or attempt == attempts or not isinstance(result, BackendError):
                     return result
                 self.retries += 1
                 growing = self.backoff * 2 ** (attempt - 1) * self._random.uniform(0.5, 1.0)
@@ -146,8 +157,12 @@ class Sender:
         for limiter, amount in zip(connection.limits, (1, most.tokens), strict=True):
             if fatal:
                 raise fatal[0]
-            if limiter is not None:
-                await limiter.acquire(min(amount, limiter.max_rate))
+            while limiter is not None and amount > 0:  # in parts: more than a burst cannot be had at once
+                part = min(amount, limiter.max_rate)
+                await limiter.acquire(part)
+                amount -= part
+                if fatal:
+                    raise fatal[0]
         while not self.budget.reserve(most):  # what others have reserved may come back
             if fatal:
                 raise fatal[0]
@@ -159,11 +174,12 @@ class Sender:
 
         used = job.most
         try:
-            reply = await asyncio.wait_for(job.send(client), self.timeout)
+            reply = await asyncio.wait_for(job.send(client), job.timeout or self.timeout)
             used = job.used(reply) or job.most
             return job.parse(reply), None, used
         except openai.APIStatusError as error:
-            return *self._refused(error), Spending(1)
+            refusal, pause = self._refused(error)
+            return refusal, pause, Spending(1)
         except MalformedReplyError as error:
             return error, 0.0, used
         except BackendError as error:  # a reply that would not come out better
@@ -177,10 +193,10 @@ class Sender:
         except (openai.OpenAIError, ValueError, TypeError, AttributeError, LookupError) as error:
             return MalformedReplyError(f"{self.server} gave a malformed reply: {self._line(error)}"), 0.0, used
 
-    def _refused(self, error: Any) -> tuple[BackendError, float | None]:
+    def _refused(self, error: Any) -> tuple[BackendError | InputError, float | None]:
         status, why = error.status_code, f"{self.server} answered {error.status_code}: {self._line(error)}"
         if status in (401, 404):  # no request will do better
-            raise InputError(f"{why} (check base_url, the model's name and the key)") from None
+            return InputError(f"{why} (check base_url, the model's name and the key)"), None
         if status in (408, 409, 429) or status >= 500:
             pause = retry_after(error.response.headers)
             return BackendError(why), pause if pause <= LONGEST_PAUSE else None

@@ -283,8 +283,6 @@ class ServerProbe:
     # --- structured output and adapters ------------------------------------------------------------------------------
 
     def _structured(self, form: Structured) -> str:
-        if form == "json_schema" and self.found.style != "chat":
-            raise UnsupportedRequestError("response_format goes with chat requests only")
         backend = self._openai(self.found.style, structured=form)
         samplings = [Sampling(max_tokens=64, choices=choices) for choices in CHOICE_SETS]
         for result in backend.generate(["Which word is it?"] * len(samplings), samplings):

@@ -47,9 +47,10 @@ class VLLMBackend(Backend):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """Model, dtype and adapter."""
+        """Model, dtype, adapter and options."""
         adapter = f" +{self.adapter}" if self.adapter else ""
-        return f"vllm:{self.model}:{self.dtype}{adapter}"
+        options = f" {sorted(self.options.items())}" if self.options else ""
+        return f"vllm:{self.model}:{self.dtype}{adapter}{options}"
 
     @property
     def supports_choices(self) -> bool:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from .errors import InputError
 
-RUNTIME = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
-"""Environment of the server: no network, and adapters at run time."""
+RUNTIME = {"VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+"""Environment of the server: no reports of usage, and adapters at run time."""
 
 CPU_LORA_MODULES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 """All layers but the output, by the names that vLLM gives to those of Llama and its relatives."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .base import BackendError, Completion, Message, Prompt, PromptStyle, Sampling
+from .base import BackendError, Message, Prompt, PromptStyle, Sampling
 from .budget import Spending
 from .errors import InputError
 from .openai_backend import OpenAIBackend, Structured
@@ -60,6 +61,11 @@ class VLLMServerBackend(OpenAIBackend):
         )
         self.root = self.url.rstrip("/").removesuffix("/v1")
 
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """As of any server, and that vLLM's own defaults are overridden."""
+        return f"vllm-{super().name}"
+
     # --- adapters ----------------------------------------------------------------------------------------------------
 
     def load_adapter(self, name: str, folder: str | Path) -> None:
@@ -75,8 +81,9 @@ class VLLMServerBackend(OpenAIBackend):
         self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(Path(folder).absolute())})
 
     def unload_adapter(self, name: str) -> None:
-        """Drops an adapter."""
-        self._post("/v1/unload_lora_adapter", {"lora_name": name})
+        """Drops an adapter; one attempt, since nothing waits for it."""
+        job = self._job_for("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+        self._ask(replace(job, attempts=1, timeout=10.0))
 
     def models(self) -> list[dict[str, Any]]:
         """What the server says of its models: ``id``, ``max_model_len``, for an adapter its ``parent``."""
@@ -86,6 +93,8 @@ class VLLMServerBackend(OpenAIBackend):
         try:
             self._ask(self._job_for("POST", path, body))
         except (BackendError, InputError) as error:
+            if "already been loaded" in str(error):  # by an attempt whose answer was lost
+                return
             raise InputError(
                 f"{error}; adapters need a server started with --enable-lora, "
                 "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment, and --max-lora-rank at least their rank"
@@ -129,6 +138,8 @@ class VLLMServerBackend(OpenAIBackend):
             elif prompt and not isinstance(prompt[0], int | np.integer):
                 messages: Sequence[Message] = prompt  # type: ignore[assignment]
                 body = {"model": self.model, "messages": [dict(message) for message in messages]}
+                if "chat_template_kwargs" in self.extra_body:
+                    body["chat_template_kwargs"] = self.extra_body["chat_template_kwargs"]
             else:
                 results[index] = [int(token) for token in prompt]  # type: ignore[arg-type]
                 continue
@@ -143,12 +154,14 @@ class VLLMServerBackend(OpenAIBackend):
             [{"role": "user", "content": prompt}] if self.prompt_style == "chat" and isinstance(prompt, str) else prompt
             for prompt in prompts
         ]
-        unique = list(dict.fromkeys(completions))  # few words, many prompts
-        texts = dict(zip(unique, self.tokenize(unique, special=False), strict=True))
+        # Judges ask for few words after many prompts, each of them several times.
+        words, kinds = list(dict.fromkeys(completions)), {json.dumps(p, default=_plain): p for p in asked}
+        texts = dict(zip(words, self.tokenize(words, special=False), strict=True))
+        heads = dict(zip(kinds, self.tokenize(list(kinds.values())), strict=True))
         results: list[Any] = []
         jobs, places = [], []
-        for index, ids in enumerate(self.tokenize(asked)):
-            tail = texts[completions[index]]
+        for index, prompt in enumerate(asked):
+            ids, tail = heads[json.dumps(prompt, default=_plain)], texts[completions[index]]
             failed = next((one for one in (ids, tail) if isinstance(one, BackendError)), None)
             results.append(failed)
             if failed is None:
@@ -157,6 +170,14 @@ class VLLMServerBackend(OpenAIBackend):
         for number, result in self.sender.each(jobs) if jobs else ():
             results[places[number]] = result
         return results
+
+    def score(self, prompt: list[int], completion: list[int]) -> np.ndarray:
+        """Log-probs of the tokens of a completion, float32, in nats at temperature 1.
+
+        Raises:
+            BackendError: if the server does not give them.
+        """
+        return self._ask(self._scoring(prompt, completion))
 
     def _scoring(self, prompt: list[int], completion: list[int]) -> Job:
         ids = prompt + completion
@@ -180,8 +201,9 @@ class VLLMServerBackend(OpenAIBackend):
 
     def _request(self, prompt: Prompt, sampling: Sampling) -> dict[str, Any]:
         request = super()._request(prompt, sampling)
-        # What vLLM would otherwise take from the model's generation_config.json.
-        body: dict[str, Any] = {"top_k": sampling.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0}
+        # What vLLM would otherwise take from the model's generation_config.json; extra_body may say otherwise.
+        body: dict[str, Any] = {"min_p": 0.0, "repetition_penalty": 1.0} | self.extra_body
+        body["top_k"] = sampling.top_k or -1
         if isinstance(sampling, TokenSampling):
             if sampling.allowed:
                 body["allowed_token_ids"] = list(sampling.allowed)
@@ -190,8 +212,7 @@ class VLLMServerBackend(OpenAIBackend):
         request["extra_body"] = request.get("extra_body", {}) | body
         return request
 
-    def _completion(self, choice: Any) -> Completion:
-        completion = super()._completion(choice)
-        if self.ask_token_ids and not completion.token_ids:
-            raise MalformedReplyError(f"{self._server} gave a completion without tokens")
-        return completion
+
+def _plain(value: Any) -> Any:
+    """A message or a NumPy integer for JSON."""
+    return dict(value) if isinstance(value, Mapping) else int(value)

@@ -159,8 +159,9 @@ def vllm_url(tmp_path_factory):
     if running:
         yield running
         return
-    python = Path(__file__).parent.parent / ".venv-server" / "bin" / "python"
-    if not python.exists():
+    named = os.environ.get("INSTRUCTGYM_SERVER_PYTHON")
+    python = Path(named or Path(__file__).parent.parent / ".venv-server" / "bin" / "python")
+    if not named and not python.exists():
         pytest.skip("no .venv-server: make venv-server")
     from instructgym.llm_backends.embedded import embedded_model_path
     from instructgym.llm_backends.vllm_launch import vllm_server

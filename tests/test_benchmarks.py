@@ -140,7 +140,7 @@ def test_backend_sends_different_requests_once_and_keeps_up_with_a_bare_client(t
     assert json.loads(file.read_text()) == figures
     assert figures["ours"]["sent"] == figures["theirs"]["sent"] == 32 and figures["ours"]["sent_again"] == 0
     assert sum(server.attempts.values()) == 2 * (32 + 32)
-    assert figures["ratio"]["requests_per_second"] > 0.5, "on a quiet machine it is about 1"
+    assert figures["ratio"]["requests_per_second"] > 0.2, "on a quiet machine it is about 1"
 
 
 def test_backend_refuses_what_it_cannot_measure():

@@ -1,5 +1,7 @@
 """Rollouts on servers, without one: constraints, shares, failures, and what the agent does with the engine."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -28,6 +30,7 @@ class StandIn:
 
     def generate(self, prompts, samplings):
         self.batches.append(len(prompts))
+        samplings = [samplings] * len(prompts) if isinstance(samplings, Sampling) else samplings
         choices = [Choices([[token] for token in s.allowed]) if s.allowed else None for s in samplings]
         with self.policy.adapter("policy") as lm:
             ends = samplings[0].eos
@@ -162,3 +165,96 @@ def test_a_server_that_is_not_there_is_said_at_once(policy):
     engine.servers[0].sender.attempts = 1
     with pytest.raises((InputError, BackendError), match="cannot be reached"):
         engine.take(policy, Processes())
+
+
+class Host(StandIn):
+    """A whole server in this process: what :meth:`VLLMEngine.take` asks one for."""
+
+    def __init__(self, policy, ids=None, raw=False, off=0.0, names=("model",)):
+        super().__init__(policy)
+        self.ids, self.raw, self.off, self.names, self.full = ids, raw, off, names, False
+        self.url, self.loaded = NOWHERE, []
+
+    def models(self):
+        return [{"id": name, "parent": None} for name in self.names] + [{"id": n, "parent": "m"} for n in self.loaded]
+
+    def load_adapter(self, name, folder):
+        if self.full:
+            raise InputError("no room")
+        assert (folder / "adapter_model.safetensors").exists()
+        self.loaded.append(name)
+
+    def unload_adapter(self, name):
+        if name not in self.loaded:
+            raise InputError("404: no such adapter")
+        self.loaded.remove(name)
+
+    def tokenize(self, prompts):
+        return [self.ids or self.policy.lm.encode(prompt) for prompt in prompts]
+
+    def generate(self, prompts, samplings):
+        results = super().generate(prompts, samplings)
+        return [[replace(c, logprobs=[-1.0])] for [c] in results] if self.raw else results
+
+    def score(self, prompt, completion):
+        with self.policy.adapter("policy") as lm:
+            return lm.logprobs([prompt], [completion])[0] + self.off
+
+
+def hosted(tmp_path, *hosts):
+    engine = VLLMEngine([NOWHERE] * len(hosts), adapter_dir=str(tmp_path))
+    engine.servers = list(hosts)
+    return engine
+
+
+def test_each_push_replaces_the_one_before_it_and_close_leaves_nothing(policy, tmp_path):
+    host = Host(policy)
+    engine = hosted(tmp_path, host)
+    for number in (1, 2, 3):
+        engine.take(policy, Processes())
+        assert len(host.loaded) == 1 and host.loaded[0].endswith(f"-{number}") and host.model == host.loaded[0]
+        assert [path.name for path in tmp_path.iterdir()] == host.loaded  # a server may have to read it again
+    engine.close()
+    assert not host.loaded and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"ids": [1, 2, 3]}, "another tokenizer"),
+        ({"raw": True}, "--logprobs-mode processed_logprobs"),
+        ({"off": 1.0}, r"1\.00 nats per token off.*is another one"),
+        ({"names": ()}, "serves no model"),
+        ({"names": ("a", "b")}, "need one base model"),
+    ],
+)
+def test_a_server_that_does_not_fit_is_refused(policy, tmp_path, wrong, message):
+    with pytest.raises(InputError, match=message):
+        hosted(tmp_path, Host(policy, **wrong)).take(policy, Processes())
+
+
+def test_the_weights_are_checked_at_any_temperature(tiny_model_path, tmp_path):
+    warm = LanguageModelPolicy(str(tiny_model_path), LoraSettings(rank=2), dtype="float32", temperature=0.5)
+    hosted(tmp_path, Host(warm)).take(warm, Processes())
+    with pytest.raises(InputError, match="is another one"):
+        hosted(tmp_path, Host(warm, off=1.0)).take(warm, Processes())
+
+
+def test_a_push_that_fails_on_one_server_leaves_nothing_behind(policy, tmp_path):
+    first, second = Host(policy), Host(policy)
+    engine = hosted(tmp_path, first, second)
+    engine.take(policy, Processes())
+    second.full = True
+    with pytest.raises(InputError, match="no room"):
+        engine.take(policy, Processes())
+    engine.close()
+    assert not first.loaded and not second.loaded and not list(tmp_path.iterdir())
+
+
+def test_a_server_that_lost_the_last_adapter_gets_the_next_one(policy, tmp_path):
+    host = Host(policy)
+    engine = hosted(tmp_path, host)
+    engine.take(policy, Processes())
+    host.loaded.clear()  # it was restarted
+    engine.take(policy, Processes())
+    assert len(host.loaded) == 1

@@ -33,11 +33,6 @@ def answers(found):
     return {name: capability.answer for name, capability in found.capabilities.items()}
 
 
-def expected(style):
-    """Of a vLLM server: everything, but OpenAI's plain completions know no response_format."""
-    return dict.fromkeys(CAPABILITIES, "yes") | ({"structured_json_schema": "no"} if style == "completion" else {})
-
-
 def check(server, **options):
     console = Console(width=100, record=True, file=io.StringIO())
     findings = serve_check.run(ServeCheck(base_url=server.url, **({"requests": 0} | options)), console)
@@ -55,7 +50,7 @@ def speed(concurrency, tokens, errors=0, seconds=1.0):
 def test_a_vllm_server_has_everything(style):
     with serving(vllm=ImitatedVLLM(), usage=None) as server:
         found = probed(server, style=style)
-    assert answers(found) == expected(style), found.capabilities
+    assert answers(found) == dict.fromkeys(CAPABILITIES, "yes"), found.capabilities
     assert (found.model, found.software, found.style, found.context_length) == ("m", "vllm", style, 512)
     assert set(TITLES) == set(CAPABILITIES)
 

@@ -198,7 +198,7 @@ def test_a_server_of_another_model_is_refused(vllm_url, tiny_model_path):
     policy = LanguageModelPolicy(str(tiny_model_path), LoraSettings(rank=4), dtype="float32")
     from instructgym.agents.distributed import Processes
 
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=r"load_lora_adapter|another tokenizer|adapters need"):
         VLLMEngine([vllm_url]).take(policy, Processes())
 
 
@@ -229,7 +229,11 @@ def test_two_processes_train_against_it(vllm_url, tmp_path):
         )
         for rank in range(2)
     ]
-    outputs = [process.communicate(timeout=800)[0] for process in processes]
+    try:
+        outputs = [process.communicate(timeout=400)[0] for process in processes]
+    finally:  # one that waits for a process which has failed
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)[-2000:]
     results = json.loads(Path(tmp_path / "run" / "results.json").read_text("utf-8"))
     assert results["status"] == "finished" and results["counts"]["updates"] == 2

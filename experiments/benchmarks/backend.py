@@ -94,6 +94,7 @@ def _ours(options: BenchBackend, store: ReplyStore, texts: list[str]) -> tuple[f
     inner = OpenAIBackend(options.model, options.server, concurrency=options.concurrency, attempts=2)
     backend = Cached(inner, store)
     sampling = Sampling(max_tokens=options.max_tokens, temperature=0.0)
+    inner.sender.connected()  # as the bare client is, before its time begins
     begun = time.perf_counter()
     for result in backend.generate(texts + texts[::-1], sampling):
         if isinstance(result, BackendError):

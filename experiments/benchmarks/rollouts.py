@@ -17,7 +17,7 @@ from rich.table import Table
 from ...agents.distributed import Processes
 from ...agents.language_model import LanguageModelPolicy, LoraSettings
 from ...agents.rollout_engine import VLLMEngine
-from ...llm_backends import Sampling, request_seed
+from ...llm_backends import BackendError, Sampling, request_seed
 from ...llm_backends.causal_lm import computes_in_bfloat16
 from ...llm_backends.errors import InputError
 from ...llm_backends.vllm_launch import vllm_server
@@ -98,10 +98,20 @@ def _server(options: BenchRollouts, folder: str, scratch: Path) -> Iterator[str]
 
 def _measure(options: BenchRollouts, folder: str, url: str) -> tuple[dict[str, list[float]], float]:
     policy = LanguageModelPolicy(folder, LoraSettings(rank=options.lora_rank), value="none", dtype=options.dtype)
-    engine, processes = VLLMEngine([url]), Processes()
+    engine = VLLMEngine([url])
+    try:
+        return _alternate(options, folder, policy, engine)
+    finally:
+        engine.close()
+
+
+def _alternate(
+    options: BenchRollouts, folder: str, policy: LanguageModelPolicy, engine: VLLMEngine
+) -> tuple[dict[str, list[float]], float]:
+    processes = Processes()
     engine.take(policy, processes)
     [base] = [model["id"] for model in engine.servers[0].models() if not model.get("parent")]
-    plain = VLLMServerBackend(base, url, "completion", concurrency=256, timeout=600)
+    plain = VLLMServerBackend(base, engine.servers[0].url, "completion", concurrency=256, timeout=600)
     texts = make_prompts(folder, options.batch * (options.rounds + 1), options.prompt_tokens)
     prompts = [policy.lm.encode(text) for text in texts]
     sampling = Sampling(max_tokens=options.response_tokens)
@@ -126,12 +136,14 @@ def _measure(options: BenchRollouts, folder: str, url: str) -> tuple[dict[str, l
             begun = time.perf_counter()
             written = write(batch, samplings)
             seconds = time.perf_counter() - begun
+            failed = next((one for one in written if isinstance(one, BackendError)), None)
+            if failed is not None:
+                raise failed
             counts = [len(completions[0].token_ids) for completions in written]
             if set(counts) != {options.response_tokens}:
                 raise RuntimeError(f"{side}: responses of {sorted(set(counts))} tokens, not {options.response_tokens}")
             if number:  # the first round warms up
                 rates[side].append(sum(counts) / seconds)
-    engine.close()
     return rates, float(np.median(pushes[1:]))
 
 
