@@ -124,7 +124,8 @@ class VLLMEngine:
             policy.export_adapter(folder)
             for server in self.servers:
                 server.load_adapter(self._name, folder / POLICY)
-                self._drop(server, old)
+                if self.pushes > 1:
+                    self._drop(server, old)
         except OSError as error:
             raise InputError(f"cannot hand adapters over through {self.adapter_dir}: {error}") from error
         # Not before: a server that has more adapters than room reads them again.
@@ -163,7 +164,7 @@ class VLLMEngine:
 
     def close(self) -> None:
         """Drops the run's adapters from the servers, and their folders. Only one process of a run does it."""
-        for number in (self.pushes - 1, self.pushes):  # where a push failed there may be both
+        for number in range(max(self.pushes - 1, 1), self.pushes + 1):  # where a push failed there may be two
             name = f"instructgym-{self._run}-{number}"
             for server in self.servers:
                 self._drop(server, name)
@@ -172,8 +173,6 @@ class VLLMEngine:
     @staticmethod
     def _drop(server: VLLMServerBackend, name: str) -> None:
         """Unloads an adapter; a server that has it no longer, or is gone, is not waited for."""
-        if name.endswith("-0"):
-            return
         with contextlib.suppress(InputError, BackendError):
             server.unload_adapter(name)
 

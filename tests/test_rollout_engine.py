@@ -216,6 +216,7 @@ def test_each_push_replaces_the_one_before_it_and_close_leaves_nothing(policy, t
         assert [path.name for path in tmp_path.iterdir()] == host.loaded  # a server may have to read it again
     engine.close()
     assert not host.loaded and not list(tmp_path.iterdir())
+    VLLMEngine([NOWHERE]).close()  # nothing was pushed, nobody is asked
 
 
 @pytest.mark.parametrize(
