@@ -47,7 +47,7 @@ class FaultServer(ThreadingHTTPServer):
         self.attempts, self.answered, self.failed = Counter(), Counter(), Counter()
         self.in_flight = self.most_in_flight = 0
         self.bodies, self.keys = [], []
-        self.slow, self.why, self.trickle = slow, why, 0
+        self.slow, self.why, self.trickle, self.finish = slow, why, 0, "stop"
         self.scripted = ScriptedBackend() if scripted else None
 
     @property
@@ -61,7 +61,7 @@ class FaultServer(ThreadingHTTPServer):
         if self.scripted is None:
             text = self.text(body) if self.text else f"echo: {prompt_of(body)}"
             ids = list(range(len(text.split())))
-            return [Completion(text, ids, [-0.5] * len(ids), "stop")] * body.get("n", 1)
+            return [Completion(text, ids, [-0.5] * len(ids), self.finish)] * body.get("n", 1)
         names = ("max_tokens", "temperature", "top_p", "n", "seed")
         sampling = Sampling(**{name: body[name] for name in names}, stop=tuple(body.get("stop", ())))
         return self.scripted.generate([prompt_of(body)], sampling)[0]

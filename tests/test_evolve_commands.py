@@ -114,6 +114,24 @@ def test_a_run_against_a_server_accounts_for_each_role_and_leaves_no_key(tmp_pat
     assert not [path for path in files if key.encode() in path.read_bytes()]
 
 
+def test_each_budget_of_a_run_holds_over_its_starts(tmp_path, seeds):
+    with serving(text=lambda body: "Not Equal" if "write nothing else" in str(body) else "Sing.") as server:
+
+        def part(model, requests):
+            kwargs = {"model": model, "base_url": server.url, "budget": {"requests": requests}}
+            return json.dumps({"id": "openai", "kwargs": kwargs})
+
+        options = {"episodes": 8, "algorithm": "random", "num_envs": 4}
+        for _ in range(3):
+            with pytest.raises(BudgetExceededError):
+                train(tmp_path, seeds, backend=part("writer", 12), judge_backend=part("judge", 1000), **options)
+    asked = [body["model"] for body in server.bodies]
+    assert asked.count("writer") == 12
+    for role, model in (("rewriter", "writer"), ("judge", "judge")):
+        spent = json.loads((tmp_path / "run" / f"budget-{role}.json").read_text())
+        assert spent["requests"] == asked.count(model)
+
+
 def test_a_finished_run_changes_nothing_and_another_configuration_is_refused(tmp_path, seeds):
     first = train(tmp_path, seeds)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}

@@ -17,6 +17,7 @@ from instructgym.llm_backends.budget import Budget, BudgetExceededError, Spendin
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.openai_backend import OpenAIBackend, prompt_tokens_at_most
 from instructgym.llm_backends.sending import retry_after
+from instructgym.llm_backends.vllm_server import VLLMServerBackend
 from instructgym.rewards import Sample
 from instructgym.rewards.judge import EqualityJudge
 
@@ -142,6 +143,28 @@ def test_a_reply_that_is_no_choice_is_an_error(server, structured, reply):
     assert isinstance(result, BackendError) and server.attempts["x"] == 2
 
 
+def test_a_choice_that_was_cut_is_not_asked_for_again(server):
+    server.text = lambda body: '{"answer": "Not'
+    server.finish = "length"
+    [result] = backend(server, structured="json_schema").generate(["x"], Sampling(choices=WORDS, stop=("}",)))
+    assert isinstance(result, BackendError) and "cut at max_tokens" in str(result) and server.attempts["x"] == 1
+    [body] = server.bodies
+    assert body["max_tokens"] > 64 + len("Not Equal") and "stop" not in body, "the limits are those of the answer"
+
+
+def test_a_name_says_what_decides_on_a_reply():
+    options = [{}, {"structured": "vllm"}, {"structured": "json_schema"}, {"logprobs": True}, {"extra_body": {"a": 1}}]
+    built = [OpenAIBackend("m", base_url="http://host/v1", **kwargs) for kwargs in options]
+    built.append(VLLMServerBackend("m", "http://host/v1", logprobs=False, token_ids=False, structured="none"))
+    assert len({it.name for it in built}) == len(built)
+
+
+def test_extra_body_stands_above_vllms_defaults(server):
+    VLLMServerBackend("m", server.url, logprobs=False, token_ids=False, extra_body={"min_p": 0.1}).generate(["x"])
+    [body] = server.bodies
+    assert (body["min_p"], body["repetition_penalty"], body["top_k"]) == (0.1, 1.0, -1)
+
+
 def test_choices_are_refused_where_a_server_is_not_said_to_know_them(server):
     with pytest.raises(UnsupportedRequestError, match="given choices"):
         backend(server).generate(["x"], Sampling(choices=WORDS))
@@ -264,6 +287,14 @@ def test_requests_and_tokens_per_minute(server, options):
     begun = time.monotonic()
     it.generate(["p"] * 12, Sampling(max_tokens=1))  # ten at once, then one a second
     assert 1.5 < time.monotonic() - begun < 50  # twelve at one a second, were there no burst, and a busy machine
+
+
+def test_a_request_above_a_burst_takes_its_whole_share_of_the_limit(server):
+    per_minute = 60 * 66  # ten requests' worth at once, then one a second
+    it = backend(server, concurrency=8, tokens_per_minute=per_minute)
+    begun = time.monotonic()
+    it.generate(["p"] * 2, Sampling(max_tokens=66 * 6 - 65))  # each as much as six of those
+    assert time.monotonic() - begun > 1.5
 
 
 def test_an_error_that_ends_a_call_does_not_wait_for_the_limits():
