@@ -80,7 +80,6 @@ class VLLMEngine:
         self.pushes = 0
         """Adapters handed over so far."""
         self._run = ""
-        self._bases: list[str] = []
         self._decode: Callable[[Sequence[int]], str] = str
 
     # --- weights -----------------------------------------------------------------------------------------------------
@@ -97,7 +96,7 @@ class VLLMEngine:
                 raise InputError("rollouts on a server need a policy with adapters: set a LoRA rank")
             self._run = processes.gather(uuid.uuid4().hex[:8])[0]
             self._decode = policy.lm.decode
-            self._bases = [self._base(server) for server in self.servers]
+            bases = [self._base(server) for server in self.servers]
         old, self.pushes = self._name, self.pushes + 1
         problem = ""
         if processes.is_main:
@@ -111,7 +110,7 @@ class VLLMEngine:
         for server in self.servers:
             server.model = self._name
         if first:
-            for server, base in zip(self.servers, self._bases, strict=True):
+            for server, base in zip(self.servers, bases, strict=True):
                 self._check(server, base, policy)
 
     @property

@@ -96,11 +96,8 @@ def run(options: EvolveTrain, console: Console | None = None) -> dict[str, Any]:
         console.print(f"would train {options.algorithm} for {options.timesteps} steps in {folder.path}")
         console.print(describe(probe.env))
         return {}
-    if folder.results is not None:
-        console.print(
-            f"{folder.path} holds this run, finished: nothing to do (choose another --run-dir to run it again)"
-        )
-        return folder.results
+    if (results := folder.finished(console)) is not None:
+        return results
     with folder.opened():
         journal = Journal(folder.file("journal.jsonl"))
         if len(journal):

@@ -86,11 +86,8 @@ def run(options: JudgeCalibrate, console: Console | None = None) -> dict[str, An
             f"{'by likelihood' if likelihood else f'and {options.repeats} times more each'}, in {folder.path}"
         )
         return {}
-    if folder.results is not None:
-        console.print(
-            f"{folder.path} holds this run, finished: nothing to do (choose another --run-dir to run it again)"
-        )
-        return folder.results
+    if (results := folder.finished(console)) is not None:
+        return results
     with folder.opened():
         journal = Journal(folder.file("journal.jsonl"))
         if len(journal):

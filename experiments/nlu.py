@@ -212,11 +212,8 @@ def run(options: NLU, console: Console | None = None) -> dict[str, Any]:
             f"{len(data.evaluation)} rows to evaluate, in {folder.path}"
         )
         return {}
-    if folder.results is not None:
-        console.print(
-            f"{folder.path} holds this run, finished: nothing to do (choose another --run-dir to run it again)"
-        )
-        return folder.results
+    if (results := folder.finished(console)) is not None:
+        return results
     with folder.opened(), Tracker(folder, options.track if processes.is_main else "none") as tracker:
         return _Run(options, folder, tracker, console, processes).go(data)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from rich.console import Console
 
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import append_lines, read_records
@@ -64,6 +65,14 @@ class RunFolder:
         """The results of a finished run."""
         results = read_json(self.path / "results.json")
         return results if results is not None and results.get("status") == "finished" else None
+
+    def finished(self, console: Console) -> dict[str, Any] | None:
+        """The results of a finished run, after saying that there is nothing to do; None for any other run."""
+        if self.results is not None:
+            console.print(
+                f"{self.path} holds this run, finished: nothing to do (choose another --run-dir to run it again)"
+            )
+        return self.results
 
     @contextmanager
     def opened(self) -> Iterator[RunFolder]:

@@ -124,11 +124,13 @@ class ServerProbe:
         listed: list[dict[str, Any]] = []
         try:
             listed = [dict(entry) for entry in self._vllm().models() if entry.get("id")]
+        except MalformedReplyError:
+            pass  # an address that answers something else: the next requests will tell
         except (BackendError, InputError) as error:
             if _status(error) in (None, 401, 403):  # nobody there, or not for us
                 raise _final(error, self.options["key_variable"]) from None
-        except (LookupError, TypeError, ValueError, AttributeError):
-            pass  # an address that answers something else: the next requests will tell
+        except (TypeError, ValueError, AttributeError):
+            pass  # a list of something else
         self.found.models = [
             ServedModel(str(entry["id"]), entry.get("max_model_len"), entry.get("parent")) for entry in listed
         ]

@@ -201,15 +201,15 @@ class VLLMServerBackend(OpenAIBackend):
 
     def _request(self, prompt: Prompt, sampling: Sampling) -> dict[str, Any]:
         request = super()._request(prompt, sampling)
-        # What vLLM would otherwise take from the model's generation_config.json; extra_body may say otherwise.
-        body: dict[str, Any] = {"min_p": 0.0, "repetition_penalty": 1.0} | self.extra_body
-        body["top_k"] = sampling.top_k or -1
+        body: dict[str, Any] = {"top_k": sampling.top_k or -1}
         if isinstance(sampling, TokenSampling):
             if sampling.allowed:
                 body["allowed_token_ids"] = list(sampling.allowed)
             if sampling.eos is not None:
                 body |= {"ignore_eos": True, "stop_token_ids": list(sampling.eos)}
-        request["extra_body"] = request.get("extra_body", {}) | body
+        # What vLLM would otherwise take from the model's generation_config.json; extra_body may say otherwise.
+        defaults = {"min_p": 0.0, "repetition_penalty": 1.0}
+        request["extra_body"] = defaults | request.get("extra_body", {}) | body
         return request
 
 
