@@ -13,6 +13,10 @@ IDS = {
         "instructgym.envs.generate_label:generate_label",
         "instructgym.envs.generate_label:generate_label_vector",
     ),
+    "instructgym/GenerateResponse-v0": (
+        "instructgym.envs.generate_response:generate_response",
+        "instructgym.envs.generate_response:generate_response_vector",
+    ),
 }
 """Id to entry points of the single and of the vector env. Strings, so that nothing heavy is imported."""
 

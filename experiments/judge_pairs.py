@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ..llm_backends.errors import InputError
+from ..llm_backends.records import read_user_rows, user_text
 
 PairKind = Literal["pairwise", "equality"]
 """``pairwise``: which of two responses is better; ``equality``: do two instructions ask for the same."""
@@ -43,22 +43,7 @@ def read_pairs(path: str | Path) -> tuple[PairKind, list[LabelledPair]]:
     Raises:
         InputError: for a file that cannot be read or is empty, or a row with a missing or wrong field.
     """
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"cannot read --data {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"--data {path} is not UTF-8: {error.reason} at byte {error.start}") from error
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):  # a JSON string may hold other line ends, e.g. U+2028
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{path} row {number} is broken JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise InputError(f"{path} row {number} is a {type(row).__name__}: it must be a JSON object")
-            rows.append((f"{path} row {number}", row))
+    rows = read_user_rows(path, "--data")
     if not rows:
         raise InputError(f"--data {path} holds no pairs")
     kind = _kind(*rows[0])
@@ -78,15 +63,7 @@ def _kind(where: str, row: Mapping[str, Any]) -> PairKind:
 def _pair(kind: PairKind, where: str, row: Mapping[str, Any]) -> LabelledPair:
     column = COLUMNS[kind]
     for field in (*(("prompt",) if kind == "pairwise" else ()), "first", "second", column):
-        value = row.get(field)
-        if not isinstance(value, str) or not value.strip():
-            has = "it is missing" if field not in row else f"got {json.dumps(value)[:60]}"
-            raise InputError(f"{where}: field '{field}' must be a text that is not empty, {has}")
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:  # JSON can say it, UTF-8 and tokenizers cannot
-            half = ascii(error.object[error.start])
-            raise InputError(f"{where}: field '{field}' holds half a character (surrogate {half})") from error
+        user_text(where, row, field)
     if row[column] not in LABELS[kind]:
         allowed = ", ".join(map(repr, LABELS[kind]))
         raise InputError(f"{where}: field '{column}' must be one of {allowed}, got {row[column]!r}")

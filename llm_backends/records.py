@@ -1,10 +1,13 @@
-"""Append-only JSONL files that survive a kill: rows appear whole, and a torn last line is dropped on resume."""
+"""JSONL files: those of a run, append-only and safe against a kill, and those that a user gives.
+
+Rows of a run appear whole, and a torn last line is dropped on resume. Of a user's rows none is ever dropped.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +64,73 @@ def append_lines(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
         view = memoryview(data)
         while len(view):
             view = view[file.write(view) :]
+
+
+def read_user_text(path: str | Path, option: str = "") -> str:
+    """A user's text file: UTF-8, with or without a byte order mark.
+
+    Args:
+        path: the file.
+        option: the command's option that names it, e.g. ``"--data"``, for the error.
+
+    Raises:
+        InputError: for a file that cannot be read or is not UTF-8.
+    """
+    called = f"{option} {path}".strip()
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"cannot read {called}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{called} is not UTF-8: {error.reason} at byte {error.start}; convert it") from error
+
+
+def read_user_rows(path: str | Path, option: str = "") -> list[tuple[str, dict[str, Any]]]:
+    """The rows of a user's JSONL file, each with the words that say where it stands: ``"FILE row 3"``, by lines.
+
+    The file may end without a line end. Blank lines are passed over.
+
+    Args:
+        path: the file.
+        option: as of :func:`read_user_text`.
+
+    Raises:
+        InputError: for a file that cannot be read or is not UTF-8, and a line that is no JSON object.
+    """
+    rows = []
+    lines = read_user_text(path, option).split("\n")  # a JSON string may hold other line ends, e.g. U+2028
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path} row {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where} is broken JSON: {error}; mend or delete the row") from error
+        if not isinstance(row, dict):
+            raise InputError(f"{where} is a {type(row).__name__}: make it a JSON object")
+        rows.append((where, row))
+    return rows
+
+
+def user_text(where: str, row: Mapping[str, Any], field: str) -> str:
+    """The text in a field of a user's row.
+
+    Args:
+        where: the words that say where the row stands.
+        row: the row.
+        field: the field's name.
+
+    Raises:
+        InputError: if it is missing, no text, blank, or not to be encoded in UTF-8.
+    """
+    value = row.get(field)
+    if not isinstance(value, str) or not value.strip():
+        has = "it is missing" if field not in row else f"got {json.dumps(value)[:60]}"
+        raise InputError(f"{where}: field {field!r} must be a text that is not empty, {has}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can say it, UTF-8 and tokenizers cannot
+        half = ascii(error.object[error.start])
+        raise InputError(f"{where}: field {field!r} holds half a character (surrogate {half})") from error
+    return value

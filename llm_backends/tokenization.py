@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from .base import Message
 from .errors import InputError
 from .parts import Part
 
@@ -88,6 +89,30 @@ class Tokenizer(Part):
     def encode_continuation(self, text: str) -> list[int]:
         """Token ids of a text that follows a prompt: no special tokens."""
         return self.hf(text, add_special_tokens=False)["input_ids"]
+
+    def chat_text(self, messages: Sequence[Message]) -> str:
+        """Chat messages as a prompt: the text that :meth:`encode` turns into the tokens of the chat template.
+
+        It ends where the assistant's answer begins.
+
+        Raises:
+            InputError: if the tokenizer has no chat template, or puts tokens of its own around any prompt.
+        """
+        return self._render(messages).removeprefix(self._added_start)
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        if not self.hf.chat_template:
+            raise InputError(f"{self.name} has no chat template: use a plain layout, or the tokenizer of a chat model")
+        return self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+
+    @cached_property
+    def _added_start(self) -> str:
+        """The special token that the chat template begins with, where encode puts it before every prompt anyway."""
+        text = self._render([{"role": "user", "content": "a"}])
+        for start in ("", self.hf.bos_token or ""):
+            if self.encode(text.removeprefix(start)) == self.encode_continuation(text):
+                return start
+        raise InputError(f"{self.name} puts tokens around its own chat template: use a plain layout")
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""

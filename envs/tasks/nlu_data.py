@@ -299,7 +299,11 @@ def _hub_rows(task: NLUTask, part: str) -> list[dict[str, Any]]:
 
 def _hash(task: NLUTask, row: Mapping[str, Any]) -> float:
     """A number in [0, 1) that depends on the texts alone."""
-    text = "\x1f".join(row[name] for name in ([task.group_by] if task.group_by else task.fields))
+    return text_hash("\x1f".join(row[name] for name in ([task.group_by] if task.group_by else task.fields)))
+
+
+def text_hash(text: str) -> float:
+    """A number in [0, 1), the same on every machine and in every run; its tenths are the splits (:data:`SPLITS`)."""
     return int.from_bytes(hashlib.sha1(text.encode()).digest()[:6], "big") / 2**48
 
 

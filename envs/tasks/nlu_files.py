@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ...llm_backends.errors import InputError
+from ...llm_backends.records import read_user_rows, read_user_text
 from .nlu_tasks import TASKS, NLUTask
 
 TRAIN_FILES = ("train.tsv", "train.jsonl")
@@ -63,16 +63,7 @@ def read_rows(task: NLUTask, path: Path) -> list[tuple[str, dict[str, Any] | Row
     Raises:
         InputError: for a file that is empty or not UTF-8, and for broken JSON.
     """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8: {error.reason} at byte {error.start}; convert it") from error
-    lines = text.replace("\r\n", "\n").rstrip("\n").split("\n")
-    if not lines[0].strip():
-        raise InputError(f"{path} is empty: put the rows of {task.name} there")
-    rows = _jsonl(path, lines) if path.suffix == ".jsonl" else _tsv(task, path, lines)
+    rows: Rows = list(read_user_rows(path)) if path.suffix == ".jsonl" else _tsv(task, path)
     return [
         (where, flat)
         for where, row in rows
@@ -83,7 +74,10 @@ def read_rows(task: NLUTask, path: Path) -> list[tuple[str, dict[str, Any] | Row
 Rows = list[tuple[str, dict[str, Any] | RowError]]
 
 
-def _tsv(task: NLUTask, path: Path, lines: list[str]) -> Rows:
+def _tsv(task: NLUTask, path: Path) -> Rows:
+    lines = read_user_text(path).replace("\r\n", "\n").rstrip("\n").split("\n")
+    if not lines[0].strip():
+        raise InputError(f"{path} is empty: put the rows of {task.name} there")
     header, start = lines[0].split("\t"), 1
     if task.headerless and not {"sentence", "label"} <= set(header):
         header, start = list(task.headerless), 0
@@ -95,21 +89,6 @@ def _tsv(task: NLUTask, path: Path, lines: list[str]) -> Rows:
             rows.append((where, RowError(f"{where} is torn: {torn}; mend or delete the row")))
         elif line.strip():
             rows.append((where, dict(zip(header, cells, strict=False))))
-    return rows
-
-
-def _jsonl(path: Path, lines: list[str]) -> Rows:
-    rows: Rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path} row {number} is broken JSON: {error}; mend or delete the row") from error
-        if not isinstance(row, dict):
-            raise InputError(f"{path} row {number} is a {type(row).__name__}: make it a JSON object")
-        rows.append((f"{path} row {number}", row))
     return rows
 
 
