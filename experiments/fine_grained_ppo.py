@@ -1,0 +1,175 @@
+"""``instructgym fine-grained ppo``: token-level PPO from the supervised policy, rewarded by a reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+from rich.console import Console
+
+from ..agents.checkpoints import policy_from, read_state
+from ..agents.language_model import SETTINGS, LanguageModelPolicy
+from ..agents.ppo import TokenPPO
+from ..envs.tasks.prompt_examples import PromptExample
+from ..llm_backends import resolve
+from ..llm_backends.errors import InputError
+from ..rewards import Reward, WeightedSum
+from ..rewards.token_reward import RewardModel, SequenceReward, TokenReward
+from .evolve import input_errors, parse_reward
+from .fine_grained import ENV_ID, StageOptions, policy_folder, stage
+from .responses import respond
+from .run_folder import RunFolder, read_json, write_json
+
+CALIBRATION = 128
+"""Responses of the start by which the reward is put on a common scale."""
+
+Form = Literal["auto", "causal", "whole", "terminal"]
+
+
+@dataclass
+class FineGrainedPPO(StageOptions):
+    """Train a policy by token-level PPO on the rewards of a reward model."""
+
+    policy: str = ""
+    """Run folder of the policy to start from, which is also the KL reference."""
+    reward_model: str = ""
+    """Run folder of 'fine-grained reward-model'."""
+    arm: str = ""
+    """Name in reports; by default what the reward model is."""
+    form: Form = "auto"
+    """Of a token-level model. causal (auto): each token is paid its own reward; whole: its share of the mean, paid
+    when the response is complete; terminal: the sum, at the last token. A sequence-level model pays there anyway."""
+    judge: str = "reviews"
+    """Held-out reward that is logged and not paid, as of 'evolve train'; empty: none."""
+    updates: int = 48
+    """Updates."""
+    batch_size: int = 64
+    """Responses per update."""
+    epochs: int = 2
+    """Passes over the responses of an update."""
+    learning_rate: float = 3e-4
+    """Peak learning rate (cosine, 10% warm-up)."""
+    kl_coefficient: float = 0.05
+    """Weight of the KL penalty against the start, where the return of the start's responses has deviation 1."""
+    lam: float = 0.95
+    """GAE's lambda."""
+
+    def at_least_one(self) -> tuple[str, ...]:
+        return ("updates", "batch_size", "epochs")
+
+    def check(self) -> None:
+        super().check()
+        if not self.reward_model:
+            raise InputError("--reward-model is missing: name the run folder of 'fine-grained reward-model'")
+
+
+def run(options: FineGrainedPPO, console: Console | None = None) -> dict[str, Any]:
+    """Trains (or resumes), saves the policy, and returns the results.
+
+    Raises:
+        InputError: for bad input, before a model is loaded where that can be seen.
+    """
+    console = console or Console()
+    options.check()
+    start = policy_folder(options.policy, "--policy")
+    settings = read_json(Path(options.reward_model) / "config.json")
+    if settings is None or not (Path(options.reward_model) / "model").is_dir():
+        raise InputError(f"--reward-model {options.reward_model} holds no reward model: has that stage finished?")
+    level = settings["options"]["level"]
+    if level == "sequence" and options.form not in ("auto", "terminal"):
+        raise InputError(
+            f"--form {options.form} needs a token-level model, {options.reward_model} is of level sequence"
+        )
+    examples = options.prompts("unlabelled", read_state(start / SETTINGS)["model"])
+    with input_errors():
+        judge = resolve("reward", parse_reward(options.judge)) if options.judge else None
+    if options.dry_run:
+        console.print(f"would train {options.updates} updates on {len(examples)} prompts, in {options.run_dir}")
+        return {}
+    with stage(options, "ppo", console) as opened:
+        if isinstance(opened, dict):
+            return opened
+        policy = policy_from(start, dtype=options.dtype)
+        if opened.saved is None:
+            policy.freeze_reference("sft")
+        model = RewardModel.load(Path(options.reward_model) / "model", dtype=options.dtype)
+        reward = _calibrated(options, opened.folder, model, policy, examples)
+        terms = {"proxy": reward} | ({"judge": judge} if judge is not None else {})
+        env = gym.make_vec(
+            ENV_ID,
+            num_envs=min(options.batch_size, len(examples)),
+            examples=examples,
+            tokenizer=policy.tokenizer,
+            reward=WeightedSum(terms, {"judge": 0.0} if judge is not None else {}),
+            **options.env_options(),
+        )
+        agent = TokenPPO(
+            env,
+            policy,
+            options.seed,
+            learning_rate=options.learning_rate,
+            schedule="cosine",
+            warmup=0.1,
+            epochs=options.epochs,
+            kl_coefficient=options.kl_coefficient,
+            lam=options.lam,
+            token_budget=options.token_budget,
+        )
+        if not opened.learn(agent, options.updates, options.arm or f"ppo, {level}"):
+            console.print(f"out of time: repeat the command to go on with {options.run_dir}")
+            return opened.folder.finish({}, {}, status="stopped")
+        if not opened.processes.is_main:
+            return opened.folder.finish({}, {}, status="helper")
+        policy.save(opened.folder.file("policy", "policy.json").parent)
+        return opened.folder.finish(
+            {},
+            {
+                "updates": agent.updates,
+                "tokens": agent.num_timesteps,
+                "episodes": agent.episodes,
+                "seconds": opened.seconds,
+            },
+        )
+
+
+def _calibrated(
+    options: FineGrainedPPO,
+    folder: RunFolder,
+    model: RewardModel,
+    policy: LanguageModelPolicy,
+    examples: Sequence[PromptExample],
+) -> Reward:
+    """The reward on a scale on which returns of the start's responses have mean 0 and deviation 1.
+
+    Bradley-Terry fixes a reward model's differences only, and the sum of token rewards grows with the length: so the
+    mean of a token is subtracted from each, or that of a response from a reward for the whole response.
+    """
+    stored = read_json(folder.path / "scale.json")
+    if stored is None:
+        some = examples[:CALIBRATION]
+        raw = _reward(options, model, 1.0, 0.0)
+        responses = respond(policy, ENV_ID, some, 1.0, options.data_seed, reward=raw, **options.env_options())
+        returns = np.array([response.reward for response in responses])
+        units = np.array([len(r.token_ids) if _per_token(options, model) else 1 for r in responses])
+        center = float(returns.sum() / units.sum())
+        spread = float((returns - center * units).std())
+        if not spread > 0:
+            raise InputError(f"{options.reward_model} gives all responses of the start the same reward")
+        stored = {"center": center, "scale": 1.0 / spread}
+        write_json(folder.file("scale.json"), stored)
+    return _reward(options, model, stored["scale"], stored["center"])
+
+
+def _per_token(options: FineGrainedPPO, model: RewardModel) -> bool:
+    return model.level == "token" and options.form != "whole"
+
+
+def _reward(options: FineGrainedPPO, model: RewardModel, scale: float, center: float) -> Reward:
+    if model.level == "sequence":
+        return SequenceReward(model, scale=scale, center=center)
+    form = "causal" if options.form == "auto" else options.form
+    return TokenReward(model, form=form, scale=scale, center=center)

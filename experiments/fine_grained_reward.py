@@ -1,0 +1,128 @@
+"""``instructgym fine-grained reward-model``: a reward per token, or one per response, learned from pairs."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rich.console import Console
+
+from ..agents.language_model import LoraSettings
+from ..agents.reward_modelling import RewardTrainer, TokenizedPair, evaluate_reward_model, tokenize_pairs
+from ..llm_backends.errors import InputError
+from ..rewards.edits import read_pairs
+from ..rewards.token_reward import RewardModel
+from .fine_grained import StageOptions, stage, tokenizer_of
+
+HELD_OUT = 0.15
+"""Share of the pairs that are kept for measuring, chosen by a hash of their prompts."""
+
+LOSSES = {"token": ("mean_bt", "edited_only_bt", "tlcr_ce"), "sequence": ("sequence_bt",)}
+
+
+@dataclass
+class FineGrainedRewardModel(StageOptions):
+    """Train a reward model on edited or on preferred responses."""
+
+    pairs: str = ""
+    """JSONL with 'prompt', 'original' and 'edited': edits.jsonl or preferences.jsonl of 'fine-grained edit', or
+    ready-made."""
+    model: str = "embedded"
+    """embedded, or a local path or hub id of a causal language model."""
+    level: Literal["token", "sequence"] = "token"
+    """token: a reward per token; sequence: one per response, at its last token."""
+    loss: str = ""
+    """token: mean_bt (the paper's, default), edited_only_bt or tlcr_ce; sequence: sequence_bt."""
+    epochs: int = 2
+    """Passes over the pairs."""
+    batch_size: int = 16
+    """Pairs per optimiser step."""
+    learning_rate: float = 5e-4
+    """Peak learning rate (cosine, 10% warm-up)."""
+    lora_rank: int = 8
+    """Rank of the adapter."""
+    limit: int = 0
+    """Pairs at most; 0 for all."""
+
+    def at_least_one(self) -> tuple[str, ...]:
+        return ("epochs", "batch_size", "lora_rank")
+
+    def check(self) -> None:
+        super().check()
+        if not self.pairs:
+            raise InputError("--pairs is missing: name a JSONL file of edited pairs")
+        self.loss = self.loss or LOSSES[self.level][0]
+        if self.loss not in LOSSES[self.level]:
+            raise InputError(
+                f"--loss {self.loss} is not for --level {self.level}: use {' or '.join(LOSSES[self.level])}"
+            )
+
+
+def run(options: FineGrainedRewardModel, console: Console | None = None) -> dict[str, Any]:
+    """Trains (or resumes), measures on held-out pairs, and returns the results.
+
+    Raises:
+        InputError: for bad input, before a model is loaded.
+    """
+    console = console or Console()
+    options.check()
+    read = read_pairs(options.pairs)
+    tokenizer = tokenizer_of(options.model)
+    pairs, dropped = tokenize_pairs(read.pairs[: options.limit or None], tokenizer, options.context_length)
+    train = [pair for pair in pairs if not _held_out(pair)]
+    held_out = [pair for pair in pairs if _held_out(pair)]
+    if not train or not held_out:
+        raise InputError(
+            f"{options.pairs} has {len(pairs)} usable pairs, too few to train on some and measure on others"
+        )
+    if options.dry_run:
+        console.print(f"would train on {len(train)} pairs and measure on {len(held_out)}, in {options.run_dir}")
+        return {}
+    with stage(options, "reward-model", console) as opened:
+        if isinstance(opened, dict):
+            return opened
+        model = RewardModel(
+            options.model,
+            LoraSettings(rank=options.lora_rank),
+            level=options.level,
+            dtype=options.dtype,
+            seed=options.seed,
+        )
+        trainer = RewardTrainer(
+            model,
+            options.loss,
+            options.seed,
+            learning_rate=options.learning_rate,
+            schedule="cosine",
+            warmup=0.1,
+            batch_size=options.batch_size,
+            epochs=options.epochs,
+            token_budget=options.token_budget,
+        )
+        if not opened.supervised(trainer, train, f"{options.level} reward model"):
+            console.print(f"out of time: repeat the command to go on with {options.run_dir}")
+            return opened.folder.finish({}, {}, status="stopped")
+        if not opened.processes.is_main:
+            return opened.folder.finish({}, {}, status="helper")
+        model.save(opened.folder.file("model", "config.json").parent)
+        measured = evaluate_reward_model(model, held_out)
+        if options.level == "token":
+            _draw(model, held_out, opened.folder.file("figures", "tokens.png"))
+        results = opened.folder.finish(
+            measured,
+            {
+                "pairs": len(train),
+                "held_out": len(held_out),
+                "dropped": dict(dropped) | dict(read.dropped),
+                "seconds": opened.seconds,
+            },
+        )
+        opened.tracker.summary(results)
+        console.print("  ".join(f"{name} {value:.3f}" for name, value in measured.items()), highlight=False)
+        return results
+
+
+def _held_out(pair: TokenizedPair) -> bool:
+    digest = hashlib.sha256(pair.prompt.tobytes()).digest()
+    return int.from_bytes(digest[:4]) < HELD_OUT * 2**32

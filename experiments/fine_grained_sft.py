@@ -1,0 +1,86 @@
+"""``instructgym fine-grained sft``: the supervised policy from which all arms start, and which is their reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+
+from ..agents.language_model import LanguageModelPolicy, LoraSettings
+from ..agents.sft import SFT, Demonstration
+from ..llm_backends.errors import InputError
+from .fine_grained import StageOptions, stage
+
+
+@dataclass
+class FineGrainedSFT(StageOptions):
+    """Train the start of all arms on given responses."""
+
+    model: str = "embedded"
+    """embedded, or a local path or hub id of a causal language model."""
+    demonstrations: int = 2000
+    """Prompts with their responses at most; 0 for all of this stage's share."""
+    epochs: int = 1
+    """Passes over them."""
+    batch_size: int = 32
+    """Demonstrations per optimiser step."""
+    learning_rate: float = 5e-4
+    """Peak learning rate (cosine, 10% warm-up)."""
+    lora_rank: int = 8
+    """Rank of the policy's adapter, here and in PPO."""
+
+    def at_least_one(self) -> tuple[str, ...]:
+        return ("epochs", "batch_size", "lora_rank")
+
+
+def run(options: FineGrainedSFT, console: Console | None = None) -> dict[str, Any]:
+    """Trains (or resumes), saves the policy and returns the results.
+
+    Raises:
+        InputError: for bad input, before a model is loaded.
+    """
+    console = console or Console()
+    options.check()
+    examples = [e for e in options.prompts("sft", options.model) if e.reference][: options.demonstrations or None]
+    if not examples:
+        raise InputError(f"{options.data} has no responses to imitate")
+    if options.dry_run:
+        console.print(f"would train on {len(examples)} demonstrations of {options.data}, in {options.run_dir}")
+        return {}
+    with stage(options, "sft", console) as opened:
+        if isinstance(opened, dict):
+            return opened
+        policy = LanguageModelPolicy(
+            options.model, LoraSettings(rank=options.lora_rank), value="shared", dtype=options.dtype, seed=options.seed
+        )
+        trainer = SFT(
+            policy,
+            options.seed,
+            learning_rate=options.learning_rate,
+            schedule="cosine",
+            warmup=0.1,
+            batch_size=options.batch_size,
+            epochs=options.epochs,
+            token_budget=options.token_budget,
+        )
+        tokenizer, end = policy.tokenizer, min(policy.tokenizer.eos_ids)
+        shown = [
+            Demonstration(
+                tokenizer.encode(example.prompt), [*tokenizer.encode_continuation(f" {example.reference}"), end]
+            )
+            for example in examples
+        ]
+        for example, demonstration in zip(examples, shown, strict=True):
+            if len(demonstration.prompt) + len(demonstration.response) > options.context_length:
+                raise InputError(f"{example.id} takes more than --context-length {options.context_length} tokens")
+        if not opened.supervised(trainer, shown, f"sft on {options.data}"):
+            console.print(f"out of time: repeat the command to go on with {options.run_dir}")
+            return opened.folder.finish({}, {}, status="stopped")
+        if not opened.processes.is_main:
+            return opened.folder.finish({}, {}, status="helper")
+        policy.save(opened.folder.file("policy", "policy.json").parent)
+        return opened.folder.finish(
+            {"loss": trainer.loss},
+            {"demonstrations": len(examples), "steps": trainer.steps, "seconds": opened.seconds},
+        )
