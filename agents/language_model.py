@@ -21,8 +21,8 @@ from ..llm_backends.adapters import (
     AdaptedTrunk,
     LoraSettings,
     autocast,
-    load_trunk,
     load_whole,
+    open_model,
     training_dtype,
 )
 from ..llm_backends.causal_lm import CausalLM, quiet_loading
@@ -95,11 +95,9 @@ class LanguageModelPolicy:
             raise InputError(f"temperature must be above 0, got {temperature}")
         dtype = training_dtype(dtype, device)
         self.lora, self.value, self.reference, self.temperature, self.dtype = lora, value, reference, temperature, dtype
-        loaded = load_trunk(model, dtype if lora.rank else "float32", device) if isinstance(model, str) else model
-        self.lm = loaded.lm if isinstance(loaded, AdaptedTrunk) else loaded
-        self.model_name = model if isinstance(model, str) else self.lm.name
+        self.lm, self.model_name = open_model(model, lora, dtype, device)
         self._check_logits()
-        self.trunk = AdaptedTrunk.of(loaded)
+        self.trunk = AdaptedTrunk.of(self.lm)
         self._reference_lm: CausalLM | None = None
         self._frozen: set[str] = set()
         with quiet_loading():

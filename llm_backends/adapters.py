@@ -210,19 +210,26 @@ class AdaptedTrunk:
         return self._peft
 
 
-def load_trunk(model: str, dtype: str, device: str) -> CausalLM:
-    """A model with a tokenizer of its own, not the one that backends share: adapters are put into it.
+def open_model(
+    model: str | CausalLM | AdaptedTrunk, lora: LoraSettings, dtype: str, device: str
+) -> tuple[CausalLM, str]:
+    """The model to put adapters on, and its name.
 
     Args:
-        model: ``"embedded"``, a local path or hub id.
-        dtype: of the weights.
+        model: ``"embedded"``, a local path or hub id, which is loaded anew and not shared with backends; or a live one.
+        lora: at rank 0, where all weights are trained, they are loaded in float32.
+        dtype: of the weights else.
         device: ``auto`` takes a GPU where there is one.
     """
+    if not isinstance(model, str):
+        lm = model.lm if isinstance(model, AdaptedTrunk) else model
+        return lm, lm.name
+    path = model
     if model == "embedded":
         from .embedded import embedded_model_path
 
-        model = embedded_model_path()
-    return CausalLM.from_pretrained(model, dtype, device)
+        path = embedded_model_path()
+    return CausalLM.from_pretrained(path, dtype if lora.rank else "float32", device), model
 
 
 def load_whole(model: Any, folder: str | Path) -> None:

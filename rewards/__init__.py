@@ -59,3 +59,5 @@ register_part("reward", "ground-truth", "instructgym.rewards.ground_truth:Ground
 register_part("reward", "label-match", "instructgym.rewards.ground_truth:LabelMatch")
 register_part("reward", "regression", "instructgym.rewards.ground_truth:RegressionReward")
 register_part("reward", "span", "instructgym.rewards.ground_truth:SpanReward")
+register_part("reward", "token-reward", "instructgym.rewards.token_reward:TokenReward")
+register_part("reward", "sequence-reward", "instructgym.rewards.token_reward:SequenceReward")
