@@ -117,7 +117,7 @@ class AdaptedTrunk:
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
             trained = [(p, p.requires_grad) for p in self.lm.model.parameters()]
             if self._peft is None:
-                self._peft = get_peft_model(self.lm.model, lora.config(), adapter_name=name)  # type: ignore[assignment]
+                self._peft = get_peft_model(self.lm.model, lora.config(), adapter_name=name)
             else:
                 self._peft.add_adapter(name, lora.config())
             for parameter, flag in trained:  # peft freezes other adapters, whose owners may be in training

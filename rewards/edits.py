@@ -6,17 +6,31 @@ learns a reward per token from it, FIGA (Guo et al. 2023, arXiv 2311.04072) a we
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isqrt
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from ..llm_backends import Tokenizer
+from ..llm_backends.errors import InputError
 
 UNCHANGED, DELETED, ADDED, SUBSTITUTED = "U", "D", "A", "S"
 
 WHOLE_TABLE = 2**23
 """Cells of an edit-distance table up to which it is kept whole, at two bits a cell."""
+
+COLUMNS = {
+    "prompt": ("prompt",),
+    "original": ("original", "original_output"),
+    "edited": ("edited", "revised_output"),
+}
+"""The texts of a pair and the fields they are read from; the second names are those of FIGA's data set SPA."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +50,19 @@ class EditedPair:
     cut the original off."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """JSON-able."""
+
+
+class Pairs(list[EditedPair]):
+    """Pairs, and what was left out on the way to them.
+
+    Args:
+        pairs: the pairs.
+        dropped: reason to number of rows left out.
+    """
+
+    def __init__(self, pairs: Iterable[EditedPair] = (), dropped: Mapping[str, int] | None = None) -> None:
+        super().__init__(pairs)
+        self.dropped = dict(dropped or {})
 
 
 @dataclass(frozen=True)
@@ -159,3 +186,126 @@ class _Table:
 
 def _changed(labels: str) -> np.ndarray:
     return np.frombuffer(labels.encode("ascii"), np.uint8) != ord(UNCHANGED)
+
+
+def read_pairs(path: str | Path) -> Pairs:
+    """Reads pairs from a JSONL file.
+
+    A row has the texts ``prompt``, ``original`` (or ``original_output``) and ``edited`` (or ``revised_output``), and
+    may have ``id`` (a hash of the texts where there is none), ``finished`` and ``metadata``.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The pairs in file order. Rows with an ``empty original``, an ``empty edit`` or texts that are ``unchanged``
+        but for blanks around them are left out and counted.
+
+    Raises:
+        InputError: for a file that cannot be read, is not UTF-8 or leaves no pair; for a line that is no JSON object,
+            or whose field is missing, of a wrong type or holds half a character, naming the line and the field.
+    """
+    path = Path(path)
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"cannot read the pairs {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"the pairs {path} are not UTF-8: {error.reason} at byte {error.start}") from error
+    pairs: list[EditedPair] = []
+    dropped: Counter[str] = Counter()
+    for number, line in enumerate(text.split("\n"), start=1):  # a JSON string may hold other line ends, e.g. U+2028
+        if line.strip():
+            pair = _pair(f"{path} line {number}", line)
+            reason = _flaw(pair)
+            dropped.update([reason] if reason else [])
+            pairs.extend([] if reason else [pair])
+    if not pairs:
+        left_out = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "it is empty"
+        raise InputError(f"{path} holds no pair to learn from ({left_out}): add rows whose edit changes the original")
+    return Pairs(pairs, dropped)
+
+
+def write_pairs(path: str | Path, pairs: Iterable[EditedPair]) -> None:
+    """Writes pairs as JSONL that :func:`read_pairs` reads, in one move: the file is there whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(path.name + ".part")
+    with scratch.open("w", encoding="utf-8", newline="\n") as file:
+        for pair in pairs:
+            row = vars(pair) | {"metadata": dict(pair.metadata)}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    scratch.replace(path)
+
+
+def edit_statistics(pairs: Sequence[EditedPair], tokenizer: Tokenizer) -> dict[str, float]:
+    """What the edits of a data set look like, in tokens.
+
+    Args:
+        pairs: at least one pair.
+        tokenizer: counts the tokens; special tokens are left out.
+
+    Returns:
+        ``pairs``; mean ``original_tokens`` and ``edited_tokens``; ``removed_share`` of all original tokens and
+        ``written_share`` of all edited tokens; mean ``edits`` (places) and ``distance`` (Levenshtein) per pair; the
+        share of pairs with ``insertions_only``, ``deletions_only``, a changed first token (``first_changed``) and a
+        text that its writer ended (``finished``).
+
+    Raises:
+        InputError: where there are no pairs.
+    """
+    if not pairs:
+        raise InputError("there are no pairs to describe: pass at least one")
+    labels = [
+        edit_labels(tokenizer.encode_continuation(pair.original), tokenizer.encode_continuation(pair.edited))
+        for pair in pairs
+    ]
+    removed, written = [label.removed for label in labels], [label.written for label in labels]
+    return {
+        "pairs": float(len(pairs)),
+        "original_tokens": float(np.mean([mask.size for mask in removed])),
+        "edited_tokens": float(np.mean([mask.size for mask in written])),
+        "removed_share": float(np.concatenate(removed).mean()),
+        "written_share": float(np.concatenate(written).mean()),
+        "edits": float(np.mean([label.edits for label in labels])),
+        "distance": float(np.mean([label.distance for label in labels])),
+        "insertions_only": float(np.mean([not mask.any() for mask in removed])),
+        "deletions_only": float(np.mean([not mask.any() for mask in written])),
+        "first_changed": float(np.mean([mask[:1].any() for mask in written])),
+        "finished": float(np.mean([pair.finished for pair in pairs])),
+    }
+
+
+def _pair(where: str, line: str) -> EditedPair:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is broken JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise InputError(f"{where} is a {type(row).__name__}: make it an object with {', '.join(COLUMNS)}")
+    texts = {}
+    for name, columns in COLUMNS.items():
+        column = next((column for column in columns if column in row), None)
+        if column is None:
+            has = ", ".join(map(repr, row)) or "nothing"
+            raise InputError(f"{where} needs the text field {' or '.join(map(repr, columns))}; it has {has}")
+        texts[name] = _typed(where, row, column, str, "a text")
+        try:
+            texts[name].encode()
+        except UnicodeEncodeError as error:  # JSON can say it, UTF-8 and tokenizers cannot
+            raise InputError(f"{where}: the field {column!r} holds half a character: mend or delete it") from error
+    known = str(row.get("id") or hashlib.sha1("\x1f".join(texts.values()).encode()).hexdigest()[:12])
+    finished = _typed(where, row, "finished", bool, "true or false") if "finished" in row else True
+    metadata = _typed(where, row, "metadata", dict, "an object") if "metadata" in row else {}
+    return EditedPair(**texts, id=known, finished=finished, metadata=metadata)
+
+
+def _typed(where: str, row: Mapping[str, Any], column: str, kind: type, words: str) -> Any:
+    if not isinstance(row[column], kind):
+        raise InputError(f"{where}: the field {column!r} is a {type(row[column]).__name__}: make it {words}")
+    return row[column]
+
+
+def _flaw(pair: EditedPair) -> str:
+    original, edited = pair.original.strip(), pair.edited.strip()
+    return "empty original" if not original else "empty edit" if not edited else "unchanged" * (original == edited)

@@ -1,6 +1,8 @@
 """Minimal edits: labels per token against a plain dynamic programme, their cost, and files of pairs."""
 
+import json
 import random
+import re
 import time
 import tracemalloc
 
@@ -8,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from instructgym.llm_backends.errors import InputError
+from instructgym.llm_backends.tokenization import WordTokenizer
 from instructgym.rewards import edits
-from instructgym.rewards.edits import EditLabels, edit_labels
+from instructgym.rewards.edits import EditedPair, EditLabels, edit_labels, edit_statistics, read_pairs, write_pairs
 
 tokens = st.lists(st.integers(0, 4), max_size=14)
 
@@ -134,3 +138,96 @@ def test_long_texts_take_little_memory():
         tracemalloc.stop()
     assert len(labels.original) == 5_000 and labels.distance > 1_000
     assert peak < 4e6
+
+
+# --- files of pairs ------------------------------------------------------------------------------------------------
+
+
+ROW = {"prompt": "p", "original": "a b", "edited": "a c"}
+
+
+def write(path, *rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def test_rows_become_pairs(tmp_path):
+    rows = [
+        ROW | {"id": "one", "finished": False, "metadata": {"k": [1]}},
+        {"prompt": "", "original_output": "x\u2028y", "revised_output": "x é"},
+        {**ROW, "edited": " "},
+        {**ROW, "edited": ""},
+        {**ROW, "edited": "a b\n"},
+        {**ROW, "original": ""},
+    ]
+    pairs = read_pairs(write(tmp_path / "pairs.jsonl", *rows))
+    assert pairs[0] == EditedPair("p", "a b", "a c", "one", False, {"k": [1]})
+    assert (pairs[1].original, pairs[1].edited, pairs[1].finished) == ("x\u2028y", "x é", True)
+    assert len(pairs) == 2 and len(pairs[1].id) == 12
+    assert pairs.dropped == {"empty edit": 2, "unchanged": 1, "empty original": 1}
+    written = tmp_path / "new" / "copy.jsonl"
+    write_pairs(written, pairs)
+    again = read_pairs(written)
+    assert again == pairs and again.dropped == {} and not list(written.parent.glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"prompt": "p", "original": "a"},
+            "line 2 needs the text field 'edited' or 'revised_output'; it has 'prompt',",
+        ),
+        ({"original": "a", "edited": "b"}, "line 2 needs the text field 'prompt'"),
+        (ROW | {"edited": 3}, "line 2: the field 'edited' is a int: make it a text"),
+        ({"prompt": "p", "original_output": None, "edited": "b"}, "the field 'original_output' is a NoneType"),
+        (ROW | {"finished": 1}, "the field 'finished' is a int: make it true or false"),
+        (ROW | {"metadata": []}, "the field 'metadata' is a list: make it an object"),
+        (ROW | {"edited": "\ud800"}, "line 2: the field 'edited' holds half a character"),
+        ("[1]", "line 2 is a list: make it an object"),
+        ('{"prompt": ', "line 2 is broken JSON"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, row, message):
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        read_pairs(write(tmp_path / "pairs.jsonl", ROW, row, ROW))
+    assert "pairs.jsonl" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_bad_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"cannot read the pairs .*none\.jsonl: No such file"):
+        read_pairs(tmp_path / "none.jsonl")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}')
+    with pytest.raises(InputError, match=r"latin\.jsonl are not UTF-8.*byte 12"):
+        read_pairs(tmp_path / "latin.jsonl")
+    with pytest.raises(InputError, match=r"holds no pair to learn from \(1 unchanged\)"):
+        read_pairs(write(tmp_path / "same.jsonl", ROW | {"edited": "a b"}))
+    with pytest.raises(InputError, match=r"no pair to learn from \(it is empty"):
+        read_pairs(write(tmp_path / "empty.jsonl"))
+
+
+def test_statistics():
+    tokenizer = WordTokenizer(words=("a", "b", "c", "d", "e"))
+    pairs = [
+        EditedPair("", "a b c d", "a e c d"),
+        EditedPair("", "a b", "a b c", finished=False),
+        EditedPair("", "a b", "b"),
+        EditedPair("", "a b c d", "e b c e a"),
+    ]
+    assert edit_statistics(pairs, tokenizer) == pytest.approx(
+        {
+            "pairs": 4,
+            "original_tokens": 3.0,
+            "edited_tokens": 3.25,
+            "removed_share": 4 / 12,
+            "written_share": 5 / 13,
+            "edits": 5 / 4,
+            "distance": 6 / 4,
+            "insertions_only": 1 / 4,
+            "deletions_only": 1 / 4,
+            "first_changed": 1 / 4,
+            "finished": 3 / 4,
+        }
+    )
+    with pytest.raises(InputError, match="no pairs to describe"):
+        edit_statistics([], tokenizer)
