@@ -39,8 +39,9 @@ class FineGrainedEdit(StageOptions):
     """Prompts at most; 0 for all of this stage's share. Two responses are sampled for each."""
     annotator: str = "vader"
     """Who says which response is better, and whether an edit is an improvement: a reward, as of 'evolve train'."""
-    editor: str = "sentiment"
-    """Who edits: sentiment (a rule that swaps words), llm, 'module:factory', or JSON {"id": ..., "kwargs": {...}}."""
+    editor: str = "sentiment-swaps"
+    """Who edits: sentiment-swaps (a rule that swaps words), llm, 'module:factory', or JSON {"id": ..., "kwargs":
+    {...}}."""
     backend: str = "embedded"
     """The LLM of the editor llm, written likewise."""
     max_changed: float = 0.4
@@ -135,16 +136,14 @@ def _chunk(
         )
     requests = [
         EditRequest(
-            row["prompt"], row["worse"].strip(), row["id"], request_seed(seed, "edit", i), row["better"].strip()
+            row["prompt"], row["worse"], row["id"], request_seed(seed, "edit", i), row["better"], row["finished"][0]
         )
         for i, row in enumerate(rows)
     ]
     outcome = edit_responses(editor, requests, bounds, annotator)
     edited = {pair.id: pair.edited for pair in outcome.pairs}
     for row in rows:
-        if row["id"] in edited:  # an editor sees the text without the blank between prompt and response
-            text = row["worse"]
-            row["edited"] = text[: len(text) - len(text.lstrip())] + edited[row["id"]].strip()
+        row["edited"] = edited.get(row["id"])
     rows[0]["dropped"] = dict(outcome.dropped)  # of the chunk
     return rows
 

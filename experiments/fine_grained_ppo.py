@@ -42,7 +42,7 @@ class FineGrainedPPO(StageOptions):
     """Name in reports; by default what the reward model is."""
     form: Form = "auto"
     """Of a token-level model. causal (auto): each token is paid its own reward; whole: its share of the mean, paid
-    when the response is complete; terminal: the sum, at the last token. A sequence-level model pays there anyway."""
+    when the response is complete; terminal: the mean, at the last token. A sequence-level model pays there anyway."""
     judge: str = "reviews"
     """Held-out reward that is logged and not paid, as of 'evolve train'; empty: none."""
     updates: int = 48
@@ -96,7 +96,7 @@ def run(options: FineGrainedPPO, console: Console | None = None) -> dict[str, An
         policy = policy_from(start, dtype=options.dtype)
         if opened.saved is None:
             policy.freeze_reference("sft")
-        model = RewardModel.load(Path(options.reward_model) / "model", dtype=options.dtype)
+        model = RewardModel.load(Path(options.reward_model) / "model", policy.trunk, dtype=options.dtype)
         reward = _calibrated(options, opened.folder, model, policy, examples)
         terms = {"proxy": reward} | ({"judge": judge} if judge is not None else {})
         env = gym.make_vec(
@@ -165,11 +165,12 @@ def _calibrated(
 
 
 def _per_token(options: FineGrainedPPO, model: RewardModel) -> bool:
-    return model.level == "token" and options.form != "whole"
+    """Whether the mean of a token, not that of a response, is what a return is measured from."""
+    return model.level == "token" and options.form in ("auto", "causal")
 
 
 def _reward(options: FineGrainedPPO, model: RewardModel, scale: float, center: float) -> Reward:
-    if model.level == "sequence":
-        return SequenceReward(model, scale=scale, center=center)
     form = "causal" if options.form == "auto" else options.form
+    if model.level == "sequence" or form == "terminal":
+        return SequenceReward(model, scale=scale, center=center)
     return TokenReward(model, form=form, scale=scale, center=center)

@@ -143,7 +143,7 @@ def _reward_rows(models: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     titles = ["reward model", "pairs", "loss", "trained on", "held out", "pair accuracy", "AUC removed", "AUC written"]
     rows = [titles]
     for name, row in models.items():
-        measured = [row.get(key) for key in ("pair_accuracy", "auc_original", "auc_edited")]
+        measured = [row.get(key) for key in ("accuracy", "removed_auc", "written_auc")]
         rows.append(
             [name, str(row["pairs_from"]), str(row["loss"]), str(row["pairs"]), str(row["held_out"])]
             + ["" if value is None else f"{value:.3f}" for value in measured]

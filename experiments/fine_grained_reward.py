@@ -123,6 +123,17 @@ def run(options: FineGrainedRewardModel, console: Console | None = None) -> dict
         return results
 
 
+def _draw(model: RewardModel, pairs: Sequence[TokenizedPair], folder: Path) -> None:
+    """The token rewards of some originals and their edits, to look at."""
+    rows = []
+    for pair in pairs[:SHOWN]:
+        for name, ids in (("original", pair.original), ("edited", pair.edited)):
+            [rewards] = model.score([pair.prompt], [ids])
+            rows.append(HeatRow(name, [model.tokenizer.decode([int(i)]) for i in ids], rewards))
+    write_html(rows, folder / "tokens.html")
+    plot_heat_map(rows[: 2 * DRAWN], folder / "tokens.png")
+
+
 def _held_out(pair: TokenizedPair) -> bool:
     digest = hashlib.sha256(pair.prompt.tobytes()).digest()
     return int.from_bytes(digest[:4]) < HELD_OUT * 2**32

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +11,6 @@ from rich.console import Console
 
 from ..llm_backends.errors import InputError
 from .evolve import check_output
-from .fine_grained import StageOptions
 from .fine_grained_edit import FineGrainedEdit
 from .fine_grained_edit import run as edit
 from .fine_grained_evaluate import FineGrainedEvaluate
@@ -89,10 +88,12 @@ class FineGrainedRun:
     """plain: the response continues the prompt; chat: the prompt is a user's message."""
     annotator: str = "vader"
     """Who says which response is better: a reward, as of 'evolve train'."""
-    editor: str = "sentiment"
-    """Who edits: sentiment, llm, 'module:factory', or JSON {"id": ..., "kwargs": {...}}."""
+    editor: str = "sentiment-swaps"
+    """Who edits: sentiment-swaps, llm, 'module:factory', or JSON {"id": ..., "kwargs": {...}}."""
     backend: str = "embedded"
     """The LLM of the editor llm."""
+    max_changed: float = 0.4
+    """Share of words that a minimal edit may change."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic; auto: bfloat16 where the hardware computes in it."""
     track: str = "none"
@@ -135,7 +136,7 @@ def run(options: FineGrainedRun, console: Console | None = None) -> dict[str, An
     start, made = str(root / "sft"), root / "edit"
     first = FineGrainedSFT(**given("sft", "sft"), model=options.model)
     if options.dry_run:
-        sft(_dry(first), console)
+        sft(replace(first, dry_run=True), console)
         console.print(f"then edits, reward models, and {len(names)} arms of PPO over {seeds} seeds, in {root}")
         return {}
     sft(first, console)
@@ -146,6 +147,7 @@ def run(options: FineGrainedRun, console: Console | None = None) -> dict[str, An
             annotator=options.annotator,
             editor=options.editor,
             backend=options.backend,
+            max_changed=options.max_changed,
         ),
         console,
     )
@@ -189,8 +191,3 @@ def run(options: FineGrainedRun, console: Console | None = None) -> dict[str, An
                 console,
             )
     return report(FineGrainedReport(str(root)), console)
-
-
-def _dry(options: StageOptions) -> Any:
-    options.dry_run = True
-    return options

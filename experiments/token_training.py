@@ -13,7 +13,8 @@ from ..agents.callbacks import StepProgress
 from ..agents.checkpoints import latest_checkpoint, replace_checkpoint
 from ..agents.distributed import Processes
 from ..agents.on_policy import OnPolicyAgent
-from ..agents.sft import SFT, Demonstration
+from ..agents.reward_modelling import RewardTrainer
+from ..agents.sft import SFT
 from .run_folder import RowWriter, RunFolder, read_json, write_json
 from .tracking import Tracker
 
@@ -107,17 +108,17 @@ class TokenTraining:
         return True
 
     def supervised(
-        self, trainer: SFT, demonstrations: Sequence[Demonstration], label: str, tracked: bool = True
+        self, trainer: SFT | RewardTrainer, examples: Sequence[Any], label: str, tracked: bool = True
     ) -> bool:
         """Supervised training, or as much of it as the time allows; says whether it came to the end.
 
         Args:
             trainer: goes on from the run's checkpoint, if there is one and it is tracked.
-            demonstrations: what to imitate.
+            examples: demonstrations to imitate, or pairs to learn a reward from.
             label: for the progress bar.
             tracked: False for a warm start that leaves no metrics or checkpoints and is not cut short.
         """
-        total = trainer.settings.epochs * -(-len(demonstrations) // trainer.settings.batch_size)
+        total = trainer.settings.epochs * -(-len(examples) // trainer.settings.batch_size)
         if tracked and (saved := self.saved) is not None:
             trainer.restore(saved)
             self.tracker.skip(trainer.steps)
@@ -126,7 +127,7 @@ class TokenTraining:
         stopped = False
         with StepProgress(label, total, self.console) as progress:
 
-            def step(trainer: SFT) -> bool:
+            def step(trainer: SFT | RewardTrainer) -> bool:
                 nonlocal stopped
                 progress.update(trainer.steps, f"loss {trainer.loss:.3f}")
                 stopped = self._out_of_time()
@@ -134,7 +135,7 @@ class TokenTraining:
                     self._save(trainer.save)
                 return not (tracked and stopped)
 
-            trainer.fit(demonstrations, step)
+            trainer.fit(examples, step)
         return not (tracked and stopped)
 
     def _out_of_time(self) -> bool:
