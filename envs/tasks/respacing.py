@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 
 from ...rewards import edit_labels
-from ...rewards.edits import UNCHANGED
+from ...rewards.edits import ADDED, DELETED
 
 
 def respaced(original: str, edited: str) -> str:
-    """The edited text with the original's blanks and line ends wherever its words are unchanged.
+    """The edited text with the original's blanks and line ends between words that stayed or were exchanged.
 
     Token by token, a line end that a language model dropped while it copied is a change; nobody meant it. The white
     space before the first and after the last word is always the original's.
@@ -21,8 +21,8 @@ def respaced(original: str, edited: str) -> str:
     gaps, words = _split(original)
     new_gaps, new_words = _split(edited)
     labels = edit_labels(words, new_words)
-    kept = (i for i, letter in enumerate(labels.original) if letter == UNCHANGED)
-    came_from = [next(kept) if letter == UNCHANGED else None for letter in labels.edited]  # what each word copies
+    slots = (i for i, letter in enumerate(labels.original) if letter != DELETED)
+    came_from = [None if letter == ADDED else next(slots) for letter in labels.edited]  # whose place each word has
     for j in range(1, len(new_words)):
         before, here = came_from[j - 1], came_from[j]
         if here and (before == here - 1 or "\n" in gaps[here]):

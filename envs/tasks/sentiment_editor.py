@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 
 from ...llm_backends import BackendError, request_seed
 from ...llm_backends.prompting import load_prompts
@@ -17,17 +18,19 @@ LONGEST_PHRASE = 4
 BE = frozenset(
     "is are was were be been being isn't aren't wasn't weren't feels seems feel seem it's he's she's".split()
 )
+AND = frozenset(["and", "but", "or", "yet"])
 FILLERS = frozenset("very particularly really especially that as a an the all exactly terribly quite even so".split())
 NEGATORS = frozenset(
     "not never no nor neither without hardly barely scarcely rarely seldom nothing nobody none cannot avoid avoids "
-    "avoiding avoided despite spite overcome overcomes transcend transcends forgive few less least than but-for "
-    "instead from against half".split()
+    "avoiding avoided despite spite overcome overcomes transcend transcends forgive few less least than instead "
+    "against".split()
 )
-INTENSIFIERS = frozenset("far much way all just a-bit simply ultimately".split())
-NOT_DEGREES = frozenset("much many often late little few far soon bad close well long-ago".split())
+NEGATING_PAIRS = frozenset([("far", "from"), ("anything", "but"), ("free", "of"), ("devoid", "of")])
+INTENSIFIERS = frozenset("far much way all just".split())
+NOT_DEGREES = frozenset("much many often late little few far soon bad close well".split())
 ANY_WORDS = frozenset("any anything anyone anywhere much enough either anymore many at until".split())
 AUXILIARIES = {"isn't": "is", "aren't": "are", "wasn't": "was", "weren't": "were"}
-DO = {"doesn't": 0, "didn't": 1}
+DO = {"does": 0, "doesn't": 0, "did": 1, "didn't": 1}
 CAN = {"can't": "can", "cannot": "can", "couldn't": "could", "won't": "will"}
 SOFTENERS = frozenset(["quite", "ever", "really", "fully", "entirely"])
 VOWEL_EXCEPTIONS = ("one", "uni", "use", "eu")
@@ -42,6 +45,8 @@ class _Word:
     """Lower-case, with straight apostrophes."""
     opens: bool
     """It is the first of its clause: the text's first word, or one behind punctuation."""
+    named: bool
+    """It looks like a part of a name: it has a capital in the middle of a sentence, or before a word that does."""
 
 
 @dataclass(frozen=True)
@@ -81,20 +86,42 @@ class SentimentEditor(Editor):
         at = 0
         while at < len(words):
             swap = next((found for rule in RULES if (found := rule(words, at, seed)) is not None), None)
+            at += 1
             if swap is not None:
                 swaps.append(swap)
-            at = at + 1 if swap is None else swap.last + 1
+                at = swap.last + 1
+                _rewrite(words, swap)
         edited = _applied(text, words, swaps)
         return None if edited == text else edited
 
 
 def _words(text: str) -> list[_Word]:
-    words: list[_Word] = []
-    for match in WORD.finditer(text):
-        gap = text[words[-1].end : match.start()] if words else ""
-        opens = not words or bool(gap.strip(" \t\n\"'()*"))
-        words.append(_Word(match.start(), match.end(), match[0].lower().replace("’", "'"), opens))
-    return words
+    matches = list(WORD.finditer(text))
+    gaps = [text[last.end() : match.start()] for last, match in pairwise(matches)]
+    if not matches:
+        return []
+    opens = [True, *(bool(gap.strip(" \t\n\"'()*")) for gap in gaps)]
+    starts = [True, *(bool(re.search(r"[^\s,')]", gap)) for gap in gaps)]  # of a sentence, a quotation or the like
+    titled = [match[0][0].isupper() and not match[0].isupper() for match in matches]
+    inner = [title and not start for title, start in zip(titled, starts, strict=True)]
+    return [
+        _Word(
+            match.start(),
+            match.end(),
+            match[0].lower().replace("’", "'"),
+            opens[i],
+            inner[i] or (titled[i] and i + 1 < len(matches) and inner[i + 1] and not opens[i + 1]),
+        )
+        for i, match in enumerate(matches)
+    ]
+
+
+def _rewrite(words: list[_Word], swap: _Swap) -> None:
+    """Makes the words what they are after a swap: a negation that is gone negates nothing any more."""
+    new = swap.text.lower().split()[-1:]
+    for at in range(swap.first, swap.last + 1):
+        stays = at == swap.last and new and new[0] not in NEGATORS
+        words[at] = replace(words[at], text=new[0] if stays else "")
 
 
 def _applied(text: str, words: Sequence[_Word], swaps: Sequence[_Swap]) -> str:
@@ -171,6 +198,8 @@ def _negated(words: Sequence[_Word], at: int) -> bool:
             return False
         if words[back].text in NEGATORS or words[back].text.endswith("n't"):
             return True
+        if back and (words[back - 1].text, words[back].text) in NEGATING_PAIRS:
+            return True
     return False
 
 
@@ -193,7 +222,7 @@ def _phrase(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
     for length in range(LONGEST_PHRASE, 1, -1):
         found = [words[at].text, *(_text(words, at + ahead) for ahead in range(1, length))]
         options = _table("phrases").get(" ".join(found))
-        if options and not _negated(words, at):
+        if options and not _negated(words, at) and not any(word.named for word in words[at : at + length]):
             return _Swap(at, at + length - 1, _chosen(options, at, seed))
     return None
 
@@ -204,13 +233,13 @@ def _not(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
     before = words[at - 1].text if at and not words[at].opens else ""
     if word in AUXILIARIES and _praised(words, at + 1):
         return _Swap(at, at, AUXILIARIES[word])
-    if word == "not" and (before in BE or before.endswith("'s") or words[at].opens) and _praised(words, at + 1):
+    if word == "not" and (before in BE | AND or before.endswith("'s") or words[at].opens) and _praised(words, at + 1):
         return _Swap(at, at, "")
     if word == "never" and before in BE and _praised(words, at + 1):
         return _Swap(at, at, "always")
     if word == "nothing" and _text(words, at + 1) in _praise() - {"well", "good"}:
         return _Swap(at, at, "something")
-    if word == "less" and _text(words, at + 1) in _praise():
+    if word == "less" and _text(words, at + 1 + (_text(words, at + 1) == "than")) in _praise():
         return _Swap(at, at, "more")
     if word in ("rarely", "seldom") and (_praised(words, at + 1) or _text(words, at + 1) in _forms()):
         return _Swap(at, at, "often")
@@ -222,6 +251,10 @@ def _not(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
 def _verb(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
     """Takes the negation off a verb of success: "doesn't work", "can't sustain", "never quite finds"."""
     word, verb = words[at].text, at + 1
+    if word in ("does", "did"):
+        if _text(words, verb) != "not":
+            return None
+        verb += 1
     soft = _text(words, verb) in SOFTENERS
     verb += soft
     base = _text(words, verb)
@@ -281,7 +314,7 @@ def _neither(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
 
 def _nor(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
     back = range(max(at - 6, 0), at)
-    if words[at].text == "nor" and any(_neither(words, place, seed) for place in back):
+    if words[at].text == "nor" and any(words[place].text == "both" for place in back):
         return _Swap(at, at, "and")
     return None
 
@@ -289,7 +322,7 @@ def _nor(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
 def _opposite(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
     """An opposite from the table, for a word that is not itself negated."""
     options = _single().get(words[at].text)
-    if not options or _negated(words, at):
+    if not options or words[at].named or _negated(words, at):
         return None
     return _Swap(at, at, _chosen(options, at, seed))
 
