@@ -69,7 +69,7 @@ def run(options: FineGrainedRewardModel, console: Console | None = None) -> dict
     options.check()
     read = read_pairs(options.pairs)
     tokenizer = tokenizer_of(options.model)
-    pairs, dropped = tokenize_pairs(read.pairs[: options.limit or None], tokenizer, options.context_length)
+    pairs, dropped = tokenize_pairs(read[: options.limit or None], tokenizer, options.context_length)
     train = [pair for pair in pairs if not _held_out(pair)]
     held_out = [pair for pair in pairs if _held_out(pair)]
     if not train or not held_out:
