@@ -45,13 +45,13 @@ class FineGrainedPPO(StageOptions):
     when the response is complete; terminal: the mean, at the last token. A sequence-level model pays there anyway."""
     judge: str = "reviews"
     """Held-out reward that is logged and not paid, as of 'evolve train'; empty: none."""
-    updates: int = 48
+    updates: int = 32
     """Updates."""
-    batch_size: int = 64
+    batch_size: int = 48
     """Responses per update."""
-    epochs: int = 2
+    epochs: int = 1
     """Passes over the responses of an update."""
-    learning_rate: float = 3e-4
+    learning_rate: float = 5e-4
     """Peak learning rate (cosine, 10% warm-up)."""
     kl_coefficient: float = 0.05
     """Weight of the KL penalty against the start, where the return of the start's responses has deviation 1."""

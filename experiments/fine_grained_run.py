@@ -61,8 +61,8 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
     "report": {
         "sft": {"demonstrations": 2000},
         "edit": {"limit": 1500},
-        "reward-model": {"epochs": 2},
-        "ppo": {"updates": 40, "batch_size": 64},
+        "reward-model": {},
+        "ppo": {"updates": 32},
         "evaluate": {"limit": 400},
     },
 }
