@@ -12,8 +12,9 @@ from typing import Any, Literal
 import numpy as np
 from rich.console import Console
 
+from ..agents.checkpoints import policy_from
 from ..agents.distributed import Processes
-from ..agents.language_model import SETTINGS
+from ..agents.language_model import SETTINGS, LanguageModelPolicy
 from ..envs.tasks.prompt_examples import PromptExample
 from ..envs.tasks.responses import response_prompts
 from ..llm_backends.errors import InputError
@@ -46,6 +47,8 @@ class StageOptions:
     """Tokens of a response at most."""
     context_length: int = 256
     """Tokens of prompt and response at most."""
+    temperature: float = 0.7
+    """Of the policy behind its supervised training: responses are sampled, and PPO trains, at this temperature."""
     token_budget: int = 1024
     """Tokens of a micro-batch in training."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -77,6 +80,8 @@ class StageOptions:
                 raise InputError(f"--{name} must not be negative, got {value}")
             if field.name in ("max_tokens", "context_length", "token_budget", *self.at_least_one()) and value < 1:
                 raise InputError(f"--{name} must be at least 1, got {value}")
+        if not self.temperature:
+            raise InputError("--temperature must be above 0")
 
     def at_least_one(self) -> tuple[str, ...]:
         """Names of further counts that cannot be 0."""
@@ -120,6 +125,11 @@ def stage(options: StageOptions, command: str, console: Console) -> Iterator[Tok
     with folder.opened(), Tracker(folder, options.track if processes.is_main else "none") as tracker:
         checkpoints = Path(options.run_dir) / "checkpoints"
         yield TokenTraining(folder, tracker, console, processes, checkpoints, options.minutes)
+
+
+def load_policy(options: StageOptions, folder: Path) -> LanguageModelPolicy:
+    """The policy in a folder, at the stage's temperature and arithmetic."""
+    return policy_from(folder, temperature=options.temperature, dtype=options.dtype)
 
 
 def tokenizer_of(model: str) -> Tokenizer:

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from ..agents.callbacks import StepProgress
-from ..agents.checkpoints import policy_from, read_state
+from ..agents.checkpoints import read_state
 from ..agents.language_model import SETTINGS, LanguageModelPolicy
 from ..envs.tasks.editing import EditBounds, Editor, EditRequest, edit_responses
 from ..envs.tasks.prompt_examples import PromptExample
@@ -22,7 +22,7 @@ from ..llm_backends.tokenization import Tokenizer
 from ..rewards import Reward
 from ..rewards.edits import EditedPair, edit_statistics, write_pairs
 from .evolve import accounted, input_errors, parse_part, parse_reward
-from .fine_grained import ENV_ID, StageOptions, policy_folder, stage
+from .fine_grained import ENV_ID, StageOptions, load_policy, policy_folder, stage
 from .responses import respond
 from .run_folder import RunFolder
 
@@ -73,7 +73,7 @@ def run(options: FineGrainedEdit, console: Console | None = None) -> dict[str, A
         with input_errors():
             backend = Journaled(resolve("backend", parse_part(options.backend)), journal)
             editor = resolve("editor", parse_part(options.editor), backend=backend)
-        policy = policy_from(folder, dtype=options.dtype)
+        policy = load_policy(options, folder)
         with accounted({"editor": backend}, opened.folder.path):
             rows = _rows(options, opened.folder, policy, examples, annotator, editor, bounds, console)
         return _finish(opened.folder, rows, policy.tokenizer, opened.seconds)
@@ -117,7 +117,15 @@ def _chunk(
 ) -> list[dict[str, Any]]:
     seed = request_seed(options.seed, "pairs", start)
     drawn = [
-        respond(policy, ENV_ID, examples, 1.0, request_seed(seed, k), reward=annotator, **options.env_options())
+        respond(
+            policy,
+            ENV_ID,
+            examples,
+            options.temperature,
+            request_seed(seed, k),
+            reward=annotator,
+            **options.env_options(),
+        )
         for k in range(2)
     ]
     rows: list[dict[str, Any]] = []

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from ..agents.checkpoints import policy_from, read_state
+from ..agents.checkpoints import read_state
 from ..agents.language_model import SETTINGS, LanguageModelPolicy
 from ..envs.tasks.responses import response_prompts
 from ..llm_backends import request_seed, resolve
@@ -19,7 +19,7 @@ from ..llm_backends.errors import InputError
 from ..llm_backends.records import append_lines, read_records
 from ..rewards import Reward, Sample, Score, score_with_retries
 from .evolve import input_errors, parse_part, parse_reward
-from .fine_grained import ENV_ID, StageOptions, policy_folder, stage, tokenizer_of
+from .fine_grained import ENV_ID, StageOptions, load_policy, policy_folder, stage, tokenizer_of
 from .metrics import distinct_n
 from .responses import Response, respond
 from .run_folder import read_json
@@ -47,8 +47,6 @@ class FineGrainedEvaluate(StageOptions):
     """validation: for tuning; test: once."""
     limit: int = 400
     """Prompts at most; 0 for all."""
-    temperature: float = 1.0
-    """Of the responses; 0 for greedy ones."""
 
 
 def run(options: FineGrainedEvaluate, console: Console | None = None) -> dict[str, Any]:
@@ -74,7 +72,7 @@ def run(options: FineGrainedEvaluate, console: Console | None = None) -> dict[st
     with stage(options, "evaluate", console) as opened:
         if isinstance(opened, dict):
             return opened
-        policy = policy_from(folder, dtype=options.dtype)
+        policy = load_policy(options, folder)
         responses = respond(
             policy, ENV_ID, examples, options.temperature, options.seed, reward=_no_reward, **options.env_options()
         )
@@ -106,9 +104,7 @@ def run(options: FineGrainedEvaluate, console: Console | None = None) -> dict[st
         append_lines(opened.folder.file(RESPONSES), rows)
         metrics = {f"mean/{name}": _mean(column) for name, column in columns.items()}
         if wins is not None:
-            metrics |= win_rate(wins)
-            if options.temperature == 1.0:
-                metrics["kl"] = _kl(policy, responses)
+            metrics |= win_rate(wins) | {"kl": _kl(policy, responses)}
         metrics |= {
             "tokens": float(np.mean([len(response.token_ids) for response in responses])),
             "finished": float(np.mean([response.finish_reason != "length" for response in responses])),
@@ -170,7 +166,7 @@ def _reference(folder: str, ids: Sequence[str]) -> dict[str, str]:
 
 @torch.no_grad()
 def _kl(policy: LanguageModelPolicy, responses: Sequence[Response]) -> float:
-    """KL(policy || reference) per response, in nats, estimated from responses sampled at temperature 1."""
+    """KL(policy || reference) per response, in nats, estimated from responses that the policy drew."""
     total = 0.0
     for start in range(0, len(responses), CHUNK):
         chunk = responses[start : start + CHUNK]

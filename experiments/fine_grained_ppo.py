@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 from rich.console import Console
 
-from ..agents.checkpoints import policy_from, read_state
+from ..agents.checkpoints import read_state
 from ..agents.language_model import SETTINGS, LanguageModelPolicy
 from ..agents.ppo import TokenPPO
 from ..envs.tasks.prompt_examples import PromptExample
@@ -20,7 +20,7 @@ from ..llm_backends.errors import InputError
 from ..rewards import Reward, WeightedSum
 from ..rewards.token_reward import RewardModel, SequenceReward, TokenReward
 from .evolve import input_errors, parse_reward
-from .fine_grained import ENV_ID, StageOptions, policy_folder, stage
+from .fine_grained import ENV_ID, StageOptions, load_policy, policy_folder, stage
 from .responses import respond
 from .run_folder import RunFolder, read_json, write_json
 
@@ -93,7 +93,7 @@ def run(options: FineGrainedPPO, console: Console | None = None) -> dict[str, An
     with stage(options, "ppo", console) as opened:
         if isinstance(opened, dict):
             return opened
-        policy = policy_from(start, dtype=options.dtype)
+        policy = load_policy(options, start)
         if opened.saved is None:
             policy.freeze_reference("sft")
         model = RewardModel.load(Path(options.reward_model) / "model", policy.trunk, dtype=options.dtype)
@@ -152,7 +152,9 @@ def _calibrated(
     if stored is None:
         some = examples[:CALIBRATION]
         raw = _reward(options, model, 1.0, 0.0)
-        responses = respond(policy, ENV_ID, some, 1.0, options.data_seed, reward=raw, **options.env_options())
+        responses = respond(
+            policy, ENV_ID, some, options.temperature, options.data_seed, reward=raw, **options.env_options()
+        )
         returns = np.array([response.reward for response in responses])
         units = np.array([len(r.token_ids) if _per_token(options, model) else 1 for r in responses])
         center = float(returns.sum() / units.sum())
