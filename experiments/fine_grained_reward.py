@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
@@ -14,9 +16,13 @@ from ..llm_backends.errors import InputError
 from ..rewards.edits import read_pairs
 from ..rewards.token_reward import RewardModel
 from .fine_grained import StageOptions, stage, tokenizer_of
+from .token_heat_map import HeatRow, plot_heat_map, token_texts, write_html
 
 HELD_OUT = 0.15
 """Share of the pairs that are kept for measuring, chosen by a hash of their prompts."""
+
+SHOWN, DRAWN = 40, 5
+"""Held-out pairs on the page and in the picture of token rewards."""
 
 LOSSES = {"token": ("mean_bt", "edited_only_bt", "tlcr_ce"), "sequence": ("sequence_bt",)}
 
@@ -108,7 +114,7 @@ def run(options: FineGrainedRewardModel, console: Console | None = None) -> dict
         model.save(opened.folder.file("model", "config.json").parent)
         measured = evaluate_reward_model(model, held_out)
         if options.level == "token":
-            _draw(model, held_out, opened.folder.file("figures", "tokens.png"))
+            _draw(model, held_out, opened.folder.file("figures", "tokens.png").parent)
         results = opened.folder.finish(
             measured,
             {
@@ -129,7 +135,7 @@ def _draw(model: RewardModel, pairs: Sequence[TokenizedPair], folder: Path) -> N
     for pair in pairs[:SHOWN]:
         for name, ids in (("original", pair.original), ("edited", pair.edited)):
             [rewards] = model.score([pair.prompt], [ids])
-            rows.append(HeatRow(name, [model.tokenizer.decode([int(i)]) for i in ids], rewards))
+            rows.append(HeatRow(token_texts(ids.tolist(), model.tokenizer), rewards.tolist(), name))
     write_html(rows, folder / "tokens.html")
     plot_heat_map(rows[: 2 * DRAWN], folder / "tokens.png")
 
