@@ -40,6 +40,9 @@ class FineGrainedRewardModel(StageOptions):
     """token: a reward per token; sequence: one per response, at its last token."""
     loss: str = ""
     """token: mean_bt (the paper's, default), edited_only_bt or tlcr_ce; sequence: sequence_bt."""
+    unchanged_penalty: float = 0.1
+    """Token level: weight of the mean square of the rewards of unchanged tokens, which else share in the credit of the
+    edit before them; 0 as published."""
     epochs: int = 2
     """Passes over the pairs."""
     batch_size: int = 16
@@ -105,6 +108,7 @@ def run(options: FineGrainedRewardModel, console: Console | None = None) -> dict
             batch_size=options.batch_size,
             epochs=options.epochs,
             token_budget=options.token_budget,
+            unchanged_penalty=options.unchanged_penalty if options.level == "token" else 0.0,
         )
         if not opened.supervised(trainer, train, f"{options.level} reward model"):
             console.print(f"out of time: repeat the command to go on with {options.run_dir}")

@@ -33,17 +33,20 @@ class Arm:
     level: Literal["token", "sequence"]
     loss: str
     form: Form = "auto"
+    unchanged_penalty: float = 0.1
 
     @property
     def model(self) -> str:
         """Name of its reward model, which arms may share."""
-        return f"{self.pairs}-{self.level}-{self.loss}"
+        published = self.level == "token" and not self.unchanged_penalty
+        return f"{self.pairs}-{self.level}-{self.loss}" + ("-published" if published else "")
 
 
 ARMS = {
     "sequence-preferences": Arm("preferences", "sequence", "sequence_bt"),
     "sequence-edits": Arm("edits", "sequence", "sequence_bt"),
     "token-edits": Arm("edits", "token", "mean_bt"),
+    "token-published": Arm("edits", "token", "mean_bt", unchanged_penalty=0.0),
     "token-terminal": Arm("edits", "token", "mean_bt", "terminal"),
     "token-edited-only": Arm("edits", "token", "edited_only_bt"),
     "token-tlcr": Arm("edits", "token", "tlcr_ce"),
@@ -77,7 +80,7 @@ class FineGrainedRun:
     scale: Literal["smoke", "report"] = "report"
     """smoke: under three minutes on two cores; report: up to two hours."""
     arms: str = "sequence-preferences,sequence-edits,token-edits"
-    """Arms of PPO, separated by commas; besides these: token-terminal, token-edited-only, token-tlcr."""
+    """Arms of PPO, separated by commas; besides these: token-published, token-terminal, token-edited-only, token-tlcr."""
     seeds: int = 2
     """Seeds of PPO and evaluation, 0, 1, ...; smoke takes one."""
     model: str = "embedded"
@@ -160,6 +163,7 @@ def run(options: FineGrainedRun, console: Console | None = None) -> dict[str, An
                 model=options.model,
                 level=arm.level,
                 loss=arm.loss,
+                unchanged_penalty=arm.unchanged_penalty,
                 limit=equal,
             ),
             console,

@@ -26,7 +26,7 @@ JUDGE = json.dumps({"id": "scored-comparison", "kwargs": {"scorer": {"id": "fine
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
-    rows = [{"prompt": f"{a} {b}", "response": f"{b} {a}"} for a in "abcdefghij" for b in "klmnopqrst"]
+    rows = [{"prompt": f"{a} {b}", "response": f"{b} {a}"} for a in "abcdefghij" for b in "klmnopqrstuvwxyz0123"]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
