@@ -3,12 +3,13 @@
 from ..llm_backends.parts import register_kind, register_part
 from .base import FunctionReward, NonFiniteRewardError, Reward, Sample, Score, score_with_retries
 from .compose import WeightedSum
-from .diversity import DiversityReward, RougePool, rouge_l
+from .diversity import DiversityReward
 from .elimination import EliminationReward, JudgedElimination, eliminated_by
 from .ground_truth import GroundTruth, LabelMatch, RegressionReward, SpanReward, parse_label, parse_number
 from .judge import EqualityJudge
 from .pairwise import Comparison, Pair, PairwiseJudge, compare
 from .ranking import Ranking, RankingJudge, RankingQuestion, rank
+from .rouge_gate import RougeGate, RougePool, rouge_l
 from .rubric import Grades, Rubric, RubricJudge, grade
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "RankingQuestion",
     "RegressionReward",
     "Reward",
+    "RougeGate",
     "RougePool",
     "Rubric",
     "RubricJudge",
