@@ -1,0 +1,207 @@
+"""Instances of an instruction: prompts that ask a model for inputs with outputs, strict parsers, and cleaning.
+
+Two orders, as in Self-Instruct (Wang et al., arXiv 2212.10560) and REFINE-AF (arXiv 2505.06548, stage 3): *input first*,
+and for classification tasks *output first*, the label before an input that it fits, lest one label gets all inputs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ...llm_backends.base import Prompt, PromptStyle
+from ...llm_backends.prompting import build_prompt, fill, load_prompts, one_line
+
+Order = Literal["input_first", "output_first"]
+
+MAX_INSTANCES = 5
+STOPS = (f"Example {MAX_INSTANCES + 1}", "Task:")
+"""Where a reply ends: one example more than wanted, or a new task."""
+
+NO_INPUT = frozenset({"none", "n/a", "no input", "not applicable", "not needed", "<noinput>", "-"})
+"""What models write for an input that a task does not need, without case and a trailing period."""
+
+_EXAMPLE = re.compile(r"\s*Example\s*\d*\s*[.:]?\s*$", re.IGNORECASE)
+_FIELD = re.compile(r"\s*(Input|Output|Class label)\s*\d*\s*:[ \t]*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One input of an instruction with the output that it calls for."""
+
+    input: str
+    """Empty where the instruction needs none."""
+    output: str
+
+
+@dataclass
+class Parsed:
+    """What a reply holds."""
+
+    instances: list[Instance] = field(default_factory=list)
+    malformed: list[str] = field(default_factory=list)
+    """Pieces of the reply that break the format."""
+
+
+@dataclass
+class Cleaned:
+    """What is left of a reply, and what is not."""
+
+    kept: list[Instance] = field(default_factory=list)
+    dropped: list[tuple[Instance | str, str]] = field(default_factory=list)
+    """Instances, and texts of malformed pieces, each with the reason."""
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """How many were dropped for which reason."""
+        return Counter(reason for _, reason in self.dropped)
+
+
+def order_for(is_classification: bool) -> Order:
+    """The order that a task's type asks for."""
+    return "output_first" if is_classification else "input_first"
+
+
+def instance_prompt(style: PromptStyle, instruction: str, order: Order) -> Prompt:
+    """The request for instances of an instruction, in the form that a backend asks for."""
+    table = load_prompts("envs.tasks", "refine_af")[order]
+    chat = fill(table["chat"], {"instruction": instruction, "limit": str(MAX_INSTANCES)})
+    shots = [f"Task: {one_line(task['instruction'])}\n{_written(task['instances'], order)}" for task in table["tasks"]]
+    asked = f"Task: {one_line(instruction)}\n{'Class label:' if order == 'output_first' else ''}"
+    return build_prompt(style, chat, "\n\n".join([table["header"], *shots, asked]))
+
+
+def _written(instances: Sequence[Mapping[str, Any]], order: Order) -> str:
+    """Demonstrations in the format that the parsers read."""
+    if order == "output_first":
+        return "\n".join(f"Class label: {shot['output']}\nInput: {shot['input']}" for shot in instances)
+    if len(instances) == 1 and not instances[0]["input"]:
+        return f"Output: {instances[0]['output']}"
+    return "\n".join(
+        f"Example {number}\nInput: {shot['input']}\nOutput: {shot['output']}"
+        for number, shot in enumerate(instances, start=1)
+    )
+
+
+def parse_instances(reply: str, order: Order, continues: bool = False) -> Parsed:
+    """Reads a reply to :func:`instance_prompt`.
+
+    Args:
+        reply: the model's reply.
+        order: the order that was asked for.
+        continues: the prompt was in the few-shot form, which for output first ends in ``Class label:``.
+    """
+    if order == "output_first":
+        return parse_output_first(f"Class label: {reply.lstrip()}" if continues else reply)
+    return parse_input_first(reply)
+
+
+def parse_input_first(reply: str) -> Parsed:
+    """Reads ``Example N / Input: ... / Output: ...`` blocks.
+
+    The heading and the input may be missing; a text of other fields before the output is the input as it stands. A block
+    without an output field, or with two, is malformed.
+    """
+    parsed = Parsed()
+    for block in _blocks(reply):
+        names = [name for name, _ in block]
+        text = "\n".join(f"{name}: {value}" if name else value for name, value in block).strip()
+        if names.count("output") != 1 or names[-1] != "output" or "class label" in names:
+            parsed.malformed += [text] if text else []
+            continue
+        before = [value for name, value in block if name != "output"]
+        parsed.instances.append(Instance(_input("\n".join(before)), block[-1][1].strip()))
+    return parsed
+
+
+def _blocks(reply: str) -> list[list[tuple[str, str]]]:
+    """Blocks of (field, value): a heading begins a new one, and so does an input field that follows an output."""
+    blocks: list[list[tuple[str, str]]] = [[]]
+    for line in reply.splitlines():
+        if _EXAMPLE.match(line):
+            blocks.append([])
+        elif label := _FIELD.match(line):
+            name = label[1].casefold()
+            if name == "input" and blocks[-1] and blocks[-1][-1][0] == "output":
+                blocks.append([])
+            blocks[-1].append((name, line[label.end() :]))
+        elif blocks[-1]:
+            name, value = blocks[-1][-1]
+            blocks[-1][-1] = (name, f"{value}\n{line}")
+        else:
+            blocks[-1].append(("", line))
+    return [block for block in blocks if any(name or value.strip() for name, value in block)]
+
+
+def parse_output_first(reply: str) -> Parsed:
+    """Reads ``Class label: ... / Input: ...`` blocks.
+
+    The input may be missing. Text before the first label, and a block with an output field, two inputs or a label of
+    more than one line, is malformed.
+    """
+    parsed = Parsed()
+    pieces = re.split(r"^\s*Class label\s*\d*\s*:", reply, flags=re.IGNORECASE | re.MULTILINE)
+    if pieces[0].strip():
+        parsed.malformed.append(pieces[0].strip())
+    for piece in pieces[1:]:
+        label, _, rest = piece.partition("\n")
+        fields = [match[1].casefold() for line in rest.splitlines() if (match := _FIELD.match(line))]
+        starts_with_field = not rest.strip() or _FIELD.match(rest.lstrip()) is not None
+        if fields not in ([], ["input"]) or not starts_with_field:
+            parsed.malformed.append(f"Class label:{piece}".strip())
+        else:
+            parsed.instances.append(Instance(_input(_FIELD.sub("", rest.lstrip(), count=1)), label.strip()))
+    return parsed
+
+
+def _input(text: str) -> str:
+    text = text.strip()
+    return "" if text.removesuffix(".").casefold() in NO_INPUT else text
+
+
+def clean(parsed: Parsed, cut: bool = False, limit: int = MAX_INSTANCES) -> Cleaned:
+    """Drops what the rules of Self-Instruct drop from the instances of one instruction.
+
+    Reasons, in the order in which they are looked for: ``malformed``; ``cut``, the last piece of a reply that was cut by
+    length; ``too_many``, those after the first ``limit``; ``empty_output``; ``input_is_output``; ``ends_with_colon``, of
+    the input or the output, which are unfinished; ``contradiction``, *all* that are left, if one non-empty input has two
+    different outputs; ``duplicate``, an input and output that came before.
+
+    Args:
+        parsed: the instances of one instruction.
+        cut: the reply ended at the token limit.
+        limit: instances kept at most.
+    """
+    cleaned = Cleaned(dropped=[(text, "malformed") for text in parsed.malformed])
+    instances = list(parsed.instances)
+    if cut and instances:
+        cleaned.dropped.append((instances.pop(), "cut"))
+    cleaned.dropped += [(instance, "too_many") for instance in instances[limit:]]
+    left: list[Instance] = []
+    for instance in instances[:limit]:
+        reason = _defect(instance)
+        if reason:
+            cleaned.dropped.append((instance, reason))
+        else:
+            left.append(instance)
+    outputs: dict[str, str] = {}
+    if any(i.input and outputs.setdefault(i.input, i.output) != i.output for i in left):
+        cleaned.dropped += [(instance, "contradiction") for instance in left]
+        return cleaned
+    cleaned.kept = list(dict.fromkeys(left))
+    again = Counter(left) - Counter(cleaned.kept)
+    cleaned.dropped += [(instance, "duplicate") for instance in again.elements()]
+    return cleaned
+
+
+def _defect(instance: Instance) -> str | None:
+    if not instance.output:
+        return "empty_output"
+    if instance.input == instance.output:
+        return "input_is_output"
+    if instance.input.endswith(":") or instance.output.endswith(":"):
+        return "ends_with_colon"
+    return None
