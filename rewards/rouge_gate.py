@@ -114,13 +114,15 @@ class RougePool:
         for bound, other in self._bounds(tokens, floor):
             if bound < best - TOLERANCE:
                 break
-            similarity = _f_measure(_lcs(masks, len(tokens), self._tokens[other]), len(tokens), len(self._tokens[other]))
+            similarity = _f_measure(
+                _lcs(masks, len(tokens), self._tokens[other]), len(tokens), len(self._tokens[other])
+            )
             if similarity > best or (similarity == best and other < index):
                 best, index = similarity, other
         return best, index - self._discarded if index >= 0 else -1
 
     def _bounds(self, tokens: Sequence[int], floor: float) -> Iterator[tuple[float, int]]:
-        """Upper bounds of the similarity with the indices they belong to, highest first, those up to ``floor`` left out."""
+        """Upper bounds of the similarity above ``floor`` with the indices they belong to, highest first."""
         shared = [self._postings[feature] for feature in _features(tokens) if feature in self._postings]
         if not shared:
             return iter(())

@@ -1,7 +1,8 @@
 """Instances of an instruction: prompts that ask a model for inputs with outputs, strict parsers, and cleaning.
 
-Two orders, as in Self-Instruct (Wang et al., arXiv 2212.10560) and REFINE-AF (arXiv 2505.06548, stage 3): *input first*,
-and for classification tasks *output first*, the label before an input that it fits, lest one label gets all inputs.
+Two orders, as in Self-Instruct (Wang et al., arXiv 2212.10560) and REFINE-AF (arXiv 2505.06548, stage 3): *input
+first*, and for classification tasks *output first*, the label before an input that it fits, lest one label gets all
+inputs.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from ...llm_backends.base import Prompt, PromptStyle
 from ...llm_backends.prompting import build_prompt, fill, load_prompts, one_line
@@ -37,13 +38,8 @@ class Instance:
     output: str
 
 
-@dataclass
-class Parsed:
-    """What a reply holds."""
-
-    instances: list[Instance] = field(default_factory=list)
-    malformed: list[str] = field(default_factory=list)
-    """Pieces of the reply that break the format."""
+Piece: TypeAlias = Instance | str
+"""What a parser reads from one block of a reply; the text of a block that breaks the format stands for itself."""
 
 
 @dataclass
@@ -51,8 +47,8 @@ class Cleaned:
     """What is left of a reply, and what is not."""
 
     kept: list[Instance] = field(default_factory=list)
-    dropped: list[tuple[Instance | str, str]] = field(default_factory=list)
-    """Instances, and texts of malformed pieces, each with the reason."""
+    dropped: list[tuple[Piece, str]] = field(default_factory=list)
+    """Each with the reason."""
 
     @property
     def reasons(self) -> Counter[str]:
@@ -86,7 +82,7 @@ def _written(instances: Sequence[Mapping[str, Any]], order: Order) -> str:
     )
 
 
-def parse_instances(reply: str, order: Order, continues: bool = False) -> Parsed:
+def parse_instances(reply: str, order: Order, continues: bool = False) -> list[Piece]:
     """Reads a reply to :func:`instance_prompt`.
 
     Args:
@@ -99,22 +95,22 @@ def parse_instances(reply: str, order: Order, continues: bool = False) -> Parsed
     return parse_input_first(reply)
 
 
-def parse_input_first(reply: str) -> Parsed:
+def parse_input_first(reply: str) -> list[Piece]:
     """Reads ``Example N / Input: ... / Output: ...`` blocks.
 
-    The heading and the input may be missing; a text of other fields before the output is the input as it stands. A block
-    without an output field, or with two, is malformed.
+    The heading and the input may be missing; text before the output that names no field is the input as it stands. A
+    block without an output field, with two, or with anything after its output but the next block, is malformed.
     """
-    parsed = Parsed()
+    pieces: list[Piece] = []
     for block in _blocks(reply):
         names = [name for name, _ in block]
-        text = "\n".join(f"{name}: {value}" if name else value for name, value in block).strip()
         if names.count("output") != 1 or names[-1] != "output" or "class label" in names:
-            parsed.malformed += [text] if text else []
-            continue
-        before = [value for name, value in block if name != "output"]
-        parsed.instances.append(Instance(_input("\n".join(before)), block[-1][1].strip()))
-    return parsed
+            pieces.append(
+                "\n".join(f"{name.capitalize()}: {value}" if name else value for name, value in block).strip()
+            )
+        else:
+            pieces.append(Instance(_input("\n".join(value for _, value in block[:-1])), block[-1][1].strip()))
+    return pieces
 
 
 def _blocks(reply: str) -> list[list[tuple[str, str]]]:
@@ -136,25 +132,22 @@ def _blocks(reply: str) -> list[list[tuple[str, str]]]:
     return [block for block in blocks if any(name or value.strip() for name, value in block)]
 
 
-def parse_output_first(reply: str) -> Parsed:
+def parse_output_first(reply: str) -> list[Piece]:
     """Reads ``Class label: ... / Input: ...`` blocks.
 
-    The input may be missing. Text before the first label, and a block with an output field, two inputs or a label of
-    more than one line, is malformed.
+    The input may be missing. Text before the first label is malformed, and so is a block with an output field, with two
+    inputs, or with text between the line of its label and its input.
     """
-    parsed = Parsed()
-    pieces = re.split(r"^\s*Class label\s*\d*\s*:", reply, flags=re.IGNORECASE | re.MULTILINE)
-    if pieces[0].strip():
-        parsed.malformed.append(pieces[0].strip())
-    for piece in pieces[1:]:
-        label, _, rest = piece.partition("\n")
+    before, *blocks = re.split(r"^\s*Class label\s*\d*\s*:", reply, flags=re.IGNORECASE | re.MULTILINE)
+    pieces: list[Piece] = [before.strip()] if before.strip() else []
+    for block in blocks:
+        label, _, rest = block.partition("\n")
         fields = [match[1].casefold() for line in rest.splitlines() if (match := _FIELD.match(line))]
-        starts_with_field = not rest.strip() or _FIELD.match(rest.lstrip()) is not None
-        if fields not in ([], ["input"]) or not starts_with_field:
-            parsed.malformed.append(f"Class label:{piece}".strip())
+        if fields not in ([], ["input"]) or (rest.strip() and not _FIELD.match(rest.lstrip())):
+            pieces.append(f"Class label:{block}".strip())
         else:
-            parsed.instances.append(Instance(_input(_FIELD.sub("", rest.lstrip(), count=1)), label.strip()))
-    return parsed
+            pieces.append(Instance(_input(_FIELD.sub("", rest.lstrip(), count=1)), label.strip()))
+    return pieces
 
 
 def _input(text: str) -> str:
@@ -162,23 +155,24 @@ def _input(text: str) -> str:
     return "" if text.removesuffix(".").casefold() in NO_INPUT else text
 
 
-def clean(parsed: Parsed, cut: bool = False, limit: int = MAX_INSTANCES) -> Cleaned:
+def clean(pieces: Sequence[Piece], cut: bool = False, limit: int = MAX_INSTANCES) -> Cleaned:
     """Drops what the rules of Self-Instruct drop from the instances of one instruction.
 
-    Reasons, in the order in which they are looked for: ``malformed``; ``cut``, the last piece of a reply that was cut by
-    length; ``too_many``, those after the first ``limit``; ``empty_output``; ``input_is_output``; ``ends_with_colon``, of
-    the input or the output, which are unfinished; ``contradiction``, *all* that are left, if one non-empty input has two
-    different outputs; ``duplicate``, an input and output that came before.
+    Reasons, in the order in which they are looked for: ``cut``, the last piece of a reply that was cut by length;
+    ``malformed``; ``too_many``, those after the first ``limit``; ``empty_output``; ``input_is_output``;
+    ``ends_with_colon``, of the input or the output, which are unfinished; ``contradiction``, *all* that are left, if
+    one non-empty input has two different outputs; ``duplicate``, an input and output that came before.
 
     Args:
-        parsed: the instances of one instruction.
+        pieces: what was parsed from the reply for one instruction.
         cut: the reply ended at the token limit.
         limit: instances kept at most.
     """
-    cleaned = Cleaned(dropped=[(text, "malformed") for text in parsed.malformed])
-    instances = list(parsed.instances)
-    if cut and instances:
-        cleaned.dropped.append((instances.pop(), "cut"))
+    cleaned, pieces = Cleaned(), list(pieces)
+    if cut and pieces:
+        cleaned.dropped.append((pieces.pop(), "cut"))
+    cleaned.dropped += [(piece, "malformed") for piece in pieces if isinstance(piece, str)]
+    instances = [piece for piece in pieces if isinstance(piece, Instance)]
     cleaned.dropped += [(instance, "too_many") for instance in instances[limit:]]
     left: list[Instance] = []
     for instance in instances[:limit]:

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from ...llm_backends.prompting import one_line
 
 MIN_WORDS, MAX_WORDS = 4, 150
-BLOCKED_WORDS = (
-    "image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw", "plot", "go to",
-)  # fmt: skip
+BLOCKED_WORDS = [*"image images graph graphs picture pictures file files map maps draw plot".split(), "go to"]
 """What a model of text cannot do; matched as whole words in any case."""
 _BLOCKED = re.compile(rf"\b(?:{'|'.join(BLOCKED_WORDS)})\b", re.IGNORECASE)
 
@@ -66,8 +64,8 @@ _NUMBER = re.compile(r"\s*(\d{1,4}) ?[.)](?:\s+|$)")
 def parse_numbered(reply: str, first: int = 9, last: int = 15, continues: bool = False) -> list[str]:
     """The items of a numbered list that a model wrote.
 
-    Numbers must count up by one from ``first``; a line with another number ends the list. An item goes on until the next
-    number or blank line, whatever stands between a blank line and the next number is no part of the list.
+    Numbers must count up by one from ``first``; a line with another number ends the list. An item goes on until the
+    next number or blank line; whatever stands between a blank line and the next number is no part of the list.
 
     Args:
         reply: the model's reply.

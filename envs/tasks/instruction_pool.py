@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from ...llm_backends import request_seed
 from ...llm_backends.base import Prompt, PromptStyle
 from ...llm_backends.errors import InputError
 from ...llm_backends.prompting import build_prompt, fill, load_prompts, one_line
@@ -197,11 +196,6 @@ class InstructionPool:
         self.gate.add(task.instruction)
 
 
-def draw_seed(seed: int, *where: int) -> int:
-    """Seed of the demonstrations of one request, apart from that of its sampling."""
-    return request_seed(seed, "demonstrations", *where)
-
-
 def instruction_prompt(style: PromptStyle, demonstrations: Sequence[Task]) -> Prompt:
     """The request to go on with a numbered list of tasks, in the form that a backend asks for.
 
@@ -218,8 +212,9 @@ def instruction_prompt(style: PromptStyle, demonstrations: Sequence[Task]) -> Pr
 
 
 def task_type_prompt() -> VerdictPrompt:
-    """The question whether an instruction is a classification task, for
-    :func:`~instructgym.rewards.verdict.judge_verdicts`; the positive answer says that it is.
+    """The question whether an instruction is a classification task; the positive answer says that it is.
+
+    :func:`~instructgym.rewards.verdict.judge_verdicts` asks it.
     """
     table = load_prompts("envs.tasks", "refine_af")["task_type"]
     return VerdictPrompt.from_file(table, ("Instruction", "Classification"), ("instruction",))
