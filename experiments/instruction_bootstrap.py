@@ -154,7 +154,7 @@ class Bootstrapper:
             pieces = parse_instances(reply[0].text, order, style == "completion")
             if not pieces:
                 rows.rejected.append(why | {"rejected_by": "no_instances", "text": reply[0].text})
-            cleaned = clean(pieces, reply[0].finish_reason == "length")
+            cleaned = clean(pieces, reply[0].finish_reason == "length", instruction=task["instruction"])
             for piece, reason in cleaned.dropped:
                 what = asdict(piece) if isinstance(piece, Instance) else {"text": piece}
                 rows.rejected.append(why | {"rejected_by": reason} | what)

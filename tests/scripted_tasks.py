@@ -1,7 +1,6 @@
-"""A scripted backend that bootstraps tasks: numbered lists, task types and instances, good ones and all kinds of bad."""
+"""A scripted backend that bootstraps tasks: numbered lists, task types and instances, good ones and bad ones."""
 
 import re
-import time
 
 from instructgym.llm_backends import ScriptedBackend, request_seed
 
@@ -17,7 +16,7 @@ def reply(prompt, sampling):
     last = prompt.split("\n\n")[-1]
     if re.search(r"\n9\.$", prompt):
         items = [sentence(sampling.seed, i) for i in range(4)]
-        items[1] = "Draw a map."  # too short
+        items[1] = "Sing now."  # too short
         items[2] = "Draw " + items[2]  # a blocked word
         return " " + "\n".join(items[:1] + [f"{10 + i}. {item}" for i, item in enumerate(items[1:])])
     if last.endswith("Classification:"):
@@ -26,9 +25,10 @@ def reply(prompt, sampling):
         return " calm\nInput: a flat sea\nClass label: rough\nInput: high waves\nClass label: calm\nInput: a flat sea"
     if "fog" in last:
         return "Input: a day\nOutput: one\nInput: a day\nOutput: two"  # a contradiction
-    return f"Example 1\nInput: {len(last)} words\nOutput: done\nExample 2\nInput: none\nOutput:\nExample 3\nOutput: done"
+    return (
+        f"Example 1\nInput: {len(last)} words\nOutput: done\nExample 2\nInput: none\nOutput:\nExample 3\nOutput: done"
+    )
 
 
-def bootstrapping(latency=0.0, slow_start=0.0):
-    time.sleep(slow_start)
+def bootstrapping(latency=0.0):
     return ScriptedBackend(reply=reply, latency=latency)

@@ -155,18 +155,20 @@ def _input(text: str) -> str:
     return "" if text.removesuffix(".").casefold() in NO_INPUT else text
 
 
-def clean(pieces: Sequence[Piece], cut: bool = False, limit: int = MAX_INSTANCES) -> Cleaned:
+def clean(pieces: Sequence[Piece], cut: bool = False, limit: int = MAX_INSTANCES, instruction: str = "") -> Cleaned:
     """Drops what the rules of Self-Instruct drop from the instances of one instruction.
 
     Reasons, in the order in which they are looked for: ``cut``, the last piece of a reply that was cut by length;
     ``malformed``; ``too_many``, those after the first ``limit``; ``empty_output``; ``input_is_output``;
-    ``ends_with_colon``, of the input or the output, which are unfinished; ``contradiction``, *all* that are left, if
+    ``echo``, an output that repeats the instruction (ours: small models do that); ``ends_with_colon``, of the input or
+    the output, which are unfinished; ``contradiction``, *all* that are left, if
     one non-empty input has two different outputs; ``duplicate``, an input and output that came before.
 
     Args:
         pieces: what was parsed from the reply for one instruction.
         cut: the reply ended at the token limit.
         limit: instances kept at most.
+        instruction: what the instances are of.
     """
     cleaned, pieces = Cleaned(), list(pieces)
     if cut and pieces:
@@ -176,7 +178,7 @@ def clean(pieces: Sequence[Piece], cut: bool = False, limit: int = MAX_INSTANCES
     cleaned.dropped += [(instance, "too_many") for instance in instances[limit:]]
     left: list[Instance] = []
     for instance in instances[:limit]:
-        reason = _defect(instance)
+        reason = _defect(instance, instruction)
         if reason:
             cleaned.dropped.append((instance, reason))
         else:
@@ -191,11 +193,13 @@ def clean(pieces: Sequence[Piece], cut: bool = False, limit: int = MAX_INSTANCES
     return cleaned
 
 
-def _defect(instance: Instance) -> str | None:
+def _defect(instance: Instance, instruction: str) -> str | None:
     if not instance.output:
         return "empty_output"
     if instance.input == instance.output:
         return "input_is_output"
+    if instruction and one_line(instance.output).casefold() == one_line(instruction).casefold():
+        return "echo"
     if instance.input.endswith(":") or instance.output.endswith(":"):
         return "ends_with_colon"
     return None

@@ -78,7 +78,7 @@ def parse_numbered(reply: str, first: int = 9, last: int = 15, continues: bool =
     """
     items: list[list[str]] = []
     is_open = False
-    lines = (f"{first}. {reply.lstrip()}" if continues else reply).splitlines()
+    lines = (f"{first}. {reply.lstrip(' ')}" if continues else reply).splitlines()
     for line in lines:
         number = _NUMBER.match(line)
         if number is not None and int(number[1]) == first + len(items):
