@@ -148,7 +148,7 @@ def _check_context(options: RefineAFBootstrap, roles: dict[str, Backend], seeds:
         )
     answerer = roles["instances"]
     for order in ("input_first", "output_first"):
-        prompt = instance_prompt(answerer.prompt_style, longest[0].instruction, order)  # type: ignore[arg-type]
+        prompt = instance_prompt(answerer.prompt_style, longest[0].instruction, order)
         error = answerer.context_error(prompt, settings.instance_tokens)
         if error is not None:
             raise InputError(f"requests for instances are too long: {error}; lower --instance-tokens")

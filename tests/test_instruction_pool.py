@@ -88,6 +88,7 @@ def test_normalizing_collapses_white_space_and_raises_the_first_letter_only():
         ("9. Name a bird.\n\n10. Sing.\n", False, ["Name a bird.", "Sing."]),
         ("9. Name a bird.\n11. Sing.", False, ["Name a bird."]),  # a number is missing
         ("9. Name a bird.\n1. Sing.\n10. Dance.", False, ["Name a bird."]),
+        ("9. Name a bird.\n\n1. Sing.\n10. Dance.", False, ["Name a bird."]),
         ("1. Name a bird.\n2. Sing.", False, []),
         ("Name a bird.", False, []),
         ("", True, [""]),

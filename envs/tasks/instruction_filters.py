@@ -86,7 +86,7 @@ def parse_numbered(reply: str, first: int = 9, last: int = 15, continues: bool =
                 break
             items.append([line[number.end() :]])
             is_open = True
-        elif number is not None and items and is_open:
+        elif number is not None and items:
             break
         elif not line.strip():
             is_open = False
