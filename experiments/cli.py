@@ -27,6 +27,7 @@ from . import (
     judge,
     nlu,
     nlu_report,
+    refine_af_bootstrap,
     serve_check,
 )
 from .benchmarks import backend, edit_env, rollouts, token_env, token_learning, token_ppo
@@ -49,6 +50,7 @@ from .fine_grained_sft import FineGrainedSFT
 from .judge import JudgeCalibrate
 from .nlu import NLU
 from .nlu_report import NLUReport
+from .refine_af_bootstrap import RefineAFBootstrap
 from .serve_check import ServeCheck
 
 if TYPE_CHECKING:
@@ -110,6 +112,27 @@ class FineGrained:
     """Fine-grained supervision: minimal edits give a reward per token, which drives token-level PPO."""
 
     command: FineGrainedCommand
+
+
+@dataclass
+class RefineAFFilters:
+    """List the filters of new instructions."""
+
+
+if TYPE_CHECKING:
+    RefineAFCommand = RefineAFBootstrap | RefineAFFilters
+else:
+    RefineAFCommand = (
+        Annotated[RefineAFBootstrap, tyro.conf.subcommand("bootstrap")]
+        | Annotated[RefineAFFilters, tyro.conf.subcommand("filters")]
+    )
+
+
+@dataclass
+class RefineAF:
+    """REFINE-AF: instructions and instances bootstrapped from seed tasks by a small model."""
+
+    command: RefineAFCommand
 
 
 @dataclass
@@ -177,12 +200,13 @@ class Bench:
 
 
 if TYPE_CHECKING:
-    Command = Evolve | Understanding | FineGrained | Judge | ServeCheck | Envs | Bench
+    Command = Evolve | Understanding | FineGrained | RefineAF | Judge | ServeCheck | Envs | Bench
 else:
     Command = (
         Annotated[Evolve, tyro.conf.subcommand("evolve")]
         | Annotated[Understanding, tyro.conf.subcommand("nlu")]
         | Annotated[FineGrained, tyro.conf.subcommand("fine-grained")]
+        | Annotated[RefineAF, tyro.conf.subcommand("refine-af")]
         | Annotated[Judge, tyro.conf.subcommand("judge")]
         | Annotated[ServeCheck, tyro.conf.subcommand("serve-check")]
         | Annotated[Envs, tyro.conf.subcommand("envs")]
@@ -221,12 +245,22 @@ def list_judges(console: Console) -> None:
         console.print(f"{part_id:20} {' '.join(described.split())}", highlight=False, markup=False)
 
 
+def list_filters(console: Console) -> None:
+    """Prints every filter of instructions, in the order in which they are asked, with its reason."""
+    from ..envs.tasks.instruction_filters import FILTERS
+
+    for rule in FILTERS:
+        console.print(f"{rule.name:20} {rule.reason}", highlight=False, markup=False)
+
+
 RUNS: dict[type, Callable[[Any, Console], Any]] = {
     EvolveTrain: evolve_train.run,
     EvolveGenerate: evolve_generate.run,
     EvolveCompare: evolve_compare.run,
     NLU: nlu.run,
     NLUReport: nlu_report.run,
+    RefineAFBootstrap: refine_af_bootstrap.run,
+    RefineAFFilters: lambda options, console: list_filters(console),
     JudgeCalibrate: judge.run,
     FineGrainedRun: fine_grained_run.run,
     FineGrainedSFT: fine_grained_sft.run,

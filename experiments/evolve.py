@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -18,10 +18,9 @@ import gymnasium as gym
 from ..envs.operators import LLMOperator
 from ..envs.sb3 import VectorToVecEnv, make_sb3_env
 from ..envs.tasks.instructions import Instruction, load_instructions
-from ..llm_backends import Backend, Journal, Journaled, resolve
-from ..llm_backends.budget import Budget
+from ..llm_backends import Backend, Journal
 from ..llm_backends.errors import InputError
-from .run_folder import read_json, write_json
+from .resumption import journaled_roles
 from .tracking import check_tracker
 
 ENV_ID = "instructgym/EvolveInstruction-v0"
@@ -166,45 +165,8 @@ def roles_of(options: EnvOptions, journal: Journal | None, responder: str = "") 
     """The roles that the options describe; equal parts are built once, each role counts its own usage in a journal."""
     backend = parse_part(options.backend, options.model)
     judge = parse_part(options.judge_backend) if options.judge_backend else backend
-    live: dict[str, Backend] = {}
-
-    def role(part: Any) -> Backend:
-        key = json.dumps(part, sort_keys=True)
-        if key not in live:
-            live[key] = resolve("backend", part)
-        return live[key] if journal is None else Journaled(live[key], journal)
-
-    return Roles(role(backend), role(judge), role(parse_part(responder) if responder else backend))
-
-
-@contextmanager
-def accounted(backends: Mapping[str, Backend], folder: Path) -> Iterator[None]:
-    """Keeps the spending of a run's backends in its folder, over all its starts.
-
-    ``budget-ROLE.json`` is what a budget has spent, under the first of the roles that share it. ``usage.json`` is what
-    each role sent to its model, replies from the journal left out; starts that were killed and calls that broke off are
-    missing in it.
-
-    Args:
-        backends: by role.
-        folder: the run's.
-    """
-    for name, backend in backends.items():
-        inner: Any = backend
-        while inner is not None:
-            if isinstance(budget := getattr(inner, "budget", None), Budget):
-                budget.keep(folder / f"budget-{name}.json")
-            inner = getattr(inner, "inner", None)
-    stored = read_json(folder / "usage.json") or {}
-    try:
-        yield
-    finally:
-        totals = {}
-        for name, backend in backends.items():
-            usage, before = backend.usage.as_dict(), stored.get(name, {})
-            usage["requests"] -= usage.pop("cache_hits")
-            totals[name] = {key: before.get(key, 0) + value for key, value in usage.items()}
-        write_json(folder / "usage.json", totals)
+    parts = {"rewriter": backend, "judge": judge, "responder": parse_part(responder) if responder else backend}
+    return Roles(**journaled_roles(parts, journal))
 
 
 def make_env(

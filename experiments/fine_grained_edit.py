@@ -21,9 +21,10 @@ from ..llm_backends.records import append_lines, read_records
 from ..llm_backends.tokenization import Tokenizer
 from ..rewards import Reward
 from ..rewards.edits import EditedPair, edit_statistics, write_pairs
-from .evolve import accounted, input_errors, parse_part, parse_reward
+from .evolve import input_errors, parse_part, parse_reward
 from .fine_grained import ENV_ID, StageOptions, load_policy, policy_folder, stage
 from .responses import respond
+from .resumption import accounted
 from .run_folder import RunFolder
 
 CHUNK = 64

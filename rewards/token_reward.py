@@ -22,7 +22,9 @@ class _LearnedReward(Reward):
     Step by step or all at once, rewards are the same in float32; a model in bfloat16 rounds differently by batch.
     """
 
-    def __init__(self, model: str | RewardModel, scale: float, center: bool | float | None, dtype: str, device: str) -> None:
+    def __init__(
+        self, model: str | RewardModel, scale: float, center: bool | float | None, dtype: str, device: str
+    ) -> None:
         if not np.isfinite(scale):
             raise InputError(f"scale must be finite, got {scale}")
         self.folder = "" if isinstance(model, RewardModel) else str(model)

@@ -4,6 +4,8 @@ import json
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
+
 from instructgym.experiments import (
     fine_grained_edit,
     fine_grained_evaluate,
@@ -17,7 +19,6 @@ from instructgym.experiments import (
 from instructgym.experiments.fine_grained_evaluate import win_rate
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.records import read_records
-from rich.console import Console
 
 QUIET = Console(quiet=True)
 JUDGE = json.dumps({"id": "scored-comparison", "kwargs": {"scorer": {"id": "fine_grained_cases:annotator"}}})
