@@ -21,19 +21,10 @@ from ..agents.policy_io import load_policy
 from ..llm_backends import Journal, request_seed
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import read_records
-from .evolve import (
-    Roles,
-    RunOptions,
-    check_context,
-    check_output,
-    describe,
-    identity,
-    input_errors,
-    load_seeds,
-    roles_of,
-)
+from .evolve import Roles, check_context, describe, identity, load_seeds, roles_of
 from .evolve_train import EvolveTrain
 from .instruction_generator import GenerationSettings, InstructionGenerator, chunks, dataset_metrics, generation_env
+from .options import RunOptions, check_output, input_errors
 from .resumption import TimeLimit, replayed
 from .run_folder import RowWriter, RunFolder, read_json
 from .tracking import Tracker

@@ -23,16 +23,8 @@ from ..agents.policy_io import normalize_observations, save_policy
 from ..llm_backends import Journal
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import read_records
-from .evolve import (
-    EnvOptions,
-    check_context,
-    describe,
-    identity,
-    input_errors,
-    load_seeds,
-    make_env,
-    roles_of,
-)
+from .evolve import EnvOptions, check_context, describe, identity, load_seeds, make_env, roles_of
+from .options import input_errors
 from .plots import plot_training
 from .resumption import replayed
 from .run_folder import RowWriter, RunFolder

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,10 +18,10 @@ from ..envs.tasks.prompt_examples import PromptExample
 from ..envs.tasks.responses import response_prompts
 from ..llm_backends.errors import InputError
 from ..llm_backends.tokenization import EmbeddedTokenizer, Tokenizer
-from .evolve import check_output
+from .options import check_counts, check_run
 from .run_folder import RunFolder
 from .token_training import TokenTraining
-from .tracking import Tracker, check_tracker
+from .tracking import Tracker
 
 ENV_ID = "instructgym/GenerateResponse-v0"
 
@@ -70,22 +69,10 @@ class StageOptions:
         Raises:
             InputError: naming the option.
         """
-        if not self.run_dir:
-            raise InputError("--run-dir is missing: name the folder of this stage")
-        check_output(Path(self.run_dir) / "config.json")
-        check_tracker(self.track)
-        for field in fields(self):
-            value, name = getattr(self, field.name), field.name.replace("_", "-")
-            if isinstance(value, int | float) and not isinstance(value, bool) and not 0 <= value < math.inf:
-                raise InputError(f"--{name} must not be negative, got {value}")
-            if field.name in ("max_tokens", "context_length", "token_budget", *self.at_least_one()) and value < 1:
-                raise InputError(f"--{name} must be at least 1, got {value}")
+        check_run(self)
+        check_counts(self, "max_tokens", "context_length", "token_budget")
         if not self.temperature:
             raise InputError("--temperature must be above 0")
-
-    def at_least_one(self) -> tuple[str, ...]:
-        """Names of further counts that cannot be 0."""
-        return ()
 
     def env_options(self) -> dict[str, Any]:
         """Arguments of the environment, examples, reward and tokenizer aside."""

@@ -21,8 +21,8 @@ from ..llm_backends.records import append_lines, read_records
 from ..llm_backends.tokenization import Tokenizer
 from ..rewards import Reward
 from ..rewards.edits import EditedPair, edit_statistics, write_pairs
-from .evolve import input_errors, parse_part, parse_reward
 from .fine_grained import ENV_ID, StageOptions, load_policy, policy_folder, stage
+from .options import input_errors, parse_part, parse_reward
 from .responses import respond
 from .resumption import accounted
 from .run_folder import RunFolder

@@ -18,9 +18,9 @@ from ..llm_backends import request_seed, resolve
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import append_lines, read_records
 from ..rewards import Reward, Sample, Score, score_with_retries
-from .evolve import input_errors, parse_part, parse_reward
 from .fine_grained import ENV_ID, StageOptions, load_policy, policy_folder, stage, tokenizer_of
 from .metrics import distinct_n
+from .options import input_errors, parse_part, parse_reward
 from .responses import Response, respond
 from .run_folder import read_json
 

@@ -19,8 +19,8 @@ from ..llm_backends import resolve
 from ..llm_backends.errors import InputError
 from ..rewards import Reward, WeightedSum
 from ..rewards.token_reward import RewardModel, SequenceReward, TokenReward
-from .evolve import input_errors, parse_reward
 from .fine_grained import ENV_ID, StageOptions, load_policy, policy_folder, stage
+from .options import check_counts, input_errors, parse_reward
 from .responses import respond
 from .run_folder import RunFolder, read_json, write_json
 
@@ -58,11 +58,9 @@ class FineGrainedPPO(StageOptions):
     lam: float = 0.95
     """GAE's lambda."""
 
-    def at_least_one(self) -> tuple[str, ...]:
-        return ("updates", "batch_size", "epochs")
-
     def check(self) -> None:
         super().check()
+        check_counts(self, "updates", "batch_size", "epochs")
         if not self.reward_model:
             raise InputError("--reward-model is missing: name the run folder of 'fine-grained reward-model'")
 

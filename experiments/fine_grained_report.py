@@ -13,8 +13,8 @@ from rich.table import Table
 
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import read_records
-from .evolve import check_output
 from .fine_grained_evaluate import RESPONSES, win_rate
+from .options import check_output
 from .plots import plot_fine_grained
 from .run_folder import read_json
 

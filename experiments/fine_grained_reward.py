@@ -16,6 +16,7 @@ from ..llm_backends.errors import InputError
 from ..rewards.edits import read_pairs
 from ..rewards.token_reward import RewardModel
 from .fine_grained import StageOptions, stage, tokenizer_of
+from .options import check_counts
 from .token_heat_map import HeatRow, plot_heat_map, token_texts, write_html
 
 HELD_OUT = 0.15
@@ -54,11 +55,9 @@ class FineGrainedRewardModel(StageOptions):
     limit: int = 0
     """Pairs at most; 0 for all."""
 
-    def at_least_one(self) -> tuple[str, ...]:
-        return ("epochs", "batch_size", "lora_rank")
-
     def check(self) -> None:
         super().check()
+        check_counts(self, "epochs", "batch_size", "lora_rank")
         if not self.pairs:
             raise InputError("--pairs is missing: name a JSONL file of edited pairs")
         self.loss = self.loss or LOSSES[self.level][0]

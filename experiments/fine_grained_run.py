@@ -10,7 +10,6 @@ from typing import Any, Literal
 from rich.console import Console
 
 from ..llm_backends.errors import InputError
-from .evolve import check_output
 from .fine_grained_edit import FineGrainedEdit
 from .fine_grained_edit import run as edit
 from .fine_grained_evaluate import FineGrainedEvaluate
@@ -23,6 +22,7 @@ from .fine_grained_reward import FineGrainedRewardModel
 from .fine_grained_reward import run as reward_model
 from .fine_grained_sft import FineGrainedSFT
 from .fine_grained_sft import run as sft
+from .options import check_output
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from ..agents.language_model import LanguageModelPolicy, LoraSettings
 from ..agents.sft import SFT, Demonstration
 from ..llm_backends.errors import InputError
 from .fine_grained import StageOptions, stage
+from .options import check_counts
 
 
 @dataclass
@@ -30,8 +31,9 @@ class FineGrainedSFT(StageOptions):
     lora_rank: int = 8
     """Rank of the policy's adapter, here and in PPO."""
 
-    def at_least_one(self) -> tuple[str, ...]:
-        return ("epochs", "batch_size", "lora_rank")
+    def check(self) -> None:
+        super().check()
+        check_counts(self, "epochs", "batch_size", "lora_rank")
 
 
 def run(options: FineGrainedSFT, console: Console | None = None) -> dict[str, Any]:

@@ -22,9 +22,9 @@ from ..llm_backends.errors import InputError
 from ..rewards.judge import equality_prompt
 from ..rewards.pairwise import Pair, both_orders, compare, pair_question, pairwise_prompt
 from ..rewards.verdict import RETRY_TEMPERATURE, VerdictMode, check_mode, judge_verdicts, reads_likelihood, sigmoid
-from .evolve import RunOptions, input_errors, parse_part
 from .judge_measures import Judgement, count, measure
 from .judge_pairs import LABELS, LabelledPair, PairKind, read_pairs
+from .options import RunOptions, input_errors, parse_part
 from .plots import plot_calibration
 from .resumption import TimeLimit, replayed
 from .run_folder import RowWriter, RunFolder

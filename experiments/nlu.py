@@ -24,6 +24,7 @@ from ..envs.tasks.prompt_examples import PromptExample
 from ..llm_backends.choices import Choices
 from ..llm_backends.errors import InputError
 from .nlu_evaluation import ENV_ID, answers, majority, scores
+from .options import check_counts
 from .plots import plot_token_training
 from .run_folder import RunFolder
 from .token_training import TokenTraining
@@ -130,9 +131,7 @@ class NLU:
             raise InputError(f"--start {self.start} leaves no labels of --labels {self.labels} for training")
         if start == "sft" and self.method not in AGENTS:
             raise InputError(f"--start {self.start} is for {', '.join(AGENTS)}, not for {self.method}")
-        for name in ("batch_size", "group_size", "passes", "shots", "save_every", "max_tokens", "lora_rank"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        check_counts(self, "batch_size", "group_size", "passes", "shots", "save_every", "max_tokens", "lora_rank")
         for name in ("labels", "eval_limit", "minutes"):
             if getattr(self, name) < 0:
                 raise InputError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")

@@ -13,9 +13,9 @@ from rich.table import Table
 
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import read_records
-from .evolve import check_output
 from .metrics import interval
 from .nlu import NLU
+from .options import check_output
 from .plots import plot_nlu
 from .run_folder import read_json
 

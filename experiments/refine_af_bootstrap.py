@@ -28,9 +28,10 @@ from ..envs.tasks.instruction_pool import (
 from ..envs.tasks.instructions import Instruction
 from ..llm_backends import Backend, Journal, resolve
 from ..llm_backends.errors import InputError
-from .evolve import RunOptions, identity, input_errors, parse_part
+from .evolve import identity
 from .instruction_bootstrap import Bootstrapper, BootstrapSettings, Rows
 from .metrics import distinct_n, mean_pairwise_distance
+from .options import RunOptions, check_counts, input_errors, parse_part
 from .resumption import TimeLimit, journaled_roles, replayed
 from .run_folder import RowWriter, RunFolder
 from .tracking import Tracker
@@ -77,9 +78,7 @@ class RefineAFBootstrap(RunOptions):
 
     def check(self) -> None:
         super().check()
-        for name in ("batch", "patience"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        check_counts(self, "batch", "patience")
         if not 0 < self.rouge_threshold <= 1:
             raise InputError(f"--rouge-threshold must be in (0, 1], got {self.rouge_threshold}")
         if not 0 < self.top_p <= 1:
