@@ -65,7 +65,7 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
         "sft": {"demonstrations": 2000},
         "edit": {"limit": 1500},
         "reward-model": {},
-        "ppo": {"updates": 32},
+        "ppo": {"updates": 24},
         "evaluate": {"limit": 400},
     },
 }
