@@ -307,13 +307,21 @@ def main(args: Sequence[str] | None = None) -> None:
 def guarded(work: Any) -> int:
     """Runs ``work(console)`` and turns errors that a user can mend into one line on stderr and an exit code."""
     from ..agents.callbacks import InvalidRewardRateError
+    from ..agents.on_policy import TrainingDivergedError
     from ..envs.edit_process import InvalidRewardError
     from ..llm_backends.budget import BudgetExceededError
 
     console = Console()
     try:
         work(console)
-    except (InputError, BackendError, BudgetExceededError, InvalidRewardError, InvalidRewardRateError) as error:
+    except (
+        InputError,
+        BackendError,
+        BudgetExceededError,
+        InvalidRewardError,
+        InvalidRewardRateError,
+        TrainingDivergedError,
+    ) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except OSError as error:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import gymnasium as gym
 import numpy as np
 from rich.console import Console
 
@@ -99,19 +100,42 @@ class StageOptions:
 
 
 @contextmanager
-def stage(options: StageOptions, command: str, console: Console) -> Iterator[TokenTraining | dict[str, Any]]:
-    """Opens the run of a stage; gives the results instead where it is finished."""
+def stage(
+    options: StageOptions, command: str, console: Console, distributed: bool = True
+) -> Iterator[TokenTraining | dict[str, Any]]:
+    """Opens the run of a stage; gives the results instead where it is finished.
+
+    Args:
+        options: of the stage.
+        command: its name.
+        console: for progress.
+        distributed: whether several processes can share its work.
+
+    Raises:
+        InputError: if the folder holds another run or is in use, and for several processes where one has to do.
+    """
     processes = Processes()
+    if processes.count > 1 and not distributed:
+        raise InputError(f"'fine-grained {command}' runs in one process: start it without torchrun or accelerate")
     path = Path(options.run_dir)
+    if (results := RunFolder(path, asdict(options), f"fine-grained {command}").finished(console)) is not None:
+        yield results
+        return
     if not processes.is_main:  # of several, one writes the run; the others keep a scratch folder within it
         path, console = path / "ranks" / str(processes.index), Console(quiet=True)
     folder = RunFolder(path, asdict(options), f"fine-grained {command}")
-    if (results := folder.finished(console)) is not None:
-        yield results
-        return
     with folder.opened(), Tracker(folder, options.track if processes.is_main else "none") as tracker:
         checkpoints = Path(options.run_dir) / "checkpoints"
         yield TokenTraining(folder, tracker, console, processes, checkpoints, options.minutes)
+
+
+def check_lengths(options: StageOptions, examples: Sequence[PromptExample], tokenizer: Tokenizer) -> None:
+    """Refuses prompts that do not fit the context beside a response.
+
+    Raises:
+        InputError: naming the prompt.
+    """
+    gym.make_vec(ENV_ID, num_envs=1, examples=list(examples), tokenizer=tokenizer, **options.env_options()).close()
 
 
 def load_policy(options: StageOptions, folder: Path) -> LanguageModelPolicy:

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from ..agents.callbacks import StepProgress
 from ..agents.checkpoints import read_state
 from ..agents.language_model import SETTINGS, LanguageModelPolicy
 from ..envs.tasks.editing import EditBounds, Editor, EditRequest, edit_responses
 from ..envs.tasks.prompt_examples import PromptExample
-from ..llm_backends import Journal, Journaled, request_seed, resolve
+from ..llm_backends import Backend, Journal, Journaled, request_seed, resolve
 from ..llm_backends.errors import InputError
-from ..llm_backends.records import append_lines, read_records
 from ..llm_backends.tokenization import Tokenizer
 from ..rewards import Reward
 from ..rewards.edits import EditedPair, edit_statistics, write_pairs
-from .fine_grained import ENV_ID, StageOptions, load_policy, policy_folder, stage
+from .fine_grained import ENV_ID, StageOptions, check_lengths, load_policy, policy_folder, stage, tokenizer_of
 from .options import input_errors, parse_part, parse_reward
 from .responses import respond
 from .resumption import accounted
-from .run_folder import RunFolder
+from .run_folder import RunFolder, chunked_rows
 
 CHUNK = 64
 
@@ -49,6 +47,32 @@ class FineGrainedEdit(StageOptions):
     """Share of words that a minimal edit may change."""
 
 
+@dataclass(frozen=True)
+class Editing:
+    """Who ranks and edits, and what counts as an edit."""
+
+    annotator: Reward
+    editor: Editor
+    backend: Backend
+    bounds: EditBounds
+
+    @classmethod
+    def of(cls, options: FineGrainedEdit) -> Editing:
+        """What the options describe.
+
+        Raises:
+            InputError: for what is unknown or out of range.
+        """
+        with input_errors():
+            backend = resolve("backend", parse_part(options.backend))
+            return cls(
+                resolve("reward", parse_reward(options.annotator)),
+                resolve("editor", parse_part(options.editor), backend=backend),
+                backend,
+                EditBounds(max_changed=options.max_changed),
+            )
+
+
 def run(options: FineGrainedEdit, console: Console | None = None) -> dict[str, Any]:
     """Makes the pairs (or goes on making them) and returns the counts.
 
@@ -60,51 +84,29 @@ def run(options: FineGrainedEdit, console: Console | None = None) -> dict[str, A
     console = console or Console()
     options.check()
     folder = policy_folder(options.policy, "--policy")
-    examples = options.prompts("preferences", read_state(folder / SETTINGS)["model"], options.limit)
-    bounds = EditBounds(max_changed=options.max_changed)
-    with input_errors():
-        annotator = resolve("reward", parse_reward(options.annotator))
+    model = read_state(folder / SETTINGS)["model"]
+    examples = options.prompts("preferences", model, options.limit)
+    check_lengths(options, examples, tokenizer_of(model))
+    editing = Editing.of(options)
     if options.dry_run:
         console.print(f"would sample 2 responses to each of {len(examples)} prompts, in {options.run_dir}")
         return {}
-    with stage(options, "edit", console) as opened:
+    with stage(options, "edit", console, distributed=False) as opened:
         if isinstance(opened, dict):
             return opened
-        journal = Journal(opened.folder.file("journal.jsonl"))
-        with input_errors():
-            backend = Journaled(resolve("backend", parse_part(options.backend)), journal)
-            editor = resolve("editor", parse_part(options.editor), backend=backend)
+        backend = Journaled(editing.backend, Journal(opened.folder.file("journal.jsonl")))
+        editing = replace(editing, editor=resolve("editor", parse_part(options.editor), backend=backend))
         policy = load_policy(options, folder)
         with accounted({"editor": backend}, opened.folder.path):
-            rows = _rows(options, opened.folder, policy, examples, annotator, editor, bounds, console)
+            rows = chunked_rows(
+                opened.folder.file("responses.jsonl"),
+                len(examples),
+                CHUNK,
+                lambda start: _chunk(options, policy, examples[start : start + CHUNK], start, editing),
+                "responses ranked and edited",
+                console,
+            )
         return _finish(opened.folder, rows, policy.tokenizer, opened.seconds)
-
-
-def _rows(
-    options: FineGrainedEdit,
-    folder: RunFolder,
-    policy: LanguageModelPolicy,
-    examples: Sequence[PromptExample],
-    annotator: Reward,
-    editor: Editor,
-    bounds: EditBounds,
-    console: Console,
-) -> list[dict[str, Any]]:
-    """A row per prompt; those of finished chunks are read, not made again."""
-    path = folder.file("responses.jsonl")
-    rows = read_records(path, repair=True)
-    done = len(rows) // CHUNK * CHUNK if len(rows) < len(examples) else len(rows)
-    if done < len(rows):  # a chunk is appended at once, but its end may have been cut off
-        path.write_text("")
-        append_lines(path, rows[:done])
-        rows = rows[:done]
-    with StepProgress("responses ranked and edited", len(examples), console) as progress:
-        for start in range(done, len(examples), CHUNK):
-            made = _chunk(options, policy, examples[start : start + CHUNK], start, annotator, editor, bounds)
-            append_lines(path, made)
-            rows += made
-            progress.update(len(rows), f"{sum(row['edited'] is not None for row in rows)} edits")
-    return rows
 
 
 def _chunk(
@@ -112,9 +114,7 @@ def _chunk(
     policy: LanguageModelPolicy,
     examples: Sequence[PromptExample],
     start: int,
-    annotator: Reward,
-    editor: Editor,
-    bounds: EditBounds,
+    editing: Editing,
 ) -> list[dict[str, Any]]:
     seed = request_seed(options.seed, "pairs", start)
     drawn = [
@@ -124,7 +124,7 @@ def _chunk(
             examples,
             options.temperature,
             request_seed(seed, k),
-            reward=annotator,
+            reward=editing.annotator,
             **options.env_options(),
         )
         for k in range(2)
@@ -132,13 +132,14 @@ def _chunk(
     rows: list[dict[str, Any]] = []
     for example, *pair in zip(examples, *drawn, strict=True):
         worse, better = sorted(pair, key=lambda response: response.reward)
+        ranked = worse.valid and better.valid
         rows.append(
             {
                 "id": example.id,
                 "prompt": example.prompt,
                 "worse": worse.text,
                 "better": better.text,
-                "scores": [worse.reward, better.reward],
+                "scores": [worse.reward, better.reward] if ranked else None,
                 "finished": [one.finish_reason != "length" for one in (worse, better)],
                 "edited": None,
             }
@@ -148,8 +149,9 @@ def _chunk(
             row["prompt"], row["worse"], row["id"], request_seed(seed, "edit", i), row["better"], row["finished"][0]
         )
         for i, row in enumerate(rows)
+        if row["scores"] is not None
     ]
-    outcome = edit_responses(editor, requests, bounds, annotator)
+    outcome = edit_responses(editing.editor, requests, editing.bounds, editing.annotator)
     edited = {pair.id: pair.edited for pair in outcome.pairs}
     for row in rows:
         row["edited"] = edited.get(row["id"])
@@ -165,7 +167,9 @@ def _finish(folder: RunFolder, rows: Sequence[dict[str, Any]], tokenizer: Tokeni
         finished = row["finished"]
         if row["edited"] is not None:
             edits.append(EditedPair(row["prompt"], row["worse"], row["edited"], row["id"], finished[0]))
-        if row["scores"][0] == row["scores"][1]:
+        if row["scores"] is None:
+            dropped["no verdict of the annotator"] += 1
+        elif row["scores"][0] == row["scores"][1]:
             dropped["preference: equal scores"] += 1
         elif finished[0] != finished[1]:  # else the reward model would learn of the token limit
             dropped["preference: only one was finished"] += 1
@@ -178,7 +182,7 @@ def _finish(folder: RunFolder, rows: Sequence[dict[str, Any]], tokenizer: Tokeni
     write_pairs(folder.file("edits.jsonl"), edits)
     return folder.finish(
         {f"edits/{name}": value for name, value in edit_statistics(edits, tokenizer).items()}
-        | {"annotator_mean": float(np.mean([row["scores"] for row in rows]))},
+        | {"annotator_mean": float(np.mean([row["scores"] for row in rows if row["scores"] is not None]))},
         {
             "prompts": len(rows),
             "preferences": len(preferences),

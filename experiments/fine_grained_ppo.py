@@ -18,8 +18,9 @@ from ..envs.tasks.prompt_examples import PromptExample
 from ..llm_backends import resolve
 from ..llm_backends.errors import InputError
 from ..rewards import Reward, WeightedSum
-from ..rewards.token_reward import RewardModel, SequenceReward, TokenReward
-from .fine_grained import ENV_ID, StageOptions, load_policy, policy_folder, stage
+from ..rewards.reward_model import RewardModel, read_settings
+from ..rewards.token_reward import SequenceReward, TokenReward
+from .fine_grained import ENV_ID, StageOptions, check_lengths, load_policy, policy_folder, stage, tokenizer_of
 from .options import check_counts, input_errors, parse_reward
 from .responses import respond
 from .run_folder import RunFolder, read_json, write_json
@@ -63,6 +64,8 @@ class FineGrainedPPO(StageOptions):
         check_counts(self, "updates", "batch_size", "epochs")
         if not self.reward_model:
             raise InputError("--reward-model is missing: name the run folder of 'fine-grained reward-model'")
+        if self.lam > 1:
+            raise InputError(f"--lam must be in [0, 1], got {self.lam}")
 
 
 def run(options: FineGrainedPPO, console: Console | None = None) -> dict[str, Any]:
@@ -74,15 +77,17 @@ def run(options: FineGrainedPPO, console: Console | None = None) -> dict[str, An
     console = console or Console()
     options.check()
     start = policy_folder(options.policy, "--policy")
-    settings = read_json(Path(options.reward_model) / "config.json")
-    if settings is None or not (Path(options.reward_model) / "model").is_dir():
+    learned = Path(options.reward_model) / "model"
+    if not learned.is_dir():
         raise InputError(f"--reward-model {options.reward_model} holds no reward model: has that stage finished?")
-    level = settings["options"]["level"]
+    settings, base = read_settings(learned), read_state(start / SETTINGS)["model"]
+    level = settings["level"]
     if level == "sequence" and options.form not in ("auto", "terminal"):
         raise InputError(
             f"--form {options.form} needs a token-level model, {options.reward_model} is of level sequence"
         )
-    examples = options.prompts("unlabelled", read_state(start / SETTINGS)["model"])
+    examples = options.prompts("unlabelled", base)
+    check_lengths(options, examples, tokenizer_of(base))
     with input_errors():
         judge = resolve("reward", parse_reward(options.judge)) if options.judge else None
     if options.dry_run:
@@ -94,7 +99,9 @@ def run(options: FineGrainedPPO, console: Console | None = None) -> dict[str, An
         policy = load_policy(options, start)
         if opened.saved is None:
             policy.freeze_reference("sft")
-        model = RewardModel.load(Path(options.reward_model) / "model", policy.trunk, dtype=options.dtype)
+        # One trunk for both, unless the reward model was trained on another one than the policy's.
+        shared = policy.trunk if settings["model"] == base else None
+        model = RewardModel.load(learned, shared, dtype=options.dtype)
         reward = _calibrated(options, opened.folder, model, policy, examples)
         terms = {"proxy": reward} | ({"judge": judge} if judge is not None else {})
         env = gym.make_vec(

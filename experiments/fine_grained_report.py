@@ -31,6 +31,10 @@ class FineGrainedReport:
     """Folder for report.md and curves.png; by default 'report' within --runs."""
 
 
+HOW = ("split", "judge", "against", "temperature", "limit", "data", "data_seed")
+"""Options in which the evaluations of one arm may not differ if they are to be taken for its seeds."""
+
+
 @dataclass
 class _Arm:
     """One arm: the evaluations of its seeds, and the training behind them."""
@@ -38,16 +42,23 @@ class _Arm:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     wins: list[dict[str, float]] = field(default_factory=list)
     curves: list[list[dict[str, Any]]] = field(default_factory=list)
+    how: dict[str, Any] = field(default_factory=dict)
 
-    def mean(self, name: str) -> float:
+    def mean(self, name: str) -> float | None:
+        """Over seeds."""
         values = [results["metrics"].get(name) for results in self.evaluations]
         known = [value for value in values if value is not None]
-        return float(np.mean(known)) if known else float("nan")
+        return float(np.mean(known)) if known else None
 
-    def win_rate(self) -> dict[str, float] | None:
-        """Over prompts, each taken as the mean of its seeds."""
+    def figures(self) -> dict[str, Any]:
+        """Means over seeds, and the win rate over prompts, each of which is taken as the mean of its seeds."""
+        names = sorted({name for results in self.evaluations for name in results["metrics"]})
+        figures = {name: self.mean(name) for name in names} | {"seeds": len(self.evaluations)}
         prompts = set.intersection(*(set(wins) for wins in self.wins)) if self.wins else set()
-        return win_rate([float(np.mean([wins[p] for wins in self.wins])) for p in sorted(prompts)]) if prompts else None
+        if prompts:
+            pooled = win_rate([float(np.mean([wins[prompt] for wins in self.wins])) for prompt in sorted(prompts)])
+            figures |= {name: value for name, value in pooled.items() if name.startswith("win_rate")}
+        return figures
 
 
 def run(options: FineGrainedReport, console: Console | None = None) -> dict[str, Any]:
@@ -58,15 +69,15 @@ def run(options: FineGrainedReport, console: Console | None = None) -> dict[str,
     """
     console = console or Console()
     arms, reward_models = _gather(Path(options.runs))
-    if not arms:
+    if not any(arm.evaluations for arm in arms.values()):
         raise InputError(f"no finished run of 'fine-grained evaluate' in {options.runs}")
     out = Path(options.out) if options.out else Path(options.runs) / "report"
     check_output(out / "report.md")
     out.mkdir(parents=True, exist_ok=True)
-    figures = {name: _figures(arm) for name, arm in arms.items()}
+    figures = {name: arm.figures() for name, arm in arms.items() if arm.evaluations}
     tables = [_arm_rows(figures), _reward_rows(reward_models)]
     (out / "report.md").write_text("\n".join(_markdown(rows) for rows in tables if len(rows) > 1), "utf-8")
-    curves = {name: arm.curves for name, arm in arms.items() if arm.curves}
+    curves = {name: arms[name].curves for name in figures if arms[name].curves}
     if curves:
         plot_fine_grained(curves, figures, out / "curves.png")
     for rows in tables:
@@ -89,50 +100,57 @@ def _gather(root: Path) -> tuple[dict[str, _Arm], dict[str, dict[str, Any]]]:
             continue
         options = config["options"]
         if command == COMMAND + "reward-model":
-            reward_models[path.parent.name] = results["metrics"] | {
+            reward_models[str(path.parent.relative_to(root))] = results["metrics"] | {
                 "pairs_from": Path(options["pairs"]).stem,
                 "level": options["level"],
                 "loss": options["loss"],
                 "pairs": results["counts"]["pairs"],
                 "held_out": results["counts"]["held_out"],
             }
+        elif command == COMMAND + "ppo":
+            rows = [row for row in read_records(path.parent / "metrics.jsonl") if "train/kl" in row]
+            if rows:
+                arms.setdefault(options["arm"] or path.parent.name, _Arm()).curves.append(rows)
         elif command == COMMAND + "evaluate":
-            arm = arms.setdefault(options["arm"] or path.parent.name, _Arm())
+            name, how = options["arm"] or path.parent.name, {key: options.get(key) for key in HOW}
+            arm = arms.setdefault(name, _Arm())
+            arm.how = arm.how or how
+            if arm.how != how:
+                differing = ", ".join(key for key in HOW if arm.how[key] != how[key])
+                raise InputError(
+                    f"the evaluations of {name} differ in {differing}, so they are no seeds of one arm: give them "
+                    f"other names by --arm, or move {path.parent} out of {root}"
+                )
             arm.evaluations.append(results)
             rows = read_records(path.parent / RESPONSES)
             if wins := {row["id"]: row["win"] for row in rows if row.get("win") is not None}:
                 arm.wins.append(wins)
-            metrics = Path(options["policy"]) / "metrics.jsonl"
-            curve = [row for row in (read_records(metrics) if metrics.exists() else []) if "train/kl" in row]
-            if curve:
-                arm.curves.append(curve)
     return arms, reward_models
-
-
-def _figures(arm: _Arm) -> dict[str, Any]:
-    names = sorted({name for results in arm.evaluations for name in results["metrics"]})
-    pooled = arm.win_rate()
-    return {name: arm.mean(name) for name in names} | (pooled or {}) | {"seeds": len(arm.evaluations)}
 
 
 def _arm_rows(figures: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     measures = sorted({name for row in figures.values() for name in row if name.startswith("mean/")})
-    titles = ["arm", "win rate, %", *(f"mean {name[5:]}" for name in measures), "KL, nats", "tokens", "distinct-2"]
+    titles = [
+        "arm",
+        "win rate, % (95%)",
+        *(f"mean {name[5:]}" for name in measures),
+        "KL, nats",
+        "tokens",
+        "distinct-2",
+    ]
     rows = [[*titles, "seeds"]]
     for name, row in sorted(figures.items(), key=lambda item: item[1].get("win_rate", -1.0)):
-        won = (
-            f"{100 * row['win_rate']:.1f} ± {100 * row['win_rate_half_width']:.1f}"
-            if "win_rate" in row
-            else "reference"
-        )
+        won = ""
+        if "win_rate" in row:
+            won = "{:.1f} ({:.1f} to {:.1f})".format(*(100 * row[f"win_rate{end}"] for end in ("", "_low", "_high")))
         rows.append(
             [
                 name,
                 won,
-                *(f"{row.get(measure, float('nan')):.3f}" for measure in measures),
-                f"{row['kl']:.1f}" if "kl" in row else "0",
-                f"{row['tokens']:.1f}",
-                f"{row['distinct_2']:.2f}",
+                *(_number(row.get(measure), 3) for measure in measures),
+                _number(row.get("kl"), 1),
+                _number(row["tokens"], 1),
+                _number(row["distinct_2"], 2),
                 str(row["seeds"]),
             ]
         )
@@ -146,9 +164,13 @@ def _reward_rows(models: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
         measured = [row.get(key) for key in ("accuracy", "removed_auc", "written_auc")]
         rows.append(
             [name, str(row["pairs_from"]), str(row["loss"]), str(row["pairs"]), str(row["held_out"])]
-            + ["" if value is None else f"{value:.3f}" for value in measured]
+            + [_number(value, 3) for value in measured]
         )
     return rows
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -78,9 +78,8 @@ def run(options: FineGrainedRewardModel, console: Console | None = None) -> dict
     read = read_pairs(options.pairs)
     tokenizer = tokenizer_of(options.model)
     pairs, dropped = tokenize_pairs(read[: options.limit or None], tokenizer, options.context_length)
-    train = [pair for pair in pairs if not _held_out(pair)]
-    held_out = [pair for pair in pairs if _held_out(pair)]
-    if not train or not held_out:
+    train, held_out = split_pairs(pairs)
+    if not train:
         raise InputError(
             f"{options.pairs} has {len(pairs)} usable pairs, too few to train on some and measure on others"
         )
@@ -143,6 +142,9 @@ def _draw(model: RewardModel, pairs: Sequence[TokenizedPair], folder: Path) -> N
     plot_heat_map(rows[: 2 * DRAWN], folder / "tokens.png")
 
 
-def _held_out(pair: TokenizedPair) -> bool:
-    digest = hashlib.sha256(pair.prompt.tobytes()).digest()
-    return int.from_bytes(digest[:4]) < HELD_OUT * 2**32
+def split_pairs(pairs: Sequence[TokenizedPair]) -> tuple[list[TokenizedPair], list[TokenizedPair]]:
+    """Pairs to train on, and those to measure on: by a hash of the prompt, one prompt at least."""
+    hashes = [int.from_bytes(hashlib.sha256(pair.prompt.tobytes()).digest()[:4]) / 2**32 for pair in pairs]
+    limit = max(HELD_OUT, min(hashes, default=0.0))
+    kept = [pair for pair, value in zip(pairs, hashes, strict=True) if value > limit]
+    return kept, [pair for pair, value in zip(pairs, hashes, strict=True) if value <= limit]

@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from ..agents.distributed import Processes
 from ..llm_backends.errors import InputError
-from .fine_grained_edit import FineGrainedEdit
+from .fine_grained_edit import Editing, FineGrainedEdit
 from .fine_grained_edit import run as edit
 from .fine_grained_evaluate import FineGrainedEvaluate
 from .fine_grained_evaluate import run as evaluate
@@ -136,25 +137,28 @@ def run(options: FineGrainedRun, console: Console | None = None) -> dict[str, An
         shared = {name: getattr(options, name) for name in ("data", "layout", "dtype", "track")}
         return shared | sizes[kind] | {"run_dir": str(root.joinpath(*folder))}
 
+    if Processes().count > 1:
+        raise InputError(
+            "'fine-grained run' runs in one process: only its stages sft, reward-model and ppo can share work"
+        )
     start, made = str(root / "sft"), root / "edit"
     first = FineGrainedSFT(**given("sft", "sft"), model=options.model)
+    second = FineGrainedEdit(
+        **given("edit", "edit"),
+        policy=start,
+        annotator=options.annotator,
+        editor=options.editor,
+        backend=options.backend,
+        max_changed=options.max_changed,
+    )
+    Editing.of(second)  # refused now, not behind the supervised training
     if options.dry_run:
         sft(replace(first, dry_run=True), console)
         console.print(f"then edits, reward models, and {len(names)} arms of PPO over {seeds} seeds, in {root}")
         return {}
     sft(first, console)
-    edit(
-        FineGrainedEdit(
-            **given("edit", "edit"),
-            policy=start,
-            annotator=options.annotator,
-            editor=options.editor,
-            backend=options.backend,
-            max_changed=options.max_changed,
-        ),
-        console,
-    )
-    equal = sum(1 for _ in (made / "edits.jsonl").open("rb"))  # as many preferences as edits
+    counts = edit(second, console)["counts"]
+    equal = min(counts["edits"], counts["preferences"])
     for arm in {ARMS[name].model: ARMS[name] for name in names}.values():
         reward_model(
             FineGrainedRewardModel(

@@ -10,7 +10,7 @@ from rich.console import Console
 from ..agents.language_model import LanguageModelPolicy, LoraSettings
 from ..agents.sft import SFT, Demonstration
 from ..llm_backends.errors import InputError
-from .fine_grained import StageOptions, stage
+from .fine_grained import StageOptions, stage, tokenizer_of
 from .options import check_counts
 
 
@@ -47,6 +47,8 @@ def run(options: FineGrainedSFT, console: Console | None = None) -> dict[str, An
     examples = [e for e in options.prompts("sft", options.model) if e.reference][: options.demonstrations or None]
     if not examples:
         raise InputError(f"{options.data} has no responses to imitate")
+    if not tokenizer_of(options.model).eos_ids:
+        raise InputError(f"the tokenizer of {options.model} has no EOS token, by which responses could end")
     if options.dry_run:
         console.print(f"would train on {len(examples)} demonstrations of {options.data}, in {options.run_dir}")
         return {}
@@ -56,6 +58,10 @@ def run(options: FineGrainedSFT, console: Console | None = None) -> dict[str, An
         policy = LanguageModelPolicy(
             options.model, LoraSettings(rank=options.lora_rank), value="shared", dtype=options.dtype, seed=options.seed
         )
+        if policy.lm.context_length < options.context_length:
+            raise InputError(
+                f"{options.model} reads {policy.lm.context_length} tokens: set --context-length to that or less"
+            )
         trainer = SFT(
             policy,
             options.seed,
@@ -67,16 +73,17 @@ def run(options: FineGrainedSFT, console: Console | None = None) -> dict[str, An
             token_budget=options.token_budget,
         )
         tokenizer, end = policy.tokenizer, min(policy.tokenizer.eos_ids)
+        blank = "" if options.layout == "chat" else " "  # a chat template ends where the answer begins
         shown = [
             Demonstration(
-                tokenizer.encode(example.prompt), [*tokenizer.encode_continuation(f" {example.reference}"), end]
+                tokenizer.encode(example.prompt), [*tokenizer.encode_continuation(f"{blank}{example.reference}"), end]
             )
             for example in examples
         ]
-        for example, demonstration in zip(examples, shown, strict=True):
-            if len(demonstration.prompt) + len(demonstration.response) > options.context_length:
-                raise InputError(f"{example.id} takes more than --context-length {options.context_length} tokens")
-        if not opened.supervised(trainer, shown, f"sft on {options.data}"):
+        fitting = [one for one in shown if len(one.prompt) + len(one.response) <= options.context_length]
+        if not fitting:
+            raise InputError(f"no demonstration fits --context-length {options.context_length}")
+        if not opened.supervised(trainer, fitting, f"sft on {options.data}"):
             console.print(f"out of time: repeat the command to go on with {options.run_dir}")
             return opened.folder.finish({}, {}, status="stopped")
         if not opened.processes.is_main:
@@ -84,5 +91,10 @@ def run(options: FineGrainedSFT, console: Console | None = None) -> dict[str, An
         policy.save(opened.folder.file("policy", "policy.json").parent)
         return opened.folder.finish(
             {"loss": trainer.loss},
-            {"demonstrations": len(examples), "steps": trainer.steps, "seconds": opened.seconds},
+            {
+                "demonstrations": len(fitting),
+                "dropped": {"too long": len(shown) - len(fitting)},
+                "steps": trainer.steps,
+                "seconds": opened.seconds,
+            },
         )

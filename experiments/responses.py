@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +30,8 @@ class Response:
     """int32: its tokens, what ended it included."""
     reward: float
     """The env's, summed over its tokens."""
-    terms: Mapping[str, float]
-    """The reward's terms."""
+    valid: bool
+    """False where there was no verdict and the reward is imputed."""
 
 
 def respond(
@@ -62,7 +62,8 @@ def respond(
     for start in range(0, len(order), copies):
         chunk = order[start : start + copies]
         mask = np.arange(copies) < len(chunk)
-        env.reset(options={"index": np.array([chunk[min(i, len(chunk) - 1)] for i in range(copies)])})
+        index = np.array([chunk[min(i, len(chunk) - 1)] for i in range(copies)])
+        env.reset(seed=request_seed(seed, "env") if not start else None, options={"index": index})
         prompts, constraints = env.prompts(), env.constraints()
         samplings = [
             Sampling(
@@ -84,7 +85,7 @@ def respond(
                 prompt_ids=np.asarray(prompts[k], np.int32),
                 token_ids=written[k][:count],
                 reward=float(played.rewards[k].sum()),
-                terms=info.get("reward_terms", {}),
+                valid=bool(played.valid[k]),
             )
     env.close()
     return [responses[i] for i in range(len(examples))]

@@ -3,9 +3,13 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
+from instructgym.agents.checkpoints import policy_from
+from instructgym.envs.tasks.prompt_examples import PromptExample
 from instructgym.experiments import (
     fine_grained_edit,
     fine_grained_evaluate,
@@ -16,9 +20,13 @@ from instructgym.experiments import (
     fine_grained_sft,
     token_training,
 )
+from instructgym.experiments.fine_grained import ENV_ID, load_policy
 from instructgym.experiments.fine_grained_evaluate import win_rate
+from instructgym.experiments.responses import respond
+from instructgym.llm_backends import request_seed
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.records import read_records
+from instructgym.rewards import RewardModel
 
 QUIET = Console(quiet=True)
 JUDGE = json.dumps({"id": "scored-comparison", "kwargs": {"scorer": {"id": "fine_grained_cases:annotator"}}})
@@ -101,6 +109,7 @@ def test_stages_leave_pairs_and_reward_models(made):
 def test_ppo_and_evaluation_by_each_reward(made, small, tmp_path, level, form):
     results = fine_grained_ppo.run(ppo_options(small, made, tmp_path / "ppo", level, form=form), QUIET)
     assert results["counts"]["updates"] == 2
+    check_scale(small, made, tmp_path, level, form)
     rows = read_records(tmp_path / "ppo" / "metrics.jsonl")
     assert rows[0]["train/kl"] == pytest.approx(0.0, abs=1e-5), "the start is the reference"
     assert {"rollout/terms/proxy", "rollout/terms/judge"} <= set(rows[0])
@@ -110,10 +119,45 @@ def test_ppo_and_evaluation_by_each_reward(made, small, tmp_path, level, form):
     against = str(tmp_path / "eval" / "sft")
     options = small(stage, tmp_path / "eval" / "ppo", policy=str(tmp_path / "ppo"), against=against, arm="a", seed=1)
     metrics = fine_grained_evaluate.run(options, QUIET)["metrics"]
-    assert 0 <= metrics["win_rate"] <= 1 and metrics["judged"] == 1.0 and "kl" in metrics
+    assert 0 <= metrics["win_rate"] <= 1 and metrics["judged"] == 1.0
+    check_kl(tmp_path, made, metrics["kl"])
     figures = fine_grained_report.run(fine_grained_report.FineGrainedReport(str(tmp_path)), QUIET)
     assert figures["arms"]["a"]["seeds"] == 1 and "win_rate" not in figures["arms"]["sft"]
     assert (tmp_path / "report" / "curves.png").exists()
+
+
+def check_scale(small, made, tmp_path, level, form):
+    """Returns of the start's responses have mean 0 and deviation 1 under the stored scale."""
+    stored = json.loads((tmp_path / "ppo" / "scale.json").read_text())
+    options = ppo_options(small, made, tmp_path / "other", level, form=form)
+    policy = load_policy(options, made / "sft" / "policy")
+    model = RewardModel.load(made / level / "model", policy.trunk, dtype="float32")
+    part = fine_grained_ppo._reward(options, model, stored["scale"], stored["center"])
+    assert part.timing == {"auto": "causal" if level == "token" else "terminal", "whole": "whole"}.get(form, "terminal")
+    examples = options.prompts("unlabelled", policy.model_name)[:128]
+    drawn = respond(policy, ENV_ID, examples, options.temperature, 0, reward=part, **options.env_options())
+    returns = np.array([response.reward for response in drawn])
+    assert returns.std() == pytest.approx(1.0, abs=1e-3) and abs(returns.mean()) < 1e-3
+
+
+def check_kl(tmp_path, made, found):
+    """KL to the start, by the two policies' own log-probs."""
+    rows = read_records(tmp_path / "eval" / "ppo" / "responses.jsonl")
+    trained = policy_from(tmp_path / "ppo" / "policy", temperature=0.7, dtype="float32")
+    start = policy_from(made / "sft" / "policy", temperature=0.7, dtype="float32")
+    again = respond(
+        trained, ENV_ID, examples_of(rows), 0.7, request_seed(1, "responses", 0), reward=lambda s: [0.0] * len(s),
+        max_tokens=6, context_length=64,
+    )  # fmt: skip
+    assert [one.text for one in again] == [row["response"] for row in rows]
+    arguments = [r.prompt_ids for r in again], [r.token_ids for r in again], [None] * len(again)
+    with torch.no_grad():
+        gap = trained.score(*arguments, values=False).logprobs - start.score(*arguments, values=False).logprobs
+    assert found == pytest.approx(float(gap.sum()) / len(rows), abs=1e-4) and found != 0
+
+
+def examples_of(rows):
+    return [PromptExample(row["id"], row["prompt"]) for row in rows]
 
 
 def test_a_stopped_ppo_goes_on_where_it_stood(made, small, tmp_path, monkeypatch):
@@ -179,10 +223,14 @@ def refusals(made):
         (ppo, {"policy": policy, "reward_model": policy}, "holds no reward model"),
         (ppo, {"policy": policy, "reward_model": str(made / "sequence"), "form": "whole"}, "token-level"),
         (evaluate, {"policy": policy, "against": policy}, "is no run of"),
+        (evaluate, {"policy": policy, "measures": "vader, win"}, "--measures are ids"),
+        (ppo, {"policy": policy, "reward_model": str(made / "token"), "lam": 1.5}, "--lam"),
+        (edit, {"policy": policy, "max_changed": 7.0}, "max_changed"),
+        (edit, {"policy": policy, "context_length": 6}, "context"),
     ]
 
 
-@pytest.mark.parametrize("case", range(14))
+@pytest.mark.parametrize("case", range(18))
 def test_bad_input_is_refused(made, small, tmp_path, tiny_model_path, case):
     stage, options, message = refusals(made)[case]
     if stage in (fine_grained_sft.FineGrainedSFT, fine_grained_reward.FineGrainedRewardModel):
@@ -198,9 +246,33 @@ def test_bad_input_is_refused(made, small, tmp_path, tiny_model_path, case):
         module.run(small(stage, tmp_path / "run", **options), QUIET)
 
 
+def test_a_reference_that_answered_otherwise_is_refused(made, small, tmp_path):
+    stage, policy = fine_grained_evaluate.FineGrainedEvaluate, str(made / "sft")
+    fine_grained_evaluate.run(small(stage, tmp_path / "sft", policy=policy), QUIET)
+    for change, message in (({"temperature": 1.0}, "--temperature 0.7, not 1.0"), ({"limit": 14}, "2 more|1 more")):
+        with pytest.raises(InputError, match=message):
+            options = small(stage, tmp_path / "run", policy=policy, against=str(tmp_path / "sft"), **change)
+            fine_grained_evaluate.run(options, QUIET)
+
+
+def test_responses_without_a_verdict_are_ranked_by_nobody(made, small, tmp_path):
+    options = small(
+        fine_grained_edit.FineGrainedEdit,
+        tmp_path / "edit",
+        policy=str(made / "sft"),
+        annotator="fine_grained_cases:undecided",
+    )
+    counts = fine_grained_edit.run(options, QUIET)["counts"]
+    rows = read_records(tmp_path / "edit" / "responses.jsonl")
+    unranked = sum(row["scores"] is None for row in rows)
+    assert 0 < unranked < len(rows) and counts["dropped"]["no verdict of the annotator"] == unranked
+    assert all(row["edited"] is None for row in rows if row["scores"] is None)
+
+
 def test_win_rates_count_ties_by_halves_and_leave_out_what_was_not_judged():
     found = win_rate([1.0, 0.5, 0.0, 1.0, None])
     assert found["win_rate"] == pytest.approx(0.625) and found["ties"] == 0.25 and found["judged"] == 0.8
-    assert found["win_rate_half_width"] == pytest.approx(1.96 * 0.4787 / 2, rel=1e-3)
+    assert 0.15 < found["win_rate_low"] < 0.3 and 0.9 < found["win_rate_high"] < 0.95
+    assert win_rate([1.0] * 3)["win_rate_low"] < 0.5, "three wins are no certainty"
     with pytest.raises(InputError, match="no verdict"):
         win_rate([None])
