@@ -9,7 +9,7 @@ def annotator():
 
 
 def undecided():
-    """The same, but without a verdict on responses of an odd length."""
+    """The same, but without a verdict on responses whose length is a multiple of four."""
     return FunctionReward(
         lambda samples: [
             Score.invalid("odd") if len(sample.response) % 2 else Score(-len(sample.response) / 10)
