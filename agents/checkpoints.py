@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -19,9 +19,19 @@ from .optimization import Optimizer
 STATE, OPTIMIZER, POLICY_FOLDER = "trainer.json", "optimizer.safetensors", "policy"
 
 
-def write_checkpoint(
-    folder: str | Path, policy: LanguageModelPolicy, optimizer: Optimizer, state: Mapping[str, Any]
-) -> None:
+class Trainable(Protocol):
+    """A model that can be trained and saved: a policy, a reward model."""
+
+    lora: LoraSettings
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The trained weights by name."""
+
+    def save(self, folder: str | Path) -> None:
+        """Writes them into a folder."""
+
+
+def write_checkpoint(folder: str | Path, policy: Trainable, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     """Writes a checkpoint into a folder; ``trainer.json`` comes last and says that it is whole."""
     folder = Path(folder)
     policy.save(folder / POLICY_FOLDER)
@@ -32,9 +42,15 @@ def write_checkpoint(
 
 
 def read_checkpoint(
-    folder: str | Path, policy: LanguageModelPolicy, optimizer: Optimizer, agent: str
+    folder: str | Path, load: Callable[[Path], Any], optimizer: Optimizer, agent: str
 ) -> dict[str, Any]:
     """Restores policy and optimiser from :func:`write_checkpoint` and returns the rest of its state.
+
+    Args:
+        folder: the checkpoint.
+        load: reads the policy's weights from a folder into the policy.
+        optimizer: of the same weights.
+        agent: name of the agent that wrote it.
 
     Raises:
         InputError: if the checkpoint is missing, broken, or of another agent.
@@ -44,7 +60,7 @@ def read_checkpoint(
         state = json.loads((folder / STATE).read_text("utf-8"))
         if state["agent"] != agent:
             raise InputError(f"{folder} is a checkpoint of {state['agent']}, not of {agent}")
-        policy.load(folder / POLICY_FOLDER)
+        load(folder / POLICY_FOLDER)
         optimizer.load_state(load_file(folder / OPTIMIZER), state["optimizer"])
     except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
         raise InputError(f"cannot read a checkpoint from {folder}: {' '.join(str(error).split())}") from error

@@ -4,64 +4,41 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..llm_backends import Completion, Sampling
-from ..llm_backends.causal_lm import CausalLM, computes_in_bfloat16, quiet_loading
+from ..llm_backends.adapters import (
+    DEFAULT_LORA,
+    AdaptedTrunk,
+    LoraSettings,
+    autocast,
+    load_whole,
+    open_model,
+    training_dtype,
+)
+from ..llm_backends.causal_lm import CausalLM, quiet_loading
 from ..llm_backends.choices import Choices
 from ..llm_backends.errors import InputError
 from ..llm_backends.sampling import generate
 from ..llm_backends.teacher_forcing import response_hidden
 from ..llm_backends.token_logprobs import allowed_logprobs, token_logprobs
 from ..llm_backends.tokenization import LoadedTokenizer, Tokenizer
-from ..llm_backends.training_kernels import use_training_kernels
-from .lora_kernel import use_lora_kernel
+
+__all__ = ["POLICY", "SETTINGS", "VALUE", "LanguageModelPolicy", "LoraSettings", "TokenScores", "ValueFunction"]
 
 POLICY, VALUE = "policy", "value"
 SETTINGS, HEAD = "policy.json", "value_head.safetensors"
 
 ValueFunction = Literal["shared", "own_adapter", "none"]
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """Which weights are trained, and how."""
-
-    rank: int = 16
-    """Rank of the adapters; 0 trains all weights of the model instead."""
-    alpha: float = 32.0
-    """Numerator of the adapters' scale."""
-    dropout: float = 0.0
-    """Dropout on the adapters' input; above 0 the ratio before the first optimiser step is not 1."""
-    targets: str = "all-linear"
-    """Names of the layers that get an adapter, comma-separated; all-linear for every linear layer but the output."""
-    rslora: bool = False
-    """Scale by alpha / sqrt(rank) instead of alpha / rank."""
-
-    def config(self) -> LoraConfig:
-        """The same for peft. Biases stay frozen: trained ones would stay active in the reference (peft's own note)."""
-        targets = self.targets if self.targets == "all-linear" else self.targets.split(",")
-        return LoraConfig(
-            r=self.rank,
-            lora_alpha=self.alpha,  # type: ignore[arg-type]
-            lora_dropout=self.dropout,
-            target_modules=targets,
-            use_rslora=self.rslora,
-            bias="none",
-            task_type="CAUSAL_LM",
-        )
 
 
 @dataclass
@@ -80,7 +57,8 @@ class LanguageModelPolicy:
     """A causal language model that acts, token by token.
 
     Args:
-        model: ``"embedded"``, a local path or hub id, or a live :class:`CausalLM` (which is then changed in place).
+        model: ``"embedded"``, a local path or hub id, a live :class:`CausalLM` (which is then changed in place), or a
+            trunk that has adapters of others already, a reward model's for instance.
         lora: what is trained.
         value: ``shared``: a linear head on the policy's hidden states; ``own_adapter``: on those of an adapter of its
             own; ``none``.
@@ -92,13 +70,14 @@ class LanguageModelPolicy:
         seed: of the adapters' initial weights.
 
     Raises:
-        InputError: if the model cannot be loaded, has no tokenizer, or computes its logits in an unknown way.
+        InputError: if the model cannot be loaded, has no tokenizer, computes its logits in an unknown way, or has a
+            policy already.
     """
 
     def __init__(
         self,
-        model: str | CausalLM = "embedded",
-        lora: LoraSettings = LoraSettings(),
+        model: str | CausalLM | AdaptedTrunk = "embedded",
+        lora: LoraSettings = DEFAULT_LORA,
         value: ValueFunction = "shared",
         reference: Literal["base", "none"] = "base",
         temperature: float = 1.0,
@@ -114,38 +93,28 @@ class LanguageModelPolicy:
             raise InputError("value='own_adapter' needs adapters: set a LoRA rank")
         if temperature <= 0:
             raise InputError(f"temperature must be above 0, got {temperature}")
-        if dtype == "auto":
-            dtype = "bfloat16" if computes_in_bfloat16(device) else "float32"
+        dtype = training_dtype(dtype, device)
         self.lora, self.value, self.reference, self.temperature, self.dtype = lora, value, reference, temperature, dtype
-        # A copy of its own, not the one that backends share: adapters are put into it.
-        self.lm = (
-            model
-            if isinstance(model, CausalLM)
-            else CausalLM.from_pretrained(_path(model), dtype if lora.rank else "float32", device)
-        )
-        self.model_name = self.lm.name if isinstance(model, CausalLM) else model
+        self.lm, self.model_name = open_model(model, lora, dtype, device)
         self._check_logits()
-        use_training_kernels(self.lm.model)
-        self.lm.model.requires_grad_(False)
-        self._peft: PeftModel | None = None
+        self.trunk = AdaptedTrunk.of(self.lm)
         self._reference_lm: CausalLM | None = None
-        with quiet_loading(), warnings.catch_warnings():
-            # Peft asks transformers for something by its old name; there is nothing a user could do about it.
-            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        self._frozen: set[str] = set()
+        with quiet_loading():
             torch.manual_seed(seed)
             if lora.rank:
-                self._peft = get_peft_model(self.lm.model, lora.config(), adapter_name=POLICY)
-                if value == "own_adapter":
-                    self._peft.add_adapter(VALUE, lora.config())
-                use_lora_kernel(self.lm.model)
+                for name in self._own_adapters():
+                    self.trunk.add(name, lora)
             else:
+                self.trunk.train_whole(POLICY)
                 if reference == "base":
                     self._reference_lm = _frozen_copy(self.lm)
-                self.lm.model.requires_grad_(True)
             self.value_head = torch.nn.Linear(self.lm.head.weight.shape[1], 1, device=self.lm.device)
             torch.nn.init.zeros_(self.value_head.weight)
             torch.nn.init.zeros_(self.value_head.bias)
-        self._activate(None)
+
+    def _own_adapters(self) -> list[str]:
+        return [POLICY, VALUE] if self.value == "own_adapter" else [POLICY]
 
     def _check_logits(self) -> None:
         """Refuses a model whose logits are not a scaled linear map of its last hidden states."""
@@ -166,13 +135,7 @@ class LanguageModelPolicy:
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """The trained weights by name, those of the value head included."""
-        if self._peft is None:
-            named = {name: p for name, p in self.lm.model.named_parameters()}
-        else:
-            marks = (f".{POLICY}.", f".{VALUE}.") if self.value == "own_adapter" else (f".{POLICY}.",)
-            named = {n: p for n, p in self.lm.model.named_parameters() if any(mark in n for mark in marks)}
-        for parameter in named.values():
-            parameter.requires_grad_(True)
+        named = self.trunk.parameters(*self._own_adapters())
         if self.value != "none":
             named |= {f"value_head.{name}": p for name, p in self.value_head.named_parameters()}
         return named
@@ -186,27 +149,8 @@ class LanguageModelPolicy:
     @contextmanager
     def adapter(self, name: str | None, dropout: bool = False) -> Iterator[CausalLM]:
         """The trunk under an adapter, or without any (None), for this thread alone; afterwards it has none."""
-        with self.lm.lock:
-            if self._peft is None:
-                yield self._reference_lm if name != POLICY and self._reference_lm is not None else self.lm
-                return
-            if name is None:
-                yield self.lm
-                return
-            self._activate(name, dropout)
-            try:
-                yield self.lm
-            finally:
-                self._activate(None)
-
-    def _activate(self, name: str | None, dropout: bool = False) -> None:
-        """Switches the adapter layers. Peft's own switches would also set ``requires_grad`` before a backward pass."""
-        for layer in self.lm.model.modules() if self._peft is not None else ():
-            if isinstance(layer, BaseTunerLayer):
-                layer._disable_adapters = name is None
-                layer.lora_dropout.train(dropout)  # type: ignore[attr-defined]
-                if name is not None:
-                    layer._active_adapter = [name]
+        with self.trunk.active(name, dropout) as lm:
+            yield self._reference_lm if name != POLICY and self._reference_lm is not None else lm
 
     def generate(
         self,
@@ -228,7 +172,7 @@ class LanguageModelPolicy:
                 temperature of sampling.
         """
         samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
-        with self.adapter(POLICY) as lm, self._autocast():
+        with self.adapter(POLICY) as lm, autocast(self.lm, self.dtype):
             self.changed()  # prefixes of another adapter, or of the bare model
             completions = generate(lm, [[int(t) for t in p] for p in prompts], samplings, choices, eos, tempered=True)
             self.changed()
@@ -254,14 +198,14 @@ class LanguageModelPolicy:
             entropy_gradient: whether entropies are differentiable.
         """
         training = torch.is_grad_enabled()
-        with self.adapter(POLICY, training) as lm, self._autocast():
+        with self.adapter(POLICY, training) as lm, autocast(self.lm, self.dtype):
             hidden = response_hidden(lm, prompts, responses)
             logprobs, entropies = self._head(lm, hidden, responses, allowed, entropy_gradient)
         estimates = None
         if values and self.value == "shared":
             estimates = self._values(hidden)
         elif values and self.value == "own_adapter":
-            with self.adapter(VALUE, training) as lm, self._autocast():
+            with self.adapter(VALUE, training) as lm, autocast(self.lm, self.dtype):
                 hidden = response_hidden(lm, prompts, responses)
             estimates = self._values(hidden)
         return TokenScores(logprobs, entropies, estimates)
@@ -275,7 +219,7 @@ class LanguageModelPolicy:
     ) -> torch.Tensor:
         """float32, shape (tokens,): log-probs by the reference policy."""
         name = self.reference.partition(":")[2] or None
-        with self.adapter(name) as lm, self._autocast():
+        with self.adapter(name) as lm, autocast(self.lm, self.dtype):
             return self._head(lm, response_hidden(lm, prompts, responses), responses, allowed, False)[0]
 
     def _head(
@@ -308,11 +252,6 @@ class LanguageModelPolicy:
     def _values(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.value_head(hidden.float()).squeeze(-1)
 
-    def _autocast(self) -> Any:
-        if self.dtype == "float32":
-            return nullcontext()
-        return torch.autocast(self.lm.device.type, dtype=getattr(torch, self.dtype))
-
     # --- reference, saving, loading ----------------------------------------------------------------------------------
 
     def freeze_reference(self, name: str = "sft") -> None:
@@ -326,22 +265,22 @@ class LanguageModelPolicy:
         """
         if name in (POLICY, VALUE):
             raise InputError(f"a reference cannot be called {name!r}")
-        if self._peft is None:
+        if not self.lora.rank:
             self._reference_lm, self.reference = _frozen_copy(self.lm), f"copy:{name}"  # type: ignore[assignment]
             return
-        if name not in self._peft.peft_config:
-            self._peft.add_adapter(name, self.lora.config())
-        weights = {k: v.clone() for k, v in get_peft_model_state_dict(self._peft, adapter_name=POLICY).items()}
-        set_peft_model_state_dict(self._peft, weights, adapter_name=name)
-        for parameter_name, parameter in self.lm.model.named_parameters():
-            if f".{name}." in parameter_name:
-                parameter.requires_grad_(False)
-        self._activate(None)
+        self._add_frozen(name)
+        self.trunk.set_weights(name, self.trunk.weights(POLICY))
         self.reference = f"adapter:{name}"  # type: ignore[assignment]
+
+    def _add_frozen(self, name: str) -> None:
+        if name not in self._frozen:
+            self.trunk.add(name, self.lora)
+            self.trunk.freeze(name)
+            self._frozen.add(name)
 
     def frozen_adapters(self) -> list[str]:
         """Names of the frozen adapters."""
-        return [] if self._peft is None else sorted(set(self._peft.peft_config) - {POLICY, VALUE})
+        return sorted(self._frozen)
 
     def export_adapter(self, folder: str | Path) -> None:
         """Writes the policy's adapter in peft's format into ``FOLDER/policy``, for servers that load such adapters.
@@ -349,20 +288,20 @@ class LanguageModelPolicy:
         Raises:
             InputError: for a policy without adapters.
         """
-        if self._peft is None:
+        if not self.lora.rank:
             raise InputError("this policy has no adapter: all weights of the model are trained")
-        self._peft.save_pretrained(str(folder), selected_adapters=[POLICY])
+        self.trunk.save(folder, [POLICY])
 
     def save(self, folder: str | Path) -> None:
         """Writes adapters in peft's own format (one folder each), or the whole model, the value head and settings."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if self._peft is None:
+        if not self.lora.rank:
             self.lm.model.save_pretrained(folder / POLICY)
             if (frozen := self.reference.partition(":")[2]) and self._reference_lm is not None:
                 self._reference_lm.model.save_pretrained(folder / frozen)
         else:
-            self._peft.save_pretrained(str(folder))
+            self.trunk.save(folder, [*self._own_adapters(), *self.frozen_adapters()])
         save_file({k: v.detach().cpu().contiguous() for k, v in self.value_head.state_dict().items()}, folder / HEAD)
         settings = {
             "model": self.model_name,
@@ -389,45 +328,22 @@ class LanguageModelPolicy:
                     )
             self.value_head.load_state_dict(load_file(folder / HEAD, device=str(self.lm.device)))
             frozen = settings["reference"].partition(":")[2]
-            if self._peft is None:
-                _load_model(self.lm.model, folder / POLICY)
+            if not self.lora.rank:
+                load_whole(self.lm.model, folder / POLICY)
                 if frozen:
                     self._reference_lm = _frozen_copy(self.lm)
-                    _load_model(self._reference_lm.model, folder / frozen)
+                    load_whole(self._reference_lm.model, folder / frozen)
             else:
-                names = [POLICY, *([VALUE] if self.value == "own_adapter" else []), *([frozen] if frozen else [])]
-                for name in names:
-                    if name not in self._peft.peft_config:
-                        self._peft.add_adapter(name, self.lora.config())
-                    weights = load_file(folder / name / "adapter_model.safetensors", device=str(self.lm.device))
-                    mine = get_peft_model_state_dict(self._peft, adapter_name=name)
-                    if set(weights) != set(mine):
-                        raise InputError(f"the adapters in {folder / name} are of other layers than this policy's")
-                    set_peft_model_state_dict(self._peft, weights, adapter_name=name)
-                self._activate(None)
+                if frozen:
+                    self._add_frozen(frozen)
+                for name in [*self._own_adapters(), *([frozen] if frozen else [])]:
+                    self.trunk.load(folder, name)
         except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"cannot read a policy from {folder}: {' '.join(str(error).split())}") from error
         self.reference = settings["reference"]
         self.changed()
-
-
-def _path(model: str) -> str:
-    if model != "embedded":
-        return model
-    from ..llm_backends.embedded import embedded_model_path
-
-    return embedded_model_path()
-
-
-def _load_model(model: Any, folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
-    here = model.state_dict()
-    read = {here[name].data_ptr() for name in weights if name in here}
-    if unexpected or any(weight.data_ptr() not in read for weight in here.values()):  # tied weights are saved once
-        raise InputError(f"the model in {folder} has other layers than this policy's")
 
 
 def _frozen_copy(lm: CausalLM) -> CausalLM:

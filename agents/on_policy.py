@@ -471,7 +471,7 @@ class OnPolicyAgent(ABC):
         Raises:
             InputError: if the checkpoint is missing, broken, or of another agent.
         """
-        state = read_checkpoint(folder, self.policy, self.optimizer, self.name)
+        state = read_checkpoint(folder, self.policy.load, self.optimizer, self.name)
         self.num_timesteps, self.updates = state["num_timesteps"], state["updates"]
         self.episodes, self.seed = state["episodes"], state["seed"]
         self.kl.coefficient = state["kl_coefficient"]

@@ -11,6 +11,9 @@ import torch
 
 from ..llm_backends.errors import InputError
 
+HEADS = ("value_head.", "reward_head.")
+"""What the names of scalar heads' weights begin with."""
+
 
 @dataclass(frozen=True)
 class OptimizerSettings:
@@ -31,7 +34,7 @@ class OptimizerSettings:
     max_grad_norm: float = 1.0
     """Gradients are clipped to this global norm; 0 turns it off."""
     value_learning_rate: float = 0.0
-    """Peak learning rate of the value head; 0 takes that of the policy."""
+    """Peak learning rate of the value head (of a reward model: its head); 0 takes that of the other weights."""
 
     def __post_init__(self) -> None:
         check_choice(self, "optimizer", ("adamw", "adafactor"))
@@ -77,8 +80,8 @@ class Optimizer:
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], settings: OptimizerSettings) -> None:
         self.parameters, self.settings = dict(parameters), settings
-        head = [p for name, p in parameters.items() if name.startswith("value_head.")]
-        rest = [p for name, p in parameters.items() if not name.startswith("value_head.")]
+        head = [p for name, p in parameters.items() if name.startswith(HEADS)]
+        rest = [p for name, p in parameters.items() if not name.startswith(HEADS)]
         peak = settings.learning_rate
         groups = [{"params": rest, "lr": peak, "peak": peak}]
         if head:

@@ -53,7 +53,8 @@ class TokenProcess:
 
     Raises:
         ValueError: for settings out of range, no example, a prompt that is empty or leaves no room for a response, and
-            under ``constrained`` for an example without choices or with choices that cannot be written.
+            under ``constrained`` for an example without choices or with choices that cannot be written; for a reward
+            that reads token ids of another tokenizer.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class TokenProcess:
         settings: TokenSettings,
     ) -> None:
         _check_settings(settings, copies)
+        reward.check_tokenizer(tokenizer)
         self.examples = list(examples)
         self.tokenizer, self.settings = tokenizer, settings
         self.generation = GenerationSpec(

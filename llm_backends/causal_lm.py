@@ -121,6 +121,7 @@ class CausalLM:
     def __init__(self, model: Any, tokenizer: Any, name: str = "model", prefix_cache_tokens: int = 8192) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.lock = threading.RLock()
+        self.adapted: Any = None  # the AdaptedTrunk on this model, once somebody has put adapters on it
         config = model.config.get_text_config()
         layer_types = getattr(config, "layer_types", None) or []
         # Sliding or linear attention keeps other state than (key, value) per position: leave those to transformers.

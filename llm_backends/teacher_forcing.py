@@ -26,8 +26,10 @@ def common_prefix(sequences: Sequence[np.ndarray]) -> int:
     return shared
 
 
-def response_hidden(lm: CausalLM, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> torch.Tensor:
-    """Last hidden states at the positions that predict the response tokens.
+def response_hidden(
+    lm: CausalLM, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], after: bool = False
+) -> torch.Tensor:
+    """Last hidden states at the positions that predict the response tokens, or at those of the tokens themselves.
 
     Rows are padded on the right, where causality hides padding from the real positions, so no attention mask is needed.
     A prefix that all prompts share (task description, few-shot header) is read once; gradients flow through it exactly.
@@ -36,12 +38,14 @@ def response_hidden(lm: CausalLM, prompts: Sequence[np.ndarray], responses: Sequ
         lm: the model.
         prompts: n int arrays of token ids, none empty.
         responses: n int arrays of token ids, none empty.
+        after: False: states before each response token is read, which predict it (policy, value of a state); True:
+            after it is read, the last token's included (reward of an action).
 
     Returns:
         shape (total response tokens, d), rows of one response together and in order; with a graph where gradients
             are on.
     """
-    sequences = [np.concatenate([p, r[:-1]]) for p, r in zip(prompts, responses, strict=True)]
+    sequences = [np.concatenate([p, r if after else r[:-1]]) for p, r in zip(prompts, responses, strict=True)]
     # Samples of one prompt that agree but for their last token are one sequence: it is read once.
     distinct = {sequence.tobytes(): sequence for sequence in sequences}
     index = {key: k for k, key in enumerate(distinct)}
@@ -50,7 +54,7 @@ def response_hidden(lm: CausalLM, prompts: Sequence[np.ndarray], responses: Sequ
     prefix = shared if shared >= SHARED_PREFIX else 0
     states = _read(lm, unique, prefix)
     rows = [np.full(len(r), k) for k, r in zip(owners, responses, strict=True)]
-    columns = [np.arange(len(p) - 1, len(p) - 1 + len(r)) for p, r in zip(prompts, responses, strict=True)]
+    columns = [len(p) - (not after) + np.arange(len(r)) for p, r in zip(prompts, responses, strict=True)]
     return states[torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(columns) - prefix)]
 
 

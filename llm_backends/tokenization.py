@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,6 +12,9 @@ from typing import Any
 from .base import Message
 from .errors import InputError
 from .parts import Part
+
+PROBE = "A probe: naïve  café, 12.5%\n\tend"
+"""A text that tokenizers of one vocabulary split alike only if they agree on blanks, digits and special tokens."""
 
 
 def decode_ids(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -65,6 +70,15 @@ class Tokenizer(Part):
     def vocabulary(self) -> int:
         """Number of token ids; a model may have some unused ones besides."""
         return len(self.hf)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Equal for two tokenizers if they have the same tokens under the same ids, special ones included.
+
+        Names do not tell: a model and a copy of it in another folder count alike.
+        """
+        tokens = json.dumps([self.hf.get_vocab(), sorted(self.eos_ids), self.encode(PROBE)], sort_keys=True)
+        return hashlib.sha256(tokens.encode()).hexdigest()
 
     @cached_property
     def eos_ids(self) -> frozenset[int]:

@@ -4,16 +4,20 @@ from ..llm_backends.parts import register_kind, register_part
 from .base import FunctionReward, NonFiniteRewardError, Reward, Sample, Score, score_with_retries
 from .compose import WeightedSum
 from .diversity import DiversityReward, RougePool, rouge_l
+from .edits import EditedPair, EditLabels, Pairs, edit_labels, edit_statistics, read_pairs, write_pairs
 from .elimination import EliminationReward, JudgedElimination, eliminated_by
 from .ground_truth import GroundTruth, LabelMatch, RegressionReward, SpanReward, parse_label, parse_number
 from .judge import EqualityJudge
-from .pairwise import Comparison, Pair, PairwiseJudge, compare
+from .pairwise import Comparison, Pair, PairwiseJudge, ScoredComparison, compare
 from .ranking import Ranking, RankingJudge, RankingQuestion, rank
 from .rubric import Grades, Rubric, RubricJudge, grade
+from .sentiment import ReviewClassifier, VaderSentiment
 
 __all__ = [
     "Comparison",
     "DiversityReward",
+    "EditLabels",
+    "EditedPair",
     "EliminationReward",
     "EqualityJudge",
     "FunctionReward",
@@ -23,32 +27,41 @@ __all__ = [
     "LabelMatch",
     "NonFiniteRewardError",
     "Pair",
+    "Pairs",
     "PairwiseJudge",
     "Ranking",
     "RankingJudge",
     "RankingQuestion",
     "RegressionReward",
+    "ReviewClassifier",
     "Reward",
     "RougePool",
     "Rubric",
     "RubricJudge",
     "Sample",
     "Score",
+    "ScoredComparison",
     "SpanReward",
+    "VaderSentiment",
     "WeightedSum",
     "compare",
+    "edit_labels",
+    "edit_statistics",
     "eliminated_by",
     "grade",
     "parse_label",
     "parse_number",
     "rank",
+    "read_pairs",
     "rouge_l",
     "score_with_retries",
+    "write_pairs",
 ]
 
 register_kind("reward", Reward, FunctionReward)
 register_part("reward", "judge", "instructgym.rewards.judge:EqualityJudge")
 register_part("reward", "pairwise-judge", "instructgym.rewards.pairwise:PairwiseJudge")
+register_part("reward", "scored-comparison", "instructgym.rewards.pairwise:ScoredComparison")
 register_part("reward", "ranking-judge", "instructgym.rewards.ranking:RankingJudge")
 register_part("reward", "rubric-judge", "instructgym.rewards.rubric:RubricJudge")
 register_part("reward", "diversity", "instructgym.rewards.diversity:DiversityReward")
@@ -59,3 +72,7 @@ register_part("reward", "ground-truth", "instructgym.rewards.ground_truth:Ground
 register_part("reward", "label-match", "instructgym.rewards.ground_truth:LabelMatch")
 register_part("reward", "regression", "instructgym.rewards.ground_truth:RegressionReward")
 register_part("reward", "span", "instructgym.rewards.ground_truth:SpanReward")
+register_part("reward", "token-reward", "instructgym.rewards.token_reward:TokenReward")
+register_part("reward", "sequence-reward", "instructgym.rewards.token_reward:SequenceReward")
+register_part("reward", "vader", "instructgym.rewards.sentiment:VaderSentiment")
+register_part("reward", "reviews", "instructgym.rewards.sentiment:ReviewClassifier")

