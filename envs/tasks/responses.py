@@ -158,7 +158,9 @@ def _file_request(path: Path, where: str, row: Mapping[str, Any]) -> _Request:
 def _optional(where: str, row: Mapping[str, Any], name: str) -> str:
     """A text that may be missing, null or blank, without surrounding blanks."""
     value = row.get(name)
-    return "" if value is None or (isinstance(value, str) and not value.strip()) else user_text(where, row, name).strip()
+    return (
+        "" if value is None or (isinstance(value, str) and not value.strip()) else user_text(where, row, name).strip()
+    )
 
 
 def _refuse_repeats(places: Sequence[str], requests: Sequence[_Request]) -> None:
