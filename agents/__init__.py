@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .grpo import GRPO, RLOO
     from .language_model import LanguageModelPolicy, LoraSettings
     from .ppo import TokenPPO
+    from .reward_modelling import RewardTrainer, TokenizedPair, evaluate_reward_model, tokenize_pairs
     from .sft import SFT, Demonstration
 
 _LAZY = {
@@ -19,7 +20,11 @@ _LAZY = {
     "Demonstration": "sft",
     "LanguageModelPolicy": "language_model",
     "LoraSettings": "language_model",
+    "RewardTrainer": "reward_modelling",
     "TokenPPO": "ppo",
+    "TokenizedPair": "reward_modelling",
+    "evaluate_reward_model": "reward_modelling",
+    "tokenize_pairs": "reward_modelling",
 }
 """Imported when asked for: they need transformers and peft, which the agents of edit environments do not."""
 
@@ -32,15 +37,19 @@ __all__ = [
     "LanguageModelPolicy",
     "LoraSettings",
     "RandomAgent",
+    "RewardTrainer",
     "RoundRobinAgent",
     "ScheduleAgent",
     "TokenPPO",
+    "TokenizedPair",
     "UnknownAlgorithmError",
     "algorithm_names",
+    "evaluate_reward_model",
     "load_policy",
     "make_agent",
     "normalize_observations",
     "save_policy",
+    "tokenize_pairs",
 ]
 
 

@@ -104,7 +104,10 @@ class RewardSettings(SupervisedSettings):
     loss: str = "mean_bt"
     """One of :data:`~instructgym.agents.reward_losses.LOSSES`."""
     unchanged_penalty: float = 0.0
-    """Weight of the mean square of the head's output over unchanged tokens; for token-level losses."""
+    """Weight of the mean square of the head's output over unchanged tokens, for token-level losses.
+
+    0 is published. ``mean_bt`` then also credits unchanged tokens behind an edit, whose states have seen it: on tiny
+    models and known bad tokens the AUC per token stays at 0.5 to 0.9, with 0.03 to 0.1 it is above 0.98."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

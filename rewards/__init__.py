@@ -1,4 +1,6 @@
-"""What a text is worth: judges, diversity, elimination rules, and their composition."""
+"""What a text is worth: judges, diversity, elimination rules, learned models, and their composition."""
+
+from typing import TYPE_CHECKING, Any
 
 from ..llm_backends.parts import register_kind, register_part
 from .base import FunctionReward, NonFiniteRewardError, Reward, Sample, Score, score_with_retries
@@ -12,6 +14,12 @@ from .pairwise import Comparison, Pair, PairwiseJudge, ScoredComparison, compare
 from .ranking import Ranking, RankingJudge, RankingQuestion, rank
 from .rubric import Grades, Rubric, RubricJudge, grade
 from .sentiment import ReviewClassifier, VaderSentiment
+
+if TYPE_CHECKING:
+    from .token_reward import RewardModel, SequenceReward, TokenReward
+
+_LAZY = {"RewardModel", "SequenceReward", "TokenReward"}
+"""Imported when asked for: they need transformers and peft."""
 
 __all__ = [
     "Comparison",
@@ -35,13 +43,16 @@ __all__ = [
     "RegressionReward",
     "ReviewClassifier",
     "Reward",
+    "RewardModel",
     "RougePool",
     "Rubric",
     "RubricJudge",
     "Sample",
     "Score",
     "ScoredComparison",
+    "SequenceReward",
     "SpanReward",
+    "TokenReward",
     "VaderSentiment",
     "WeightedSum",
     "compare",
@@ -76,3 +87,11 @@ register_part("reward", "token-reward", "instructgym.rewards.token_reward:TokenR
 register_part("reward", "sequence-reward", "instructgym.rewards.token_reward:SequenceReward")
 register_part("reward", "vader", "instructgym.rewards.sentiment:VaderSentiment")
 register_part("reward", "reviews", "instructgym.rewards.sentiment:ReviewClassifier")
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(".token_reward", __name__), name)

@@ -80,8 +80,8 @@ class RewardModel:
                 self.trunk.add(ADAPTER, lora)
             else:
                 self.trunk.train_whole(ADAPTER)
-        self.head = torch.nn.Linear(self.lm.head.weight.shape[1], 1, bias=False, device=self.lm.device)
-        torch.nn.init.zeros_(self.head.weight)
+            self.head = torch.nn.Linear(self.lm.head.weight.shape[1], 1, bias=False, device=self.lm.device)
+            torch.nn.init.zeros_(self.head.weight)
         self.tokenizer: Tokenizer = LoadedTokenizer(self.lm.tokenizer, self.model_name, self.lm.context_length)
         self.loss = ""
         """Name of the loss it was trained with; empty before."""
@@ -237,6 +237,8 @@ class RewardModel:
         except ModelLoadError as error:
             hint = "" if model is not None else " (the reward model's own: pass another place of it as model=)"
             raise InputError(f"{error}{hint}") from error
+        except TypeError as error:
+            raise InputError(f"cannot read a reward model from {folder}: {error}") from error
         built.restore(folder)
         return built
 

@@ -17,12 +17,15 @@ from instructgym.agents.distributed import Processes
 from instructgym.agents.grpo import GRPO, RLOO
 from instructgym.agents.language_model import LanguageModelPolicy, LoraSettings
 from instructgym.agents.ppo import TokenPPO
+from instructgym.agents.reward_modelling import RewardTrainer, tokenize_pairs
 from instructgym.agents.sft import SFT, Demonstration
 from instructgym.envs.tasks.prompt_examples import PromptExample
 from instructgym.envs.token_process import TokenSettings
 from instructgym.envs.token_vector_env import TokenVectorEnv
 from instructgym.llm_backends.errors import InputError
 from instructgym.rewards import Reward, Score
+from instructgym.rewards.edits import EditedPair
+from instructgym.rewards.reward_model import RewardModel
 
 EXAMPLES = [PromptExample("one", "red sea"), PromptExample("two", "sky sky end"), PromptExample("three", "blue")]
 CASES = {
@@ -70,11 +73,15 @@ def plain_steps(optimizer):
 def policy_of(model, processes, value):
     # Each process starts with weights of its own: training has to begin with the first one's.
     policy = LanguageModelPolicy(model, LoraSettings(rank=4), value=value, dtype="float32", seed=processes.index)
-    generator = torch.Generator().manual_seed(processes.index)
+    return moved(policy, processes.index)
+
+
+def moved(trained, seed):
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in policy.parameters().values():
+        for parameter in trained.parameters().values():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return policy
+    return trained
 
 
 def play(model, folder, name):
@@ -102,10 +109,26 @@ def fit(model, folder):
     finish(trainer, folder / "sft", writer)
 
 
-def finish(agent, folder, writer):
+def fit_rewards(model, folder):
+    """Training of a reward model, likewise."""
+    processes, writer = Processes(), Rows()
+    trainer = RewardTrainer(
+        moved(RewardModel(model, dtype="float32"), processes.index),
+        unchanged_penalty=0.1,
+        learning_rate=0.01,
+        batch_size=3,
+    )
+    plain_steps(trainer.optimizer)
+    trainer.set_logger(Logger(folder=None, output_formats=[writer]))
+    pairs = [EditedPair("sky", "red sea " + "sky " * i, "blue sea " + "sky " * i) for i in range(4)]
+    trainer.fit(tokenize_pairs(pairs, trainer.model.tokenizer, 64)[0])
+    finish(trainer, folder / "reward", writer, trainer.model)
+
+
+def finish(agent, folder, writer, model=None):
     folder.mkdir(parents=True, exist_ok=True)
     index = agent.processes.index
-    weights = {n: p.detach().contiguous().clone() for n, p in agent.policy.parameters().items()}
+    weights = {n: p.detach().contiguous().clone() for n, p in (model or agent.policy).parameters().items()}
     save_file(weights, folder / f"{index}.safetensors")
     (folder / f"{index}.json").write_text(json.dumps(writer.rows), "utf-8")
     agent.save(folder / "checkpoint")
@@ -118,6 +141,7 @@ def main():
     for name in CASES:
         play(model, folder, name)
     fit(model, folder)
+    fit_rewards(model, folder)
 
 
 def launched(model, folder, count):
@@ -156,8 +180,9 @@ def test_two_processes_do_what_one_does(tmp_path):
     for name in CASES:
         play(str(model), tmp_path / "alone", name)
     fit(str(model), tmp_path / "alone")
+    fit_rewards(str(model), tmp_path / "alone")
     launched(str(model), tmp_path / "together", 2)
-    for name in [*CASES, "sft"]:
+    for name in [*CASES, "sft", "reward"]:
         alone, together = tmp_path / "alone" / name, tmp_path / "together" / name
         expected, first, second = (
             load_file(p / f"{i}.safetensors") for p, i in ((alone, 0), (together, 0), (together, 1))

@@ -125,7 +125,10 @@ def test_signed_probabilities_reach_their_ends():
 
 
 def test_a_new_model_scores_zero_and_has_gradients():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
     model = build()
+    assert torch.equal(torch.get_rng_state(), before)
     assert not np.concatenate(model.score(PROMPTS, RESPONSES)).any()
     moved(model).rewards(PROMPTS, RESPONSES).sum().backward()
     trained = model.parameters()
@@ -199,6 +202,9 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     head.write_bytes(head.read_bytes()[:20])
     with pytest.raises(InputError, match="cannot read a reward model"):
         build().restore(tmp_path)
+    (tmp_path / "reward_model.json").write_text(json.dumps(model.settings() | {"lora": {"size": 4}}), "utf-8")
+    with pytest.raises(InputError, match=r"cannot read a reward model.*size"):
+        RewardModel.load(tmp_path, tiny())
     (tmp_path / "reward_model.json").write_text(json.dumps({"model": "tiny"}), "utf-8")
     with pytest.raises(InputError, match=r"lacks .*tokenizer"):
         RewardModel.load(tmp_path, tiny())

@@ -264,7 +264,7 @@ def _verb(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
         return _Swap(at, verb, _table("negated")[base][DO[word]])
     if word == "don't" and base in _table("negated") and at and not words[at].opens:
         return _Swap(at, verb, base)
-    if word in CAN and base in _table("negated"):
+    if word in CAN and base in _table("negated") and base not in ("help", "have"):  # "can't help", "can't have"
         return _Swap(at, verb - 1, CAN[word])
     if word == "never" and base in _forms():
         return _Swap(at, verb - 1, "always")
