@@ -14,8 +14,9 @@ from rich.table import Table
 from ..llm_backends import BackendError, part_ids, resolve
 from ..llm_backends.errors import InputError
 from . import evolve_compare, evolve_generate, evolve_train, judge, nlu, nlu_report, serve_check
-from .benchmarks import backend, edit_env, rollouts, token_env, token_learning, token_ppo
+from .benchmarks import backend, dense_reward, edit_env, rollouts, token_env, token_learning, token_ppo
 from .benchmarks.backend import BenchBackend
+from .benchmarks.dense_reward import BenchDenseReward
 from .benchmarks.edit_env import BenchEditEnv
 from .benchmarks.rollouts import BenchRollouts
 from .benchmarks.token_env import BenchTokenEnv
@@ -94,7 +95,14 @@ class BenchList:
 
 if TYPE_CHECKING:
     BenchCommand = (
-        BenchEditEnv | BenchTokenEnv | BenchTokenPPO | BenchTokenLearning | BenchRollouts | BenchBackend | BenchList
+        BenchEditEnv
+        | BenchTokenEnv
+        | BenchTokenPPO
+        | BenchTokenLearning
+        | BenchDenseReward
+        | BenchRollouts
+        | BenchBackend
+        | BenchList
     )
 else:
     BenchCommand = (
@@ -102,6 +110,7 @@ else:
         | Annotated[BenchTokenEnv, tyro.conf.subcommand("token-env")]
         | Annotated[BenchTokenPPO, tyro.conf.subcommand("token-ppo")]
         | Annotated[BenchTokenLearning, tyro.conf.subcommand("token-learning")]
+        | Annotated[BenchDenseReward, tyro.conf.subcommand("dense-reward")]
         | Annotated[BenchRollouts, tyro.conf.subcommand("rollouts")]
         | Annotated[BenchBackend, tyro.conf.subcommand("backend")]
         | Annotated[BenchList, tyro.conf.subcommand("list")]
@@ -113,6 +122,7 @@ BENCHMARKS = {
     "token-env": BenchTokenEnv,
     "token-ppo": BenchTokenPPO,
     "token-learning": BenchTokenLearning,
+    "dense-reward": BenchDenseReward,
     "rollouts": BenchRollouts,
     "backend": BenchBackend,
 }
@@ -182,6 +192,7 @@ RUNS: dict[type, Callable[[Any, Console], Any]] = {
     BenchTokenEnv: token_env.run,
     BenchTokenPPO: token_ppo.run,
     BenchTokenLearning: token_learning.run,
+    BenchDenseReward: dense_reward.run,
     BenchRollouts: rollouts.run,
     BenchBackend: backend.run,
     BenchList: lambda options, console: list_benchmarks(console),
