@@ -257,16 +257,18 @@ class OnPolicyAgent(ABC):
     def _log_rollout(self, batch: TokenBatch, statistics: RolloutStatistics) -> dict[str, float]:
         """Logs the rollout of all processes and returns its counts."""
         rows = self.processes.gather(asdict(statistics) | {"kept": len(batch)})
-        totals = {key: float(sum(row[key] for row in rows)) for key in rows[0] if key not in ("terms", "finish")}
+        totals = {key: float(sum(row[key] for row in rows)) for key in rows[0] if not isinstance(rows[0][key], dict)}
         kept = max(totals["kept"], 1)
         record = self.logger.record
         record("rollout/reward", totals["reward"] / kept)
         record("rollout/length", totals["tokens"] / max(totals["episodes"], 1))
         record("rollout/invalid_share", totals["invalid"] / max(totals["episodes"], 1))
         record("rollout/empty", totals["empty"])
-        for kind in ("terms", "finish"):
-            for name in sorted({name for row in rows for name in row[kind]}):
-                record(f"rollout/{kind}/{name}", sum(row[kind].get(name, 0.0) for row in rows) / kept)
+        for name in sorted({name for row in rows for name in row["terms"]}):
+            sums, counts = (sum(row[key].get(name, 0.0) for row in rows) for key in ("terms", "term_counts"))
+            record(f"rollout/terms/{name}", sums / counts)
+        for name in sorted({name for row in rows for name in row["finish"]}):
+            record(f"rollout/finish/{name}", sum(row["finish"].get(name, 0.0) for row in rows) / kept)
         record("time/rollout", statistics.seconds)
         record("time/play", statistics.waited)
         if totals["invalid"] > self.settings.max_invalid_share * totals["episodes"]:
@@ -315,8 +317,9 @@ class OnPolicyAgent(ABC):
         unbiased = np.where(batch.loss_mask, kl_estimate(batch.logprobs, batch.reference_logprobs), 0.0)
         total, episodes = self.processes.total(np.array([unbiased.sum(), len(batch)], dtype=np.float64))
         mean = float(total / max(episodes, 1))
-        self.logger.record("train/kl", mean)
-        self.logger.record("train/kl_coefficient", self.kl.coefficient)
+        if self._uses_reference:
+            self.logger.record("train/kl", mean)
+            self.logger.record("train/kl_coefficient", self.kl.coefficient)
         self._kl_observed = (mean, int(episodes))
         return kl.astype(np.float32)
 

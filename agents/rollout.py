@@ -113,6 +113,8 @@ class RolloutStatistics:
     """Of these, play: taking tokens and waiting for scores."""
     terms: dict[str, float] = field(default_factory=dict)
     """Sums of the reward's terms."""
+    term_counts: dict[str, float] = field(default_factory=dict)
+    """Episodes that have them: a term without a verdict is left out."""
     finish: dict[str, float] = field(default_factory=dict)
     """Episodes by finish reason."""
 
@@ -205,6 +207,7 @@ def _finish(env: Any, drafts: list[dict[str, Any]], kept: list[dict[str, Any]], 
             statistics.reward += float(played.rewards[i].sum())
             for name, value in info.get("reward_terms", {}).items():
                 statistics.terms[name] = statistics.terms.get(name, 0.0) + float(value)
+                statistics.term_counts[name] = statistics.term_counts.get(name, 0.0) + 1
             reason = info.get("finish_reason", "")
             statistics.finish[reason] = statistics.finish.get(reason, 0.0) + 1
             kept.append(

@@ -121,6 +121,7 @@ class SupervisedTrainer(ABC):
         """Writes a checkpoint, from which :meth:`restore` and ``fit`` with the same examples continue."""
         if self.processes.is_main:
             state = {"agent": self.name, "seed": self.seed, "settings": asdict(self.settings), "steps": self.steps}
+            state["loss"] = self.loss
             write_checkpoint(folder, self._trained, self.optimizer, state | self._more_state())
         self.processes.wait()
 
@@ -132,6 +133,7 @@ class SupervisedTrainer(ABC):
         """
         state = read_checkpoint(folder, self._load, self.optimizer, self.name)
         self.steps = self._done = state["steps"]
+        self.loss = state["loss"]
 
     @abstractmethod
     def _load(self, folder: Path) -> None:

@@ -50,7 +50,7 @@ def _arguments(
 
 
 def generate_response(**kwargs: Any) -> TokenEnv:
-    """``instructgym/GenerateResponse-v0``.
+    r"""``instructgym/GenerateResponse-v0``.
 
     The setting of fine-grained supervision (Xu et al. 2024, arXiv 2406.02756): the state is a prompt and the tokens
     written so far, an action is a token. A *causal* reward pays every token when it is written, the end-of-sequence

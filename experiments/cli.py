@@ -13,7 +13,23 @@ from rich.table import Table
 
 from ..llm_backends import BackendError, part_ids, resolve
 from ..llm_backends.errors import InputError
-from . import evolve_compare, evolve_generate, evolve_train, judge, nlu, nlu_report, serve_check
+from . import (
+    evolve_compare,
+    evolve_generate,
+    evolve_train,
+    fine_grained_edit,
+    fine_grained_evaluate,
+    fine_grained_ppo,
+    fine_grained_report,
+    fine_grained_reward,
+    fine_grained_run,
+    fine_grained_sft,
+    judge,
+    nlu,
+    nlu_report,
+    refine_af_bootstrap,
+    serve_check,
+)
 from .benchmarks import backend, dense_reward, edit_env, rollouts, token_env, token_learning, token_ppo
 from .benchmarks.backend import BenchBackend
 from .benchmarks.dense_reward import BenchDenseReward
@@ -25,9 +41,17 @@ from .benchmarks.token_ppo import BenchTokenPPO
 from .evolve_compare import EvolveCompare
 from .evolve_generate import EvolveGenerate
 from .evolve_train import EvolveTrain
+from .fine_grained_edit import FineGrainedEdit
+from .fine_grained_evaluate import FineGrainedEvaluate
+from .fine_grained_ppo import FineGrainedPPO
+from .fine_grained_report import FineGrainedReport
+from .fine_grained_reward import FineGrainedRewardModel
+from .fine_grained_run import FineGrainedRun
+from .fine_grained_sft import FineGrainedSFT
 from .judge import JudgeCalibrate
 from .nlu import NLU
 from .nlu_report import NLUReport
+from .refine_af_bootstrap import RefineAFBootstrap
 from .serve_check import ServeCheck
 
 if TYPE_CHECKING:
@@ -60,6 +84,56 @@ class Understanding:
     """RL for language understanding: 'nlu [run]' trains and evaluates one method, 'nlu report' gathers runs."""
 
     command: UnderstandingCommand
+
+
+if TYPE_CHECKING:
+    FineGrainedCommand = (
+        FineGrainedRun
+        | FineGrainedSFT
+        | FineGrainedEdit
+        | FineGrainedRewardModel
+        | FineGrainedPPO
+        | FineGrainedEvaluate
+        | FineGrainedReport
+    )
+else:
+    FineGrainedCommand = (
+        Annotated[FineGrainedRun, tyro.conf.subcommand("run")]
+        | Annotated[FineGrainedSFT, tyro.conf.subcommand("sft")]
+        | Annotated[FineGrainedEdit, tyro.conf.subcommand("edit")]
+        | Annotated[FineGrainedRewardModel, tyro.conf.subcommand("reward-model")]
+        | Annotated[FineGrainedPPO, tyro.conf.subcommand("ppo")]
+        | Annotated[FineGrainedEvaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[FineGrainedReport, tyro.conf.subcommand("report")]
+    )
+
+
+@dataclass
+class FineGrained:
+    """Fine-grained supervision: minimal edits give a reward per token, which drives token-level PPO."""
+
+    command: FineGrainedCommand
+
+
+@dataclass
+class RefineAFFilters:
+    """List the filters of new instructions."""
+
+
+if TYPE_CHECKING:
+    RefineAFCommand = RefineAFBootstrap | RefineAFFilters
+else:
+    RefineAFCommand = (
+        Annotated[RefineAFBootstrap, tyro.conf.subcommand("bootstrap")]
+        | Annotated[RefineAFFilters, tyro.conf.subcommand("filters")]
+    )
+
+
+@dataclass
+class RefineAF:
+    """REFINE-AF: instructions and instances bootstrapped from seed tasks by a small model."""
+
+    command: RefineAFCommand
 
 
 @dataclass
@@ -136,11 +210,13 @@ class Bench:
 
 
 if TYPE_CHECKING:
-    Command = Evolve | Understanding | Judge | ServeCheck | Envs | Bench
+    Command = Evolve | Understanding | FineGrained | RefineAF | Judge | ServeCheck | Envs | Bench
 else:
     Command = (
         Annotated[Evolve, tyro.conf.subcommand("evolve")]
         | Annotated[Understanding, tyro.conf.subcommand("nlu")]
+        | Annotated[FineGrained, tyro.conf.subcommand("fine-grained")]
+        | Annotated[RefineAF, tyro.conf.subcommand("refine-af")]
         | Annotated[Judge, tyro.conf.subcommand("judge")]
         | Annotated[ServeCheck, tyro.conf.subcommand("serve-check")]
         | Annotated[Envs, tyro.conf.subcommand("envs")]
@@ -179,13 +255,30 @@ def list_judges(console: Console) -> None:
         console.print(f"{part_id:20} {' '.join(described.split())}", highlight=False, markup=False)
 
 
+def list_filters(console: Console) -> None:
+    """Prints every filter of instructions, in the order in which they are asked, with its reason."""
+    from ..envs.tasks.instruction_filters import FILTERS
+
+    for rule in FILTERS:
+        console.print(f"{rule.name:20} {rule.reason}", highlight=False, markup=False)
+
+
 RUNS: dict[type, Callable[[Any, Console], Any]] = {
     EvolveTrain: evolve_train.run,
     EvolveGenerate: evolve_generate.run,
     EvolveCompare: evolve_compare.run,
     NLU: nlu.run,
     NLUReport: nlu_report.run,
+    RefineAFBootstrap: refine_af_bootstrap.run,
+    RefineAFFilters: lambda options, console: list_filters(console),
     JudgeCalibrate: judge.run,
+    FineGrainedRun: fine_grained_run.run,
+    FineGrainedSFT: fine_grained_sft.run,
+    FineGrainedEdit: fine_grained_edit.run,
+    FineGrainedRewardModel: fine_grained_reward.run,
+    FineGrainedPPO: fine_grained_ppo.run,
+    FineGrainedEvaluate: fine_grained_evaluate.run,
+    FineGrainedReport: fine_grained_report.run,
     JudgeList: lambda options, console: list_judges(console),
     ServeCheck: serve_check.run,
     BenchEditEnv: edit_env.run,
@@ -225,13 +318,21 @@ def main(args: Sequence[str] | None = None) -> None:
 def guarded(work: Any) -> int:
     """Runs ``work(console)`` and turns errors that a user can mend into one line on stderr and an exit code."""
     from ..agents.callbacks import InvalidRewardRateError
+    from ..agents.on_policy import TrainingDivergedError
     from ..envs.edit_process import InvalidRewardError
     from ..llm_backends.budget import BudgetExceededError
 
     console = Console()
     try:
         work(console)
-    except (InputError, BackendError, BudgetExceededError, InvalidRewardError, InvalidRewardRateError) as error:
+    except (
+        InputError,
+        BackendError,
+        BudgetExceededError,
+        InvalidRewardError,
+        InvalidRewardRateError,
+        TrainingDivergedError,
+    ) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except OSError as error:

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import gymnasium as gym
@@ -18,56 +13,12 @@ import gymnasium as gym
 from ..envs.operators import LLMOperator
 from ..envs.sb3 import VectorToVecEnv, make_sb3_env
 from ..envs.tasks.instructions import Instruction, load_instructions
-from ..llm_backends import Backend, Journal, Journaled, resolve
-from ..llm_backends.budget import Budget
+from ..llm_backends import Backend, Journal
 from ..llm_backends.errors import InputError
-from .run_folder import read_json, write_json
-from .tracking import check_tracker
+from .options import RunOptions, check_counts, input_errors, parse_part, parse_reward
+from .resumption import journaled_roles
 
 ENV_ID = "instructgym/EvolveInstruction-v0"
-SCALES = ("smoke", "report")
-
-
-@dataclass
-class RunOptions:
-    """Options of every experiment."""
-
-    run_dir: str = ""
-    """Folder of the run. A folder with an unfinished run of the same options is resumed."""
-    seed: int = 0
-    """Seed of the run; with it and the same options a run gives the same rows."""
-    backend: str = "embedded"
-    """Who rewrites (and judges and answers, if no one else is named): embedded, transformers, scripted,
-    'module:factory', or JSON {"id": ..., "kwargs": {...}}."""
-    model: str = ""
-    """Model path or hub id for the backend; by default the backend's own."""
-    minutes: float = 0.0
-    """Stop cleanly after so many minutes; the same command goes on from there. 0: no limit."""
-    scale: str = "smoke"
-    """Size of the run where a count is left at 0: smoke (minutes) or report (up to two hours)."""
-    track: str = "none"
-    """wandb: log to Weights & Biases too (offline without a key). none: files only."""
-    dry_run: bool = False
-    """Check everything, say what would be done, and stop before a model is loaded."""
-
-    def check(self) -> None:
-        """Refuses what can be refused without looking at files.
-
-        Raises:
-            InputError: naming the option.
-        """
-        if not self.run_dir:
-            raise InputError("--run-dir is missing: name the folder of the run")
-        check_output(Path(self.run_dir) / "config.json")
-        if self.scale not in SCALES:
-            raise InputError(f"--scale must be {' or '.join(SCALES)}, got {self.scale!r}")
-        check_tracker(self.track)
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, int | float) and not isinstance(value, bool) and not 0 <= value < math.inf:
-                raise InputError(f"--{field.name.replace('_', '-')} must not be negative, got {value}")
-        if self.seed >= 2**32:
-            raise InputError(f"--seed must be below 2**32, got {self.seed}")
 
 
 @dataclass
@@ -98,59 +49,8 @@ class EnvOptions(RunOptions):
 
     def check(self) -> None:
         super().check()
-        for name in ("horizon", "candidates", "num_envs"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        check_counts(self, "horizon", "candidates", "num_envs")
         parse_reward(self.reward)
-
-
-def parse_reward(text: str) -> Any:
-    """A reward from its command-line form: one id, or a sum like ``judge + 0.5*diversity``.
-
-    Raises:
-        InputError: if it cannot be read.
-    """
-    if text.lstrip().startswith("{"):
-        return parse_part(text)
-    terms: dict[str, str] = {}
-    weights: dict[str, float] = {}
-    for piece in text.split("+"):
-        match = re.fullmatch(r"\s*(?:(\d+(?:\.\d+)?)\s*\*)?\s*([\w.:-]+)\s*", piece)
-        if match is None or match[2] in terms:
-            raise InputError(f"--reward must be like 'judge + 0.5*diversity' with distinct terms, got {text!r}")
-        terms[match[2]], weights[match[2]] = match[2], float(match[1] or 1)
-    if len(terms) == 1 and set(weights.values()) == {1.0}:
-        return text.strip()
-    return {"id": "weighted-sum", "kwargs": {"terms": terms, "weights": weights}}
-
-
-def parse_part(text: str, model: str = "") -> Any:
-    """A part from its command-line form: an id, ``module:factory`` or a JSON object; with a model, for that model."""
-    if text.lstrip().startswith("{"):
-        try:
-            part = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"broken JSON in {text!r}: {error.msg}") from error
-        if not isinstance(part.get("id"), str) or not isinstance(part.get("kwargs", {}), dict):
-            raise InputError(f'a part as JSON needs {{"id": "...", "kwargs": {{...}}}}, got {text!r}')
-    else:
-        part = {"id": text}
-    if model:
-        if part["id"] == "embedded":  # the embedded backend is one model: another one needs the general backend
-            part = part | {"id": "transformers"}
-        part = part | {"kwargs": dict(part.get("kwargs") or {}) | {"model": model}}
-    return part
-
-
-@contextmanager
-def input_errors() -> Iterator[None]:
-    """Turns a ValueError about an option into an InputError: for code that only looks at what the user passed."""
-    try:
-        yield
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(str(error)) from error
 
 
 @dataclass
@@ -166,45 +66,8 @@ def roles_of(options: EnvOptions, journal: Journal | None, responder: str = "") 
     """The roles that the options describe; equal parts are built once, each role counts its own usage in a journal."""
     backend = parse_part(options.backend, options.model)
     judge = parse_part(options.judge_backend) if options.judge_backend else backend
-    live: dict[str, Backend] = {}
-
-    def role(part: Any) -> Backend:
-        key = json.dumps(part, sort_keys=True)
-        if key not in live:
-            live[key] = resolve("backend", part)
-        return live[key] if journal is None else Journaled(live[key], journal)
-
-    return Roles(role(backend), role(judge), role(parse_part(responder) if responder else backend))
-
-
-@contextmanager
-def accounted(backends: Mapping[str, Backend], folder: Path) -> Iterator[None]:
-    """Keeps the spending of a run's backends in its folder, over all its starts.
-
-    ``budget-ROLE.json`` is what a budget has spent, under the first of the roles that share it. ``usage.json`` is what
-    each role sent to its model, replies from the journal left out; starts that were killed and calls that broke off are
-    missing in it.
-
-    Args:
-        backends: by role.
-        folder: the run's.
-    """
-    for name, backend in backends.items():
-        inner: Any = backend
-        while inner is not None:
-            if isinstance(budget := getattr(inner, "budget", None), Budget):
-                budget.keep(folder / f"budget-{name}.json")
-            inner = getattr(inner, "inner", None)
-    stored = read_json(folder / "usage.json") or {}
-    try:
-        yield
-    finally:
-        totals = {}
-        for name, backend in backends.items():
-            usage, before = backend.usage.as_dict(), stored.get(name, {})
-            usage["requests"] -= usage.pop("cache_hits")
-            totals[name] = {key: before.get(key, 0) + value for key, value in usage.items()}
-        write_json(folder / "usage.json", totals)
+    parts = {"rewriter": backend, "judge": judge, "responder": parse_part(responder) if responder else backend}
+    return Roles(**journaled_roles(parts, journal))
 
 
 def make_env(
@@ -264,18 +127,3 @@ def describe(env: gym.vector.VectorEnv[Any, Any, Any]) -> str:
         f"{env.num_envs} copies, {env.single_action_space}, observation {env.single_observation_space}, "
         f"{len(env.unwrapped.process.instructions)} seeds"  # type: ignore[attr-defined]
     )
-
-
-def check_output(path: Path) -> None:
-    """Refuses a file that cannot be written; makes nothing.
-
-    Raises:
-        InputError: naming the file or the folder that is in the way.
-    """
-    place = path
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if path.is_dir() or (place != path and not place.is_dir()):
-        raise InputError(f"cannot write {path}: {place} is {'a' if place.is_dir() else 'not a'} folder")
-    if not os.access(place, os.W_OK):
-        raise InputError(f"cannot write {path}: no permission on {place}")

@@ -25,13 +25,15 @@ from ..envs.tasks.instructions import Instruction
 from ..llm_backends import Journal
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import read_records
-from .evolve import EnvOptions, accounted, check_context, identity, input_errors, load_seeds, make_env, roles_of
+from .evolve import EnvOptions, check_context, identity, load_seeds, make_env, roles_of
 from .evolve_generate import EvolveGenerate
 from .evolve_train import EvolveTrain
 from .evolve_train import run as train
 from .instruction_generator import GenerationSettings, InstructionGenerator, chunks, dataset_metrics, generation_env
 from .metrics import interval
+from .options import input_errors
 from .plots import plot_comparison
+from .resumption import accounted
 from .run_folder import RowWriter, RunFolder, read_json, write_json
 from .tracking import Tracker
 

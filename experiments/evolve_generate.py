@@ -21,20 +21,11 @@ from ..agents.policy_io import load_policy
 from ..llm_backends import Journal, request_seed
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import read_records
-from .evolve import (
-    Roles,
-    RunOptions,
-    accounted,
-    check_context,
-    check_output,
-    describe,
-    identity,
-    input_errors,
-    load_seeds,
-    roles_of,
-)
+from .evolve import Roles, check_context, describe, identity, load_seeds, roles_of
 from .evolve_train import EvolveTrain
 from .instruction_generator import GenerationSettings, InstructionGenerator, chunks, dataset_metrics, generation_env
+from .options import RunOptions, check_output, input_errors
+from .resumption import TimeLimit, replayed
 from .run_folder import RowWriter, RunFolder, read_json
 from .tracking import Tracker
 
@@ -115,16 +106,14 @@ def run(options: EvolveGenerate, console: Console | None = None) -> dict[str, An
         return folder.results
     if not (folder.path / "config.json").exists() and rows_path.exists():
         raise InputError(f"{rows_path} exists and was not written by this command: choose another --out")
-    with folder.opened():
-        journal = Journal(folder.file("journal.jsonl"))
-        if len(journal):
-            console.print(f"resuming {out}: {len(journal)} stored replies are replayed, none is paid for again")
-        roles = roles_of(trained, journal, options.responder_backend)
+    with replayed(folder, lambda journal: roles_of(trained, journal, options.responder_backend), console, out) as (
+        journal,
+        roles,
+    ):
         env = generation_env(trained, roles, instructions, options.chunk)
         agent = load_policy(Path(options.run_dir) / "checkpoints", env, options.seed)
         generator = InstructionGenerator(agent, env, roles, options.settings)
-        with accounted(vars(roles), folder.path):
-            return _generate(options, folder, generator, journal, out, console)
+        return _generate(options, folder, generator, journal, out, console)
 
 
 def _generate(
@@ -135,8 +124,7 @@ def _generate(
     out: Path,
     console: Console,
 ) -> dict[str, Any]:
-    begun, replayed = time.monotonic(), len(journal)
-    paid_since: float | None = None  # the time limit does not count what is replayed
+    begun, limit = time.monotonic(), TimeLimit(options.minutes, journal)
     rows = RowWriter(out.with_suffix(".jsonl"))
     rejected = RowWriter(folder.file("rejected.jsonl"))
     calls: Counter[str] = Counter()
@@ -150,12 +138,9 @@ def _generate(
         StepProgress("seeds evolved", count, console) as progress,
     ):
         for members in chunks(count, options.chunk):
-            if options.minutes and paid_since is not None and time.monotonic() - paid_since >= 60 * options.minutes:
+            if limit.reached():
                 break
-            chunk_begun = time.monotonic()
             result = generator.chunk(members)
-            if paid_since is None and len(journal) > replayed:
-                paid_since = chunk_begun
             for row in result.accepted:
                 rows.write(formatted(row, options.format, generator.roles))
             for row in result.rejected:

@@ -23,18 +23,10 @@ from ..agents.policy_io import normalize_observations, save_policy
 from ..llm_backends import Journal
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import read_records
-from .evolve import (
-    EnvOptions,
-    accounted,
-    check_context,
-    describe,
-    identity,
-    input_errors,
-    load_seeds,
-    make_env,
-    roles_of,
-)
+from .evolve import EnvOptions, check_context, describe, identity, load_seeds, make_env, roles_of
+from .options import input_errors
 from .plots import plot_training
+from .resumption import replayed
 from .run_folder import RowWriter, RunFolder
 from .tracking import Tracker
 
@@ -98,14 +90,8 @@ def run(options: EvolveTrain, console: Console | None = None) -> dict[str, Any]:
         return {}
     if (results := folder.finished(console)) is not None:
         return results
-    with folder.opened():
-        journal = Journal(folder.file("journal.jsonl"))
-        if len(journal):
-            console.print(f"resuming {folder.path}: {len(journal)} stored replies are replayed, none is paid for again")
-        roles = roles_of(options, journal)
-        env = make_env(options, roles, instructions)
-        with accounted(vars(roles), folder.path):
-            return _train(options, folder, env, journal, console)
+    with replayed(folder, lambda journal: roles_of(options, journal), console) as (journal, roles):
+        return _train(options, folder, make_env(options, roles, instructions), journal, console)
 
 
 def _train(options: EvolveTrain, folder: RunFolder, env: VecEnv, journal: Journal, console: Console) -> dict[str, Any]:

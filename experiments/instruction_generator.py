@@ -18,7 +18,7 @@ from ..envs.operators import tidy
 from ..envs.sb3 import VectorToVecEnv
 from ..envs.tasks.instructions import Instruction
 from ..llm_backends import BackendError, Message, Sampling, request_seed, resolve
-from ..rewards import RougePool, eliminated_by
+from ..rewards import RougeGate, eliminated_by
 from ..rewards.elimination import STRING_RULES
 from .evolve import EnvOptions, Roles, make_env
 from .metrics import distinct_n, mean_pairwise_distance
@@ -64,7 +64,7 @@ class InstructionGenerator:
         self.process: EditProcess = vector.process
         self.observer = vector.observer
         self.normalizer: VecNormalize | None = unwrap_vec_normalize(agent.get_env())
-        self.pool = RougePool([instruction.text for instruction in self.process.instructions])
+        self.gate = RougeGate(settings.rouge_threshold, [instruction.text for instruction in self.process.instructions])
 
     @property
     def max_chunk_calls(self) -> int:
@@ -157,12 +157,11 @@ class InstructionGenerator:
             reason = info["eliminated_by"] or ("no_information_gain" if unchanged else "")
             if info["rewrite_failed"]:
                 reason = "rewriter_failed"
-            if not reason and self.pool.nearest(info["edit"]) > self.settings.rouge_threshold:
+            if not reason and not self.gate.accept(info["edit"]):
                 reason = "rouge"
             if reason:
                 result.rejected.append(candidate | {"rejected_by": reason})
             else:
-                self.pool.add(info["edit"])
                 survivors.append(candidate)
         return survivors
 

@@ -17,15 +17,16 @@ from rich.console import Console
 from rich.table import Table
 
 from ..agents.callbacks import StepProgress
-from ..llm_backends import Backend, Journal, Journaled, request_seed, resolve
+from ..llm_backends import Backend, Journaled, request_seed, resolve
 from ..llm_backends.errors import InputError
 from ..rewards.judge import equality_prompt
 from ..rewards.pairwise import Pair, both_orders, compare, pair_question, pairwise_prompt
 from ..rewards.verdict import RETRY_TEMPERATURE, VerdictMode, check_mode, judge_verdicts, reads_likelihood, sigmoid
-from .evolve import RunOptions, accounted, input_errors, parse_part
 from .judge_measures import Judgement, count, measure
 from .judge_pairs import LABELS, LabelledPair, PairKind, read_pairs
+from .options import RunOptions, input_errors, parse_part
 from .plots import plot_calibration
+from .resumption import TimeLimit, replayed
 from .run_folder import RowWriter, RunFolder
 from .tracking import Tracker
 
@@ -88,13 +89,8 @@ def run(options: JudgeCalibrate, console: Console | None = None) -> dict[str, An
         return {}
     if (results := folder.finished(console)) is not None:
         return results
-    with folder.opened():
-        journal = Journal(folder.file("journal.jsonl"))
-        if len(journal):
-            console.print(f"resuming {folder.path}: {len(journal)} stored replies are replayed, none is paid for again")
-        journaled = Journaled(backend, journal)
-        with accounted({"judge": journaled}, folder.path):
-            return _calibrate(options, folder, kind, pairs, journaled, console)
+    with replayed(folder, lambda journal: {"judge": Journaled(backend, journal)}, console) as (_, roles):
+        return _calibrate(options, folder, kind, pairs, roles["judge"], console)
 
 
 def _calibrate(
@@ -105,8 +101,7 @@ def _calibrate(
     backend: Journaled,
     console: Console,
 ) -> dict[str, Any]:
-    begun, replayed = time.monotonic(), len(backend.journal)
-    paid_since: float | None = None  # the time limit does not count what is replayed
+    begun, limit = time.monotonic(), TimeLimit(options.minutes, backend.journal)
     rows = RowWriter(folder.file("judgements.jsonl"))
     likelihood = reads_likelihood(backend, options.mode)
     judgements: list[Judgement] = []
@@ -115,9 +110,8 @@ def _calibrate(
         StepProgress("pairs judged", len(pairs), console) as progress,
     ):
         for start in range(0, len(pairs), CHUNK):
-            if options.minutes and paid_since is not None and time.monotonic() - paid_since >= 60 * options.minutes:
+            if limit.reached():
                 break
-            chunk_begun = time.monotonic()
             found = ask_judge(
                 backend,
                 kind,
@@ -126,8 +120,6 @@ def _calibrate(
                 options.mode,
                 0 if likelihood else options.repeats,
             )
-            if paid_since is None and len(backend.journal) > replayed:
-                paid_since = chunk_begun
             for number, judgement in enumerate(found, start=start + 1):
                 rows.write(judgement_row(kind, number, judgement))
             judgements += found

@@ -36,7 +36,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return float(array.mean()), float(quantile * array.std(ddof=1) / np.sqrt(len(array)))
 
 
-def wilson(right: int, total: int) -> tuple[float, float]:
+def wilson(right: float, total: int) -> tuple[float, float]:
     """Wilson's 95% interval of a share, right / total (Wilson 1927); (0, 1) where nothing was counted."""
     if not total:
         return 0.0, 1.0

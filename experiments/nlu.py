@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +11,6 @@ import gymnasium as gym
 import numpy as np
 from rich.console import Console
 
-from ..agents.callbacks import StepProgress
-from ..agents.checkpoints import latest_checkpoint, replace_checkpoint
 from ..agents.distributed import Processes
 from ..agents.grpo import GRPO, RLOO
 from ..agents.language_model import LanguageModelPolicy, LoraSettings
@@ -27,15 +24,15 @@ from ..envs.tasks.prompt_examples import PromptExample
 from ..llm_backends.choices import Choices
 from ..llm_backends.errors import InputError
 from .nlu_evaluation import ENV_ID, answers, majority, scores
+from .options import check_counts
 from .plots import plot_token_training
-from .run_folder import RowWriter, RunFolder, read_json, write_json
+from .run_folder import RunFolder
+from .token_training import TokenTraining
 from .tracking import Tracker, check_tracker
 
 Method = Literal["majority", "zero-shot", "few-shot", "sft", "ppo", "grpo", "rloo"]
 
 AGENTS: dict[str, type[OnPolicyAgent]] = {"ppo": TokenPPO, "grpo": GRPO, "rloo": RLOO}
-
-CLOCK = "clock.json"
 
 SMOKE = {"labels": 64, "eval_limit": 32}
 """What ``--scale smoke`` cuts a run to."""
@@ -134,9 +131,7 @@ class NLU:
             raise InputError(f"--start {self.start} leaves no labels of --labels {self.labels} for training")
         if start == "sft" and self.method not in AGENTS:
             raise InputError(f"--start {self.start} is for {', '.join(AGENTS)}, not for {self.method}")
-        for name in ("batch_size", "group_size", "passes", "shots", "save_every", "max_tokens", "lora_rank"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        check_counts(self, "batch_size", "group_size", "passes", "shots", "save_every", "max_tokens", "lora_rank")
         for name in ("labels", "eval_limit", "minutes"):
             if getattr(self, name) < 0:
                 raise InputError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
@@ -244,12 +239,6 @@ def _load(options: NLU) -> _Data:
     return _Data(train[options.warm_labels :], train[: options.warm_labels], evaluation)
 
 
-def _update_of(row: Mapping[str, Any]) -> float:
-    """The update that a row of ``generations.jsonl`` is of; infinite for one of the evaluation."""
-    kind, _, number = str(row.get("when")).partition(" ")
-    return int(number) if kind == "update" else float("inf")
-
-
 class _Run:
     """One run: what its steps share."""
 
@@ -257,13 +246,11 @@ class _Run:
         self, options: NLU, folder: RunFolder, tracker: Tracker, console: Console, processes: Processes
     ) -> None:
         self.options, self.folder, self.tracker, self.console = options, folder, tracker, console
-        self.processes, self.checkpoints = processes, Path(options.run_dir) / "checkpoints"
-        self.begun = time.monotonic()
-        saved = latest_checkpoint(self.checkpoints)
-        clock = read_json(saved / CLOCK) if saved is not None else None
-        self.before = float(clock["seconds"]) if clock is not None else 0.0
-        """Seconds that went into the checkpoint which this run goes on from."""
-        self.generations = RowWriter(folder.file("generations.jsonl"), compare=False)
+        self.processes = processes
+        checkpoints = Path(options.run_dir) / "checkpoints"
+        self.training = TokenTraining(
+            folder, tracker, console, processes, checkpoints, options.minutes, options.save_every
+        )
 
     def go(self, data: _Data) -> dict[str, Any]:
         options = self.options
@@ -281,7 +268,7 @@ class _Run:
         counts: dict[str, Any] = {}
         if options.method in ("sft", *AGENTS):
             done = self._train(policy, data, counts)
-            counts["train_seconds"] = self._seconds()
+            counts["train_seconds"] = self.training.seconds
             if not done:
                 self.console.print(f"out of time: repeat the command to go on with {self.folder.path}")
                 return self.folder.finish({}, counts, status="stopped")
@@ -293,7 +280,7 @@ class _Run:
             rows = answers(policy, data.evaluation, temperature, options.seed, **options.env_options())
             metrics[name] = scores(data.evaluation, [row["prediction"] for row in rows])
             for row in rows[:20]:
-                self.generations.write({"when": f"evaluation, {name}"} | row)
+                self.training.generations.write({"when": f"evaluation, {name}"} | row)
         self.tracker.table("generations", [{"when": name, **row} for row in rows[:50]])
         return self._finish(data, metrics, counts)
 
@@ -315,7 +302,7 @@ class _Run:
             {
                 "labels": len(data.warm) + len(data.train),
                 "evaluated": len(data.evaluation),
-                "seconds": self._seconds(),
+                "seconds": self.training.seconds,
                 **counts,
             },
         )
@@ -326,50 +313,28 @@ class _Run:
                 self.console.print(f"{task} {self.options.method} ({how}): {line}", highlight=False)
         return results
 
-    def _seconds(self) -> float:
-        return round(time.monotonic() - self.begun + self.before, 1)
-
     # --- training ------------------------------------------------------------------------------------------------
 
     def _train(self, policy: LanguageModelPolicy, data: _Data, counts: dict[str, Any]) -> bool:
         """Trains to the end, or as far as the time goes; says whether it came to the end."""
-        saved = latest_checkpoint(self.checkpoints)
-        options = self.options
+        options, training = self.options, self.training
         if options.method == "sft":
             return self._supervised(policy, data.train, options.passes, counts, tracked=True)
-        if saved is None and data.warm:
+        if training.saved is None and data.warm:
             self._supervised(policy, data.warm, 4, counts, tracked=False)
             policy.freeze_reference("sft")
         agent = self._agent(policy, data)
+        total = -(-len(data.train) // options.batch_size) * options.passes
+
+        def labels(agent: OnPolicyAgent) -> None:
+            agent.logger.record("rollout/labels", options.warm_labels + agent.updates * options.batch_size)
+
         try:
-            return self._learn(agent, -(-len(data.train) // options.batch_size) * options.passes, saved, counts)
+            if not training.learn(agent, total, f"{options.method} on {options.task}", labels):
+                return False
         finally:
             if agent.engine is not None and self.processes.is_main:
                 agent.engine.close()
-
-    def _learn(self, agent: OnPolicyAgent, total: int, saved: Path | None, counts: dict[str, Any]) -> bool:
-        """All updates that are left, or as many as the time allows; says whether it came to the end."""
-        options = self.options
-        if saved is not None:
-            agent.restore(saved)
-            self.tracker.skip(agent.updates)
-            self.console.print(f"resuming {self.folder.path} after {agent.updates} of {total} updates")
-            self.generations.skip_those(lambda row: _update_of(row) <= agent.updates)
-        agent.set_logger(self.tracker.logger())
-        agent.start()
-        with StepProgress(f"{options.method} on {options.task}", total, self.console) as progress:
-            while agent.updates < total:
-                if self._out_of_time():
-                    self._save(agent.save)
-                    return False
-                agent.update(agent.updates / total)
-                agent.logger.record("rollout/labels", options.warm_labels + agent.updates * options.batch_size)
-                values = agent.logger.name_to_value
-                progress.update(agent.updates, f"reward {values.get('rollout/reward', float('nan')):.2f}")
-                agent.logger.dump(agent.num_timesteps)
-                self._keep_some(agent)
-                if agent.updates % options.save_every == 0 or agent.updates == total:
-                    self._save(agent.save)
         counts |= {"updates": agent.updates, "tokens": agent.num_timesteps, "episodes": agent.episodes}
         self.tracker.image(
             "training", plot_token_training(self.folder.path, self.folder.file("figures", "training.png"))
@@ -423,41 +388,9 @@ class _Run:
             token_budget=options.token_budget,
         )
         demonstrations = [self._demonstration(policy, example) for example in examples]
-        total = passes * -(-len(examples) // trainer.settings.batch_size)
-        saved = latest_checkpoint(self.checkpoints) if tracked else None
-        if saved is not None:
-            trainer.restore(saved)
-            self.tracker.skip(trainer.steps)
-        if tracked:
-            trainer.set_logger(self.tracker.logger())
-        stopped = False
-        with StepProgress(f"sft on {options.task}", total, self.console) as progress:
-
-            def step(trainer: SFT) -> bool:
-                nonlocal stopped
-                progress.update(trainer.steps, f"loss {trainer.loss:.3f}")
-                stopped = self._out_of_time()
-                if tracked and (stopped or trainer.steps % (4 * options.save_every) == 0):
-                    self._save(trainer.save)
-                return not (tracked and stopped)
-
-            trainer.fit(demonstrations, step)
+        done = self.training.supervised(trainer, demonstrations, f"sft on {options.task}", tracked)
         counts["sft_steps"] = trainer.steps
-        return not (tracked and stopped)
-
-    def _out_of_time(self) -> bool:
-        """Whether the time budget of any process is spent."""
-        spent = time.monotonic() - self.begun > 60 * self.options.minutes
-        return bool(self.options.minutes) and any(self.processes.gather(spent))
-
-    def _save(self, write: Callable[[Path], None]) -> None:
-        def all_of_it(folder: Path) -> None:
-            if self.processes.is_main:
-                write_json(folder / CLOCK, {"seconds": time.monotonic() - self.begun + self.before})
-            write(folder)
-
-        replace_checkpoint(self.checkpoints, all_of_it, self.processes.is_main)
-        self.processes.wait()
+        return done
 
     def _demonstration(self, policy: LanguageModelPolicy, example: PromptExample) -> Demonstration:
         tokenizer, answer = policy.tokenizer, str(example.reference)
@@ -468,21 +401,3 @@ class _Run:
         choices = Choices([tokenizer.encode_continuation(f" {word}") for word in example.choices])
         allowed = [choices.allowed(response[:t]) for t in range(len(response))]
         return Demonstration(prompt, response, [tokens for tokens in allowed if tokens is not None])
-
-    def _keep_some(self, agent: OnPolicyAgent) -> None:
-        """Two episodes of each update, for reading."""
-        batch = agent.last_rollout
-        if batch is None:
-            return
-        for i in range(min(2, len(batch))):
-            rows = batch.rows([i])
-            self.generations.write(
-                {
-                    "when": f"update {agent.updates}",
-                    "episode_id": batch.groups[i],
-                    "text": batch.infos[i]["text"],
-                    "finish_reason": batch.infos[i]["finish_reason"],
-                    "reward": round(float(batch.rewards[rows].sum()), 6),
-                    "logprobs": [round(float(v), 4) for v in batch.logprobs[rows]],
-                }
-            )

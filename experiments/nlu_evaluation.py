@@ -6,17 +6,15 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 
 from ..agents.language_model import LanguageModelPolicy
 from ..envs.tasks.nlu_metrics import evaluate
 from ..envs.tasks.prompt_examples import PromptExample
-from ..llm_backends import Sampling, request_seed
 from ..rewards.ground_truth import parse_answer
+from .responses import respond
 
 ENV_ID = "instructgym/GenerateLabel-v0"
-COPIES = 64
 
 
 def answers(
@@ -35,39 +33,20 @@ def answers(
         seed: of sampled answers; an answer depends on it and the example alone.
         env_options: arguments of ``GenerateLabel``, as in training.
     """
-    copies = min(COPIES, len(examples))
-    env: Any = gym.make_vec(
-        ENV_ID, num_envs=copies, examples=list(examples), tokenizer=policy.tokenizer, **env_options
-    ).unwrapped
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))  # like lengths: little padding
-    rows: dict[int, dict[str, Any]] = {}
-    generation = env.generation
-    for start in range(0, len(order), copies):
-        chunk = order[start : start + copies]
-        mask = np.arange(copies) < len(chunk)
-        env.reset(options={"index": np.array([chunk[min(i, len(chunk) - 1)] for i in range(copies)])})
-        prompts, constraints = env.prompts(), env.constraints()
-        samplings = [
-            Sampling(
-                max_tokens=generation.max_tokens,
-                temperature=temperature,
-                stop=generation.stop,
-                seed=request_seed(seed, "evaluate", i),
-            )
-            for i in chunk
-        ]
-        completions = policy.generate(prompts[: len(chunk)], samplings, constraints[: len(chunk)], generation.eos_ids)
-        played = env.play([c[0].token_ids for c in completions] + [[]] * (copies - len(chunk)), mask)
-        for i, info in zip(chunk, played.infos, strict=False):
-            rows[i] = {
-                "episode_id": info["episode_id"],
-                "text": info["text"],
-                "finish_reason": info["finish_reason"],
-                "prediction": parse_answer(info["text"], info["finish_reason"], examples[i].choices),
-                "reference": examples[i].reference,
+    rows = []
+    for example, response in zip(
+        examples, respond(policy, ENV_ID, examples, temperature, seed, **env_options), strict=True
+    ):
+        rows.append(
+            {
+                "episode_id": example.id,
+                "text": response.text,
+                "finish_reason": response.finish_reason,
+                "prediction": parse_answer(response.text, response.finish_reason, example.choices),
+                "reference": example.reference,
             }
-    env.close()
-    return [rows[i] for i in range(len(examples))]
+        )
+    return rows
 
 
 def scores(examples: Sequence[PromptExample], predictions: Sequence[str | None]) -> dict[str, dict[str, float]]:

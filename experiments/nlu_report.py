@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from rich.table import Table
 
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import read_records
-from .evolve import check_output
 from .metrics import interval
+from .nlu import NLU
+from .options import check_output
 from .plots import plot_nlu
 from .run_folder import read_json
 
@@ -102,7 +103,8 @@ def _read(folder: Path) -> Run | None:
         for row in rows
         if "rollout/labels" in row
     ]
-    return Run(config["options"], results["metrics"], results["counts"], curve)
+    options = asdict(NLU()) | config["options"]  # an option that an older run did not know had its default's effect
+    return Run(options, results["metrics"], results["counts"], curve)
 
 
 def _named(runs: Sequence[Run]) -> dict[str, list[Run]]:

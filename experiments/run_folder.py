@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from rich.console import Console
 
+from ..agents.callbacks import StepProgress
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import append_lines, read_records
 
@@ -162,6 +163,38 @@ class RowWriter:
                 "machine has changed since; choose another folder or output"
             )
         return False
+
+
+def chunked_rows(
+    path: Path,
+    total: int,
+    size: int,
+    make: Callable[[int], Sequence[Mapping[str, Any]]],
+    label: str,
+    console: Console,
+) -> list[dict[str, Any]]:
+    """A file of ``total`` rows that are made in chunks; whole chunks that stand there are read, not made again.
+
+    Args:
+        path: a JSONL file, to which each chunk is appended at once.
+        total: rows in all.
+        size: rows of a chunk.
+        make: the rows of the chunk that begins at the given row.
+        label: for the progress bar.
+        console: where to show it.
+    """
+    rows = read_records(path, repair=True)
+    if len(rows) < total and len(rows) % size:  # the end of a chunk was cut off
+        rows = rows[: len(rows) // size * size]
+        path.unlink()
+        append_lines(path, rows)
+    with StepProgress(label, total, console) as progress:
+        for start in range(len(rows), total, size):
+            made = [dict(row) for row in make(start)]
+            append_lines(path, made)
+            rows += made
+            progress.update(len(rows))
+    return rows
 
 
 def _without_budget(option: Any) -> Any:

@@ -17,7 +17,7 @@ from ..llm_backends.errors import InputError
 from ..llm_backends.serve_findings import Findings
 from ..llm_backends.serve_probe import ServerProbe
 from ..llm_backends.serve_speed import Speed, measure
-from .evolve import check_output
+from .options import check_output
 from .run_folder import write_json
 from .serve_settings import TITLES, Settings, suggest
 

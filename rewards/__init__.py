@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Any
 from ..llm_backends.parts import register_kind, register_part
 from .base import FunctionReward, NonFiniteRewardError, Reward, Sample, Score, score_with_retries
 from .compose import WeightedSum
-from .diversity import DiversityReward, RougePool, rouge_l
+from .diversity import DiversityReward
 from .edits import EditedPair, EditLabels, Pairs, edit_labels, edit_statistics, read_pairs, write_pairs
 from .elimination import EliminationReward, JudgedElimination, eliminated_by
 from .ground_truth import GroundTruth, LabelMatch, RegressionReward, SpanReward, parse_label, parse_number
 from .judge import EqualityJudge
 from .pairwise import Comparison, Pair, PairwiseJudge, ScoredComparison, compare
 from .ranking import Ranking, RankingJudge, RankingQuestion, rank
+from .rouge_gate import RougeGate, RougePool, rouge_l
 from .rubric import Grades, Rubric, RubricJudge, grade
 from .sentiment import ReviewClassifier, VaderSentiment
 
@@ -44,6 +45,7 @@ __all__ = [
     "ReviewClassifier",
     "Reward",
     "RewardModel",
+    "RougeGate",
     "RougePool",
     "Rubric",
     "RubricJudge",

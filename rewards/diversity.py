@@ -2,88 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, Literal
 
 import numpy as np
 
 from ..llm_backends import resolve
 from .base import Reward, Sample, Score
-
-
-@cache
-def _rouge_scorer() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rougeL"], use_stemmer=False)
-
-
-@cache
-def _rouge_tokenizer() -> Any:
-    from rouge_score.tokenizers import DefaultTokenizer
-
-    return DefaultTokenizer(use_stemmer=False)
-
-
-def rouge_l(text: str, other: str) -> float:
-    """ROUGE-L F-measure of two texts (rouge-score, no stemming), in [0, 1]."""
-    return float(_rouge_scorer().score(other, text)["rougeL"].fmeasure)
-
-
-class RougePool:
-    """A pool of texts that answers: how similar is the nearest one by ROUGE-L? Exact; most pairs are never compared.
-
-    The longest common subsequence is at most the overlap of the two bags of words, so 2 x overlap / (m + n) bounds the
-    F-measure and pairs below the best one found are skipped.
-
-    Args:
-        texts: the texts to start with.
-    """
-
-    def __init__(self, texts: Sequence[str] = ()) -> None:
-        self._texts: list[str] = []
-        self._bags: list[Counter[str]] = []
-        self._sizes: list[int] = []
-        for text in texts:
-            self.add(text)
-
-    def __len__(self) -> int:
-        return len(self._texts)
-
-    def add(self, text: str) -> None:
-        """Adds a text."""
-        bag = Counter(_rouge_tokenizer().tokenize(text))
-        self._texts.append(text)
-        self._bags.append(bag)
-        self._sizes.append(bag.total())
-
-    def discard_oldest(self) -> None:
-        """Removes the text that was added first."""
-        for column in (self._texts, self._bags, self._sizes):
-            column.pop(0)
-
-    def nearest(self, text: str, floor: float = 0.0) -> float:
-        """Largest ROUGE-L F-measure between the text and any in the pool.
-
-        Args:
-            text: the text.
-            floor: similarities up to this do not interest; the answer is then ``floor``.
-        """
-        bag = Counter(_rouge_tokenizer().tokenize(text))
-        size = bag.total()
-        best = floor
-        bounds = [
-            (2 * (bag & other).total() / (size + length) if size + length else 0.0, index)
-            for index, (other, length) in enumerate(zip(self._bags, self._sizes, strict=True))
-            if min(size, length) * 2 > best * (size + length)
-        ]
-        for bound, index in sorted(bounds, reverse=True):
-            if bound <= best:
-                break
-            best = max(best, rouge_l(text, self._texts[index]))
-        return best
+from .rouge_gate import RougePool, rouge_l
 
 
 class DiversityReward(Reward):

@@ -19,6 +19,7 @@ import numpy as np
 
 from ..llm_backends import Tokenizer
 from ..llm_backends.errors import InputError
+from ..llm_backends.records import read_user_rows
 
 UNCHANGED, DELETED, ADDED, SUBSTITUTED = "U", "D", "A", "S"
 
@@ -205,21 +206,13 @@ def read_pairs(path: str | Path) -> Pairs:
         InputError: for a file that cannot be read, is not UTF-8 or leaves no pair; for a line that is no JSON object,
             or whose field is missing, of a wrong type or holds half a character, naming the line and the field.
     """
-    path = Path(path)
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"cannot read the pairs {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"the pairs {path} are not UTF-8: {error.reason} at byte {error.start}") from error
     pairs: list[EditedPair] = []
     dropped: Counter[str] = Counter()
-    for number, line in enumerate(text.split("\n"), start=1):  # a JSON string may hold other line ends, e.g. U+2028
-        if line.strip():
-            pair = _pair(f"{path} line {number}", line)
-            reason = _flaw(pair)
-            dropped.update([reason] if reason else [])
-            pairs.extend([] if reason else [pair])
+    for where, row in read_user_rows(path, "the pairs"):
+        pair = _pair(where, row)
+        reason = _flaw(pair)
+        dropped.update([reason] if reason else [])
+        pairs.extend([] if reason else [pair])
     if not pairs:
         left_out = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "it is empty"
         raise InputError(f"{path} holds no pair to learn from ({left_out}): add rows whose edit changes the original")
@@ -276,13 +269,7 @@ def edit_statistics(pairs: Sequence[EditedPair], tokenizer: Tokenizer) -> dict[s
     }
 
 
-def _pair(where: str, line: str) -> EditedPair:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is broken JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise InputError(f"{where} is a {type(row).__name__}: make it an object with {', '.join(COLUMNS)}")
+def _pair(where: str, row: Mapping[str, Any]) -> EditedPair:
     texts = {}
     for name, columns in COLUMNS.items():
         column = next((column for column in columns if column in row), None)

@@ -22,7 +22,9 @@ class _LearnedReward(Reward):
     Step by step or all at once, rewards are the same in float32; a model in bfloat16 rounds differently by batch.
     """
 
-    def __init__(self, model: str | RewardModel, scale: float, center: bool | None, dtype: str, device: str) -> None:
+    def __init__(
+        self, model: str | RewardModel, scale: float, center: bool | float | None, dtype: str, device: str
+    ) -> None:
         if not np.isfinite(scale):
             raise InputError(f"scale must be finite, got {scale}")
         self.folder = "" if isinstance(model, RewardModel) else str(model)
@@ -31,7 +33,7 @@ class _LearnedReward(Reward):
         self._saved = read_settings(self.folder) if self._model is None else {}
         self._lock = threading.Lock()
         self.center = center
-        if center and self._settings["mean"] is None:
+        if center is True and self._settings["mean"] is None:
             raise InputError(f"center=True needs a trained reward model, {self._name} has no mean score")
 
     @property
@@ -43,6 +45,8 @@ class _LearnedReward(Reward):
     def offset(self) -> float:
         """Subtracted from every reward."""
         settings = self._settings
+        if self.center is not None and not isinstance(self.center, bool):
+            return float(self.center)
         free = settings["free_level"] and settings["mean"] is not None
         return float(settings["mean"]) if (free if self.center is None else self.center) else 0.0
 
@@ -101,7 +105,8 @@ class TokenReward(_LearnedReward):
         model: a live reward model, or the folder it was saved in.
         form: ``causal`` or ``whole``.
         scale: factor of the rewards.
-        center: whether to subtract that mean; None: where the model's loss leaves the constant open.
+        center: whether to subtract that mean, or what to subtract; None: the mean, where the model's loss leaves the
+            constant open.
         dtype: of a model from a folder, as of :class:`RewardModel`.
         device: likewise.
 
@@ -117,7 +122,7 @@ class TokenReward(_LearnedReward):
         model: str | RewardModel,
         form: Literal["causal", "whole"] = "causal",
         scale: float = 1.0,
-        center: bool | None = None,
+        center: bool | float | None = None,
         dtype: str = "auto",
         device: str = "auto",
     ) -> None:
@@ -159,7 +164,7 @@ class SequenceReward(_LearnedReward):
         self,
         model: str | RewardModel,
         scale: float = 1.0,
-        center: bool | None = None,
+        center: bool | float | None = None,
         dtype: str = "auto",
         device: str = "auto",
     ) -> None:

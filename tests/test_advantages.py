@@ -35,6 +35,11 @@ def test_gae_by_hand_on_ragged_episodes():
     assert advantages.dtype == returns.dtype == np.float32
 
 
+def test_gae_on_dense_rewards_by_hand():
+    advantages, _ = discounted_gae(f32(0, 0.5, -0.3, 1), f32(0.2, 0.1, 0.4, 0.3), [4], gamma=1.0, lam=0.95)
+    np.testing.assert_allclose(advantages, [0.899162, 1.05175, 0.265, 0.7], atol=1e-5)
+
+
 def test_gae_bootstraps_truncated_episodes():
     advantages, _ = discounted_gae(f32(0, 1, 2), f32(0.5, 1.0, -1.0), [2, 1], 0.9, 0.5, bootstrap=f32(10, 20))
     # delta_1 = 1 + 9 - 1 = 9, A_0 = 0.4 + 0.45 * 9 = 4.45; episode 2: 2 + 18 + 1 = 21.

@@ -176,16 +176,16 @@ def test_rows_become_pairs(tmp_path):
     [
         (
             {"prompt": "p", "original": "a"},
-            "line 2 needs the text field 'edited' or 'revised_output'; it has 'prompt',",
+            "row 2 needs the text field 'edited' or 'revised_output'; it has 'prompt',",
         ),
-        ({"original": "a", "edited": "b"}, "line 2 needs the text field 'prompt'"),
-        (ROW | {"edited": 3}, "line 2: the field 'edited' is a int: make it a text"),
+        ({"original": "a", "edited": "b"}, "row 2 needs the text field 'prompt'"),
+        (ROW | {"edited": 3}, "row 2: the field 'edited' is a int: make it a text"),
         ({"prompt": "p", "original_output": None, "edited": "b"}, "the field 'original_output' is a NoneType"),
         (ROW | {"finished": 1}, "the field 'finished' is a int: make it true or false"),
         (ROW | {"metadata": []}, "the field 'metadata' is a list: make it an object"),
-        (ROW | {"edited": "\ud800"}, "line 2: the field 'edited' holds half a character"),
-        ("[1]", "line 2 is a list: make it an object"),
-        ('{"prompt": ', "line 2 is broken JSON"),
+        (ROW | {"edited": "\ud800"}, "row 2: the field 'edited' holds half a character"),
+        ("[1]", "row 2 is a list: make it a JSON object"),
+        ('{"prompt": ', "row 2 is broken JSON"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, row, message):
@@ -198,7 +198,7 @@ def test_a_bad_file_is_named(tmp_path):
     with pytest.raises(InputError, match=r"cannot read the pairs .*none\.jsonl: No such file"):
         read_pairs(tmp_path / "none.jsonl")
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}')
-    with pytest.raises(InputError, match=r"latin\.jsonl are not UTF-8.*byte 12"):
+    with pytest.raises(InputError, match=r"latin\.jsonl is not UTF-8.*byte 12"):
         read_pairs(tmp_path / "latin.jsonl")
     with pytest.raises(InputError, match=r"holds no pair to learn from \(1 unchanged\)"):
         read_pairs(write(tmp_path / "same.jsonl", ROW | {"edited": "a b"}))

@@ -10,7 +10,7 @@ from rich.console import Console
 from instructgym.experiments import evolve_compare, evolve_generate, evolve_train
 from instructgym.experiments.benchmarks import edit_env
 from instructgym.experiments.cli import guarded, main
-from instructgym.experiments.evolve import parse_part, parse_reward
+from instructgym.experiments.options import parse_part, parse_reward
 from instructgym.llm_backends import Journal
 from instructgym.llm_backends.budget import BudgetExceededError
 from instructgym.llm_backends.errors import InputError

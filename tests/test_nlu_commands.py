@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from instructgym.experiments import nlu, nlu_report
+from instructgym.experiments import nlu, nlu_report, token_training
 from instructgym.experiments.cli import main
 from instructgym.experiments.nlu import NLU
 from instructgym.llm_backends.errors import InputError
@@ -90,7 +90,7 @@ def test_a_run_stopped_by_time_goes_on_where_it_stood(
     arguments = options(data, tmp_path / "parts", tiny_model_path, **chosen)
     clock = iter(range(0, 10_000_000, 61))  # every look at the clock is a minute later
     with monkeypatch.context() as patched:
-        patched.setattr(nlu.time, "monotonic", lambda: float(next(clock)))
+        patched.setattr(token_training.time, "monotonic", lambda: float(next(clock)))
         arguments.minutes = minutes
         assert nlu.run(arguments, QUIET)["status"] == "stopped"
     arguments.minutes = 0.0
@@ -153,7 +153,7 @@ def finished(folder, **options):
 def test_a_report_takes_only_seeds_for_seeds(tmp_path):
     runs = tmp_path / "runs"
     finished(runs / "a")
-    finished(runs / "b", seed=1)
+    finished(runs / "b", seed=1, rollouts="process")  # an option that the older run did not have
     finished(runs / "c", labels=2000)
     finished(runs / "d", method="zero-shot", labels=64)
     finished(runs / "e", method="zero-shot", labels=2000, seed=1)

@@ -215,7 +215,8 @@ def edit_responses(
 
     A rejected proposal is asked for again under another seed. Requests whose last proposal is rejected are dropped:
     ``empty response`` (nothing to edit, nobody is asked), ``no edit`` (the editor has none), ``failed`` (its request
-    failed), ``empty``, ``copy``, ``too long``, ``rewrite`` (:class:`EditBounds`), ``no better``, ``no verdict``.
+    failed), ``broken text`` (half a character), ``empty``, ``copy``, ``too long``, ``rewrite`` (:class:`EditBounds`),
+    ``no better``, ``no verdict``.
 
     Args:
         editor: an :class:`Editor`, its id, or a function of a request.
@@ -248,7 +249,9 @@ def edit_responses(
         proposals: dict[int, str] = {}
         for i, text in zip(open_, editor.propose(asked, attempt), strict=True):
             if isinstance(text, str):
-                reason = bounds.reason(requests[i].response, text)
+                # A server's JSON can hold half a character, which tokenizers and files cannot.
+                broken = any("\ud800" <= letter <= "\udfff" for letter in text)
+                reason = "broken text" if broken else bounds.reason(requests[i].response, text)
                 if reason is None:
                     proposals[i] = text
                 else:

@@ -33,6 +33,11 @@ class Instruction:
             object.__setattr__(self, "id", hashlib.sha1(f"{self.text}\n{self.input}".encode()).hexdigest()[:12])
 
 
+def packaged_seeds() -> Path:
+    """The file of the package's own seeds."""
+    return Path(str(files(__package__).joinpath("seeds", "instructions.jsonl")))
+
+
 def load_instructions(
     seeds: str | Path | Sequence[str | Instruction] | None = None, split: str | None = None
 ) -> list[Instruction]:
@@ -49,7 +54,7 @@ def load_instructions(
         ValueError: for an unknown split, or one that is empty.
     """
     if seeds is None:
-        instructions = read_instructions(Path(str(files(__package__).joinpath("seeds", "instructions.jsonl"))))
+        instructions = read_instructions(packaged_seeds())
     elif isinstance(seeds, str | Path):
         instructions = read_instructions(Path(seeds))
     else:
@@ -68,6 +73,15 @@ def load_instructions(
 
 def read_instructions(path: Path) -> list[Instruction]:
     """Reads a seed file; see :func:`load_instructions`."""
+    return [seed_instruction(path, where, row) for where, row in read_seed_rows(path)]
+
+
+def read_seed_rows(path: Path) -> list[tuple[str, Any]]:
+    """The rows of a seed file as they stand there, each with its place; a line of plain text is one ``instruction``.
+
+    Raises:
+        SeedFileError: see :func:`load_instructions`; what the rows hold is not looked at.
+    """
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -79,12 +93,12 @@ def read_instructions(path: Path) -> list[Instruction]:
     first = text.lstrip()[0]
     if path.suffix in (".json", ".jsonl") or (path.suffix != ".txt" and first in "[{"):
         rows = _json_rows(path, text)
-        instructions = [_instruction(path, where, row) for where, row in rows]
     else:
-        instructions = [Instruction(line.strip()) for line in text.split("\n") if line.strip()]
-    if not instructions:
+        lines = enumerate(text.split("\n"), start=1)
+        rows = [(f"line {number}", {"instruction": line}) for number, line in lines if line.strip()]
+    if not rows:
         raise SeedFileError(f"seed file {path} holds no instruction")
-    return instructions
+    return rows
 
 
 def _json_rows(path: Path, text: str) -> list[tuple[str, Any]]:
@@ -105,7 +119,12 @@ def _json_rows(path: Path, text: str) -> list[tuple[str, Any]]:
     return numbered
 
 
-def _instruction(path: Path, where: str, row: Any) -> Instruction:
+def seed_instruction(path: Path, where: str, row: Any) -> Instruction:
+    """The instruction of one row of a seed file.
+
+    Raises:
+        SeedFileError: naming file and place, for a row without a usable text field ``instruction``.
+    """
     if not isinstance(row, dict) or not isinstance(row.get("instruction"), str):
         has = f"it has {', '.join(map(repr, row))}" if isinstance(row, dict) else f"it is a {type(row).__name__}"
         raise SeedFileError(f"seed file {path} {where} needs a text field 'instruction'; {has}")

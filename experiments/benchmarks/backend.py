@@ -18,7 +18,7 @@ from ...llm_backends import BackendError, Sampling
 from ...llm_backends.cache import Cached, ReplyStore
 from ...llm_backends.errors import InputError
 from ...llm_backends.openai_backend import NO_KEY, OpenAIBackend
-from ..evolve import check_output
+from ..options import check_output
 from ..run_folder import write_json
 
 

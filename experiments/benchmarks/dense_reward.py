@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,7 +29,7 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.tokenization import WordTokenizer
 from ...rewards import Reward, Sample, Score
 from ...rewards.edits import EditedPair
-from ..evolve import check_output
+from ..options import check_output
 from ..run_folder import write_json
 from .tiny import tiny_llama
 
@@ -71,34 +71,23 @@ class BenchDenseReward:
     """File for the figures, as JSON."""
 
 
-class Placed(Reward):
-    """A token-level reward model's rewards, shifted and scaled, paid token by token or, summed up, at the last token.
+class PaidAtTheEnd(Reward):
+    """The sum of a causal reward, paid at the last token: the same return, without the place.
 
     Args:
-        model: the reward model.
-        placement: ``dense`` or ``terminal``.
-        offset: subtracted from every token's reward.
-        scale: then multiplies it.
+        reward: the causal one.
     """
 
-    name = "placed"
+    name = "paid-at-the-end"
 
-    def __init__(self, model: RewardModel, placement: Placement, offset: float, scale: float) -> None:
-        from ...rewards.token_reward import TokenReward
-
-        self._rewards, self._offset, self._scale = TokenReward(model, center=False), offset, scale
-        self.timing = "causal" if placement == "dense" else "terminal"  # type: ignore[misc]
+    def __init__(self, reward: Reward) -> None:
+        self._reward = reward
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        self._rewards.check_tokenizer(tokenizer)
+        self._reward.check_tokenizer(tokenizer)
 
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
-        scores = []
-        for score in self._rewards.reward(samples):
-            assert score.per_token is not None
-            split = ((score.per_token - self._offset) * self._scale).astype(np.float32)
-            scores.append(Score(float(split.sum()), split if self.timing == "causal" else None, score.terms))
-        return scores
+        return [replace(score, per_token=None) for score in self._reward.reward(samples)]
 
 
 def edited_pairs(count: int, seed: int) -> list[EditedPair]:
@@ -142,8 +131,11 @@ def reward_of(model: RewardModel, measures: dict[str, float], placement: Placeme
     A swap is worth 1 / LENGTH on average, as in the true return, and a word half-way between removed and written ones
     is worth nothing: so an untrained policy, half of whose words are bad, gains nothing from stopping early or late.
     """
+    from ...rewards.token_reward import TokenReward
+
     removed, written = measures["removed_reward"], measures["written_reward"]
-    return Placed(model, placement, (removed + written) / 2, 1.0 / (LENGTH * (written - removed)))
+    dense = TokenReward(model, scale=1.0 / (LENGTH * (written - removed)), center=(removed + written) / 2)
+    return dense if placement == "dense" else PaidAtTheEnd(dense)
 
 
 def tokens_needed(seed: int, reward: Reward, learning_rate: float, lam: float) -> int:

@@ -15,7 +15,8 @@ from rich.table import Table
 
 from ...llm_backends import resolve
 from ...llm_backends.errors import InputError
-from ..evolve import ENV_ID, check_output, input_errors, load_seeds, parse_part, parse_reward
+from ..evolve import ENV_ID, load_seeds
+from ..options import check_output, input_errors, parse_part, parse_reward
 from ..run_folder import write_json
 
 

@@ -22,7 +22,7 @@ from ...llm_backends.causal_lm import computes_in_bfloat16
 from ...llm_backends.errors import InputError
 from ...llm_backends.vllm_launch import vllm_server
 from ...llm_backends.vllm_server import TokenSampling, VLLMServerBackend
-from ..evolve import check_output
+from ..options import check_counts, check_output
 from ..run_folder import write_json
 from .tiny import make_prompts, model_folder
 
@@ -64,9 +64,7 @@ def run(options: BenchRollouts, console: Console | None = None) -> dict[str, Any
         InputError: for options out of range, or a server that cannot be used or started.
     """
     console = console or Console()
-    for name in ("batch", "prompt_tokens", "response_tokens", "lora_rank", "rounds"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    check_counts(options, "batch", "prompt_tokens", "response_tokens", "lora_rank", "rounds")
     if options.json:
         check_output(Path(options.json))
     if not options.server and not Path(options.python).exists():

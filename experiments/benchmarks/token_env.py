@@ -21,9 +21,8 @@ from ...envs.tasks.prompt_examples import PromptExample
 from ...envs.token_vector_env import TokenVectorEnv
 from ...llm_backends import Sampling, request_seed
 from ...llm_backends.causal_lm import CausalLM, quiet_loading, selective_log_softmax
-from ...llm_backends.errors import InputError
 from ...llm_backends.sampling import generate
-from ..evolve import check_output
+from ..options import check_counts, check_output
 from ..run_folder import write_json
 from .tiny import EndlessTokenizer, endless_model, make_prompts, model_folder, share_of_e
 
@@ -61,9 +60,7 @@ def run(options: BenchTokenEnv, console: Console | None = None) -> dict[str, Any
         InputError: for options out of range, or a model that cannot be used.
     """
     console = console or Console()
-    for name in ("batch", "prompt_tokens", "response_tokens", "rounds", "threads", "step_tokens", "episodes"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    check_counts(options, "batch", "prompt_tokens", "response_tokens", "rounds", "threads", "step_tokens", "episodes")
     if options.json:
         check_output(Path(options.json))
     threads = torch.get_num_threads()

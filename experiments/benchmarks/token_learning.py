@@ -23,7 +23,7 @@ from rich.table import Table
 from ...envs.tasks.prompt_examples import PromptExample
 from ...llm_backends.errors import InputError
 from ...rewards import Reward, Sample, Score
-from ..evolve import check_output
+from ..options import check_output
 from ..run_folder import write_json
 from .tiny import tiny_llama
 

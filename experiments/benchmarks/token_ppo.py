@@ -20,7 +20,7 @@ from rich.table import Table
 from ...llm_backends import Tokenizer
 from ...llm_backends.causal_lm import computes_in_bfloat16
 from ...llm_backends.errors import InputError
-from ..evolve import check_output
+from ..options import check_counts, check_output
 from ..run_folder import write_json
 from .tiny import lora_targets, make_prompts, model_folder
 from .trl_environment import SHARED, clean_environment, installed, trl_python
@@ -116,18 +116,9 @@ def run(options: BenchTokenPPO, console: Console | None = None) -> dict[str, Any
 
 
 def _check(options: BenchTokenPPO) -> None:
-    for name in (
-        "rounds",
-        "threads",
-        "updates",
-        "batch",
-        "prompt_tokens",
-        "response_tokens",
-        "epochs",
-        "lora_rank",
-    ):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    check_counts(
+        options, "rounds", "threads", "updates", "batch", "prompt_tokens", "response_tokens", "epochs", "lora_rank"
+    )
     if options.against == "trl" and options.batch > 8 and options.batch % 8:
         raise InputError(f"--batch must be a multiple of 8 against TRL, got {options.batch}")
     if options.json:
