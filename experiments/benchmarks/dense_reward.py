@@ -1,11 +1,10 @@
 """``instructgym bench dense-reward``: tokens until good responses, paid token by token and paid at the end.
 
 The vocabulary has 32 words, of which half are bad, and a response has at most 32 tokens. An editor swaps the bad words
-of random responses for good ones, a token-level reward model learns from these minimal edits alone
-(``mean_bt``; Xu et al. 2024, arXiv 2406.02756), and two policies learn from that model with the same PPO: *dense* is
-paid the model's reward of every token when it is written, *terminal* the sum of the same rewards at the last token. Both
-pay a KL penalty per token. Returns differ in nothing but the place; what is reported is the true share of good tokens,
-which neither sees.
+of responses for good ones, a token-level reward model learns from these minimal edits alone (``mean_bt``; Xu et al.
+2024, arXiv 2406.02756), and two policies learn from that model with the same PPO: *dense* is paid the model's reward of
+every token when it is written, *terminal* the sum of the same rewards at the last token. Both pay a KL penalty per
+token. What is reported is the true share of good tokens, which neither sees.
 
 Learning rate and GAE's lambda of each were chosen from :data:`LEARNING_RATES` and :data:`LAMBDAS` by the median over
 three other seeds (100 to 102).
@@ -53,7 +52,7 @@ Placement = Literal["dense", "terminal"]
 
 @dataclass
 class BenchDenseReward:
-    """Tokens until the true mean return of the last 64 episodes is 0.9: a reward model's pay per token or at the end."""
+    """Tokens until 90% of what a policy writes is good: a reward model pays each token, or their sum at the end."""
 
     seeds: int = 5
     """Seeds of each."""
@@ -91,7 +90,7 @@ class PaidAtTheEnd(Reward):
 
 
 def edited_pairs(count: int, seed: int) -> list[EditedPair]:
-    """Random responses of 8 to 31 words, a fifth of them bad, and the same with a good word in place of each bad one."""
+    """Random responses of 8 to 31 words, a fifth of them bad, and the same with a good word for each bad one."""
     rng = np.random.default_rng(seed)
     good, bad = [i for i in range(len(WORDS)) if i not in BAD], sorted(BAD)
     pairs = []
