@@ -7,6 +7,7 @@ from .factory import UnknownAlgorithmError, algorithm_names, make_agent
 from .policy_io import load_policy, normalize_observations, save_policy
 
 if TYPE_CHECKING:
+    from .figa import FIGA
     from .grpo import GRPO, RLOO
     from .language_model import LanguageModelPolicy, LoraSettings
     from .ppo import TokenPPO
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from .sft import SFT, Demonstration
 
 _LAZY = {
+    "FIGA": "figa",
     "GRPO": "grpo",
     "RLOO": "grpo",
     "SFT": "sft",
@@ -29,6 +31,7 @@ _LAZY = {
 """Imported when asked for: they need transformers and peft, which the agents of edit environments do not."""
 
 __all__ = [
+    "FIGA",
     "GRPO",
     "RLOO",
     "SFT",

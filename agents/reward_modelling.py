@@ -97,6 +97,23 @@ def tokenize_pairs(
     return kept, dict(dropped)
 
 
+def pair_micro_batches(pairs: Sequence[TokenizedPair], examples: np.ndarray, budget: int) -> Iterator[np.ndarray]:
+    """Splits pairs, both sides of which are read together, into micro-batches of like lengths.
+
+    Args:
+        pairs: all of them.
+        examples: int64, the numbers of those to split.
+        budget: tokens of a micro-batch, padding included.
+
+    Yields:
+        Parts of ``examples``.
+    """
+    sizes = [len(pairs[i].prompt) + max(len(pairs[i].original), len(pairs[i].edited)) for i in examples]
+    order = np.argsort(sizes, kind="stable")
+    for chunk in token_budget_chunks([2 * sizes[k] for k in order], budget):
+        yield examples[order[chunk]]
+
+
 @dataclass(frozen=True)
 class RewardSettings(SupervisedSettings):
     """Settings of the training of a reward model."""
@@ -170,7 +187,7 @@ class RewardTrainer(SupervisedTrainer):
 
     def _step(self, pairs: Sequence[TokenizedPair], examples: np.ndarray) -> None:
         sums = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
-        for members in self._micro_batches(pairs, self._mine(examples)):
+        for members in pair_micro_batches(pairs, self._mine(examples), self.settings.token_budget):
             edited, original = _sides(self.model, [pairs[i] for i in members])
             losses = self._loss.function(edited, original)
             if self.settings.unchanged_penalty:
@@ -183,13 +200,6 @@ class RewardTrainer(SupervisedTrainer):
                 sums["accuracy"] += float((margins > 0).sum()) / len(examples)
                 sums["margin"] += float(margins.sum()) / len(examples)
         self._update(len(pairs), sums)
-
-    def _micro_batches(self, pairs: Sequence[TokenizedPair], examples: np.ndarray) -> Iterator[np.ndarray]:
-        """Splits pairs, both sides of which are read together, by the token budget."""
-        sizes = [len(pairs[i].prompt) + max(len(pairs[i].original), len(pairs[i].edited)) for i in examples]
-        order = np.argsort(sizes, kind="stable")
-        for chunk in token_budget_chunks([2 * sizes[k] for k in order], self.settings.token_budget):
-            yield examples[order[chunk]]
 
     def _load(self, folder: Path) -> None:
         self.model.restore(folder)

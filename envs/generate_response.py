@@ -69,7 +69,7 @@ def generate_response(**kwargs: Any) -> TokenEnv:
         examples: ready-made ones in place of the above.
         reward: scores responses, with any timing; the sentiment of the text by default.
         max_tokens: of a response.
-        stop: texts that end a response, of which they are no part, e.g. ``("\\n",)``.
+        stop: texts that end a response, of which they are no part; a line end, for instance.
         context_length: tokens of prompt and response at most.
         group_size: vector form: that many consecutive copies answer the same prompt.
         on_invalid: ``retry`` or ``raise``.

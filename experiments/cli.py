@@ -30,8 +30,9 @@ from . import (
     refine_af_bootstrap,
     serve_check,
 )
-from .benchmarks import backend, edit_env, rollouts, token_env, token_learning, token_ppo
+from .benchmarks import backend, dense_reward, edit_env, rollouts, token_env, token_learning, token_ppo
 from .benchmarks.backend import BenchBackend
+from .benchmarks.dense_reward import BenchDenseReward
 from .benchmarks.edit_env import BenchEditEnv
 from .benchmarks.rollouts import BenchRollouts
 from .benchmarks.token_env import BenchTokenEnv
@@ -168,7 +169,14 @@ class BenchList:
 
 if TYPE_CHECKING:
     BenchCommand = (
-        BenchEditEnv | BenchTokenEnv | BenchTokenPPO | BenchTokenLearning | BenchRollouts | BenchBackend | BenchList
+        BenchEditEnv
+        | BenchTokenEnv
+        | BenchTokenPPO
+        | BenchTokenLearning
+        | BenchDenseReward
+        | BenchRollouts
+        | BenchBackend
+        | BenchList
     )
 else:
     BenchCommand = (
@@ -176,6 +184,7 @@ else:
         | Annotated[BenchTokenEnv, tyro.conf.subcommand("token-env")]
         | Annotated[BenchTokenPPO, tyro.conf.subcommand("token-ppo")]
         | Annotated[BenchTokenLearning, tyro.conf.subcommand("token-learning")]
+        | Annotated[BenchDenseReward, tyro.conf.subcommand("dense-reward")]
         | Annotated[BenchRollouts, tyro.conf.subcommand("rollouts")]
         | Annotated[BenchBackend, tyro.conf.subcommand("backend")]
         | Annotated[BenchList, tyro.conf.subcommand("list")]
@@ -187,6 +196,7 @@ BENCHMARKS = {
     "token-env": BenchTokenEnv,
     "token-ppo": BenchTokenPPO,
     "token-learning": BenchTokenLearning,
+    "dense-reward": BenchDenseReward,
     "rollouts": BenchRollouts,
     "backend": BenchBackend,
 }
@@ -275,6 +285,7 @@ RUNS: dict[type, Callable[[Any, Console], Any]] = {
     BenchTokenEnv: token_env.run,
     BenchTokenPPO: token_ppo.run,
     BenchTokenLearning: token_learning.run,
+    BenchDenseReward: dense_reward.run,
     BenchRollouts: rollouts.run,
     BenchBackend: backend.run,
     BenchList: lambda options, console: list_benchmarks(console),

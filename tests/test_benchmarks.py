@@ -4,11 +4,12 @@ import json
 import math
 import os
 
+import numpy as np
 import pytest
 from fault_server import serving
 from rich.console import Console
 
-from instructgym.experiments.benchmarks import backend, rollouts, token_env, token_learning, token_ppo
+from instructgym.experiments.benchmarks import backend, dense_reward, rollouts, token_env, token_learning, token_ppo
 from instructgym.experiments.benchmarks.backend import BenchBackend
 from instructgym.experiments.benchmarks.rollouts import BenchRollouts
 from instructgym.experiments.benchmarks.tiny import build_tiny, make_prompts
@@ -17,6 +18,7 @@ from instructgym.experiments.benchmarks.token_ppo import BenchTokenPPO
 from instructgym.experiments.benchmarks.trl_environment import TRL_VERSION, installed, trl_folder
 from instructgym.llm_backends import BackendError
 from instructgym.llm_backends.errors import InputError
+from instructgym.rewards import Reward, Sample, Score
 
 SMALL = {"rounds": 1, "updates": 1, "batch": 4, "prompt_tokens": 12, "response_tokens": 5, "epochs": 1, "lora_rank": 2}
 
@@ -130,6 +132,58 @@ def test_both_learn_the_counting_task_and_ours_from_fewer_tokens(tmp_path):
     figures = token_learning.run(token_learning.BenchTokenLearning(seeds=5, json=str(file)), quiet())
     assert json.loads(file.read_text()) == figures
     assert figures["ours"]["median"] < figures["theirs"]["median"] < token_learning.CAP
+
+
+def test_edits_of_the_dense_reward_task_swap_bad_words_for_good_ones():
+    good = {word for i, word in enumerate(dense_reward.WORDS) if i not in dense_reward.BAD}
+    pairs = dense_reward.edited_pairs(200, 3)
+    assert pairs == dense_reward.edited_pairs(200, 3) != dense_reward.edited_pairs(200, 4)
+    swapped = kept = 0
+    for pair in pairs:
+        before, after = pair.original.split(), pair.edited.split()
+        assert len(before) == len(after) < dense_reward.LENGTH and set(after) <= good
+        assert all(new == old or old not in good for old, new in zip(before, after, strict=True))
+        swapped += sum(old not in good for old in before)
+        kept += sum(old in good for old in before)
+    assert swapped / (swapped + kept) == pytest.approx(0.2, abs=0.02)
+
+
+def test_the_true_return_is_the_share_of_good_words_in_the_longest_response():
+    good = [i for i in range(32) if i not in dense_reward.BAD]
+    bad, eos = sorted(dense_reward.BAD), 32
+    assert dense_reward.true_return(np.array(good[:8] * 4)) == 1.0
+    assert dense_reward.true_return(np.array([*good[:4], *bad[:4], eos])) == 4 / 32
+    assert dense_reward.true_return(np.array([eos])) == 0.0
+
+
+def test_a_sum_at_the_end_is_the_return_of_the_reward_it_sums():
+    class Ids(Reward):
+        timing = "causal"
+
+        def reward(self, samples):
+            splits = [sample.token_ids.astype(np.float32) for sample in samples]
+            return [Score(float(split.sum()), split, {"n": float(len(split))}) for split in splits]
+
+    [score] = dense_reward.PaidAtTheEnd(Ids()).reward([Sample("", token_ids=np.array([3, 1, 4], np.int32))])
+    assert dense_reward.PaidAtTheEnd.timing == "terminal"
+    assert (score.value, score.per_token, score.terms) == (8.0, None, {"n": 3.0})
+
+
+@pytest.mark.slow
+def test_dense_rewards_are_learned_from_fewer_tokens_than_their_sum(tmp_path):
+    file = tmp_path / "dense.json"
+    figures = dense_reward.run(dense_reward.BenchDenseReward(seeds=3, json=str(file)), quiet())
+    assert json.loads(file.read_text()) == figures
+    assert min(figures["reward_model"]["removed_auc"]) > 0.95
+    assert max(figures["ours"]["tokens"]) < dense_reward.CAP
+    assert figures["ratio"]["tokens"] > 1.5
+
+
+def test_dense_reward_refuses_what_it_cannot_measure(tmp_path):
+    with pytest.raises(InputError, match="--seeds must be at least 1"):
+        dense_reward.run(dense_reward.BenchDenseReward(seeds=0), quiet())
+    with pytest.raises(InputError, match="nowhere"):
+        dense_reward.run(dense_reward.BenchDenseReward(json=str(tmp_path / "nowhere" / "f.json")), quiet())
 
 
 def test_backend_sends_different_requests_once_and_keeps_up_with_a_bare_client(tmp_path):

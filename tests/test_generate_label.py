@@ -11,12 +11,10 @@ from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.env_checker import check_env as check_sb3_env
 
 import instructgym  # noqa: F401
-from instructgym.envs.registration import IDS
 from instructgym.envs.tasks.prompt_examples import PromptExample
 from instructgym.llm_backends.errors import InputError
 
 ENV_ID = "instructgym/GenerateLabel-v0"
-TOKEN_IDS = [env_id for env_id in IDS if "Generate" in env_id]
 WORDS = {"id": "words", "kwargs": {"words": ["good", "bad", "Positive", "Negative", "</Judgement>"]}}
 
 
@@ -35,13 +33,12 @@ def quick(data, **kwargs):
 
 @pytest.mark.parametrize("constrained", [False, True])
 @pytest.mark.parametrize("preset", ["paper", "code"])
-@pytest.mark.parametrize("env_id", TOKEN_IDS)
-def test_both_checkers_find_nothing(env_id, preset, constrained, data):
+def test_both_checkers_find_nothing(preset, constrained, data):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         options = quick(data, preset=preset, constrained=constrained)
-        check_env(gym.make(env_id, **options).unwrapped)
-        check_sb3_env(gym.make(env_id, **options).unwrapped)
+        check_env(gym.make(ENV_ID, **options).unwrapped)
+        check_sb3_env(gym.make(ENV_ID, **options).unwrapped)
 
 
 @pytest.mark.parametrize("observation", ["tokens", "onehot"])

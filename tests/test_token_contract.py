@@ -13,7 +13,6 @@ from token_cases import REWARDS, assert_equal, plain, stepped
 
 import instructgym  # noqa: F401
 from instructgym.envs.registration import IDS
-from instructgym.llm_backends.errors import InputError
 
 TOKEN_IDS = [env_id for env_id in IDS if "Generate" in env_id]
 
@@ -45,9 +44,9 @@ def responses(env, seed, count, length=9):
     return [[*tokens, eos] if rng.random() < 0.5 else tokens for tokens in written]
 
 
-def walk(env, seed, steps=40, **reset):
+def walk(env, draws, steps=40, **reset):
     """Everything that an env says during a random walk."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(draws)
     said = [plain(env.reset(**reset))]
     for _ in range(steps):
         said.append(plain(env.step(int(rng.integers(env.action_space.n)))))
@@ -169,10 +168,10 @@ def test_copies_of_a_group_answer_the_same_prompt(env_id, make):
 )
 @pytest.mark.parametrize("env_id", TOKEN_IDS)
 def test_bad_arguments_are_refused_in_one_line(env_id, options, message, make):
-    with pytest.raises(InputError, match=message) as error:
+    with pytest.raises(ValueError, match=message) as error:
         make(env_id, **options)
     assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(ValueError, match=message):
         make(env_id, 2, **options)
 
 

@@ -88,6 +88,26 @@ def make_prompts(folder: str, count: int, length: int) -> list[str]:
     raise InputError(f"the tokenizer in {folder} gave {len(texts)} of {count} prompts of {length} tokens: ask for more")
 
 
+def tiny_llama(tokenizer: Tokenizer, seed: int, name: str) -> CausalLM:
+    """A Llama of one layer and 64 dimensions with random weights, for a small vocabulary; it reads 64 tokens."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=tokenizer.vocabulary,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        eos_token_id=tokenizer.hf.eos_token_id,
+        tie_word_embeddings=False,
+    )
+    with quiet_loading():
+        torch.manual_seed(seed)
+        return CausalLM(LlamaForCausalLM(config).eval(), tokenizer.hf, name)
+
+
 @dataclass(eq=False)
 class EndlessTokenizer(Tokenizer):
     """A tokenizer without an end-of-sequence token: every response runs to the cap."""

@@ -25,6 +25,7 @@ from ...llm_backends.errors import InputError
 from ...rewards import Reward, Sample, Score
 from ..options import check_output
 from ..run_folder import write_json
+from .tiny import tiny_llama
 
 DIGITS, LENGTH, COPIES = 6, 4, 16
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
@@ -81,27 +82,10 @@ def counting_env(**options: Any) -> gym.vector.VectorEnv[Any, Any, Any]:
 
 def tokens_of_ours(seed: int, learning_rate: float = OURS_RATE) -> int:
     """Tokens that our PPO needs; CAP where it does not get there."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     from ...agents import LanguageModelPolicy, LoraSettings, TokenPPO
-    from ...llm_backends.causal_lm import CausalLM, quiet_loading
 
     env = counting_env()
-    tokenizer = env.unwrapped.tokenizer  # type: ignore[attr-defined]
-    config = LlamaConfig(
-        vocab_size=tokenizer.vocabulary,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        eos_token_id=tokenizer.hf.eos_token_id,
-        tie_word_embeddings=False,
-    )
-    with quiet_loading():
-        torch.manual_seed(seed)
-        lm = CausalLM(LlamaForCausalLM(config).eval(), tokenizer.hf, "counting")
+    lm = tiny_llama(env.unwrapped.tokenizer, seed, "counting")  # type: ignore[attr-defined]
     policy = LanguageModelPolicy(lm, LoraSettings(rank=0), reference="none", dtype="float32", seed=seed)
     agent = TokenPPO(
         env, policy, seed, learning_rate=learning_rate, rollout_batches=2, epochs=4, kl_coefficient=0.0, lam=0.95,

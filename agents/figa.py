@@ -1,0 +1,139 @@
+"""FIGA: imitation of what an edit wrote, and unlearning of what it took away (Guo et al. 2023, arXiv 2311.04072)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..llm_backends.errors import InputError
+from .language_model import LanguageModelPolicy
+from .optimization import check_at_least_zero
+from .reward_modelling import TokenizedPair, pair_micro_batches
+from .supervised import SupervisedSettings, SupervisedTrainer
+
+
+@dataclass(frozen=True)
+class FIGASettings(SupervisedSettings):
+    """Settings of FIGA; the defaults are those of its published code."""
+
+    learning_rate: float = 1e-5
+    """Constant."""
+    batch_size: int = 128
+    """Pairs per optimiser step."""
+    epochs: int = 5
+    """Passes over the pairs."""
+    written_weight: float = 1.0
+    """Of tokens that the edit wrote, and of the end of the edited response."""
+    removed_weight: float = 0.5
+    """Of tokens that the edit took away; it counts against them."""
+    nll_limit: float = 0.6
+    """A removed token that is less likely than exp(-nll_limit), in nats, is left alone."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least_zero(self, "written_weight", "removed_weight", "nll_limit")
+        if not self.written_weight and not self.removed_weight:
+            raise InputError("written_weight and removed_weight are both 0: nothing would be learned")
+
+
+def figa_weights(
+    pair: TokenizedPair, eos: int | None, settings: FIGASettings, original_nll: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The weight of each token's cross-entropy.
+
+    Args:
+        pair: the pair.
+        eos: the end-of-sequence token, which counts as written at the end of an edited response.
+        settings: the weights.
+        original_nll: float, shape (original tokens,): the policy's negative log-likelihoods, in nats.
+
+    Returns:
+        float32, shapes (edited tokens,) and (original tokens,): ``written_weight`` on written tokens and the end,
+            ``-removed_weight`` on removed tokens that are likely enough; 0 elsewhere.
+    """
+    written = pair.written.copy()
+    written[-1] |= int(pair.edited[-1]) == eos
+    removed = pair.removed & (original_nll <= settings.nll_limit)
+    return (
+        np.where(written, settings.written_weight, 0.0).astype(np.float32),
+        np.where(removed, -settings.removed_weight, 0.0).astype(np.float32),
+    )
+
+
+class FIGA(SupervisedTrainer):
+    """Trains a policy on minimal edits without a reward model, by cross-entropy with a weight per token.
+
+    The loss of a batch is the sum of weight times negative log-likelihood over the tokens of both sides of its pairs
+    (:func:`figa_weights`), divided by the number of weights that are not 0.
+
+    Args:
+        policy: what is trained, in place.
+        seed: of the order of pairs.
+        **options: fields of :class:`FIGASettings`.
+
+    Raises:
+        InputError: for settings out of range.
+    """
+
+    name = "figa"
+    settings: FIGASettings
+
+    def __init__(self, policy: LanguageModelPolicy, seed: int = 0, **options: Any) -> None:
+        self.policy = policy
+        super().__init__(policy, FIGASettings(**options), seed)
+
+    def fit(self, pairs: Sequence[TokenizedPair], callback: Callable[[FIGA], bool | None] | None = None) -> FIGA:
+        """Trains.
+
+        Args:
+            pairs: as of :func:`~instructgym.agents.reward_modelling.tokenize_pairs`, by the policy's tokenizer.
+            callback: called after every optimiser step; returning False stops training.
+
+        Raises:
+            InputError: for no pairs.
+            TrainingDivergedError: after ten optimiser steps in a row without a finite gradient.
+        """
+        pairs = list(pairs)
+        if not pairs:
+            raise InputError("FIGA needs pairs of a response and its edit, there are none")
+        self._run(len(pairs), lambda examples: self._step(pairs, examples), callback)
+        return self
+
+    def _step(self, pairs: Sequence[TokenizedPair], examples: np.ndarray) -> None:
+        loss, written, removed = 0.0, 0, 0
+        for members in pair_micro_batches(pairs, self._mine(examples), self.settings.token_budget):
+            part, weights = self._loss([pairs[i] for i in members])
+            part.backward()
+            loss += float(part.detach())
+            written += int((weights > 0).sum())
+            removed += int((weights < 0).sum())
+        # How many weights are 0 is known behind the forward passes: the gradients are of the sum, and divided here.
+        total, written, removed = self.processes.total(np.array([written + removed, written, removed], np.float64))
+        for parameter in self.optimizer.parameters.values():
+            if parameter.grad is not None:
+                parameter.grad /= max(total, 1.0)
+        self._update(len(pairs), {"loss": loss / max(total, 1.0)})
+        self.logger.record("train/written_tokens", written)
+        self.logger.record("train/removed_tokens", removed)
+        self.policy.changed()
+
+    def _loss(self, pairs: Sequence[TokenizedPair]) -> tuple[torch.Tensor, np.ndarray]:
+        """The sum of weighted cross-entropies, with its graph, and the weights, edited sides first."""
+        responses = [pair.edited for pair in pairs] + [pair.original for pair in pairs]
+        prompts = [pair.prompt for pair in pairs] * 2
+        nll = -self.policy.score(prompts, responses, [None] * len(responses), values=False).logprobs
+        rows = np.split(nll.detach().float().cpu().numpy(), np.cumsum([len(r) for r in responses])[:-1])
+        eos = self.policy.lm.tokenizer.eos_token_id
+        sides = [
+            figa_weights(pair, eos, self.settings, row) for pair, row in zip(pairs, rows[len(pairs) :], strict=True)
+        ]
+        weights = np.concatenate([edited for edited, _ in sides] + [original for _, original in sides])
+        return (nll * torch.from_numpy(weights).to(nll.device)).sum(), weights
+
+    def _load(self, folder: Path) -> None:
+        self.policy.load(folder)

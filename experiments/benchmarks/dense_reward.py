@@ -1,0 +1,215 @@
+"""``instructgym bench dense-reward``: tokens until good responses, paid token by token and paid at the end.
+
+The vocabulary has 32 words, of which half are bad, and a response has at most 32 tokens. An editor swaps the bad words
+of responses for good ones, a token-level reward model learns from these minimal edits alone (``mean_bt``; Xu et al.
+2024, arXiv 2406.02756), and two policies learn from that model with the same PPO: *dense* is paid the model's reward of
+every token when it is written, *terminal* the sum of the same rewards at the last token. Both pay a KL penalty per
+token. What is reported is the true share of good tokens, which neither sees.
+
+Learning rate and GAE's lambda of each were chosen from :data:`LEARNING_RATES` and :data:`LAMBDAS` by the median over
+three other seeds (100 to 102).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from ...envs.tasks.prompt_examples import PromptExample
+from ...llm_backends import Tokenizer
+from ...llm_backends.errors import InputError
+from ...llm_backends.tokenization import WordTokenizer
+from ...rewards import Reward, Sample, Score
+from ...rewards.edits import EditedPair
+from ..options import check_output
+from ..run_folder import write_json
+from .tiny import tiny_llama
+
+if TYPE_CHECKING:
+    from ...rewards.reward_model import RewardModel
+
+WORDS = tuple(f"w{i}" for i in range(32))
+BAD = frozenset(int(i) for i in np.random.default_rng(0).permutation(len(WORDS))[:16])
+"""Ids of the bad words. ``</s>`` is neither good nor bad."""
+LENGTH, COPIES = 32, 4
+PAIRS, HELD_OUT, BAD_SHARE, PAIR_EPOCHS, PAIR_RATE = 1024, 256, 0.2, 3, 3e-3
+UNCHANGED_PENALTY = 1.0
+KL_COEFFICIENT = 0.004
+LEARNING_RATES, LAMBDAS = (1e-3, 3e-3, 1e-2), (0.5, 0.95, 1.0)
+DENSE_RATE, DENSE_LAMBDA = 3e-3, 0.5
+TERMINAL_RATE, TERMINAL_LAMBDA = 3e-3, 1.0
+TARGET, WINDOW, CAP = 0.9, 64, 40_000
+
+Placement = Literal["dense", "terminal"]
+
+
+@dataclass
+class BenchDenseReward:
+    """Tokens until 90% of what a policy writes is good: a reward model pays each token, or their sum at the end."""
+
+    seeds: int = 5
+    """Seeds of each."""
+    dense_rate: float = DENSE_RATE
+    """Learning rate of the policy that is paid token by token."""
+    dense_lambda: float = DENSE_LAMBDA
+    """GAE's lambda of that policy."""
+    terminal_rate: float = TERMINAL_RATE
+    """Learning rate of the policy that is paid at the end."""
+    terminal_lambda: float = TERMINAL_LAMBDA
+    """GAE's lambda of that policy."""
+    first_seed: int = 0
+    """The first seed; each has a reward model of its own."""
+    json: str = ""
+    """File for the figures, as JSON."""
+
+
+class PaidAtTheEnd(Reward):
+    """The sum of a causal reward, paid at the last token: the same return, without the place.
+
+    Args:
+        reward: the causal one.
+    """
+
+    name = "paid-at-the-end"
+
+    def __init__(self, reward: Reward) -> None:
+        self._reward = reward
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        self._reward.check_tokenizer(tokenizer)
+
+    def reward(self, samples: Sequence[Sample]) -> list[Score]:
+        return [replace(score, per_token=None) for score in self._reward.reward(samples)]
+
+
+def edited_pairs(count: int, seed: int) -> list[EditedPair]:
+    """Random responses of 8 to 31 words, a fifth of them bad, and the same with a good word for each bad one."""
+    rng = np.random.default_rng(seed)
+    good, bad = [i for i in range(len(WORDS)) if i not in BAD], sorted(BAD)
+    pairs = []
+    for number in range(count):
+        edited = rng.choice(good, size=rng.integers(8, LENGTH))
+        original = np.where(rng.random(len(edited)) < BAD_SHARE, rng.choice(bad, size=len(edited)), edited)
+        before, after = (" ".join(WORDS[i] for i in side) for side in (original, edited))
+        pairs.append(EditedPair(WORDS[int(rng.integers(len(WORDS)))], before, after, str(number)))
+    return pairs
+
+
+def true_return(tokens: np.ndarray) -> float:
+    """The good tokens of a response, as a share of the most that it can have."""
+    return sum(int(token) < len(WORDS) and int(token) not in BAD for token in tokens) / LENGTH
+
+
+def trained_reward(seed: int) -> tuple[RewardModel, dict[str, float]]:
+    """A token-level reward model of the edits, and how it does on held-out ones."""
+    from ...agents.language_model import LoraSettings
+    from ...agents.reward_modelling import RewardTrainer, evaluate_reward_model, tokenize_pairs
+    from ...rewards.reward_model import RewardModel
+
+    tokenizer = WordTokenizer(words=WORDS)
+    lm = tiny_llama(tokenizer, seed, "rewards")
+    pairs, _ = tokenize_pairs(edited_pairs(PAIRS + HELD_OUT, seed), tokenizer, lm.context_length)
+    model = RewardModel(lm, LoraSettings(rank=0), dtype="float32", seed=seed)
+    trainer = RewardTrainer(
+        model, "mean_bt", seed, learning_rate=PAIR_RATE, epochs=PAIR_EPOCHS, unchanged_penalty=UNCHANGED_PENALTY
+    )
+    trainer.fit(pairs[:-HELD_OUT])
+    return model, evaluate_reward_model(model, pairs[-HELD_OUT:])
+
+
+def reward_of(model: RewardModel, measures: dict[str, float], placement: Placement) -> Reward:
+    """The model's reward in one of its places, by the held-out edits.
+
+    A swap is worth 1 / LENGTH on average, as in the true return, and a word half-way between removed and written ones
+    is worth nothing: so an untrained policy, half of whose words are bad, gains nothing from stopping early or late.
+    """
+    from ...rewards.token_reward import TokenReward
+
+    removed, written = measures["removed_reward"], measures["written_reward"]
+    dense = TokenReward(model, scale=1.0 / (LENGTH * (written - removed)), center=(removed + written) / 2)
+    return dense if placement == "dense" else PaidAtTheEnd(dense)
+
+
+def tokens_needed(seed: int, reward: Reward, learning_rate: float, lam: float) -> int:
+    """Tokens that PPO needs under the reward; CAP, or a little more, where it does not get there."""
+    import gymnasium as gym
+
+    from ...agents import LanguageModelPolicy, LoraSettings, TokenPPO
+
+    env = gym.make_vec(
+        "instructgym/GenerateResponse-v0",
+        num_envs=COPIES,
+        examples=[PromptExample(id=word, prompt=word) for word in WORDS],
+        tokenizer=WordTokenizer(words=WORDS),
+        reward=reward,
+        max_tokens=LENGTH,
+        context_length=1 + LENGTH,
+    )
+    lm = tiny_llama(env.unwrapped.tokenizer, seed, "writer")  # type: ignore[attr-defined]
+    policy = LanguageModelPolicy(lm, LoraSettings(rank=0), dtype="float32", seed=seed)
+    agent = TokenPPO(
+        env, policy, seed, learning_rate=learning_rate, epochs=4, kl_coefficient=KL_COEFFICIENT, gamma=1.0, lam=lam,
+        value_coefficient=0.5, value_clip=0.0,
+    )  # fmt: skip
+    returns: deque[float] = deque(maxlen=WINDOW)
+
+    def learned(agent: TokenPPO) -> bool:
+        assert agent.last_rollout is not None
+        returns.extend(true_return(response) for response in agent.last_rollout.responses)
+        return not (len(returns) == WINDOW and np.mean(returns) >= TARGET)
+
+    agent.learn(CAP, learned)  # type: ignore[arg-type]
+    env.close()
+    return agent.num_timesteps
+
+
+def run(options: BenchDenseReward, console: Console | None = None) -> dict[str, Any]:
+    """Measures and returns ``{"ours": dense, "theirs": terminal, "ratio": ..., "reward_model": ...}``.
+
+    Raises:
+        InputError: for options out of range and a file that cannot be written.
+    """
+    console = console or Console()
+    if options.seeds < 1:
+        raise InputError(f"--seeds must be at least 1, got {options.seeds}")
+    if options.json:
+        check_output(Path(options.json))
+    tokens: dict[Placement, list[int]] = {"dense": [], "terminal": []}
+    settings = {
+        "dense": (options.dense_rate, options.dense_lambda),
+        "terminal": (options.terminal_rate, options.terminal_lambda),
+    }
+    models = []
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
+        model, measures = trained_reward(seed)
+        models.append(measures)
+        for placement, needed in tokens.items():
+            needed.append(tokens_needed(seed, reward_of(model, measures, placement), *settings[placement]))
+    medians = {placement: float(np.median(needed)) for placement, needed in tokens.items()}
+    figures = {
+        "ours": {"tokens": tokens["dense"], "median": medians["dense"]},
+        "theirs": {"tokens": tokens["terminal"], "median": medians["terminal"]},
+        "ratio": {"tokens": medians["terminal"] / medians["dense"]},
+        "reward_model": {
+            name: [measures[name] for measures in models] for name in ("accuracy", "removed_auc", "written_auc")
+        },
+        "settings": {"target": TARGET, "cap": CAP, "rate_and_lambda": {k: list(v) for k, v in settings.items()}},
+    }
+    table = Table(title=f"Tokens until {TARGET} of the best return, {options.seeds} seeds (cap {CAP})")
+    for title in ("", "median", "each seed"):
+        table.add_column(title)
+    table.add_row("paid token by token (ours)", f"{medians['dense']:.0f}", " ".join(map(str, tokens["dense"])))
+    table.add_row("paid at the end", f"{medians['terminal']:.0f}", " ".join(map(str, tokens["terminal"])))
+    console.print(table)
+    lowest = min(min(measures["removed_auc"], measures["written_auc"]) for measures in models)
+    console.print(f"reward models: lowest token AUC on held-out edits {lowest:.3f}")
+    if options.json:
+        write_json(Path(options.json), figures)
+    return figures
