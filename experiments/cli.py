@@ -19,6 +19,7 @@ from . import (
     evolve_train,
     fine_grained_edit,
     fine_grained_evaluate,
+    fine_grained_figa,
     fine_grained_ppo,
     fine_grained_report,
     fine_grained_reward,
@@ -43,6 +44,7 @@ from .evolve_generate import EvolveGenerate
 from .evolve_train import EvolveTrain
 from .fine_grained_edit import FineGrainedEdit
 from .fine_grained_evaluate import FineGrainedEvaluate
+from .fine_grained_figa import FineGrainedFIGA
 from .fine_grained_ppo import FineGrainedPPO
 from .fine_grained_report import FineGrainedReport
 from .fine_grained_reward import FineGrainedRewardModel
@@ -93,6 +95,7 @@ if TYPE_CHECKING:
         | FineGrainedEdit
         | FineGrainedRewardModel
         | FineGrainedPPO
+        | FineGrainedFIGA
         | FineGrainedEvaluate
         | FineGrainedReport
     )
@@ -103,6 +106,7 @@ else:
         | Annotated[FineGrainedEdit, tyro.conf.subcommand("edit")]
         | Annotated[FineGrainedRewardModel, tyro.conf.subcommand("reward-model")]
         | Annotated[FineGrainedPPO, tyro.conf.subcommand("ppo")]
+        | Annotated[FineGrainedFIGA, tyro.conf.subcommand("figa")]
         | Annotated[FineGrainedEvaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[FineGrainedReport, tyro.conf.subcommand("report")]
     )
@@ -277,6 +281,7 @@ RUNS: dict[type, Callable[[Any, Console], Any]] = {
     FineGrainedEdit: fine_grained_edit.run,
     FineGrainedRewardModel: fine_grained_reward.run,
     FineGrainedPPO: fine_grained_ppo.run,
+    FineGrainedFIGA: fine_grained_figa.run,
     FineGrainedEvaluate: fine_grained_evaluate.run,
     FineGrainedReport: fine_grained_report.run,
     JudgeList: lambda options, console: list_judges(console),

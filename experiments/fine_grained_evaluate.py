@@ -203,7 +203,7 @@ def _started_from_reference(options: FineGrainedEvaluate) -> bool:
     """Whether the policy was trained from the one it is compared with, whose copy it then holds for the KL."""
     ours = read_json(Path(options.policy) / "config.json") or {}
     theirs = read_json(Path(options.against) / "config.json") if options.against else None
-    if theirs is None or ours.get("command") != "fine-grained ppo":
+    if theirs is None or ours.get("command") not in ("fine-grained ppo", "fine-grained figa"):
         return False
     start, reference = ours["options"]["policy"], theirs["options"]["policy"]
     return policy_folder(start, "--policy").resolve() == policy_folder(reference, "--policy").resolve()

@@ -15,6 +15,8 @@ from .fine_grained_edit import Editing, FineGrainedEdit
 from .fine_grained_edit import run as edit
 from .fine_grained_evaluate import FineGrainedEvaluate
 from .fine_grained_evaluate import run as evaluate
+from .fine_grained_figa import FineGrainedFIGA
+from .fine_grained_figa import run as figa
 from .fine_grained_ppo import FineGrainedPPO, Form
 from .fine_grained_ppo import run as ppo
 from .fine_grained_report import FineGrainedReport
@@ -54,12 +56,16 @@ ARMS = {
 }
 """The paper's ablation, then variants; the supervised policy is the reference of all."""
 
+FIGA = "figa"
+"""The arm that learns from the edits without a reward model."""
+
 SIZES: dict[str, dict[str, dict[str, int]]] = {
     "smoke": {
         "sft": {"demonstrations": 48, "batch_size": 16},
         "edit": {"limit": 64},
         "reward-model": {"epochs": 1, "batch_size": 8},
         "ppo": {"updates": 2, "batch_size": 16, "epochs": 1},
+        "figa": {"epochs": 1, "batch_size": 8},
         "evaluate": {"limit": 24},
     },
     "report": {
@@ -67,6 +73,7 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
         "edit": {"limit": 1500},
         "reward-model": {},
         "ppo": {"updates": 24},
+        "figa": {},
         "evaluate": {"limit": 400},
     },
 }
@@ -80,8 +87,9 @@ class FineGrainedRun:
     """Folder for the run folders of all stages; those that are finished are kept."""
     scale: Literal["smoke", "report"] = "report"
     """smoke: under three minutes on two cores; report: up to two hours."""
-    arms: str = "sequence-preferences,sequence-edits,token-edits"
-    """Arms of PPO, separated by commas; also: token-published, token-terminal, token-edited-only, token-tlcr."""
+    arms: str = "sequence-preferences,sequence-edits,token-edits,figa"
+    """Arms beside the supervised policy, separated by commas; also: token-published, token-terminal, token-edited-only,
+    token-tlcr."""
     seeds: int = 2
     """Seeds of PPO and evaluation, 0, 1, ...; smoke takes one."""
     model: str = "embedded"
@@ -112,9 +120,9 @@ class FineGrainedRun:
             InputError: for an unknown arm, or no seeds.
         """
         names = [name.strip() for name in self.arms.split(",") if name.strip()]
-        unknown = [name for name in names if name not in ARMS]
+        unknown = [name for name in names if name not in (*ARMS, FIGA)]
         if unknown or not names:
-            raise InputError(f"--arms must be some of {', '.join(ARMS)}, got {self.arms!r}")
+            raise InputError(f"--arms must be some of {', '.join([*ARMS, FIGA])}, got {self.arms!r}")
         if self.seeds < 1:
             raise InputError(f"--seeds must be at least 1, got {self.seeds}")
         check_output(Path(self.run_dir) / "report" / "report.md")
@@ -159,7 +167,7 @@ def run(options: FineGrainedRun, console: Console | None = None) -> dict[str, An
     sft(first, console)
     counts = edit(second, console)["counts"]
     equal = min(counts["edits"], counts["preferences"])
-    for arm in {ARMS[name].model: ARMS[name] for name in names}.values():
+    for arm in {ARMS[name].model: ARMS[name] for name in names if name != FIGA}.values():
         reward_model(
             FineGrainedRewardModel(
                 **given("reward-model", "reward-model", arm.model),
@@ -176,18 +184,30 @@ def run(options: FineGrainedRun, console: Console | None = None) -> dict[str, An
     evaluate(FineGrainedEvaluate(**given("evaluate", "evaluate", "sft"), policy=start, arm="sft"), console)
     for seed in range(seeds):
         for name in names:
-            trained = str(root / "ppo" / f"{name}-{seed}")
-            ppo(
-                FineGrainedPPO(
-                    **given("ppo", "ppo", f"{name}-{seed}"),
-                    policy=start,
-                    reward_model=str(root / "reward-model" / ARMS[name].model),
-                    arm=name,
-                    form=ARMS[name].form,
-                    seed=seed,
-                ),
-                console,
-            )
+            if name == FIGA:
+                trained = str(root / "figa" / f"{name}-{seed}")
+                figa(
+                    FineGrainedFIGA(
+                        **given("figa", "figa", f"{name}-{seed}"),
+                        policy=start,
+                        pairs=str(made / "edits.jsonl"),
+                        seed=seed,
+                    ),
+                    console,
+                )
+            else:
+                trained = str(root / "ppo" / f"{name}-{seed}")
+                ppo(
+                    FineGrainedPPO(
+                        **given("ppo", "ppo", f"{name}-{seed}"),
+                        policy=start,
+                        reward_model=str(root / "reward-model" / ARMS[name].model),
+                        arm=name,
+                        form=ARMS[name].form,
+                        seed=seed,
+                    ),
+                    console,
+                )
             evaluate(
                 FineGrainedEvaluate(
                     **given("evaluate", "evaluate", f"{name}-{seed}"),

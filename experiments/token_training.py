@@ -13,8 +13,7 @@ from ..agents.callbacks import StepProgress
 from ..agents.checkpoints import latest_checkpoint, replace_checkpoint
 from ..agents.distributed import Processes
 from ..agents.on_policy import OnPolicyAgent
-from ..agents.reward_modelling import RewardTrainer
-from ..agents.sft import SFT
+from ..agents.supervised import SupervisedTrainer
 from .run_folder import RowWriter, RunFolder, read_json, write_json
 from .tracking import Tracker
 
@@ -107,9 +106,7 @@ class TokenTraining:
                     self._save(agent.save)
         return True
 
-    def supervised(
-        self, trainer: SFT | RewardTrainer, examples: Sequence[Any], label: str, tracked: bool = True
-    ) -> bool:
+    def supervised(self, trainer: SupervisedTrainer, examples: Sequence[Any], label: str, tracked: bool = True) -> bool:
         """Supervised training, or as much of it as the time allows; says whether it came to the end.
 
         Args:
@@ -127,7 +124,7 @@ class TokenTraining:
         stopped = False
         with StepProgress(label, total, self.console) as progress:
 
-            def step(trainer: SFT | RewardTrainer) -> bool:
+            def step(trainer: SupervisedTrainer) -> bool:
                 nonlocal stopped
                 progress.update(trainer.steps, f"loss {trainer.loss:.3f}")
                 stopped = self._out_of_time()
@@ -135,7 +132,7 @@ class TokenTraining:
                     self._save(trainer.save)
                 return not (tracked and stopped)
 
-            trainer.fit(examples, step)
+            trainer.fit(examples, step)  # type: ignore[attr-defined]
         return not (tracked and stopped)
 
     def _out_of_time(self) -> bool:
