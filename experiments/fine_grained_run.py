@@ -73,7 +73,7 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
         "edit": {"limit": 1500},
         "reward-model": {},
         "ppo": {"updates": 24},
-        "figa": {},
+        "figa": {"epochs": 3},
         "evaluate": {"limit": 400},
     },
 }
