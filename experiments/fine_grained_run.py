@@ -49,6 +49,7 @@ ARMS = {
     "sequence-preferences": Arm("preferences", "sequence", "sequence_bt"),
     "sequence-edits": Arm("edits", "sequence", "sequence_bt"),
     "token-edits": Arm("edits", "token", "mean_bt"),
+    "token-whole": Arm("edits", "token", "mean_bt", "whole"),
     "token-published": Arm("edits", "token", "mean_bt", unchanged_penalty=0.0),
     "token-terminal": Arm("edits", "token", "mean_bt", "terminal"),
     "token-edited-only": Arm("edits", "token", "edited_only_bt"),
@@ -87,7 +88,7 @@ class FineGrainedRun:
     """Folder for the run folders of all stages; those that are finished are kept."""
     scale: Literal["smoke", "report"] = "report"
     """smoke: under three minutes on two cores; report: up to two hours."""
-    arms: str = "sequence-preferences,sequence-edits,token-edits,figa"
+    arms: str = "sequence-preferences,sequence-edits,token-edits,token-whole,figa"
     """Arms beside the supervised policy, separated by commas; also: token-published, token-terminal, token-edited-only,
     token-tlcr."""
     seeds: int = 2

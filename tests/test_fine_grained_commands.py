@@ -196,7 +196,14 @@ def test_a_smoke_run_goes_through_all_stages(data, tmp_path, tiny_model_path):
         annotator="fine_grained_cases:annotator", editor="fine_grained_cases:editor",
     )  # fmt: skip
     figures = fine_grained_run.run(options, QUIET)
-    assert set(figures["arms"]) == {"sft", "sequence-preferences", "sequence-edits", "token-edits", "figa"}
+    assert set(figures["arms"]) == {
+        "sft",
+        "sequence-preferences",
+        "sequence-edits",
+        "token-edits",
+        "token-whole",
+        "figa",
+    }
     assert len(figures["reward_models"]) == 3 and "kl" in figures["arms"]["figa"]
     before = (tmp_path / "ppo" / "token-edits-0" / "results.json").stat().st_mtime_ns
     again = fine_grained_run.run(options, QUIET)
