@@ -63,11 +63,11 @@ FIGA = "figa"
 SIZES: dict[str, dict[str, dict[str, int]]] = {
     "smoke": {
         "sft": {"demonstrations": 48, "batch_size": 16},
-        "edit": {"limit": 64},
+        "edit": {"limit": 48},
         "reward-model": {"epochs": 1, "batch_size": 8},
-        "ppo": {"updates": 2, "batch_size": 16, "epochs": 1},
+        "ppo": {"updates": 2, "batch_size": 8},
         "figa": {"epochs": 1, "batch_size": 8},
-        "evaluate": {"limit": 24},
+        "evaluate": {"limit": 16},
     },
     "report": {
         "sft": {"demonstrations": 2000},
@@ -88,8 +88,8 @@ class FineGrainedRun:
     """Folder for the run folders of all stages; those that are finished are kept."""
     scale: Literal["smoke", "report"] = "report"
     """smoke: under three minutes on two cores; report: up to two hours."""
-    arms: str = "sequence-preferences,sequence-edits,token-edits,token-whole,figa"
-    """Arms beside the supervised policy, separated by commas; also: token-published, token-terminal, token-edited-only,
+    arms: str = "sequence-preferences,sequence-edits,token-edits"
+    """Arms beside the supervised policy, separated by commas; also: figa, token-whole, token-published, token-terminal, token-edited-only,
     token-tlcr."""
     seeds: int = 2
     """Seeds of PPO and evaluation, 0, 1, ...; smoke takes one."""

@@ -194,6 +194,7 @@ def test_a_smoke_run_goes_through_all_stages(data, tmp_path, tiny_model_path):
     options = fine_grained_run.FineGrainedRun(
         run_dir=str(tmp_path), scale="smoke", model=tiny_model_path, data=data, max_changed=1.0, dtype="float32",
         annotator="fine_grained_cases:annotator", editor="fine_grained_cases:editor",
+        arms="sequence-preferences,sequence-edits,token-edits,token-whole,figa",
     )  # fmt: skip
     figures = fine_grained_run.run(options, QUIET)
     assert set(figures["arms"]) == {
@@ -208,6 +209,19 @@ def test_a_smoke_run_goes_through_all_stages(data, tmp_path, tiny_model_path):
     before = (tmp_path / "ppo" / "token-edits-0" / "results.json").stat().st_mtime_ns
     again = fine_grained_run.run(options, QUIET)
     assert again == figures and (tmp_path / "ppo" / "token-edits-0" / "results.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_smoke_run_on_the_embedded_model(tmp_path):
+    figures = fine_grained_run.run(fine_grained_run.FineGrainedRun(run_dir=str(tmp_path), scale="smoke"), QUIET)
+    arms = {"sft", "sequence-preferences", "sequence-edits", "token-edits"}
+    assert set(figures["arms"]) == arms and (tmp_path / "report" / "curves.png").stat().st_size > 20_000
+    edits = read_records(tmp_path / "edit" / "edits.jsonl")
+    assert edits and all(row["original"][:1] == row["edited"][:1] != "" for row in edits), "spacing is kept"
+    for name in arms - {"sft"}:
+        rows = read_records(tmp_path / "ppo" / f"{name}-0" / "metrics.jsonl")
+        assert len(rows) == 2 and rows[0]["train/kl"] == pytest.approx(0.0, abs=1e-3)
 
 
 def refusals(made):
