@@ -89,8 +89,8 @@ class FineGrainedRun:
     scale: Literal["smoke", "report"] = "report"
     """smoke: under three minutes on two cores; report: up to two hours."""
     arms: str = "sequence-preferences,sequence-edits,token-edits"
-    """Arms beside the supervised policy, separated by commas; also: figa, token-whole, token-published, token-terminal, token-edited-only,
-    token-tlcr."""
+    """Arms beside the supervised policy, separated by commas; also: figa, token-whole, token-published,
+    token-terminal, token-edited-only, token-tlcr."""
     seeds: int = 2
     """Seeds of PPO and evaluation, 0, 1, ...; smoke takes one."""
     model: str = "embedded"
