@@ -91,7 +91,7 @@ class FineGrainedRun:
     arms: str = "sequence-preferences,sequence-edits,token-edits"
     """Arms beside the supervised policy, separated by commas; also: figa, token-whole, token-published,
     token-terminal, token-edited-only, token-tlcr."""
-    seeds: int = 2
+    seeds: int = 1
     """Seeds of PPO and evaluation, 0, 1, ...; smoke takes one."""
     model: str = "embedded"
     """embedded, or a local path or hub id of a causal language model."""
