@@ -210,7 +210,7 @@ def _started_from_reference(options: FineGrainedEvaluate) -> bool:
 
 
 @torch.no_grad()
-def _kl(policy: LanguageModelPolicy, responses: Sequence[Response]) -> list[float]:
+def _kl(policy: LanguageModelPolicy, responses: Sequence[Response]) -> list[float | None]:
     """For each response an estimate of KL(policy || reference), in nats: its log-prob less that by the reference."""
     arguments = [r.prompt_ids for r in responses], [r.token_ids for r in responses], [None] * len(responses)
     ours = policy.score(*arguments, values=False).logprobs

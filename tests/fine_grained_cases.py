@@ -9,13 +9,13 @@ def annotator():
 
 
 def undecided():
-    """The same, but without a verdict on responses of an odd length."""
-    return FunctionReward(
-        lambda samples: [
-            Score.invalid("odd") if len(sample.response) % 2 else Score(-len(sample.response) / 10)
-            for sample in samples
-        ]
-    )
+    """The same, but without a verdict on responses whose length is a multiple of four."""
+
+    def score(sample):
+        length = len(sample.response)
+        return Score.invalid("four") if length % 4 == 0 else Score(-length / 10)
+
+    return FunctionReward(lambda samples: [score(sample) for sample in samples])
 
 
 def editor():

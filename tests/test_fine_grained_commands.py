@@ -107,7 +107,7 @@ def test_stages_leave_pairs_and_reward_models(made):
     ("level", "form"), [("token", "auto"), ("token", "whole"), ("token", "terminal"), ("sequence", "auto")]
 )
 def test_ppo_and_evaluation_by_each_reward(made, small, tmp_path, level, form):
-    results = fine_grained_ppo.run(ppo_options(small, made, tmp_path / "ppo", level, form=form), QUIET)
+    results = fine_grained_ppo.run(ppo_options(small, made, tmp_path / "ppo", level, form=form, arm="a"), QUIET)
     assert results["counts"]["updates"] == 2
     check_scale(small, made, tmp_path, level, form)
     rows = read_records(tmp_path / "ppo" / "metrics.jsonl")
