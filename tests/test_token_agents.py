@@ -361,7 +361,7 @@ def test_the_kl_coefficient_adapts_to_the_kl_of_episodes():
 def test_without_a_coefficient_the_reference_is_not_asked(cls, monkeypatch):
     agent = make_agent(cls, kl_coefficient=0.0)
     monkeypatch.setattr(agent.policy, "reference_logprobs", None)
-    assert rows(updates(agent, 1))[0]["train/kl"] == 0
+    assert "train/kl" not in rows(updates(agent, 1))[0], "nothing is known of it"
 
 
 def test_ppo_shapes_rewards_by_hand():
