@@ -1,6 +1,6 @@
 """``instructgym bench dense-reward``: tokens until good responses, paid token by token and paid at the end.
 
-The vocabulary has 32 words, of which half are bad, and a response has at most 32 tokens. An editor swaps the bad words
+The vocabulary has 32 words, of which 24 are bad, and a response has at most 32 tokens. An editor swaps the bad words
 of responses for good ones, a token-level reward model learns from these minimal edits alone (``mean_bt``; Xu et al.
 2024, arXiv 2406.02756), and two policies learn from that model with the same PPO: *dense* is paid the model's reward of
 every token when it is written, *terminal* the sum of the same rewards at the last token. Both pay a KL penalty per
@@ -36,16 +36,18 @@ if TYPE_CHECKING:
     from ...rewards.reward_model import RewardModel
 
 WORDS = tuple(f"w{i}" for i in range(32))
-BAD = frozenset(int(i) for i in np.random.default_rng(0).permutation(len(WORDS))[:16])
+BAD = frozenset(int(i) for i in np.random.default_rng(0).permutation(len(WORDS))[:24])
 """Ids of the bad words. ``</s>`` is neither good nor bad."""
 LENGTH, COPIES = 32, 4
 PAIRS, HELD_OUT, BAD_SHARE, PAIR_EPOCHS, PAIR_RATE = 1024, 256, 0.2, 3, 3e-3
 UNCHANGED_PENALTY = 1.0
 KL_COEFFICIENT = 0.004
-LEARNING_RATES, LAMBDAS = (1e-3, 3e-3, 1e-2), (0.5, 0.95, 1.0)
-DENSE_RATE, DENSE_LAMBDA = 3e-3, 0.5
-TERMINAL_RATE, TERMINAL_LAMBDA = 3e-3, 1.0
-TARGET, WINDOW, CAP = 0.9, 64, 40_000
+LEARNING_RATES, LAMBDAS = (1e-3, 3e-3, 1e-2, 3e-2), (0.5, 0.95, 1.0)
+DENSE_RATE, DENSE_LAMBDA = 3e-2, 0.5
+TERMINAL_RATE, TERMINAL_LAMBDA = 1e-2, 0.95
+TARGET, WINDOW, CAP = 0.9, 64, 20_000
+EPISODES = 3_000
+"""A policy whose responses have shrunk to nothing is given up after so many."""
 
 Placement = Literal["dense", "terminal"]
 
@@ -127,18 +129,19 @@ def trained_reward(seed: int) -> tuple[RewardModel, dict[str, float]]:
 def reward_of(model: RewardModel, measures: dict[str, float], placement: Placement) -> Reward:
     """The model's reward in one of its places, by the held-out edits.
 
-    A swap is worth 1 / LENGTH on average, as in the true return, and a word half-way between removed and written ones
-    is worth nothing: so an untrained policy, half of whose words are bad, gains nothing from stopping early or late.
+    A swap is worth 1 / LENGTH on average, as in the true return, and a word drawn at random is worth nothing: so an
+    untrained policy gains nothing from stopping early or late.
     """
     from ...rewards.token_reward import TokenReward
 
     removed, written = measures["removed_reward"], measures["written_reward"]
-    dense = TokenReward(model, scale=1.0 / (LENGTH * (written - removed)), center=(removed + written) / 2)
+    center = removed + (written - removed) * (1.0 - len(BAD) / len(WORDS))
+    dense = TokenReward(model, scale=1.0 / (LENGTH * (written - removed)), center=center)
     return dense if placement == "dense" else PaidAtTheEnd(dense)
 
 
 def tokens_needed(seed: int, reward: Reward, learning_rate: float, lam: float) -> int:
-    """Tokens that PPO needs under the reward; CAP, or a little more, where it does not get there."""
+    """Tokens that PPO needs under the reward; CAP where it does not get there."""
     import gymnasium as gym
 
     from ...agents import LanguageModelPolicy, LoraSettings, TokenPPO
@@ -163,11 +166,14 @@ def tokens_needed(seed: int, reward: Reward, learning_rate: float, lam: float) -
     def learned(agent: TokenPPO) -> bool:
         assert agent.last_rollout is not None
         returns.extend(true_return(response) for response in agent.last_rollout.responses)
-        return not (len(returns) == WINDOW and np.mean(returns) >= TARGET)
+        return not reached() and agent.episodes < EPISODES
+
+    def reached() -> bool:
+        return len(returns) == WINDOW and float(np.mean(returns)) >= TARGET
 
     agent.learn(CAP, learned)  # type: ignore[arg-type]
     env.close()
-    return agent.num_timesteps
+    return agent.num_timesteps if reached() else CAP
 
 
 def run(options: BenchDenseReward, console: Console | None = None) -> dict[str, Any]:
