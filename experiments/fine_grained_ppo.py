@@ -25,9 +25,6 @@ from .options import check_counts, input_errors, parse_reward
 from .responses import respond
 from .run_folder import RunFolder, read_json, write_json
 
-CALIBRATION = 128
-"""Responses of the start by which the reward is put on a common scale."""
-
 Form = Literal["auto", "causal", "whole", "terminal"]
 
 
@@ -58,10 +55,12 @@ class FineGrainedPPO(StageOptions):
     """Weight of the KL penalty against the start, where the return of the start's responses has deviation 1."""
     lam: float = 0.95
     """GAE's lambda."""
+    calibration: int = 128
+    """Responses of the start by which the reward is put on a common scale."""
 
     def check(self) -> None:
         super().check()
-        check_counts(self, "updates", "batch_size", "epochs")
+        check_counts(self, "updates", "batch_size", "epochs", "calibration")
         if not self.reward_model:
             raise InputError("--reward-model is missing: name the run folder of 'fine-grained reward-model'")
         if self.lam > 1:
@@ -155,7 +154,7 @@ def _calibrated(
     """
     stored = read_json(folder.path / "scale.json")
     if stored is None:
-        some = examples[:CALIBRATION]
+        some = examples[: options.calibration]
         raw = _reward(options, model, 1.0, 0.0)
         responses = respond(
             policy, ENV_ID, some, options.temperature, options.data_seed, reward=raw, **options.env_options()

@@ -65,7 +65,7 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
         "sft": {"demonstrations": 48, "batch_size": 16},
         "edit": {"limit": 48},
         "reward-model": {"epochs": 1, "batch_size": 8},
-        "ppo": {"updates": 2, "batch_size": 8},
+        "ppo": {"updates": 2, "batch_size": 8, "calibration": 16},
         "figa": {"epochs": 1, "batch_size": 8},
         "evaluate": {"limit": 16},
     },
