@@ -19,11 +19,12 @@ from ..llm_backends.errors import InputError
 from ..llm_backends.tokenization import Tokenizer
 from ..rewards import Reward
 from ..rewards.edits import EditedPair, edit_statistics, write_pairs
-from .fine_grained import ENV_ID, StageOptions, check_lengths, load_policy, policy_folder, stage, tokenizer_of
+from .fine_grained import ENV_ID, StageOptions, check_lengths, load_policy
 from .options import input_errors, parse_part, parse_reward
 from .responses import respond
 from .resumption import accounted
 from .run_folder import RunFolder, chunked_rows
+from .stages import policy_folder, stage, tokenizer_of
 
 CHUNK = 64
 
@@ -91,7 +92,7 @@ def run(options: FineGrainedEdit, console: Console | None = None) -> dict[str, A
     if options.dry_run:
         console.print(f"would sample 2 responses to each of {len(examples)} prompts, in {options.run_dir}")
         return {}
-    with stage(options, "edit", console, distributed=False) as opened:
+    with stage(options, "fine-grained edit", console, distributed=False) as opened:
         if isinstance(opened, dict):
             return opened
         backend = Journaled(editing.backend, Journal(opened.folder.file("journal.jsonl")))

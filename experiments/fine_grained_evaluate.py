@@ -20,11 +20,12 @@ from ..llm_backends import request_seed, resolve
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import read_records
 from ..rewards import Reward, Sample, Score, score_with_retries
-from .fine_grained import ENV_ID, StageOptions, check_lengths, load_policy, policy_folder, stage, tokenizer_of
+from .fine_grained import ENV_ID, StageOptions, check_lengths, load_policy
 from .metrics import distinct_n, wilson
 from .options import input_errors, parse_part, parse_reward
 from .responses import Response, respond
 from .run_folder import chunked_rows, read_json
+from .stages import policy_folder, stage, tokenizer_of
 
 CHUNK = 64
 RESPONSES = "responses.jsonl"
@@ -86,7 +87,7 @@ def run(options: FineGrainedEvaluate, console: Console | None = None) -> dict[st
     if options.dry_run:
         console.print(f"would answer {len(examples)} prompts, in {options.run_dir}")
         return {}
-    with stage(options, "evaluate", console, distributed=False) as opened:
+    with stage(options, "fine-grained evaluate", console, distributed=False) as opened:
         if isinstance(opened, dict):
             return opened
         policy = load_policy(options, folder)

@@ -13,8 +13,9 @@ from ..agents.language_model import SETTINGS
 from ..agents.reward_modelling import tokenize_pairs
 from ..llm_backends.errors import InputError
 from ..rewards.edits import read_pairs
-from .fine_grained import StageOptions, load_policy, policy_folder, stage, tokenizer_of
+from .fine_grained import StageOptions, load_policy
 from .options import check_counts
+from .stages import policy_folder, stage, tokenizer_of
 
 
 @dataclass
@@ -55,7 +56,7 @@ def run(options: FineGrainedFIGA, console: Console | None = None) -> dict[str, A
     if options.dry_run:
         console.print(f"would train on {len(pairs)} pairs, in {options.run_dir}")
         return {}
-    with stage(options, "figa", console) as opened:
+    with stage(options, "fine-grained figa", console) as opened:
         if isinstance(opened, dict):
             return opened
         policy = load_policy(options, start)

@@ -20,10 +20,11 @@ from ..llm_backends.errors import InputError
 from ..rewards import Reward, WeightedSum
 from ..rewards.reward_model import RewardModel, read_settings
 from ..rewards.token_reward import SequenceReward, TokenReward
-from .fine_grained import ENV_ID, StageOptions, check_lengths, load_policy, policy_folder, stage, tokenizer_of
+from .fine_grained import ENV_ID, StageOptions, check_lengths, load_policy
 from .options import check_counts, input_errors, parse_reward
 from .responses import respond
 from .run_folder import RunFolder, read_json, write_json
+from .stages import policy_folder, stage, tokenizer_of
 
 Form = Literal["auto", "causal", "whole", "terminal"]
 
@@ -92,7 +93,7 @@ def run(options: FineGrainedPPO, console: Console | None = None) -> dict[str, An
     if options.dry_run:
         console.print(f"would train {options.updates} updates on {len(examples)} prompts, in {options.run_dir}")
         return {}
-    with stage(options, "ppo", console) as opened:
+    with stage(options, "fine-grained ppo", console) as opened:
         if isinstance(opened, dict):
             return opened
         policy = load_policy(options, start)

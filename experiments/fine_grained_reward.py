@@ -15,8 +15,9 @@ from ..agents.reward_modelling import RewardTrainer, TokenizedPair, evaluate_rew
 from ..llm_backends.errors import InputError
 from ..rewards.edits import read_pairs
 from ..rewards.token_reward import RewardModel
-from .fine_grained import StageOptions, stage, tokenizer_of
+from .fine_grained import StageOptions
 from .options import check_counts
+from .stages import stage, tokenizer_of
 from .token_heat_map import HeatRow, plot_heat_map, token_texts, write_html
 
 HELD_OUT = 0.15
@@ -86,7 +87,7 @@ def run(options: FineGrainedRewardModel, console: Console | None = None) -> dict
     if options.dry_run:
         console.print(f"would train on {len(train)} pairs and measure on {len(held_out)}, in {options.run_dir}")
         return {}
-    with stage(options, "reward-model", console) as opened:
+    with stage(options, "fine-grained reward-model", console) as opened:
         if isinstance(opened, dict):
             return opened
         model = RewardModel(

@@ -10,8 +10,9 @@ from rich.console import Console
 from ..agents.language_model import LanguageModelPolicy, LoraSettings
 from ..agents.sft import SFT, Demonstration
 from ..llm_backends.errors import InputError
-from .fine_grained import StageOptions, stage, tokenizer_of
+from .fine_grained import StageOptions
 from .options import check_counts
+from .stages import stage, tokenizer_of
 
 
 @dataclass
@@ -52,7 +53,7 @@ def run(options: FineGrainedSFT, console: Console | None = None) -> dict[str, An
     if options.dry_run:
         console.print(f"would train on {len(examples)} demonstrations of {options.data}, in {options.run_dir}")
         return {}
-    with stage(options, "sft", console) as opened:
+    with stage(options, "fine-grained sft", console) as opened:
         if isinstance(opened, dict):
             return opened
         policy = LanguageModelPolicy(

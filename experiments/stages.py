@@ -1,0 +1,98 @@
+"""Training stages in run folders: their options, opening and resuming them, and the policies that they leave."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from ..agents.distributed import Processes
+from ..agents.language_model import SETTINGS
+from ..llm_backends.errors import InputError
+from ..llm_backends.tokenization import EmbeddedTokenizer, Tokenizer
+from .options import check_counts, check_run
+from .run_folder import RunFolder
+from .token_training import TokenTraining
+from .tracking import Tracker
+
+
+@dataclass
+class TrainingOptions:
+    """Options of every stage that trains a model, or evaluates a trained one."""
+
+    run_dir: str = ""
+    """Folder of this stage. A folder with an unfinished run of the same options is resumed."""
+    token_budget: int = 1024
+    """Tokens of a micro-batch in training."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic; auto: bfloat16 where the hardware computes in it."""
+    seed: int = 0
+    """Of the order of data, tokens and weights."""
+    minutes: float = 0.0
+    """Stop cleanly after so many minutes of training; the same command goes on from there. 0: no limit."""
+    track: str = "none"
+    """none or wandb."""
+    dry_run: bool = False
+    """Check everything, load no model."""
+
+    def check(self) -> None:
+        """Refuses what can be refused without looking at files.
+
+        Raises:
+            InputError: naming the option.
+        """
+        check_run(self)
+        check_counts(self, "token_budget")
+
+
+@contextmanager
+def stage(
+    options: TrainingOptions, command: str, console: Console, distributed: bool = True
+) -> Iterator[TokenTraining | dict[str, Any]]:
+    """Opens the run of a stage; gives the results instead where it is finished.
+
+    Args:
+        options: of the stage.
+        command: its name, as a user types it.
+        console: for progress.
+        distributed: whether several processes can share its work.
+
+    Raises:
+        InputError: if the folder holds another run or is in use, and for several processes where one has to do.
+    """
+    processes = Processes()
+    if processes.count > 1 and not distributed:
+        raise InputError(f"'{command}' runs in one process: start it without torchrun or accelerate")
+    path = Path(options.run_dir)
+    if (results := RunFolder(path, asdict(options), command).finished(console)) is not None:
+        yield results
+        return
+    if not processes.is_main:  # of several, one writes the run; the others keep a scratch folder within it
+        path, console = path / "ranks" / str(processes.index), Console(quiet=True)
+    folder = RunFolder(path, asdict(options), command)
+    with folder.opened(), Tracker(folder, options.track if processes.is_main else "none") as tracker:
+        checkpoints = Path(options.run_dir) / "checkpoints"
+        yield TokenTraining(folder, tracker, console, processes, checkpoints, options.minutes)
+
+
+def tokenizer_of(model: str) -> Tokenizer:
+    """The tokenizer of a model by its name, without the model."""
+    return EmbeddedTokenizer() if model == "embedded" else Tokenizer(model)
+
+
+def policy_folder(folder: str, option: str) -> Path:
+    """Where a stage left its policy; a policy's own folder is taken as it is.
+
+    Raises:
+        InputError: if there is none, naming the option.
+    """
+    if not folder:
+        raise InputError(f"{option} is missing: name the run folder of a stage that trained a policy")
+    for path in (Path(folder) / "policy", Path(folder)):
+        if (path / SETTINGS).exists():
+            return path
+    raise InputError(f"{option} {folder} holds no policy: has that stage finished?")
