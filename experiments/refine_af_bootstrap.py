@@ -75,6 +75,8 @@ class RefineAFBootstrap(RunOptions):
     """Longest list of instances, in tokens. 0: by --scale, 96 or 350."""
     keep_cut: bool = False
     """Keep the finished items of a list that was cut by length. Self-Instruct drops the whole list."""
+    instances: bool = True
+    """Ask for instances of the new instructions. 'refine-af generate' writes them with a policy instead."""
 
     def check(self) -> None:
         super().check()
@@ -208,8 +210,9 @@ def _bootstrap(
                 batches, barren = batches + 1, 0 if rows.accepted else barren + 1
                 tracker.write(record.counters(), {}, step=batches)
                 progress.update(len(instructions), f"{sum(record.reasons['instructions'].values())} dropped")
-        with StepProgress("instructions with instances", len(instructions), console) as progress:
-            while not stopped and done < len(instructions):
+        answered = len(instructions) if options.instances else 0
+        with StepProgress("instructions with instances", answered, console) as progress:
+            while not stopped and done < answered:
                 if stopped := limit.reached():
                     break
                 chunk = instructions[done : done + CHUNK]
