@@ -1,4 +1,4 @@
-"""Instruction data: rows of an instruction, perhaps an input, and an output, from the usual files, and their prompts."""
+"""Instruction data: rows of an instruction, perhaps an input, and an output, from the usual files; their prompts."""
 
 from __future__ import annotations
 
