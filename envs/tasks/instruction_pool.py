@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ...rewards.rouge_gate import RougeGate
 from ...rewards.verdict import VerdictPrompt
 from .instances import Instance
 from .instruction_filters import dropped_by, normalized
-from .instructions import SeedFileError, packaged_seeds, read_seed_rows, seed_instruction
+from .instructions import SeedFileError, read_seed_rows, seed_instruction
 
 DEMONSTRATIONS, MACHINE_DEMONSTRATIONS = 8, 2
 LAST_ITEM = 15
@@ -69,17 +70,23 @@ class Considered:
     """Of the new task, where it entered the pool."""
 
 
+def packaged_tasks() -> Path:
+    """The file of the package's own seed tasks, in Self-Instruct's format."""
+    return Path(str(files(__package__).joinpath("seeds", "tasks.jsonl")))
+
+
 def load_tasks(seeds: str | Path | None = None) -> list[Task]:
     """Tasks from a file.
 
     Args:
         seeds: Self-Instruct's ``seed_tasks.jsonl``, or any file that
-            :func:`~instructgym.envs.tasks.instructions.load_instructions` reads; None for the package's own seeds.
+            :func:`~instructgym.envs.tasks.instructions.load_instructions` reads; None for the package's own seed
+            tasks, 64 with one instance each.
 
     Raises:
         SeedFileError: for a file that cannot be used, naming the row and the field.
     """
-    path = packaged_seeds() if seeds is None else Path(seeds)
+    path = packaged_tasks() if seeds is None else Path(seeds)
     return [_task(path, where, row) for where, row in read_seed_rows(path)]
 
 

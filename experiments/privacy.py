@@ -1,0 +1,295 @@
+"""``instructgym privacy``: membership inference on fine-tuned policies, as TeaMs-RL reports it (ROC and AUC).
+
+Members are the rows that a policy was fine-tuned on, non-members those of the same data that were held out. Which attack
+TeaMs-RL ran is not known; the attacks here are those of ``experiments/membership.py``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..agents.checkpoints import policy_from, read_state
+from ..agents.language_model import SETTINGS, LanguageModelPolicy
+from ..agents.sft import Demonstration
+from ..llm_backends.errors import InputError
+from ..llm_backends.records import append_lines, read_records
+from ..llm_backends.tokenization import Tokenizer
+from .membership import ATTACKS, attack_metrics, length_shift, roc, score_rows
+from .membership_rows import Row, demonstration, read_sides
+from .metrics import auc
+from .options import check_counts
+from .plots import COLOURS, _figure
+from .run_folder import read_json
+from .stages import TrainingOptions, policy_folder, stage, tokenizer_of
+from .token_training import TokenTraining
+
+CHUNK = 64
+SCORES = "scores.jsonl"
+SIDES = ("members", "nonmembers")
+TITLES = {"loss": "loss", "calibrated": "loss, calibrated by the base model", "min_k": "Min-20% log-prob"}
+
+
+@dataclass
+class Privacy(TrainingOptions):
+    """Tell the rows that policies were fine-tuned on from held-out ones (membership inference)."""
+
+    policy: str = ""
+    """Run folder of a fine-tuning, or several to compare: name=RUN,name=RUN."""
+    members: str = ""
+    """JSONL of rows the policy was trained on (instruction, input, output); by default the run's train.jsonl."""
+    nonmembers: str = ""
+    """JSONL of rows it was not trained on; by default the run's held_out.jsonl."""
+    model: str = "base"
+    """Reference of the calibrated attack: base (the model that the policy was trained from), or embedded, a local path
+    or hub id of another model with the same tokenizer."""
+    layout: str = ""
+    """How rows were shown in training; by default as the fine-tuning run says."""
+    context_length: int = 0
+    """Tokens of a row at most; longer ones are left out. 0: as in training."""
+    limit: int = 0
+    """Rows of either side at most, drawn at random. 0: all."""
+    resamples: int = 2000
+    """Of the bootstrap behind each interval."""
+
+    def check(self) -> None:
+        super().check()
+        check_counts(self, "resamples")
+        if bool(self.members) != bool(self.nonmembers):
+            given, other = ("members", "nonmembers") if self.members else ("nonmembers", "members")
+            raise InputError(f"--{given} without --{other}: name both files, or neither to take those of the run")
+
+
+@dataclass
+class _Arm:
+    """One policy with its members and non-members."""
+
+    name: str
+    folder: Path
+    weights: str
+    model: str
+    rows: list[Row]
+    shown: list[Demonstration]
+    too_long: int
+
+    def key(self, index: int) -> dict[str, Any]:
+        """What a stored score of a row must agree with."""
+        row = self.rows[index]
+        return {"policy": self.name, "member": row.member, "row": row.number, "id": row.id, "weights": self.weights}
+
+
+def run(options: Privacy, console: Console | None = None) -> dict[str, Any]:
+    """Scores all rows by all attacks, draws the curves and returns the results.
+
+    Raises:
+        InputError: for bad input, before a model is loaded.
+    """
+    console = console or Console()
+    options.check()
+    arms = [_arm(options, name, folder) for name, folder in _policies(options.policy).items()]
+    if options.dry_run:
+        for arm in arms:
+            console.print(f"would score {len(arm.rows)} rows by {arm.folder}, in {options.run_dir}")
+        return {}
+    with stage(options, "privacy", console, distributed=False) as opened:
+        if isinstance(opened, dict):
+            return opened
+        scores = _scores(options, opened, arms)
+        if scores is None:
+            console.print(f"out of time: repeat the command to go on with {options.run_dir}")
+            return opened.folder.finish({}, {}, status="stopped")
+        metrics = {arm.name: _measured(scores[arm.name], options) for arm in arms}
+        figure = plot_roc(scores, opened.folder.file("figures", "roc.png"))
+        counts = {arm.name: {side: len(_side(scores[arm.name], side)) for side in SIDES} for arm in arms}
+        for arm in arms:
+            counts[arm.name]["too_long"] = arm.too_long
+        results = opened.folder.finish(metrics, counts | {"seconds": opened.seconds})
+        opened.tracker.image("roc", figure)
+        opened.tracker.summary(results)
+        _show(metrics, console)
+        return results
+
+
+def _policies(text: str) -> dict[str, Path]:
+    """Run folders by name, as ``--policy`` gives them."""
+    found: dict[str, Path] = {}
+    for piece in [piece.strip() for piece in text.split(",")] if "=" in text else [text]:
+        name, equals, folder = piece.partition("=") if "=" in text else ("", "=", piece)
+        name = name.strip() or Path(folder).resolve().name
+        if not equals or not folder or not re.fullmatch(r"[\w.-]+", name) or name in found:
+            raise InputError(
+                f"--policy must be one run folder, or name=RUN,name=RUN with distinct names of letters, digits, '.', "
+                f"'-' and '_'; got {text!r}"
+            )
+        found[name] = Path(folder.strip())
+    return found
+
+
+def _arm(options: Privacy, name: str, run_folder: Path) -> _Arm:
+    folder = policy_folder(str(run_folder), "--policy")
+    trained = (read_json(run_folder / "config.json") or {}).get("options", {})
+    layout = options.layout or trained.get("layout")
+    if not layout:
+        raise InputError(f"--policy {run_folder} does not say how its rows were shown: name --layout")
+    settings = read_state(folder / SETTINGS)
+    tokenizer = tokenizer_of(settings["model"])
+    files = {side: getattr(options, side) or str(run_folder / default)
+             for side, default in zip(SIDES, ("train.jsonl", "held_out.jsonl"), strict=True)}  # fmt: skip
+    rows = read_sides(files["members"], files["nonmembers"], options.limit, options.seed)
+    longest = options.context_length or trained.get("context_length") or tokenizer.context_length
+    shown = [demonstration(row, layout, tokenizer) for row in rows]
+    fits = [len(one.prompt) + len(one.response) <= longest for one in shown]
+    kept = [row for row, fit in zip(rows, fits, strict=True) if fit]
+    for side in SIDES:
+        if not any(row.member == (side == "members") for row in kept):
+            raise InputError(f"none of the rows of {files[side]} fits {longest} tokens: raise --context-length")
+    _check_reference(options.model, tokenizer)
+    return _Arm(
+        name=name,
+        folder=folder,
+        weights=_fingerprint(folder),
+        model=settings["model"],
+        rows=kept,
+        shown=[one for one, fit in zip(shown, fits, strict=True) if fit],
+        too_long=len(rows) - len(kept),
+    )
+
+
+def _check_reference(model: str, tokenizer: Tokenizer) -> None:
+    if model != "base" and tokenizer_of(model).fingerprint != tokenizer.fingerprint:
+        raise InputError(f"--model {model} counts other tokens than the policy's model: its losses do not compare")
+
+
+def _fingerprint(folder: Path) -> str:
+    """Which weights: scores must not be resumed with others."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:12]
+
+
+def _scores(options: Privacy, opened: TokenTraining, arms: Sequence[_Arm]) -> dict[str, list[dict[str, Any]]] | None:
+    """The scores of every row by policy, those that are stored read; None when the time is over."""
+    path = opened.folder.file(SCORES)
+    stored = {(row["policy"], row["member"], row["row"]): row for row in read_records(path, repair=True)}
+    scores: dict[str, list[dict[str, Any]]] = {}
+    for arm in arms:
+        keys = [arm.key(i) for i in range(len(arm.rows))]
+        places = [(key["policy"], key["member"], key["row"]) for key in keys]
+        for key, place in zip(keys, places, strict=True):
+            if place in stored and any(stored[place][name] != value for name, value in key.items()):
+                raise InputError(
+                    f"{path} has the score of another row or of other weights for {place}: --policy {arm.folder} or "
+                    "its rows have changed since; choose another --run-dir"
+                )
+        # Whole chunks, whatever of one is stored: what stands in a batch with a row must not depend on a kill.
+        starts = [s for s in range(0, len(keys), CHUNK) if any(place not in stored for place in places[s : s + CHUNK])]
+        models = _models(options, arm) if starts else None
+        for start in starts:
+            assert models is not None
+            made = score_rows(*models, arm.shown[start : start + CHUNK], options.token_budget)
+            new = []
+            for offset, row in enumerate(made, start=start):
+                if places[offset] not in stored:
+                    tokens = len(arm.shown[offset].response)
+                    stored[places[offset]] = keys[offset] | {"tokens": tokens} | row
+                    new.append(stored[places[offset]])
+            append_lines(path, new)
+            last = start == starts[-1] and arm is arms[-1]
+            if options.minutes and opened.seconds > 60 * options.minutes and not last:
+                return None
+        scores[arm.name] = [stored[place] for place in places]
+    return scores
+
+
+def _models(options: Privacy, arm: _Arm) -> tuple[LanguageModelPolicy, LanguageModelPolicy]:
+    """The policy at temperature 1, and the policy whose reference is the one to compare with."""
+    policy = policy_from(arm.folder, temperature=1.0, dtype=options.dtype)
+    if options.model == "base" and (policy.lora.rank or policy.reference == "base"):
+        policy.reference = "base"  # whatever it was trained against: the model without any adapter
+        return policy, policy
+    model = arm.model if options.model == "base" else options.model
+    return policy, LanguageModelPolicy(model, value="none", dtype=options.dtype)
+
+
+def _side(rows: Sequence[Mapping[str, Any]], side: str) -> list[Mapping[str, Any]]:
+    return [row for row in rows if row["member"] == (side == "members")]
+
+
+def _measured(rows: Sequence[Mapping[str, Any]], options: Privacy) -> dict[str, Any]:
+    """Metrics of each attack on one policy, its lengths and what to beware of."""
+    members, others = (_side(rows, side) for side in SIDES)
+    shift = length_shift([row["tokens"] for row in members], [row["tokens"] for row in others])
+    warnings = []
+    if len(members) != len(others):
+        warnings.append(f"{len(members)} members and {len(others)} non-members: the smaller side widens the intervals")
+    if shift.found:
+        warnings.append(
+            f"members have {shift.members:.1f} tokens per response, non-members {shift.nonmembers:.1f} "
+            f"(p = {shift.p_value:.2g}): an AUC off 0.5 may come from the lengths, which alone reach {shift.auc:.2f}"
+        )
+    attacks = {
+        attack: attack_metrics(
+            [row[attack] for row in members], [row[attack] for row in others], options.seed, options.resamples
+        ).as_dict()
+        for attack in ATTACKS
+    }
+    lengths = {
+        "members": shift.members,
+        "nonmembers": shift.nonmembers,
+        "p_value": shift.p_value,
+        "auc": shift.auc,
+    }
+    return {"attacks": attacks, "lengths": lengths, "warnings": warnings}
+
+
+def plot_roc(scores: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path:
+    """ROC curves of all attacks, one panel per policy, with the diagonal of guessing.
+
+    Args:
+        scores: by policy, rows of ``scores.jsonl``.
+        path: the PNG.
+    """
+    figure, axes = _figure(len(scores))
+    for axis, (name, rows) in zip(axes[0], scores.items(), strict=True):
+        axis.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle="--", label="guessing")
+        for k, attack in enumerate(ATTACKS):
+            sides = ([row[attack] for row in _side(rows, side)] for side in SIDES)
+            false_positives, true_positives = roc(*sides)
+            area = auc([row[attack] for row in rows], [row["member"] for row in rows])
+            axis.plot(
+                false_positives, true_positives, color=COLOURS[k], linewidth=2, label=f"{TITLES[attack]}: {area:.2f}"
+            )
+        members, others = (len(_side(rows, side)) for side in SIDES)
+        axis.set(
+            title=f"{name}: {members} members, {others} others", xlabel="false positive rate", ylabel="true positive rate", xlim=(0, 1), ylim=(0, 1.02)
+        )  # fmt: skip
+        axis.set_aspect("equal")
+        axis.legend(frameon=False, fontsize=8, loc="lower right", title="AUC", title_fontsize=8)
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def _show(metrics: Mapping[str, Any], console: Console) -> None:
+    table = Table(title="Membership inference (0.5: guessing; intervals: 95%, bootstrap)")
+    for title in ("policy", "attack", "AUC", "|AUC - 0.5|", "TPR at 1% FPR", ""):
+        table.add_column(title, justify="right" if title and title not in ("policy", "attack") else "left")
+    for name, measured in metrics.items():
+        for attack, found in measured["attacks"].items():
+            area = f"{found['auc']:.3f} [{found['auc_low']:.3f}, {found['auc_high']:.3f}]"
+            rate = found["tpr_at_1_percent_fpr"]
+            shown = "-" if rate is None else f"{rate:.3f}"
+            table.add_row(name, attack, area, f"{found['distance_to_chance']:.3f}", shown, found["verdict"])
+    console.print(table)
+    for name, measured in metrics.items():
+        reasons = dict.fromkeys(found["reason"] for found in measured["attacks"].values() if found["reason"])
+        for remark in [*measured["warnings"], *(f"no TPR at 1% FPR: {reason}" for reason in reasons)]:
+            console.print(f"{name}: {remark}", highlight=False)
