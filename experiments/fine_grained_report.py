@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import read_records
@@ -17,6 +16,7 @@ from .fine_grained_evaluate import RESPONSES, win_rate
 from .options import check_output
 from .plots import plot_fine_grained
 from .run_folder import read_json
+from .tables import markdown, rich_table
 
 COMMAND = "fine-grained "
 
@@ -76,16 +76,13 @@ def run(options: FineGrainedReport, console: Console | None = None) -> dict[str,
     out.mkdir(parents=True, exist_ok=True)
     figures = {name: arm.figures() for name, arm in arms.items() if arm.evaluations}
     tables = [_arm_rows(figures), _reward_rows(reward_models)]
-    (out / "report.md").write_text("\n".join(_markdown(rows) for rows in tables if len(rows) > 1), "utf-8")
+    (out / "report.md").write_text("\n".join(markdown(rows) for rows in tables if len(rows) > 1), "utf-8")
     curves = {name: arms[name].curves for name in figures if arms[name].curves}
     if curves:
         plot_fine_grained(curves, figures, out / "curves.png")
     for rows in tables:
         if len(rows) > 1:
-            table = Table(*rows[0])
-            for row in rows[1:]:
-                table.add_row(*row)
-            console.print(table)
+            console.print(rich_table(rows))
     console.print(f"wrote {out / 'report.md'}" + (f" and {out / 'curves.png'}" if curves else ""))
     return {"arms": figures, "reward_models": reward_models}
 
@@ -171,8 +168,3 @@ def _reward_rows(models: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 
 def _number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"

@@ -19,6 +19,7 @@ from ..agents.sft import SFT, Demonstration
 from ..envs.tasks.instruction_data import (
     OPENINGS,
     DataLayout,
+    InstructionData,
     InstructionExample,
     prompt_text,
     read_instruction_data,
@@ -134,6 +135,29 @@ def split_rows(lengths: Sequence[int], options: Finetune) -> Rows:
     return Rows(train, sorted(order[:withheld]), len(lengths) - len(order), left - len(train))
 
 
+def usable_rows(options: Finetune) -> int:
+    """How many rows of the data set could be trained on: those that fit the context, duplicates counted once.
+
+    Raises:
+        InputError: for data that cannot be used.
+    """
+    return sum(length <= options.context_length for length in _lengths(_read(options)[1]))
+
+
+def _read(options: Finetune) -> tuple[InstructionData, list[Demonstration]]:
+    data = read_instruction_data(options.data, "--data")
+    tokenizer = tokenizer_of(options.model)
+    if tokenizer.context_length < options.context_length:
+        raise InputError(
+            f"{options.model} reads {tokenizer.context_length} tokens: set --context-length to that or less"
+        )
+    return data, demonstrations(data.examples, options.layout, tokenizer)
+
+
+def _lengths(shown: Sequence[Demonstration]) -> list[int]:
+    return [len(one.prompt) + len(one.response) for one in shown]
+
+
 def run(options: Finetune, console: Console | None = None) -> dict[str, Any]:
     """Trains (or resumes), saves the policy and returns the results.
 
@@ -144,14 +168,8 @@ def run(options: Finetune, console: Console | None = None) -> dict[str, Any]:
     """
     console = console or Console()
     options.check()
-    data = read_instruction_data(options.data, "--data")
-    tokenizer = tokenizer_of(options.model)
-    if tokenizer.context_length < options.context_length:
-        raise InputError(
-            f"{options.model} reads {tokenizer.context_length} tokens: set --context-length to that or less"
-        )
-    shown = demonstrations(data.examples, options.layout, tokenizer)
-    rows = split_rows([len(one.prompt) + len(one.response) for one in shown], options)
+    data, shown = _read(options)
+    rows = split_rows(_lengths(shown), options)
     if options.dry_run:
         console.print(
             f"would train on {len(rows.train)} rows of {options.data} and withhold {len(rows.held_out)}, in "

@@ -1,7 +1,7 @@
 """``instructgym privacy``: membership inference on fine-tuned policies, as TeaMs-RL reports it (ROC and AUC).
 
-Members are the rows that a policy was fine-tuned on, non-members those of the same data that were held out. Which attack
-TeaMs-RL ran is not known; the attacks here are those of ``experiments/membership.py``.
+Members are the rows that a policy was fine-tuned on, non-members those of the same data that were held out. Which
+attack TeaMs-RL ran is not known; the attacks here are those of ``experiments/membership.py``.
 """
 
 from __future__ import annotations
@@ -270,8 +270,12 @@ def plot_roc(scores: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> P
             )
         members, others = (len(_side(rows, side)) for side in SIDES)
         axis.set(
-            title=f"{name}: {members} members, {others} others", xlabel="false positive rate", ylabel="true positive rate", xlim=(0, 1), ylim=(0, 1.02)
-        )  # fmt: skip
+            title=f"{name}: {members} members, {others} others",
+            xlabel="false positive rate",
+            ylabel="true positive rate",
+            xlim=(0, 1),
+            ylim=(0, 1.02),
+        )
         axis.set_aspect("equal")
         axis.legend(frameon=False, fontsize=8, loc="lower right", title="AUC", title_fontsize=8)
     figure.savefig(path, dpi=130)

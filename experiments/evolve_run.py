@@ -1,0 +1,116 @@
+"""``instructgym evolve run``: TeaMs-RL to its end. Does an agent's data teach more than that of random evolution?
+
+Both data sets cost the same number of LLM calls, the agent's training included; then one model is fine-tuned once on
+equally many rows of each, evaluated on held-out tasks and attacked by membership inference. Random evolution is
+Evol-Instruct with this library's operations, rules and filters.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..agents.factory import BASELINES, check_algorithm
+from ..envs.tasks.instruction_pool import held_out, load_tasks
+from ..llm_backends.errors import InputError
+from .evolve_compare import EvolveCompare
+from .evolve_compare import run as compare
+from .options import input_errors, parse_reward
+from .run_folder import read_json
+from .teaching import TeachingOptions, attack_arms, evaluate_arms, finetune_arms
+from .teaching_report import report
+
+RANDOM = "random"
+CALLS = {"smoke": 500, "report": 2000}
+EPISODES = {"smoke": 8, "report": 60}
+
+
+@dataclass
+class EvolveRun(TeachingOptions):
+    """Make data with an agent and at random for equally many LLM calls, fine-tune on both, evaluate, attack, report."""
+
+    algorithm: str = "TRPO"
+    """The agent, as of 'evolve train'."""
+    backend: str = '{"id": "embedded", "kwargs": {"dtype": "auto"}}'
+    """Who rewrites, judges and answers, as of 'evolve train'."""
+    reward: str = "judge + diversity"
+    """What the agent is paid, as of 'evolve train'."""
+    calls: int = 0
+    """LLM calls per data set, training included. 0: by --scale, 500 or 2000."""
+    episodes: int = 0
+    """Training of the agent, in episodes. 0: by --scale, 8 or 60."""
+
+    def check(self) -> None:
+        super().check()
+        self.algorithm = check_algorithm(self.algorithm)
+        if self.algorithm in BASELINES:
+            raise InputError(
+                f"--algorithm must be a learner, {self.algorithm} is a baseline: it is compared with anyway"
+            )
+        parse_reward(self.reward)
+
+    @property
+    def data(self) -> dict[str, Path]:
+        """The data sets, the one to be compared with first."""
+        folder = self.root / "compare" / "arms"
+        return {arm: folder / f"{arm}-seed0" / "data.jsonl" for arm in (RANDOM, self.algorithm)}
+
+
+def run(options: EvolveRun, console: Console | None = None) -> dict[str, Any]:
+    """Runs the stages that are not finished and returns the report's figures.
+
+    Raises:
+        InputError: for bad input.
+    """
+    console = console or Console()
+    options.check()
+    comparison = make_data(options)
+    if options.dry_run:
+        console.print(f"would make data with {options.algorithm} and at random, and compare them in {options.root}")
+        return {}
+    compare(comparison, console)
+    finetune_arms(options, options.data, console)
+    evaluate_arms(options, console)
+    attack_arms(options, console)
+    return write_report(options, console)
+
+
+def make_data(options: EvolveRun) -> EvolveCompare:
+    """The options of the comparison that makes both data sets; its seeds, those not held out, are written to a file."""
+    tasks = load_tasks(options.seeds or None)
+    with input_errors():
+        shown, _ = held_out(tasks, 0 if options.tasks else min(options.held_out, len(tasks) // 4))
+    seeds = options.root / "seeds.jsonl"
+    if not options.dry_run and not seeds.exists():
+        seeds.parent.mkdir(parents=True, exist_ok=True)
+        seeds.write_text("".join(json.dumps(task.row(), ensure_ascii=False) + "\n" for task in shown), "utf-8")
+    return EvolveCompare(
+        run_dir=str(options.root / "compare"),
+        scale=options.scale,
+        backend=options.backend,
+        seeds=str(seeds),
+        algorithms=f"{options.algorithm},{RANDOM}",
+        repeats=1,
+        calls=options.calls or CALLS[options.scale],
+        episodes=options.episodes or EPISODES[options.scale],
+        reward=options.reward,
+        track=options.track,
+    )
+
+
+def write_report(options: EvolveRun, console: Console) -> dict[str, Any]:
+    """Gathers the finished stages."""
+    costs = {arm: _cost(read_json(path.parent / "arm.json") or {}) for arm, path in options.data.items()}
+    title = f"TeaMs-RL: {options.algorithm} against random evolution, {options.model}"
+    return report(options.root, list(options.data), costs, title, console)
+
+
+def _cost(made: Mapping[str, Any]) -> dict[str, float]:
+    calls = {kind: float(made.get("calls", {}).get(kind, 0)) for kind in ("training", "rewrite", "judge", "answer")}
+    rows, total = made.get("accepted", 0), sum(calls.values())
+    return calls | {"all": total, "rows made": rows} | ({"calls per row": total / rows} if rows else {})

@@ -1,0 +1,189 @@
+"""Does made data teach? Fine-tuning one model on each of several data sets of equal size, and measuring it.
+
+The last stages of REFINE-AF (arXiv 2505.06548) and TeaMs-RL (arXiv 2403.08694): supervised fine-tuning, zero-shot
+evaluation on held-out tasks, membership inference. Everything lies in one folder, a stage that is finished is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from ..llm_backends.errors import InputError
+from .evaluate import Evaluate
+from .evaluate import run as evaluate
+from .finetune import Finetune, usable_rows
+from .finetune import run as finetune
+from .options import SCALES, check_counts, check_output
+from .privacy import Privacy
+from .privacy import run as privacy
+from .tracking import check_tracker
+
+SFT_SEEDS = {"smoke": 1, "report": 3}
+LEAST_ROWS = 8
+"""Rows of a data set below which nothing is trained."""
+
+
+@dataclass
+class TeachingOptions:
+    """Options of fine-tuning on made data and of what is measured then."""
+
+    run_dir: str = ""
+    """Folder of the experiment, which holds the run folders of all its stages."""
+    scale: Literal["smoke", "report"] = "report"
+    """smoke: under three minutes on two cores; report: up to two hours."""
+    model: str = "embedded"
+    """Who is fine-tuned: embedded, or a local path or hub id of a causal language model."""
+    seeds: str = ""
+    """Seed tasks: Self-Instruct's seed_tasks.jsonl, or JSONL with 'instruction' and 'instances'. By default the
+    package's own."""
+    held_out: int = 40
+    """Seed tasks kept for evaluation, chosen by a hash of their text: never shown to a model that makes data."""
+    tasks: str = ""
+    """Evaluation tasks in place of the held-out seeds: Super-NaturalInstructions' JSON files, or JSONL with
+    'instruction' and 'instances'."""
+    size: int = 0
+    """Rows of each data set, those that are withheld for membership inference included. 0: as many as the smallest
+    has."""
+    withheld: float = 0.25
+    """Share of the rows that nobody trains on: the non-members of membership inference."""
+    sft_epochs: int = 3
+    """Passes over the rows in fine-tuning."""
+    sft_learning_rate: float = 5e-4
+    """Peak learning rate of fine-tuning (cosine, 10% warm-up)."""
+    sft_seeds: int = 0
+    """Repetitions of fine-tuning, with seeds 0, 1, ... 0: by --scale, 1 or 3."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic; auto: bfloat16 where the hardware computes in it."""
+    track: str = "none"
+    """none or wandb."""
+    dry_run: bool = False
+    """Check the options, load no model."""
+
+    def check(self) -> None:
+        """Refuses what can be refused without looking at data.
+
+        Raises:
+            InputError: naming the option.
+        """
+        if not self.run_dir:
+            raise InputError("--run-dir is missing: name the folder of the experiment")
+        check_output(self.root / "report" / "report.md")
+        check_tracker(self.track)
+        check_counts(self, "sft_epochs")
+        if self.scale not in SCALES:
+            raise InputError(f"--scale must be {' or '.join(SCALES)}, got {self.scale!r}")
+        if not 0 <= self.withheld < 1:
+            raise InputError(f"--withheld is a share below 1, got {self.withheld}")
+        for name in ("size", "sft_seeds", "held_out"):
+            if getattr(self, name) < 0:
+                raise InputError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
+
+    @property
+    def root(self) -> Path:
+        """The folder of the experiment."""
+        return Path(self.run_dir)
+
+
+def arm_name(arm: str, seed: int) -> str:
+    """Name of one fine-tuned model in files and tables."""
+    return f"{arm}-{seed}"
+
+
+def finetune_arms(options: TeachingOptions, data: Mapping[str, Path], console: Console) -> dict[str, Path]:
+    """Fine-tunes the model on equally many rows of each data set, once per seed.
+
+    Args:
+        options: of the experiment.
+        data: file of each arm.
+        console: for progress.
+
+    Returns:
+        The run folders by :func:`arm_name`.
+
+    Raises:
+        InputError: if a data set is missing or too small.
+    """
+    missing = {arm: path for arm, path in data.items() if not path.is_file()}
+    if missing:
+        arm, path = next(iter(missing.items()))
+        raise InputError(f"{path} is missing, the data of {arm}: has that stage finished?")
+    runs = {arm: _run(options, path, arm, 0) for arm, path in data.items()}
+    usable = {arm: usable_rows(run) for arm, run in runs.items()}
+    size = options.size or min(usable.values())
+    withheld = round(options.withheld * size)
+    small = [f"{arm} has {count}" for arm, count in usable.items() if count < max(size, LEAST_ROWS)]
+    if small:
+        raise InputError(
+            f"fine-tuning needs {max(size, LEAST_ROWS)} usable rows of each data set, but {', '.join(small)}: make "
+            "more data, or lower --size"
+        )
+    folders = {}
+    for seed in range(options.sft_seeds or SFT_SEEDS[options.scale]):
+        for arm, path in data.items():
+            run = replace(_run(options, path, arm, seed), limit=size - withheld, holdout=float(withheld))
+            finetune(run, console)
+            folders[arm_name(arm, seed)] = Path(run.run_dir)
+    return folders
+
+
+def _run(options: TeachingOptions, data: Path, arm: str, seed: int) -> Finetune:
+    return Finetune(
+        run_dir=str(options.root / "finetune" / arm_name(arm, seed)),
+        data=str(data),
+        model=options.model,
+        epochs=options.sft_epochs,
+        learning_rate=options.sft_learning_rate,
+        dtype=options.dtype,
+        seed=seed,
+        track=options.track,
+    )
+
+
+def tuned_arms(options: TeachingOptions) -> dict[str, Path]:
+    """The fine-tuned models that the folder holds.
+
+    Raises:
+        InputError: if there is none.
+    """
+    found = {path.parent.name: path.parent for path in sorted(options.root.glob("finetune/*/results.json"))}
+    if not found:
+        raise InputError(f"{options.root / 'finetune'} holds no fine-tuned model: run the stage 'finetune' first")
+    return found
+
+
+def evaluate_arms(options: TeachingOptions, console: Console) -> dict[str, Any]:
+    """Evaluates the base model and the fine-tuned ones on the held-out tasks, without demonstrations."""
+    return evaluate(
+        Evaluate(
+            run_dir=str(options.root / "evaluate"),
+            policy=_listed(tuned_arms(options)),
+            tasks=options.tasks or options.seeds,
+            held_out=0 if options.tasks else options.held_out,
+            model=options.model,
+            dtype=options.dtype,
+            track=options.track,
+        ),
+        console,
+    )
+
+
+def attack_arms(options: TeachingOptions, console: Console) -> dict[str, Any]:
+    """Membership inference on the fine-tuned models: rows that were trained on against those withheld."""
+    return privacy(
+        Privacy(
+            run_dir=str(options.root / "privacy"),
+            policy=_listed(tuned_arms(options)),
+            dtype=options.dtype,
+            track=options.track,
+        ),
+        console,
+    )
+
+
+def _listed(folders: Mapping[str, Path]) -> str:
+    return ",".join(f"{name}={path}" for name, path in folders.items())
