@@ -14,8 +14,10 @@ from rich.table import Table
 from ..llm_backends import BackendError, part_ids, resolve
 from ..llm_backends.errors import InputError
 from . import (
+    evaluate,
     evolve_compare,
     evolve_generate,
+    evolve_run,
     evolve_train,
     fine_grained_edit,
     fine_grained_evaluate,
@@ -25,11 +27,17 @@ from . import (
     fine_grained_reward,
     fine_grained_run,
     fine_grained_sft,
+    finetune,
     judge,
     nlu,
     nlu_report,
+    privacy,
     refine_af_bootstrap,
+    refine_af_generate,
+    refine_af_run,
+    refine_af_train,
     serve_check,
+    teaching,
 )
 from .benchmarks import backend, dense_reward, edit_env, rollouts, token_env, token_learning, token_ppo
 from .benchmarks.backend import BenchBackend
@@ -39,8 +47,10 @@ from .benchmarks.rollouts import BenchRollouts
 from .benchmarks.token_env import BenchTokenEnv
 from .benchmarks.token_learning import BenchTokenLearning
 from .benchmarks.token_ppo import BenchTokenPPO
+from .evaluate import Evaluate
 from .evolve_compare import EvolveCompare
 from .evolve_generate import EvolveGenerate
+from .evolve_run import EvolveEvaluate, EvolveFinetune, EvolveReport, EvolveRun
 from .evolve_train import EvolveTrain
 from .fine_grained_edit import FineGrainedEdit
 from .fine_grained_evaluate import FineGrainedEvaluate
@@ -50,19 +60,30 @@ from .fine_grained_report import FineGrainedReport
 from .fine_grained_reward import FineGrainedRewardModel
 from .fine_grained_run import FineGrainedRun
 from .fine_grained_sft import FineGrainedSFT
+from .finetune import Finetune
 from .judge import JudgeCalibrate
 from .nlu import NLU
 from .nlu_report import NLUReport
+from .privacy import Privacy
 from .refine_af_bootstrap import RefineAFBootstrap
+from .refine_af_generate import RefineAFGenerate
+from .refine_af_run import RefineAFEvaluate, RefineAFFinetune, RefineAFReport, RefineAFRun
+from .refine_af_train import RefineAFTrain
 from .serve_check import ServeCheck
 
 if TYPE_CHECKING:
-    EvolveCommand = EvolveTrain | EvolveGenerate | EvolveCompare
+    EvolveCommand = (
+        EvolveRun | EvolveTrain | EvolveGenerate | EvolveCompare | EvolveFinetune | EvolveEvaluate | EvolveReport
+    )
 else:
     EvolveCommand = (
-        Annotated[EvolveTrain, tyro.conf.subcommand("train")]
+        Annotated[EvolveRun, tyro.conf.subcommand("run")]
+        | Annotated[EvolveTrain, tyro.conf.subcommand("train")]
         | Annotated[EvolveGenerate, tyro.conf.subcommand("generate")]
         | Annotated[EvolveCompare, tyro.conf.subcommand("compare")]
+        | Annotated[EvolveFinetune, tyro.conf.subcommand("finetune")]
+        | Annotated[EvolveEvaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[EvolveReport, tyro.conf.subcommand("report")]
     )
 
 
@@ -125,17 +146,32 @@ class RefineAFFilters:
 
 
 if TYPE_CHECKING:
-    RefineAFCommand = RefineAFBootstrap | RefineAFFilters
+    RefineAFCommand = (
+        RefineAFRun
+        | RefineAFBootstrap
+        | RefineAFTrain
+        | RefineAFGenerate
+        | RefineAFFinetune
+        | RefineAFEvaluate
+        | RefineAFReport
+        | RefineAFFilters
+    )
 else:
     RefineAFCommand = (
-        Annotated[RefineAFBootstrap, tyro.conf.subcommand("bootstrap")]
+        Annotated[RefineAFRun, tyro.conf.subcommand("run")]
+        | Annotated[RefineAFBootstrap, tyro.conf.subcommand("bootstrap")]
+        | Annotated[RefineAFTrain, tyro.conf.subcommand("train")]
+        | Annotated[RefineAFGenerate, tyro.conf.subcommand("generate")]
+        | Annotated[RefineAFFinetune, tyro.conf.subcommand("finetune")]
+        | Annotated[RefineAFEvaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[RefineAFReport, tyro.conf.subcommand("report")]
         | Annotated[RefineAFFilters, tyro.conf.subcommand("filters")]
     )
 
 
 @dataclass
 class RefineAF:
-    """REFINE-AF: instructions and instances bootstrapped from seed tasks by a small model."""
+    """REFINE-AF: a small model bootstraps instructions and learns from automated feedback to write their instances."""
 
     command: RefineAFCommand
 
@@ -214,13 +250,28 @@ class Bench:
 
 
 if TYPE_CHECKING:
-    Command = Evolve | Understanding | FineGrained | RefineAF | Judge | ServeCheck | Envs | Bench
+    Command = (
+        Evolve
+        | Understanding
+        | FineGrained
+        | RefineAF
+        | Finetune
+        | Evaluate
+        | Privacy
+        | Judge
+        | ServeCheck
+        | Envs
+        | Bench
+    )
 else:
     Command = (
         Annotated[Evolve, tyro.conf.subcommand("evolve")]
         | Annotated[Understanding, tyro.conf.subcommand("nlu")]
         | Annotated[FineGrained, tyro.conf.subcommand("fine-grained")]
         | Annotated[RefineAF, tyro.conf.subcommand("refine-af")]
+        | Annotated[Finetune, tyro.conf.subcommand("finetune")]
+        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Privacy, tyro.conf.subcommand("privacy")]
         | Annotated[Judge, tyro.conf.subcommand("judge")]
         | Annotated[ServeCheck, tyro.conf.subcommand("serve-check")]
         | Annotated[Envs, tyro.conf.subcommand("envs")]
@@ -271,9 +322,22 @@ RUNS: dict[type, Callable[[Any, Console], Any]] = {
     EvolveTrain: evolve_train.run,
     EvolveGenerate: evolve_generate.run,
     EvolveCompare: evolve_compare.run,
+    EvolveRun: evolve_run.run,
+    EvolveFinetune: teaching.finetune_arms,
+    EvolveEvaluate: teaching.evaluate_arms,
+    EvolveReport: teaching.write_report,
+    Finetune: finetune.run,
+    Evaluate: evaluate.run,
+    Privacy: privacy.run,
     NLU: nlu.run,
     NLUReport: nlu_report.run,
+    RefineAFRun: refine_af_run.run,
     RefineAFBootstrap: refine_af_bootstrap.run,
+    RefineAFTrain: refine_af_train.run,
+    RefineAFGenerate: refine_af_generate.run,
+    RefineAFFinetune: teaching.finetune_arms,
+    RefineAFEvaluate: teaching.evaluate_arms,
+    RefineAFReport: teaching.write_report,
     RefineAFFilters: lambda options, console: list_filters(console),
     JudgeCalibrate: judge.run,
     FineGrainedRun: fine_grained_run.run,

@@ -22,28 +22,74 @@ from .evolve_compare import EvolveCompare
 from .evolve_compare import run as compare
 from .options import input_errors, parse_reward
 from .run_folder import read_json
-from .teaching import TeachingOptions, attack_arms, evaluate_arms, finetune_arms
-from .teaching_report import report
+from .teaching import TeachingOptions, teach
 
 RANDOM = "random"
-CALLS = {"smoke": 500, "report": 2000}
-EPISODES = {"smoke": 8, "report": 60}
+CALLS = {"smoke": 500, "report": 1600}
+EPISODES = {"smoke": 8, "report": 48}
+COPIES, STEPS = 16, 3
+"""Of the agent's rollouts: many copies, whose requests share a batch."""
 
 
 @dataclass
-class EvolveRun(TeachingOptions):
-    """Make data with an agent and at random for equally many LLM calls, fine-tune on both, evaluate, attack, report."""
+class EvolveTeaching(TeachingOptions):
+    """Options of the stages behind the making of the data."""
 
     algorithm: str = "TRPO"
     """The agent, as of 'evolve train'."""
+
+    def check(self) -> None:
+        super().check()
+        self.algorithm = check_algorithm(self.algorithm)
+        if self.algorithm in BASELINES:
+            raise InputError(f"--algorithm must be a learner, {self.algorithm} is a baseline")
+
+    @property
+    def data(self) -> dict[str, Path]:
+        folder = self.root / "compare" / "arms"
+        return {arm: folder / f"{arm}-seed0" / "data.jsonl" for arm in (RANDOM, self.algorithm)}
+
+    @property
+    def title(self) -> str:
+        return f"TeaMs-RL: {self.algorithm} against random evolution, {self.model}"
+
+    def costs(self) -> dict[str, dict[str, float]]:
+        return {arm: _cost(read_json(path.parent / "arm.json") or {}) for arm, path in self.data.items()}
+
+
+def _cost(made: Mapping[str, Any]) -> dict[str, float]:
+    calls = {kind: float(made.get("calls", {}).get(kind, 0)) for kind in ("training", "rewrite", "judge", "answer")}
+    rows, total = made.get("accepted", 0), sum(calls.values())
+    return calls | {"all": total, "rows made": rows} | ({"calls per row": total / rows} if rows else {})
+
+
+@dataclass
+class EvolveFinetune(EvolveTeaching):
+    """Fine-tune the model on both data sets of 'evolve run', at equal size."""
+
+
+@dataclass
+class EvolveEvaluate(EvolveTeaching):
+    """Evaluate and attack the models that 'evolve finetune' left."""
+
+
+@dataclass
+class EvolveReport(EvolveTeaching):
+    """Gather the stages of 'evolve run' into tables and a figure."""
+
+
+@dataclass
+class EvolveRun(EvolveTeaching):
+    """Make data with an agent and at random for equally many LLM calls, fine-tune on both, evaluate, attack, report."""
+
     backend: str = '{"id": "embedded", "kwargs": {"dtype": "auto"}}'
     """Who rewrites, judges and answers, as of 'evolve train'."""
     reward: str = "judge + diversity"
     """What the agent is paid, as of 'evolve train'."""
     calls: int = 0
-    """LLM calls per data set, training included. 0: by --scale, 500 or 2000."""
+    """LLM calls per data set, training included. 0: by --scale, 500 or 1600."""
     episodes: int = 0
-    """Training of the agent, in episodes. 0: by --scale, 8 or 60."""
+    """Training of the agent, in episodes. 0: by --scale, 8 or 48."""
 
     def check(self) -> None:
         super().check()
@@ -74,10 +120,7 @@ def run(options: EvolveRun, console: Console | None = None) -> dict[str, Any]:
         console.print(f"would make data with {options.algorithm} and at random, and compare them in {options.root}")
         return {}
     compare(comparison, console)
-    finetune_arms(options, options.data, console)
-    evaluate_arms(options, console)
-    attack_arms(options, console)
-    return write_report(options, console)
+    return teach(options, console)
 
 
 def make_data(options: EvolveRun) -> EvolveCompare:
@@ -96,21 +139,10 @@ def make_data(options: EvolveRun) -> EvolveCompare:
         seeds=str(seeds),
         algorithms=f"{options.algorithm},{RANDOM}",
         repeats=1,
+        num_envs=COPIES,
+        n_steps=STEPS,
         calls=options.calls or CALLS[options.scale],
         episodes=options.episodes or EPISODES[options.scale],
         reward=options.reward,
         track=options.track,
     )
-
-
-def write_report(options: EvolveRun, console: Console) -> dict[str, Any]:
-    """Gathers the finished stages."""
-    costs = {arm: _cost(read_json(path.parent / "arm.json") or {}) for arm, path in options.data.items()}
-    title = f"TeaMs-RL: {options.algorithm} against random evolution, {options.model}"
-    return report(options.root, list(options.data), costs, title, console)
-
-
-def _cost(made: Mapping[str, Any]) -> dict[str, float]:
-    calls = {kind: float(made.get("calls", {}).get(kind, 0)) for kind in ("training", "rewrite", "judge", "answer")}
-    rows, total = made.get("accepted", 0), sum(calls.values())
-    return calls | {"all": total, "rows made": rows} | ({"calls per row": total / rows} if rows else {})

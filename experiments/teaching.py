@@ -6,7 +6,7 @@ evaluation on held-out tasks, membership inference. Everything lies in one folde
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from .finetune import run as finetune
 from .options import SCALES, check_counts, check_output
 from .privacy import Privacy
 from .privacy import run as privacy
+from .teaching_report import report
 from .tracking import check_tracker
 
 SFT_SEEDS = {"smoke": 1, "report": 3}
@@ -29,7 +30,7 @@ LEAST_ROWS = 8
 
 
 @dataclass
-class TeachingOptions:
+class TeachingOptions(ABC):
     """Options of fine-tuning on made data and of what is measured then."""
 
     run_dir: str = ""
@@ -88,26 +89,36 @@ class TeachingOptions:
         """The folder of the experiment."""
         return Path(self.run_dir)
 
+    @property
+    @abstractmethod
+    def data(self) -> dict[str, Path]:
+        """Files of the data sets by arm, the one to be compared with first."""
 
-def arm_name(arm: str, seed: int) -> str:
-    """Name of one fine-tuned model in files and tables."""
-    return f"{arm}-{seed}"
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """Heading of the report."""
+
+    @abstractmethod
+    def costs(self) -> dict[str, dict[str, float]]:
+        """By arm: what its data cost, by kind."""
 
 
-def finetune_arms(options: TeachingOptions, data: Mapping[str, Path], console: Console) -> dict[str, Path]:
+def teach(options: TeachingOptions, console: Console) -> dict[str, Any]:
+    """All stages behind the making of the data; returns the report's figures."""
+    finetune_arms(options, console)
+    evaluate_arms(options, console)
+    return write_report(options, console)
+
+
+def finetune_arms(options: TeachingOptions, console: Console) -> None:
     """Fine-tunes the model on equally many rows of each data set, once per seed.
-
-    Args:
-        options: of the experiment.
-        data: file of each arm.
-        console: for progress.
-
-    Returns:
-        The run folders by :func:`arm_name`.
 
     Raises:
         InputError: if a data set is missing or too small.
     """
+    options.check()
+    data = options.data
     missing = {arm: path for arm, path in data.items() if not path.is_file()}
     if missing:
         arm, path = next(iter(missing.items()))
@@ -122,18 +133,14 @@ def finetune_arms(options: TeachingOptions, data: Mapping[str, Path], console: C
             f"fine-tuning needs {max(size, LEAST_ROWS)} usable rows of each data set, but {', '.join(small)}: make "
             "more data, or lower --size"
         )
-    folders = {}
     for seed in range(options.sft_seeds or SFT_SEEDS[options.scale]):
         for arm, path in data.items():
-            run = replace(_run(options, path, arm, seed), limit=size - withheld, holdout=float(withheld))
-            finetune(run, console)
-            folders[arm_name(arm, seed)] = Path(run.run_dir)
-    return folders
+            finetune(replace(_run(options, path, arm, seed), limit=size - withheld, holdout=float(withheld)), console)
 
 
 def _run(options: TeachingOptions, data: Path, arm: str, seed: int) -> Finetune:
     return Finetune(
-        run_dir=str(options.root / "finetune" / arm_name(arm, seed)),
+        run_dir=str(options.root / "finetune" / f"{arm}-{seed}"),
         data=str(data),
         model=options.model,
         epochs=options.sft_epochs,
@@ -141,6 +148,7 @@ def _run(options: TeachingOptions, data: Path, arm: str, seed: int) -> Finetune:
         dtype=options.dtype,
         seed=seed,
         track=options.track,
+        dry_run=options.dry_run,
     )
 
 
@@ -156,34 +164,43 @@ def tuned_arms(options: TeachingOptions) -> dict[str, Path]:
     return found
 
 
-def evaluate_arms(options: TeachingOptions, console: Console) -> dict[str, Any]:
-    """Evaluates the base model and the fine-tuned ones on the held-out tasks, without demonstrations."""
-    return evaluate(
+def evaluate_arms(options: TeachingOptions, console: Console) -> None:
+    """Evaluates the base model and the fine-tuned ones on the held-out tasks, then attacks the latter.
+
+    The attack is membership inference: rows that were trained on against those withheld.
+
+    Raises:
+        InputError: if there is no fine-tuned model.
+    """
+    options.check()
+    policies = ",".join(f"{name}={path}" for name, path in tuned_arms(options).items())
+    evaluate(
         Evaluate(
             run_dir=str(options.root / "evaluate"),
-            policy=_listed(tuned_arms(options)),
+            policy=policies,
             tasks=options.tasks or options.seeds,
             held_out=0 if options.tasks else options.held_out,
             model=options.model,
             dtype=options.dtype,
             track=options.track,
+            dry_run=options.dry_run,
         ),
         console,
     )
+    if options.withheld:
+        privacy(
+            Privacy(
+                run_dir=str(options.root / "privacy"),
+                policy=policies,
+                dtype=options.dtype,
+                track=options.track,
+                dry_run=options.dry_run,
+            ),
+            console,
+        )
 
 
-def attack_arms(options: TeachingOptions, console: Console) -> dict[str, Any]:
-    """Membership inference on the fine-tuned models: rows that were trained on against those withheld."""
-    return privacy(
-        Privacy(
-            run_dir=str(options.root / "privacy"),
-            policy=_listed(tuned_arms(options)),
-            dtype=options.dtype,
-            track=options.track,
-        ),
-        console,
-    )
-
-
-def _listed(folders: Mapping[str, Path]) -> str:
-    return ",".join(f"{name}={path}" for name, path in folders.items())
+def write_report(options: TeachingOptions, console: Console) -> dict[str, Any]:
+    """Gathers the finished stages."""
+    options.check()
+    return report(options.root, list(options.data), options.costs(), options.title, console)

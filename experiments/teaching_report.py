@@ -97,7 +97,8 @@ def report(
 
 
 def _gather(root: Path, names: Sequence[str]) -> list[TaughtArm]:
-    evaluated, attacked = (_finished(root / stage) for stage in ("evaluate", "privacy"))
+    evaluated = _finished(root / "evaluate")
+    attacked = _finished(root / "privacy")["metrics"] if (root / "privacy").exists() else {}
     tasks = read_json(root / "evaluate" / "tasks.json") or {}
     metrics = evaluated["metrics"]["arms"]
     base = TaughtArm(BASE, dict(tasks[BASE]), metrics[BASE]["exact_match"], [metrics[BASE]["rouge_l"]])
@@ -113,7 +114,7 @@ def _gather(root: Path, names: Sequence[str]) -> list[TaughtArm]:
                 float(np.mean([metrics[seed]["exact_match"] for seed in seeds])),
                 [metrics[seed]["rouge_l"] for seed in seeds],
                 len(read_records(root / "finetune" / seeds[0] / "train.jsonl")),
-                [attacked["metrics"][seed]["attacks"] for seed in seeds if seed in attacked["metrics"]],
+                [attacked[seed]["attacks"] for seed in seeds if seed in attacked],
             )
         )
     return arms
@@ -130,7 +131,7 @@ def _notes(arms: Sequence[TaughtArm]) -> list[str]:
     seeds = max(len(arm.seeds) for arm in arms)
     return [
         f"Zero-shot ROUGE-L (percent) on {len(arms[0].tasks)} held-out tasks, greedy; of fine-tuned models the mean "
-        f"over {seeds} seed{'s' * (seeds > 1)}. Intervals: 95%, bootstrap over tasks; they know nothing of other seeds.",
+        f"over {seeds} seed{'s' * (seeds > 1)}. Intervals: 95%, bootstrap over tasks; not over seeds.",
         "AUC: membership inference by the loss less the base model's; 0.5 is guessing.",
     ]
 

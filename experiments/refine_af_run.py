@@ -1,0 +1,169 @@
+"""``instructgym refine-af run``: all stages of REFINE-AF. Do the instances of a model trained by feedback teach more?
+
+A model bootstraps instructions from seed tasks. Instances of the same instructions are then written twice: by the model
+as it is, which makes Self-Instruct's data, and by the one that was trained on automated feedback. One model is
+fine-tuned on equally many rows of each and evaluated on held-out tasks.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from .options import check_counts
+from .refine_af_bootstrap import RefineAFBootstrap
+from .refine_af_bootstrap import run as bootstrap
+from .refine_af_generate import RefineAFGenerate
+from .refine_af_generate import run as generate
+from .refine_af_train import RefineAFTrain
+from .refine_af_train import run as train
+from .run_folder import read_json
+from .teaching import TeachingOptions, teach
+
+SELF_INSTRUCT, REFINE_AF = "self-instruct", "refine-af"
+TARGET = {"smoke": 16, "report": 300}
+UPDATES = {"smoke": (2, 8), "report": (40, 48)}
+SAMPLES = {"smoke": 1, "report": 2}
+INSTANCE_TOKENS = {"smoke": 64, "report": 96}
+
+
+@dataclass
+class RefineAFTeaching(TeachingOptions):
+    """Options of the stages behind the making of the data."""
+
+    @property
+    def data(self) -> dict[str, Path]:
+        return {arm: self.root / arm / "data.jsonl" for arm in (SELF_INSTRUCT, REFINE_AF)}
+
+    @property
+    def title(self) -> str:
+        return f"REFINE-AF against Self-Instruct, {self.model}"
+
+    def costs(self) -> dict[str, dict[str, float]]:
+        asked = (read_json(self.root / "bootstrap" / "usage.json") or {}).get("instructions", {}).get("requests", 0)
+        trained = _counts(self.root / "train").get("episodes", 0)
+        return {
+            arm: {
+                "instructions": float(asked),
+                "training": float(trained if arm == REFINE_AF else 0),
+                "instances": float(_counts(path.parent).get("responses", 0)),
+                "rows made": float(_counts(path.parent).get("rows", 0)),
+            }
+            for arm, path in self.data.items()
+        }
+
+
+def _counts(folder: Path) -> dict[str, Any]:
+    return (read_json(folder / "results.json") or {}).get("counts", {})
+
+
+@dataclass
+class RefineAFFinetune(RefineAFTeaching):
+    """Fine-tune the model on both data sets of 'refine-af run', at equal size."""
+
+
+@dataclass
+class RefineAFEvaluate(RefineAFTeaching):
+    """Evaluate and attack the models that 'refine-af finetune' left."""
+
+
+@dataclass
+class RefineAFReport(RefineAFTeaching):
+    """Gather the stages of 'refine-af run' into tables and a figure."""
+
+
+@dataclass
+class RefineAFRun(RefineAFTeaching):
+    """Bootstrap, train by feedback, generate with and without that training, fine-tune, evaluate, attack, report."""
+
+    target: int = 0
+    """New instructions to accept. 0: by --scale, 16 or 300."""
+    updates: int = 0
+    """Updates of the training by feedback. 0: by --scale, 2 or 40."""
+    samples: int = 0
+    """Instances drawn per instruction. 0: by --scale, 1 or 2."""
+    reward_preset: str = "instruction_mining"
+    """Weights of the quality reward, by name."""
+
+    def check(self) -> None:
+        super().check()
+        for name in ("target", "updates", "samples"):
+            if getattr(self, name):
+                check_counts(self, name)
+
+
+def run(options: RefineAFRun, console: Console | None = None) -> dict[str, Any]:
+    """Runs the stages that are not finished and returns the report's figures.
+
+    Raises:
+        InputError: for bad input.
+    """
+    console = console or Console()
+    options.check()
+    first, second, generations = stages(options)
+    bootstrap(replace(first, dry_run=options.dry_run), console)
+    if options.dry_run:
+        console.print(f"then training, two data sets, fine-tuning and evaluation, in {options.root}")
+        return {}
+    train(second, console)
+    for one in generations:
+        generate(one, console)
+    return teach(options, console)
+
+
+def stages(options: RefineAFRun) -> tuple[RefineAFBootstrap, RefineAFTrain, list[RefineAFGenerate]]:
+    """The options of the stages that make the data."""
+    root, scale = options.root, options.scale
+    made = str(root / "bootstrap" / "instructions.jsonl")
+    updates, batch = UPDATES[scale]
+    kind = "embedded" if options.model == "embedded" else "transformers"
+    model = {} if options.model == "embedded" else {"model": options.model}
+    shared: dict[str, Any] = {
+        "instructions": made,
+        "dtype": options.dtype,
+        "track": options.track,
+        "max_tokens": INSTANCE_TOKENS[scale],
+        "reward_preset": options.reward_preset,
+    }
+    writer = {"id": kind, "kwargs": model | {"dtype": options.dtype}}
+    return (
+        RefineAFBootstrap(
+            run_dir=str(root / "bootstrap"),
+            scale=scale,
+            backend=json.dumps(writer),
+            seeds=options.seeds,
+            held_out=options.held_out,
+            target=options.target or TARGET[scale],
+            batch=16,
+            instruction_tokens=200,
+            keep_cut=True,
+            instances=False,
+            track=options.track,
+        ),
+        RefineAFTrain(
+            run_dir=str(root / "train"),
+            scale=scale,
+            model=options.model,
+            updates=options.updates or updates,
+            batch_size=batch,
+            **shared,
+        ),
+        [
+            RefineAFGenerate(
+                run_dir=str(root / SELF_INSTRUCT),
+                model=options.model,
+                samples=options.samples or SAMPLES[scale],
+                **shared,
+            ),
+            RefineAFGenerate(
+                run_dir=str(root / REFINE_AF),
+                policy=str(root / "train"),
+                samples=options.samples or SAMPLES[scale],
+                **shared,
+            ),
+        ],
+    )
