@@ -1,4 +1,4 @@
-"""GenerateInstance: an input and an output for an instruction as a token MDP, the setting of REFINE-AF's second stage."""
+"""GenerateInstance: an input and an output for an instruction as a token MDP, as in REFINE-AF's second stage."""
 
 from __future__ import annotations
 
