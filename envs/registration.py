@@ -9,6 +9,10 @@ IDS = {
         "instructgym.envs.evolve_instruction:evolve_instruction",
         "instructgym.envs.evolve_instruction:evolve_instruction_vector",
     ),
+    "instructgym/GenerateInstance-v0": (
+        "instructgym.envs.generate_instance:generate_instance",
+        "instructgym.envs.generate_instance:generate_instance_vector",
+    ),
     "instructgym/GenerateLabel-v0": (
         "instructgym.envs.generate_label:generate_label",
         "instructgym.envs.generate_label:generate_label_vector",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -175,12 +176,17 @@ def _generate(
 
 def formatted(row: dict[str, Any], style: str, roles: Roles) -> dict[str, Any]:
     """A row of the data set: the pair in the chosen format, then where it comes from."""
-    pair: dict[str, Any] = {"instruction": row["instruction"], "input": row["input"], "output": row["output"]}
-    if style == "messages":
-        question = f"{row['instruction']}\n\n{row['input']}".strip()
-        pair = {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]}
+    pair = in_format(row, style)
     origin = {k: v for k, v in row.items() if k not in ("instruction", "input", "output", "seed_index", "epoch")}
     return pair | origin | {"rewriter": roles.rewriter.name, "responder": roles.responder.name}
+
+
+def in_format(row: Mapping[str, Any], style: str) -> dict[str, Any]:
+    """Instruction, input and output of a row as one of :data:`FORMATS` has them."""
+    if style == "alpaca":
+        return {"instruction": row["instruction"], "input": row["input"], "output": row["output"]}
+    question = f"{row['instruction']}\n\n{row['input']}".strip()
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]}
 
 
 def write_parquet(source: Path, target: Path) -> None:

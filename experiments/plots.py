@@ -80,19 +80,35 @@ def plot_token_training(run: Path, path: Path) -> Path:
         path: the PNG.
     """
     rows = read_records(run / "metrics.jsonl")
-    labels = [row["rollout/labels"] for row in rows]
+    terms = {"rollout/reward": "reward", "rollout/terms/correct": "correct", "rollout/terms/format": "well-formed"}
+    return _plot_updates(rows, [row["rollout/labels"] for row in rows], "labels seen", terms, path)
+
+
+def plot_instance_training(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Learning curves of training on instances: reward, format rate, KL and entropy over updates.
+
+    Args:
+        rows: of ``metrics.jsonl``.
+        path: the PNG.
+    """
+    terms = {"rollout/reward": "reward", "rollout/terms/well_formed": "well-formed"}
+    return _plot_updates(rows, list(range(1, len(rows) + 1)), "updates", terms, path)
+
+
+def _plot_updates(
+    rows: Sequence[Mapping[str, Any]], x: Sequence[float], label: str, terms: Mapping[str, str], path: Path
+) -> Path:
+    """Means of rollouts by their key, next to KL and entropy."""
     figure, axes = _figure(2)
     left, right = axes[0]
-    for k, (key, name) in enumerate(
-        (("rollout/reward", "reward"), ("rollout/terms/correct", "correct"), ("rollout/terms/format", "well-formed"))
-    ):
+    for k, (key, name) in enumerate(terms.items()):
         values = [row[key] for row in rows if row.get(key) is not None]
-        if len(values) == len(labels):
-            left.plot(labels, smooth(values, max(len(values) // 10, 1)), color=COLOURS[k], linewidth=2, label=name)
-    left.set(title="Rollouts (smoothed)", xlabel="labels seen", ylabel="mean per episode")
+        if len(values) == len(x):
+            left.plot(x, smooth(values, max(len(values) // 10, 1)), color=COLOURS[k], linewidth=2, label=name)
+    left.set(title="Rollouts (smoothed)", xlabel=label, ylabel="mean per episode")
     for k, (key, name) in enumerate((("train/kl", "KL per episode (nats)"), ("train/entropy", "entropy (nats)"))):
-        right.plot(labels, [row.get(key) for row in rows], color=COLOURS[k], linewidth=2, label=name)
-    right.set(title="Policy", xlabel="labels seen")
+        right.plot(x, [row.get(key) for row in rows], color=COLOURS[k], linewidth=2, label=name)
+    right.set(title="Policy", xlabel=label)
     for axis in (left, right):
         axis.legend(frameon=False)
     figure.savefig(path, dpi=130)

@@ -9,32 +9,49 @@ from .diversity import DiversityReward
 from .edits import EditedPair, EditLabels, Pairs, edit_labels, edit_statistics, read_pairs, write_pairs
 from .elimination import EliminationReward, JudgedElimination, eliminated_by
 from .ground_truth import GroundTruth, LabelMatch, RegressionReward, SpanReward, parse_label, parse_number
+from .instance_format import Instance, parse_pair, read_pair
 from .judge import EqualityJudge
 from .pairwise import Comparison, Pair, PairwiseJudge, ScoredComparison, compare
+from .quality import LinearReward, LinearRule
+from .quality_likelihood import Fluency, LikelihoodRatio, Likelihoods
+from .quality_scorers import BooleanQA, NeighbourDistance, OutputLength
 from .ranking import Ranking, RankingJudge, RankingQuestion, rank
 from .rouge_gate import RougeGate, RougePool, rouge_l
 from .rubric import Grades, Rubric, RubricJudge, grade
 from .sentiment import ReviewClassifier, VaderSentiment
 
 if TYPE_CHECKING:
+    from .quality_models import HubRewardModel, UniEval
     from .token_reward import RewardModel, SequenceReward, TokenReward
 
-_LAZY = {"RewardModel", "SequenceReward", "TokenReward"}
+_LAZY = dict.fromkeys(("RewardModel", "SequenceReward", "TokenReward"), ".token_reward") | dict.fromkeys(
+    ("HubRewardModel", "UniEval"), ".quality_models"
+)
 """Imported when asked for: they need transformers and peft."""
 
 __all__ = [
+    "BooleanQA",
     "Comparison",
     "DiversityReward",
     "EditLabels",
     "EditedPair",
     "EliminationReward",
     "EqualityJudge",
+    "Fluency",
     "FunctionReward",
     "Grades",
     "GroundTruth",
+    "HubRewardModel",
+    "Instance",
     "JudgedElimination",
     "LabelMatch",
+    "LikelihoodRatio",
+    "Likelihoods",
+    "LinearReward",
+    "LinearRule",
+    "NeighbourDistance",
     "NonFiniteRewardError",
+    "OutputLength",
     "Pair",
     "Pairs",
     "PairwiseJudge",
@@ -55,6 +72,7 @@ __all__ = [
     "SequenceReward",
     "SpanReward",
     "TokenReward",
+    "UniEval",
     "VaderSentiment",
     "WeightedSum",
     "compare",
@@ -64,7 +82,9 @@ __all__ = [
     "grade",
     "parse_label",
     "parse_number",
+    "parse_pair",
     "rank",
+    "read_pair",
     "read_pairs",
     "rouge_l",
     "score_with_retries",
@@ -87,6 +107,14 @@ register_part("reward", "regression", "instructgym.rewards.ground_truth:Regressi
 register_part("reward", "span", "instructgym.rewards.ground_truth:SpanReward")
 register_part("reward", "token-reward", "instructgym.rewards.token_reward:TokenReward")
 register_part("reward", "sequence-reward", "instructgym.rewards.token_reward:SequenceReward")
+register_part("reward", "quality", "instructgym.rewards.quality:LinearReward")
+register_part("reward", "likelihood-ratio", "instructgym.rewards.quality_likelihood:LikelihoodRatio")
+register_part("reward", "fluency", "instructgym.rewards.quality_likelihood:Fluency")
+register_part("reward", "boolean-qa", "instructgym.rewards.quality_scorers:BooleanQA")
+register_part("reward", "output-length", "instructgym.rewards.quality_scorers:OutputLength")
+register_part("reward", "neighbour-distance", "instructgym.rewards.quality_scorers:NeighbourDistance")
+register_part("reward", "unieval", "instructgym.rewards.quality_models:UniEval")
+register_part("reward", "hub-reward-model", "instructgym.rewards.quality_models:HubRewardModel")
 register_part("reward", "vader", "instructgym.rewards.sentiment:VaderSentiment")
 register_part("reward", "reviews", "instructgym.rewards.sentiment:ReviewClassifier")
 
@@ -96,4 +124,4 @@ def __getattr__(name: str) -> Any:
 
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(".token_reward", __name__), name)
+    return getattr(import_module(_LAZY[name], __name__), name)

@@ -11,31 +11,18 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 from ...llm_backends.base import Prompt, PromptStyle
 from ...llm_backends.prompting import build_prompt, fill, load_prompts, one_line
-
-Order = Literal["input_first", "output_first"]
+from ...rewards.instance_format import NO_INPUT, Instance, Order
 
 MAX_INSTANCES = 5
 STOPS = (f"Example {MAX_INSTANCES + 1}", "Task:")
 """Where a reply ends: one example more than wanted, or a new task."""
 
-NO_INPUT = frozenset({"none", "n/a", "no input", "not applicable", "not needed", "<noinput>", "-"})
-"""What models write for an input that a task does not need, without case and a trailing period."""
-
 _EXAMPLE = re.compile(r"\s*Example\s*\d*\s*[.:]?\s*$", re.IGNORECASE)
 _FIELD = re.compile(r"\s*(Input|Output|Class label)\s*\d*\s*:[ \t]*", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Instance:
-    """One input of an instruction with the output that it calls for."""
-
-    input: str
-    """Empty where the instruction needs none."""
-    output: str
 
 
 Piece: TypeAlias = Instance | str

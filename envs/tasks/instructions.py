@@ -63,12 +63,21 @@ def load_instructions(
             raise SeedFileError("the list of seeds is empty or holds an empty text")
     if split is None:
         return instructions
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}: use {', '.join(SPLITS)} or none")
-    chosen = [i for i in instructions if int(hashlib.sha1(i.text.encode()).hexdigest(), 16) % 10 in SPLITS[split]]
+    chosen = [i for i in instructions if in_split(i.text, split)]
     if not chosen:
         raise ValueError(f"none of the {len(instructions)} seeds falls into the split {split!r}")
     return chosen
+
+
+def in_split(text: str, split: str) -> bool:
+    """Whether an instruction falls into a split, by the hash of its text.
+
+    Raises:
+        ValueError: for an unknown split.
+    """
+    if split not in SPLITS:
+        raise InputError(f"unknown split {split!r}: use {', '.join(SPLITS)} or none")
+    return int(hashlib.sha1(text.encode()).hexdigest(), 16) % 10 in SPLITS[split]
 
 
 def read_instructions(path: Path) -> list[Instruction]:

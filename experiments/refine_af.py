@@ -1,0 +1,76 @@
+"""What training and generation of ``instructgym refine-af`` share: options, prompts, and the reward of instances."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import gymnasium as gym
+
+from ..envs.tasks.instance_prompts import OWN, instance_prompts, read_response
+from ..envs.tasks.prompt_examples import PromptExample
+from ..llm_backends.errors import InputError
+from ..llm_backends.tokenization import Tokenizer
+from ..rewards import Sample
+from .options import check_counts, parse_reward
+from .stages import TrainingOptions
+
+ENV_ID = "instructgym/GenerateInstance-v0"
+QUALITY = "quality"
+
+
+@dataclass
+class InstanceOptions(TrainingOptions):
+    """Options of the stages in which a policy writes instances."""
+
+    instructions: str = ""
+    """File of instructions: the instructions.jsonl of 'refine-af bootstrap', Self-Instruct's seed_tasks.jsonl, or
+    JSONL, JSON or plain text; rows with is_classification true ask for the label first. By default the package's own."""
+    layout: Literal["plain", "chat"] = "plain"
+    """plain: behind a few solved tasks; chat: a request in the model's chat template."""
+    max_tokens: int = 96
+    """Tokens of an instance at most."""
+    context_length: int = 512
+    """Tokens of prompt and instance at most."""
+    temperature: float = 0.7
+    """At which instances are sampled, and the policy is trained."""
+    reward: str = QUALITY
+    """What an instance is worth: quality, or other rewards as of 'evolve train'."""
+    reward_preset: str = "instruction_mining"
+    """Weights of the quality reward, by name."""
+    format_penalty: float = 1.0
+    """What a response costs that is no instance, by the quality reward."""
+
+    def check(self) -> None:
+        super().check()
+        check_counts(self, "max_tokens", "context_length")
+        if not self.temperature:
+            raise InputError("--temperature must be above 0")
+
+    def prompts(self, split: str | None, tokenizer: Tokenizer) -> list[PromptExample]:
+        """The prompts of a split, or all.
+
+        Raises:
+            InputError: for a file that cannot be used, and prompts that do not fit the context beside a response.
+        """
+        examples = instance_prompts(self.instructions or OWN, split, layout=self.layout, tokenizer=tokenizer)
+        gym.make_vec(
+            ENV_ID, num_envs=1, examples=examples, tokenizer=tokenizer, reward=well_formed, **self.env_options()
+        ).close()
+        return examples
+
+    def env_options(self) -> dict[str, Any]:
+        """Arguments of the environment, examples, reward and tokenizer aside."""
+        return {"max_tokens": self.max_tokens, "context_length": self.context_length}
+
+    def reward_part(self) -> Any:
+        """The reward in the form that ``resolve`` takes."""
+        if self.reward != QUALITY:
+            return parse_reward(self.reward)
+        return {"id": QUALITY, "kwargs": {"preset": self.reward_preset, "format_reward": -self.format_penalty}}
+
+
+def well_formed(samples: Sequence[Sample]) -> list[float]:
+    """1 for a response that is an instance, else 0: the format rate is its mean."""
+    return [float(not isinstance(read_response(s.response, s.metadata), str)) for s in samples]
