@@ -61,7 +61,9 @@ def task_scores(tasks: Sequence[str], scores: Sequence[float]) -> dict[str, floa
     return {task: float(np.mean(values)) for task, values in by_task.items()}
 
 
-def macro_interval(scores: Mapping[str, float], seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float, float]:
+def macro_interval(
+    scores: Mapping[str, float], seed: int = 0, resamples: int = RESAMPLES
+) -> tuple[float, float, float]:
     """The mean over tasks and the ends of its 95% percentile bootstrap interval (Efron 1979), tasks resampled.
 
     Args:

@@ -95,9 +95,7 @@ def _seed_tasks(tasks: Sequence[Task], held: int, where: str) -> list[Evaluation
         if not task.instances or not all(instance.output.strip() for instance in task.instances):
             raise InputError(f"{where}: task {task.id!r} needs 'instances' with an 'output' each that is not empty")
     return [
-        EvaluationTask(
-            task.id, task.instruction, tuple((i.input.strip(), (i.output.strip(),)) for i in task.instances)
-        )
+        EvaluationTask(task.id, task.instruction, tuple((i.input.strip(), (i.output.strip(),)) for i in task.instances))
         for task in chosen
     ]
 
@@ -120,7 +118,9 @@ def _natural(path: Path) -> EvaluationTask:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is broken JSON: {error}; mend it or fetch it again") from error
     if not isinstance(content, dict) or "Definition" not in content or not isinstance(content.get("Instances"), list):
-        raise InputError(f"{path} is no task of Super-NaturalInstructions: it needs 'Definition' and a list 'Instances'")
+        raise InputError(
+            f"{path} is no task of Super-NaturalInstructions: it needs 'Definition' and a list 'Instances'"
+        )
     definition = content["Definition"]
     texts = [definition] if isinstance(definition, str) else definition
     if not isinstance(texts, list) or not texts:
