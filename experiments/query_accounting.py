@@ -51,8 +51,9 @@ def accounting(run_dir: str | Path) -> dict[str, Any]:
     """What training and the data sets of a run folder cost.
 
     Calls are logical ones, as env and generator count them: a request that failed and was sent again is two, a reply
-    from the journal of a resumed run one. ``sent`` is what went to the models, from ``usage.json``: it leaves out
-    replies from journal or cache, and what was sent by starts that were killed.
+    from the journal of a resumed run one, and so is a verdict by the likelihoods of both answers, for which the judge
+    scores two texts. ``sent`` is what went to the models, from ``usage.json``: every text that was written or scored,
+    without replies from journal or cache and without what was sent by starts that were killed.
 
     Args:
         run_dir: run folder of ``evolve train``.
