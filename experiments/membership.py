@@ -7,8 +7,9 @@ area under its ROC curve is 0.5 where it does no better than guessing.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,15 @@ from ..agents.sft import Demonstration
 from ..llm_backends.causal_lm import token_budget_chunks
 from ..llm_backends.errors import InputError
 from .metrics import auc
+from .plots import COLOURS, _figure
 
 ATTACKS = ("loss", "calibrated", "min_k")
 """``loss``: negative mean loss per token; ``calibrated``: the reference model's mean loss less the model's own;
 ``min_k``: mean log-prob of the least likely tokens (Min-K% Prob, Shi et al. 2023, arXiv 2310.16789)."""
+
+TITLES = {"loss": "loss", "calibrated": "loss against the reference", "min_k": "Min-20% log-prob"}
+
+SIDES = ("members", "nonmembers")
 
 MIN_K = 20
 """Percent of a response's tokens that ``min_k`` takes, the value of Shi et al."""
@@ -204,3 +210,39 @@ def length_shift(members: Sequence[int], nonmembers: Sequence[int]) -> LengthShi
     by_length = auc([*ours, *theirs], [True] * len(ours) + [False] * len(theirs))
     assert by_length is not None
     return LengthShift(float(ours.mean()), float(theirs.mean()), p_value, by_length)
+
+
+def side_of(rows: Sequence[Mapping[str, Any]], side: str) -> list[Mapping[str, Any]]:
+    """The rows of ``scores.jsonl`` that are of a side of :data:`SIDES`."""
+    return [row for row in rows if row["member"] == (side == "members")]
+
+
+def plot_roc(scores: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path:
+    """ROC curves of all attacks, one panel per policy, with the diagonal of guessing.
+
+    Args:
+        scores: by policy, rows of ``scores.jsonl``.
+        path: the PNG.
+    """
+    figure, axes = _figure(len(scores))
+    for axis, (name, rows) in zip(axes[0], scores.items(), strict=True):
+        axis.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle="--", label="guessing")
+        for k, attack in enumerate(ATTACKS):
+            sides = ([row[attack] for row in side_of(rows, side)] for side in SIDES)
+            false_positives, true_positives = roc(*sides)
+            area = auc([row[attack] for row in rows], [row["member"] for row in rows])
+            axis.plot(
+                false_positives, true_positives, color=COLOURS[k], linewidth=2, label=f"{TITLES[attack]}: {area:.2f}"
+            )
+        members, others = (len(side_of(rows, side)) for side in SIDES)
+        axis.set(
+            title=f"{name}: {members} members, {others} others",
+            xlabel="false positive rate",
+            ylabel="true positive rate",
+            xlim=(0, 1),
+            ylim=(0, 1.02),
+        )
+        axis.set_aspect("equal")
+        axis.legend(frameon=False, fontsize=8, loc="lower right", title="AUC", title_fontsize=8)
+    figure.savefig(path, dpi=130)
+    return path

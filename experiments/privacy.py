@@ -1,17 +1,20 @@
 """``instructgym privacy``: membership inference on fine-tuned policies, as TeaMs-RL reports it (ROC and AUC).
 
 Members are the rows that a policy was fine-tuned on, non-members those of the same data that were held out. Which
-attack TeaMs-RL ran is not known; the attacks here are those of ``experiments/membership.py``.
+attack TeaMs-RL ran is not known; the attacks here are those of ``experiments/membership.py``. Rows that were evolved
+from one seed are alike: where some are members and some are not, the attacks have it harder, and the intervals, which
+take rows for independent, are too narrow.
 """
 
 from __future__ import annotations
 
 import hashlib
+import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -19,22 +22,19 @@ from rich.table import Table
 from ..agents.checkpoints import policy_from, read_state
 from ..agents.language_model import SETTINGS, LanguageModelPolicy
 from ..agents.sft import Demonstration
+from ..envs.tasks.instruction_data import InstructionExample, read_instruction_data
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import append_lines, read_records
 from ..llm_backends.tokenization import Tokenizer
-from .membership import ATTACKS, attack_metrics, length_shift, roc, score_rows
-from .membership_rows import Row, demonstration, read_sides
-from .metrics import auc
+from .finetune import HELD_OUT, TRAIN, demonstrations
+from .membership import ATTACKS, SIDES, attack_metrics, length_shift, plot_roc, score_rows, side_of
 from .options import check_counts
-from .plots import COLOURS, _figure
 from .run_folder import read_json
 from .stages import TrainingOptions, policy_folder, stage, tokenizer_of
 from .token_training import TokenTraining
 
 CHUNK = 64
 SCORES = "scores.jsonl"
-SIDES = ("members", "nonmembers")
-TITLES = {"loss": "loss", "calibrated": "loss, calibrated by the base model", "min_k": "Min-20% log-prob"}
 
 
 @dataclass
@@ -44,13 +44,13 @@ class Privacy(TrainingOptions):
     policy: str = ""
     """Run folder of a fine-tuning, or several to compare: name=RUN,name=RUN."""
     members: str = ""
-    """JSONL of rows the policy was trained on (instruction, input, output); by default the run's train.jsonl."""
+    """Rows the policy was trained on, in any format of 'finetune --data'; by default the run's train.jsonl."""
     nonmembers: str = ""
-    """JSONL of rows it was not trained on; by default the run's held_out.jsonl."""
+    """Rows it was not trained on, likewise; by default the run's held_out.jsonl."""
     model: str = "base"
     """Reference of the calibrated attack: base (the model that the policy was trained from), or embedded, a local path
     or hub id of another model with the same tokenizer."""
-    layout: str = ""
+    layout: Literal["", "chat", "plain", "alpaca"] = ""
     """How rows were shown in training; by default as the fine-tuning run says."""
     context_length: int = 0
     """Tokens of a row at most; longer ones are left out. 0: as in training."""
@@ -67,6 +67,16 @@ class Privacy(TrainingOptions):
             raise InputError(f"--{given} without --{other}: name both files, or neither to take those of the run")
 
 
+@dataclass(frozen=True)
+class _Row:
+    """One row of either side."""
+
+    member: bool
+    number: int
+    """Of the row among those of its file, from 0."""
+    example: InstructionExample
+
+
 @dataclass
 class _Arm:
     """One policy with its members and non-members."""
@@ -75,14 +85,20 @@ class _Arm:
     folder: Path
     weights: str
     model: str
-    rows: list[Row]
+    rows: list[_Row]
     shown: list[Demonstration]
     too_long: int
 
     def key(self, index: int) -> dict[str, Any]:
         """What a stored score of a row must agree with."""
         row = self.rows[index]
-        return {"policy": self.name, "member": row.member, "row": row.number, "id": row.id, "weights": self.weights}
+        return {
+            "policy": self.name,
+            "member": row.member,
+            "row": row.number,
+            "id": row.example.id,
+            "weights": self.weights,
+        }
 
 
 def run(options: Privacy, console: Console | None = None) -> dict[str, Any]:
@@ -107,7 +123,7 @@ def run(options: Privacy, console: Console | None = None) -> dict[str, Any]:
             return opened.folder.finish({}, {}, status="stopped")
         metrics = {arm.name: _measured(scores[arm.name], options) for arm in arms}
         figure = plot_roc(scores, opened.folder.file("figures", "roc.png"))
-        counts = {arm.name: {side: len(_side(scores[arm.name], side)) for side in SIDES} for arm in arms}
+        counts = {arm.name: {side: len(side_of(scores[arm.name], side)) for side in SIDES} for arm in arms}
         for arm in arms:
             counts[arm.name]["too_long"] = arm.too_long
         results = opened.folder.finish(metrics, counts | {"seconds": opened.seconds})
@@ -140,11 +156,16 @@ def _arm(options: Privacy, name: str, run_folder: Path) -> _Arm:
         raise InputError(f"--policy {run_folder} does not say how its rows were shown: name --layout")
     settings = read_state(folder / SETTINGS)
     tokenizer = tokenizer_of(settings["model"])
-    files = {side: getattr(options, side) or str(run_folder / default)
-             for side, default in zip(SIDES, ("train.jsonl", "held_out.jsonl"), strict=True)}  # fmt: skip
-    rows = read_sides(files["members"], files["nonmembers"], options.limit, options.seed)
+    files = {
+        side: getattr(options, side) or str(run_folder / default)
+        for side, default in zip(SIDES, (TRAIN, HELD_OUT), strict=True)
+    }
+    held_out = Path(files["nonmembers"])
+    if not options.nonmembers and held_out.exists() and not held_out.stat().st_size:
+        raise InputError(f"{run_folder} withheld no rows from training: fine-tune with --holdout, or name --nonmembers")
+    rows = _rows(files, options)
     longest = options.context_length or trained.get("context_length") or tokenizer.context_length
-    shown = [demonstration(row, layout, tokenizer) for row in rows]
+    shown = demonstrations([row.example for row in rows], layout, tokenizer)
     fits = [len(one.prompt) + len(one.response) <= longest for one in shown]
     kept = [row for row, fit in zip(rows, fits, strict=True) if fit]
     for side in SIDES:
@@ -160,6 +181,25 @@ def _arm(options: Privacy, name: str, run_folder: Path) -> _Arm:
         shown=[one for one, fit in zip(shown, fits, strict=True) if fit],
         too_long=len(rows) - len(kept),
     )
+
+
+def _rows(files: Mapping[str, str], options: Privacy) -> list[_Row]:
+    """The rows of both files, members first; with a limit, at most so many of either, drawn by the seed."""
+    found = {side: read_instruction_data(path, f"--{side}").examples for side, path in files.items()}
+    members = {example.id: number for number, example in enumerate(found["members"], start=1)}
+    for number, example in enumerate(found["nonmembers"], start=1):
+        if example.id in members:
+            raise InputError(
+                f"row {number} of {files['nonmembers']} is row {members[example.id]} of {files['members']}: a row "
+                "cannot be both trained on and held out, delete one of the two"
+            )
+    rows = []
+    for side, examples in found.items():
+        numbers = range(len(examples))
+        if 0 < options.limit < len(examples):
+            numbers = sorted(random.Random(f"{options.seed}/{side}").sample(numbers, options.limit))
+        rows += [_Row(side == "members", number, examples[number]) for number in numbers]
+    return rows
 
 
 def _check_reference(model: str, tokenizer: Tokenizer) -> None:
@@ -220,13 +260,9 @@ def _models(options: Privacy, arm: _Arm) -> tuple[LanguageModelPolicy, LanguageM
     return policy, LanguageModelPolicy(model, value="none", dtype=options.dtype)
 
 
-def _side(rows: Sequence[Mapping[str, Any]], side: str) -> list[Mapping[str, Any]]:
-    return [row for row in rows if row["member"] == (side == "members")]
-
-
 def _measured(rows: Sequence[Mapping[str, Any]], options: Privacy) -> dict[str, Any]:
     """Metrics of each attack on one policy, its lengths and what to beware of."""
-    members, others = (_side(rows, side) for side in SIDES)
+    members, others = (side_of(rows, side) for side in SIDES)
     shift = length_shift([row["tokens"] for row in members], [row["tokens"] for row in others])
     warnings = []
     if len(members) != len(others):
@@ -249,37 +285,6 @@ def _measured(rows: Sequence[Mapping[str, Any]], options: Privacy) -> dict[str, 
         "auc": shift.auc,
     }
     return {"attacks": attacks, "lengths": lengths, "warnings": warnings}
-
-
-def plot_roc(scores: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path:
-    """ROC curves of all attacks, one panel per policy, with the diagonal of guessing.
-
-    Args:
-        scores: by policy, rows of ``scores.jsonl``.
-        path: the PNG.
-    """
-    figure, axes = _figure(len(scores))
-    for axis, (name, rows) in zip(axes[0], scores.items(), strict=True):
-        axis.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle="--", label="guessing")
-        for k, attack in enumerate(ATTACKS):
-            sides = ([row[attack] for row in _side(rows, side)] for side in SIDES)
-            false_positives, true_positives = roc(*sides)
-            area = auc([row[attack] for row in rows], [row["member"] for row in rows])
-            axis.plot(
-                false_positives, true_positives, color=COLOURS[k], linewidth=2, label=f"{TITLES[attack]}: {area:.2f}"
-            )
-        members, others = (len(_side(rows, side)) for side in SIDES)
-        axis.set(
-            title=f"{name}: {members} members, {others} others",
-            xlabel="false positive rate",
-            ylabel="true positive rate",
-            xlim=(0, 1),
-            ylim=(0, 1.02),
-        )
-        axis.set_aspect("equal")
-        axis.legend(frameon=False, fontsize=8, loc="lower right", title="AUC", title_fontsize=8)
-    figure.savefig(path, dpi=130)
-    return path
 
 
 def _show(metrics: Mapping[str, Any], console: Console) -> None:

@@ -7,9 +7,7 @@ import pytest
 from rich.console import Console
 
 from instructgym.agents.language_model import LanguageModelPolicy, LoraSettings
-from instructgym.agents.sft import SFT
-from instructgym.experiments import membership, privacy
-from instructgym.experiments.membership_rows import demonstration, read_sides
+from instructgym.experiments import finetune, membership, privacy
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.records import read_records
 
@@ -32,30 +30,36 @@ def write_rows(path, rows):
     return str(path)
 
 
-def fine_tuned(folder, model, epochs):
-    """A run folder as of a fine-tuning on random rows; without epochs its policy is as it began."""
-    folder.mkdir(parents=True)
-    members, others = write_rows(folder / "train.jsonl", random_rows(0)), random_rows(1)
-    write_rows(folder / "held_out.jsonl", others)
-    policy = LanguageModelPolicy(model, LoraSettings(rank=8), dtype="float32")
-    if epochs:
-        rows = [row for row in read_sides(members, str(folder / "held_out.jsonl")) if row.member]
-        shown = [demonstration(row, "plain", policy.tokenizer) for row in rows]
-        SFT(policy, learning_rate=2e-2, batch_size=8, epochs=epochs, token_budget=2048).fit(shown)
-    policy.save(folder / "policy")
-    config = {"command": "finetune", "options": {"layout": "plain", "context_length": 128}}
-    (folder / "config.json").write_text(json.dumps(config))
+def fine_tuned(folder, model, epochs=1, learning_rate=1e-12):
+    """The run folder of a fine-tuning on random rows, of which as many are withheld."""
+    data = folder.with_name(f"{folder.name}.jsonl")
+    folder.parent.mkdir(exist_ok=True)
+    finetune.run(
+        finetune.Finetune(
+            run_dir=str(folder), data=write_rows(data, random_rows(0, 2 * ROWS)), model=model, holdout=ROWS,
+            layout="plain", epochs=epochs, batch_size=8, learning_rate=learning_rate, lora_rank=8, context_length=128,
+            token_budget=2048, dtype="float32",
+        ),
+        QUIET,
+    )  # fmt: skip
+    return folder
+
+
+def untouched(folder, model):
+    """The same with an adapter that no gradient has reached."""
+    fine_tuned(folder, model)
+    LanguageModelPolicy(model, LoraSettings(rank=8), dtype="float32").save(folder / "policy")
     return folder
 
 
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory, tiny_model_path):
-    return fine_tuned(tmp_path_factory.mktemp("runs") / "fresh", tiny_model_path, 0)
+    return untouched(tmp_path_factory.mktemp("runs") / "fresh", tiny_model_path)
 
 
 @pytest.fixture(scope="module")
 def overfitted(tmp_path_factory, tiny_model_path):
-    return fine_tuned(tmp_path_factory.mktemp("runs") / "overfitted", tiny_model_path, 25)
+    return fine_tuned(tmp_path_factory.mktemp("runs") / "overfitted", tiny_model_path, 25, 2e-2)
 
 
 def run(folder, **options):
@@ -143,7 +147,7 @@ def test_a_time_limit_stops_cleanly_and_the_same_command_goes_on(tmp_path, untra
 
 
 def test_scores_of_other_weights_or_rows_are_not_taken_over(tmp_path, tiny_model_path, monkeypatch):
-    folder = fine_tuned(tmp_path / "tuned", tiny_model_path, 0)
+    folder = untouched(tmp_path / "tuned", tiny_model_path)
     run(tmp_path / "run", policy=str(folder))
     (tmp_path / "run" / "results.json").unlink()
     write_rows(folder / "held_out.jsonl", random_rows(9))
@@ -182,7 +186,7 @@ def no_model(monkeypatch):
         ({"policy": "a={fresh},b"}, "name=RUN"),
         ({"members": "{root}/m.jsonl"}, "without --nonmembers"),
         ({"members": "{root}/m.jsonl", "nonmembers": "{root}/nowhere.jsonl"}, "cannot read --nonmembers"),
-        ({"members": "{root}/m.jsonl", "nonmembers": "{root}/empty.jsonl"}, "has no rows"),
+        ({"members": "{root}/m.jsonl", "nonmembers": "{root}/empty.jsonl"}, "holds no rows"),
         ({"members": "{root}/m.jsonl", "nonmembers": "{root}/m.jsonl"}, "both trained on and held out"),
         ({"members": "{root}/m.jsonl", "nonmembers": "{root}/broken.jsonl"}, "row 1: field 'output'"),
         ({"layout": "haiku"}, "unknown layout"),
@@ -206,7 +210,10 @@ def test_bad_input_is_one_clear_error_before_a_model_is_loaded(tmp_path, untrain
 
 
 def test_a_run_without_held_out_rows_and_a_policy_without_a_layout_are_refused(tmp_path, tiny_model_path, no_model):
-    folder = fine_tuned(tmp_path / "tuned", tiny_model_path, 0)
+    folder = untouched(tmp_path / "tuned", tiny_model_path)
+    (folder / "held_out.jsonl").write_text("")
+    with pytest.raises(InputError, match="--holdout"):
+        run(tmp_path / "run", policy=str(folder))
     (folder / "held_out.jsonl").unlink()
     with pytest.raises(InputError, match=r"held_out\.jsonl"):
         run(tmp_path / "run", policy=str(folder))
