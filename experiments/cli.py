@@ -32,6 +32,7 @@ from . import (
     nlu,
     nlu_report,
     privacy,
+    query_accounting,
     refine_af_bootstrap,
     refine_af_generate,
     refine_af_run,
@@ -65,6 +66,7 @@ from .judge import JudgeCalibrate
 from .nlu import NLU
 from .nlu_report import NLUReport
 from .privacy import Privacy
+from .query_accounting import QueryAccounting
 from .refine_af_bootstrap import RefineAFBootstrap
 from .refine_af_generate import RefineAFGenerate
 from .refine_af_run import RefineAFEvaluate, RefineAFFinetune, RefineAFReport, RefineAFRun
@@ -73,7 +75,14 @@ from .serve_check import ServeCheck
 
 if TYPE_CHECKING:
     EvolveCommand = (
-        EvolveRun | EvolveTrain | EvolveGenerate | EvolveCompare | EvolveFinetune | EvolveEvaluate | EvolveReport
+        EvolveRun
+        | EvolveTrain
+        | EvolveGenerate
+        | EvolveCompare
+        | EvolveFinetune
+        | EvolveEvaluate
+        | EvolveReport
+        | QueryAccounting
     )
 else:
     EvolveCommand = (
@@ -84,6 +93,7 @@ else:
         | Annotated[EvolveFinetune, tyro.conf.subcommand("finetune")]
         | Annotated[EvolveEvaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[EvolveReport, tyro.conf.subcommand("report")]
+        | Annotated[QueryAccounting, tyro.conf.subcommand("queries")]
     )
 
 
@@ -326,6 +336,7 @@ RUNS: dict[type, Callable[[Any, Console], Any]] = {
     EvolveFinetune: teaching.finetune_arms,
     EvolveEvaluate: teaching.evaluate_arms,
     EvolveReport: teaching.write_report,
+    QueryAccounting: query_accounting.run,
     Finetune: finetune.run,
     Evaluate: evaluate.run,
     Privacy: privacy.run,

@@ -20,7 +20,7 @@ from ..envs.tasks.instruction_pool import held_out, load_tasks
 from ..llm_backends.errors import InputError
 from .evolve_compare import EvolveCompare
 from .evolve_compare import run as compare
-from .options import input_errors, parse_reward
+from .options import input_errors, parse_part, parse_reward
 from .run_folder import read_json
 from .teaching import TeachingOptions, teach
 
@@ -93,18 +93,8 @@ class EvolveRun(EvolveTeaching):
 
     def check(self) -> None:
         super().check()
-        self.algorithm = check_algorithm(self.algorithm)
-        if self.algorithm in BASELINES:
-            raise InputError(
-                f"--algorithm must be a learner, {self.algorithm} is a baseline: it is compared with anyway"
-            )
         parse_reward(self.reward)
-
-    @property
-    def data(self) -> dict[str, Path]:
-        """The data sets, the one to be compared with first."""
-        folder = self.root / "compare" / "arms"
-        return {arm: folder / f"{arm}-seed0" / "data.jsonl" for arm in (RANDOM, self.algorithm)}
+        parse_part(self.backend)
 
 
 def run(options: EvolveRun, console: Console | None = None) -> dict[str, Any]:

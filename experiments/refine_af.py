@@ -26,7 +26,8 @@ class InstanceOptions(TrainingOptions):
 
     instructions: str = ""
     """File of instructions: the instructions.jsonl of 'refine-af bootstrap', Self-Instruct's seed_tasks.jsonl, or
-    JSONL, JSON or plain text; rows with is_classification true ask for the label first. By default the package's own."""
+    JSONL, JSON or plain text; rows with is_classification true ask for the label first. By default the package's
+    own."""
     layout: Literal["plain", "chat"] = "plain"
     """plain: behind a few solved tasks; chat: a request in the model's chat template."""
     max_tokens: int = 96
