@@ -366,7 +366,7 @@ def test_unieval_reads_long_texts_up_to_its_limit(unieval_path):
 def test_unieval_refuses_what_is_none(tmp_path, unieval_path, tiny_model_path):
     from transformers import T5ForConditionalGeneration
 
-    with pytest.raises(ValueError, match="aspect must be one of .*coherence"):
+    with pytest.raises(ValueError, match=r"aspect must be one of .*coherence"):
         UniEval("wit", unieval_path)
     with pytest.raises(ModelLoadError, match="nowhere"):
         UniEval(model=str(tmp_path / "nowhere")).reward([Sample("a")])
@@ -384,9 +384,17 @@ def reward_model(path, labels=1, chat=True, pad=True):
 
     torch.manual_seed(1)
     config = LlamaConfig(
-        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, num_labels=labels, pad_token_id=0 if pad else None, bos_token_id=None, eos_token_id=1,
-    )  # fmt: skip
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        num_labels=labels,
+        pad_token_id=0 if pad else None,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
     tokenizer = build_tokenizer()
     if not chat:
         tokenizer.chat_template = None
@@ -423,7 +431,7 @@ def test_reward_models_that_are_none(tmp_path, tiny_model_path, write):
     with pytest.raises(ModelLoadError, match="2 labels, a reward model has one"):
         HubRewardModel(reward_model(tmp_path / "two", labels=2)).reward([Sample("a")])
     folder = write("oasst/config.json", '{"model_type": "gpt_neox_reward_model"}') / "oasst"
-    with pytest.raises(ModelLoadError, match="OpenAssistant's reward models .* class that transformers has not"):
+    with pytest.raises(ModelLoadError, match=r"OpenAssistant's reward models .* class that transformers has not"):
         HubRewardModel(str(folder)).reward([Sample("a")])
 
 
