@@ -67,7 +67,8 @@ class LinearReward(Reward):
 
     The offline scorers are a language model's log-probs (see :class:`~instructgym.rewards.LikelihoodRatio` and
     :class:`~instructgym.rewards.Fluency` for how good they are): ``rew`` the ratio in nats per token, ``coh`` the same
-    squashed, ``nat`` and ``und`` the likelihood of the output. They share two passes over each output. SPEED
+    squashed, ``nat`` and ``und`` the likelihood of the output. They share two passes over each output. On one core with
+    bfloat16 in hardware, the embedded model takes 10 s of CPU time for 48 outputs of 60 tokens and 6 s for 48 of 30.
 
     Args:
         preset: the rule, one of :data:`PRESETS`.

@@ -33,7 +33,10 @@ def quality_prompt(aspect: Aspect) -> VerdictPrompt:
 class BooleanQA(Reward):
     """P(Yes) / (P(Yes) + P(No)) of a judge LLM that is asked whether a response is natural, understandable or coherent.
 
-    The form of UniEval (Zhong et al. 2022, arXiv 2210.07197) without its training. BOOLEAN_AUC
+    The form of UniEval (Zhong et al. 2022, arXiv 2210.07197) without its training. By the embedded model it is
+    weak: on 20 responses written for the purpose the AUC is 0.76 (natural) and 0.60 (understandable) against the same
+    with their words shuffled, and 0.73 (coherent) against those to others' prompts
+    (``tests/test_quality_scorers.py``); ask a larger model, or take :class:`~instructgym.rewards.LikelihoodRatio`.
 
     Args:
         backend: the judge LLM.
