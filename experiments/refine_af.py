@@ -40,8 +40,8 @@ class InstanceOptions(TrainingOptions):
     """What an instance is worth: quality, or other rewards as of 'evolve train'."""
     reward_preset: str = "instruction_mining"
     """Weights of the quality reward, by name."""
-    format_penalty: float = 1.0
-    """What a response costs that is no instance, by the quality reward."""
+    format_penalty: float = 0.0
+    """What a response costs that is no instance, by the quality reward. 0: by the preset, 1 for most."""
 
     def check(self) -> None:
         super().check()
@@ -69,7 +69,11 @@ class InstanceOptions(TrainingOptions):
         """The reward in the form that ``resolve`` takes."""
         if self.reward != QUALITY:
             return parse_reward(self.reward)
-        return {"id": QUALITY, "kwargs": {"preset": self.reward_preset, "format_reward": -self.format_penalty}}
+        kwargs: dict[str, Any] = {"preset": self.reward_preset}
+        return {
+            "id": QUALITY,
+            "kwargs": kwargs | ({"format_reward": -self.format_penalty} if self.format_penalty else {}),
+        }
 
 
 def well_formed(samples: Sequence[Sample]) -> list[float]:

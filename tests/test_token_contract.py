@@ -24,7 +24,10 @@ def make(tmp_path):
     rows = [f"{('bad', 'good')[i % 2]} film {i}\t{i % 2}" for i in range(40)]
     (tmp_path / "SST-2" / "train.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
     own = {
-        "instructgym/GenerateInstance-v0": {"reward": "vader"},  # its own reward needs a language model
+        "instructgym/GenerateInstance-v0": {
+            # Its own reward, but by a scorer that needs no language model.
+            "reward": {"id": "quality", "kwargs": {"preset": "rm_only", "scorers": {"rew": "vader"}}},
+        },
         "instructgym/GenerateLabel-v0": {"task": "SST-2", "data_dir": str(tmp_path)},
         "instructgym/GenerateResponse-v0": {"data": "instructions"},
     }
