@@ -120,8 +120,8 @@ def test_folders_without_an_ended_run_are_refused(tmp_path):
     train(tmp_path / "run")
     generate(tmp_path / "run")
     next((tmp_path / "run" / "generate").glob("*/results.json")).unlink()
-    with pytest.raises(InputError, match="generation in .* has not ended"):
+    with pytest.raises(InputError, match=r"generation in .* has not ended"):
         accounting(tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()
-    with pytest.raises(InputError, match="training in .* has not ended"):
+    with pytest.raises(InputError, match=r"training in .* has not ended"):
         accounting(tmp_path / "run")
