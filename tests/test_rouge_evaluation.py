@@ -64,7 +64,7 @@ def test_pairing_narrows_the_interval():
 
 
 def test_the_interval_covers_the_true_mean():
-    """Of 200 samples of 40 tasks about 190 intervals hold the mean they are drawn around; fewer than 170: a defect."""
+    """Of 200 samples of 40 tasks, about 190 intervals hold the mean that they are drawn around."""
     rng = np.random.default_rng(0)
     draws = rng.normal(0.3, 0.1, (200, 40))
     held = 0
