@@ -16,9 +16,10 @@ from instructgym.envs.tasks.instruction_pool import (
     load_tasks,
     task_type_prompt,
 )
-from instructgym.envs.tasks.instructions import SeedFileError, load_instructions
+from instructgym.envs.tasks.instructions import SeedFileError
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.records import read_records
+from instructgym.rewards.rouge_gate import RougeGate
 
 THINGS = "tides rain snow wind hail fog dew frost heat mist".split()
 SEEDS = [Task(f"Tell {THINGS[i]} {THINGS[-i]} and {i} birds.", id=f"seed_{i}") for i in range(10)]
@@ -129,7 +130,13 @@ def test_tasks_in_self_instructs_format(tmp_path):
 
 
 def test_the_packages_seeds_are_tasks():
-    assert [task.instruction for task in load_tasks()] == [i.text for i in load_instructions()]
+    tasks = load_tasks()
+    assert len(tasks) == len({task.name for task in tasks}) == len({task.id for task in tasks}) == 64
+    assert sum(task.is_classification is True for task in tasks) == 12
+    assert all(len(task.instances) == 1 and task.instances[0].output for task in tasks)
+    assert sum(bool(task.instances[0].input) for task in tasks) == 32
+    gate = RougeGate(0.7)
+    assert all(gate.accept(task.instruction) for task in tasks), "the gate would keep none of them out"
 
 
 @pytest.mark.parametrize(

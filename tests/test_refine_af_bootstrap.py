@@ -73,7 +73,7 @@ def test_no_two_instructions_are_alike_and_the_file_is_a_pool(finished):
     seeds = load_tasks()
     for i, text in enumerate(texts):
         assert max(rouge_l(text, other) for other in [*(s.instruction for s in seeds), *texts[:i]]) <= 0.7 + 1e-9
-    shown, held = held_out(seeds, 12)
+    shown, held = held_out(seeds, 16)
     assert [
         task.instruction for task in InstructionPool(shown, held, path=folder / "instructions.jsonl").machine
     ] == texts
@@ -89,7 +89,7 @@ def test_a_finished_run_changes_nothing(finished):
 
 
 def test_held_out_seeds_are_never_shown(tmp_path, monkeypatch):
-    _, held = held_out(load_tasks(), 12)
+    _, held = held_out(load_tasks(), 16)
     asked = []
     monkeypatch.setattr(
         "scripted_tasks.reply", lambda prompt, sampling, inner=sys.modules["scripted_tasks"].reply: (

@@ -17,7 +17,7 @@ from typing import Any
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_user_text, user_text
 from .instruction_data import instances_of, optional_text, read_rows
-from .instruction_pool import Task, held_out, load_tasks
+from .instruction_pool import DEMONSTRATIONS, Task, held_out, load_tasks
 
 HELD_OUT = 40
 
@@ -88,9 +88,9 @@ def _read(path: Path | None, held: int) -> list[EvaluationTask]:
 
 
 def _seed_tasks(tasks: Sequence[Task], held: int, where: str) -> list[EvaluationTask]:
-    chosen = held_out(tasks, min(held, len(tasks) // 4))[1] if held else tasks
-    if not chosen:
+    if held and len(tasks) <= DEMONSTRATIONS:
         raise InputError(f"{where} holds {len(tasks)} tasks, too few to hold any out: take all, with --held-out 0")
+    chosen = held_out(tasks, min(held, len(tasks) // 4))[1] if held else tasks
     for task in chosen:
         if not task.instances or not all(instance.output.strip() for instance in task.instances):
             raise InputError(f"{where}: task {task.id!r} needs 'instances' with an 'output' each that is not empty")
