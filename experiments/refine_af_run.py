@@ -26,7 +26,7 @@ from .teaching import TeachingOptions, teach
 
 SELF_INSTRUCT, REFINE_AF = "self-instruct", "refine-af"
 TARGET = {"smoke": 16, "report": 300}
-UPDATES = {"smoke": (2, 8), "report": (40, 48)}
+UPDATES = {"smoke": (2, 8), "report": (32, 48)}
 SAMPLES = {"smoke": 1, "report": 2}
 INSTANCE_TOKENS = {"smoke": 64, "report": 96}
 
@@ -83,7 +83,7 @@ class RefineAFRun(RefineAFTeaching):
     target: int = 0
     """New instructions to accept. 0: by --scale, 16 or 300."""
     updates: int = 0
-    """Updates of the training by feedback. 0: by --scale, 2 or 40."""
+    """Updates of the training by feedback. 0: by --scale, 2 or 32."""
     samples: int = 0
     """Instances drawn per instruction. 0: by --scale, 1 or 2."""
     reward_preset: str = "instruction_mining"

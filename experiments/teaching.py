@@ -21,6 +21,7 @@ from .finetune import run as finetune
 from .options import SCALES, check_counts, check_output
 from .privacy import Privacy
 from .privacy import run as privacy
+from .stages import tokenizer_of
 from .teaching_report import report
 from .tracking import check_tracker
 
@@ -52,6 +53,8 @@ class TeachingOptions(ABC):
     has."""
     withheld: float = 0.25
     """Share of the rows that nobody trains on: the non-members of membership inference."""
+    sft_layout: Literal["chat", "plain", "alpaca"] = "chat"
+    """How requests are written: in the model's chat template, as a text to continue, or as Stanford Alpaca did."""
     sft_epochs: int = 3
     """Passes over the rows in fine-tuning."""
     sft_learning_rate: float = 5e-4
@@ -143,6 +146,8 @@ def _run(options: TeachingOptions, data: Path, arm: str, seed: int) -> Finetune:
         run_dir=str(options.root / "finetune" / f"{arm}-{seed}"),
         data=str(data),
         model=options.model,
+        layout=options.sft_layout,
+        context_length=_context(options, Finetune),
         epochs=options.sft_epochs,
         learning_rate=options.sft_learning_rate,
         dtype=options.dtype,
@@ -150,6 +155,11 @@ def _run(options: TeachingOptions, data: Path, arm: str, seed: int) -> Finetune:
         track=options.track,
         dry_run=options.dry_run,
     )
+
+
+def _context(options: TeachingOptions, stage: type[Finetune | Evaluate]) -> int:
+    """A stage's own limit, or the model's where that is smaller."""
+    return min(stage.context_length, tokenizer_of(options.model).context_length)
 
 
 def tuned_arms(options: TeachingOptions) -> dict[str, Path]:
@@ -180,6 +190,8 @@ def evaluate_arms(options: TeachingOptions, console: Console) -> None:
             policy=policies,
             tasks=options.tasks or options.seeds,
             held_out=0 if options.tasks else options.held_out,
+            layout=options.sft_layout,
+            context_length=_context(options, Evaluate),
             model=options.model,
             dtype=options.dtype,
             track=options.track,

@@ -131,7 +131,7 @@ def test_data_that_changed_under_a_run_are_refused(tune, write, tmp_path, monkey
     with pytest.raises(RuntimeError, match="killed"):
         finetune.run(options, QUIET)
     path.write_text(json.dumps({"instruction": "a", "output": "c"}))
-    with pytest.raises(InputError, match="have changed since .*train.jsonl was written"):
+    with pytest.raises(InputError, match=r"have changed since .*train.jsonl was written"):
         finetune.run(options, QUIET)
 
 

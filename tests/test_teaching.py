@@ -1,0 +1,160 @@
+"""The stages behind the making of data: fine-tuning at equal size, evaluation, attacks, the report; and whole runs."""
+
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from instructgym.experiments import teaching
+from instructgym.experiments.evolve_run import EvolveRun, make_data
+from instructgym.experiments.evolve_run import run as evolve
+from instructgym.experiments.refine_af_run import RefineAFFinetune, RefineAFReport, RefineAFRun, stages
+from instructgym.experiments.refine_af_run import run as refine_af
+from instructgym.experiments.run_folder import read_json
+from instructgym.llm_backends.errors import InputError
+from instructgym.llm_backends.records import append_lines, read_records
+
+QUIET = Console(quiet=True)
+
+
+def write_data(root, arm, count):
+    path = root / arm / "data.jsonl"
+    path.parent.mkdir(parents=True)
+    append_lines(path, [{"instruction": f"say {i}", "input": "", "output": f"{arm} {i}"} for i in range(count)])
+
+
+def small(root, model, kind=RefineAFFinetune, **others):
+    tasks = root / "tasks.jsonl"
+    if not tasks.exists():
+        rows = [{"instruction": f"do {i}", "instances": [{"input": "", "output": f"done {i}"}]} for i in range(3)]
+        tasks.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {
+        "model": model,
+        "tasks": str(tasks),
+        "sft_layout": "plain",
+        "sft_epochs": 1,
+        "scale": "smoke",
+        "dtype": "float32",
+    }
+    return kind(run_dir=str(root / "run"), **given | others)
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory, tiny_model_path):
+    """An experiment whose stages have finished: 12 rows of one arm, 20 of the other."""
+    root = tmp_path_factory.mktemp("taught")
+    write_data(root / "run", "self-instruct", 20)
+    write_data(root / "run", "refine-af", 12)
+    options = small(root, tiny_model_path)
+    teaching.finetune_arms(options, QUIET)
+    teaching.evaluate_arms(options, QUIET)
+    return options, teaching.write_report(options, QUIET)
+
+
+def test_arms_train_on_equally_many_rows(taught):
+    options, results = taught
+    for arm in ("self-instruct", "refine-af"):
+        run = options.root / "finetune" / f"{arm}-0"
+        assert [len(read_records(run / name)) for name in ("train.jsonl", "held_out.jsonl")] == [9, 3]
+        assert results["arms"][arm]["rows"] == 9
+
+
+def test_the_report_compares_with_the_base_and_with_the_first_arm(taught):
+    options, results = taught
+    assert list(results["arms"]) == ["base", "self-instruct", "refine-af"]
+    assert set(results["comparisons"]) == {"self-instruct vs base", "refine-af vs base", "refine-af vs self-instruct"}
+    tasks = read_json(options.root / "evaluate" / "tasks.json")
+    for arm, name in (("base", "base"), ("refine-af", "refine-af-0")):
+        assert results["arms"][arm]["rouge_l"][0] == pytest.approx(np.mean(list(tasks[name].values())))
+    pair = results["comparisons"]["refine-af vs self-instruct"]
+    assert pair["won"] + pair["tied"] + pair["lost"] == pytest.approx(1)
+    low, area, high = (results["arms"]["refine-af"]["auc"][i] for i in (1, 0, 2))
+    assert 0 <= low <= area <= high <= 1
+    assert results["arms"]["base"]["auc"] is None
+    assert "refine-af against self-instruct" in (options.root / "report" / "report.md").read_text()
+    assert (options.root / "report" / "taught.png").stat().st_size > 5000
+
+
+def test_seeds_are_averaged_task_by_task(taught, tmp_path):
+    options, _ = taught
+    tasks = read_json(options.root / "evaluate" / "tasks.json")
+    metrics = read_json(options.root / "evaluate" / "results.json")
+    for arm in ("self-instruct", "refine-af"):
+        tasks[f"{arm}-1"] = {name: 1.0 for name in tasks["base"]}
+        metrics["metrics"]["arms"][f"{arm}-1"] = {"rouge_l": 1.0, "exact_match": 1.0}
+    root = tmp_path / "run"
+    (root / "evaluate").mkdir(parents=True)
+    (root / "evaluate" / "tasks.json").write_text(json.dumps(tasks))
+    (root / "evaluate" / "results.json").write_text(json.dumps(metrics))
+    results = teaching.write_report(RefineAFReport(run_dir=str(root)), QUIET)
+    first = np.mean(list(tasks["refine-af-0"].values()))
+    assert results["arms"]["refine-af"]["rouge_l"][0] == pytest.approx((first + 1) / 2)
+    assert results["arms"]["refine-af"]["seeds"] == pytest.approx([first, 1.0])
+    assert results["arms"]["refine-af"]["auc"] is None  # nobody attacked
+
+
+def test_a_finished_stage_is_kept(taught, monkeypatch):
+    options, _ = taught
+    monkeypatch.setattr("instructgym.experiments.finetune.LanguageModelPolicy", None)
+    teaching.finetune_arms(options, QUIET)
+    teaching.evaluate_arms(options, QUIET)
+
+
+def test_missing_or_small_data_are_refused_before_training(tmp_path, tiny_model_path):
+    options = small(tmp_path, tiny_model_path)
+    with pytest.raises(InputError, match="the data of self-instruct"):
+        teaching.finetune_arms(options, QUIET)
+    write_data(options.root, "self-instruct", 20)
+    write_data(options.root, "refine-af", 5)
+    with pytest.raises(InputError, match="refine-af has 5"):
+        teaching.finetune_arms(options, QUIET)
+    with pytest.raises(InputError, match="'finetune' first"):
+        teaching.evaluate_arms(options, QUIET)
+    assert not (options.root / "finetune").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"run_dir": ""}, "--run-dir"),
+        ({"scale": "huge"}, "--scale"),
+        ({"withheld": 1.0}, "--withheld"),
+        ({"size": -1}, "--size"),
+        ({"sft_epochs": 0}, "--sft-epochs"),
+        ({"seeds": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"algorithm": "random"}, "baseline"),
+        ({"reward": "judge + judge"}, "--reward"),
+        ({"backend": "{"}, "JSON"),
+    ],
+)
+def test_bad_options_of_a_whole_run_are_refused(tmp_path, changed, said):
+    with pytest.raises(InputError, match=said):
+        evolve(EvolveRun(**{"run_dir": str(tmp_path / "run"), "dry_run": True} | changed), QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+def test_held_out_tasks_make_no_data(tmp_path):
+    options = EvolveRun(run_dir=str(tmp_path / "run"), held_out=5)
+    shown = read_records(make_data(options).seeds)
+    everything = read_records(make_data(EvolveRun(run_dir=str(tmp_path / "all"), held_out=0)).seeds)
+    assert len(everything) - len(shown) == 5
+    first, _, _ = stages(RefineAFRun(run_dir=str(tmp_path / "r"), held_out=5))
+    assert first.held_out == 5
+
+
+@pytest.mark.slow
+def test_evolve_to_its_end_on_the_embedded_model(tmp_path):
+    results = evolve(EvolveRun(run_dir=str(tmp_path), scale="smoke"), QUIET)
+    assert set(results["arms"]) == {"base", "random", "TRPO"}
+    assert results["costs"]["TRPO"]["training"] > 0 == results["costs"]["random"]["training"]
+    assert evolve(EvolveRun(run_dir=str(tmp_path), scale="smoke"), QUIET) == results
+
+
+@pytest.mark.slow
+def test_refine_af_to_its_end_on_the_embedded_model(tmp_path):
+    results = refine_af(RefineAFRun(run_dir=str(tmp_path), scale="smoke"), QUIET)
+    assert set(results["arms"]) == {"base", "self-instruct", "refine-af"}
+    rows = read_records(tmp_path / "train" / "metrics.jsonl")
+    assert rows[0]["train/kl"] == pytest.approx(0, abs=1e-3)
+    assert 0 <= results["arms"]["refine-af"]["rouge_l"][0] <= 1
