@@ -137,7 +137,8 @@ class Fluency(Reward):
 
     ``naturalness`` squashes the mean log-prob of the response's tokens after a neutral opening, ``understandability``
     that of the least likely quarter of them, as one unreadable spot spoils a text. Both read the response once, and
-    neither reads the prompt. They are likelihoods: dull text scores high, and so does text that repeats itself.
+    neither reads the prompt. They are likelihoods: dull text scores high, and so does text that
+    repeats itself (twelve times ``yes``: 1.00), while a single rare word scores low.
     Center and slope are those of logistic regression, rounded, on 20 responses written for the purpose and the same
     with their words shuffled, which the embedded model tells apart with an AUC of 1.00 by naturalness and 0.955
     by understandability (``tests/test_quality_scorers.py``). Word order is an easy test; both are strongly correlated.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from functools import lru_cache
@@ -51,7 +52,7 @@ class UniEval(Reward):
 
     A T5 model that was trained to answer questions about a response in a dialogue; the dialogue history is the prompt,
     and ``coherence`` alone reads it. It asks the questions the checkpoint was trained on, so another checkpoint has to
-    be one of the same training. Without the hub's weights nothing here was measured with them.
+    be one of the same training. It was tested with random weights of the same architecture only.
 
     Args:
         aspect: ``naturalness``, ``understandability`` or ``coherence``.
@@ -104,7 +105,9 @@ class UniEval(Reward):
                 odds[i] = difference
         values = torch.tensor(odds, dtype=torch.float64).sigmoid().tolist()
         return [
-            Score(value, terms={self.name: value}) if value == value else Score.invalid("the model's logits are NaN")
+            Score(value, terms={self.name: value})
+            if not math.isnan(value)
+            else Score.invalid("the model's logits are NaN")
             for value in values
         ]
 
@@ -158,7 +161,7 @@ class HubRewardModel(Reward):
             members = [fit[k] for k in chunk]
             batch = self._batch(tokenizer, [rows[i] for i in members], pads)
             for i, value in zip(members, model(**batch.to(model.device)).logits[:, 0].float().tolist(), strict=True):
-                finite = value - value == 0
+                finite = math.isfinite(value)
                 scores[i] = Score(value, terms={self.name: value}) if finite else Score.invalid(f"the logit is {value}")
         return scores
 
