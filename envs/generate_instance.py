@@ -52,9 +52,9 @@ def generate_instance(**kwargs: Any) -> TokenEnv:
     r"""``instructgym/GenerateInstance-v0``.
 
     The setting of REFINE-AF's second stage (Roy et al., arXiv 2505.06548): the state is an instruction behind a few
-    solved ones, and the tokens written so far; the response is one instance of it, an input (or that none is needed) and its
-    output; its quality is paid with the last token. A blank line, or the beginning of another instance, ends the
-    episode. Classification tasks ask for the label before the input.
+    solved ones, and the tokens written so far; the response is one instance of it, an input (or that none is needed)
+    and its output; its quality is paid with the last token. A blank line, or the beginning of another instance, ends
+    the episode. Classification tasks ask for the label before the input.
 
     Rewards find ``instruction``, ``order`` (``input_first`` or ``output_first``), ``opening`` (the field that the
     prompt ends with, which belongs before the response) and ``finish_reason`` in a sample's metadata;
