@@ -155,7 +155,8 @@ def attack_metrics(
     value = auc([*members, *others], [True] * len(members) + [False] * len(others))
     assert value is not None
     low, high = np.quantile(_resampled_aucs(members, others, seed, resamples), [0.025, 0.975])
-    rate, reason = None, ""
+    rate: float | None = None
+    reason = ""
     if len(others) < math.ceil(1 / FALSE_POSITIVES):
         reason = f"{len(others)} non-members: one of them is more than 1%, at least 100 are needed"
     else:

@@ -195,7 +195,7 @@ def _rows(files: Mapping[str, str], options: Privacy) -> list[_Row]:
             )
     rows = []
     for side, examples in found.items():
-        numbers = range(len(examples))
+        numbers: Sequence[int] = range(len(examples))
         if 0 < options.limit < len(examples):
             numbers = sorted(random.Random(f"{options.seed}/{side}").sample(numbers, options.limit))
         rows += [_Row(side == "members", number, examples[number]) for number in numbers]
