@@ -16,6 +16,9 @@ from ..llm_backends.teacher_forcing import common_prefix
 from .language_model import LanguageModelPolicy
 from .rollout_engine import RolloutEngine
 
+OPENING, ALIKE = 16, 4
+"""Tokens by which prompts are told apart, and episodes of one kind that are worth micro-batches of their own."""
+
 
 @dataclass
 class TokenBatch:
@@ -87,15 +90,24 @@ class TokenBatch:
     def micro_batches(self, episodes: np.ndarray, budget: int) -> Iterator[np.ndarray]:
         """Splits episodes into micro-batches of at most ``budget`` tokens, padding included, of like lengths.
 
-        A prefix that all of them share counts once, as it is computed once.
+        Episodes whose prompts begin alike come together: a prefix that all of a micro-batch share is computed once, and
+        counts once.
         """
-        if not len(episodes):
-            return
-        shared = common_prefix([self.prompts[i] for i in episodes]) if len(episodes) > 1 else 0
-        sizes = np.array([len(self.prompts[i]) + len(self.responses[i]) - shared for i in episodes])
-        order = np.argsort(sizes, kind="stable")
-        for chunk in token_budget_chunks([int(sizes[k]) for k in order], budget):
-            yield episodes[order[chunk]]
+        for members in self._by_opening(episodes):
+            shared = common_prefix([self.prompts[i] for i in members]) if len(members) > 1 else 0
+            sizes = np.array([len(self.prompts[i]) + len(self.responses[i]) - shared for i in members])
+            order = np.argsort(sizes, kind="stable")
+            for chunk in token_budget_chunks([int(sizes[k]) for k in order], budget):
+                yield members[order[chunk]]
+
+    def _by_opening(self, episodes: np.ndarray) -> list[np.ndarray]:
+        """Episodes by the first tokens of their prompts; those with few of their kind in one group."""
+        found: dict[bytes, list[int]] = {}
+        for i in episodes:
+            found.setdefault(self.prompts[i][:OPENING].tobytes(), []).append(int(i))
+        alike = [members for members in found.values() if len(members) >= ALIKE]
+        others = [i for members in found.values() if len(members) < ALIKE for i in members]
+        return [np.array(members) for members in [*alike, others] if members]
 
 
 @dataclass

@@ -26,9 +26,9 @@ from .teaching import TeachingOptions, teach
 
 SELF_INSTRUCT, REFINE_AF = "self-instruct", "refine-af"
 TARGET = {"smoke": 16, "report": 300}
-UPDATES = {"smoke": (2, 8), "report": (32, 48)}
+UPDATES = {"smoke": (2, 8), "report": (24, 48)}
 SAMPLES = {"smoke": 1, "report": 2}
-INSTANCE_TOKENS = {"smoke": 64, "report": 96}
+INSTANCE_TOKENS = {"smoke": 48, "report": 64}
 
 
 @dataclass
@@ -83,11 +83,12 @@ class RefineAFRun(RefineAFTeaching):
     target: int = 0
     """New instructions to accept. 0: by --scale, 16 or 300."""
     updates: int = 0
-    """Updates of the training by feedback. 0: by --scale, 2 or 32."""
+    """Updates of the training by feedback. 0: by --scale, 2 or 24."""
     samples: int = 0
     """Instances drawn per instruction. 0: by --scale, 1 or 2."""
-    reward_preset: str = "instruction_mining"
-    """Weights of the quality reward, by name."""
+    reward_preset: str = "no_und"
+    """Weights of the quality reward, by name. no_und: Instruction Mining's rule as REFINE-AF names its terms, which pays
+    nothing for being hard to understand."""
 
     def check(self) -> None:
         super().check()

@@ -55,7 +55,7 @@ class TeachingOptions(ABC):
     """Share of the rows that nobody trains on: the non-members of membership inference."""
     sft_layout: Literal["chat", "plain", "alpaca"] = "chat"
     """How requests are written: in the model's chat template, as a text to continue, or as Stanford Alpaca did."""
-    sft_epochs: int = 3
+    sft_epochs: int = 2
     """Passes over the rows in fine-tuning."""
     sft_learning_rate: float = 5e-4
     """Peak learning rate of fine-tuning (cosine, 10% warm-up)."""
