@@ -87,8 +87,8 @@ class RefineAFRun(RefineAFTeaching):
     samples: int = 0
     """Instances drawn per instruction. 0: by --scale, 1 or 2."""
     reward_preset: str = "no_und"
-    """Weights of the quality reward, by name. no_und: Instruction Mining's rule as REFINE-AF names its terms, which pays
-    nothing for being hard to understand."""
+    """Weights of the quality reward, by name. no_und: Instruction Mining's rule without what it pays for being hard to
+    understand."""
 
     def check(self) -> None:
         super().check()
