@@ -26,8 +26,10 @@ from .teaching import TeachingOptions, teach
 
 SELF_INSTRUCT, REFINE_AF = "self-instruct", "refine-af"
 TARGET = {"smoke": 16, "report": 300}
-UPDATES = {"smoke": (2, 8), "report": (24, 48)}
+UPDATES = {"smoke": (2, 8), "report": (20, 48)}
 SAMPLES = {"smoke": 1, "report": 2}
+LEARNING_RATE = 5e-4
+"""Of the training by feedback, which makes few updates."""
 INSTANCE_TOKENS = {"smoke": 48, "report": 64}
 
 
@@ -83,7 +85,7 @@ class RefineAFRun(RefineAFTeaching):
     target: int = 0
     """New instructions to accept. 0: by --scale, 16 or 300."""
     updates: int = 0
-    """Updates of the training by feedback. 0: by --scale, 2 or 24."""
+    """Updates of the training by feedback. 0: by --scale, 2 or 20."""
     samples: int = 0
     """Instances drawn per instruction. 0: by --scale, 1 or 2."""
     reward_preset: str = "no_und"
@@ -151,6 +153,8 @@ def stages(options: RefineAFRun) -> tuple[RefineAFBootstrap, RefineAFTrain, list
             model=options.model,
             updates=options.updates or updates,
             batch_size=batch,
+            epochs=1,
+            learning_rate=LEARNING_RATE,
             **shared,
         ),
         [

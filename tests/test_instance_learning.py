@@ -1,0 +1,59 @@
+"""Token-level PPO on GenerateInstance: the format is learned, the quality rises, the KL penalty starts at zero."""
+
+import gymnasium as gym
+import numpy as np
+
+import instructgym  # noqa: F401
+from instructgym.agents.language_model import LanguageModelPolicy, LoraSettings
+from instructgym.agents.ppo import TokenPPO
+from instructgym.envs.tasks.prompt_examples import PromptExample
+from instructgym.llm_backends.causal_lm import CausalLM
+from instructgym.llm_backends.tokenization import WordTokenizer
+from instructgym.rewards import LinearReward
+from tests.conftest import build_model
+
+WORDS = ("red", "blue", "Input:", "Output:", "sea", "sky")
+EXAMPLES = [
+    PromptExample(place, place, metadata={"instruction": place, "order": "output_first", "opening": "Class label: "})
+    for place in ("sea", "sky")
+]
+
+
+def right(samples):
+    """1 where the label is blue."""
+    return [float(sample.response == "blue") for sample in samples]
+
+
+def test_ppo_learns_the_format_and_what_is_paid():
+    tokenizer = WordTokenizer(words=WORDS)
+    model = build_model(vocabulary=len(tokenizer.hf))
+    model.generation_config.eos_token_id = tokenizer.hf.eos_token_id
+    policy = LanguageModelPolicy(
+        CausalLM(model, tokenizer.hf, name="tiny"), LoraSettings(rank=4), value="shared", dtype="float32"
+    )
+    reward = LinearReward("instruction_mining", {"rew": right, "und": right, "nat": right, "coh": right}, {"und": 0.0})
+    envs = gym.make_vec(
+        "instructgym/GenerateInstance-v0",
+        num_envs=32,
+        examples=EXAMPLES,
+        tokenizer=tokenizer,
+        reward=reward,
+        max_tokens=4,
+    )
+    agent = TokenPPO(envs, policy, seed=0, learning_rate=1e-2, kl_coefficient=0.01, epochs=2)
+    agent.start()
+    rows = []
+    for update in range(30):
+        agent.update(update / 30)
+        rows.append(dict(agent.logger.name_to_value))
+    first, last = rows[:3], rows[-3:]
+
+    def mean(part, key):
+        return float(np.mean([row[key] for row in part]))
+
+    assert abs(rows[0]["train/kl"]) < 1e-6
+    assert mean(first, "rollout/terms/well_formed") < 0.7
+    assert mean(last, "rollout/terms/well_formed") > 0.95
+    assert mean(last, "rollout/terms/coh") > 0.9 > mean(first, "rollout/terms/coh")
+    assert mean(last, "rollout/reward") > mean(first, "rollout/reward") + 0.3
+    assert mean(last, "train/kl") > 0.1
