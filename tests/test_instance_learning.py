@@ -13,6 +13,7 @@ from instructgym.rewards import LinearReward
 from tests.conftest import build_model
 
 WORDS = ("red", "blue", "Input:", "Output:", "sea", "sky")
+UPDATES = 40
 EXAMPLES = [
     PromptExample(place, place, metadata={"instruction": place, "order": "output_first", "opening": "Class label: "})
     for place in ("sea", "sky")
@@ -20,8 +21,8 @@ EXAMPLES = [
 
 
 def right(samples):
-    """1 where the label is blue."""
-    return [float(sample.response == "blue") for sample in samples]
+    """The share of words that are blue."""
+    return [float(np.mean([word == "blue" for word in sample.response.split()])) for sample in samples]
 
 
 def test_ppo_learns_the_format_and_what_is_paid():
@@ -34,17 +35,17 @@ def test_ppo_learns_the_format_and_what_is_paid():
     reward = LinearReward("instruction_mining", {"rew": right, "und": right, "nat": right, "coh": right}, {"und": 0.0})
     envs = gym.make_vec(
         "instructgym/GenerateInstance-v0",
-        num_envs=32,
+        num_envs=64,
         examples=EXAMPLES,
         tokenizer=tokenizer,
         reward=reward,
         max_tokens=4,
     )
-    agent = TokenPPO(envs, policy, seed=0, learning_rate=1e-2, kl_coefficient=0.01, epochs=2)
+    agent = TokenPPO(envs, policy, seed=0, learning_rate=5e-3, kl_coefficient=0.001, epochs=4)
     agent.start()
     rows = []
-    for update in range(30):
-        agent.update(update / 30)
+    for update in range(UPDATES):
+        agent.update(update / UPDATES)
         rows.append(dict(agent.logger.name_to_value))
     first, last = rows[:3], rows[-3:]
 
