@@ -91,7 +91,7 @@ class TokenBatch:
         """Splits episodes into micro-batches of at most ``budget`` tokens, padding included, of like lengths.
 
         Episodes whose prompts begin alike come together: a prefix that all of a micro-batch share is computed once, and
-        counts once.
+        does not count.
         """
         for members in self._by_opening(episodes):
             shared = common_prefix([self.prompts[i] for i in members]) if len(members) > 1 else 0

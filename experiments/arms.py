@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..agents.checkpoints import read_state
 from ..agents.language_model import SETTINGS
-from ..envs.tasks.instruction_data import DATA_LAYOUTS, DataLayout, InstructionExample
+from ..envs.tasks.instruction_data import DATA_LAYOUTS, DataLayout, InstructionExample, request_text
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import read_records
 from .finetune import TRAIN
@@ -77,7 +77,10 @@ def common_layout(arms: Sequence[Arm], asked: str = "auto") -> DataLayout:
     return next(iter(trained), "chat")
 
 
-def seen_in_training(arm: Arm, requests: Sequence[InstructionExample]) -> int:
-    """How many of the requests are among those that the arm was fine-tuned on, by the rows in its run folder."""
-    trained = {(row["instruction"], row["input"]) for row in read_records(Path(arm.run) / TRAIN)} if arm.run else set()
-    return sum((one.instruction, one.input) in trained for one in requests)
+def seen_in_training(arm: Arm, requests: Sequence[InstructionExample]) -> int | None:
+    """How many of the requests are among those that the arm was fine-tuned on; None where its run does not say."""
+    path = Path(arm.run) / TRAIN
+    if not arm.run or not path.exists():
+        return None
+    trained = {request_text(InstructionExample(r["instruction"], r["input"], r["output"])) for r in read_records(path)}
+    return sum(request_text(one) in trained for one in requests)

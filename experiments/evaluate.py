@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -30,7 +29,8 @@ from .options import check_counts
 from .responses import respond
 from .rouge_evaluation import compare, exact_match, macro_interval, rouge_l, task_scores
 from .run_folder import chunked_rows, write_json
-from .stages import TrainingOptions, policy_folder, stage, tokenizer_of
+from .stages import TrainingOptions, digest, policy_folder, stage, tokenizer_of, weights_digest
+from .token_training import OutOfTimeError, TokenTraining
 
 CHUNK = 32
 ENV_ID = "instructgym/GenerateResponse-v0"
@@ -103,10 +103,15 @@ def run(options: Evaluate, console: Console | None = None) -> dict[str, Any]:
     if options.dry_run:
         console.print(f"would answer {len(kept)} instances by {', '.join(arm.name for arm in arms)}")
         return {}
-    with stage(options, "evaluate", console, distributed=False) as opened:
+    weights = digest([weights_digest(policy_folder(arm.run, "--policy")) for arm in arms if arm.run])
+    with stage(options, "evaluate", console, distributed=False, weights=weights) as opened:
         if isinstance(opened, dict):
             return opened
-        answered = {arm.name: _answers(opened.folder.path, arm, layout, kept, options, console) for arm in arms}
+        try:
+            answered = {arm.name: _answers(opened, arm, layout, kept, options, console) for arm in arms}
+        except OutOfTimeError:
+            console.print(f"out of time: repeat the command to go on with {options.run_dir}")
+            return opened.folder.finish({}, {}, status="stopped")
         rows = _scored(kept, answered)
         predictions = opened.folder.file(PREDICTIONS)
         predictions.unlink(missing_ok=True)  # a run that was stopped while it wrote them
@@ -167,20 +172,27 @@ def _fitting(
 
 
 def _answers(
-    folder: Path, arm: Arm, layout: DataLayout, questions: Sequence[Question], options: Evaluate, console: Console
+    opened: TokenTraining,
+    arm: Arm,
+    layout: DataLayout,
+    questions: Sequence[Question],
+    options: Evaluate,
+    console: Console,
 ) -> list[dict[str, Any]]:
     """An arm's responses, one row per question. Its model is loaded if some are missing, and let go on return.
 
     Raises:
         InputError: if the responses that stand in the run folder are to other questions.
+        OutOfTimeError: between chunks.
     """
-    path = folder / "responses" / f"{arm.name}.jsonl"
+    path = opened.folder.path / "responses" / f"{arm.name}.jsonl"
     for row, question in zip(read_records(path), questions, strict=False):
         if row.get("id") != question.id or row.get("request") != question.request.row():
             raise InputError(f"{path} answers other tasks: they have changed since, choose another --run-dir")
     loaded: list[LanguageModelPolicy] = []
 
     def rows(start: int) -> list[dict[str, Any]]:
+        opened.check_time()
         if not loaded:
             loaded.append(_policy(arm, options))
         chunk = questions[start : start + CHUNK]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from .plots import COLOURS, _figure
+from .plots import COLOURS, panels
 from .rouge_evaluation import Comparison
 
 
@@ -55,7 +55,7 @@ def plot_rouge(metrics: Mapping[str, Mapping[str, float]], pairs: Mapping[str, C
         pairs: likewise.
         path: the PNG.
     """
-    figure, axes = _figure(2 if pairs else 1)
+    figure, axes = panels(2 if pairs else 1)
     rows = list(metrics.values())
     means, low, high = (np.array([row[key] for row in rows]) for key in ("rouge_l", "rouge_l_low", "rouge_l_high"))
     colours = [COLOURS[k % len(COLOURS)] for k in range(len(rows))]

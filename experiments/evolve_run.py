@@ -7,11 +7,9 @@ Evol-Instruct with this library's operations, rules and filters.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Console
 
@@ -20,20 +18,25 @@ from ..envs.tasks.instruction_pool import held_out, load_tasks
 from ..llm_backends.errors import InputError
 from .evolve_compare import EvolveCompare
 from .evolve_compare import run as compare
+from .finetune import write_once
 from .options import input_errors, parse_part, parse_reward
+from .query_accounting import EVOL_INSTRUCT_CALLS
 from .run_folder import read_json
 from .teaching import TeachingOptions, teach
 
 RANDOM = "random"
-CALLS = {"smoke": 500, "report": 1600}
-EPISODES = {"smoke": 8, "report": 48}
-COPIES, STEPS = 16, 3
-"""Of the agent's rollouts: many copies, whose requests share a batch."""
+CALLS = {"smoke": 200, "report": 1600}
+EPISODES = {"smoke": 4, "report": 48}
+COPIES = {"smoke": 8, "report": 16}
+"""Episodes side by side in training, and seeds in generation: their requests share a batch."""
+ANSWER_TOKENS = {"smoke": 32, "report": 64}
 
 
 @dataclass
 class EvolveTeaching(TeachingOptions):
     """Options of the stages behind the making of the data."""
+
+    name: ClassVar[str] = "evolve run"
 
     algorithm: str = "TRPO"
     """The agent, as of 'evolve train'."""
@@ -54,13 +57,21 @@ class EvolveTeaching(TeachingOptions):
         return f"TeaMs-RL: {self.algorithm} against random evolution, {self.model}"
 
     def costs(self) -> dict[str, dict[str, float]]:
-        return {arm: _cost(read_json(path.parent / "arm.json") or {}) for arm, path in self.data.items()}
+        return {arm: _cost(arm, path.parent) for arm, path in self.data.items()}
+
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | {"algorithm": self.algorithm}
 
 
-def _cost(made: Mapping[str, Any]) -> dict[str, float]:
-    calls = {kind: float(made.get("calls", {}).get(kind, 0)) for kind in ("training", "rewrite", "judge", "answer")}
-    rows, total = made.get("accepted", 0), sum(calls.values())
-    return calls | {"all": total, "rows made": rows} | ({"calls per row": total / rows} if rows else {})
+def _cost(arm: str, folder: Path) -> dict[str, float]:
+    """LLM calls of one data set by kind, and against Evol-Instruct's three for every edit."""
+    made = read_json(folder / "arm.json")
+    if made is None:
+        raise InputError(f"the data of {arm} in {folder} are not finished: repeat 'evolve run'")
+    calls = {kind: float(made["calls"].get(kind, 0)) for kind in ("training", "rewrite", "judge", "answer")}
+    rows, total = float(made["accepted"]), sum(calls.values())
+    figures = calls | {"all": total, "of Evol-Instruct's": total / (EVOL_INSTRUCT_CALLS * calls["rewrite"])}
+    return figures | {"rows made": rows} | ({"calls per row": total / rows} if rows else {})
 
 
 @dataclass
@@ -87,9 +98,9 @@ class EvolveRun(EvolveTeaching):
     reward: str = "judge + diversity"
     """What the agent is paid, as of 'evolve train'."""
     calls: int = 0
-    """LLM calls per data set, training included. 0: by --scale, 500 or 1600."""
+    """LLM calls per data set, training included. 0: by --scale, 200 or 1600."""
     episodes: int = 0
-    """Training of the agent, in episodes. 0: by --scale, 8 or 48."""
+    """Training of the agent, in episodes. 0: by --scale, 4 or 48."""
 
     def check(self) -> None:
         super().check()
@@ -105,11 +116,11 @@ def run(options: EvolveRun, console: Console | None = None) -> dict[str, Any]:
     """
     console = console or Console()
     options.check()
-    comparison = make_data(options)
     if options.dry_run:
         console.print(f"would make data with {options.algorithm} and at random, and compare them in {options.root}")
         return {}
-    compare(comparison, console)
+    with options.opened():
+        compare(make_data(options), console)
     return teach(options, console)
 
 
@@ -119,9 +130,8 @@ def make_data(options: EvolveRun) -> EvolveCompare:
     with input_errors():
         shown, _ = held_out(tasks, 0 if options.tasks else min(options.held_out, len(tasks) // 4))
     seeds = options.root / "seeds.jsonl"
-    if not options.dry_run and not seeds.exists():
-        seeds.parent.mkdir(parents=True, exist_ok=True)
-        seeds.write_text("".join(json.dumps(task.row(), ensure_ascii=False) + "\n" for task in shown), "utf-8")
+    seeds.parent.mkdir(parents=True, exist_ok=True)
+    write_once(seeds, [task.row() for task in shown])
     return EvolveCompare(
         run_dir=str(options.root / "compare"),
         scale=options.scale,
@@ -129,8 +139,10 @@ def make_data(options: EvolveRun) -> EvolveCompare:
         seeds=str(seeds),
         algorithms=f"{options.algorithm},{RANDOM}",
         repeats=1,
-        num_envs=COPIES,
-        n_steps=STEPS,
+        num_envs=COPIES[options.scale],
+        n_steps=3,
+        chunk=COPIES[options.scale],
+        answer_tokens=ANSWER_TOKENS[options.scale],
         calls=options.calls or CALLS[options.scale],
         episodes=options.episodes or EPISODES[options.scale],
         reward=options.reward,

@@ -180,7 +180,7 @@ def run(options: Finetune, console: Console | None = None) -> dict[str, Any]:
         if isinstance(opened, dict):
             return opened
         for name, numbers in ((TRAIN, rows.train), (HELD_OUT, rows.held_out)):
-            _write_once(opened.folder.file(name), [data.examples[i].row() for i in numbers])
+            write_once(opened.folder.file(name), [data.examples[i].row() for i in numbers])
         policy = LanguageModelPolicy(
             options.model, LoraSettings(rank=options.lora_rank), value="shared", dtype=options.dtype, seed=options.seed
         )
@@ -218,7 +218,7 @@ def run(options: Finetune, console: Console | None = None) -> dict[str, Any]:
         return results
 
 
-def _write_once(path: Path, rows: Sequence[dict[str, str]]) -> None:
+def write_once(path: Path, rows: Sequence[dict[str, str]]) -> None:
     """Writes the rows in one move; those of a run that is resumed must be the same.
 
     Raises:

@@ -21,7 +21,7 @@ from ..agents.sft import Demonstration
 from ..llm_backends.causal_lm import token_budget_chunks
 from ..llm_backends.errors import InputError
 from .metrics import auc
-from .plots import COLOURS, _figure
+from .plots import COLOURS, panels
 
 ATTACKS = ("loss", "calibrated", "min_k")
 """``loss``: negative mean loss per token; ``calibrated``: the reference model's mean loss less the model's own;
@@ -225,7 +225,7 @@ def plot_roc(scores: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> P
         scores: by policy, rows of ``scores.jsonl``.
         path: the PNG.
     """
-    figure, axes = _figure(len(scores))
+    figure, axes = panels(len(scores))
     for axis, (name, rows) in zip(axes[0], scores.items(), strict=True):
         axis.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle="--", label="guessing")
         for k, attack in enumerate(ATTACKS):

@@ -17,7 +17,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 OPERATION_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#999999")
 
 
-def _figure(columns: int, rows: int = 1) -> tuple[Any, Any]:
+def panels(columns: int, rows: int = 1) -> tuple[Any, Any]:
+    """A figure and its grid of axes, shape (rows, columns)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -46,7 +47,7 @@ def plot_training(episodes: Sequence[Mapping[str, Any]], updates: Sequence[Mappi
         updates: rows of ``metrics.jsonl``.
         path: the PNG.
     """
-    figure, axes = _figure(2)
+    figure, axes = panels(2)
     left, right = axes[0]
     if episodes:
         steps = [row["timesteps"] for row in episodes]
@@ -99,7 +100,7 @@ def _plot_updates(
     rows: Sequence[Mapping[str, Any]], x: Sequence[float], label: str, terms: Mapping[str, str], path: Path
 ) -> Path:
     """Means of rollouts by their key, next to KL and entropy."""
-    figure, axes = _figure(2)
+    figure, axes = panels(2)
     left, right = axes[0]
     for k, (key, name) in enumerate(terms.items()):
         values = [row[key] for row in rows if row.get(key) is not None]
@@ -124,7 +125,7 @@ def plot_nlu(curves: Mapping[str, Any], figures: Mapping[str, Any], path: Path) 
         path: the PNG.
     """
     tasks = list(figures)
-    figure, axes = _figure(2, len(tasks))
+    figure, axes = panels(2, len(tasks))
     for (left, right), task in zip(axes, tasks, strict=True):
         arms = list(figures[task])
         for k, arm in enumerate(arms):
@@ -165,7 +166,7 @@ def plot_fine_grained(
         figures: by arm, what its evaluation gave; that of arms without a curve is left out.
         path: the PNG.
     """
-    figure, axes = _figure(2, 2)
+    figure, axes = panels(2, 2)
     (judge_axis, kl_axis), (proxy_axis, over_axis) = axes
     for k, (arm, runs) in enumerate(curves.items()):
         colour = COLOURS[k % len(COLOURS)]
@@ -203,7 +204,7 @@ def plot_comparison(arms: Mapping[str, Mapping[str, Any]], budget: int, path: Pa
         budget: LLM calls per arm and seed.
         path: the PNG.
     """
-    figure, axes = _figure(2, 2)
+    figure, axes = panels(2, 2)
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(arms)}
     _plot_returns(axes[0, 0], arms, colours)
     _plot_accepted(axes[0, 1], arms, colours, budget)
@@ -237,7 +238,7 @@ def plot_calibration(
         probabilities: of pairs, the judge's probability and whether the pair's label is what it is the probability of.
         path: the PNG.
     """
-    figure, axes = _figure(2 if probabilities else 1)
+    figure, axes = panels(2 if probabilities else 1)
     left = axes[0, 0]
     values, low, high = (np.array(column) for column in zip(*shares.values(), strict=True))
     colours = [COLOURS[k % len(COLOURS)] for k in range(len(shares))]

@@ -8,9 +8,7 @@ take rows for independent, are too narrow.
 
 from __future__ import annotations
 
-import hashlib
 import random
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +24,12 @@ from ..envs.tasks.instruction_data import InstructionExample, read_instruction_d
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import append_lines, read_records
 from ..llm_backends.tokenization import Tokenizer
+from .arms import find_arms
 from .finetune import HELD_OUT, TRAIN, demonstrations
 from .membership import ATTACKS, SIDES, attack_metrics, length_shift, plot_roc, score_rows, side_of
 from .options import check_counts
 from .run_folder import read_json
-from .stages import TrainingOptions, policy_folder, stage, tokenizer_of
+from .stages import TrainingOptions, digest, policy_folder, stage, tokenizer_of, weights_digest
 from .token_training import TokenTraining
 
 CHUNK = 64
@@ -109,12 +108,15 @@ def run(options: Privacy, console: Console | None = None) -> dict[str, Any]:
     """
     console = console or Console()
     options.check()
-    arms = [_arm(options, name, folder) for name, folder in _policies(options.policy).items()]
+    arms = [_arm(options, arm.name, Path(arm.run)) for arm in find_arms(options.policy) if arm.run]
+    if not arms:
+        raise InputError("--policy is missing: name the run folder of a fine-tuning")
     if options.dry_run:
         for arm in arms:
             console.print(f"would score {len(arm.rows)} rows by {arm.folder}, in {options.run_dir}")
         return {}
-    with stage(options, "privacy", console, distributed=False) as opened:
+    weights = digest([arm.weights for arm in arms])
+    with stage(options, "privacy", console, distributed=False, weights=weights) as opened:
         if isinstance(opened, dict):
             return opened
         scores = _scores(options, opened, arms)
@@ -131,21 +133,6 @@ def run(options: Privacy, console: Console | None = None) -> dict[str, Any]:
         opened.tracker.summary(results)
         _show(metrics, console)
         return results
-
-
-def _policies(text: str) -> dict[str, Path]:
-    """Run folders by name, as ``--policy`` gives them."""
-    found: dict[str, Path] = {}
-    for piece in [piece.strip() for piece in text.split(",")] if "=" in text else [text]:
-        name, equals, folder = piece.partition("=") if "=" in text else ("", "=", piece)
-        name = name.strip() or Path(folder).resolve().name
-        if not equals or not folder or not re.fullmatch(r"[\w.-]+", name) or name in found:
-            raise InputError(
-                f"--policy must be one run folder, or name=RUN,name=RUN with distinct names of letters, digits, '.', "
-                f"'-' and '_'; got {text!r}"
-            )
-        found[name] = Path(folder.strip())
-    return found
 
 
 def _arm(options: Privacy, name: str, run_folder: Path) -> _Arm:
@@ -175,7 +162,7 @@ def _arm(options: Privacy, name: str, run_folder: Path) -> _Arm:
     return _Arm(
         name=name,
         folder=folder,
-        weights=_fingerprint(folder),
+        weights=weights_digest(folder),
         model=settings["model"],
         rows=kept,
         shown=[one for one, fit in zip(shown, fits, strict=True) if fit],
@@ -205,15 +192,6 @@ def _rows(files: Mapping[str, str], options: Privacy) -> list[_Row]:
 def _check_reference(model: str, tokenizer: Tokenizer) -> None:
     if model != "base" and tokenizer_of(model).fingerprint != tokenizer.fingerprint:
         raise InputError(f"--model {model} counts other tokens than the policy's model: its losses do not compare")
-
-
-def _fingerprint(folder: Path) -> str:
-    """Which weights: scores must not be resumed with others."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:12]
 
 
 def _scores(options: Privacy, opened: TokenTraining, arms: Sequence[_Arm]) -> dict[str, list[dict[str, Any]]] | None:

@@ -9,15 +9,18 @@ from typing import Any, Literal
 import gymnasium as gym
 
 from ..envs.tasks.instance_prompts import OWN, instance_prompts, read_response
+from ..envs.tasks.instruction_pool import DEMONSTRATIONS, held_out, load_tasks
 from ..envs.tasks.prompt_examples import PromptExample
 from ..llm_backends.errors import InputError
 from ..llm_backends.tokenization import Tokenizer
 from ..rewards import Sample
-from .options import check_counts, parse_reward
-from .stages import TrainingOptions
+from .options import check_counts, input_errors, parse_reward
+from .stages import TrainingOptions, digest
 
 ENV_ID = "instructgym/GenerateInstance-v0"
-QUALITY = "quality"
+QUALITY, PRESET = "quality", "instruction_mining"
+REMEMBERING = "earlier"
+"""The preset that compares an output with those before it."""
 
 
 @dataclass
@@ -28,6 +31,9 @@ class InstanceOptions(TrainingOptions):
     """File of instructions: the instructions.jsonl of 'refine-af bootstrap', Self-Instruct's seed_tasks.jsonl, or
     JSONL, JSON or plain text; rows with is_classification true ask for the label first. By default the package's
     own."""
+    held_out: int = 40
+    """Of tasks that come with instances, keep so many for evaluation, as 'refine-af bootstrap' does; at most a
+    quarter."""
     layout: Literal["plain", "chat"] = "plain"
     """plain: behind a few solved tasks; chat: a request in the model's chat template."""
     max_tokens: int = 96
@@ -38,7 +44,7 @@ class InstanceOptions(TrainingOptions):
     """At which instances are sampled, and the policy is trained."""
     reward: str = QUALITY
     """What an instance is worth: quality, or other rewards as of 'evolve train'."""
-    reward_preset: str = "instruction_mining"
+    reward_preset: str = PRESET
     """Weights of the quality reward, by name."""
     format_penalty: float = 0.0
     """What a response costs that is no instance, by the quality reward. 0: by the preset, 1 for most."""
@@ -46,6 +52,8 @@ class InstanceOptions(TrainingOptions):
     def check(self) -> None:
         super().check()
         check_counts(self, "max_tokens", "context_length")
+        if self.reward not in ("", QUALITY) and (self.format_penalty or self.reward_preset != PRESET):
+            raise InputError(f"--reward-preset and --format-penalty are those of 'quality', not of {self.reward!r}")
         if not self.temperature:
             raise InputError("--temperature must be above 0")
 
@@ -56,6 +64,14 @@ class InstanceOptions(TrainingOptions):
             InputError: for a file that cannot be used, and prompts that do not fit the context beside a response.
         """
         examples = instance_prompts(self.instructions or OWN, split, layout=self.layout, tokenizer=tokenizer)
+        tasks = load_tasks(self.instructions or None)
+        if any(task.instances for task in tasks):
+            with input_errors():
+                kept = min(self.held_out, len(tasks) // 4, max(len(tasks) - DEMONSTRATIONS, 0))
+                hidden = {task.instruction for task in held_out(tasks, kept)[1]}
+            examples = [example for example in examples if example.metadata["instruction"] not in hidden]
+        if not examples:
+            raise InputError(f"{self.instructions or 'the package'} has no instruction for this stage: add some")
         gym.make_vec(
             ENV_ID, num_envs=1, examples=examples, tokenizer=tokenizer, reward=well_formed, **self.env_options()
         ).close()
@@ -69,11 +85,16 @@ class InstanceOptions(TrainingOptions):
         """The reward in the form that ``resolve`` takes."""
         if self.reward != QUALITY:
             return parse_reward(self.reward)
-        kwargs: dict[str, Any] = {"preset": self.reward_preset}
-        return {
-            "id": QUALITY,
-            "kwargs": kwargs | ({"format_reward": -self.format_penalty} if self.format_penalty else {}),
-        }
+        backend = {"id": "embedded", "kwargs": {"dtype": self.dtype}}
+        kwargs: dict[str, Any] = {"preset": self.reward_preset, "backend": backend}
+        if self.format_penalty:
+            kwargs["format_reward"] = -self.format_penalty
+        return {"id": QUALITY, "kwargs": kwargs}
+
+
+def prompts_digest(examples: Sequence[PromptExample]) -> str:
+    """A short hash of prompts: a run that is resumed must find the same."""
+    return digest([[example.id, example.prompt] for example in examples])
 
 
 def well_formed(samples: Sequence[Sample]) -> list[float]:

@@ -147,6 +147,8 @@ def _check_context(options: RefineAFBootstrap, roles: dict[str, Backend], seeds:
             f"the {DEMONSTRATIONS} longest seeds of {where} do not fit one request: {error}; shorten them, or lower "
             "--instruction-tokens"
         )
+    if not options.instances:
+        return
     answerer = roles["instances"]
     for order in ("input_first", "output_first"):
         prompt = instance_prompt(answerer.prompt_style, longest[0].instruction, order)
@@ -258,8 +260,8 @@ def _metrics(record: _Record) -> dict[str, Any]:
         "distinct_2": distinct_n(texts, 2),
         "mean_words": float(np.mean([len(text.split()) for text in texts])) if texts else None,
         "classification_share": sum(t["is_classification"] is True for t in tasks) / len(tasks) if tasks else None,
-        "instances_per_instruction": len(instances) / len(tasks) if tasks else None,
-        "with_instances": len(answered) / len(tasks) if tasks else None,
+        "instances_per_instruction": len(instances) / len(tasks) if instances else None,
+        "with_instances": len(answered) / len(tasks) if instances else None,
         "with_input": sum(bool(row["input"]) for row in instances) / len(instances) if instances else None,
     }
 

@@ -5,7 +5,6 @@ Stage 3 of REFINE-AF (Roy et al., arXiv 2505.06548), by the policy of 'refine-af
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,10 +28,11 @@ from ..rewards.instance_format import Instance
 from .evolve_generate import FORMATS, in_format
 from .metrics import distinct_n
 from .options import check_counts, check_output, input_errors
-from .refine_af import ENV_ID, InstanceOptions
+from .refine_af import ENV_ID, REMEMBERING, InstanceOptions, prompts_digest
 from .responses import respond
 from .run_folder import chunked_rows, read_json
-from .stages import policy_folder, stage, tokenizer_of
+from .stages import policy_folder, stage, tokenizer_of, weights_digest
+from .token_training import OutOfTimeError
 
 CHUNK = 64
 """Responses written together: a chunk is kept whole or made again."""
@@ -53,8 +53,6 @@ class RefineAFGenerate(InstanceOptions):
     """Score every instance, by quality or other rewards as of 'evolve train'; empty: none."""
     seeds: str = ""
     """File of seed tasks whose own instances are added to the data set, those held out left out."""
-    held_out: int = 40
-    """Seeds kept for evaluation, as of 'refine-af bootstrap'; at most a quarter of all."""
     limit: int = 0
     """Take only the first so many instructions. 0: all."""
     format: str = "alpaca"
@@ -67,6 +65,8 @@ class RefineAFGenerate(InstanceOptions):
         check_counts(self, "samples")
         if self.policy and self.model:
             raise InputError("--policy and --model exclude each other: a policy brings the model it was trained on")
+        if self.reward and self.reward_preset == REMEMBERING:
+            raise InputError(f"--reward-preset {REMEMBERING} compares with earlier texts, which chunks do not share")
         if self.format not in FORMATS:
             raise InputError(f"--format must be {' or '.join(FORMATS)}, got {self.format!r}")
         if self.out and Path(self.out).suffix != ".jsonl":
@@ -78,10 +78,6 @@ class RefineAFGenerate(InstanceOptions):
         return Path(self.out) if self.out else Path(self.run_dir) / "data.jsonl"
 
 
-class _OutOfTimeError(Exception):
-    """The time budget is spent; whole chunks are kept."""
-
-
 def run(options: RefineAFGenerate, console: Console | None = None) -> dict[str, Any]:
     """Generates, or goes on, and returns the results. The run folder gets ``responses.jsonl`` and ``rejected.jsonl``.
 
@@ -91,6 +87,7 @@ def run(options: RefineAFGenerate, console: Console | None = None) -> dict[str, 
     console = console or Console()
     options.check()
     start = policy_folder(options.policy, "--policy") if options.policy else None
+    _check_training(options)
     model = read_state(start / SETTINGS)["model"] if start is not None else options.model or "embedded"
     examples = options.prompts(None, tokenizer_of(model))
     examples = examples[: options.limit or None]
@@ -104,25 +101,24 @@ def run(options: RefineAFGenerate, console: Console | None = None) -> dict[str, 
     if options.dry_run:
         console.print(f"would write {total} instances of {len(examples)} instructions into {options.target}")
         return {}
-    with stage(options, "refine-af generate", console, distributed=False) as opened:
+    made_by = {"weights": weights_digest(start)} if start is not None else {}
+    with stage(options, "refine-af generate", console, False, prompts=prompts_digest(examples), **made_by) as opened:
         if isinstance(opened, dict):
             return opened
-        begun = time.monotonic()
         if start is None:
             policy = LanguageModelPolicy(model, value="none", reference="none", dtype=options.dtype)
         else:
             policy = policy_from(start, dtype=options.dtype)
 
         def rows(first: int) -> list[dict[str, Any]]:
-            if options.minutes and time.monotonic() - begun > 60 * options.minutes:
-                raise _OutOfTimeError
+            opened.check_time()
             numbers = range(first, min(first + CHUNK, total))
             return _written(options, policy, reward, [examples[i // options.samples] for i in numbers], first)
 
         path = opened.folder.file(RESPONSES)
         try:
             written = chunked_rows(path, total, CHUNK, rows, "instances", console)
-        except _OutOfTimeError:
+        except OutOfTimeError:
             done = len(read_records(path))
             console.print(f"stopped at the time limit after {done} of {total} instances: the same command goes on")
             return opened.folder.finish({}, {"responses": done}, status="stopped")
@@ -148,6 +144,18 @@ def run(options: RefineAFGenerate, console: Console | None = None) -> dict[str, 
         reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(results["counts"]["rejected_by"].items())) or "none"
         console.print(f"{options.target}: {len(accepted)} of {total} instances kept; dropped: {reasons}")
         return results
+
+
+def _check_training(options: RefineAFGenerate) -> None:
+    """Refuses to ask a policy in another way than it was trained."""
+    config = read_json(Path(options.policy) / "config.json") if options.policy else None
+    if config is None or config.get("command") != "refine-af train":
+        return
+    for name in ("layout", "max_tokens"):
+        mine, theirs = getattr(options, name), config["options"][name]
+        if mine != theirs:
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(f"{options.policy} was trained with {option} {theirs}, not {mine}: give it here too")
 
 
 def _unpaid(samples: Sequence[Sample]) -> list[float]:

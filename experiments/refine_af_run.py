@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Console
 
+from ..llm_backends.errors import InputError
+from ..rewards.quality import PRESETS
 from .options import check_counts
 from .refine_af_bootstrap import RefineAFBootstrap
 from .refine_af_bootstrap import run as bootstrap
@@ -25,9 +27,11 @@ from .run_folder import read_json
 from .teaching import TeachingOptions, teach
 
 SELF_INSTRUCT, REFINE_AF = "self-instruct", "refine-af"
-TARGET = {"smoke": 16, "report": 300}
+TARGET = {"smoke": 12, "report": 300}
+REQUESTS = {"smoke": (4, 128), "report": (16, 200)}
+"""For instructions, sent together, and the tokens of each."""
 UPDATES = {"smoke": (2, 8), "report": (20, 48)}
-SAMPLES = {"smoke": 1, "report": 2}
+SAMPLES = 2
 LEARNING_RATE = 5e-4
 """Of the training by feedback, which makes few updates."""
 INSTANCE_TOKENS = {"smoke": 48, "report": 64}
@@ -36,6 +40,8 @@ INSTANCE_TOKENS = {"smoke": 48, "report": 64}
 @dataclass
 class RefineAFTeaching(TeachingOptions):
     """Options of the stages behind the making of the data."""
+
+    name: ClassVar[str] = "refine-af run"
 
     @property
     def data(self) -> dict[str, Path]:
@@ -46,21 +52,26 @@ class RefineAFTeaching(TeachingOptions):
         return f"REFINE-AF against Self-Instruct, {self.model}"
 
     def costs(self) -> dict[str, dict[str, float]]:
-        asked = (read_json(self.root / "bootstrap" / "usage.json") or {}).get("instructions", {}).get("requests", 0)
-        trained = _counts(self.root / "train").get("episodes", 0)
+        _counts(self.root / "bootstrap")
+        with (self.root / "bootstrap" / "journal.jsonl").open("rb") as replies:
+            asked = sum(1 for _ in replies)
+        trained = _counts(self.root / "train")["episodes"]
         return {
             arm: {
                 "instructions": float(asked),
                 "training": float(trained if arm == REFINE_AF else 0),
-                "instances": float(_counts(path.parent).get("responses", 0)),
-                "rows made": float(_counts(path.parent).get("rows", 0)),
+                "instances": float(_counts(path.parent)["responses"]),
+                "rows made": float(_counts(path.parent)["rows"]),
             }
             for arm, path in self.data.items()
         }
 
 
 def _counts(folder: Path) -> dict[str, Any]:
-    return (read_json(folder / "results.json") or {}).get("counts", {})
+    results = read_json(folder / "results.json") or {}
+    if results.get("status") != "finished":
+        raise InputError(f"the stage in {folder} is not finished: repeat 'refine-af run'")
+    return results["counts"]
 
 
 @dataclass
@@ -83,18 +94,21 @@ class RefineAFRun(RefineAFTeaching):
     """Bootstrap, train by feedback, generate with and without that training, fine-tune, evaluate, attack, report."""
 
     target: int = 0
-    """New instructions to accept. 0: by --scale, 16 or 300."""
+    """New instructions to accept. 0: by --scale, 12 or 300."""
     updates: int = 0
     """Updates of the training by feedback. 0: by --scale, 2 or 20."""
-    samples: int = 0
-    """Instances drawn per instruction. 0: by --scale, 1 or 2."""
+    samples: int = SAMPLES
+    """Instances drawn per instruction."""
     reward_preset: str = "no_und"
     """Weights of the quality reward, by name. no_und: Instruction Mining's rule without what it pays for being hard to
     understand."""
 
     def check(self) -> None:
         super().check()
-        for name in ("target", "updates", "samples"):
+        check_counts(self, "samples")
+        if self.reward_preset not in PRESETS:
+            raise InputError(f"--reward-preset must be one of {', '.join(sorted(PRESETS))}, got {self.reward_preset!r}")
+        for name in ("target", "updates"):
             if getattr(self, name):
                 check_counts(self, name)
 
@@ -108,13 +122,16 @@ def run(options: RefineAFRun, console: Console | None = None) -> dict[str, Any]:
     console = console or Console()
     options.check()
     first, second, generations = stages(options)
-    bootstrap(replace(first, dry_run=options.dry_run), console)
+    second.check()
     if options.dry_run:
+        bootstrap(replace(first, dry_run=True), console)
         console.print(f"then training, two data sets, fine-tuning and evaluation, in {options.root}")
         return {}
-    train(second, console)
-    for one in generations:
-        generate(one, console)
+    with options.opened():
+        bootstrap(first, console)
+        train(second, console)
+        for one in generations:
+            generate(one, console)
     return teach(options, console)
 
 
@@ -123,6 +140,7 @@ def stages(options: RefineAFRun) -> tuple[RefineAFBootstrap, RefineAFTrain, list
     root, scale = options.root, options.scale
     made = str(root / "bootstrap" / "instructions.jsonl")
     updates, batch = UPDATES[scale]
+    requests, tokens = REQUESTS[scale]
     kind = "embedded" if options.model == "embedded" else "transformers"
     model = {} if options.model == "embedded" else {"model": options.model}
     shared: dict[str, Any] = {
@@ -130,7 +148,6 @@ def stages(options: RefineAFRun) -> tuple[RefineAFBootstrap, RefineAFTrain, list
         "dtype": options.dtype,
         "track": options.track,
         "max_tokens": INSTANCE_TOKENS[scale],
-        "reward_preset": options.reward_preset,
     }
     writer = {"id": kind, "kwargs": model | {"dtype": options.dtype}}
     return (
@@ -141,8 +158,8 @@ def stages(options: RefineAFRun) -> tuple[RefineAFBootstrap, RefineAFTrain, list
             seeds=options.seeds,
             held_out=options.held_out,
             target=options.target or TARGET[scale],
-            batch=16,
-            instruction_tokens=200,
+            batch=requests,
+            instruction_tokens=tokens,
             keep_cut=True,
             instances=False,
             track=options.track,
@@ -155,19 +172,20 @@ def stages(options: RefineAFRun) -> tuple[RefineAFBootstrap, RefineAFTrain, list
             batch_size=batch,
             epochs=1,
             learning_rate=LEARNING_RATE,
+            reward_preset=options.reward_preset,
             **shared,
         ),
         [
             RefineAFGenerate(
                 run_dir=str(root / SELF_INSTRUCT),
                 model=options.model,
-                samples=options.samples or SAMPLES[scale],
+                samples=options.samples,
                 **shared,
             ),
             RefineAFGenerate(
                 run_dir=str(root / REFINE_AF),
                 policy=str(root / "train"),
-                samples=options.samples or SAMPLES[scale],
+                samples=options.samples,
                 **shared,
             ),
         ],

@@ -23,14 +23,14 @@ from ..llm_backends.records import read_records
 from ..rewards import FunctionReward, WeightedSum
 from .options import SCALES, check_counts, input_errors, parse_reward
 from .plots import plot_instance_training
-from .refine_af import ENV_ID, QUALITY, InstanceOptions, well_formed
+from .refine_af import ENV_ID, QUALITY, InstanceOptions, prompts_digest, well_formed
 from .stages import stage, tokenizer_of
 from .token_training import TokenTraining
 
 SIZES = {"smoke": (4, 16), "report": (80, 48)}
 """Updates, and instances per update."""
 ENDS = 3
-"""Updates over which the results average at both ends of the training."""
+"""Updates over which the results average at both ends of the training, or half of all."""
 FORMAT = "well_formed"
 
 
@@ -100,7 +100,7 @@ def run(options: RefineAFTrain, console: Console | None = None) -> dict[str, Any
     if options.dry_run:
         console.print(f"would train {updates} updates of {batch} on {len(examples)} instructions, in {options.run_dir}")
         return {}
-    with stage(options, "refine-af train", console) as opened:
+    with stage(options, "refine-af train", console, prompts=prompts_digest(examples)) as opened:
         if isinstance(opened, dict):
             return opened
         policy = LanguageModelPolicy(
@@ -157,8 +157,9 @@ def learned(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """
     keys = {"reward": "rollout/reward", "format_rate": f"rollout/terms/{FORMAT}", "kl": "train/kl"}
     found: dict[str, float | None] = {}
+    count = min(ENDS, len(rows) // 2)
     for name, key in keys.items():
-        for end, part in (("first", rows[:ENDS]), ("last", rows[-ENDS:])):
+        for end, part in (("first", rows[:count]), ("last", rows[len(rows) - count :])):
             values = [row[key] for row in part if row.get(key) is not None]
             found[f"{name}_{end}"] = float(np.mean(values)) if values else None
     return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -51,7 +53,7 @@ class TrainingOptions:
 
 @contextmanager
 def stage(
-    options: TrainingOptions, command: str, console: Console, distributed: bool = True
+    options: TrainingOptions, command: str, console: Console, distributed: bool = True, **identity: str
 ) -> Iterator[TokenTraining | dict[str, Any]]:
     """Opens the run of a stage; gives the results instead where it is finished.
 
@@ -60,6 +62,7 @@ def stage(
         command: its name, as a user types it.
         console: for progress.
         distributed: whether several processes can share its work.
+        **identity: what else makes a run the same run: digests of data and weights that the options only name.
 
     Raises:
         InputError: if the folder holds another run or is in use, and for several processes where one has to do.
@@ -67,13 +70,13 @@ def stage(
     processes = Processes()
     if processes.count > 1 and not distributed:
         raise InputError(f"'{command}' runs in one process: start it without torchrun or accelerate")
-    path = Path(options.run_dir)
-    if (results := RunFolder(path, asdict(options), command).finished(console)) is not None:
+    path, config = Path(options.run_dir), asdict(options) | identity
+    if (results := RunFolder(path, config, command).finished(console)) is not None:
         yield results
         return
     if not processes.is_main:  # of several, one writes the run; the others keep a scratch folder within it
         path, console = path / "ranks" / str(processes.index), Console(quiet=True)
-    folder = RunFolder(path, asdict(options), command)
+    folder = RunFolder(path, config, command)
     with folder.opened(), Tracker(folder, options.track if processes.is_main else "none") as tracker:
         checkpoints = Path(options.run_dir) / "checkpoints"
         yield TokenTraining(folder, tracker, console, processes, checkpoints, options.minutes)
@@ -82,6 +85,20 @@ def stage(
 def tokenizer_of(model: str) -> Tokenizer:
     """The tokenizer of a model by its name, without the model."""
     return EmbeddedTokenizer() if model == "embedded" else Tokenizer(model)
+
+
+def digest(value: Any) -> str:
+    """A short hash of what JSON can hold."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
+
+
+def weights_digest(folder: Path) -> str:
+    """A short hash of a policy's weights: what was made with them must not be resumed with others."""
+    found = hashlib.sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        with path.open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()[:12]
 
 
 def policy_folder(folder: str, option: str) -> Path:

@@ -6,26 +6,36 @@ evaluation on held-out tasks, membership inference. Everything lies in one folde
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from rich.console import Console
 
+from ..envs.tasks.evaluation_tasks import EvaluationTask, load_evaluation_tasks
+from ..envs.tasks.instruction_data import InstructionExample, prompt_text, read_instruction_data
 from ..llm_backends.errors import InputError
+from ..rewards import RougeGate
 from .evaluate import Evaluate
 from .evaluate import run as evaluate
-from .finetune import Finetune, usable_rows
+from .finetune import Finetune, usable_rows, write_once
 from .finetune import run as finetune
-from .options import SCALES, check_counts, check_output
+from .options import SCALES, check_counts, check_output, input_errors
 from .privacy import Privacy
 from .privacy import run as privacy
+from .run_folder import RunFolder, read_json
 from .stages import tokenizer_of
 from .teaching_report import report
 from .tracking import check_tracker
 
 SFT_SEEDS = {"smoke": 1, "report": 3}
+RESPONSE_TOKENS = {"smoke": 32, "report": 96}
+"""Of an answer to an evaluation task."""
 LEAST_ROWS = 8
 """Rows of a data set below which nothing is trained."""
 
@@ -33,6 +43,9 @@ LEAST_ROWS = 8
 @dataclass
 class TeachingOptions(ABC):
     """Options of fine-tuning on made data and of what is measured then."""
+
+    name: ClassVar[str]
+    """Of the whole experiment, as a command."""
 
     run_dir: str = ""
     """Folder of the experiment, which holds the run folders of all its stages."""
@@ -44,7 +57,8 @@ class TeachingOptions(ABC):
     """Seed tasks: Self-Instruct's seed_tasks.jsonl, or JSONL with 'instruction' and 'instances'. By default the
     package's own."""
     held_out: int = 40
-    """Seed tasks kept for evaluation, chosen by a hash of their text: never shown to a model that makes data."""
+    """Seed tasks kept for evaluation, a quarter of all at most, chosen by a hash of their text: never shown to a model
+    that makes data, and no row that resembles one is trained on."""
     tasks: str = ""
     """Evaluation tasks in place of the held-out seeds: Super-NaturalInstructions' JSON files, or JSONL with
     'instruction' and 'instances'."""
@@ -52,7 +66,7 @@ class TeachingOptions(ABC):
     """Rows of each data set, those that are withheld for membership inference included. 0: as many as the smallest
     has."""
     withheld: float = 0.25
-    """Share of the rows that nobody trains on: the non-members of membership inference."""
+    """Share of the rows that nobody trains on: the non-members of membership inference. 0: no attack."""
     sft_layout: Literal["chat", "plain", "alpaca"] = "chat"
     """How requests are written: in the model's chat template, as a text to continue, or as Stanford Alpaca did."""
     sft_epochs: int = 2
@@ -69,28 +83,34 @@ class TeachingOptions(ABC):
     """Check the options, load no model."""
 
     def check(self) -> None:
-        """Refuses what can be refused without looking at data.
+        """Refuses what can be refused without a model, the evaluation tasks and the options of later stages included.
 
         Raises:
             InputError: naming the option.
         """
-        if not self.run_dir:
-            raise InputError("--run-dir is missing: name the folder of the experiment")
+        if not self.run_dir or "," in self.run_dir:
+            raise InputError(f"--run-dir must name the folder of the experiment, without a comma, got {self.run_dir!r}")
         check_output(self.root / "report" / "report.md")
         check_tracker(self.track)
-        check_counts(self, "sft_epochs")
         if self.scale not in SCALES:
             raise InputError(f"--scale must be {' or '.join(SCALES)}, got {self.scale!r}")
-        if not 0 <= self.withheld < 1:
-            raise InputError(f"--withheld is a share below 1, got {self.withheld}")
-        for name in ("size", "sft_seeds", "held_out"):
-            if getattr(self, name) < 0:
-                raise InputError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.withheld <= 0.9:
+            raise InputError(f"--withheld is a share of at most 0.9, got {self.withheld}")
+        if self.size and self.size < LEAST_ROWS:
+            raise InputError(f"--size must be at least {LEAST_ROWS}, got {self.size}")
+        if not self.tasks:
+            check_counts(self, "held_out")
+        check_counts(self, "sft_epochs")
+        if self.sft_seeds < 0:
+            raise InputError(f"--sft-seeds must not be negative, got {self.sft_seeds}")
+        self._finetune("", Path("data.jsonl"), 0).check()
+        prompt_text(InstructionExample("a", "", "b"), self.sft_layout, tokenizer_of(self.model))
+        self.evaluation_tasks()
 
     @property
     def root(self) -> Path:
         """The folder of the experiment."""
-        return Path(self.run_dir)
+        return Path(self.run_dir).resolve()
 
     @property
     @abstractmethod
@@ -104,7 +124,63 @@ class TeachingOptions(ABC):
 
     @abstractmethod
     def costs(self) -> dict[str, dict[str, float]]:
-        """By arm: what its data cost, by kind."""
+        """By arm: what its data cost, by kind.
+
+        Raises:
+            InputError: if a data set is not finished.
+        """
+
+    def evaluation_tasks(self) -> list[EvaluationTask]:
+        """What the models are evaluated on.
+
+        Raises:
+            InputError: for files that cannot be used.
+        """
+        with input_errors():
+            return load_evaluation_tasks(self.tasks or self.seeds or None, 0 if self.tasks else self.held_out)
+
+    def identity(self) -> dict[str, Any]:
+        """What may not change between the stages of one experiment."""
+        asked = json.dumps([[task.name, task.instruction] for task in self.evaluation_tasks()])
+        return {"model": self.model, "evaluation_tasks": hashlib.sha256(asked.encode()).hexdigest()[:16]}
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Holds the folder of the experiment for this process.
+
+        Raises:
+            InputError: if it holds another experiment, or is in use.
+        """
+        with RunFolder(self.root, self.identity(), self.name).opened():
+            yield
+
+    def runs(self) -> dict[str, Finetune]:
+        """Fine-tuning of every arm under every seed, by the names of the models; sizes are left open."""
+        seeds = range(self.sft_seeds or SFT_SEEDS[self.scale])
+        return {
+            f"{arm}-{seed}": self._finetune(arm, self.root / "data" / f"{arm}.jsonl", seed)
+            for seed in seeds
+            for arm in self.data
+        }
+
+    def _finetune(self, arm: str, data: Path, seed: int) -> Finetune:
+        return Finetune(
+            run_dir=str(self.root / "finetune" / f"{arm}-{seed}"),
+            data=str(data),
+            model=self.model,
+            layout=self.sft_layout,
+            context_length=_context(self, Finetune),
+            epochs=self.sft_epochs,
+            learning_rate=self.sft_learning_rate,
+            dtype=self.dtype,
+            seed=seed,
+            track=self.track,
+        )
+
+
+def _context(options: TeachingOptions, stage: type[Finetune | Evaluate]) -> int:
+    """A stage's own limit, or the model's where that is smaller."""
+    return min(stage.context_length, tokenizer_of(options.model).context_length)
 
 
 def teach(options: TeachingOptions, console: Console) -> dict[str, Any]:
@@ -117,61 +193,56 @@ def teach(options: TeachingOptions, console: Console) -> dict[str, Any]:
 def finetune_arms(options: TeachingOptions, console: Console) -> None:
     """Fine-tunes the model on equally many rows of each data set, once per seed.
 
+    Rows whose instruction has a ROUGE-L above 0.7 to an evaluation task's are left out.
+
     Raises:
-        InputError: if a data set is missing or too small.
+        InputError: if a data set is missing, not finished or too small.
     """
     options.check()
-    data = options.data
-    missing = {arm: path for arm, path in data.items() if not path.is_file()}
-    if missing:
-        arm, path = next(iter(missing.items()))
-        raise InputError(f"{path} is missing, the data of {arm}: has that stage finished?")
-    runs = {arm: _run(options, path, arm, 0) for arm, path in data.items()}
-    usable = {arm: usable_rows(run) for arm, run in runs.items()}
-    size = options.size or min(usable.values())
-    withheld = round(options.withheld * size)
-    small = [f"{arm} has {count}" for arm, count in usable.items() if count < max(size, LEAST_ROWS)]
-    if small:
-        raise InputError(
-            f"fine-tuning needs {max(size, LEAST_ROWS)} usable rows of each data set, but {', '.join(small)}: make "
-            "more data, or lower --size"
-        )
-    for seed in range(options.sft_seeds or SFT_SEEDS[options.scale]):
-        for arm, path in data.items():
-            finetune(replace(_run(options, path, arm, seed), limit=size - withheld, holdout=float(withheld)), console)
+    options.costs()  # refuses data that are still being made
+    if options.dry_run:
+        console.print(f"would fine-tune {', '.join(options.runs())} in {options.root}")
+        return
+    with options.opened():
+        known = [task.instruction for task in options.evaluation_tasks()]
+        for arm, path in options.data.items():
+            _keep_apart(path, options.root / "data" / f"{arm}.jsonl", known, console)
+        runs = options.runs()
+        usable = {run.data: usable_rows(run) for run in runs.values()}
+        size = options.size or min(usable.values())
+        small = [f"{Path(data).stem} has {count}" for data, count in usable.items() if count < max(size, LEAST_ROWS)]
+        if small:
+            raise InputError(
+                f"fine-tuning needs {max(size, LEAST_ROWS)} usable rows of each data set, but {', '.join(small)}: make "
+                "more data, or lower --size"
+            )
+        withheld = max(round(options.withheld * size), 1) if options.withheld else 0
+        for run in runs.values():
+            finetune(replace(run, limit=size - withheld, holdout=float(withheld)), console)
 
 
-def _run(options: TeachingOptions, data: Path, arm: str, seed: int) -> Finetune:
-    return Finetune(
-        run_dir=str(options.root / "finetune" / f"{arm}-{seed}"),
-        data=str(data),
-        model=options.model,
-        layout=options.sft_layout,
-        context_length=_context(options, Finetune),
-        epochs=options.sft_epochs,
-        learning_rate=options.sft_learning_rate,
-        dtype=options.dtype,
-        seed=seed,
-        track=options.track,
-        dry_run=options.dry_run,
-    )
+def _keep_apart(data: Path, out: Path, known: list[str], console: Console) -> None:
+    """Copies a data set without the rows that resemble an evaluation task."""
+    examples = read_instruction_data(data).examples
+    gate = RougeGate(0.7, known)
+    kept = [example.row() for example in examples if not gate.rejects(gate.nearest(example.instruction)[0])]
+    if len(kept) < len(examples):
+        console.print(f"{data}: {len(examples) - len(kept)} rows resemble an evaluation task and are left out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_once(out, kept)
 
 
-def _context(options: TeachingOptions, stage: type[Finetune | Evaluate]) -> int:
-    """A stage's own limit, or the model's where that is smaller."""
-    return min(stage.context_length, tokenizer_of(options.model).context_length)
-
-
-def tuned_arms(options: TeachingOptions) -> dict[str, Path]:
-    """The fine-tuned models that the folder holds.
+def _tuned(options: TeachingOptions) -> str:
+    """The fine-tuned models in the form that evaluation and attack take.
 
     Raises:
-        InputError: if there is none.
+        InputError: if one has not finished.
     """
-    found = {path.parent.name: path.parent for path in sorted(options.root.glob("finetune/*/results.json"))}
-    if not found:
-        raise InputError(f"{options.root / 'finetune'} holds no fine-tuned model: run the stage 'finetune' first")
-    return found
+    folders = {name: Path(run.run_dir) for name, run in options.runs().items()}
+    for name, folder in folders.items():
+        if (read_json(folder / "results.json") or {}).get("status") != "finished":
+            raise InputError(f"{name} is not fine-tuned yet: run the stage 'finetune' first, with the same options")
+    return ",".join(f"{name}={folder}" for name, folder in folders.items())
 
 
 def evaluate_arms(options: TeachingOptions, console: Console) -> None:
@@ -180,39 +251,34 @@ def evaluate_arms(options: TeachingOptions, console: Console) -> None:
     The attack is membership inference: rows that were trained on against those withheld.
 
     Raises:
-        InputError: if there is no fine-tuned model.
+        InputError: if a model is missing.
     """
     options.check()
-    policies = ",".join(f"{name}={path}" for name, path in tuned_arms(options).items())
-    evaluate(
-        Evaluate(
-            run_dir=str(options.root / "evaluate"),
-            policy=policies,
-            tasks=options.tasks or options.seeds,
-            held_out=0 if options.tasks else options.held_out,
-            layout=options.sft_layout,
-            context_length=_context(options, Evaluate),
-            model=options.model,
-            dtype=options.dtype,
-            track=options.track,
-            dry_run=options.dry_run,
-        ),
-        console,
+    policies = _tuned(options)
+    shared: dict[str, Any] = {"policy": policies, "dtype": options.dtype, "track": options.track}
+    shared["dry_run"] = options.dry_run
+    evaluation = Evaluate(
+        run_dir=str(options.root / "evaluate"),
+        tasks=options.tasks or options.seeds,
+        held_out=0 if options.tasks else options.held_out,
+        layout=options.sft_layout,
+        max_tokens=RESPONSE_TOKENS[options.scale],
+        context_length=_context(options, Evaluate),
+        model=options.model,
+        **shared,
     )
-    if options.withheld:
-        privacy(
-            Privacy(
-                run_dir=str(options.root / "privacy"),
-                policy=policies,
-                dtype=options.dtype,
-                track=options.track,
-                dry_run=options.dry_run,
-            ),
-            console,
-        )
+    with options.opened():
+        evaluate(evaluation, console)
+        if options.withheld:
+            privacy(Privacy(run_dir=str(options.root / "privacy"), **shared), console)
 
 
 def write_report(options: TeachingOptions, console: Console) -> dict[str, Any]:
     """Gathers the finished stages."""
     options.check()
-    return report(options.root, list(options.data), options.costs(), options.title, console)
+    costs = options.costs()
+    if options.dry_run:
+        console.print(f"would gather the stages in {options.root} into {options.root / 'report'}")
+        return {}
+    with options.opened():
+        return report(options.root, list(options.data), list(options.runs()), costs, options.title, console)

@@ -13,7 +13,7 @@ from rich.console import Console
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import read_records
 from .arms import BASE
-from .plots import COLOURS, _figure
+from .plots import COLOURS, panels
 from .rouge_evaluation import Comparison, compare, macro_interval
 from .run_folder import read_json, write_json
 from .tables import markdown, rich_table
@@ -48,13 +48,19 @@ class TaughtArm:
 
 
 def report(
-    root: Path, arms: Sequence[str], costs: Mapping[str, Mapping[str, float]], title: str, console: Console
+    root: Path,
+    arms: Sequence[str],
+    models: Sequence[str],
+    costs: Mapping[str, Mapping[str, float]],
+    title: str,
+    console: Console,
 ) -> dict[str, Any]:
     """Writes ``report/report.md``, ``report/results.json`` and ``report/taught.png``, and returns the figures.
 
     Args:
         root: folder of the experiment.
         arms: names of the data sets, the one to be compared with first.
+        models: names of the fine-tuned models: that of the data set, a hyphen and the seed.
         costs: of each data set, LLM calls by kind; a row of the table each.
         title: heading.
         console: where the table goes.
@@ -62,7 +68,7 @@ def report(
     Raises:
         InputError: if the evaluation or the attacks have not finished.
     """
-    taught = _gather(root, arms)
+    taught = _gather(root, arms, models)
     base = taught[0]
     macro = {arm.name: macro_interval(arm.tasks) for arm in taught}
     pairs = {(arm.name, BASE): compare(arm.tasks, base.tasks) for arm in taught[1:]}
@@ -96,7 +102,7 @@ def report(
     return results
 
 
-def _gather(root: Path, names: Sequence[str]) -> list[TaughtArm]:
+def _gather(root: Path, names: Sequence[str], models: Sequence[str]) -> list[TaughtArm]:
     evaluated = _finished(root / "evaluate")
     attacked = _finished(root / "privacy")["metrics"] if (root / "privacy").exists() else {}
     tasks = read_json(root / "evaluate" / "tasks.json") or {}
@@ -104,9 +110,9 @@ def _gather(root: Path, names: Sequence[str]) -> list[TaughtArm]:
     base = TaughtArm(BASE, dict(tasks[BASE]), metrics[BASE]["exact_match"], [metrics[BASE]["rouge_l"]])
     arms = [base]
     for name in names:
-        seeds = sorted(arm for arm in metrics if arm.rpartition("-")[0] == name)
-        if not seeds:
-            raise InputError(f"{root / 'evaluate'} has no model that was fine-tuned on the data of {name}")
+        seeds = [model for model in models if model.rpartition("-")[0] == name]
+        if missing := [seed for seed in seeds if seed not in metrics]:
+            raise InputError(f"{root / 'evaluate'} did not evaluate {missing[0]}: repeat that stage in a new folder")
         arms.append(
             TaughtArm(
                 name,
@@ -132,7 +138,8 @@ def _notes(arms: Sequence[TaughtArm]) -> list[str]:
     return [
         f"Zero-shot ROUGE-L (percent) on {len(arms[0].tasks)} held-out tasks, greedy; of fine-tuned models the mean "
         f"over {seeds} seed{'s' * (seeds > 1)}. Intervals: 95%, bootstrap over tasks; not over seeds.",
-        "AUC: membership inference by the loss less the base model's; 0.5 is guessing.",
+        "AUC: membership inference by the loss less the base model's, bootstrap over rows; 0.5 is guessing. Of several "
+        "seeds it is the mean, and so are the ends of its interval, which is none for the mean.",
     ]
 
 
@@ -169,8 +176,12 @@ def _cost_rows(costs: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
     kinds = list(dict.fromkeys(kind for cost in costs.values() for kind in cost))
     rows = [["LLM calls", *kinds]]
     for name, cost in costs.items():
-        rows.append([name, *(f"{cost[kind]:,.4g}".rstrip("0").rstrip(".") if kind in cost else "" for kind in kinds)])
+        rows.append([name, *(_count(cost[kind]) if kind in cost else "" for kind in kinds)])
     return rows
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.2f}"
 
 
 def plot_taught(arms: Sequence[TaughtArm], macro: Mapping[str, tuple[float, float, float]], path: Path) -> Path:
@@ -181,7 +192,7 @@ def plot_taught(arms: Sequence[TaughtArm], macro: Mapping[str, tuple[float, floa
         macro: by arm: mean, low and high.
         path: the PNG.
     """
-    figure, axes = _figure(2)
+    figure, axes = panels(2)
     left, right = axes[0]
     for k, arm in enumerate(arms):
         mean, low, high = (100 * value for value in macro[arm.name])

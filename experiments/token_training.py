@@ -20,6 +20,10 @@ from .tracking import Tracker
 CLOCK = "clock.json"
 
 
+class OutOfTimeError(Exception):
+    """The time budget of a run is spent; what it has finished is kept."""
+
+
 def _update_of(row: Mapping[str, Any]) -> float:
     """The update that a row of ``generations.jsonl`` is of; infinite for one of the evaluation."""
     kind, _, number = str(row.get("when")).partition(" ")
@@ -134,6 +138,15 @@ class TokenTraining:
 
             trainer.fit(examples, step)  # type: ignore[attr-defined]
         return not (tracked and stopped)
+
+    def check_time(self) -> None:
+        """Called before every piece of work that is kept whole.
+
+        Raises:
+            OutOfTimeError: if the time budget is spent.
+        """
+        if self._out_of_time():
+            raise OutOfTimeError
 
     def _out_of_time(self) -> bool:
         """Whether the time budget of any process is spent."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -24,7 +24,7 @@ BATCH_TOKENS = 4096
 _LOCK = threading.Lock()
 
 
-@lru_cache(maxsize=2)
+@cache
 def _load(path: str, kind: str, device: str) -> tuple[Any, Any]:
     """A model, in evaluation mode, and its tokenizer; one copy per process."""
     import transformers
@@ -145,7 +145,8 @@ class HubRewardModel(Reward):
         with _LOCK:
             model, tokenizer = self._loaded()
         rows = [self._encode(tokenizer, sample) for sample in samples]
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+        limit = min(positions, tokenizer.model_max_length)
         scores = [
             Score.invalid(f"prompt and response have {len(row['input_ids'])} tokens, {self.path} reads {limit}")
             for row in rows

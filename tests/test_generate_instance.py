@@ -7,6 +7,7 @@ import pytest
 
 import instructgym  # noqa: F401
 from instructgym.envs.tasks.instance_prompts import few_shot_prompt, instance_prompts, read_response
+from instructgym.envs.tasks.instruction_pool import load_tasks
 from instructgym.envs.tasks.instructions import load_instructions
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.tokenization import EmbeddedTokenizer, LoadedTokenizer
@@ -71,10 +72,12 @@ def test_the_type_of_a_task_says_which_field_comes_first(jsonl):
 def test_splits_share_nothing_and_are_those_of_the_instructions(jsonl):
     parts = {split: instance_prompts(split=split) for split in ("train", "validation", "test")}
     ids = [example.id for examples in parts.values() for example in examples]
-    assert len(ids) == len(set(ids)) == len(instance_prompts(split=None)) == 48
+    assert len(ids) == len(set(ids)) == len(instance_prompts(split=None)) == len(load_tasks())
+    own = jsonl(
+        *({"instruction": task.instruction, "is_classification": task.is_classification} for task in load_tasks())
+    )
     for split, examples in parts.items():
-        assert {e.metadata["instruction"] for e in examples} == {i.text for i in load_instructions(None, split)}
-    own = jsonl(*({"instruction": i.text, "extra": 1} for i in load_instructions()))
+        assert {e.metadata["instruction"] for e in examples} == {i.text for i in load_instructions(own, split)}
     assert [e.prompt for e in instance_prompts(own, "test")] == [e.prompt for e in parts["test"]]
 
 

@@ -137,7 +137,7 @@ def test_the_offline_scorers_tell_good_from_corrupted_outputs():
     backend = shared.backend
     asked = {aspect: BooleanQA(backend, aspect) for aspect in ("natural", "understandable", "coherent")}
     assert auc(asked["natural"].reward(good), asked["natural"].reward(mixed)) > 0.65
-    assert auc(asked["understandable"].reward(good), asked["understandable"].reward(mixed)) > 0.5
+    assert auc(asked["understandable"].reward(good), asked["understandable"].reward(mixed)) > 0.55
     assert auc(asked["coherent"].reward(good), asked["coherent"].reward(others)) > 0.65
 
 

@@ -1,6 +1,7 @@
 """The stages behind the making of data: fine-tuning at equal size, evaluation, attacks, the report; and whole runs."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,10 +19,19 @@ from instructgym.llm_backends.records import append_lines, read_records
 QUIET = Console(quiet=True)
 
 
+def finish(folder, **counts):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps({"status": "finished", "metrics": {}, "counts": counts}))
+
+
 def write_data(root, arm, count):
-    path = root / arm / "data.jsonl"
-    path.parent.mkdir(parents=True)
-    append_lines(path, [{"instruction": f"say {i}", "input": "", "output": f"{arm} {i}"} for i in range(count)])
+    """The data set of an arm, and what the stages before it leave."""
+    finish(root / arm, responses=2 * count, rows=count)
+    finish(root / "train", episodes=40)
+    finish(root / "bootstrap")
+    (root / "bootstrap" / "journal.jsonl").write_text("{}\n" * 1600)
+    rows = [{"instruction": f"say {i}", "input": "", "output": f"{arm} {i}"} for i in range(count)]
+    append_lines(root / arm / "data.jsonl", rows)
 
 
 def small(root, model, kind=RefineAFFinetune, **others):
@@ -72,7 +82,9 @@ def test_the_report_compares_with_the_base_and_with_the_first_arm(taught):
     low, area, high = (results["arms"]["refine-af"]["auc"][i] for i in (1, 0, 2))
     assert 0 <= low <= area <= high <= 1
     assert results["arms"]["base"]["auc"] is None
-    assert "refine-af against self-instruct" in (options.root / "report" / "report.md").read_text()
+    text = (options.root / "report" / "report.md").read_text()
+    assert "refine-af against self-instruct" in text
+    assert "| refine-af | 1,600 | 40 | 24 | 12 |" in text and "| self-instruct | 1,600 | 0 | 40 | 20 |" in text
     assert (options.root / "report" / "taught.png").stat().st_size > 5000
 
 
@@ -87,7 +99,9 @@ def test_seeds_are_averaged_task_by_task(taught, tmp_path):
     (root / "evaluate").mkdir(parents=True)
     (root / "evaluate" / "tasks.json").write_text(json.dumps(tasks))
     (root / "evaluate" / "results.json").write_text(json.dumps(metrics))
-    results = teaching.write_report(RefineAFReport(run_dir=str(root)), QUIET)
+    for arm in ("self-instruct", "refine-af"):
+        write_data(root, arm, 12)
+    results = teaching.write_report(small(tmp_path, options.model, RefineAFReport, sft_seeds=2), QUIET)
     first = np.mean(list(tasks["refine-af-0"].values()))
     assert results["arms"]["refine-af"]["rouge_l"][0] == pytest.approx((first + 1) / 2)
     assert results["arms"]["refine-af"]["seeds"] == pytest.approx([first, 1.0])
@@ -96,20 +110,22 @@ def test_seeds_are_averaged_task_by_task(taught, tmp_path):
 
 def test_a_finished_stage_is_kept(taught, monkeypatch):
     options, _ = taught
-    monkeypatch.setattr("instructgym.experiments.finetune.LanguageModelPolicy", None)
+    for module in ("finetune", "evaluate", "privacy"):
+        monkeypatch.setattr(f"instructgym.experiments.{module}.LanguageModelPolicy", None)
+        monkeypatch.setattr(f"instructgym.experiments.{module}.policy_from", None, raising=False)
     teaching.finetune_arms(options, QUIET)
     teaching.evaluate_arms(options, QUIET)
 
 
 def test_missing_or_small_data_are_refused_before_training(tmp_path, tiny_model_path):
     options = small(tmp_path, tiny_model_path)
-    with pytest.raises(InputError, match="the data of self-instruct"):
+    with pytest.raises(InputError, match="bootstrap is not finished"):
         teaching.finetune_arms(options, QUIET)
     write_data(options.root, "self-instruct", 20)
     write_data(options.root, "refine-af", 5)
     with pytest.raises(InputError, match="refine-af has 5"):
         teaching.finetune_arms(options, QUIET)
-    with pytest.raises(InputError, match="'finetune' first"):
+    with pytest.raises(InputError, match=r"self-instruct-0 is not fine-tuned yet: .* 'finetune' first"):
         teaching.evaluate_arms(options, QUIET)
     assert not (options.root / "finetune").exists()
 
@@ -119,8 +135,12 @@ def test_missing_or_small_data_are_refused_before_training(tmp_path, tiny_model_
     [
         ({"run_dir": ""}, "--run-dir"),
         ({"scale": "huge"}, "--scale"),
+        ({"run_dir": "a,b"}, "comma"),
         ({"withheld": 1.0}, "--withheld"),
-        ({"size": -1}, "--size"),
+        ({"size": 3}, "--size"),
+        ({"held_out": 0}, "--held-out"),
+        ({"sft_learning_rate": 0.0}, "--learning-rate"),
+        ({"tasks": "nowhere.json"}, "nowhere.json"),
         ({"sft_epochs": 0}, "--sft-epochs"),
         ({"seeds": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"algorithm": "random"}, "baseline"),
@@ -136,11 +156,29 @@ def test_bad_options_of_a_whole_run_are_refused(tmp_path, changed, said):
 
 def test_held_out_tasks_make_no_data(tmp_path):
     options = EvolveRun(run_dir=str(tmp_path / "run"), held_out=5)
-    shown = read_records(make_data(options).seeds)
-    everything = read_records(make_data(EvolveRun(run_dir=str(tmp_path / "all"), held_out=0)).seeds)
-    assert len(everything) - len(shown) == 5
+    shown = {row["instruction"] for row in read_records(make_data(options).seeds)}
+    asked = {task.instruction for task in options.evaluation_tasks()}
+    assert (len(shown), len(asked), len(shown & asked)) == (59, 5, 0)
     first, _, _ = stages(RefineAFRun(run_dir=str(tmp_path / "r"), held_out=5))
     assert first.held_out == 5
+
+
+def test_other_held_out_tasks_are_refused_in_a_folder_that_has_some(taught):
+    options, _ = taught
+    other = options.root.parent / "other.jsonl"
+    other.write_text(json.dumps({"instruction": "else", "instances": [{"input": "", "output": "x"}]}) + "\n")
+    with pytest.raises(InputError, match="evaluation_tasks"):
+        teaching.write_report(replace(options, tasks=str(other)), QUIET)
+
+
+def test_rows_that_resemble_an_evaluation_task_are_left_out(tmp_path, tiny_model_path):
+    options = small(tmp_path, tiny_model_path, withheld=0.0)
+    for arm in ("self-instruct", "refine-af"):
+        write_data(options.root, arm, 10)
+    append_lines(options.root / "refine-af" / "data.jsonl", [{"instruction": "do 1", "input": "", "output": "mine"}])
+    teaching.finetune_arms(options, QUIET)
+    trained = read_records(options.root / "finetune" / "refine-af-0" / "train.jsonl")
+    assert len(trained) == 10 and "do 1" not in {row["instruction"] for row in trained}
 
 
 @pytest.mark.slow

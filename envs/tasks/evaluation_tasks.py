@@ -90,7 +90,7 @@ def _read(path: Path | None, held: int) -> list[EvaluationTask]:
 def _seed_tasks(tasks: Sequence[Task], held: int, where: str) -> list[EvaluationTask]:
     if held and len(tasks) <= DEMONSTRATIONS:
         raise InputError(f"{where} holds {len(tasks)} tasks, too few to hold any out: take all, with --held-out 0")
-    chosen = held_out(tasks, min(held, len(tasks) // 4))[1] if held else tasks
+    chosen = held_out(tasks, min(held, len(tasks) // 4, len(tasks) - DEMONSTRATIONS))[1] if held else tasks
     for task in chosen:
         if not task.instances or not all(instance.output.strip() for instance in task.instances):
             raise InputError(f"{where}: task {task.id!r} needs 'instances' with an 'output' each that is not empty")

@@ -18,7 +18,7 @@ from ...llm_backends.prompting import fill, load_prompts, one_line
 from ...rewards.instance_format import FIELDS, Instance, Order, read_pair
 from .instances import order_for
 from .instruction_pool import Task, load_tasks
-from .instructions import SPLITS, in_split
+from .instructions import SPLITS, in_split, read_seed_rows
 from .prompt_examples import PromptExample
 from .responses import LAYOUTS
 
@@ -99,6 +99,9 @@ def _tasks(data: str | Path) -> tuple[str, list[Task]]:
     if not path.suffix and not path.exists():
         raise InputError(f"unknown data {str(data)!r}: use {OWN!r} or a file of instructions")
     tasks = load_tasks(path)
+    rows = [row for _, row in read_seed_rows(path) if isinstance(row, dict)]
+    unsorted = {str(row["instruction"]).strip() for row in rows if row.get("task_type_error")}
+    tasks = [task for task in tasks if task.instruction.strip() not in unsorted]
     for what, values in (("id", [t.id for t in tasks]), ("instruction", [t.instruction for t in tasks])):
         twice, times = Counter(values).most_common(1)[0]
         if times > 1:

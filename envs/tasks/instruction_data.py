@@ -42,7 +42,7 @@ class InstructionExample:
 
     def __post_init__(self) -> None:
         if not self.id:
-            text = f"{request_text(self)}\n{self.output}"
+            text = json.dumps([request_text(self), self.output])
             object.__setattr__(self, "id", hashlib.sha1(text.encode()).hexdigest()[:12])
 
     def row(self) -> dict[str, str]:
