@@ -96,7 +96,7 @@ def run(options: Evaluate, console: Console | None = None) -> dict[str, Any]:
     kept = _fitting(questions, arms, layout, options)
     if not kept:
         raise InputError(f"no instance fits --context-length {options.context_length} beside --max-tokens")
-    seen = {arm.name: seen_in_training(arm, [question.request for question in kept]) for arm in arms}
+    seen = {arm.name: seen_in_training(arm, [question.request for question in kept]) for arm in arms if arm.run}
     for name, count in seen.items():
         if count:
             console.print(f"warning: {name} was trained on {count} of the {len(kept)} requests", style="yellow")

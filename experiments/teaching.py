@@ -34,6 +34,8 @@ from .teaching_report import report
 from .tracking import check_tracker
 
 SFT_SEEDS = {"smoke": 1, "report": 3}
+MOST_ROWS = {"smoke": 40, "report": 240}
+"""Of each data set, where nothing else is asked for."""
 RESPONSE_TOKENS = {"smoke": 32, "report": 96}
 """Of an answer to an evaluation task."""
 LEAST_ROWS = 8
@@ -64,7 +66,7 @@ class TeachingOptions(ABC):
     'instruction' and 'instances'."""
     size: int = 0
     """Rows of each data set, those that are withheld for membership inference included. 0: as many as the smallest
-    has."""
+    has, by --scale at most 40 or 240."""
     withheld: float = 0.25
     """Share of the rows that nobody trains on: the non-members of membership inference. 0: no attack."""
     sft_layout: Literal["chat", "plain", "alpaca"] = "chat"
@@ -209,7 +211,7 @@ def finetune_arms(options: TeachingOptions, console: Console) -> None:
             _keep_apart(path, options.root / "data" / f"{arm}.jsonl", known, console)
         runs = options.runs()
         usable = {run.data: usable_rows(run) for run in runs.values()}
-        size = options.size or min(usable.values())
+        size = options.size or min(*usable.values(), MOST_ROWS[options.scale])
         small = [f"{Path(data).stem} has {count}" for data, count in usable.items() if count < max(size, LEAST_ROWS)]
         if small:
             raise InputError(

@@ -182,8 +182,8 @@ def no_model(monkeypatch):
     [
         ({"policy": ""}, "--policy"),
         ({"policy": "{root}/nowhere"}, "holds no policy"),
-        ({"policy": "a={fresh},a={fresh}"}, "distinct names"),
-        ({"policy": "a={fresh},b"}, "name=RUN"),
+        ({"policy": "a={fresh},a={fresh}"}, "two arms called 'a'"),
+        ({"policy": "a={fresh},b"}, "b holds no policy"),
         ({"members": "{root}/m.jsonl"}, "without --nonmembers"),
         ({"members": "{root}/m.jsonl", "nonmembers": "{root}/nowhere.jsonl"}, "cannot read --nonmembers"),
         ({"members": "{root}/m.jsonl", "nonmembers": "{root}/empty.jsonl"}, "holds no rows"),

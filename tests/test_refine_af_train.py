@@ -6,13 +6,18 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from instructgym.envs.tasks.instruction_pool import held_out, load_tasks
 from instructgym.experiments import refine_af_generate, refine_af_train, token_training
 from instructgym.experiments.refine_af import ENV_ID
 from instructgym.experiments.refine_af_generate import RefineAFGenerate
 from instructgym.experiments.refine_af_train import RefineAFTrain, learned
 from instructgym.experiments.responses import Response
+from instructgym.experiments.token_training import TokenTraining
+from instructgym.llm_backends import resolve
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.records import read_records
+from instructgym.llm_backends.tokenization import EmbeddedTokenizer
+from instructgym.rewards.quality import PRESETS
 from tests.conftest import build_model, build_tokenizer
 
 QUIET = Console(quiet=True)
@@ -176,13 +181,39 @@ def test_generation_goes_on_behind_the_last_whole_chunk(generate, tmp_path, monk
 
 def test_generation_stops_at_its_time_limit_and_goes_on(generate, tmp_path, monkeypatch):
     monkeypatch.setattr(refine_af_generate, "CHUNK", 4)
-    clock = iter(range(0, 10_000_000, 61))
+    spent = iter([False, True])
     with monkeypatch.context() as patched:
-        patched.setattr(refine_af_generate.time, "monotonic", lambda: float(next(clock)))
+        patched.setattr(TokenTraining, "_out_of_time", lambda self: next(spent))
         stopped = refine_af_generate.run(generate(minutes=2.0), QUIET)
     assert stopped["status"] == "stopped" and stopped["counts"]["responses"] == 4
     assert not (tmp_path / "generate" / "data.jsonl").exists()
     assert refine_af_generate.run(generate(), QUIET)["status"] == "finished"
+    refine_af_generate.run(generate("whole"), QUIET)
+    for name in ("responses.jsonl", "data.jsonl"):
+        assert (tmp_path / "generate" / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
+def test_the_quality_reward_is_that_of_the_options(train):
+    part = train("a", reward="quality", reward_preset="no_und", format_penalty=2.5, dtype="float32").reward_part()
+    reward = resolve("reward", part)
+    assert (reward.sum.weights, reward.format_reward) == (PRESETS["no_und"].weights, -2.5)
+    assert part["kwargs"]["backend"]["kwargs"] == {"dtype": "float32"}
+    default = resolve("reward", train("a", reward="quality").reward_part())
+    assert (default.sum.weights, default.format_reward) == (PRESETS["instruction_mining"].weights, -1.0)
+
+
+def test_a_policy_is_asked_as_it_was_trained(generate, trained):
+    with pytest.raises(InputError, match="trained with --max-tokens"):
+        refine_af_generate.run(generate(policy=str(trained), max_tokens=33), QUIET)
+
+
+def test_held_out_tasks_are_neither_trained_on_nor_answered():
+    tasks = load_tasks()
+    hidden = {task.instruction for task in held_out(tasks, 16)[1]}
+    for split, count in (("train", None), (None, 48)):
+        examples = refine_af_generate.RefineAFGenerate().prompts(split, EmbeddedTokenizer())
+        assert not hidden & {example.metadata["instruction"] for example in examples}
+        assert count in (None, len(examples))
 
 
 @pytest.fixture
