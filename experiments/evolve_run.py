@@ -50,7 +50,7 @@ class EvolveTeaching(TeachingOptions):
     @property
     def data(self) -> dict[str, Path]:
         folder = self.root / "compare" / "arms"
-        return {arm: folder / f"{arm}-seed0" / "data.jsonl" for arm in (RANDOM, self.algorithm)}
+        return {arm: folder / f"{arm}-seed{self.seed}" / "data.jsonl" for arm in (RANDOM, self.algorithm)}
 
     @property
     def title(self) -> str:
@@ -139,6 +139,7 @@ def make_data(options: EvolveRun) -> EvolveCompare:
         seeds=str(seeds),
         algorithms=f"{options.algorithm},{RANDOM}",
         repeats=1,
+        seed=options.seed,
         num_envs=COPIES[options.scale],
         n_steps=3,
         chunk=COPIES[options.scale],

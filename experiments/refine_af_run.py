@@ -146,6 +146,7 @@ def stages(options: RefineAFRun) -> tuple[RefineAFBootstrap, RefineAFTrain, list
     shared: dict[str, Any] = {
         "instructions": made,
         "dtype": options.dtype,
+        "seed": options.seed,
         "track": options.track,
         "max_tokens": INSTANCE_TOKENS[scale],
     }
@@ -162,6 +163,7 @@ def stages(options: RefineAFRun) -> tuple[RefineAFBootstrap, RefineAFTrain, list
             instruction_tokens=tokens,
             keep_cut=True,
             instances=False,
+            seed=options.seed,
             track=options.track,
         ),
         RefineAFTrain(

@@ -64,6 +64,8 @@ class TeachingOptions(ABC):
     tasks: str = ""
     """Evaluation tasks in place of the held-out seeds: Super-NaturalInstructions' JSON files, or JSONL with
     'instruction' and 'instances'."""
+    seed: int = 0
+    """Of the making of the data; fine-tuning has seeds of its own."""
     size: int = 0
     """Rows of each data set, those that are withheld for membership inference included. 0: as many as the smallest
     has, by --scale at most 40 or 240."""
@@ -103,8 +105,9 @@ class TeachingOptions(ABC):
         if not self.tasks:
             check_counts(self, "held_out")
         check_counts(self, "sft_epochs")
-        if self.sft_seeds < 0:
-            raise InputError(f"--sft-seeds must not be negative, got {self.sft_seeds}")
+        for name in ("sft_seeds", "seed"):
+            if not 0 <= getattr(self, name) < 2**32:
+                raise InputError(f"--{name.replace('_', '-')} must be in [0, 2**32), got {getattr(self, name)}")
         self._finetune("", Path("data.jsonl"), 0).check()
         prompt_text(InstructionExample("a", "", "b"), self.sft_layout, tokenizer_of(self.model))
         self.evaluation_tasks()
