@@ -225,8 +225,11 @@ def plot_roc(scores: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> P
         scores: by policy, rows of ``scores.jsonl``.
         path: the PNG.
     """
-    figure, axes = panels(len(scores))
-    for axis, (name, rows) in zip(axes[0], scores.items(), strict=True):
+    columns = min(len(scores), 3)
+    figure, axes = panels(columns, -(-len(scores) // columns))
+    for axis in list(axes.flat)[len(scores) :]:
+        axis.set_axis_off()
+    for axis, (name, rows) in zip(axes.flat, scores.items(), strict=False):
         axis.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle="--", label="guessing")
         for k, attack in enumerate(ATTACKS):
             sides = ([row[attack] for row in side_of(rows, side)] for side in SIDES)

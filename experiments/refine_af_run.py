@@ -58,9 +58,9 @@ class RefineAFTeaching(TeachingOptions):
         trained = _counts(self.root / "train")["episodes"]
         return {
             arm: {
-                "instructions": float(asked),
-                "training": float(trained if arm == REFINE_AF else 0),
-                "instances": float(_counts(path.parent)["responses"]),
+                "for instructions": float(asked),
+                "training episodes": float(trained if arm == REFINE_AF else 0),
+                "instances drawn": float(_counts(path.parent)["responses"]),
                 "rows made": float(_counts(path.parent)["rows"]),
             }
             for arm, path in self.data.items()
