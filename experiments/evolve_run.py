@@ -22,7 +22,7 @@ from .finetune import write_once
 from .options import input_errors, parse_part, parse_reward
 from .query_accounting import EVOL_INSTRUCT_CALLS
 from .run_folder import read_json
-from .teaching import TeachingOptions, teach
+from .teaching import TeachingOptions, in_time, teach
 
 RANDOM = "random"
 CALLS = {"smoke": 200, "report": 1600}
@@ -114,13 +114,16 @@ def run(options: EvolveRun, console: Console | None = None) -> dict[str, Any]:
     Raises:
         InputError: for bad input.
     """
-    console = console or Console()
+    return in_time(_run)(options, console or Console())
+
+
+def _run(options: EvolveRun, console: Console) -> dict[str, Any]:
     options.check()
     if options.dry_run:
         console.print(f"would make data with {options.algorithm} and at random, and compare them in {options.root}")
         return {}
     with options.opened():
-        compare(make_data(options), console)
+        options.stage(compare, make_data(options), console)
     return teach(options, console)
 
 

@@ -24,7 +24,7 @@ from .refine_af_generate import run as generate
 from .refine_af_train import RefineAFTrain
 from .refine_af_train import run as train
 from .run_folder import read_json
-from .teaching import TeachingOptions, teach
+from .teaching import TeachingOptions, in_time, teach
 
 SELF_INSTRUCT, REFINE_AF = "self-instruct", "refine-af"
 TARGET = {"smoke": 12, "report": 300}
@@ -119,7 +119,10 @@ def run(options: RefineAFRun, console: Console | None = None) -> dict[str, Any]:
     Raises:
         InputError: for bad input.
     """
-    console = console or Console()
+    return in_time(_run)(options, console or Console())
+
+
+def _run(options: RefineAFRun, console: Console) -> dict[str, Any]:
     options.check()
     first, second, generations = stages(options)
     second.check()
@@ -128,10 +131,10 @@ def run(options: RefineAFRun, console: Console | None = None) -> dict[str, Any]:
         console.print(f"then training, two data sets, fine-tuning and evaluation, in {options.root}")
         return {}
     with options.opened():
-        bootstrap(first, console)
-        train(second, console)
+        options.stage(bootstrap, first, console)
+        options.stage(train, second, console)
         for one in generations:
-            generate(one, console)
+            options.stage(generate, one, console)
     return teach(options, console)
 
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -31,6 +34,7 @@ from .privacy import run as privacy
 from .run_folder import RunFolder, read_json
 from .stages import tokenizer_of
 from .teaching_report import report
+from .token_training import OutOfTimeError
 from .tracking import check_tracker
 
 SFT_SEEDS = {"smoke": 1, "report": 3}
@@ -81,10 +85,15 @@ class TeachingOptions(ABC):
     """Repetitions of fine-tuning, with seeds 0, 1, ... 0: by --scale, 1 or 3."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic; auto: bfloat16 where the hardware computes in it."""
+    minutes: float = 0.0
+    """Stop cleanly after so many minutes; the same command goes on from there. 0: no limit."""
     track: str = "none"
     """none or wandb."""
     dry_run: bool = False
     """Check the options, load no model."""
+
+    def __post_init__(self) -> None:
+        self._begun = time.monotonic()
 
     def check(self) -> None:
         """Refuses what can be refused without a model, the evaluation tasks and the options of later stages included.
@@ -98,6 +107,8 @@ class TeachingOptions(ABC):
         check_tracker(self.track)
         if self.scale not in SCALES:
             raise InputError(f"--scale must be {' or '.join(SCALES)}, got {self.scale!r}")
+        if not 0 <= self.minutes < math.inf:
+            raise InputError(f"--minutes must not be negative, got {self.minutes}")
         if not 0 <= self.withheld <= 0.9:
             raise InputError(f"--withheld is a share of at most 0.9, got {self.withheld}")
         if self.size and self.size < LEAST_ROWS:
@@ -159,6 +170,20 @@ class TeachingOptions(ABC):
         with RunFolder(self.root, self.identity(), self.name).opened():
             yield
 
+    def stage(self, run: Callable[[Any, Console], dict[str, Any]], options: Any, console: Console) -> dict[str, Any]:
+        """Runs a stage in what is left of the time.
+
+        Raises:
+            OutOfTimeError: if nothing is left, or the stage has not come to its end.
+        """
+        left = self.minutes - (time.monotonic() - self._begun) / 60 if self.minutes else 0.0
+        if self.minutes and left <= 0:
+            raise OutOfTimeError
+        results = run(replace(options, minutes=left), console)
+        if results.get("status") == "stopped":
+            raise OutOfTimeError
+        return results
+
     def runs(self) -> dict[str, Finetune]:
         """Fine-tuning of every arm under every seed, by the names of the models; sizes are left open."""
         seeds = range(self.sft_seeds or SFT_SEEDS[self.scale])
@@ -188,8 +213,26 @@ def _context(options: TeachingOptions, stage: type[Finetune | Evaluate]) -> int:
     return min(stage.context_length, tokenizer_of(options.model).context_length)
 
 
+def in_time(work: Callable[[Any, Console], Any]) -> Callable[[Any, Console], Any]:
+    """The same work, which says so where the time is over, and then returns ``{"status": "stopped"}``."""
+
+    @wraps(work)
+    def run(options: TeachingOptions, console: Console) -> Any:
+        try:
+            return work(options, console)
+        except OutOfTimeError:
+            console.print(f"out of time: the same command goes on in {options.root}")
+            return {"status": "stopped"}
+
+    return run
+
+
 def teach(options: TeachingOptions, console: Console) -> dict[str, Any]:
-    """All stages behind the making of the data; returns the report's figures."""
+    """All stages behind the making of the data; returns the report's figures.
+
+    Raises:
+        OutOfTimeError: if the time does not do for all of them.
+    """
     finetune_arms(options, console)
     evaluate_arms(options, console)
     return write_report(options, console)
@@ -202,6 +245,7 @@ def finetune_arms(options: TeachingOptions, console: Console) -> None:
 
     Raises:
         InputError: if a data set is missing, not finished or too small.
+        OutOfTimeError: between two models, or within one.
     """
     options.check()
     options.costs()  # refuses data that are still being made
@@ -223,7 +267,7 @@ def finetune_arms(options: TeachingOptions, console: Console) -> None:
             )
         withheld = max(round(options.withheld * size), 1) if options.withheld else 0
         for run in runs.values():
-            finetune(replace(run, limit=size - withheld, holdout=float(withheld)), console)
+            options.stage(finetune, replace(run, limit=size - withheld, holdout=float(withheld)), console)
 
 
 def _keep_apart(data: Path, out: Path, known: list[str], console: Console) -> None:
@@ -257,6 +301,7 @@ def evaluate_arms(options: TeachingOptions, console: Console) -> None:
 
     Raises:
         InputError: if a model is missing.
+        OutOfTimeError: before all have answered.
     """
     options.check()
     policies = _tuned(options)
@@ -273,9 +318,9 @@ def evaluate_arms(options: TeachingOptions, console: Console) -> None:
         **shared,
     )
     with options.opened():
-        evaluate(evaluation, console)
+        options.stage(evaluate, evaluation, console)
         if options.withheld:
-            privacy(Privacy(run_dir=str(options.root / "privacy"), **shared), console)
+            options.stage(privacy, Privacy(run_dir=str(options.root / "privacy"), **shared), console)
 
 
 def write_report(options: TeachingOptions, console: Console) -> dict[str, Any]:

@@ -117,6 +117,31 @@ def test_a_finished_stage_is_kept(taught, monkeypatch):
     teaching.evaluate_arms(options, QUIET)
 
 
+def test_a_run_that_is_out_of_time_goes_on(tmp_path, tiny_model_path, monkeypatch):
+    options = small(tmp_path, tiny_model_path, minutes=5.0)
+    for arm in ("self-instruct", "refine-af"):
+        write_data(options.root, arm, 12)
+    models = []
+    real = teaching.finetune
+
+    def slow(stage, console):
+        models.append(stage.run_dir)
+        assert 0 < stage.minutes <= 5
+        results = real(stage, console)
+        options._begun -= 300  # five minutes have gone by
+        return results
+
+    monkeypatch.setattr(teaching, "finetune", slow)
+    assert teaching.in_time(teaching.finetune_arms)(options, QUIET) == {"status": "stopped"}
+    assert len(models) == 1
+    monkeypatch.setattr(teaching, "finetune", real)
+    teaching.finetune_arms(replace(options, minutes=0.0), QUIET)
+    assert sorted(path.parent.name for path in options.root.glob("finetune/*/results.json")) == [
+        "refine-af-0",
+        "self-instruct-0",
+    ]
+
+
 def test_missing_or_small_data_are_refused_before_training(tmp_path, tiny_model_path):
     options = small(tmp_path, tiny_model_path)
     with pytest.raises(InputError, match="bootstrap is not finished"):
@@ -137,6 +162,7 @@ def test_missing_or_small_data_are_refused_before_training(tmp_path, tiny_model_
         ({"scale": "huge"}, "--scale"),
         ({"run_dir": "a,b"}, "comma"),
         ({"withheld": 1.0}, "--withheld"),
+        ({"minutes": -1.0}, "--minutes"),
         ({"size": 3}, "--size"),
         ({"held_out": 0}, "--held-out"),
         ({"sft_learning_rate": 0.0}, "--learning-rate"),
