@@ -18,6 +18,7 @@ import numpy as np
 from ...llm_backends import Backend, BackendError, ContextLengthError, Prompt, Sampling, request_seed
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_user_rows, user_text
+from ...rewards.ranking import distinct_texts
 from ...rewards.rouge_gate import TOLERANCE, pairwise_rouge_l
 
 
@@ -80,8 +81,7 @@ class Candidates:
     @property
     def distinct(self) -> tuple[str, ...]:
         """Those that say something, without those that repeat an earlier one up to white space; in order."""
-        kept = {tuple(text.split()): text for text in reversed(self.texts) if text.strip()}
-        return tuple(text for text in dict.fromkeys(self.texts) if kept.get(tuple(text.split())) == text)
+        return tuple(text for text in distinct_texts(self.texts)[0] if text.strip())
 
 
 def sample_candidates(
@@ -188,6 +188,10 @@ class RankedList:
         for number, text in enumerate(self.candidates):
             if not text.strip():
                 raise InputError(f"{where}: field 'candidates' has a blank text in place {number}: leave it out")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:  # servers send them in JSON escapes, no file holds them
+                raise InputError(f"{where}: field 'candidates' has half a character in place {number}") from error
         if len(self.scores) != len(self.candidates):
             raise InputError(
                 f"{where}: field 'scores' has {len(self.scores)} numbers for {len(self.candidates)} candidates"
@@ -202,7 +206,7 @@ FIELDS = ("id", "prompt", "candidates", "scores", "reference", "metadata")
 
 
 def write_ranked_lists(path: str | Path, lists: Iterable[RankedList]) -> None:
-    """Writes ranked lists as JSONL that :func:`read_ranked_lists` reads, in one move: the file is whole or not there."""
+    """Writes ranked lists as JSONL that :func:`read_ranked_lists` reads, in one move: the file is whole or absent."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(path.name + ".part")
@@ -222,8 +226,8 @@ def ranked_row(one: RankedList) -> dict[str, Any]:
 def read_ranked_lists(path: str | Path) -> list[RankedList]:
     """Reads ranked lists from a JSONL file.
 
-    A row has the texts ``id`` and ``prompt``, the list of texts ``candidates``, as many numbers ``scores``, and may have
-    ``reference`` and the object ``metadata``.
+    A row has the texts ``id`` and ``prompt``, the list of texts ``candidates``, as many numbers ``scores``, and may
+    have ``reference`` and the object ``metadata``.
 
     Args:
         path: the file.
@@ -270,7 +274,7 @@ def _ranked_list(where: str, row: Mapping[str, Any]) -> RankedList:
     }
     try:
         return RankedList(scores=tuple(scores), metadata=metadata, **given)
-    except InputError as error:
+    except (InputError, OverflowError) as error:  # the latter for an integer beyond every float
         raise InputError(f"{where}: {error}") from error
 
 
