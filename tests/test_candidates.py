@@ -178,8 +178,6 @@ def test_an_empty_file_and_bad_lists_are_refused(tmp_path):
     (tmp_path / "lists.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="holds no ranked list"):
         read_ranked_lists(tmp_path / "lists.jsonl")
-    for text, message in ((" ", "blank text in place 1"), ("\ud800", "half a character in place 1")):
-        with pytest.raises(
-            ValueError, match=f"ranked list 'a': field 'candidates' has {message.partition(' in')[0]}|a {message}"
-        ):
+    for text, message in ((" ", "a blank text in place 1"), ("\ud800", "half a character in place 1")):
+        with pytest.raises(ValueError, match=f"ranked list 'a': field 'candidates' has {message}"):
             RankedList("a", "p", ("x", text), (1, 0))

@@ -32,6 +32,7 @@ from instructgym.rewards import (
     rouge_l,
 )
 from instructgym.rewards.pairwise_ranker import all_pairs, heapsort, sliding
+from instructgym.rewards.ranking import ranking_prompt
 
 TEXTS = ["q3", "q1", "q4", "q2"]
 """Candidates that say how good they are; the lowest number is the best."""
@@ -45,6 +46,14 @@ def shown(prompt: str) -> dict[str, str]:
     """The candidates of a contextual or pairwise request by letter."""
     found = re.findall(r"<(candidate|response)_(\w)>\n(.*?)\n</\1_\2>", prompt, re.DOTALL)
     return {letter.upper(): text for _, letter, text in found}
+
+
+def asked_by(act) -> str:
+    """The one request of what is done with a judge."""
+    seen = []
+    act(chat(lambda prompt: seen.append(prompt) or by_quality(prompt)))
+    [prompt] = seen
+    return prompt
 
 
 def by_quality(prompt: str) -> str:
@@ -209,19 +218,16 @@ def test_duplicates_are_shown_once_and_score_alike():
 def test_each_kind_of_request_has_its_criteria():
     seen = {}
     for kind in ("open", "closed", "either"):
-        backend = chat(lambda prompt, kind=kind: seen.setdefault(kind, prompt) and by_quality(prompt))
-        ContextualRanker(backend, kind).rank(["p"], [TEXTS])
-        few = FunctionBackend(reply=lambda prompt, kind=kind: seen.setdefault(f"{kind} few", prompt) and " A > B")
-        ContextualRanker(few, kind).rank(["p"], [TEXTS[:2]])
+        seen[kind] = asked_by(lambda backend, kind=kind: ContextualRanker(backend, kind).rank(["p"], [TEXTS]))
+        few = ranking_prompt("completion", "p", TEXTS, kind).split("\n")[0]
+        seen[f"{kind} few"] = few
     assert len(set(seen.values())) == 6 and not any("{" in text for text in seen.values())
     assert "keeps to the request" in seen["open"] and "how clear" not in seen["open"]
     assert "how clear" in seen["closed"] and "keeps to the request" not in seen["closed"]
     assert all(word in seen["either"] for word in ("how clear", "keeps to the request", "Decide first"))
-    judged = []
-    RankingJudge(chat(lambda prompt: judged.append(prompt) or by_quality(prompt))).reward(
-        [Sample(text, "p", group="g") for text in TEXTS]
-    )
-    assert "keeps to the request" in judged[0] and "Decide first" not in judged[0]
+    group = [Sample(text, "p", group="g") for text in TEXTS]
+    judged = asked_by(lambda backend: RankingJudge(backend).reward(group))
+    assert "keeps to the request" in judged and "Decide first" not in judged
 
 
 def test_the_judges_own_answer_is_ranked_among_the_candidates():
