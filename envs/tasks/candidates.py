@@ -266,14 +266,11 @@ def _ranked_list(where: str, row: Mapping[str, Any]) -> RankedList:
     metadata = row.get("metadata", {})
     if not isinstance(metadata, dict):
         raise InputError(f"{where}: field 'metadata' is a {type(metadata).__name__}: make it an object")
-    given = {
-        "id": user_text(where, row, "id"),
-        "prompt": user_text(where, row, "prompt"),
-        "candidates": tuple(user_text(where, candidates, name) for name in candidates),
-        "reference": None if row.get("reference") is None else user_text(where, row, "reference"),
-    }
+    row_id, prompt = user_text(where, row, "id"), user_text(where, row, "prompt")
+    checked = tuple(user_text(where, candidates, name) for name in candidates)
+    reference = None if row.get("reference") is None else user_text(where, row, "reference")
     try:
-        return RankedList(scores=tuple(scores), metadata=metadata, **given)
+        return RankedList(row_id, prompt, checked, tuple(scores), reference, metadata)
     except (InputError, OverflowError) as error:  # the latter for an integer beyond every float
         raise InputError(f"{where}: {error}") from error
 
