@@ -1,4 +1,4 @@
-"""Pairwise ranking prompting (Qin et al. 2023, arXiv 2306.17563): an order from a judge that compares two at a time.
+"""Pairwise ranking prompting (arXiv 2306.17563): an order from a judge that compares two at a time.
 
 A schedule is a generator: it yields pairs to compare, is sent for each one what the first of the pair is worth (1, 1/2
 for a tie, 0), and returns the scores. So the schedules of many prompts run side by side, one backend call per step.
