@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from ..llm_backends.parts import register_kind, register_part
 from .base import FunctionReward, NonFiniteRewardError, Reward, Sample, Score, score_with_retries
 from .compose import WeightedSum
+from .contextual_ranker import ContextualRanker
 from .diversity import DiversityReward
 from .edits import EditedPair, EditLabels, Pairs, edit_labels, edit_statistics, read_pairs, write_pairs
 from .elimination import EliminationReward, JudgedElimination, eliminated_by
@@ -12,11 +13,14 @@ from .ground_truth import GroundTruth, LabelMatch, RegressionReward, SpanReward,
 from .instance_format import Instance, parse_pair, read_pair
 from .judge import EqualityJudge
 from .pairwise import Comparison, Pair, PairwiseJudge, ScoredComparison, compare
+from .pairwise_ranker import PairwiseRanker
 from .quality import LinearReward, LinearRule
 from .quality_likelihood import Fluency, LikelihoodRatio, Likelihoods
 from .quality_scorers import BooleanQA, NeighbourDistance, OutputLength
+from .rank_reward import RankReward
+from .rankers import CandidateScores, FunctionRanker, GroundTruthRanker, ProbabilisticRanker, Ranker
 from .ranking import Ranking, RankingJudge, RankingQuestion, rank
-from .rouge_gate import RougeGate, RougePool, rouge_l
+from .rouge_gate import RougeGate, RougePool, pairwise_rouge_l, rouge_l
 from .rubric import Grades, Rubric, RubricJudge, grade
 from .sentiment import ReviewClassifier, VaderSentiment
 
@@ -31,16 +35,20 @@ _LAZY = dict.fromkeys(("RewardModel", "SequenceReward", "TokenReward"), ".token_
 
 __all__ = [
     "BooleanQA",
+    "CandidateScores",
     "Comparison",
+    "ContextualRanker",
     "DiversityReward",
     "EditLabels",
     "EditedPair",
     "EliminationReward",
     "EqualityJudge",
     "Fluency",
+    "FunctionRanker",
     "FunctionReward",
     "Grades",
     "GroundTruth",
+    "GroundTruthRanker",
     "HubRewardModel",
     "Instance",
     "JudgedElimination",
@@ -55,6 +63,10 @@ __all__ = [
     "Pair",
     "Pairs",
     "PairwiseJudge",
+    "PairwiseRanker",
+    "ProbabilisticRanker",
+    "RankReward",
+    "Ranker",
     "Ranking",
     "RankingJudge",
     "RankingQuestion",
@@ -80,6 +92,7 @@ __all__ = [
     "edit_statistics",
     "eliminated_by",
     "grade",
+    "pairwise_rouge_l",
     "parse_label",
     "parse_number",
     "parse_pair",
@@ -96,6 +109,7 @@ register_part("reward", "judge", "instructgym.rewards.judge:EqualityJudge")
 register_part("reward", "pairwise-judge", "instructgym.rewards.pairwise:PairwiseJudge")
 register_part("reward", "scored-comparison", "instructgym.rewards.pairwise:ScoredComparison")
 register_part("reward", "ranking-judge", "instructgym.rewards.ranking:RankingJudge")
+register_part("reward", "rank", "instructgym.rewards.rank_reward:RankReward")
 register_part("reward", "rubric-judge", "instructgym.rewards.rubric:RubricJudge")
 register_part("reward", "diversity", "instructgym.rewards.diversity:DiversityReward")
 register_part("reward", "elimination", "instructgym.rewards.elimination:EliminationReward")
@@ -117,6 +131,12 @@ register_part("reward", "unieval", "instructgym.rewards.quality_models:UniEval")
 register_part("reward", "hub-reward-model", "instructgym.rewards.quality_models:HubRewardModel")
 register_part("reward", "vader", "instructgym.rewards.sentiment:VaderSentiment")
 register_part("reward", "reviews", "instructgym.rewards.sentiment:ReviewClassifier")
+
+register_kind("ranker", Ranker, FunctionRanker)
+register_part("ranker", "probabilistic", "instructgym.rewards.rankers:ProbabilisticRanker")
+register_part("ranker", "contextual", "instructgym.rewards.contextual_ranker:ContextualRanker")
+register_part("ranker", "pairwise", "instructgym.rewards.pairwise_ranker:PairwiseRanker")
+register_part("ranker", "ground-truth", "instructgym.rewards.rankers:GroundTruthRanker")
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from string import ascii_uppercase
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -15,6 +15,10 @@ from ..llm_backends.errors import InputError
 from ..llm_backends.prompting import build_prompt, few_shot, fill, load_prompts
 from .base import Reward, Sample, Score
 from .verdict import temperature_for
+
+RequestKind = Literal["open", "closed", "either"]
+"""By which criteria responses are judged: those for a request to which many responses can be good, those for one with a
+right answer, or those that fit by the judge's own decision."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class RankingQuestion:
     candidates: tuple[str, ...]
     seed: int = 0
     """Of the presentation's order and of the requests."""
+    kind: RequestKind = "open"
+    """What kind of request it is."""
 
 
 @dataclass(frozen=True)
@@ -52,30 +58,73 @@ def parse_ranking(reply: str, letters: Sequence[str]) -> list[int] | None:
     return [letters.index(name) for name in named] if sorted(named) == sorted(letters) else None
 
 
-def ranking_prompt(style: str, prompt: str, candidates: Sequence[str]) -> Prompt:
+def check_count(style: str, count: int) -> None:
+    """Refuses, with an InputError, more candidates than there are letters, or than the few-shot form shows."""
+    shown = min(len(shot["candidates"]) for shot in load_prompts("rewards", "ranking")["demonstrations"])
+    most = len(ascii_uppercase) if style == "chat" else shown
+    if count > most:
+        raise InputError(f"a ranking in {style} form takes at most {most} different candidates, got {count}")
+
+
+def check_kind(kind: str) -> None:
+    """Refuses an unknown kind of request with a ValueError."""
+    if kind not in get_args(RequestKind):
+        raise ValueError(f"unknown kind of request {kind!r}: use {', '.join(get_args(RequestKind))}")
+
+
+def ranking_prompt(style: str, prompt: str, candidates: Sequence[str], kind: RequestKind = "open") -> Prompt:
     """The request to rank candidates, which get the letters A, B, ... in this order.
 
     Raises:
         InputError: if there are more of them than letters, or than the few-shot form shows.
+        ValueError: for an unknown kind.
     """
+    check_kind(kind)
+    check_count(style, len(candidates))
     data = load_prompts("rewards", "ranking")
+    criteria = data["criteria"][kind]
     count = len(candidates)
-    shown = min(len(shot["candidates"]) for shot in data["demonstrations"])
-    most = len(ascii_uppercase) if style == "chat" else shown
-    if count > most:
-        raise InputError(f"a ranking in {style} form takes at most {most} different candidates, got {count}")
     letters = ascii_uppercase[:count]
     if style == "chat":
         blocks = "".join(data["candidate"].replace("LABEL", letter) for letter in letters).strip()
         texts = {f"candidate_{letter}": text for letter, text in zip(letters, candidates, strict=True)}
         # The blocks go in before the texts, so that the fences of all candidates are broken inside every text.
-        template = data["chat"].replace("{candidates}", blocks)
+        template = data["chat"].replace("{candidates}", blocks).replace("{criteria}", criteria["chat"])
         return build_prompt("chat", fill(template, texts | {"prompt": prompt, "labels": ", ".join(letters)}), "")
     shots = [
         (shot["prompt"], *shot["candidates"][:count], " > ".join(x for x in shot["ranking"] if x in letters))
         for shot in data["demonstrations"]
     ]
-    return few_shot(data["header"], ("Request", *letters, "Ranking"), shots, (prompt, *candidates))
+    return few_shot(criteria["header"], ("Request", *letters, "Ranking"), shots, (prompt, *candidates))
+
+
+def distinct_texts(texts: Sequence[str]) -> tuple[list[str], list[int]]:
+    """The texts that differ in more than white space, and for each text its number among them."""
+    keys = [tuple(text.split()) for text in texts]
+    distinct = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return [texts[keys.index(key)] for key in distinct], [distinct[key] for key in keys]
+
+
+def prompt_groups(samples: Sequence[Sample], who: str) -> dict[str, list[int]]:
+    """The places of the samples of each group (or, where it is empty, of each episode id).
+
+    Args:
+        samples: the samples.
+        who: compares them; for the error.
+
+    Raises:
+        InputError: if a group's samples answer different prompts.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, sample in enumerate(samples):
+        groups.setdefault(sample.group or sample.episode_id, []).append(index)
+    for group, members in groups.items():
+        if len({samples[i].prompt for i in members}) > 1:
+            raise InputError(
+                f"{who} compares responses to one prompt: group {group!r} holds different prompts; "
+                "give each prompt its own Sample.group"
+            )
+    return groups
 
 
 def ranking_sampling(count: int, temperature: float, seed: int) -> Sampling:
@@ -102,7 +151,7 @@ def rank(
 
     Raises:
         InputError: for fewer than two candidates, or more than the prompt's form takes.
-        ValueError: for fewer than one round.
+        ValueError: for fewer than one round, or an unknown kind of request.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
@@ -113,13 +162,14 @@ def rank(
     for question in questions:
         if len(question.candidates) < 2:
             raise InputError(f"a ranking needs at least two candidates, {question.prompt[:40]!r} has fewer")
-        keys = [tuple(text.split()) for text in question.candidates]
-        distinct = list(dict.fromkeys(keys))
-        texts = [question.candidates[keys.index(key)] for key in distinct]
-        twins.append([distinct.index(key) for key in keys])
+        texts, mine = distinct_texts(question.candidates)
+        twins.append(mine)
         seeds = [request_seed(question.seed, "round", number) for number in range(rounds)] if len(texts) > 1 else []
         orders.append([np.random.default_rng(seed).permutation(len(texts)) for seed in seeds])
-        prompts += [ranking_prompt(backend.prompt_style, question.prompt, [texts[i] for i in o]) for o in orders[-1]]
+        prompts += [
+            ranking_prompt(backend.prompt_style, question.prompt, [texts[i] for i in order], question.kind)
+            for order in orders[-1]
+        ]
         samplings += [ranking_sampling(len(texts), temperature, seed) for seed in seeds]
     replies = iter(backend.generate(prompts, samplings))
     return [_ranking(mine, [next(replies) for _ in order], order) for mine, order in zip(twins, orders, strict=True)]
@@ -197,18 +247,11 @@ class RankingJudge(Reward):
         Raises:
             InputError: if a group has one sample or samples with different prompts.
         """
-        groups: dict[str, list[int]] = {}
-        for index, sample in enumerate(samples):
-            groups.setdefault(sample.group or sample.episode_id, []).append(index)
+        groups = prompt_groups(samples, "the ranking judge")
         scores: list[Score] = [Score.invalid("the only sample of its group")] * len(samples)
         asked: dict[str, RankingQuestion] = {}
         for group, members in groups.items():
             first = samples[members[0]]
-            if len({samples[i].prompt for i in members}) > 1:
-                raise InputError(
-                    f"the ranking judge compares responses to one prompt: group {group!r} holds different prompts; "
-                    "give each prompt its own Sample.group"
-                )
             if len(members) > 1:
                 asked[group] = RankingQuestion(first.prompt, tuple(samples[i].response for i in members), first.seed)
             elif not first.metadata.get("attempt"):

@@ -25,15 +25,39 @@ def _rouge_scorer() -> Any:
 
 
 @cache
-def _rouge_tokenizer() -> Any:
+def _rouge_tokenizer(stem: bool = False) -> Any:
     from rouge_score.tokenizers import DefaultTokenizer
 
-    return DefaultTokenizer(use_stemmer=False)
+    return DefaultTokenizer(use_stemmer=stem)
 
 
 def rouge_l(text: str, other: str) -> float:
     """ROUGE-L F-measure of two texts (rouge-score, no stemming), in [0, 1]."""
     return float(_rouge_scorer().score(other, text)["rougeL"].fmeasure)
+
+
+def pairwise_rouge_l(texts: Sequence[str], stem: bool = False) -> np.ndarray:
+    """ROUGE-L F-measures between all texts, as rouge-score gives them.
+
+    Args:
+        texts: n texts.
+        stem: compare stems of words (Porter), not words.
+
+    Returns:
+        float64, shape (n, n), symmetric, 1 on the diagonal. Texts that differ at most in white space get 1 as well,
+        also where rouge-score finds no token in them: it knows the letters a to z and digits.
+    """
+    tokens = [_rouge_tokenizer(stem).tokenize(text) for text in texts]
+    table = np.eye(len(texts))
+    for i, first in enumerate(tokens):
+        masks: dict[Any, int] = {}
+        for position, token in enumerate(first):
+            masks[token] = masks.get(token, 0) | 1 << position
+        for j in range(i):
+            same = texts[i].split() == texts[j].split()
+            common = 0 if same else _lcs(masks, len(first), tokens[j])
+            table[i, j] = table[j, i] = 1.0 if same else _f_measure(common, len(first), len(tokens[j]))
+    return table
 
 
 class RougePool:
@@ -182,7 +206,7 @@ def _features(tokens: Sequence[int]) -> Iterator[tuple[int, int]]:
         yield token, seen[token]
 
 
-def _lcs(masks: Mapping[int, int], size: int, tokens: Sequence[int]) -> int:
+def _lcs(masks: Mapping[Any, int], size: int, tokens: Sequence[Any]) -> int:
     """Length of the LCS of two sequences (Hyyrö 2004): a column of the table is one integer.
 
     Args:
