@@ -211,7 +211,7 @@ class RankingTrainer(SupervisedTrainer):
             raise InputError(f"{name} needs one finite rank or score for each of its {len(one.candidates)} candidates")
         if self._loss.needs_scores and (one.scores is None or np.abs(values).max() > LARGEST_SCORE):
             raise InputError(
-                f"{name}: the loss {loss} needs scores of {LARGEST_SCORE:g} at most in size, scaled to [0, 1] for instance"
+                f"{name}: the loss {loss} needs scores, of {LARGEST_SCORE:g} at most in size: scale them to [0, 1]"
             )
         if one.reference is None and self.pairing == "reference":
             raise InputError(f"{name} has no reference response, over whose candidates the loss {loss} would prefer it")
@@ -232,10 +232,10 @@ class RankingTrainer(SupervisedTrainer):
         prepared.pairs = len(_lists([prepared], torch.zeros(len(ranks))).pairs(self.pairing)[0])
         return prepared
 
-    def _micro_batches(self, lists: Sequence[_List], examples: np.ndarray) -> Iterator[list[int]]:
+    def _micro_batches(self, lists: Sequence[_List], examples: Sequence[int]) -> Iterator[list[int]]:
         """Splits lists into micro-batches of like lengths within the token budget; one too long is by itself."""
         chunk: list[int] = []
-        for i in sorted((int(i) for i in examples), key=lambda i: lists[i].width):
+        for i in sorted(examples, key=lambda i: lists[i].width):
             rows = sum(len(lists[k].responses) for k in [*chunk, i])
             if chunk and rows * lists[i].width > self.settings.token_budget:
                 yield chunk
@@ -250,7 +250,8 @@ class RankingTrainer(SupervisedTrainer):
         ranked = sum(lists[i].pairs > 0 for i in examples)
         pairs, tokens = sum(lists[i].pairs for i in examples), sum(lists[i].tokens for i in examples)
         sums = dict.fromkeys(("loss", "ranking_loss", "mle_loss", "accuracy", "margin"), 0.0)
-        for members in self._micro_batches(lists, self._mine(examples)):
+        mine = [int(i) for i in self._mine(examples) if lists[i].pairs or lists[i].tokens]
+        for members in self._micro_batches(lists, mine):
             chosen = [lists[i] for i in members]
             batch = _lists(chosen, self._logprobs(chosen))
             if self._loss.needs_reference_policy:

@@ -34,7 +34,7 @@ class CandidateLists:
     reference_logprobs: torch.Tensor | None = None
     """Like ``logprobs`` under the reference policy; for losses that need one."""
     scores: torch.Tensor | None = None
-    """float, shape (n,): how good each candidate is, larger is better (LiPO's psi); at unranked rows anything finite."""
+    """float, shape (n,): how good each candidate is, larger is better (LiPO's psi); 0 for a reference."""
     win_rates: torch.Tensor | None = None
     """float, shape (n,): each candidate's mean probability in [0, 1] of being preferred to those of its list (SPPO)."""
 
@@ -44,11 +44,11 @@ class CandidateLists:
         return torch.repeat_interleave(torch.arange(len(self.counts), device=self.counts.device), self.counts)
 
     def mean_logprobs(self) -> torch.Tensor:
-        """shape (n,): log-probs per token, in nats."""
+        """Log-probs per token, shape (n,), in nats."""
         return self.logprobs / self.lengths
 
     def log_ratios(self) -> torch.Tensor:
-        """shape (n,): log-probs of whole candidates, policy minus reference policy, in nats."""
+        """Log-probs of whole candidates, policy minus reference policy, shape (n,), in nats."""
         return self.logprobs - _given(self.reference_logprobs, "reference log-probs")
 
     def pairs(self, pairing: Pairing = "all") -> tuple[torch.Tensor, torch.Tensor]:
@@ -210,9 +210,9 @@ def lipo_lambda(lists: CandidateLists, beta: float = 0.1) -> torch.Tensor:
     """LiPO-lambda (Liu et al. 2024, arXiv 2402.01878): a lambda loss over a list.
 
     The sum over pairs of weight log(1 + exp(-(s(better) - s(worse)))), s = beta times the log-ratio, weight =
-    \\|2^psi(better) - 2^psi(worse)\\| \\|1 / log(1 + p(better)) - 1 / log(1 + p(worse))\\|, psi the score and p the position,
-    from 1, in the order of s. Where s is equal, as in the first step, the better candidate comes first; weights carry no
-    gradient.
+    abs(2^psi(better) - 2^psi(worse)) abs(1 / log(1 + p(better)) - 1 / log(1 + p(worse))), psi the score and p the
+    position, from 1, in the order of s. Where s is equal, as in the first step, the better candidate comes first;
+    weights carry no gradient.
 
     Args:
         lists: m lists with reference log-probs and scores.
@@ -284,7 +284,7 @@ class RankingLoss(NamedTuple):
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Its options and their published values."""
+        """Its options and what they are by default."""
         parameters = inspect.signature(self.function).parameters.values()
         return {p.name: p.default for p in parameters if p.default is not p.empty}
 
@@ -293,7 +293,7 @@ class RankingLoss(NamedTuple):
         return "reference" if self.function is spin else options.get("pairs", self.defaults.get("pairs", "all"))
 
     def values(self, lists: CandidateLists) -> torch.Tensor:
-        """shape (n,), in nats: what it ranks candidates by."""
+        """What it ranks candidates by, shape (n,), in nats."""
         return lists.log_ratios() if self.needs_reference_policy else lists.mean_logprobs()
 
 
