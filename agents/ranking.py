@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..llm_backends.causal_lm import token_budget_chunks
 from ..llm_backends.errors import InputError
+from ..llm_backends.teacher_forcing import SHARED_PREFIX
 from .language_model import LanguageModelPolicy
 from .optimization import check_at_least_zero, check_choice
 from .ranking_losses import LOSSES, PAIRINGS, UNRANKED, CandidateLists, Pairing, nll
@@ -233,16 +234,29 @@ class RankingTrainer(SupervisedTrainer):
         return prepared
 
     def _micro_batches(self, lists: Sequence[_List], examples: Sequence[int]) -> Iterator[list[int]]:
-        """Splits lists into micro-batches of like lengths within the token budget; one too long is by itself."""
+        """Splits lists into micro-batches of like lengths within the token budget; one too long is by itself.
+
+        The prompt of a list that is read by itself is read once for all of its candidates. On a CPU that outweighs
+        larger batches from about the length at which prompts are as long as responses.
+        """
         chunk: list[int] = []
         for i in sorted(examples, key=lambda i: lists[i].width):
+            one = lists[i]
+            if self.policy.lm.device.type == "cpu" and 2 * self._shared(one) >= one.width:
+                yield [i]
+                continue
             rows = sum(len(lists[k].responses) for k in [*chunk, i])
-            if chunk and rows * lists[i].width > self.settings.token_budget:
+            if chunk and rows * one.width > self.settings.token_budget:
                 yield chunk
                 chunk = []
             chunk.append(i)
         if chunk:
             yield chunk
+
+    def _shared(self, one: _List) -> int:
+        """Tokens of a list's prompt that are read once for all of its candidates."""
+        shared = len(one.prompt) - 1
+        return shared if self.policy.lm.plain_attention and shared >= SHARED_PREFIX else 0
 
     # --- training ----------------------------------------------------------------------------------------------------
 
@@ -314,7 +328,8 @@ class RankingTrainer(SupervisedTrainer):
         widths = [len(one.prompt) + len(response) for one in lists for response in one.responses]
         if len(lists) > 1:
             return [list(range(len(widths)))]
-        return list(token_budget_chunks(widths, self.settings.token_budget))
+        shared = self._shared(lists[0])
+        return list(token_budget_chunks([width - shared for width in widths], self.settings.token_budget - shared))
 
     def _load(self, folder: Path) -> None:
         self.policy.load(folder)

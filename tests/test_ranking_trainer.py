@@ -225,11 +225,11 @@ def gradients(policy, loss, budget, lists, **options):
 
 @pytest.mark.parametrize("loss", sorted(LOSSES))
 def test_the_token_budget_does_not_change_gradients(loss):
-    lists, policy = random_lists(9), make_policy(scale=0.3)
+    lists, policy = random_lists(7), make_policy(scale=0.3)
     whole, logs = gradients(policy, loss, 10**6, lists, imitate="all")
     assert max(float(g.abs().max()) for g in whole.values()) > 1e-3
     scale = max(float(g.abs().max()) for g in whole.values())
-    for budget in (1, 40, 120):  # rows one by one, split lists, several lists
+    for budget in (1, 60):  # row by row; some lists split, others together
         split, split_logs = gradients(policy, loss, budget, lists, imitate="all")
         for name in whole:
             torch.testing.assert_close(split[name] / scale, whole[name] / scale, atol=2e-5, rtol=1e-3)
@@ -246,15 +246,14 @@ def test_lists_are_split_only_where_one_alone_is_over_the_budget(monkeypatch):
         return original(prompts, responses, allowed, values)
 
     monkeypatch.setattr(policy, "score", score)
-    budget = 60
+    budget, sizes = 60, {}
+    for one in lists:
+        responses, shared = [*one.candidates, one.reference], len(one.prompt) - 1 if len(one.prompt) > 8 else 0
+        width = len(one.prompt) - shared + max(map(len, responses))
+        sizes[tuple(one.prompt)] = shared + len(responses) * width
     gradients(policy, "tuna", budget, lists)
-    rows = {
-        tuple(one.prompt): (len(one.candidates) + 1)
-        * (len(one.prompt) + max(map(len, [*one.candidates, one.reference])))
-        for one in lists
-    }
-    assert min(rows.values()) <= budget < max(rows.values())
-    for prompt, size in rows.items():
+    assert min(sizes.values()) <= budget < max(sizes.values())
+    for prompt, size in sizes.items():
         reads = sum(any(tuple(p) == prompt for p in call) for call in calls)
         assert reads == 1 if size <= budget else reads >= 4  # parts are read again in the backward pass
     assert len([call for call in calls if len({tuple(p) for p in call}) > 1]) > 0
@@ -270,9 +269,7 @@ def test_references_are_computed_once_per_list(monkeypatch):
     assert len(calls) == ranked > 0
 
 
-@pytest.mark.parametrize(
-    ("loss", "dropout", "budget"), [("tuna", 0.0, 1024), ("dpo", 0.0, 50), ("dpo", 0.2, 50), ("spin", 0.2, 1024)]
-)
+@pytest.mark.parametrize(("loss", "dropout", "budget"), [("tuna", 0.0, 1024), ("dpo", 0.0, 50), ("spin", 0.2, 50)])
 def test_a_resumed_training_is_the_undisturbed_one(tmp_path, loss, dropout, budget):
     def start():
         torch.manual_seed(3)
@@ -327,11 +324,11 @@ def ruled_lists(count, seed):
 @pytest.mark.parametrize("loss", sorted(set(LOSSES) - {"spin"}))
 def test_held_out_candidates_are_ranked_by_the_rule(loss):
     held_out, policy = ruled_lists(20, seed=1), make_policy(rank=8)
-    ratio = LOSSES[loss].needs_reference_policy
-    before = 0.0 if ratio else tau(policy, held_out, ratio)
-    options = {"beta": 0.1} if loss == "sppo" else {}  # at the published 0.001 targets are hundreds of nats away
-    RankingTrainer(policy, loss=loss, learning_rate=1e-2, batch_size=16, epochs=3, **options).fit(ruled_lists(160, 0))
-    assert before < 0.6 and tau(policy, held_out, ratio) > 0.8
+    ratio = LOSSES[loss].needs_reference_policy  # at first all log-ratios are 0
+    assert ratio or tau(policy, held_out, ratio) < 0.6
+    options = {"beta": 0.005} if loss == "sppo" else {}  # the published 0.001 has targets a hundred nats away
+    RankingTrainer(policy, loss=loss, learning_rate=1e-2, batch_size=16, epochs=3, **options).fit(ruled_lists(96, 0))
+    assert tau(policy, held_out, ratio) > 0.8
 
 
 def test_spin_moves_towards_the_references():
