@@ -29,7 +29,10 @@ LARGEST_SCORE = 32.0
 
 @dataclass(frozen=True)
 class RankedCandidates:
-    """Candidate responses to one prompt, and which are better; ``ranks`` or ``scores`` say so, not both."""
+    """Candidate responses to one prompt, and which are better; ``ranks`` or ``scores`` say so, not both.
+
+    The loss ``spin`` takes no notice of which: all of them are worse than the reference.
+    """
 
     prompt: Sequence[int]
     """Token ids."""
@@ -189,7 +192,7 @@ class RankingTrainer(SupervisedTrainer):
     # --- data --------------------------------------------------------------------------------------------------------
 
     def _check(self, one: RankedCandidates, name: str) -> None:
-        loss, limit = self.settings.loss, self.policy.lm.context_length
+        loss, limit, vocabulary = self.settings.loss, self.policy.lm.context_length, len(self.policy.lm.tokenizer)
         if not len(one.prompt):
             raise InputError(f"{name} has an empty prompt: give it at least one token")
         if not len(one.candidates):
@@ -205,6 +208,9 @@ class RankingTrainer(SupervisedTrainer):
                     f"{name}: prompt and {kind} have {len(one.prompt)} + {len(response)} tokens, "
                     f"{self.policy.lm.name} reads {limit}: shorten or leave it out"
                 )
+        ids = np.concatenate([np.asarray(one.prompt), *(np.asarray(response) for _, response in named)])
+        if ids.min() < 0 or ids.max() >= vocabulary:
+            raise InputError(f"{name} has a token id outside 0 to {vocabulary - 1}: use the policy's own tokenizer")
         if (one.ranks is None) == (one.scores is None):
             raise InputError(f"{name} needs ranks or scores, not both")
         values = np.asarray(one.ranks if one.scores is None else one.scores, np.float64)

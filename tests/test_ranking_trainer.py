@@ -120,6 +120,8 @@ def test_a_reference_policy_must_be_there():
         ({"candidates": [[BLUE], []]}, "tuna", "list 1: the candidate 1 has no token"),
         ({"reference": []}, "tuna", "list 1: the reference has no token"),
         ({"candidates": [[BLUE], [RED] * 63]}, "tuna", r"candidate 1 have 2 \+ 63 tokens, tiny reads 64"),
+        ({"candidates": [[BLUE], [UNK + 1]]}, "tuna", "list 1 has a token id outside 0 to 6"),
+        ({"reference": [-1]}, "tuna", "list 1 has a token id outside"),
         ({"ranks": None}, "tuna", "needs ranks or scores, not both"),
         ({"scores": [0, 1]}, "tuna", "needs ranks or scores, not both"),
         ({"ranks": [1]}, "tuna", "one finite rank or score for each of its 2 candidates"),
