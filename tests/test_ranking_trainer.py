@@ -323,7 +323,10 @@ def ruled_lists(count, seed):
     return lists
 
 
-@pytest.mark.parametrize("loss", ["tuna", "dpo", "ipo", "sppo", "lipo_lambda"])
+SLOW = [pytest.param(loss, marks=pytest.mark.slow) for loss in ("ipo", "sppo", "tuna_released")]
+
+
+@pytest.mark.parametrize("loss", ["tuna", "dpo", "lipo_lambda", *SLOW])
 def test_held_out_candidates_are_ranked_by_the_rule(loss):
     held_out, policy = ruled_lists(20, seed=1), make_policy(rank=8)
     ratio = LOSSES[loss].needs_reference_policy  # at first all log-ratios are 0
