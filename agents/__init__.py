@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .grpo import GRPO, RLOO
     from .language_model import LanguageModelPolicy, LoraSettings
     from .ppo import TokenPPO
+    from .ranking import RankedCandidates, RankingTrainer
     from .reward_modelling import RewardTrainer, TokenizedPair, evaluate_reward_model, tokenize_pairs
     from .sft import SFT, Demonstration
 
@@ -22,6 +23,8 @@ _LAZY = {
     "Demonstration": "sft",
     "LanguageModelPolicy": "language_model",
     "LoraSettings": "language_model",
+    "RankedCandidates": "ranking",
+    "RankingTrainer": "ranking",
     "RewardTrainer": "reward_modelling",
     "TokenPPO": "ppo",
     "TokenizedPair": "reward_modelling",
@@ -40,6 +43,8 @@ __all__ = [
     "LanguageModelPolicy",
     "LoraSettings",
     "RandomAgent",
+    "RankedCandidates",
+    "RankingTrainer",
     "RewardTrainer",
     "RoundRobinAgent",
     "ScheduleAgent",
