@@ -25,7 +25,7 @@ from .run_folder import read_json
 from .teaching import TeachingOptions, in_time, teach
 
 RANDOM = "random"
-CALLS = {"smoke": 150, "report": 1600}
+CALLS = {"smoke": 190, "report": 1600}
 EPISODES = {"smoke": 4, "report": 48}
 COPIES = {"smoke": 6, "report": 16}
 """Episodes side by side in training, and seeds in generation: their requests share a batch."""
@@ -98,7 +98,7 @@ class EvolveRun(EvolveTeaching):
     reward: str = "judge + diversity"
     """What the agent is paid, as of 'evolve train'."""
     calls: int = 0
-    """LLM calls per data set, training included. 0: by --scale, 150 or 1600."""
+    """LLM calls per data set, training included. 0: by --scale, 190 or 1600."""
     episodes: int = 0
     """Training of the agent, in episodes. 0: by --scale, 4 or 48."""
 
