@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from rich.console import Console
 
 from ..agents.factory import BASELINES, check_algorithm
-from ..envs.tasks.instruction_pool import held_out, load_tasks
+from ..envs.tasks.instruction_pool import evaluation_split, load_tasks
 from ..llm_backends.errors import InputError
 from .evolve_compare import EvolveCompare
 from .evolve_compare import run as compare
@@ -131,7 +131,7 @@ def make_data(options: EvolveRun) -> EvolveCompare:
     """The options of the comparison that makes both data sets; its seeds, those not held out, are written to a file."""
     tasks = load_tasks(options.seeds or None)
     with input_errors():
-        shown, _ = held_out(tasks, 0 if options.tasks else min(options.held_out, len(tasks) // 4))
+        shown, _ = evaluation_split(tasks, 0 if options.tasks else options.held_out)
     seeds = options.root / "seeds.jsonl"
     seeds.parent.mkdir(parents=True, exist_ok=True)
     write_once(seeds, [task.row() for task in shown])

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import gymnasium as gym
 
 from ..envs.tasks.instance_prompts import OWN, instance_prompts, read_response
-from ..envs.tasks.instruction_pool import DEMONSTRATIONS, held_out, load_tasks
+from ..envs.tasks.instruction_pool import DEMONSTRATIONS, evaluation_split, load_tasks
 from ..envs.tasks.prompt_examples import PromptExample
 from ..llm_backends.errors import InputError
 from ..llm_backends.tokenization import Tokenizer
@@ -67,8 +67,8 @@ class InstanceOptions(TrainingOptions):
         tasks = load_tasks(self.instructions or None)
         if any(task.instances for task in tasks):
             with input_errors():
-                kept = min(self.held_out, len(tasks) // 4, max(len(tasks) - DEMONSTRATIONS, 0))
-                hidden = {task.instruction for task in held_out(tasks, kept)[1]}
+                kept = min(self.held_out, max(len(tasks) - DEMONSTRATIONS, 0))
+                hidden = {task.instruction for task in evaluation_split(tasks, kept)[1]}
             examples = [example for example in examples if example.metadata["instruction"] not in hidden]
         if not examples:
             raise InputError(f"{self.instructions or 'the package'} has no instruction for this stage: add some")

@@ -21,7 +21,7 @@ from ..envs.tasks.instruction_pool import (
     DEMONSTRATIONS,
     InstructionPool,
     Task,
-    held_out,
+    evaluation_split,
     instruction_prompt,
     load_tasks,
 )
@@ -116,7 +116,7 @@ def run(options: RefineAFBootstrap, console: Console | None = None) -> dict[str,
     options.check()
     tasks = load_tasks(options.seeds or None)
     with input_errors():
-        shown, held = held_out(tasks, min(options.held_out, len(tasks) // 4))
+        shown, held = evaluation_split(tasks, options.held_out)
         probe = options.roles(None)
     texts = [Instruction(task.instruction, id=task.id) for task in tasks]
     folder = RunFolder(options.run_dir, identity(options, texts), "refine-af bootstrap")

@@ -18,7 +18,7 @@ from ..agents.checkpoints import policy_from, read_state
 from ..agents.language_model import SETTINGS, LanguageModelPolicy
 from ..envs.tasks.instance_prompts import read_response
 from ..envs.tasks.instances import clean
-from ..envs.tasks.instruction_pool import Task, held_out, load_tasks
+from ..envs.tasks.instruction_pool import Task, evaluation_split, load_tasks
 from ..envs.tasks.prompt_examples import PromptExample
 from ..llm_backends import request_seed, resolve
 from ..llm_backends.errors import InputError
@@ -221,7 +221,7 @@ def _seed_rows(options: RefineAFGenerate) -> list[dict[str, Any]]:
         return []
     tasks = load_tasks(options.seeds)
     with input_errors():
-        shown, _ = held_out(tasks, min(options.held_out, len(tasks) // 4))
+        shown, _ = evaluation_split(tasks, options.held_out)
     rows = [row for task in shown for row in _instances(task)]
     if not rows:
         raise InputError(f"--seeds {options.seeds} has no instances: give tasks with 'instances', or leave it out")

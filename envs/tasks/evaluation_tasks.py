@@ -17,7 +17,7 @@ from typing import Any
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_user_text, user_text
 from .instruction_data import instances_of, optional_text, read_rows
-from .instruction_pool import DEMONSTRATIONS, Task, held_out, load_tasks
+from .instruction_pool import DEMONSTRATIONS, Task, evaluation_split, load_tasks
 
 HELD_OUT = 40
 
@@ -44,8 +44,9 @@ def load_evaluation_tasks(
         path: a task of Super-NaturalInstructions (``taskNNN_*.json``) or a folder of them, the user-oriented
             instructions (JSONL with ``motivation_app``), or seed tasks in Self-Instruct's format; None for the
             package's own seed tasks.
-        held: of seed tasks, take this many by :func:`~instructgym.envs.tasks.instruction_pool.held_out`, but a quarter
-            of all at most, which are those that ``refine-af bootstrap`` never shows; 0 takes all.
+        held: of seed tasks, take this many by
+            :func:`~instructgym.envs.tasks.instruction_pool.evaluation_split`, which are those that ``refine-af
+            bootstrap`` never shows: a quarter of all at most; 0 takes all.
         names: a file with one task name a line, for instance Super-NaturalInstructions' list of test tasks: take those
             alone.
 
@@ -90,7 +91,7 @@ def _read(path: Path | None, held: int) -> list[EvaluationTask]:
 def _seed_tasks(tasks: Sequence[Task], held: int, where: str) -> list[EvaluationTask]:
     if held and len(tasks) <= DEMONSTRATIONS:
         raise InputError(f"{where} holds {len(tasks)} tasks, too few to hold any out: take all, with --held-out 0")
-    chosen = held_out(tasks, min(held, len(tasks) // 4, len(tasks) - DEMONSTRATIONS))[1] if held else tasks
+    chosen = evaluation_split(tasks, min(held, len(tasks) - DEMONSTRATIONS))[1] if held else tasks
     for task in chosen:
         if not task.instances or not all(instance.output.strip() for instance in task.instances):
             raise InputError(f"{where}: task {task.id!r} needs 'instances' with an 'output' each that is not empty")

@@ -135,6 +135,15 @@ def held_out(tasks: Sequence[Task], n: int = 40) -> tuple[list[Task], list[Task]
     )
 
 
+def evaluation_split(tasks: Sequence[Task], n: int) -> tuple[list[Task], list[Task]]:
+    """As :func:`held_out`, but at most a quarter: what all stages of an experiment keep apart.
+
+    Raises:
+        ValueError: likewise.
+    """
+    return held_out(tasks, min(n, len(tasks) // 4))
+
+
 class InstructionPool:
     """Seed tasks and the machine-made ones that were accepted.
 
