@@ -21,7 +21,7 @@ from ..envs.tasks.evaluation_tasks import HELD_OUT, EvaluationTask, load_evaluat
 from ..envs.tasks.instruction_data import DataLayout, InstructionExample, prompt_text
 from ..envs.tasks.prompt_examples import PromptExample
 from ..llm_backends.errors import InputError
-from ..llm_backends.records import append_lines, read_records
+from ..llm_backends.records import read_records, write_lines
 from ..rewards import Sample, Score
 from .arms import Arm, common_layout, find_arms, seen_in_training
 from .evaluation_report import plot_rouge, tables
@@ -113,9 +113,7 @@ def run(options: Evaluate, console: Console | None = None) -> dict[str, Any]:
             console.print(f"out of time: repeat the command to go on with {options.run_dir}")
             return opened.folder.finish({}, {}, status="stopped")
         rows = _scored(kept, answered)
-        predictions = opened.folder.file(PREDICTIONS)
-        predictions.unlink(missing_ok=True)  # a run that was stopped while it wrote them
-        append_lines(predictions, rows)
+        write_lines(opened.folder.file(PREDICTIONS), rows)
         names = [row["task"] for row in rows]
         scores = {arm.name: task_scores(names, [row["arms"][arm.name]["rouge_l"] for row in rows]) for arm in arms}
         write_json(opened.folder.file("tasks.json"), scores)

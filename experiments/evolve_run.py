@@ -18,10 +18,9 @@ from ..envs.tasks.instruction_pool import evaluation_split, load_tasks
 from ..llm_backends.errors import InputError
 from .evolve_compare import EvolveCompare
 from .evolve_compare import run as compare
-from .finetune import write_once
 from .options import input_errors, parse_part, parse_reward
 from .query_accounting import EVOL_INSTRUCT_CALLS
-from .run_folder import read_json
+from .run_folder import read_json, write_once
 from .teaching import TeachingOptions, in_time, teach
 
 RANDOM = "random"
@@ -133,7 +132,6 @@ def make_data(options: EvolveRun) -> EvolveCompare:
     with input_errors():
         shown, _ = evaluation_split(tasks, 0 if options.tasks else options.held_out)
     seeds = options.root / "seeds.jsonl"
-    seeds.parent.mkdir(parents=True, exist_ok=True)
     write_once(seeds, [task.row() for task in shown])
     return EvolveCompare(
         run_dir=str(options.root / "compare"),

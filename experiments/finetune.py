@@ -5,7 +5,6 @@ What the data teach is then measured by ``instructgym evaluate``, what they give
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +25,9 @@ from ..envs.tasks.instruction_data import (
 )
 from ..llm_backends import request_seed
 from ..llm_backends.errors import InputError
-from ..llm_backends.records import read_records
 from ..llm_backends.tokenization import Tokenizer
 from .options import check_counts
+from .run_folder import write_once
 from .stages import TrainingOptions, stage, tokenizer_of
 
 TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
@@ -216,18 +215,3 @@ def run(options: Finetune, console: Console | None = None) -> dict[str, Any]:
         opened.tracker.summary(results["metrics"])
         console.print(f"trained on {len(chosen)} rows in {opened.seconds:.0f} s, loss {trainer.loss:.3f}")
         return results
-
-
-def write_once(path: Path, rows: Sequence[dict[str, str]]) -> None:
-    """Writes the rows in one move; those of a run that is resumed must be the same.
-
-    Raises:
-        InputError: if they are not.
-    """
-    if path.exists():
-        if read_records(path) != list(rows):
-            raise InputError(f"the data have changed since {path} was written: choose another --run-dir")
-        return
-    scratch = path.with_name(path.name + ".part")
-    scratch.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-    scratch.replace(path)

@@ -22,7 +22,7 @@ from ..envs.tasks.instruction_pool import Task, evaluation_split, load_tasks
 from ..envs.tasks.prompt_examples import PromptExample
 from ..llm_backends import request_seed, resolve
 from ..llm_backends.errors import InputError
-from ..llm_backends.records import append_lines, read_records
+from ..llm_backends.records import read_records, write_lines
 from ..rewards import Reward, Sample
 from ..rewards.instance_format import Instance
 from .evolve_generate import FORMATS, in_format
@@ -124,8 +124,8 @@ def run(options: RefineAFGenerate, console: Console | None = None) -> dict[str, 
             return opened.folder.finish({}, {"responses": done}, status="stopped")
         accepted, rejected = _cleaned(written, options.samples)
         exported = [in_format(row, options.format) | _origin(row) for row in [*seeds, *accepted]]
-        _write_rows(opened.folder.file("rejected.jsonl"), rejected)
-        _write_rows(options.target, exported)
+        write_lines(opened.folder.file("rejected.jsonl"), rejected)
+        write_lines(options.target, exported)
         results = opened.folder.finish(
             _metrics(options, written, accepted, rejected),
             {
@@ -236,16 +236,6 @@ def _instances(task: Task) -> Iterator[dict[str, Any]]:
 def _origin(row: Mapping[str, Any]) -> dict[str, Any]:
     """Where a row of the data set comes from."""
     return {"id": row["id"], "source": row.get("source", "generated"), "reward": row.get("reward")}
-
-
-def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes a file in one move: it depends on the responses alone, and replaces that of a start that was killed."""
-    scratch = path.with_name(path.name + ".part")
-    scratch.unlink(missing_ok=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch.touch()
-    append_lines(scratch, rows)
-    scratch.replace(path)
 
 
 def _metrics(

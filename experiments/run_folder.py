@@ -16,7 +16,7 @@ from rich.console import Console
 
 from ..agents.callbacks import StepProgress
 from ..llm_backends.errors import InputError
-from ..llm_backends.records import append_lines, read_records
+from ..llm_backends.records import append_lines, read_records, write_lines
 
 PACKAGES = ("instructgym", "gymnasium", "stable-baselines3", "sb3-contrib", "torch", "transformers", "numpy")
 
@@ -163,6 +163,19 @@ class RowWriter:
                 "machine has changed since; choose another folder or output"
             )
         return False
+
+
+def write_once(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes the rows in one move; those of a run that is resumed must be the same.
+
+    Raises:
+        InputError: if they are not.
+    """
+    if path.exists():
+        if read_records(path) != list(rows):
+            raise InputError(f"the data have changed since {path} was written: choose another --run-dir")
+        return
+    write_lines(path, rows)
 
 
 def chunked_rows(

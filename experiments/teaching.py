@@ -26,12 +26,12 @@ from ..llm_backends.errors import InputError
 from ..rewards import RougeGate
 from .evaluate import Evaluate
 from .evaluate import run as evaluate
-from .finetune import Finetune, usable_rows, write_once
+from .finetune import Finetune, usable_rows
 from .finetune import run as finetune
 from .options import SCALES, check_counts, check_output, input_errors
 from .privacy import Privacy
 from .privacy import run as privacy
-from .run_folder import RunFolder, read_json
+from .run_folder import RunFolder, read_json, write_once
 from .stages import tokenizer_of
 from .teaching_report import report
 from .token_training import OutOfTimeError
@@ -277,7 +277,6 @@ def _keep_apart(data: Path, out: Path, known: list[str], console: Console) -> No
     kept = [example.row() for example in examples if not gate.rejects(gate.nearest(example.instruction)[0])]
     if len(kept) < len(examples):
         console.print(f"{data}: {len(examples) - len(kept)} rows resemble an evaluation task and are left out")
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_once(out, kept)
 
 

@@ -66,6 +66,17 @@ def append_lines(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
             view = view[file.write(view) :]
 
 
+def write_lines(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes a file of rows in one move, in place of one that is there: it is never seen in part."""
+    path = Path(path)
+    scratch = path.with_name(path.name + ".part")
+    scratch.unlink(missing_ok=True)
+    scratch.parent.mkdir(parents=True, exist_ok=True)
+    scratch.touch()
+    append_lines(scratch, rows)
+    scratch.replace(path)
+
+
 def read_user_text(path: str | Path, option: str = "") -> str:
     """A user's text file: UTF-8, with or without a byte order mark.
 
