@@ -110,8 +110,7 @@ def run(options: Evaluate, console: Console | None = None) -> dict[str, Any]:
         try:
             answered = {arm.name: _answers(opened, arm, layout, kept, options, console) for arm in arms}
         except OutOfTimeError:
-            console.print(f"out of time: repeat the command to go on with {options.run_dir}")
-            return opened.folder.finish({}, {}, status="stopped")
+            return opened.stopped()
         rows = _scored(kept, answered)
         write_lines(opened.folder.file(PREDICTIONS), rows)
         names = [row["task"] for row in rows]

@@ -70,11 +70,9 @@ def run(options: FineGrainedFIGA, console: Console | None = None) -> dict[str, A
             epochs=options.epochs,
             token_budget=options.token_budget,
         )
-        if not opened.supervised(trainer, pairs, f"figa on {len(pairs)} pairs"):
-            console.print(f"out of time: repeat the command to go on with {options.run_dir}")
-            return opened.folder.finish({}, {}, status="stopped")
-        if not opened.processes.is_main:
-            return opened.folder.finish({}, {}, status="helper")
+        done = opened.supervised(trainer, pairs, f"figa on {len(pairs)} pairs")
+        if (results := opened.unfinished(done)) is not None:
+            return results
         policy.save(opened.folder.file("policy", "policy.json").parent)
         return opened.folder.finish(
             {"loss": trainer.loss},

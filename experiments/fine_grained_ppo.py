@@ -124,11 +124,9 @@ def run(options: FineGrainedPPO, console: Console | None = None) -> dict[str, An
             lam=options.lam,
             token_budget=options.token_budget,
         )
-        if not opened.learn(agent, options.updates, options.arm or f"ppo, {level}"):
-            console.print(f"out of time: repeat the command to go on with {options.run_dir}")
-            return opened.folder.finish({}, {}, status="stopped")
-        if not opened.processes.is_main:
-            return opened.folder.finish({}, {}, status="helper")
+        done = opened.learn(agent, options.updates, options.arm or f"ppo, {level}")
+        if (results := opened.unfinished(done)) is not None:
+            return results
         policy.save(opened.folder.file("policy", "policy.json").parent)
         return opened.folder.finish(
             {},

@@ -109,11 +109,9 @@ def run(options: FineGrainedRewardModel, console: Console | None = None) -> dict
             token_budget=options.token_budget,
             unchanged_penalty=options.unchanged_penalty if options.level == "token" else 0.0,
         )
-        if not opened.supervised(trainer, train, f"{options.level} reward model"):
-            console.print(f"out of time: repeat the command to go on with {options.run_dir}")
-            return opened.folder.finish({}, {}, status="stopped")
-        if not opened.processes.is_main:
-            return opened.folder.finish({}, {}, status="helper")
+        done = opened.supervised(trainer, train, f"{options.level} reward model")
+        if (results := opened.unfinished(done)) is not None:
+            return results
         model.save(opened.folder.file("model", "config.json").parent)
         measured = evaluate_reward_model(model, held_out)
         if options.level == "token":

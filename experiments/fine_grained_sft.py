@@ -84,11 +84,9 @@ def run(options: FineGrainedSFT, console: Console | None = None) -> dict[str, An
         fitting = [one for one in shown if len(one.prompt) + len(one.response) <= options.context_length]
         if not fitting:
             raise InputError(f"no demonstration fits --context-length {options.context_length}")
-        if not opened.supervised(trainer, fitting, f"sft on {options.data}"):
-            console.print(f"out of time: repeat the command to go on with {options.run_dir}")
-            return opened.folder.finish({}, {}, status="stopped")
-        if not opened.processes.is_main:
-            return opened.folder.finish({}, {}, status="helper")
+        done = opened.supervised(trainer, fitting, f"sft on {options.data}")
+        if (results := opened.unfinished(done)) is not None:
+            return results
         policy.save(opened.folder.file("policy", "policy.json").parent)
         return opened.folder.finish(
             {"loss": trainer.loss},

@@ -194,11 +194,9 @@ def run(options: Finetune, console: Console | None = None) -> dict[str, Any]:
             token_budget=options.token_budget,
         )
         chosen = [shown[i] for i in rows.train]
-        if not opened.supervised(trainer, chosen, f"fine-tuning on {Path(options.data).name}"):
-            console.print(f"out of time: repeat the command to go on with {options.run_dir}")
-            return opened.folder.finish({}, {}, status="stopped")
-        if not opened.processes.is_main:
-            return opened.folder.finish({}, {}, status="helper")
+        done = opened.supervised(trainer, chosen, f"fine-tuning on {Path(options.data).name}")
+        if (results := opened.unfinished(done)) is not None:
+            return results
         policy.save(opened.folder.file("policy", "policy.json").parent)
         results = opened.folder.finish(
             {"loss": trainer.loss},

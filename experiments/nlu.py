@@ -269,11 +269,8 @@ class _Run:
         if options.method in ("sft", *AGENTS):
             done = self._train(policy, data, counts)
             counts["train_seconds"] = self.training.seconds
-            if not done:
-                self.console.print(f"out of time: repeat the command to go on with {self.folder.path}")
-                return self.folder.finish({}, counts, status="stopped")
-            if not self.processes.is_main:
-                return self.folder.finish({}, counts, status="helper")
+            if (results := self.training.unfinished(done, counts)) is not None:
+                return results
             policy.save(self.folder.file("policy", "policy.json").parent)
         metrics = {}
         for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):

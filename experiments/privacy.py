@@ -121,8 +121,7 @@ def run(options: Privacy, console: Console | None = None) -> dict[str, Any]:
             return opened
         scores = _scores(options, opened, arms)
         if scores is None:
-            console.print(f"out of time: repeat the command to go on with {options.run_dir}")
-            return opened.folder.finish({}, {}, status="stopped")
+            return opened.stopped()
         metrics = {arm.name: _measured(scores[arm.name], options) for arm in arms}
         figure = plot_roc(scores, opened.folder.file("figures", "roc.png"))
         counts = {arm.name: {side: len(side_of(scores[arm.name], side)) for side in SIDES} for arm in arms}

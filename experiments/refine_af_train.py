@@ -129,11 +129,9 @@ def run(options: RefineAFTrain, console: Console | None = None) -> dict[str, Any
             kl_coefficient=options.kl_coefficient,
             token_budget=options.token_budget,
         )
-        if not opened.learn(agent, updates, "ppo on instances"):
-            console.print(f"out of time: repeat the command to go on with {options.run_dir}")
-            return opened.folder.finish({}, {}, status="stopped")
-        if not opened.processes.is_main:
-            return opened.folder.finish({}, {}, status="helper")
+        done = opened.learn(agent, updates, "ppo on instances")
+        if (results := opened.unfinished(done)) is not None:
+            return results
         policy.save(opened.folder.file("policy", "policy.json").parent)
         return _finish(opened, agent, console)
 

@@ -6,8 +6,6 @@ evaluation on held-out tasks, membership inference. Everything lies in one folde
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from abc import ABC, abstractmethod
@@ -32,7 +30,7 @@ from .options import SCALES, check_counts, check_output, input_errors
 from .privacy import Privacy
 from .privacy import run as privacy
 from .run_folder import RunFolder, read_json, write_once
-from .stages import tokenizer_of
+from .stages import digest, tokenizer_of
 from .teaching_report import report
 from .token_training import OutOfTimeError
 from .tracking import check_tracker
@@ -157,8 +155,8 @@ class TeachingOptions(ABC):
 
     def identity(self) -> dict[str, Any]:
         """What may not change between the stages of one experiment."""
-        asked = json.dumps([[task.name, task.instruction] for task in self.evaluation_tasks()])
-        return {"model": self.model, "evaluation_tasks": hashlib.sha256(asked.encode()).hexdigest()[:16]}
+        asked = digest([[task.name, task.instruction] for task in self.evaluation_tasks()])
+        return {"model": self.model, "evaluation_tasks": asked}
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -257,7 +255,8 @@ def finetune_arms(options: TeachingOptions, console: Console) -> None:
         for arm, path in options.data.items():
             _keep_apart(path, options.root / "data" / f"{arm}.jsonl", known, console)
         runs = options.runs()
-        usable = {run.data: usable_rows(run) for run in runs.values()}
+        by_data = {run.data: run for run in runs.values()}  # all seeds of an arm read the same
+        usable = {data: usable_rows(run) for data, run in by_data.items()}
         size = options.size or min(*usable.values(), MOST_ROWS[options.scale])
         small = [f"{Path(data).stem} has {count}" for data, count in usable.items() if count < max(size, LEAST_ROWS)]
         if small:

@@ -139,6 +139,25 @@ class TokenTraining:
             trainer.fit(examples, step)  # type: ignore[attr-defined]
         return not (tracked and stopped)
 
+    def stopped(self, counts: Mapping[str, Any] = {}) -> dict[str, Any]:
+        """Says that the time is over, and leaves the run open for resumption."""
+        self.console.print(f"out of time: repeat the command to go on with {self.folder.path}")
+        return self.folder.finish({}, counts, status="stopped")
+
+    def unfinished(self, done: bool, counts: Mapping[str, Any] = {}) -> dict[str, Any] | None:
+        """What a stage returns behind a training that was cut short, or in a process that only helped.
+
+        Args:
+            done: whether the training came to its end.
+            counts: what the results are to keep.
+
+        Returns:
+            The results; None where the stage goes on.
+        """
+        if not done:
+            return self.stopped(counts)
+        return None if self.processes.is_main else self.folder.finish({}, counts, status="helper")
+
     def check_time(self) -> None:
         """Called before every piece of work that is kept whole.
 
