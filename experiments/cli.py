@@ -39,6 +39,13 @@ from . import (
     refine_af_train,
     serve_check,
     teaching,
+    tuna_candidates,
+    tuna_evaluate,
+    tuna_ppo,
+    tuna_rank,
+    tuna_report,
+    tuna_run,
+    tuna_train,
 )
 from .benchmarks import backend, dense_reward, edit_env, rollouts, token_env, token_learning, token_ppo
 from .benchmarks.backend import BenchBackend
@@ -72,6 +79,14 @@ from .refine_af_generate import RefineAFGenerate
 from .refine_af_run import RefineAFEvaluate, RefineAFFinetune, RefineAFReport, RefineAFRun
 from .refine_af_train import RefineAFTrain
 from .serve_check import ServeCheck
+from .time_limit import in_time
+from .tuna_candidates import TunaCandidates
+from .tuna_evaluate import TunaEvaluate
+from .tuna_ppo import TunaPPO
+from .tuna_rank import TunaRank
+from .tuna_report import TunaReport
+from .tuna_run import TunaRun
+from .tuna_train import TunaTrain
 
 if TYPE_CHECKING:
     EvolveCommand = (
@@ -186,6 +201,27 @@ class RefineAF:
     command: RefineAFCommand
 
 
+if TYPE_CHECKING:
+    TunaCommand = TunaRun | TunaCandidates | TunaRank | TunaTrain | TunaPPO | TunaEvaluate | TunaReport
+else:
+    TunaCommand = (
+        Annotated[TunaRun, tyro.conf.subcommand("run")]
+        | Annotated[TunaCandidates, tyro.conf.subcommand("candidates")]
+        | Annotated[TunaRank, tyro.conf.subcommand("rank")]
+        | Annotated[TunaTrain, tyro.conf.subcommand("train")]
+        | Annotated[TunaPPO, tyro.conf.subcommand("ppo")]
+        | Annotated[TunaEvaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[TunaReport, tyro.conf.subcommand("report")]
+    )
+
+
+@dataclass
+class Tuna:
+    """Tuna: candidate responses are ranked by likelihood or by a judge, and a policy learns from the rankings."""
+
+    command: TunaCommand
+
+
 @dataclass
 class JudgeList:
     """List the judges."""
@@ -265,6 +301,7 @@ if TYPE_CHECKING:
         | Understanding
         | FineGrained
         | RefineAF
+        | Tuna
         | Finetune
         | Evaluate
         | Privacy
@@ -279,6 +316,7 @@ else:
         | Annotated[Understanding, tyro.conf.subcommand("nlu")]
         | Annotated[FineGrained, tyro.conf.subcommand("fine-grained")]
         | Annotated[RefineAF, tyro.conf.subcommand("refine-af")]
+        | Annotated[Tuna, tyro.conf.subcommand("tuna")]
         | Annotated[Finetune, tyro.conf.subcommand("finetune")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Privacy, tyro.conf.subcommand("privacy")]
@@ -333,8 +371,8 @@ RUNS: dict[type, Callable[[Any, Console], Any]] = {
     EvolveGenerate: evolve_generate.run,
     EvolveCompare: evolve_compare.run,
     EvolveRun: evolve_run.run,
-    EvolveFinetune: teaching.in_time(teaching.finetune_arms),
-    EvolveEvaluate: teaching.in_time(teaching.evaluate_arms),
+    EvolveFinetune: in_time(teaching.finetune_arms),
+    EvolveEvaluate: in_time(teaching.evaluate_arms),
     EvolveReport: teaching.write_report,
     QueryAccounting: query_accounting.run,
     Finetune: finetune.run,
@@ -346,10 +384,17 @@ RUNS: dict[type, Callable[[Any, Console], Any]] = {
     RefineAFBootstrap: refine_af_bootstrap.run,
     RefineAFTrain: refine_af_train.run,
     RefineAFGenerate: refine_af_generate.run,
-    RefineAFFinetune: teaching.in_time(teaching.finetune_arms),
-    RefineAFEvaluate: teaching.in_time(teaching.evaluate_arms),
+    RefineAFFinetune: in_time(teaching.finetune_arms),
+    RefineAFEvaluate: in_time(teaching.evaluate_arms),
     RefineAFReport: teaching.write_report,
     RefineAFFilters: lambda options, console: list_filters(console),
+    TunaRun: tuna_run.run,
+    TunaCandidates: tuna_candidates.run,
+    TunaRank: tuna_rank.run,
+    TunaTrain: tuna_train.run,
+    TunaPPO: tuna_ppo.run,
+    TunaEvaluate: tuna_evaluate.run,
+    TunaReport: tuna_report.run,
     JudgeCalibrate: judge.run,
     FineGrainedRun: fine_grained_run.run,
     FineGrainedSFT: fine_grained_sft.run,

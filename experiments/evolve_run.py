@@ -21,7 +21,8 @@ from .evolve_compare import run as compare
 from .options import input_errors, parse_part, parse_reward
 from .query_accounting import EVOL_INSTRUCT_CALLS
 from .run_folder import read_json, write_once
-from .teaching import TeachingOptions, in_time, teach
+from .teaching import TeachingOptions, teach
+from .time_limit import in_time
 
 RANDOM = "random"
 CALLS = {"smoke": 190, "report": 1600}
@@ -122,7 +123,7 @@ def _run(options: EvolveRun, console: Console) -> dict[str, Any]:
         console.print(f"would make data with {options.algorithm} and at random, and compare them in {options.root}")
         return {}
     with options.opened():
-        options.stage(compare, make_data(options), console)
+        options.time_limit.run(compare, make_data(options), console)
     return teach(options, console)
 
 

@@ -24,7 +24,8 @@ from .refine_af_generate import run as generate
 from .refine_af_train import RefineAFTrain
 from .refine_af_train import run as train
 from .run_folder import read_json
-from .teaching import TeachingOptions, in_time, teach
+from .teaching import TeachingOptions, teach
+from .time_limit import in_time
 
 SELF_INSTRUCT, REFINE_AF = "self-instruct", "refine-af"
 TARGET = {"smoke": 12, "report": 300}
@@ -131,10 +132,10 @@ def _run(options: RefineAFRun, console: Console) -> dict[str, Any]:
         console.print(f"then training, two data sets, fine-tuning and evaluation, in {options.root}")
         return {}
     with options.opened():
-        options.stage(bootstrap, first, console)
-        options.stage(train, second, console)
+        options.time_limit.run(bootstrap, first, console)
+        options.time_limit.run(train, second, console)
         for one in generations:
-            options.stage(generate, one, console)
+            options.time_limit.run(generate, one, console)
     return teach(options, console)
 
 

@@ -7,12 +7,10 @@ evaluation on held-out tasks, membership inference. Everything lies in one folde
 from __future__ import annotations
 
 import math
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -32,7 +30,7 @@ from .privacy import run as privacy
 from .run_folder import RunFolder, read_json, write_once
 from .stages import digest, tokenizer_of
 from .teaching_report import report
-from .token_training import OutOfTimeError
+from .time_limit import TimeLimit
 from .tracking import check_tracker
 
 SFT_SEEDS = {"smoke": 1, "report": 3}
@@ -91,7 +89,7 @@ class TeachingOptions(ABC):
     """Check the options, load no model."""
 
     def __post_init__(self) -> None:
-        self._begun = time.monotonic()
+        self.time_limit = TimeLimit(self.minutes)
 
     def check(self) -> None:
         """Refuses what can be refused without a model, the evaluation tasks and the options of later stages included.
@@ -168,20 +166,6 @@ class TeachingOptions(ABC):
         with RunFolder(self.root, self.identity(), self.name).opened():
             yield
 
-    def stage(self, run: Callable[[Any, Console], dict[str, Any]], options: Any, console: Console) -> dict[str, Any]:
-        """Runs a stage in what is left of the time.
-
-        Raises:
-            OutOfTimeError: if nothing is left, or the stage has not come to its end.
-        """
-        left = self.minutes - (time.monotonic() - self._begun) / 60 if self.minutes else 0.0
-        if self.minutes and left <= 0:
-            raise OutOfTimeError
-        results = run(replace(options, minutes=left), console)
-        if results.get("status") == "stopped":
-            raise OutOfTimeError
-        return results
-
     def runs(self) -> dict[str, Finetune]:
         """Fine-tuning of every arm under every seed, by the names of the models; sizes are left open."""
         seeds = range(self.sft_seeds or SFT_SEEDS[self.scale])
@@ -209,20 +193,6 @@ class TeachingOptions(ABC):
 def _context(options: TeachingOptions, stage: type[Finetune | Evaluate]) -> int:
     """A stage's own limit, or the model's where that is smaller."""
     return min(stage.context_length, tokenizer_of(options.model).context_length)
-
-
-def in_time(work: Callable[[Any, Console], Any]) -> Callable[[Any, Console], Any]:
-    """The same work, which says so where the time is over, and then returns ``{"status": "stopped"}``."""
-
-    @wraps(work)
-    def run(options: TeachingOptions, console: Console) -> Any:
-        try:
-            return work(options, console)
-        except OutOfTimeError:
-            console.print(f"out of time: the same command goes on in {options.root}")
-            return {"status": "stopped"}
-
-    return run
 
 
 def teach(options: TeachingOptions, console: Console) -> dict[str, Any]:
@@ -266,7 +236,7 @@ def finetune_arms(options: TeachingOptions, console: Console) -> None:
             )
         withheld = max(round(options.withheld * size), 1) if options.withheld else 0
         for run in runs.values():
-            options.stage(finetune, replace(run, limit=size - withheld, holdout=float(withheld)), console)
+            options.time_limit.run(finetune, replace(run, limit=size - withheld, holdout=float(withheld)), console)
 
 
 def _keep_apart(data: Path, out: Path, known: list[str], console: Console) -> None:
@@ -316,9 +286,9 @@ def evaluate_arms(options: TeachingOptions, console: Console) -> None:
         **shared,
     )
     with options.opened():
-        options.stage(evaluate, evaluation, console)
+        options.time_limit.run(evaluate, evaluation, console)
         if options.withheld:
-            options.stage(privacy, Privacy(run_dir=str(options.root / "privacy"), **shared), console)
+            options.time_limit.run(privacy, Privacy(run_dir=str(options.root / "privacy"), **shared), console)
 
 
 def write_report(options: TeachingOptions, console: Console) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from instructgym.experiments.evolve_run import run as evolve
 from instructgym.experiments.refine_af_run import RefineAFFinetune, RefineAFReport, RefineAFRun, stages
 from instructgym.experiments.refine_af_run import run as refine_af
 from instructgym.experiments.run_folder import read_json
+from instructgym.experiments.time_limit import in_time
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.records import append_lines, read_records
 
@@ -132,7 +133,7 @@ def test_a_run_that_is_out_of_time_goes_on(tmp_path, tiny_model_path, monkeypatc
         return results
 
     monkeypatch.setattr(teaching, "finetune", slow)
-    assert teaching.in_time(teaching.finetune_arms)(options, QUIET) == {"status": "stopped"}
+    assert in_time(teaching.finetune_arms)(options, QUIET) == {"status": "stopped"}
     assert len(models) == 1
     monkeypatch.setattr(teaching, "finetune", real)
     teaching.finetune_arms(replace(options, minutes=0.0), QUIET)

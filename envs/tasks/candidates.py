@@ -77,11 +77,19 @@ class Candidates:
     """Largest ROUGE-L F-measure of two of them; None where there are no texts."""
     errors: tuple[BackendError, ...] = ()
     """Of the tries that failed."""
+    finished: tuple[bool, ...] = ()
+    """n: whether the writer ended the response, not the limit of tokens."""
 
     @property
     def distinct(self) -> tuple[str, ...]:
         """Those that say something, without those that repeat an earlier one up to white space; in order."""
-        return tuple(text for text in distinct_texts(self.texts)[0] if text.strip())
+        return tuple(self.texts[number] for number in self.chosen)
+
+    @property
+    def chosen(self) -> tuple[int, ...]:
+        """Numbers of the responses in :attr:`distinct`."""
+        twins = distinct_texts(self.texts)[1]
+        return tuple(n for n, text in enumerate(self.texts) if text.strip() and twins.index(twins[n]) == n)
 
 
 def sample_candidates(
@@ -133,8 +141,8 @@ class _Draw:
         self.done = False
         self.tries, self.heat = 0, 0.0
         self.errors: list[BackendError] = []
-        self.best: tuple[float, float, float, tuple[str, ...]] | None = None
-        """Mean and largest ROUGE-L, temperature, texts."""
+        self.best: tuple[float, float, float, tuple[str, ...], tuple[bool, ...]] | None = None
+        """Mean and largest ROUGE-L, temperature, texts, which of them are finished."""
 
     def take(self, heat: float, result: Any, threshold: float) -> None:
         """Looks at what a try gave."""
@@ -148,14 +156,14 @@ class _Draw:
         mean, largest = float(similar.mean()), float(similar.max())
         self.done = largest < threshold - TOLERANCE
         if self.done or self.best is None or mean < self.best[0] - TOLERANCE:
-            self.best = (mean, largest, heat, texts)
+            self.best = (mean, largest, heat, texts, tuple(c.finish_reason != "length" for c in result))
 
     def result(self) -> Candidates:
         """What is kept of it."""
         if self.best is None:
             return Candidates((), self.heat, self.tries, None, tuple(self.errors))
-        _, largest, heat, texts = self.best
-        return Candidates(texts, heat, self.tries, largest, tuple(self.errors))
+        _, largest, heat, texts, finished = self.best
+        return Candidates(texts, heat, self.tries, largest, tuple(self.errors), finished)
 
 
 @dataclass(frozen=True)
