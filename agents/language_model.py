@@ -247,28 +247,24 @@ class LanguageModelPolicy:
 
         Returns:
             float32, each of shape (tokens,), in nats; with a graph of the policy's part where gradients are on.
+
+        Raises:
+            InputError: for a policy without a reference policy.
         """
         if reference_hidden is None:
             reference_hidden = self.reference_hidden(prompts, responses)
         with self._reference() as lm:
-            reference_head = self._output_layer(lm)
+            reference_head = OutputLayer.of(lm)
         with self.adapter(POLICY, torch.is_grad_enabled()) as lm, autocast(self.lm, self.dtype):
             hidden = response_hidden(lm, prompts, responses)
             scale = lm.logit_scale / self.temperature
-            head, ids = self._output_layer(lm), _ids(responses, hidden.device)
+            head, ids = OutputLayer.of(lm), _ids(responses, hidden.device)
             return compared_tokens(hidden, head, reference_hidden, reference_head, ids, scale)
 
     @contextmanager
     def _reference(self) -> Iterator[CausalLM]:
         with self.adapter(self.reference.partition(":")[2] or None) as lm, autocast(self.lm, self.dtype):
             yield lm
-
-    @staticmethod
-    def _output_layer(lm: CausalLM) -> OutputLayer:
-        """Without what pads it beyond the tokenizer, which the sampler leaves out as well."""
-        vocabulary = len(lm.tokenizer)
-        bias = getattr(lm.head, "bias", None)
-        return OutputLayer(lm.head.weight[:vocabulary], None if bias is None else bias[:vocabulary])
 
     def _head(
         self,
@@ -279,7 +275,7 @@ class LanguageModelPolicy:
         entropy_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ids, scale = _ids(responses, hidden.device), lm.logit_scale / self.temperature
-        weight, bias = self._output_layer(lm)
+        weight, bias = OutputLayer.of(lm)
         free = [tokens is None for tokens in allowed]
         if all(free):
             return token_logprobs(hidden, weight, bias, ids, scale, entropy_gradient)

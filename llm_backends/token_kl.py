@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from .causal_lm import CausalLM
 from .token_logprobs import head_dtype, row_chunks
 
 
@@ -17,6 +18,12 @@ class OutputLayer(NamedTuple):
     """Shape (vocabulary, d)."""
     bias: torch.Tensor | None = None
     """Shape (vocabulary,)."""
+
+    @classmethod
+    def of(cls, lm: CausalLM) -> OutputLayer:
+        """A model's own, without what pads it beyond the tokenizer: the sampler leaves that out as well."""
+        vocabulary, bias = len(lm.tokenizer), getattr(lm.head, "bias", None)
+        return cls(lm.head.weight[:vocabulary], None if bias is None else bias[:vocabulary])
 
     @property
     def trained(self) -> bool:
@@ -78,14 +85,15 @@ class _FrozenHeads(torch.autograd.Function):
                 slopes[0, rows] = ((weight[ids[rows]] - mean) * scale).to(slopes.dtype)
                 # A difference of two products would lose in bfloat16 what is left of it while p is close to q.
                 slopes[1, rows] = (probabilities.sub_(targets).to(weight.dtype) @ weight * scale).to(slopes.dtype)
-        ctx.slopes = slopes
+        ctx.save_for_backward(slopes)
         ctx.mark_non_differentiable(chosen_reference)
         return chosen, chosen_reference, kls
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        both = torch.stack([gradients[0], gradients[2]]).unsqueeze(2).to(ctx.slopes.dtype)
-        return (ctx.slopes * both).sum(dim=0), None, None, None, None, None
+        (slopes,) = ctx.saved_tensors
+        both = torch.stack([gradients[0], gradients[2]]).unsqueeze(2).to(slopes.dtype)
+        return (slopes * both).sum(dim=0), None, None, None, None, None
 
 
 def compared_tokens(
