@@ -30,6 +30,7 @@ from ..llm_backends.choices import Choices
 from ..llm_backends.errors import InputError
 from ..llm_backends.sampling import generate
 from ..llm_backends.teacher_forcing import response_hidden
+from ..llm_backends.token_kl import ComparedTokens, OutputLayer, compared_tokens
 from ..llm_backends.token_logprobs import allowed_logprobs, token_logprobs
 from ..llm_backends.tokenization import LoadedTokenizer, Tokenizer
 
@@ -218,9 +219,52 @@ class LanguageModelPolicy:
         allowed: Sequence[Sequence[np.ndarray] | None],
     ) -> torch.Tensor:
         """float32, shape (tokens,): log-probs by the reference policy."""
-        name = self.reference.partition(":")[2] or None
-        with self.adapter(name) as lm, autocast(self.lm, self.dtype):
+        with self._reference() as lm:
             return self._head(lm, response_hidden(lm, prompts, responses), responses, allowed, False)[0]
+
+    @torch.no_grad()
+    def reference_hidden(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> torch.Tensor:
+        """Shape (tokens, d): the reference policy's last hidden states that predict the response tokens."""
+        if self.reference == "none":
+            raise InputError("this policy has no reference policy to compare with")
+        with self._reference() as lm:
+            return response_hidden(lm, prompts, responses)
+
+    def compare(
+        self,
+        prompts: Sequence[np.ndarray],
+        responses: Sequence[np.ndarray],
+        reference_hidden: torch.Tensor | None = None,
+    ) -> ComparedTokens:
+        """Log-probs of responses by the policy and by the reference, and KL(reference || policy) at each token.
+
+        Distributions are those over the whole vocabulary at the policy's temperature; without constraints.
+
+        Args:
+            prompts: n int arrays.
+            responses: n int arrays, none empty.
+            reference_hidden: what :meth:`reference_hidden` gave for them; by default it is computed.
+
+        Returns:
+            float32, each of shape (tokens,), in nats; with a graph of the policy's part where gradients are on.
+
+        Raises:
+            InputError: for a policy without a reference policy.
+        """
+        if reference_hidden is None:
+            reference_hidden = self.reference_hidden(prompts, responses)
+        with self._reference() as lm:
+            reference_head = OutputLayer.of(lm)
+        with self.adapter(POLICY, torch.is_grad_enabled()) as lm, autocast(self.lm, self.dtype):
+            hidden = response_hidden(lm, prompts, responses)
+            scale = lm.logit_scale / self.temperature
+            head, ids = OutputLayer.of(lm), _ids(responses, hidden.device)
+            return compared_tokens(hidden, head, reference_hidden, reference_head, ids, scale)
+
+    @contextmanager
+    def _reference(self) -> Iterator[CausalLM]:
+        with self.adapter(self.reference.partition(":")[2] or None) as lm, autocast(self.lm, self.dtype):
+            yield lm
 
     def _head(
         self,
@@ -230,12 +274,8 @@ class LanguageModelPolicy:
         allowed: Sequence[Sequence[np.ndarray] | None],
         entropy_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        ids = torch.from_numpy(np.concatenate(responses).astype(np.int64)).to(hidden.device)
-        scale = lm.logit_scale / self.temperature
-        # Output layers are often padded beyond the tokenizer: the sampler leaves those rows out as well.
-        vocabulary = len(lm.tokenizer)
-        weight, bias = lm.head.weight[:vocabulary], getattr(lm.head, "bias", None)
-        bias = None if bias is None else bias[:vocabulary]
+        ids, scale = _ids(responses, hidden.device), lm.logit_scale / self.temperature
+        weight, bias = OutputLayer.of(lm)
         free = [tokens is None for tokens in allowed]
         if all(free):
             return token_logprobs(hidden, weight, bias, ids, scale, entropy_gradient)
@@ -349,3 +389,7 @@ class LanguageModelPolicy:
 def _frozen_copy(lm: CausalLM) -> CausalLM:
     twin = copy.deepcopy(lm.model).requires_grad_(False)
     return CausalLM(twin, lm.tokenizer, name=f"{lm.name} (reference)")
+
+
+def _ids(responses: Sequence[np.ndarray], device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(responses).astype(np.int64)).to(device)

@@ -21,7 +21,7 @@ from .optimization import check_at_least_zero, check_choice
 from .ranking_losses import LOSSES, PAIRINGS, UNRANKED, CandidateLists, Pairing, nll
 from .supervised import SupervisedSettings, SupervisedTrainer
 
-OPTIONS = ("margin", "beta", "label_smoothing", "pairs")
+OPTIONS = ("margin", "beta", "alpha", "label_smoothing", "pairs")
 """Settings that are handed to the loss."""
 LARGEST_SCORE = 32.0
 """Of LiPO, whose gains are 2^score."""
@@ -71,10 +71,12 @@ class RankingSettings(SupervisedSettings):
     """Of Tuna's losses, per rank, in nats per token. This and the other options of losses: None takes the loss's."""
     beta: float | None = None
     """Of the losses with a reference policy, above 0."""
+    alpha: float | None = None
+    """Of ``tdpo2``, at least 0: weight of the KL divergences to the reference policy."""
     label_smoothing: float | None = None
     """Of ``dpo``, in [0, 0.5)."""
     pairs: Pairing | None = None
-    """Of ``dpo``, ``ipo`` and ``sppo``: ``all`` or ``best_worst``."""
+    """Of ``dpo``, ``ipo``, ``sppo`` and TDPO's losses: ``all`` or ``best_worst``."""
     mle_weight: float | None = None
     """Weight of the negative log-likelihood per token of ``imitate``; None: 1 for Tuna's losses, 0 for the others."""
     imitate: Literal["reference", "best", "all"] = "reference"
@@ -89,7 +91,8 @@ class RankingSettings(SupervisedSettings):
         for name in self.given():
             if name not in known:
                 raise InputError(f"{name} is no option of the loss {self.loss}, which has {', '.join(known)}")
-        check_at_least_zero(self, *(name for name in ("margin", "mle_weight") if getattr(self, name) is not None))
+        limited = ("margin", "alpha", "mle_weight")
+        check_at_least_zero(self, *(name for name in limited if getattr(self, name) is not None))
         if self.pairs is not None:
             check_choice(self, "pairs", PAIRINGS)
         if self.beta is not None and not self.beta > 0:
@@ -142,7 +145,8 @@ class RankingTrainer(SupervisedTrainer):
 
     Logs ``loss``, ``ranking_loss``, ``mle_loss`` (nats per token), ``accuracy`` (share of pairs in the right order: by
     log-prob per token for Tuna's losses, else by log-ratio), ``margin`` (mean difference between the two, nats),
-    ``pairs`` and ``lists_without_pairs`` of the batch.
+    ``pairs`` and ``lists_without_pairs`` of the batch; for TDPO's losses also ``reference_kl``, the mean over responses
+    of KL(reference || policy) summed over their tokens (nats).
 
     Args:
         policy: what is trained, in place. Its reference policy must stay as it is during :meth:`fit`.
@@ -270,12 +274,13 @@ class RankingTrainer(SupervisedTrainer):
         ranked = sum(lists[i].pairs > 0 for i in examples)
         pairs, tokens = sum(lists[i].pairs for i in examples), sum(lists[i].tokens for i in examples)
         sums = dict.fromkeys(("loss", "ranking_loss", "mle_loss", "accuracy", "margin"), 0.0)
+        if self._loss.needs_reference_kl:
+            sums["reference_kl"] = 0.0
+        responses = sum(len(lists[i].responses) for i in examples if lists[i].pairs or lists[i].tokens)
         mine = [int(i) for i in self._mine(examples) if lists[i].pairs or lists[i].tokens]
         for members in self._micro_batches(lists, mine):
             chosen = [lists[i] for i in members]
-            batch = _lists(chosen, self._logprobs(chosen))
-            if self._loss.needs_reference_policy:
-                batch.reference_logprobs = torch.cat([self._reference(one) for one in chosen])
+            batch = self._candidates(chosen)
             ranking = self._loss.function(batch, **self.settings.given()).sum() / max(ranked, 1)
             imitated = torch.from_numpy(np.concatenate([one.imitated for one in chosen])).to(batch.logprobs.device)
             mle = nll(batch, imitated).sum() / max(tokens, 1)
@@ -290,13 +295,30 @@ class RankingTrainer(SupervisedTrainer):
                 sums["mle_loss"] += float(mle)
                 sums["accuracy"] += float((differences > 0).sum()) / max(pairs, 1)
                 sums["margin"] += float(differences.sum()) / max(pairs, 1)
+                if batch.reference_kls is not None:
+                    sums["reference_kl"] += float(batch.reference_kls.sum()) / responses
         self.logger.record("train/pairs", pairs)
         self.logger.record("train/lists_without_pairs", len(examples) - ranked)
         self._update(len(lists), sums)
         self.policy.changed()
 
-    def _logprobs(self, lists: Sequence[_List]) -> torch.Tensor:
-        """float32, shape (rows,): sums over tokens, with a graph.
+    def _candidates(self, lists: Sequence[_List]) -> CandidateLists:
+        """A micro-batch as the loss takes it, with a graph."""
+        if self._loss.needs_reference_kl:
+            logprobs, references, kls = self._read(lists)
+            batch = _lists(lists, logprobs)
+            batch.reference_logprobs, batch.reference_kls = references.detach(), kls
+            return batch
+        batch = _lists(lists, self._read(lists))
+        if self._loss.needs_reference_policy:
+            batch.reference_logprobs = torch.cat([self._reference(one) for one in lists])
+        return batch
+
+    def _read(self, lists: Sequence[_List]) -> torch.Tensor:
+        """Sums over tokens, float32, with a graph.
+
+        Shape (rows,): log-probs; where the loss needs the latter, shape (3, rows): log-probs by the policy and by the
+        reference policy, and KL divergences between them.
 
         A list over the token budget is read part by part, and each part again in the backward pass, so that no more
         than one part's activations are in memory at once.
@@ -304,15 +326,20 @@ class RankingTrainer(SupervisedTrainer):
         prompts = [one.prompt for one in lists for _ in one.responses]
         responses = [response for one in lists for response in one.responses]
 
-        def score(rows: Sequence[int]) -> torch.Tensor:
+        def score(rows: Sequence[int], reference_hidden: torch.Tensor | None) -> torch.Tensor:
             some = [responses[k] for k in rows]
             given = [prompts[k] for k in rows]
-            return _sums(self.policy.score(given, some, [None] * len(some), values=False).logprobs, some)
+            if reference_hidden is None:
+                return _sums(self.policy.score(given, some, [None] * len(some), values=False).logprobs, some)
+            return _sums(torch.stack(self.policy.compare(given, some, reference_hidden)), some)
 
-        parts = self._parts(lists)
+        parts: list[tuple[list[int], torch.Tensor | None]] = [(rows, None) for rows in self._parts(lists)]
+        if self._loss.needs_reference_kl:  # of frozen weights: not to be read again in the backward pass
+            states = self.policy.reference_hidden
+            parts = [(rows, states([prompts[k] for k in rows], [responses[k] for k in rows])) for rows, _ in parts]
         if len(parts) == 1:
-            return score(parts[0])
-        return torch.cat([checkpoint(score, rows, use_reentrant=False) for rows in parts])
+            return score(*parts[0])
+        return torch.cat([checkpoint(score, *part, use_reentrant=False) for part in parts], dim=-1)
 
     def _reference(self, one: _List) -> torch.Tensor:
         """float32, shape (rows,): log-probs of a list by the reference policy, computed once.
@@ -355,6 +382,7 @@ def _lists(lists: Sequence[_List], logprobs: torch.Tensor) -> CandidateLists:
     )
 
 
-def _sums(logprobs: torch.Tensor, responses: Sequence[np.ndarray]) -> torch.Tensor:
-    """Per response, of per-token values."""
-    return torch.stack([part.sum() for part in logprobs.split([len(r) for r in responses])])
+def _sums(values: torch.Tensor, responses: Sequence[np.ndarray]) -> torch.Tensor:
+    """Per response, of per-token values, which are the last dimension."""
+    parts = values.split([len(r) for r in responses], dim=-1)
+    return torch.stack([part.sum(dim=-1) for part in parts], dim=-1)

@@ -37,6 +37,9 @@ class CandidateLists:
     """float, shape (n,): how good each candidate is, larger is better (LiPO's psi); 0 for a reference."""
     win_rates: torch.Tensor | None = None
     """float, shape (n,): each candidate's mean probability in [0, 1] of being preferred to those of its list (SPPO)."""
+    reference_kls: torch.Tensor | None = None
+    """Shape (n,), dtype of ``logprobs``, differentiable: KL(reference || policy) over the whole vocabulary, sums over
+    the tokens of each candidate, in nats (TDPO's sequential KL divergence)."""
 
     @property
     def owners(self) -> torch.Tensor:
@@ -236,6 +239,53 @@ def lipo_lambda(lists: CandidateLists, beta: float = 0.1) -> torch.Tensor:
     return lists.total(weights * softplus(strengths[losers] - strengths[winners]), winners)
 
 
+def tdpo1(lists: CandidateLists, beta: float = 0.1, pairs: Pairing = "all") -> torch.Tensor:
+    """-log sigmoid(beta (v(better) - v(worse))), v the log-ratio plus the KL (TDPO1, arXiv 2404.11999).
+
+    Zeng et al. 2024. The KL is KL(reference || policy), summed over the positions of a response; as in the published
+    code, a gradient flows through that of both sides.
+
+    Args:
+        lists: m lists with reference log-probs and KL divergences.
+        beta: as of :func:`dpo`.
+        pairs: likewise.
+
+    Returns:
+        shape (m,), dtype of the log-probs, in nats; the mean over pairs, 0 without any.
+
+    Raises:
+        ValueError: without reference log-probs or KL divergences.
+    """
+    winners, losers = lists.pairs(pairs)
+    values = lists.log_ratios() + _given(lists.reference_kls, "KL divergences to the reference policy")
+    return lists.mean(-logsigmoid(beta * (values[winners] - values[losers])), winners)
+
+
+def tdpo2(lists: CandidateLists, beta: float = 0.1, alpha: float = 0.5, pairs: Pairing = "all") -> torch.Tensor:
+    """-log sigmoid(beta (r(better) - r(worse) - alpha (KL(worse) - KL(better)))) (TDPO2, arXiv 2404.11999).
+
+    r is the log-ratio, the KL as of :func:`tdpo1`; that of the better candidate carries no gradient: only the policy's
+    drift on the worse one is held down.
+
+    Args:
+        lists: as of :func:`tdpo1`.
+        beta: likewise.
+        alpha: weight of the KL divergences, at least 0; at 0 the loss is :func:`dpo`.
+        pairs: likewise.
+
+    Returns:
+        Likewise.
+
+    Raises:
+        ValueError: likewise.
+    """
+    winners, losers = lists.pairs(pairs)
+    ratios = lists.log_ratios()
+    kls = _given(lists.reference_kls, "KL divergences to the reference policy")
+    difference = ratios[winners] - ratios[losers] - alpha * (kls[losers] - kls.detach()[winners])
+    return lists.mean(-logsigmoid(beta * difference), winners)
+
+
 def nll(lists: CandidateLists, imitated: torch.Tensor) -> torch.Tensor:
     """The negative log-likelihood of the candidates to imitate, summed over their tokens.
 
@@ -281,6 +331,8 @@ class RankingLoss(NamedTuple):
     """Whether candidates are compared by log-ratios to a reference policy; otherwise by log-probs per token."""
     needs_scores: bool = False
     """Whether ranks alone are not enough."""
+    needs_reference_kl: bool = False
+    """Whether it takes the KL divergences to the reference policy besides."""
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -305,5 +357,7 @@ LOSSES = {
     "spin": RankingLoss(spin),
     "sppo": RankingLoss(sppo),
     "lipo_lambda": RankingLoss(lipo_lambda, needs_scores=True),
+    "tdpo1": RankingLoss(tdpo1, needs_reference_kl=True),
+    "tdpo2": RankingLoss(tdpo2, needs_reference_kl=True),
 }
 """By name."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,22 @@ import torch
 
 CHUNK_LOGITS = 8_388_608
 """Logits (rows x vocabulary) in memory at once."""
+
+
+def row_chunks(hidden: torch.Tensor, logits: int) -> Iterator[torch.Tensor]:
+    """Row numbers of hidden states, int64, as many at once as :data:`CHUNK_LOGITS` allows.
+
+    Args:
+        hidden: shape (n, d).
+        logits: that each row makes.
+    """
+    return iter(torch.arange(len(hidden), device=hidden.device).split(max(CHUNK_LOGITS // logits, 1)))
+
+
+def head_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    """The dtype of an output layer's product in a custom function, which autocast would leave alone."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -34,7 +50,7 @@ class _FrozenHead(torch.autograd.Function):
         needs_gradient = ctx.needs_input_grad[0]
         slopes = torch.empty_like(hidden) if needs_gradient else None
         entropy_slopes = torch.empty_like(hidden) if needs_gradient and entropy_gradient else None
-        for rows in torch.arange(len(hidden), device=hidden.device).split(max(CHUNK_LOGITS // len(weight), 1)):
+        for rows in row_chunks(hidden, len(weight)):
             chunk = hidden[rows]
             logits = torch.nn.functional.linear(chunk, weight, bias).float() * scale
             logits -= logits.logsumexp(dim=-1, keepdim=True)
@@ -81,23 +97,18 @@ def token_logprobs(
         float32 log-probs and entropies in nats, each of shape (n,).
     """
     if not weight.requires_grad and (bias is None or not bias.requires_grad):
-        # Autocast would leave a custom function alone: the product takes the weight's own dtype, or autocast's.
-        dtype = torch.get_autocast_dtype(hidden.device.type) if _autocasts(hidden) else weight.dtype
+        dtype = head_dtype(hidden, weight)
         bias = None if bias is None else bias.to(dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             return _FrozenHead.apply(hidden.to(dtype), weight.to(dtype), bias, ids, scale, entropy_gradient)
     logprobs, entropies = [], []
-    for rows in torch.arange(len(hidden), device=hidden.device).split(max(CHUNK_LOGITS // len(weight), 1)):
+    for rows in row_chunks(hidden, len(weight)):
         both = torch.utils.checkpoint.checkpoint(
             _plain_head, hidden[rows], weight, bias, ids[rows], scale, use_reentrant=False
         )
         logprobs.append(both[0])
         entropies.append(both[1] if entropy_gradient else both[1].detach())
     return torch.cat(logprobs), torch.cat(entropies)
-
-
-def _autocasts(tensor: torch.Tensor) -> bool:
-    return torch.is_autocast_enabled(tensor.device.type)
 
 
 def _plain_head(

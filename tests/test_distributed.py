@@ -17,6 +17,7 @@ from instructgym.agents.distributed import Processes
 from instructgym.agents.grpo import GRPO, RLOO
 from instructgym.agents.language_model import LanguageModelPolicy, LoraSettings
 from instructgym.agents.ppo import TokenPPO
+from instructgym.agents.ranking import RankedCandidates, RankingTrainer
 from instructgym.agents.reward_modelling import RewardTrainer, tokenize_pairs
 from instructgym.agents.sft import SFT, Demonstration
 from instructgym.envs.tasks.prompt_examples import PromptExample
@@ -36,7 +37,15 @@ CASES = {
     "rloo": (RLOO, 9, {"entropy_coefficient": 0.01}),
 }
 SAME = ["train/loss", "train/policy_loss", "train/value_loss", "train/kl", "train/kl_coefficient"]
-SAME += ["train/approx_kl", "train/entropy", "train/epochs", "rollout/reward", "rollout/length", "rollout/episodes"]
+SAME += [
+    "train/approx_kl",
+    "train/reference_kl",
+    "train/entropy",
+    "train/epochs",
+    "rollout/reward",
+    "rollout/length",
+    "rollout/episodes",
+]
 
 
 class Varied(Reward):
@@ -109,6 +118,17 @@ def fit(model, folder):
     finish(trainer, folder / "sft", writer)
 
 
+def fit_ranking(model, folder):
+    """Training on ranked candidates, likewise; one of the lists has nothing to rank."""
+    writer = Rows()
+    policy = policy_of(model, Processes(), "none")
+    trainer = RankingTrainer(policy, loss="tdpo2", learning_rate=0.01, batch_size=3, token_budget=8)
+    plain_steps(trainer.optimizer)
+    trainer.set_logger(Logger(folder=None, output_formats=[writer]))
+    trainer.fit([RankedCandidates([i, 1], [[2] * (1 + k) for k in range(1 + i)], range(1 + i)) for i in range(4)])
+    finish(trainer, folder / "ranking", writer)
+
+
 def fit_rewards(model, folder):
     """Training of a reward model, likewise."""
     processes, writer = Processes(), Rows()
@@ -141,6 +161,7 @@ def main():
     for name in CASES:
         play(model, folder, name)
     fit(model, folder)
+    fit_ranking(model, folder)
     fit_rewards(model, folder)
 
 
@@ -180,9 +201,10 @@ def test_two_processes_do_what_one_does(tmp_path):
     for name in CASES:
         play(str(model), tmp_path / "alone", name)
     fit(str(model), tmp_path / "alone")
+    fit_ranking(str(model), tmp_path / "alone")
     fit_rewards(str(model), tmp_path / "alone")
     launched(str(model), tmp_path / "together", 2)
-    for name in [*CASES, "sft", "reward"]:
+    for name in [*CASES, "sft", "ranking", "reward"]:
         alone, together = tmp_path / "alone" / name, tmp_path / "together" / name
         expected, first, second = (
             load_file(p / f"{i}.safetensors") for p, i in ((alone, 0), (together, 0), (together, 1))

@@ -18,12 +18,14 @@ from instructgym.agents.ranking_losses import (
     nll,
     spin,
     sppo,
+    tdpo1,
+    tdpo2,
     tuna,
     tuna_released,
 )
 
 
-def make(*rows, lengths=None, ratios=None, scores=None, wins=None):
+def make(*rows, lengths=None, ratios=None, scores=None, wins=None, kls=None):
     """Lists of (mean log-prob, rank); every candidate has two tokens unless told otherwise."""
     flat = [one for row in rows for one in row]
     lengths = torch.tensor(lengths or [2] * len(flat))
@@ -36,6 +38,7 @@ def make(*rows, lengths=None, ratios=None, scores=None, wins=None):
         reference_logprobs=None if ratios is None else logprobs - torch.tensor(ratios, dtype=torch.float64),
         scores=None if scores is None else torch.tensor(scores, dtype=torch.float64),
         win_rates=None if wins is None else torch.tensor(wins, dtype=torch.float64),
+        reference_kls=None if kls is None else torch.tensor(kls, dtype=torch.float64),
     )
 
 
@@ -129,6 +132,43 @@ def test_at_equal_log_ratios_lipo_still_has_something_to_learn():
         assert lipo_lambda(lists).tolist() == pytest.approx([sum(weights) * np.log(2)])
 
 
+def kl_slopes(loss, lists, **options):
+    """The losses' sum differentiated by each candidate's KL divergence."""
+    kls = lists.reference_kls.clone().requires_grad_()
+    LOSSES[loss].function(replace(lists, reference_kls=kls), **options).sum().backward()
+    return kls.grad.tolist()
+
+
+def test_tdpo_of_a_worked_pair():
+    lists = by_ratio([1.5, 0.5], [0, 1], kls=[0.25, 2.0])
+    first, second = 0.1 * (1.0 - (2.0 - 0.25)), 0.1 * (1.0 - 0.5 * (2.0 - 0.25))  # of tdpo1 and tdpo2
+    assert tdpo1(lists).tolist() == pytest.approx([np.log1p(np.exp(-first))])
+    assert tdpo2(lists).tolist() == pytest.approx([np.log1p(np.exp(-second))])
+    assert tdpo2(lists, beta=2.0, alpha=3.0).tolist() == pytest.approx([np.log1p(np.exp(-2 * (1 - 3 * 1.75)))])
+    push = 0.1 / (1 + np.exp(first))
+    assert kl_slopes("tdpo1", lists) == pytest.approx([-push, push])
+    push = 0.1 * 0.5 / (1 + np.exp(second))
+    assert kl_slopes("tdpo2", lists) == pytest.approx([0.0, push])  # that of the better one is held
+
+
+def test_tdpo_of_a_list_is_the_mean_over_its_pairs():
+    lists = by_ratio([3.0, 1.0, 0.5], [0, 1, 2], kls=[0.2, 0.4, 1.0])
+    expected = np.mean([np.log1p(np.exp(-d)) for d in (2.0 - 0.1, 2.5 - 0.4, 0.5 - 0.3)])
+    assert tdpo2(lists, beta=1.0).tolist() == pytest.approx([expected])
+    ends = np.log1p(np.exp(-(2.5 - 0.8)))
+    assert tdpo1(lists, beta=1.0, pairs="best_worst").tolist() == pytest.approx([ends])
+    middle = kl_slopes("tdpo2", lists, beta=1.0)[1]  # one is the worse of a pair and the better of another
+    assert middle == pytest.approx(0.5 / (1 + np.exp(1.9)) / 3)
+
+
+def test_tdpo_without_its_divergences_is_dpo():
+    lists = lists_of([[(-1.0, 0), (-0.8, 1), (-0.5, 1)], [(-0.3, 0), (-0.9, 2)]])
+    for pairs in ("all", "best_worst"):
+        torch.testing.assert_close(tdpo2(lists, 0.3, alpha=0.0, pairs=pairs), dpo(lists, 0.3, pairs=pairs))
+        even = replace(lists, reference_kls=torch.full_like(lists.reference_kls, 1.7))
+        torch.testing.assert_close(tdpo1(even, 0.3, pairs=pairs), dpo(lists, 0.3, pairs=pairs))
+
+
 def test_nll_counts_what_is_imitated():
     lists = make(FOUR[:2], FOUR[2:], lengths=[1, 5, 2, 3])
     assert nll(lists, torch.tensor([True, True, False, True])).tolist() == pytest.approx([7.0, 6.0])
@@ -154,6 +194,7 @@ def lists_of(drawn, seed=0):
         ratios=rng.normal(size=len(flat)).tolist(),
         scores=[0.0 if rank == UNRANKED else -0.3 * rank for rank in flat],
         wins=rng.random(len(flat)).tolist(),
+        kls=rng.random(len(flat)).tolist(),
     )
 
 
@@ -161,7 +202,7 @@ def part(lists, rows, counts):
     rows = torch.as_tensor(rows)
     tensors = {
         name: getattr(lists, name)[rows]
-        for name in ("logprobs", "lengths", "ranks", "reference_logprobs", "scores", "win_rates")
+        for name in ("logprobs", "lengths", "ranks", "reference_logprobs", "scores", "win_rates", "reference_kls")
     }
     return CandidateLists(counts=torch.as_tensor(counts), **tensors)
 
@@ -211,15 +252,19 @@ def test_ties_and_single_candidates_push_nothing(loss):
     for ranks in ([0], [0, 0], [0, 0, 0, UNRANKED]):
         n = len(ranks)
         lists = make(
-            [(-1.0 - k, rank) for k, rank in enumerate(ranks)], ratios=[0.5] * n, scores=[1.0] * n, wins=[0.5] * n
+            [(-1.0 - k, rank) for k, rank in enumerate(ranks)],
+            ratios=[0.5] * n,
+            scores=[1.0] * n,
+            wins=[0.5] * n,
+            kls=[2.0] * n,
         )
         losses, slopes = gradient(LOSSES[loss].function, lists)
         assert losses.tolist() == [0.0] and slopes.tolist() == [0.0] * n
 
 
-@pytest.mark.parametrize("loss", ["tuna", "tuna_released", "dpo", "ipo", "lipo_lambda"])
+@pytest.mark.parametrize("loss", ["tuna", "tuna_released", "dpo", "ipo", "lipo_lambda", "tdpo1", "tdpo2"])
 def test_the_better_one_is_pushed_up_and_the_worse_one_down(loss):
-    lists = make([(-1.0, 1), (-1.0, 0)], ratios=[0.0, 0.0], scores=[0.0, 1.0])
+    lists = make([(-1.0, 1), (-1.0, 0)], ratios=[0.0, 0.0], scores=[0.0, 1.0], kls=[0.0, 0.0])
     losses, slopes = gradient(LOSSES[loss].function, lists)
     assert float(losses) > 0 and slopes[0] > 0 > slopes[1]
     assert float(slopes.sum()) == pytest.approx(0.0)
@@ -228,7 +273,7 @@ def test_the_better_one_is_pushed_up_and_the_worse_one_down(loss):
 def test_differences_alone_count_for_all_losses_but_the_regression():
     lists = lists_of([[(-1.0, 0), (-0.8, 1), (-0.5, 2)]])
     moved = replace(lists, logprobs=lists.logprobs + 3.0)
-    for loss in ("dpo", "ipo", "spin", "lipo_lambda"):
+    for loss in ("dpo", "ipo", "spin", "lipo_lambda", "tdpo1", "tdpo2"):
         torch.testing.assert_close(LOSSES[loss].function(lists), LOSSES[loss].function(moved))
     assert float((sppo(lists) - sppo(moved)).abs()) > 0.01
     further = replace(lists, logprobs=lists.logprobs + 3.0 * lists.lengths)
@@ -236,7 +281,14 @@ def test_differences_alone_count_for_all_losses_but_the_regression():
 
 
 @pytest.mark.parametrize(
-    ("loss", "message"), [("dpo", "needs reference log-probs"), ("sppo", "win rates"), ("lipo_lambda", "scores")]
+    ("loss", "message"),
+    [
+        ("dpo", "needs reference log-probs"),
+        ("sppo", "win rates"),
+        ("lipo_lambda", "scores"),
+        ("tdpo1", "needs KL divergences"),
+        ("tdpo2", "needs KL divergences"),
+    ],
 )
 def test_what_a_loss_needs_must_be_there(loss, message):
     lists = make(FOUR) if loss == "dpo" else make(FOUR, ratios=[0.0] * 4)

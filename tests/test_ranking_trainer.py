@@ -8,7 +8,7 @@ import torch
 from scipy.stats import kendalltau
 from stable_baselines3.common.logger import KVWriter, Logger
 
-from instructgym.agents.language_model import LanguageModelPolicy, LoraSettings
+from instructgym.agents.language_model import POLICY, LanguageModelPolicy, LoraSettings
 from instructgym.agents.ranking import RankedCandidates, RankingTrainer
 from instructgym.agents.ranking_losses import LOSSES
 from instructgym.llm_backends.causal_lm import CausalLM
@@ -95,6 +95,10 @@ def sums(policy, one, reference=False):
         ({"loss": "dpo", "pairs": "some"}, "pairs must be one of all, best_worst"),
         ({"loss": "dpo", "beta": 0.0}, "beta must be above 0"),
         ({"loss": "dpo", "label_smoothing": 0.5}, "label_smoothing must be in"),
+        ({"loss": "tdpo1", "alpha": 0.5}, "alpha is no option of the loss tdpo1, which has beta, pairs"),
+        ({"loss": "dpo", "alpha": 0.5}, "alpha is no option"),
+        ({"loss": "tdpo2", "alpha": -0.1}, "alpha must be at least 0"),
+        ({"loss": "tdpo2", "alpha": float("nan")}, "alpha must be at least 0"),
         ({"margin": -0.1}, "margin must be at least 0"),
         ({"mle_weight": float("nan")}, "mle_weight must be at least 0"),
         ({"imitate": "worst"}, "imitate must be one of"),
@@ -107,8 +111,9 @@ def test_bad_settings_are_refused(options, message):
 
 
 def test_a_reference_policy_must_be_there():
-    with pytest.raises(InputError, match="compares with a reference policy, this policy has none"):
-        RankingTrainer(make_policy(reference="none"), loss="dpo")
+    for loss in ("dpo", "tdpo1", "tdpo2"):
+        with pytest.raises(InputError, match="compares with a reference policy, this policy has none"):
+            RankingTrainer(make_policy(reference="none"), loss=loss)
     RankingTrainer(make_policy(reference="none")).fit([ONE])
 
 
@@ -192,6 +197,68 @@ def test_log_ratios_are_to_the_frozen_reference():
     assert rows[0]["train/loss"] == pytest.approx(np.log(2), abs=1e-5)
 
 
+def kl_sums(policy, one):
+    """KL(reference || policy) of each candidate, summed over its tokens, from all logits in float64."""
+    totals = []
+    for candidate in one.candidates:
+        ids = torch.tensor([[*one.prompt, *candidate]])
+        rows = []
+        for name in (None, POLICY):
+            with torch.no_grad(), policy.adapter(name) as lm:
+                logits = lm.model(input_ids=ids).logits[0, len(one.prompt) - 1 : -1, : TOKENIZER.vocabulary]
+            rows.append(logits.double().log_softmax(dim=-1))
+        totals.append(float(torch.nn.functional.kl_div(rows[1], rows[0], reduction="sum", log_target=True)))
+    return np.array(totals)
+
+
+@pytest.mark.parametrize(("loss", "alpha"), [("tdpo1", 1.0), ("tdpo2", 0.5), ("tdpo2", 2.0)])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_tdpo_compares_log_ratios_and_divergences(rank, loss, alpha):
+    policy, base = make_policy(rank, scale=0.2 if rank else 0.05), make_policy(rank)
+    ratios, kls = sums(policy, ONE) - sums(base, ONE), kl_sums(policy, ONE)
+    assert min(kls) > 0.1 and abs(kls[0] - kls[1]) > 0.1
+    options = {} if loss == "tdpo1" else {"alpha": alpha}
+    trainer, rows = logged(RankingTrainer(policy, loss=loss, beta=0.5, **options))
+    trainer.fit([ONE])
+    logit = 0.5 * (ratios[0] - ratios[1] - alpha * (kls[1] - kls[0]))
+    assert rows[0]["train/loss"] == pytest.approx(np.log1p(np.exp(-logit)), abs=1e-4)
+    assert rows[0]["train/margin"] == pytest.approx(ratios[0] - ratios[1], abs=1e-4)
+    assert rows[0]["train/reference_kl"] == pytest.approx(kls.mean(), abs=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["tdpo1", "tdpo2"])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_tdpo_starts_at_log_2_and_goes_down(rank, loss):
+    lists = [one for one in random_lists(12) if len(set(one.scores)) > 1]
+    policy = make_policy(rank)
+    options = {"learning_rate": 1e-2 if rank else 1e-3, "batch_size": len(lists), "epochs": 3}
+    trainer, rows = logged(RankingTrainer(policy, loss=loss, **options))
+    trainer.fit(lists)
+    assert rows[0]["train/loss"] == pytest.approx(np.log(2), abs=1e-6) and rows[0]["train/reference_kl"] == 0.0
+    assert rows[0]["train/loss"] > rows[1]["train/loss"] > rows[2]["train/loss"]
+    assert rows[2]["train/reference_kl"] > 0
+
+
+def test_tdpo_without_its_divergences_takes_the_steps_of_dpo():
+    lists, policy = random_lists(8), make_policy(scale=0.3)
+    expected, logs = gradients(policy, "dpo", 60, lists)
+    found, found_logs = gradients(policy, "tdpo2", 60, lists, alpha=0.0)
+    scale = max(float(g.abs().max()) for g in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name] / scale, gradient / scale, atol=2e-5, rtol=1e-3)
+    assert found_logs.pop("train/reference_kl") > 0.1
+    assert found_logs == pytest.approx(logs, rel=1e-4, abs=1e-4)
+
+
+def test_the_reference_is_read_once_a_step_also_where_parts_are_read_again(monkeypatch):
+    policy, reads = make_policy(), []
+    original = policy.reference_hidden
+    monkeypatch.setattr(policy, "reference_hidden", lambda *given: reads.append(len(given[0])) or original(*given))
+    lists = [one for one in random_lists(5) if len(set(one.scores)) > 1]
+    gradients(policy, "tdpo2", 1, lists)
+    assert sum(reads) == sum(len(one.candidates) for one in lists) and set(reads) == {1}
+
+
 def test_win_rates_come_from_scores_or_ranks():
     one = replace(ONE, ranks=None, scores=[1.0, -1.0])
     sigmoid = 1 / (1 + np.exp(-2.0))
@@ -225,7 +292,7 @@ def gradients(policy, loss, budget, lists, **options):
     return found, rows[0]
 
 
-@pytest.mark.parametrize("loss", ["tuna_released", "spin", "sppo", "lipo_lambda"])
+@pytest.mark.parametrize("loss", ["tuna_released", "spin", "sppo", "lipo_lambda", "tdpo1", "tdpo2"])
 def test_the_token_budget_does_not_change_gradients(loss):
     lists, policy = random_lists(7), make_policy(scale=0.3)
     whole, logs = gradients(policy, loss, 10**6, lists, imitate="all")
@@ -271,7 +338,9 @@ def test_references_are_computed_once_per_list(monkeypatch):
     assert len(calls) == ranked > 0
 
 
-@pytest.mark.parametrize(("loss", "dropout", "budget"), [("tuna", 0.0, 1024), ("dpo", 0.0, 50), ("spin", 0.2, 50)])
+@pytest.mark.parametrize(
+    ("loss", "dropout", "budget"), [("tuna", 0.0, 1024), ("dpo", 0.0, 50), ("spin", 0.2, 50), ("tdpo2", 0.2, 50)]
+)
 def test_a_resumed_training_is_the_undisturbed_one(tmp_path, loss, dropout, budget):
     def start():
         torch.manual_seed(3)
@@ -323,10 +392,10 @@ def ruled_lists(count, seed):
     return lists
 
 
-SLOW = [pytest.param(loss, marks=pytest.mark.slow) for loss in ("ipo", "sppo", "tuna_released")]
+SLOW = [pytest.param(loss, marks=pytest.mark.slow) for loss in ("ipo", "sppo", "tdpo1", "tuna_released")]
 
 
-@pytest.mark.parametrize("loss", ["tuna", "dpo", "lipo_lambda", *SLOW])
+@pytest.mark.parametrize("loss", ["tuna", "dpo", "lipo_lambda", "tdpo2", *SLOW])
 def test_held_out_candidates_are_ranked_by_the_rule(loss):
     held_out, policy = ruled_lists(20, seed=1), make_policy(rank=8)
     ratio = LOSSES[loss].needs_reference_policy  # at first all log-ratios are 0
