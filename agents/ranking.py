@@ -266,7 +266,8 @@ class RankingTrainer(SupervisedTrainer):
 
     # --- training ----------------------------------------------------------------------------------------------------
 
-    def _step(self, lists: Sequence[_List], examples: np.ndarray) -> None:
+    def _step(self, lists: Sequence[_List], examples: np.ndarray) -> dict[str, float]:
+        """An optimiser step on some of the lists; returns its metrics."""
         ranked = sum(lists[i].pairs > 0 for i in examples)
         pairs, tokens = sum(lists[i].pairs for i in examples), sum(lists[i].tokens for i in examples)
         sums = dict.fromkeys(("loss", "ranking_loss", "mle_loss", "accuracy", "margin"), 0.0)
@@ -292,8 +293,9 @@ class RankingTrainer(SupervisedTrainer):
                 sums["margin"] += float(differences.sum()) / max(pairs, 1)
         self.logger.record("train/pairs", pairs)
         self.logger.record("train/lists_without_pairs", len(examples) - ranked)
-        self._update(len(lists), sums)
+        metrics = self._update(len(lists), sums)
         self.policy.changed()
+        return metrics
 
     def _logprobs(self, lists: Sequence[_List]) -> torch.Tensor:
         """float32, shape (rows,): sums over tokens, with a graph.

@@ -53,6 +53,11 @@ class TokenParts:
         return self.process.tokenizer
 
     @property
+    def has_references(self) -> bool:
+        """Whether every example has a reference response, the ``info["reference"]`` of its episodes' last steps."""
+        return all(example.reference is not None for example in self.process.examples)
+
+    @property
     def reward(self) -> Reward:
         """The reward."""
         return self.process.reward
