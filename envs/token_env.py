@@ -87,7 +87,7 @@ class TokenEnv(TokenParts, ProcessEnv[TokenProcess, TokenObservation]):
     ## Episode End
     ``terminated``, and ``info["finish_reason"]`` says why: ``illegal`` or ``choice`` (constrained: a token that is not
     allowed, a choice complete), ``eos``, ``stop`` (a stop string; neither is part of ``info["text"]``) or ``length``
-    (``max_tokens`` written).
+    (``max_tokens`` written). ``info["reference"]`` is then the example's reference response, if it has one.
 
     Args:
         examples: the prompts.

@@ -237,23 +237,16 @@ class TokenProcess:
     def step_info(self, turn: Turn, paid: Paid) -> dict[str, Any]:
         """The info of a turn's last step."""
         episode, written = turn.episode, turn.start + turn.count
-        score, reference = paid.score, episode.example.reference
-        shown = {} if reference is None or not turn.ended else {"reference": reference}
-        return (
-            self._start_info(episode)
-            | shown
-            | {
-                "step": written,
-                "text": episode.text,
-                "finish_reason": episode.finish_reason,
-                "reward_valid": paid.valid,
-                "invalid_reason": "" if paid.valid or score is None else score.feedback,
-                "reward_terms": {k: float(v) for k, v in score.terms.items()}
-                if score is not None and score.valid
-                else {},
-                "judge_calls": 0 if score is None else score.calls,
-            }
-        )
+        score = paid.score
+        return self._start_info(episode) | {
+            "step": written,
+            "text": episode.text,
+            "finish_reason": episode.finish_reason,
+            "reward_valid": paid.valid,
+            "invalid_reason": "" if paid.valid or score is None else score.feedback,
+            "reward_terms": {k: float(v) for k, v in score.terms.items()} if score is not None and score.valid else {},
+            "judge_calls": 0 if score is None else score.calls,
+        }
 
     def _start_info(self, episode: TokenEpisode) -> dict[str, Any]:
         info: dict[str, Any] = {
@@ -263,6 +256,8 @@ class TokenProcess:
         }
         if "task" in episode.example.metadata:
             info["task"] = episode.example.metadata["task"]
+        if episode.finish_reason and episode.example.reference is not None:
+            info["reference"] = episode.example.reference
         if episode.choices is not None:
             info["action_mask"] = self._mask(episode)
         return info
