@@ -95,6 +95,7 @@ class RankingAgent(RolloutAgent):
         """The core that both ways to learn share."""
         self.trainer.optimizer = self.optimizer
         self._fitting = False
+        """Whether the trainer's steps are of a :meth:`fit`, which a checkpoint then continues."""
 
     def _check_env(self) -> None:
         super()._check_env()
@@ -121,6 +122,7 @@ class RankingAgent(RolloutAgent):
             TrainingDivergedError: after ten optimiser steps in a row without a finite gradient.
         """
         silent, self._fitting = self.trainer.logger, True
+        self.trainer.steps = self.trainer._done
         self.trainer.set_logger(self.logger)
         try:
             self.trainer.fit(lists, None if callback is None else lambda _: callback(self))
@@ -133,7 +135,7 @@ class RankingAgent(RolloutAgent):
     def update(self, progress: float = 0.0) -> None:
         if self.settings.refresh_reference and self.updates % self.settings.refresh_reference == 0:
             self.policy.freeze_reference(PREVIOUS)
-        self._fitting = False
+        self._fitting, self.trainer._done = False, 0
         super().update(progress)
 
     def _improve(self, batch: TokenBatch) -> None:
