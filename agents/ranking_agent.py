@@ -72,7 +72,7 @@ class RankingAgent(RolloutAgent):
     Log-probs are over the whole vocabulary, also where the env constrains what is written.
 
     Logs, besides what the trainer logs (means over the steps of an update): ``train/pairs`` and
-    ``train/lists_without_pairs`` of an update, and for losses with a reference policy ``train/kl``, nats per sample of
+    ``train/lists_without_pairs`` of an update, and where reference log-probs are at hand ``train/kl``, nats per sample of
     the lists that are learned from, by the sampler's log-probs.
 
     Args:
@@ -204,15 +204,14 @@ class RankingAgent(RolloutAgent):
 
     def _log_kl(self, lists: Sequence[_List], sampled: Sequence[np.ndarray]) -> None:
         """The mean log-ratio of sampler and reference policy, of lists whose reference log-probs are computed here."""
-        if not LOSSES[self.settings.loss].needs_reference_policy:
-            return
         found = np.zeros(2)
         for one, logprobs in zip(lists, sampled, strict=True):
             if one.reference_logprobs is not None:
                 reference = one.reference_logprobs[: len(logprobs)].double().cpu().numpy()
                 found += [float((logprobs - reference).sum()), len(logprobs)]
         total, count = self.processes.total(found)
-        self.logger.record("train/kl", float(total / max(count, 1)))
+        if count:
+            self.logger.record("train/kl", float(total / count))
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 

@@ -35,12 +35,11 @@ CASES = {
     "ppo, one process without episodes": (TokenPPO, 2, {"max_invalid_share": 1.0}),
     "grpo": (GRPO, 9, {}),
     "rloo": (RLOO, 9, {"entropy_coefficient": 0.01}),
-    "ranking": (RankingAgent, 9, {"loss": "dpo", "epochs": 2, "minibatches": 2, "refresh_reference": 1}),
-    "ranking, too few lists for both": (RankingAgent, 6, {"mle_weight": 0.0, "max_invalid_share": 1.0}),
+    "online ranking": (RankingAgent, 9, {"loss": "dpo", "epochs": 2, "minibatches": 2, "refresh_reference": 1}),
+    "online ranking, too few lists for both": (RankingAgent, 6, {"mle_weight": 0.0, "max_invalid_share": 1.0}),
 }
 SAME = ["train/loss", "train/policy_loss", "train/value_loss", "train/kl", "train/kl_coefficient"]
 SAME += ["train/approx_kl", "train/entropy", "train/epochs", "rollout/reward", "rollout/length", "rollout/episodes"]
-SAME += ["train/margin", "train/pairs", "train/lists_without_pairs"]
 
 
 class Varied(Reward):
