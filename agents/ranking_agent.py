@@ -72,8 +72,8 @@ class RankingAgent(RolloutAgent):
     Log-probs are over the whole vocabulary, also where the env constrains what is written.
 
     Logs, besides what the trainer logs (means over the steps of an update): ``train/pairs`` and
-    ``train/lists_without_pairs`` of an update, and where reference log-probs are at hand ``train/kl``, nats per sample of
-    the lists that are learned from, by the sampler's log-probs.
+    ``train/lists_without_pairs`` of an update, and ``train/kl`` of losses that keep log-probs by the reference policy:
+    nats per sample of the lists that are learned from, by the sampler's log-probs.
 
     Args:
         env, policy, seed, engine, settings: as of :class:`~instructgym.agents.rollout_agent.RolloutAgent`.
