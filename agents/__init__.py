@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .language_model import LanguageModelPolicy, LoraSettings
     from .ppo import TokenPPO
     from .ranking import RankedCandidates, RankingTrainer
+    from .ranking_agent import RankingAgent
     from .reward_modelling import RewardTrainer, TokenizedPair, evaluate_reward_model, tokenize_pairs
     from .sft import SFT, Demonstration
 
@@ -24,6 +25,7 @@ _LAZY = {
     "LanguageModelPolicy": "language_model",
     "LoraSettings": "language_model",
     "RankedCandidates": "ranking",
+    "RankingAgent": "ranking_agent",
     "RankingTrainer": "ranking",
     "RewardTrainer": "reward_modelling",
     "TokenPPO": "ppo",
@@ -44,6 +46,7 @@ __all__ = [
     "LoraSettings",
     "RandomAgent",
     "RankedCandidates",
+    "RankingAgent",
     "RankingTrainer",
     "RewardTrainer",
     "RoundRobinAgent",

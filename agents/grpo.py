@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 
-from ..llm_backends.errors import InputError
 from .advantages import group_advantages, leave_one_out_advantages
 from .language_model import TokenScores
 from .losses import clipped_policy_loss, k3_penalty
@@ -36,10 +35,7 @@ class GRPOSettings(OnPolicySettings):
 class _GroupAgent(OnPolicyAgent):
     """What the two have in common."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if getattr(self.env, "group_size", 2) < 2:
-            raise InputError(f"{self.name} compares samples of one prompt: make the env with group_size above 1")
+    needs_groups: ClassVar[bool] = True
 
     def _spread(self, batch: TokenBatch, advantages: np.ndarray) -> None:
         batch.advantages = np.where(batch.loss_mask, np.repeat(advantages, batch.lengths), 0.0).astype(np.float32)

@@ -270,7 +270,8 @@ class RankingTrainer(SupervisedTrainer):
 
     # --- training ----------------------------------------------------------------------------------------------------
 
-    def _step(self, lists: Sequence[_List], examples: np.ndarray) -> None:
+    def _step(self, lists: Sequence[_List], examples: np.ndarray) -> dict[str, float]:
+        """An optimiser step on some of the lists; returns its metrics."""
         ranked = sum(lists[i].pairs > 0 for i in examples)
         pairs, tokens = sum(lists[i].pairs for i in examples), sum(lists[i].tokens for i in examples)
         sums = dict.fromkeys(("loss", "ranking_loss", "mle_loss", "accuracy", "margin"), 0.0)
@@ -299,8 +300,9 @@ class RankingTrainer(SupervisedTrainer):
                     sums["reference_kl"] += float(batch.reference_kls.sum()) / responses
         self.logger.record("train/pairs", pairs)
         self.logger.record("train/lists_without_pairs", len(examples) - ranked)
-        self._update(len(lists), sums)
+        metrics = self._update(len(lists), sums)
         self.policy.changed()
+        return metrics
 
     def _candidates(self, lists: Sequence[_List]) -> CandidateLists:
         """A micro-batch as the loss takes it, with a graph."""

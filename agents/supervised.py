@@ -65,7 +65,7 @@ class SupervisedTrainer(ABC):
         self.logger = logger
 
     def _run(
-        self, count: int, step: Callable[[np.ndarray], None], callback: Callable[[Any], bool | None] | None
+        self, count: int, step: Callable[[np.ndarray], Any], callback: Callable[[Any], bool | None] | None
     ) -> None:
         """Calls ``step`` with the example numbers of each batch.
 
@@ -98,12 +98,15 @@ class SupervisedTrainer(ABC):
         """Those of a batch that this process computes."""
         return np.array_split(examples, self.processes.count)[self.processes.index]
 
-    def _update(self, count: int, sums: Mapping[str, float]) -> None:
+    def _update(self, count: int, sums: Mapping[str, float]) -> dict[str, float]:
         """The optimiser step behind a backward pass, and its metrics.
 
         Args:
             count: examples in all.
             sums: this process's summands of metrics, ``loss`` among them.
+
+        Returns:
+            The metrics and ``grad_norm``.
         """
         self.processes.add_gradients(self.optimizer.parameters.values())
         norm = self.optimizer.step()
@@ -116,6 +119,7 @@ class SupervisedTrainer(ABC):
         self.logger.record("train/grad_norm", norm)
         self.logger.record("train/learning_rate", self.optimizer.learning_rate)
         self.logger.record("train/examples", min(self.steps * self.settings.batch_size, count * self.settings.epochs))
+        return metrics | {"grad_norm": norm}
 
     def save(self, folder: str | Path) -> None:
         """Writes a checkpoint, from which :meth:`restore` and ``fit`` with the same examples continue."""

@@ -53,6 +53,11 @@ class TokenParts:
         return self.process.tokenizer
 
     @property
+    def has_references(self) -> bool:
+        """Whether every example has a reference response, the ``info["reference"]`` of its episodes' last steps."""
+        return all(example.reference is not None for example in self.process.examples)
+
+    @property
     def reward(self) -> Reward:
         """The reward."""
         return self.process.reward
@@ -82,7 +87,7 @@ class TokenEnv(TokenParts, ProcessEnv[TokenProcess, TokenObservation]):
     ## Episode End
     ``terminated``, and ``info["finish_reason"]`` says why: ``illegal`` or ``choice`` (constrained: a token that is not
     allowed, a choice complete), ``eos``, ``stop`` (a stop string; neither is part of ``info["text"]``) or ``length``
-    (``max_tokens`` written).
+    (``max_tokens`` written). ``info["reference"]`` is then the example's reference response, if it has one.
 
     Args:
         examples: the prompts.

@@ -256,6 +256,8 @@ class TokenProcess:
         }
         if "task" in episode.example.metadata:
             info["task"] = episode.example.metadata["task"]
+        if episode.finish_reason and episode.example.reference is not None:
+            info["reference"] = episode.example.reference
         if episode.choices is not None:
             info["action_mask"] = self._mask(episode)
         return info

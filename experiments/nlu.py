@@ -14,8 +14,8 @@ from rich.console import Console
 from ..agents.distributed import Processes
 from ..agents.grpo import GRPO, RLOO
 from ..agents.language_model import LanguageModelPolicy, LoraSettings
-from ..agents.on_policy import OnPolicyAgent
 from ..agents.ppo import TokenPPO
+from ..agents.rollout_agent import RolloutAgent
 from ..agents.rollout_engine import VLLMEngine
 from ..agents.sft import SFT, Demonstration
 from ..envs.tasks.nlu_data import load_examples
@@ -32,7 +32,7 @@ from .tracking import Tracker, check_tracker
 
 Method = Literal["majority", "zero-shot", "few-shot", "sft", "ppo", "grpo", "rloo"]
 
-AGENTS: dict[str, type[OnPolicyAgent]] = {"ppo": TokenPPO, "grpo": GRPO, "rloo": RLOO}
+AGENTS: dict[str, type[RolloutAgent]] = {"ppo": TokenPPO, "grpo": GRPO, "rloo": RLOO}
 
 SMOKE = {"labels": 64, "eval_limit": 32}
 """What ``--scale smoke`` cuts a run to."""
@@ -323,7 +323,7 @@ class _Run:
         agent = self._agent(policy, data)
         total = -(-len(data.train) // options.batch_size) * options.passes
 
-        def labels(agent: OnPolicyAgent) -> None:
+        def labels(agent: RolloutAgent) -> None:
             agent.logger.record("rollout/labels", options.warm_labels + agent.updates * options.batch_size)
 
         try:
@@ -338,7 +338,7 @@ class _Run:
         )
         return True
 
-    def _agent(self, policy: LanguageModelPolicy, data: _Data) -> OnPolicyAgent:
+    def _agent(self, policy: LanguageModelPolicy, data: _Data) -> RolloutAgent:
         options = self.options
         group = 1 if options.method == "ppo" else options.group_size
         env = gym.make_vec(

@@ -12,7 +12,7 @@ from rich.console import Console
 from ..agents.callbacks import StepProgress
 from ..agents.checkpoints import latest_checkpoint, replace_checkpoint
 from ..agents.distributed import Processes
-from ..agents.on_policy import OnPolicyAgent
+from ..agents.rollout_agent import RolloutAgent
 from ..agents.supervised import SupervisedTrainer
 from .run_folder import RowWriter, RunFolder, read_json, write_json
 from .tracking import Tracker
@@ -74,10 +74,10 @@ class TokenTraining:
 
     def learn(
         self,
-        agent: OnPolicyAgent,
+        agent: RolloutAgent,
         total: int,
         label: str,
-        on_update: Callable[[OnPolicyAgent], None] | None = None,
+        on_update: Callable[[RolloutAgent], None] | None = None,
     ) -> bool:
         """All updates that are left, or as many as the time allows; says whether it came to the end.
 
@@ -181,11 +181,12 @@ class TokenTraining:
         replace_checkpoint(self.checkpoints, all_of_it, self.processes.is_main)
         self.processes.wait()
 
-    def _keep_some(self, agent: OnPolicyAgent) -> None:
+    def _keep_some(self, agent: RolloutAgent) -> None:
         """Two episodes of each update, for reading."""
         batch = agent.last_rollout
         if batch is None:
             return
+        logprobs = batch.logprobs if len(batch.logprobs) else batch.sampler_logprobs  # not all agents score again
         for i in range(min(2, len(batch))):
             rows = batch.rows([i])
             self.generations.write(
@@ -195,6 +196,6 @@ class TokenTraining:
                     "text": batch.infos[i]["text"],
                     "finish_reason": batch.infos[i]["finish_reason"],
                     "reward": round(float(batch.rewards[rows].sum()), 6),
-                    "logprobs": [round(float(v), 4) for v in batch.logprobs[rows]],
+                    "logprobs": [round(float(v), 4) for v in logprobs[rows]],
                 }
             )

@@ -18,6 +18,7 @@ from instructgym.agents.grpo import GRPO, RLOO
 from instructgym.agents.language_model import LanguageModelPolicy, LoraSettings
 from instructgym.agents.ppo import TokenPPO
 from instructgym.agents.ranking import RankedCandidates, RankingTrainer
+from instructgym.agents.ranking_agent import RankingAgent
 from instructgym.agents.reward_modelling import RewardTrainer, tokenize_pairs
 from instructgym.agents.sft import SFT, Demonstration
 from instructgym.envs.tasks.prompt_examples import PromptExample
@@ -35,6 +36,8 @@ CASES = {
     "ppo, one process without episodes": (TokenPPO, 2, {"max_invalid_share": 1.0}),
     "grpo": (GRPO, 9, {}),
     "rloo": (RLOO, 9, {"entropy_coefficient": 0.01}),
+    "online ranking": (RankingAgent, 9, {"loss": "dpo", "epochs": 2, "minibatches": 2, "refresh_reference": 1}),
+    "online ranking, too few lists for both": (RankingAgent, 6, {"mle_weight": 0.0, "max_invalid_share": 1.0}),
 }
 SAME = ["train/loss", "train/policy_loss", "train/value_loss", "train/kl", "train/kl_coefficient"]
 SAME += [
@@ -98,7 +101,7 @@ def play(model, folder, name):
     cls, copies, options = CASES[name]
     processes, writer = Processes(), Rows()
     policy = policy_of(model, processes, "shared" if cls is TokenPPO else "none")
-    moody = "without" in name
+    moody = "without" in name or "too few" in name
     settings = TokenSettings(max_tokens=4, context_length=16, group_size=1 if cls is TokenPPO else 3)
     env = TokenVectorEnv(copies, EXAMPLES[: 2 if moody else 3], policy.tokenizer, Varied(moody), settings)
     agent = cls(env, policy, learning_rate=0.01, **options)

@@ -315,7 +315,8 @@ def test_infos():
         "reward_terms": {},
         "judge_calls": 0,
     }
-    assert last == step | {"step": 2, "text": "red", "finish_reason": "eos", "reward_terms": {"count": 2.0}}
+    told = {"step": 2, "text": "red", "finish_reason": "eos", "reward_terms": {"count": 2.0}}
+    assert last == step | told | {"reference": "blue"}  # not before the end
     assert "task" not in make().reset(options={"index": 1})[1]
 
 
