@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from .instructions import SPLITS
 from .nlu_data import load_rows, record_candidates
 from .nlu_tasks import NLUTask, get_task
 from .prompt_task_file import read_prompt_task
+
+ALL_SPLITS = tuple(SPLITS)
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class PromptTask:
 
 def load_prompt_task(
     name: str | Path,
-    split: str | Sequence[str] = SPLITS,
+    split: str | Sequence[str] = ALL_SPLITS,
     limit: int | None = None,
     seed: int = 0,
     data_dir: str | Path = "",
@@ -87,9 +89,9 @@ def load_prompt_task(
         raise InputError(f"{task.name} has no labels to predict: use a task with labels")
     examples = {part: _examples(task, load_rows(task, part, data_dir, limit, seed), part, seed) for part in wanted}
     written = load_prompts("envs.tasks", "prompt_tasks").get(task.wording, {}).get("instructions", [])
-    return PromptTask(
-        task.name, task.words, task.words, (task.description, *written), block=f"{{text}}\n{task.cue}:", **examples
-    )
+    instructions = (task.description, *written)
+    form = PromptTask(task.name, task.words, task.words, instructions, block=f"{{text}}\n{task.cue}:")
+    return replace(form, **examples)
 
 
 def _examples(task: NLUTask, rows: Sequence[dict[str, Any]], split: str, seed: int) -> tuple[LabelledExample, ...]:
@@ -113,9 +115,9 @@ def _from_file(path: Path, wanted: Sequence[str], limit: int | None, seed: int) 
         if not splits[part]:
             raise InputError(f"{path} has no examples for the split {part!r}: add some, or load other splits")
         random.Random(f"{seed}/limit").shuffle(splits[part])
-    texts = {name: tuple(task[name]) for name in ("labels", "verbalizers", "instructions")}
-    chosen = {part: tuple(splits[part][:limit]) for part in wanted}
-    return PromptTask(task["name"], template=task["template"], block=task["block"], **texts, **chosen)
+    labels, words, instructions = (tuple(task[name]) for name in ("labels", "verbalizers", "instructions"))
+    form = PromptTask(task["name"], labels, words, instructions, template=task["template"], block=task["block"])
+    return replace(form, **{part: tuple(splits[part][:limit]) for part in wanted})
 
 
 def minibatch(task: PromptTask, split: str, size: int, seed: int) -> tuple[LabelledExample, ...]:
