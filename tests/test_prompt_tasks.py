@@ -36,7 +36,7 @@ def test_splits_are_kept_apart_and_full_of_both_labels():
     for split in ("train", "validation", "test"):
         labels = [example.label for example in task.examples(split)]
         assert {0, 1} == set(labels) and 60 < sum(labels) < 140
-    assert all(text.startswith("Review: ") and "\n" not in text for text in texts[0])
+    assert all(text.strip() and "\n" not in text for text in texts[0])
     fewer = load_prompt_task("rotten-tomatoes", "train", limit=20)
     assert set(fewer.train) < set(task.train) and fewer.test == ()
     assert load_prompt_task("rotten-tomatoes", "train", limit=20, seed=1).train != fewer.train
@@ -51,7 +51,7 @@ def test_labels_are_the_reviewers():
     verdicts = {" ".join(row["text"].split()): row["category"] for _, row in packaged_reviews()}
     task = load_prompt_task("rotten-tomatoes", "validation", limit=50)
     for example in task.validation:
-        assert task.labels[example.label] == {"fresh": "Positive", "rotten": "Negative"}[verdicts[example.text[8:]]]
+        assert task.labels[example.label] == {"fresh": "Positive", "rotten": "Negative"}[verdicts[example.text]]
 
 
 @needs_reviews
@@ -62,14 +62,15 @@ def test_manual_instructions_make_valid_prompts():
     for instruction in task.instructions:
         prompt = task.prompt(instruction, shown)
         check_prompt(prompt)
-        assert "".join(prompt.render("Review: dull")).endswith("\n\nReview: dull\nSentiment:")
+        assert "".join(prompt.render("dull")).endswith("\n\nReview: dull\nSentiment:")
 
 
 def test_a_task_of_a_folder(write):
     folder = write("SST-2/train.tsv", "sentence\tlabel\n" + "".join(f"line {i} is warm\t{i % 2}\n" for i in range(40)))
     write("SST-2/dev.tsv", "sentence\tlabel\na dull film\t0\n")
     task = load_prompt_task("SST-2", data_dir=folder)
-    assert [(example.text, example.label) for example in task.test] == [("Review: a dull film", 1)]
+    assert [(example.text, example.label) for example in task.test] == [("a dull film", 1)]
+    assert task.block == "Review: {text}\nSentiment:"
     assert len(task.train) + len(task.validation) == 40 and task.validation
     assert len(task.instructions) >= 5
 
@@ -80,6 +81,7 @@ def test_a_pair_task_has_its_description(write):
     assert task.test[0].text == "First text: It rains.\nSecond text: It is wet." and task.test[0].label == 0
     assert task.instructions == ("Decide whether the second text follows from the first.",)
     assert task.block == "{text}\nFollows:"
+    assert task.content_free[0] == "First text: N/A\nSecond text: N/A"
 
 
 def test_a_task_of_a_file(write):

@@ -227,6 +227,7 @@ def test_bad_prompts_and_examples_are_refused():
     refused("unknown calibration", calibrate="contextal")
     refused("batch calibration of one", examples=EXAMPLES[:1], calibrate="batch")
     refused("cache must be", cache=-1)
+    refused("content_free must be a list", content_free=())
     with pytest.raises(InputError, match=r"must have \{input\} once"):
         TaskPrompt("x", verbalizers=WORDS, template="{instruction}")
     with pytest.raises(BackendError, match="reports no log-probs"):
@@ -279,6 +280,7 @@ def test_reward_by_hand():
     )
     assert score.value == pytest.approx((200 * 0.5 - 180 * 0.2) / 2)
     assert score.terms == {"task": score.value, "accuracy": 0.5, "gap": pytest.approx(0.15)}
+    assert TaskReward(BLANK, scorer=reward.scorer).calls_per_sample == 2 == hint.calls
     assert score.calls == 4 == reward.calls_per_sample and "predicted good, right bad" in score.feedback
     assert empty.value == 0.0 and empty.valid and empty.calls == 0
     assert hint.value == pytest.approx(-36.0) and hint.calls == 2

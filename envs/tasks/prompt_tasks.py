@@ -13,6 +13,7 @@ import numpy as np
 from ...llm_backends import request_seed
 from ...llm_backends.errors import InputError
 from ...llm_backends.prompting import fill, load_prompts, one_line
+from ...rewards.calibration import CONTENT_FREE
 from ...rewards.task_prompt import BLOCK, TEMPLATE, Demonstration, LabelledExample, TaskPrompt
 from .instructions import SPLITS
 from .nlu_data import load_rows, record_candidates
@@ -38,6 +39,8 @@ class PromptTask:
     test: tuple[LabelledExample, ...] = field(default=(), repr=False)
     template: str = TEMPLATE
     block: str = BLOCK
+    content_free: tuple[str, ...] = CONTENT_FREE
+    """Inputs in the form of the examples that say nothing, for :class:`TaskScorer`."""
 
     def examples(self, split: str) -> tuple[LabelledExample, ...]:
         """The examples of ``train``, ``validation`` or ``test``.
@@ -87,11 +90,24 @@ def load_prompt_task(
     task = get_task(str(name))
     if task.kind != "label" or not task.labelled:
         raise InputError(f"{task.name} has no labels to predict: use a task with labels")
-    examples = {part: _examples(task, load_rows(task, part, data_dir, limit, seed), part, seed) for part in wanted}
+    examples: dict[str, Any] = {
+        part: _examples(task, load_rows(task, part, data_dir, limit, seed), part, seed) for part in wanted
+    }
     written = load_prompts("envs.tasks", "prompt_tasks").get(task.wording, {}).get("instructions", [])
     instructions = (task.description, *written)
-    form = PromptTask(task.name, task.words, task.words, instructions, block=f"{{text}}\n{task.cue}:")
-    return replace(form, **examples)
+    # The name of a single field belongs to the block: an input that says nothing then stands behind it as well.
+    single = len(task.fields) == 1
+    shape = task.template.replace(f"{{{task.fields[0]}}}", "{text}") if single else "{text}"
+    filled = tuple(fill(task.template, dict.fromkeys(task.fields, text)) for text in CONTENT_FREE)
+    return PromptTask(
+        task.name,
+        task.words,
+        task.words,
+        instructions,
+        block=f"{shape}\n{task.cue}:",
+        content_free=CONTENT_FREE if single else filled,
+        **examples,
+    )
 
 
 def _examples(task: NLUTask, rows: Sequence[dict[str, Any]], split: str, seed: int) -> tuple[LabelledExample, ...]:
@@ -102,7 +118,8 @@ def _examples(task: NLUTask, rows: Sequence[dict[str, Any]], split: str, seed: i
             word = task.answer(filled["label"])
             if word is None:
                 raise InputError(f"{task.name} hides the label of {filled['id']}: use a split or a copy with labels")
-            text = fill(task.template, {name: one_line(str(filled[name])) for name in task.fields})
+            fields = {name: one_line(str(filled[name])) for name in task.fields}
+            text = fill(task.template, fields) if len(fields) > 1 else fields[task.fields[0]]
             examples.append(LabelledExample(f"{task.name}/{filled['id']}", text, task.words.index(word)))
     return tuple(examples)
 
