@@ -119,8 +119,9 @@ class TaskScorer(Part):
             float32, shape (prompts, examples, labels), in nats.
 
         Raises:
-            InputError: as :meth:`check`, and for log-probs that are not finite.
-            BackendError: for a request that the model could not serve; what it did serve is remembered.
+            InputError: as :meth:`check`.
+            BackendError: for a request that the model could not serve, and log-probs that are not finite; what it did
+                serve is remembered.
         """
         self.check(prompts, examples)
         return self._ask(prompts, [example.text for example in examples])

@@ -134,7 +134,8 @@ def _from_file(path: Path, wanted: Sequence[str], limit: int | None, seed: int) 
         random.Random(f"{seed}/limit").shuffle(splits[part])
     labels, words, instructions = (tuple(task[name]) for name in ("labels", "verbalizers", "instructions"))
     form = PromptTask(task["name"], labels, words, instructions, template=task["template"], block=task["block"])
-    return replace(form, **{part: tuple(splits[part][:limit]) for part in wanted})
+    chosen: dict[str, Any] = {part: tuple(splits[part][:limit]) for part in wanted}
+    return replace(form, **chosen)
 
 
 def minibatch(task: PromptTask, split: str, size: int, seed: int) -> tuple[LabelledExample, ...]:
