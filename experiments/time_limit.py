@@ -21,7 +21,7 @@ class TimeLimit:
     """
 
     def __init__(self, minutes: float = 0.0) -> None:
-        self.minutes, self._begun = minutes, time.monotonic()
+        self.minutes, self.begun = minutes, time.monotonic()
 
     def run(self, run: Callable[[Any, Console], dict[str, Any]], options: Any, console: Console) -> dict[str, Any]:
         """Runs a stage in what is left of the time.
@@ -29,7 +29,7 @@ class TimeLimit:
         Raises:
             OutOfTimeError: if nothing is left, or the stage has not come to its end.
         """
-        left = self.minutes - (time.monotonic() - self._begun) / 60 if self.minutes else 0.0
+        left = self.minutes - (time.monotonic() - self.begun) / 60 if self.minutes else 0.0
         if self.minutes and left <= 0:
             raise OutOfTimeError
         results = run(replace(options, minutes=left), console)

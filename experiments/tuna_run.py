@@ -209,7 +209,7 @@ class _Chain:
         )
         return self.stage(finetune, mine)
 
-    def candidates(self, name: str, **writer: str) -> Path:
+    def candidates(self, name: str, **writer: Any) -> Path:
         mine = TunaCandidates(
             **self.shared("candidates", name), **SIZES[self.options.scale]["candidates"], data=str(self.data), **writer
         )

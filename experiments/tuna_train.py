@@ -118,7 +118,7 @@ def run(options: TunaTrain, console: Console | None = None) -> dict[str, Any]:
         return {}
     identity = {"lists": digest([[one.id, one.candidates, one.scores] for one in lists])}
     identity |= {"weights": weights_digest(start)} if start is not None else {}
-    with stage(options, "tuna train", console, **identity) as opened:
+    with stage(options, "tuna train", console, True, **identity) as opened:
         if isinstance(opened, dict):
             return opened
         requests = [request_of(one).row() for one in lists]
