@@ -43,9 +43,13 @@ class TunaTrain(TrainingOptions):
     loss: str = "tuna"
     """tuna (the paper's), tuna_released (its code's), dpo, ipo, spin, sppo, lipo_lambda, tdpo1 or tdpo2."""
     margin: float | None = None
-    """Of Tuna's losses, per rank, in nats per token. By default the loss's own, as the next three."""
+    """Of Tuna's losses, per rank, in nats per token. By default the loss's own, as the next four."""
     beta: float | None = None
     """Of the losses with a reference policy."""
+    alpha: float | None = None
+    """Of tdpo2: weight of the difference of the KLs from the reference policy."""
+    pairs: Literal["all", "best_worst"] | None = None
+    """Of dpo, ipo, sppo and TDPO's: which pairs of a list count."""
     mle_weight: float | None = None
     """Weight of the likelihood of the reference response: 1 for Tuna's losses, 0 for the others."""
     imitate: Literal["reference", "best", "all"] = "reference"
@@ -91,6 +95,8 @@ class TunaTrain(TrainingOptions):
             loss=self.loss,
             margin=self.margin,
             beta=self.beta,
+            alpha=self.alpha,
+            pairs=self.pairs,
             mle_weight=self.mle_weight,
             imitate=self.imitate,
         )
