@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from .figa import FIGA
     from .grpo import GRPO, RLOO
     from .language_model import LanguageModelPolicy, LoraSettings
-    from .ppo import TokenPPO
     from .policy_backend import PolicyBackend
+    from .ppo import TokenPPO
     from .ranked_lists import rank_agreement, tokenize_lists
     from .ranking import RankedCandidates, RankingTrainer
     from .ranking_agent import RankingAgent
