@@ -9,7 +9,15 @@ import pytest
 from fault_server import serving
 from rich.console import Console
 
-from instructgym.experiments.benchmarks import backend, dense_reward, rollouts, token_env, token_learning, token_ppo
+from instructgym.experiments.benchmarks import (
+    backend,
+    dense_reward,
+    rollouts,
+    sides,
+    token_env,
+    token_learning,
+    token_ppo,
+)
 from instructgym.experiments.benchmarks.backend import BenchBackend
 from instructgym.experiments.benchmarks.rollouts import BenchRollouts
 from instructgym.experiments.benchmarks.tiny import build_tiny, make_prompts
@@ -58,7 +66,7 @@ def test_prompts_are_different_and_of_equal_length(tmp_path):
 def test_token_ppo_against_the_floor(tmp_path, dtype):
     options = BenchTokenPPO(against="floor", dtype=dtype, json=str(tmp_path / "figures.json"), **SMALL)
     figures = token_ppo.run(options, quiet())
-    check_form(figures, tmp_path / "figures.json", token_ppo.MEASURES)
+    check_form(figures, tmp_path / "figures.json", sides.MEASURES)
     assert figures["ours"]["tokens"] == 4 * 5
     assert figures["ours"]["computes_in"] == figures["theirs"]["computes_in"] == dtype
     assert len(figures["ours"]["rounds"]) == 1
@@ -74,7 +82,7 @@ def test_token_ppo_against_the_floor(tmp_path, dtype):
 def test_token_ppo_against_trl(tmp_path, dtype):
     options = BenchTokenPPO(dtype=dtype, trl_python=trl_interpreter(), json=str(tmp_path / "figures.json"), **SMALL)
     figures = token_ppo.run(options, quiet())
-    check_form(figures, tmp_path / "figures.json", token_ppo.MEASURES)
+    check_form(figures, tmp_path / "figures.json", sides.MEASURES)
     assert figures["ours"]["computes_in"] == figures["theirs"]["computes_in"] == dtype
     assert figures["settings"]["their_versions"]["trl"] == TRL_VERSION
 

@@ -27,12 +27,17 @@ def peak_mb() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """Trains for one warm-up update and then for the measured ones."""
+def set_surroundings(dtype: str) -> None:
+    """What has to be set before torch and TRL are imported."""
     warnings.filterwarnings("ignore")
     os.environ.update(HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1", TOKENIZERS_PARALLELISM="false")
-    if spec["dtype"] == "bfloat16":  # what `accelerate launch --mixed_precision bf16` sets; `bf16=True` sets nothing
+    if dtype == "bfloat16":  # what `accelerate launch --mixed_precision bf16` sets; `bf16=True` sets nothing
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+
+
+def measure(spec: dict[str, Any]) -> dict[str, Any]:
+    """Trains for one warm-up update and then for the measured ones."""
+    set_surroundings(spec["dtype"])
     import torch
 
     torch.set_num_threads(spec["threads"])
