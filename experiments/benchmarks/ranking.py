@@ -21,7 +21,7 @@ from .sides import Side, check_context, compare, module_command, print_sides, sc
 from .tiny import WORDS, lora_targets, make_prompts, model_folder
 from .trl_environment import trl_python
 
-TRL_PAIRS = 4
+TRL_PAIRS = 8
 """Pairs of a micro-batch of TRL."""
 
 NOTES = {
