@@ -168,7 +168,7 @@ def test_bad_options_of_token_ppo_are_refused(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch": 12}, "--batch must be a multiple of 8 against TRL"),
+        ({"batch": 12}, r"--batch must be a multiple of --trl-pairs \(8\), got 12"),
         ({"steps": 0}, "--steps must be at least 1"),
         ({"seed": -1}, "--seed must be at least 0"),
         ({"checkpointing": True, "against": "floor"}, "--checkpointing is an option of TRL"),

@@ -21,9 +21,6 @@ from .sides import Side, check_context, compare, module_command, print_sides, sc
 from .tiny import WORDS, lora_targets, make_prompts, model_folder
 from .trl_environment import trl_python
 
-TRL_PAIRS = 8
-"""Pairs of a micro-batch of TRL."""
-
 NOTES = {
     "trl": "every pair is seen once; both compute its reference log-probs on the way, with the adapters switched off",
     "floor": "of every pair one reference pass without gradients, one policy pass forward and backward; no more",
@@ -56,6 +53,8 @@ class BenchRanking:
     """Rank of the adapters."""
     seed: int = 0
     """Of the pairs."""
+    trl_pairs: int = 8
+    """Pairs of TRL's micro-batches, no more than the batch: fewer take less memory and, to a point, more time."""
     checkpointing: bool = False
     """TRL's gradient checkpointing, on by its own default: less memory, more time."""
     trl_python: str = ""
@@ -125,7 +124,7 @@ def run(options: BenchRanking, console: Console | None = None) -> dict[str, Any]
             theirs = Side("floor", module_command("dpo_floor_worker"), spec | {"dtype": dtype})
             theirs = replace(theirs, spec=theirs.spec | theirs.work())  # the best micro-batch
         else:
-            more = {"micro": min(TRL_PAIRS, options.batch), "checkpointing": options.checkpointing}
+            more = {"micro": min(options.trl_pairs, options.batch), "checkpointing": options.checkpointing}
             theirs = Side("trl", script_command(python, "trl_dpo_worker"), spec | more)
         figures = compare(Side("ours", module_command("dpo_worker"), spec), theirs, options.rounds)
     figures["settings"] = settings_of(options, python, NOTES[options.against])
@@ -137,11 +136,13 @@ def run(options: BenchRanking, console: Console | None = None) -> dict[str, Any]
 
 
 def _check(options: BenchRanking) -> None:
-    check_counts(options, "rounds", "threads", "steps", "batch", "prompt_tokens", "response_tokens", "lora_rank")
+    check_counts(
+        options, "rounds", "threads", "steps", "batch", "prompt_tokens", "response_tokens", "lora_rank", "trl_pairs"
+    )
     if not options.seed >= 0:
         raise InputError(f"--seed must be at least 0, got {options.seed}")
-    if options.against == "trl" and options.batch > TRL_PAIRS and options.batch % TRL_PAIRS:
-        raise InputError(f"--batch must be a multiple of {TRL_PAIRS} against TRL, got {options.batch}")
+    if options.against == "trl" and options.batch % min(options.trl_pairs, options.batch):
+        raise InputError(f"--batch must be a multiple of --trl-pairs ({options.trl_pairs}), got {options.batch}")
     if options.checkpointing and options.against != "trl":
         raise InputError("--checkpointing is an option of TRL: leave it out or add --against trl")
     if options.json:
