@@ -7,7 +7,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -17,7 +17,7 @@ from ...llm_backends.causal_lm import load_tokenizer
 from ...llm_backends.errors import InputError
 from ..options import check_counts, check_output
 from ..run_folder import write_json
-from .sides import Side, check_context, compare, module_command, print_sides, script_command, settings_of
+from .sides import Side, SidesOptions, check_context, compare, module_command, print_sides, script_command, settings_of
 from .tiny import WORDS, lora_targets, make_prompts, model_folder
 from .trl_environment import trl_python
 
@@ -28,19 +28,9 @@ NOTES = {
 
 
 @dataclass
-class BenchRanking:
+class BenchRanking(SidesOptions):
     """Response tokens per CPU-second and peak memory of DPO with LoRA, ours and TRL's (or the bare passes)."""
 
-    against: Literal["trl", "floor"] = "trl"
-    """trl: TRL's DPO; floor: the forwards and backwards of an optimiser step in plain transformers calls."""
-    model: str = "tiny"
-    """tiny (a GPT-2 of four layers with random weights), embedded, or the path of a model."""
-    dtype: Literal["float32", "bfloat16", "default"] = "float32"
-    """float32; bfloat16: autocast; default: what each side does unless told (the floor does as ours)."""
-    rounds: int = 3
-    """Measurements of each side, taken alternately, each in a process of its own."""
-    threads: int = 1
-    """Threads of each process."""
     steps: int = 4
     """Measured optimiser steps; one comes before them to warm up."""
     batch: int = 16
@@ -49,18 +39,12 @@ class BenchRanking:
     """Tokens of every prompt."""
     response_tokens: int = 64
     """Tokens of the longest responses; the shortest have half as many."""
-    lora_rank: int = 8
-    """Rank of the adapters."""
     seed: int = 0
     """Of the pairs."""
     trl_pairs: int = 8
     """Pairs of TRL's micro-batches, no more than the batch: fewer take less memory and, to a point, more time."""
     checkpointing: bool = False
     """TRL's gradient checkpointing, on by its own default: less memory, more time."""
-    trl_python: str = ""
-    """Interpreter of an environment with trl 1.12.0; by default one is prepared in the cache folder."""
-    json: str = ""
-    """File for the figures, as JSON."""
 
 
 def make_pairs(

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
@@ -27,6 +27,28 @@ MEASURES = {
     "tokens_per_second": "response tokens per second",
     "peak_mb": "peak memory, MB",
 }
+
+
+@dataclass
+class SidesOptions:
+    """Options of a benchmark of training with LoRA against TRL or the bare passes."""
+
+    against: Literal["trl", "floor"] = "trl"
+    """trl: TRL's trainer; floor: the forwards and backwards of an update in plain transformers calls."""
+    model: str = "tiny"
+    """tiny (a GPT-2 of four layers with random weights), embedded, or the path of a model."""
+    dtype: Literal["float32", "bfloat16", "default"] = "float32"
+    """float32; bfloat16: autocast; default: what each side does unless told (the floor does as ours)."""
+    rounds: int = 3
+    """Measurements of each side, taken alternately, each in a process of its own."""
+    threads: int = 1
+    """Threads of each process."""
+    lora_rank: int = 8
+    """Rank of the adapters."""
+    trl_python: str = ""
+    """Interpreter of an environment with trl 1.12.0; by default one is prepared in the cache folder."""
+    json: str = ""
+    """File for the figures, as JSON."""
 
 
 def module_command(name: str) -> list[str]:
@@ -48,7 +70,7 @@ class Side:
 
     name: str
     command: Sequence[str]
-    spec: Mapping[str, Any]
+    spec: dict[str, Any]
     """Settings for the command; ``threads`` is among them."""
 
     def work(self) -> dict[str, Any]:
@@ -92,7 +114,7 @@ def compare(ours: Side, theirs: Side, rounds: int) -> dict[str, Any]:
     return figures
 
 
-def settings_of(options: Any, python: str, note: str) -> dict[str, Any]:
+def settings_of(options: SidesOptions, python: str, note: str) -> dict[str, Any]:
     """The ``settings`` of a benchmark's figures: its options, a note on what the sides do, and versions."""
     settings = {key: value for key, value in vars(options).items() if key not in ("json", "trl_python")}
     settings |= {"note": note, "versions": {package: version(package) for package in SHARED}}

@@ -6,7 +6,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 
@@ -14,7 +14,7 @@ from ...llm_backends.adapters import training_dtype
 from ...llm_backends.errors import InputError
 from ..options import check_counts, check_output
 from ..run_folder import write_json
-from .sides import Side, check_context, compare, module_command, print_sides, script_command, settings_of
+from .sides import Side, SidesOptions, check_context, compare, module_command, print_sides, script_command, settings_of
 from .tiny import lora_targets, make_prompts, model_folder
 from .trl_environment import trl_python
 
@@ -25,19 +25,9 @@ NOTES = {
 
 
 @dataclass
-class BenchTokenPPO:
+class BenchTokenPPO(SidesOptions):
     """Response tokens per CPU-second and peak memory of PPO with LoRA, ours and TRL's (or the bare passes)."""
 
-    against: Literal["trl", "floor"] = "trl"
-    """trl: TRL's PPO; floor: the forwards and backwards of an update in plain transformers calls."""
-    model: str = "tiny"
-    """tiny (a GPT-2 of four layers with random weights), embedded, or the path of a model."""
-    dtype: Literal["float32", "bfloat16", "default"] = "float32"
-    """float32; bfloat16: autocast; default: what each side does unless told (the floor does as ours)."""
-    rounds: int = 3
-    """Measurements of each side, taken alternately, each in a process of its own."""
-    threads: int = 1
-    """Threads of each process."""
     updates: int = 3
     """Measured updates; one comes before them to warm up."""
     batch: int = 32
@@ -48,12 +38,6 @@ class BenchTokenPPO:
     """Tokens of every response; there is no end of sequence."""
     epochs: int = 4
     """Passes over an update's episodes, with one optimiser step each."""
-    lora_rank: int = 8
-    """Rank of the adapters."""
-    trl_python: str = ""
-    """Interpreter of an environment with trl 1.12.0; by default one is prepared in the cache folder."""
-    json: str = ""
-    """File for the figures, as JSON."""
 
 
 def run(options: BenchTokenPPO, console: Console | None = None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # last: its neighbours must not hide installed modules
 
-from trl_worker import peak_mb, set_surroundings  # type: ignore[import-not-found]
+from trl_worker import adapters, peak_mb, set_surroundings  # type: ignore[import-not-found]
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
@@ -27,9 +27,8 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(spec["threads"])
     from datasets import Dataset
-    from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import DPOConfig, DPOTrainer
+    from trl import DPOConfig, DPOTrainer  # type: ignore[import-not-found]
 
     marks: list[tuple[float, float]] = []
     casts: list[bool] = []
@@ -40,7 +39,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             marks.append((time.process_time(), time.perf_counter()))
 
-    class Tokenized(DPOTrainer):  # type: ignore[misc]
+    class Tokenized(DPOTrainer):
         """Takes token ids, so that both sides have the same, and counts those that it is given."""
 
         lengths: list[int] = []
@@ -82,12 +81,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         args=arguments,
         processing_class=tokenizer,
         train_dataset=Dataset.from_list([{f"{name}_ids": ids for name, ids in pair.items()} for pair in pairs]),
-        peft_config=LoraConfig(
-            r=spec["rank"],
-            lora_alpha=spec["alpha"],
-            target_modules=spec["targets"] if spec["targets"] == "all-linear" else spec["targets"].split(","),
-            task_type="CAUSAL_LM",
-        ),
+        peft_config=adapters(spec),
         callbacks=[Clock()],
     )
     handle = policy.register_forward_pre_hook(lambda *_: casts.append(torch.is_autocast_enabled("cpu")))

@@ -35,6 +35,14 @@ def set_surroundings(dtype: str) -> None:
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
 
 
+def adapters(spec: dict[str, Any]) -> Any:
+    """Peft's settings of the adapters."""
+    from peft import LoraConfig
+
+    targets = spec["targets"] if spec["targets"] == "all-linear" else spec["targets"].split(",")
+    return LoraConfig(r=spec["rank"], lora_alpha=spec["alpha"], target_modules=targets, task_type="CAUSAL_LM")
+
+
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """Trains for one warm-up update and then for the measured ones."""
     set_surroundings(spec["dtype"])
@@ -42,7 +50,6 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(spec["threads"])
     from datasets import Dataset
-    from peft import LoraConfig
     from transformers import (
         AutoModelForCausalLM,
         AutoModelForSequenceClassification,
@@ -114,12 +121,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         value_model=scorers[1],
         train_dataset=dataset,
         eval_dataset=dataset,
-        peft_config=LoraConfig(
-            r=spec["rank"],
-            lora_alpha=spec["alpha"],
-            target_modules=spec["targets"] if spec["targets"] == "all-linear" else spec["targets"].split(","),
-            task_type="CAUSAL_LM",
-        ),
+        peft_config=adapters(spec),
         callbacks=[Clock()],
     )
     handle = policy.register_forward_pre_hook(lambda *_: casts.append(torch.is_autocast_enabled("cpu")))
