@@ -47,10 +47,11 @@ from . import (
     tuna_run,
     tuna_train,
 )
-from .benchmarks import backend, dense_reward, edit_env, rollouts, token_env, token_learning, token_ppo
+from .benchmarks import backend, dense_reward, edit_env, ranking, rollouts, token_env, token_learning, token_ppo
 from .benchmarks.backend import BenchBackend
 from .benchmarks.dense_reward import BenchDenseReward
 from .benchmarks.edit_env import BenchEditEnv
+from .benchmarks.ranking import BenchRanking
 from .benchmarks.rollouts import BenchRollouts
 from .benchmarks.token_env import BenchTokenEnv
 from .benchmarks.token_learning import BenchTokenLearning
@@ -258,6 +259,7 @@ if TYPE_CHECKING:
         BenchEditEnv
         | BenchTokenEnv
         | BenchTokenPPO
+        | BenchRanking
         | BenchTokenLearning
         | BenchDenseReward
         | BenchRollouts
@@ -269,6 +271,7 @@ else:
         Annotated[BenchEditEnv, tyro.conf.subcommand("edit-env")]
         | Annotated[BenchTokenEnv, tyro.conf.subcommand("token-env")]
         | Annotated[BenchTokenPPO, tyro.conf.subcommand("token-ppo")]
+        | Annotated[BenchRanking, tyro.conf.subcommand("ranking")]
         | Annotated[BenchTokenLearning, tyro.conf.subcommand("token-learning")]
         | Annotated[BenchDenseReward, tyro.conf.subcommand("dense-reward")]
         | Annotated[BenchRollouts, tyro.conf.subcommand("rollouts")]
@@ -281,6 +284,7 @@ BENCHMARKS = {
     "edit-env": BenchEditEnv,
     "token-env": BenchTokenEnv,
     "token-ppo": BenchTokenPPO,
+    "ranking": BenchRanking,
     "token-learning": BenchTokenLearning,
     "dense-reward": BenchDenseReward,
     "rollouts": BenchRollouts,
@@ -409,6 +413,7 @@ RUNS: dict[type, Callable[[Any, Console], Any]] = {
     BenchEditEnv: edit_env.run,
     BenchTokenEnv: token_env.run,
     BenchTokenPPO: token_ppo.run,
+    BenchRanking: ranking.run,
     BenchTokenLearning: token_learning.run,
     BenchDenseReward: dense_reward.run,
     BenchRollouts: rollouts.run,
