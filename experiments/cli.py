@@ -56,6 +56,7 @@ from .benchmarks.rollouts import BenchRollouts
 from .benchmarks.token_env import BenchTokenEnv
 from .benchmarks.token_learning import BenchTokenLearning
 from .benchmarks.token_ppo import BenchTokenPPO
+from .deadline import in_time
 from .evaluate import Evaluate
 from .evolve_compare import EvolveCompare
 from .evolve_generate import EvolveGenerate
@@ -80,7 +81,6 @@ from .refine_af_generate import RefineAFGenerate
 from .refine_af_run import RefineAFEvaluate, RefineAFFinetune, RefineAFReport, RefineAFRun
 from .refine_af_train import RefineAFTrain
 from .serve_check import ServeCheck
-from .time_limit import in_time
 from .tuna_candidates import TunaCandidates
 from .tuna_evaluate import TunaEvaluate
 from .tuna_ppo import TunaPPO

@@ -1,7 +1,9 @@
 """The stages of Tuna, end to end on a model with random weights; a whole run on the embedded one."""
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from instructgym.agents.ranked_lists import rank_agreement, tokenize_lists
 from instructgym.envs.tasks.candidates import RankedList, read_ranked_lists, write_ranked_lists
 from instructgym.experiments import tuna_candidates, tuna_evaluate, tuna_rank, tuna_train
 from instructgym.experiments.run_folder import read_json
+from instructgym.experiments.token_training import OutOfTimeError, TokenTraining
 from instructgym.experiments.tuna_candidates import TunaCandidates
 from instructgym.experiments.tuna_evaluate import TunaEvaluate
 from instructgym.experiments.tuna_ppo import TunaPPO, neighbour_pairs
@@ -35,10 +38,10 @@ REQUESTS = 20
 SMALL = {"dtype": "float32", "context_length": 128}
 
 
-def words(prompt):
-    """Of a scripted writer: as many words as it was asked before."""
+def words(prompt, sampling):
+    """Of a scripted writer: some words by the request's seed; counts the requests."""
     words.asked += 1
-    return " ".join(["sea"] * (1 + words.asked % 5)) + f" {words.asked}"
+    return " ".join(["sea"] * (1 + sampling.seed % 5)) + f" {sampling.seed % 99_991}"
 
 
 words.asked = 0
@@ -53,8 +56,16 @@ def longest():
     return FunctionRanker(lambda prompt, texts: [len(text) for text in texts])
 
 
+def down(prompt, sampling):
+    """Of a server that is gone at times."""
+    return BackendError("the server is gone") if down.now else words(prompt, sampling)
+
+
+down.now = True
+
+
 def unable():
-    return ScriptedBackend(reply=lambda prompt: BackendError("the server is gone"))
+    return ScriptedBackend(reply=down)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +87,7 @@ def drawn(data, tmp_path_factory):
 def ranked(drawn, tmp_path_factory):
     """Candidates ranked by ROUGE-L to "sea sea sea 7"."""
     folder = tmp_path_factory.mktemp("ranked") / "run"
-    options = TunaRank(run_dir=str(folder), candidates=drawn[0].run_dir, ranker="ground-truth", dtype="float32")
+    options = TunaRank(run_dir=str(folder), candidates=drawn[0].run_dir, ranker="ground-truth")
     return options, tuna_rank.run(options, QUIET)
 
 
@@ -126,10 +137,57 @@ def test_candidates_are_not_drawn_twice(drawn, data, tmp_path):
     assert read_records(f"{options.run_dir}/journal.jsonl") == journal
 
 
-def test_a_writer_that_fails_is_one_error(drawn, tmp_path):
-    with pytest.raises(InputError, match=r"no request got a response.*the server is gone"):
-        options = replace(drawn[0], run_dir=str(tmp_path / "run"), backend=f"{__name__}:unable", limit=2)
+def test_an_outage_is_one_error_and_mended_by_a_repetition(drawn, tmp_path):
+    options = replace(drawn[0], run_dir=str(tmp_path / "run"), backend=f"{__name__}:unable", limit=2)
+    with pytest.raises(BackendError, match="all of 2 requests failed: the server is gone; repeat"):
         tuna_candidates.run(options, QUIET)
+    with pytest.raises(InputError, match="has 'tuna candidates' finished there"):
+        tuna_rank.run(TunaRank(run_dir=str(tmp_path / "ranked"), candidates=options.run_dir), QUIET)
+    down.now = False
+    assert tuna_candidates.run(options, QUIET)["counts"]["failed"] == 0
+
+
+@pytest.fixture
+def out_of_time(monkeypatch):
+    """``out_of_time(n)``: from then on the time is over before the n-th piece of work."""
+
+    def after(count):
+        left = [count]
+
+        def check(training):
+            left[0] -= 1
+            if not left[0]:
+                raise OutOfTimeError
+
+        monkeypatch.setattr(TokenTraining, "check_time", check)
+
+    return after
+
+
+@pytest.mark.parametrize("stage", ["candidates", "rank", "judge"])
+def test_what_is_stopped_between_chunks_ends_as_what_is_not(
+    stage, drawn, ranked, evaluated, tmp_path, out_of_time, monkeypatch
+):
+    kinds = {
+        "candidates": (tuna_candidates, drawn[0], "candidates.jsonl"),
+        "rank": (tuna_rank, ranked[0], "rankings.jsonl"),
+        "judge": (tuna_evaluate, evaluated[0], "judged/judged.jsonl"),
+    }
+    module, options, name = kinds[stage]
+    monkeypatch.setattr(module, "CHUNK", 4)
+    again = replace(options, run_dir=str(tmp_path / "run"))
+    if stage == "judge":
+        shutil.copytree(f"{options.run_dir}/rouge", f"{again.run_dir}/rouge")
+        config = Path(again.run_dir) / "rouge" / "config.json"
+        config.write_text(config.read_text().replace(options.run_dir, again.run_dir))
+    out_of_time(2)
+    assert module.run(again, QUIET)["status"] == "stopped"
+    assert len(read_records(f"{again.run_dir}/{name}")) == 4
+    out_of_time(0)
+    results = module.run(again, QUIET)
+    rows = read_records(f"{again.run_dir}/{name}")
+    assert results["status"] == "finished"
+    assert rows == read_records(f"{options.run_dir}/{name}")
 
 
 def test_rankings_keep_requests_references_and_ends(ranked, drawn):
@@ -163,7 +221,7 @@ def test_training_ranks_withheld_candidates_as_the_ranker_does(trained):
     assert counts["held_out"] == 5 and counts["train"] == 15
     assert metrics["tau, held out after"] > max(metrics["tau, held out before"], 0.4)
     assert metrics["tau, trained on after"] > metrics["tau, trained on before"]
-    assert len(read_records(f"{options.run_dir}/train.jsonl")) == REQUESTS
+    assert len(read_records(f"{options.run_dir}/train.jsonl")) == counts["train"]
     policy_from(f"{options.run_dir}/policy")
 
 
@@ -245,17 +303,21 @@ def test_ppo_learns_from_the_same_lists(ranked, trained, tmp_path):
         updates=2,
         batch_size=8,
         max_tokens=6,
+        holdout=0.25,
         **SMALL,
     )
     results = ppo(options, QUIET)
     assert results["counts"]["updates"] == 2 and results["counts"]["episodes"] == 16
-    learned = read_json(tmp_path / "reward-model" / "results.json")
-    assert learned["metrics"]["accuracy"] >= 0.5
+    assert results["metrics"]["reward model, accuracy"] >= 0.5
+    trained_on = {row["id"] for row in read_records(tmp_path / "lists.jsonl")}
+    assert len(trained_on) == 15 and trained_on == {
+        row["id"] for row in read_records(f"{trained[0].run_dir}/train.jsonl")
+    }
     policy_from(tmp_path / "ppo" / "policy")
     lists = read_ranked_lists(f"{ranked[0].run_dir}/ranked.jsonl")
     changed = tmp_path / "other.jsonl"
     write_ranked_lists(changed, [replace(one, scores=[-s for s in one.scores]) for one in lists])
-    with pytest.raises(InputError, match="the data have changed"):
+    with pytest.raises(InputError, match="holds a run with lists="):
         ppo(replace(options, ranked=str(changed)), QUIET)
 
 
@@ -323,6 +385,8 @@ def test_a_report_of_what_there_is(evaluated, tmp_path):
         (TunaRun(run_dir="x", loss="dpo"), "--loss"),
         (TunaRun(run_dir="x", judge="nobody"), "nobody"),
         (TunaRun(run_dir="x", teacher="nobody"), "nobody"),
+        (TunaRun(run_dir="x", teacher="openai"), "teacher|model|log-probs"),
+        (TunaRank(run_dir="x", candidates="x", ranker='{"id": "contextual", "kwargs": {"backend": "embedded"}}'), "x"),
         (TunaRun(run_dir="x", seeds="nowhere.jsonl"), "nowhere.jsonl"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
