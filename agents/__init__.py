@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from .figa import FIGA
     from .grpo import GRPO, RLOO
     from .language_model import LanguageModelPolicy, LoraSettings
+    from .policy_backend import PolicyBackend
     from .ppo import TokenPPO
+    from .ranked_lists import rank_agreement, tokenize_lists
     from .ranking import RankedCandidates, RankingTrainer
     from .ranking_agent import RankingAgent
     from .reward_modelling import RewardTrainer, TokenizedPair, evaluate_reward_model, tokenize_pairs
@@ -24,6 +26,7 @@ _LAZY = {
     "Demonstration": "sft",
     "LanguageModelPolicy": "language_model",
     "LoraSettings": "language_model",
+    "PolicyBackend": "policy_backend",
     "RankedCandidates": "ranking",
     "RankingAgent": "ranking_agent",
     "RankingTrainer": "ranking",
@@ -31,6 +34,8 @@ _LAZY = {
     "TokenPPO": "ppo",
     "TokenizedPair": "reward_modelling",
     "evaluate_reward_model": "reward_modelling",
+    "rank_agreement": "ranked_lists",
+    "tokenize_lists": "ranked_lists",
     "tokenize_pairs": "reward_modelling",
 }
 """Imported when asked for: they need transformers and peft, which the agents of edit environments do not."""
@@ -44,6 +49,7 @@ __all__ = [
     "Demonstration",
     "LanguageModelPolicy",
     "LoraSettings",
+    "PolicyBackend",
     "RandomAgent",
     "RankedCandidates",
     "RankingAgent",
@@ -59,7 +65,9 @@ __all__ = [
     "load_policy",
     "make_agent",
     "normalize_observations",
+    "rank_agreement",
     "save_policy",
+    "tokenize_lists",
     "tokenize_pairs",
 ]
 

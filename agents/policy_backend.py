@@ -31,7 +31,7 @@ class PolicyBackend(TransformersBackend):
         self.policy, self._name = policy, name
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]
         """Model and weights."""
         return f"policy:{self.model}:{self._name}"
 

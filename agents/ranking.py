@@ -244,17 +244,10 @@ class RankingTrainer(SupervisedTrainer):
         return prepared
 
     def _micro_batches(self, lists: Sequence[_List], examples: Sequence[int]) -> Iterator[list[int]]:
-        """Splits lists into micro-batches of like lengths within the token budget; one too long is by itself.
-
-        The prompt of a list that is read by itself is read once for all of its candidates. On a CPU that outweighs
-        larger batches from about the length at which prompts are as long as responses.
-        """
+        """Splits lists into micro-batches of like lengths within the token budget; one too long is by itself."""
         chunk: list[int] = []
         for i in sorted(examples, key=lambda i: lists[i].width):
             one = lists[i]
-            if self.policy.lm.device.type == "cpu" and 2 * self._shared(one) >= one.width:
-                yield [i]
-                continue
             rows = sum(len(lists[k].responses) for k in [*chunk, i])
             if chunk and rows * one.width > self.settings.token_budget:
                 yield chunk

@@ -1,4 +1,4 @@
-"""Learning from the ranks of one's own samples: the online form of Tuna, DPO, SPIN, SPPO and LiPO-lambda."""
+"""Learning from the ranks of one's own samples: the online form of Tuna, DPO, IPO, SPIN, SPPO, TDPO and LiPO-lambda."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class RankingAgentSettings(RankingSettings, RolloutSettings):
     refresh_reference: int = 0
     """Every so many updates, the first included, the policy as it is becomes the reference policy, as in SPIN and SPPO,
     whose opponent is the previous iterate; 0 leaves the reference policy as it is."""
-    reference_opening: str = " "
-    """What stands between a prompt and its reference response: a blank where responses continue a text, nothing behind
-    a chat template."""
+    reference_opening: str | None = None
+    """What stands between a prompt and its reference response. None: nothing behind a prompt that ends in white space,
+    as chat templates do, else a blank."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,7 +60,7 @@ class RankingAgent(RolloutAgent):
     """Samples, ranks and updates: the samples of a prompt are ranked by their returns, and a ranking loss is stepped.
 
     The env needs ``group_size`` above 1. Any reward ranks; ``rank`` lets a ranker do it. The valid samples of a prompt
-    that came in one update are one list; lists of one sample or of ties alone are passed over and counted (for
+    that were scored together are one list; lists of one sample or of ties alone are passed over and counted (for
     ``spin``, which compares samples with the reference response, none is). Each update makes ``epochs`` passes over
     its lists, of ``minibatches`` optimiser steps each. :meth:`fit` trains on lists that are there already; it is
     :class:`~instructgym.agents.ranking.RankingTrainer`, on this agent's weights and optimiser.
@@ -128,6 +128,9 @@ class RankingAgent(RolloutAgent):
             self.trainer.fit(lists, None if callback is None else lambda _: callback(self))
         finally:
             self.trainer.set_logger(silent)
+        settings = self.trainer.settings
+        # A checkpoint behind the last step has nothing to go on with: the next fit is another one.
+        self._fitting = self.trainer.steps < settings.epochs * -(-len(lists) // settings.batch_size)
         return self
 
     # --- online ------------------------------------------------------------------------------------------------------
@@ -157,7 +160,7 @@ class RankingAgent(RolloutAgent):
         logprobs = batch.per_episode(batch.sampler_logprobs.astype(np.float64))
         own = [
             (
-                (batch.groups[i], tuple(batch.prompts[i].tolist())),
+                (batch.resets[i], batch.groups[i], tuple(batch.prompts[i].tolist())),
                 batch.responses[i].tolist(),
                 float(returns[i]),
                 float(logprobs[i]),
@@ -165,21 +168,24 @@ class RankingAgent(RolloutAgent):
             )
             for i in range(len(batch))
         ]
-        groups: dict[tuple[str, tuple[int, ...]], list[tuple[Any, ...]]] = {}
+        groups: dict[tuple[int, str, tuple[int, ...]], list[tuple[Any, ...]]] = {}
         for part in self.processes.gather(own):
             for key, *sample in part:
                 groups.setdefault(key, []).append(tuple(sample))
         lists, sampled = [], []
-        for (_, prompt), samples in groups.items():
+        for (_, _, prompt), samples in groups.items():
             responses, scores, sums, references = zip(*samples, strict=True)
-            reference = None if references[0] is None else self._reference(references[0])
+            reference = None if references[0] is None else self._reference(prompt, references[0])
             lists.append(RankedCandidates(prompt, responses, scores=_without_rounding(scores), reference=reference))
             sampled.append(np.array(sums))
         return lists, sampled
 
-    def _reference(self, text: str) -> list[int]:
+    def _reference(self, prompt: Sequence[int], text: str) -> list[int]:
         """Token ids of a reference response, as an episode would have them."""
-        ids = self.policy.tokenizer.encode_continuation(self.settings.reference_opening + text)
+        opening = self.settings.reference_opening
+        if opening is None:
+            opening = "" if self.policy.lm.tokenizer.decode(list(prompt[-1:]))[-1:].isspace() else " "
+        ids = self.policy.tokenizer.encode_continuation(opening + text)
         return [*ids, *sorted(self.env.generation.eos_ids)[:1]][: self.env.generation.max_tokens]
 
     def _train(self, lists: Sequence[_List], sampled: Sequence[np.ndarray]) -> None:

@@ -44,6 +44,8 @@ class TokenBatch:
     groups: list[str]
     """Group id of each episode."""
     infos: list[dict[str, Any]] = field(default_factory=list)
+    resets: list[int] = field(default_factory=list)
+    """Of each episode: which of the env's resets it followed, from 0; episodes of one were scored together."""
     on_policy: bool = True
     """False for episodes that another policy wrote."""
     logprobs: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
@@ -163,7 +165,7 @@ def collect(
     begun = time.perf_counter()
     for number in range(batches):
         env.reset(seed=env_seed if number == 0 else None)
-        drafts = _write(writer, env, sampling, request_seed(seed, number), mine)
+        drafts = _write(writer, env, sampling, request_seed(seed, number), mine, number)
         if pending is not None:
             statistics.waited += _finish(env, pending, kept, statistics)
         pending = drafts
@@ -177,7 +179,7 @@ def collect(
 
 
 def _write(
-    writer: LanguageModelPolicy | RolloutEngine, env: Any, sampling: Sampling, seed: int, mine: np.ndarray
+    writer: LanguageModelPolicy | RolloutEngine, env: Any, sampling: Sampling, seed: int, mine: np.ndarray, number: int
 ) -> list[dict[str, Any]]:
     prompts = env.prompts()
     constraints: list[Choices | None] = env.constraints() if hasattr(env, "constraints") else [None] * len(prompts)
@@ -197,6 +199,7 @@ def _write(
             "response": tokens,
             "logprobs": np.array(completion.logprobs, dtype=np.float32),
             "allowed": None if choices is None else [choices.allowed(tokens[:t].tolist()) for t in range(len(tokens))],
+            "reset": number,
         }
     return drafts
 
@@ -231,6 +234,7 @@ def _finish(env: Any, drafts: list[dict[str, Any]], kept: list[dict[str, Any]], 
                     "rewards": np.asarray(split, dtype=np.float32),
                     "terminated": bool(played.terminated[i]),
                     "info": info,
+                    "reset": draft["reset"],
                 }
             )
     return waited
@@ -251,4 +255,5 @@ def _batch(kept: Sequence[dict[str, Any]]) -> TokenBatch:
         terminated=np.array([row["terminated"] for row in kept], dtype=bool),
         groups=[str(row["info"].get("episode_id", i)) for i, row in enumerate(kept)],
         infos=[row["info"] for row in kept],
+        resets=[row["reset"] for row in kept],
     )

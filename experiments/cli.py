@@ -47,15 +47,27 @@ from . import (
     tuna_run,
     tuna_train,
 )
-from .benchmarks import backend, dense_reward, edit_env, rollouts, task_score, token_env, token_learning, token_ppo
+from .benchmarks import (
+    backend,
+    dense_reward,
+    edit_env,
+    ranking,
+    rollouts,
+    task_score,
+    token_env,
+    token_learning,
+    token_ppo,
+)
 from .benchmarks.backend import BenchBackend
 from .benchmarks.dense_reward import BenchDenseReward
 from .benchmarks.edit_env import BenchEditEnv
+from .benchmarks.ranking import BenchRanking
 from .benchmarks.rollouts import BenchRollouts
 from .benchmarks.task_score import BenchTaskScore
 from .benchmarks.token_env import BenchTokenEnv
 from .benchmarks.token_learning import BenchTokenLearning
 from .benchmarks.token_ppo import BenchTokenPPO
+from .deadline import in_time
 from .evaluate import Evaluate
 from .evolve_compare import EvolveCompare
 from .evolve_generate import EvolveGenerate
@@ -80,7 +92,6 @@ from .refine_af_generate import RefineAFGenerate
 from .refine_af_run import RefineAFEvaluate, RefineAFFinetune, RefineAFReport, RefineAFRun
 from .refine_af_train import RefineAFTrain
 from .serve_check import ServeCheck
-from .time_limit import in_time
 from .tuna_candidates import TunaCandidates
 from .tuna_evaluate import TunaEvaluate
 from .tuna_ppo import TunaPPO
@@ -259,6 +270,7 @@ if TYPE_CHECKING:
         BenchEditEnv
         | BenchTokenEnv
         | BenchTokenPPO
+        | BenchRanking
         | BenchTokenLearning
         | BenchDenseReward
         | BenchRollouts
@@ -271,6 +283,7 @@ else:
         Annotated[BenchEditEnv, tyro.conf.subcommand("edit-env")]
         | Annotated[BenchTokenEnv, tyro.conf.subcommand("token-env")]
         | Annotated[BenchTokenPPO, tyro.conf.subcommand("token-ppo")]
+        | Annotated[BenchRanking, tyro.conf.subcommand("ranking")]
         | Annotated[BenchTokenLearning, tyro.conf.subcommand("token-learning")]
         | Annotated[BenchDenseReward, tyro.conf.subcommand("dense-reward")]
         | Annotated[BenchRollouts, tyro.conf.subcommand("rollouts")]
@@ -284,6 +297,7 @@ BENCHMARKS = {
     "edit-env": BenchEditEnv,
     "token-env": BenchTokenEnv,
     "token-ppo": BenchTokenPPO,
+    "ranking": BenchRanking,
     "token-learning": BenchTokenLearning,
     "dense-reward": BenchDenseReward,
     "rollouts": BenchRollouts,
@@ -413,6 +427,7 @@ RUNS: dict[type, Callable[[Any, Console], Any]] = {
     BenchEditEnv: edit_env.run,
     BenchTokenEnv: token_env.run,
     BenchTokenPPO: token_ppo.run,
+    BenchRanking: ranking.run,
     BenchTokenLearning: token_learning.run,
     BenchDenseReward: dense_reward.run,
     BenchRollouts: rollouts.run,

@@ -16,13 +16,13 @@ from rich.console import Console
 from ..agents.factory import BASELINES, check_algorithm
 from ..envs.tasks.instruction_pool import evaluation_split, load_tasks
 from ..llm_backends.errors import InputError
+from .deadline import in_time
 from .evolve_compare import EvolveCompare
 from .evolve_compare import run as compare
 from .options import input_errors, parse_part, parse_reward
 from .query_accounting import EVOL_INSTRUCT_CALLS
 from .run_folder import read_json, write_once
 from .teaching import TeachingOptions, teach
-from .time_limit import in_time
 
 RANDOM = "random"
 CALLS = {"smoke": 190, "report": 1600}
@@ -123,7 +123,7 @@ def _run(options: EvolveRun, console: Console) -> dict[str, Any]:
         console.print(f"would make data with {options.algorithm} and at random, and compare them in {options.root}")
         return {}
     with options.opened():
-        options.time_limit.run(compare, make_data(options), console)
+        options.deadline.run(compare, make_data(options), console)
     return teach(options, console)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..llm_backends import Backend, UnsupportedRequestError, resolve
 from ..llm_backends.errors import InputError
 from .tracking import check_tracker
 
@@ -119,6 +120,32 @@ def parse_part(text: str, model: str = "") -> Any:
             part = part | {"id": "transformers"}
         part = part | {"kwargs": dict(part.get("kwargs") or {}) | {"model": model}}
     return part
+
+
+def build_judge(kind: str, text: str, option: str, backend: Backend, **defaults: Any) -> Any:
+    """A ranker or reward from its command-line form, on a backend whose replies a run keeps.
+
+    Args:
+        kind: ``ranker`` or ``reward``.
+        text: an id, ``module:factory`` or JSON.
+        option: that names it, for errors.
+        backend: handed on to a factory that takes one.
+        **defaults: likewise.
+
+    Raises:
+        InputError: if there is none of that id, its arguments are wrong, the backend cannot serve it, or it names a
+            backend of its own, past the run's journal and accounts.
+    """
+    part = parse_part(text)
+    if "backend" in (part.get("kwargs") or {}):
+        raise InputError(
+            f"{option} names a backend of its own: name it by the command's option, so that replies are kept"
+        )
+    with input_errors():
+        try:
+            return resolve(kind, part, backend=backend, **defaults)
+        except (TypeError, UnsupportedRequestError) as error:
+            raise InputError(f"{option} {text}: {error}") from error
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from ..llm_backends.errors import InputError
 from ..rewards.quality import PRESETS
+from .deadline import in_time
 from .options import check_counts
 from .refine_af_bootstrap import RefineAFBootstrap
 from .refine_af_bootstrap import run as bootstrap
@@ -25,7 +26,6 @@ from .refine_af_train import RefineAFTrain
 from .refine_af_train import run as train
 from .run_folder import read_json
 from .teaching import TeachingOptions, teach
-from .time_limit import in_time
 
 SELF_INSTRUCT, REFINE_AF = "self-instruct", "refine-af"
 TARGET = {"smoke": 12, "report": 300}
@@ -132,10 +132,10 @@ def _run(options: RefineAFRun, console: Console) -> dict[str, Any]:
         console.print(f"then training, two data sets, fine-tuning and evaluation, in {options.root}")
         return {}
     with options.opened():
-        options.time_limit.run(bootstrap, first, console)
-        options.time_limit.run(train, second, console)
+        options.deadline.run(bootstrap, first, console)
+        options.deadline.run(train, second, console)
         for one in generations:
-            options.time_limit.run(generate, one, console)
+            options.deadline.run(generate, one, console)
     return teach(options, console)
 
 

@@ -23,19 +23,15 @@ from .tracking import Tracker
 
 
 @dataclass
-class TrainingOptions:
-    """Options of every stage that trains a model, or evaluates a trained one."""
+class Stage:
+    """Options of every stage."""
 
     run_dir: str = ""
     """Folder of this stage. A folder with an unfinished run of the same options is resumed."""
-    token_budget: int = 1024
-    """Tokens of a micro-batch in training."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic; auto: bfloat16 where the hardware computes in it."""
     seed: int = 0
-    """Of the order of data, tokens and weights."""
+    """Of everything that is drawn: the order of data, tokens, weights."""
     minutes: float = 0.0
-    """Stop cleanly after so many minutes of training; the same command goes on from there. 0: no limit."""
+    """Stop cleanly after so many minutes; the same command goes on from there. 0: no limit."""
     track: str = "none"
     """none or wandb."""
     dry_run: bool = False
@@ -48,12 +44,25 @@ class TrainingOptions:
             InputError: naming the option.
         """
         check_run(self)
+
+
+@dataclass
+class TrainingOptions(Stage):
+    """Options of every stage that trains a model, or evaluates a trained one."""
+
+    token_budget: int = 1024
+    """Tokens of a micro-batch in training."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic; auto: bfloat16 where the hardware computes in it."""
+
+    def check(self) -> None:
+        super().check()
         check_counts(self, "token_budget")
 
 
 @contextmanager
 def stage(
-    options: TrainingOptions, command: str, console: Console, distributed: bool = True, **identity: str
+    options: Stage, command: str, console: Console, distributed: bool = True, **identity: str
 ) -> Iterator[TokenTraining | dict[str, Any]]:
     """Opens the run of a stage; gives the results instead where it is finished.
 

@@ -20,6 +20,7 @@ from ..envs.tasks.evaluation_tasks import EvaluationTask, load_evaluation_tasks
 from ..envs.tasks.instruction_data import InstructionExample, prompt_text, read_instruction_data
 from ..llm_backends.errors import InputError
 from ..rewards import RougeGate
+from .deadline import Deadline
 from .evaluate import Evaluate
 from .evaluate import run as evaluate
 from .finetune import Finetune, usable_rows
@@ -30,7 +31,6 @@ from .privacy import run as privacy
 from .run_folder import RunFolder, read_json, write_once
 from .stages import digest, tokenizer_of
 from .teaching_report import report
-from .time_limit import TimeLimit
 from .tracking import check_tracker
 
 SFT_SEEDS = {"smoke": 1, "report": 3}
@@ -89,7 +89,7 @@ class TeachingOptions(ABC):
     """Check the options, load no model."""
 
     def __post_init__(self) -> None:
-        self.time_limit = TimeLimit(self.minutes)
+        self.deadline = Deadline(self.minutes)
 
     def check(self) -> None:
         """Refuses what can be refused without a model, the evaluation tasks and the options of later stages included.
@@ -236,7 +236,7 @@ def finetune_arms(options: TeachingOptions, console: Console) -> None:
             )
         withheld = max(round(options.withheld * size), 1) if options.withheld else 0
         for run in runs.values():
-            options.time_limit.run(finetune, replace(run, limit=size - withheld, holdout=float(withheld)), console)
+            options.deadline.run(finetune, replace(run, limit=size - withheld, holdout=float(withheld)), console)
 
 
 def _keep_apart(data: Path, out: Path, known: list[str], console: Console) -> None:
@@ -286,9 +286,9 @@ def evaluate_arms(options: TeachingOptions, console: Console) -> None:
         **shared,
     )
     with options.opened():
-        options.time_limit.run(evaluate, evaluation, console)
+        options.deadline.run(evaluate, evaluation, console)
         if options.withheld:
-            options.time_limit.run(privacy, Privacy(run_dir=str(options.root / "privacy"), **shared), console)
+            options.deadline.run(privacy, Privacy(run_dir=str(options.root / "privacy"), **shared), console)
 
 
 def write_report(options: TeachingOptions, console: Console) -> dict[str, Any]:

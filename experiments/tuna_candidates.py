@@ -24,13 +24,13 @@ from ..envs.tasks.instruction_data import (
     read_instruction_data,
     request_text,
 )
-from ..llm_backends import Backend, Journal, Prompt
+from ..llm_backends import Backend, BackendError, ContextLengthError, Journal, Prompt
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import read_records
 from .options import check_counts, input_errors, parse_part
 from .resumption import accounted, journaled_roles
 from .run_folder import RunFolder, chunked_rows
-from .stages import TrainingOptions, digest, policy_folder, stage, weights_digest
+from .stages import Stage, digest, policy_folder, stage, weights_digest
 from .token_training import OutOfTimeError
 
 CHUNK = 16
@@ -39,7 +39,7 @@ CANDIDATES = "candidates.jsonl"
 
 
 @dataclass
-class TunaCandidates(TrainingOptions):
+class TunaCandidates(Stage):
     """Draw several different responses to every request of a data set."""
 
     data: str = ""
@@ -66,6 +66,8 @@ class TunaCandidates(TrainingOptions):
     """Tokens of a response at most."""
     limit: int = 0
     """Take only the first so many requests. 0: all."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of a --policy; auto: bfloat16 where the hardware computes in it."""
 
     def check(self) -> None:
         super().check()
@@ -117,6 +119,7 @@ def run(options: TunaCandidates, console: Console | None = None) -> dict[str, An
                 prompts = [_prompt(example, options.layout) for example in chunk]
                 numbers = range(first, first + len(chunk))
                 drawn = sample_candidates(writer, prompts, options.sampling, options.seed, numbers)
+                _refuse_outage(drawn)
                 return [_row(example, one) for example, one in zip(chunk, drawn, strict=True)]
 
             path = opened.folder.file(CANDIDATES)
@@ -124,13 +127,27 @@ def run(options: TunaCandidates, console: Console | None = None) -> dict[str, An
                 found = chunked_rows(path, len(examples), CHUNK, rows, "responses drawn", console)
             except OutOfTimeError:
                 return opened.stopped({"requests": len(read_records(path))})
-        return _finish(opened.folder, found, opened.seconds, console)
+        results = _finish(opened.folder, found, opened.seconds, console)
+        opened.tracker.summary(results)
+        return results
+
+
+def _refuse_outage(drawn: Sequence[Candidates]) -> None:
+    """Stops before a chunk of nothing but failures is written, which could not be mended by a repetition.
+
+    Raises:
+        BackendError: if every request of a chunk failed, other than by its length.
+    """
+    errors = [one.errors[-1] for one in drawn if not one.texts and one.errors]
+    outages = [error for error in errors if not isinstance(error, ContextLengthError)]
+    if len(errors) == len(drawn) and outages:
+        raise BackendError(f"all of {len(drawn)} requests failed: {outages[0]}; repeat the command to ask again")
 
 
 def _finish(folder: RunFolder, rows: Sequence[Mapping[str, Any]], seconds: float, console: Console) -> dict[str, Any]:
     written = [row for row in rows if row["candidates"]]
     if not written:
-        raise InputError(f"no request got a response; the first failed with: {rows[0]['error']}")
+        raise InputError(f"no request got a response: {rows[0]['error'] or 'all of them are blank'}")
     several = sum(len(row["candidates"]) > 1 for row in rows)
     metrics = {
         "tries": float(np.mean([row["tries"] for row in written])),

@@ -11,14 +11,15 @@ import numpy as np
 from rich.console import Console
 
 from ..envs.tasks.instruction_data import InstructionExample, request_text
-from ..llm_backends import Journal, request_seed, resolve
+from ..llm_backends import Journal, request_seed
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import read_records
 from ..rewards import Reward, Sample, score_with_retries
 from .arms import BASE, find_arms
+from .deadline import Deadline
 from .evaluate import PREDICTIONS, Evaluate
 from .evaluate import run as evaluate
-from .options import input_errors, parse_part
+from .options import build_judge, input_errors, parse_part
 from .resumption import accounted, journaled_roles
 from .rouge_evaluation import macro_interval, task_scores
 from .run_folder import chunked_rows
@@ -51,16 +52,12 @@ class TunaEvaluate(Evaluate):
             raise InputError(f"--against {self.against} is none of the policies: use one of {', '.join(names)}")
 
     def build(self, backend: Any) -> Reward:
-        """The judge on a backend, unless its JSON names another one.
+        """The judge on a backend.
 
         Raises:
             InputError: if there is none of that id, or its arguments are wrong.
         """
-        with input_errors():
-            try:
-                return resolve("reward", parse_part(self.judge), backend=backend)
-            except TypeError as error:
-                raise InputError(f"--judge {self.judge}: {error}") from error
+        return build_judge("reward", self.judge, "--judge", backend)
 
 
 def run(options: TunaEvaluate, console: Console | None = None) -> dict[str, Any]:
@@ -79,11 +76,15 @@ def run(options: TunaEvaluate, console: Console | None = None) -> dict[str, Any]
         options.build(journaled_roles(parts, None)["judge"])
     root = Path(options.run_dir)
     given = {field.name: getattr(options, field.name) for field in fields(Evaluate)}
-    answered = evaluate(Evaluate(**given | {"run_dir": str(root / "rouge")}), console)
-    if options.dry_run or answered.get("status") == "stopped":
+    deadline = Deadline(options.minutes)
+    try:
+        answered = deadline.run(evaluate, Evaluate(**given | {"run_dir": str(root / "rouge")}), console)
+        mine = replace(options, run_dir=str(root / "judged"), minutes=deadline.left)
+    except OutOfTimeError:
+        return {"status": "stopped"}
+    if options.dry_run:
         return answered
     rows = read_records(root / "rouge" / PREDICTIONS)
-    mine = replace(options, run_dir=str(root / "judged"))
     with stage(mine, "tuna evaluate", console, distributed=False, predictions=digest(rows)) as opened:
         if isinstance(opened, dict):
             return opened
@@ -114,7 +115,7 @@ def run(options: TunaEvaluate, console: Console | None = None) -> dict[str, Any]
                 low, high = (100 * figures[end] for end in ("win_rate_low", "win_rate_high"))
                 console.print(
                     f"{name} against {options.against}: win rate {100 * figures['win_rate']:.0f}% "
-                    f"({low:.0f} to {high:.0f}), both orders agree on {100 * figures['agreement']:.0f}%",
+                    f"({low:.0f} to {high:.0f}), the same response on {100 * figures['same']:.0f}%",
                     highlight=False,
                 )
         return results
@@ -131,10 +132,14 @@ def _judged(judge: Reward, rows: Sequence[Mapping[str, Any]], options: TunaEvalu
                 places.append((number, name))
                 seed = request_seed(options.seed, "judge", row["id"], name)
                 samples.append(Sample(answer["response"], request, reference, episode_id=row["id"], seed=seed))
-    outcomes: list[dict[str, Any]] = [{"id": row["id"], "task": row["task"], "wins": {}, "agreed": {}} for row in rows]
-    for (number, name), score in zip(places, score_with_retries(judge, samples), strict=True):
+    outcomes: list[dict[str, Any]] = [
+        {"id": row["id"], "task": row["task"], "wins": {}, "agreed": {}, "same": {}} for row in rows
+    ]
+    for (number, name), sample, score in zip(places, samples, score_with_retries(judge, samples), strict=True):
+        asked = sample.response.split() != str(sample.reference).split()  # nobody is asked about two of the same
         outcomes[number]["wins"][name] = score.value if score.valid else None
-        outcomes[number]["agreed"][name] = score.terms.get("agreement") if score.valid else None
+        outcomes[number]["agreed"][name] = score.terms.get("agreement") if score.valid and asked else None
+        outcomes[number]["same"][name] = not asked
     return outcomes
 
 
@@ -147,13 +152,16 @@ def win_rate(rows: Sequence[Mapping[str, Any]], name: str, seed: int = 0) -> dic
         seed: of the bootstrap.
 
     Returns:
-        ``win_rate``, ``win_rate_low``, ``win_rate_high``; ``agreement``: the share of comparisons in which both orders
-            preferred the same response; ``judged``: the share with a verdict. The first four are None without any.
+        ``win_rate``, ``win_rate_low``, ``win_rate_high``, None without a verdict; ``agreement``: the share of different
+            responses of which both orders preferred the same one, None without any; ``same``: the share of instances
+            where both responses are the same, which is a tie; ``judged``: the share with a verdict.
     """
     known = [row for row in rows if row["wins"][name] is not None]
     figures: dict[str, Any] = dict.fromkeys(("win_rate", "win_rate_low", "win_rate_high", "agreement"))
     if known:
         by_task = task_scores([row["task"] for row in known], [row["wins"][name] for row in known])
         figures["win_rate"], figures["win_rate_low"], figures["win_rate_high"] = macro_interval(by_task, seed)
-        figures["agreement"] = float(np.mean([row["agreed"][name] for row in known]))
-    return figures | {"judged": len(known) / len(rows)}
+    if agreed := [row["agreed"][name] for row in known if row["agreed"][name] is not None]:
+        figures["agreement"] = float(np.mean(agreed))
+    same = float(np.mean([row["same"][name] for row in rows]))
+    return figures | {"same": same, "judged": len(known) / len(rows)}

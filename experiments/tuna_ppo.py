@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -13,23 +13,25 @@ from rich.console import Console
 from ..agents.checkpoints import read_state
 from ..agents.language_model import SETTINGS
 from ..agents.ranked_lists import finished_flags, request_of
-from ..envs.tasks.candidates import RankedList, read_ranked_lists
+from ..envs.tasks.candidates import RankedList, ranked_row, read_ranked_lists
 from ..envs.tasks.instruction_data import OPENINGS, DataLayout, prompt_text
 from ..envs.tasks.prompt_examples import PromptExample
 from ..llm_backends.errors import InputError
 from ..llm_backends.tokenization import Tokenizer
 from ..rewards.edits import EditedPair
+from .deadline import Deadline
 from .fine_grained import Part
 from .fine_grained_ppo import FineGrainedPPO
 from .fine_grained_ppo import run as ppo
 from .fine_grained_reward import FineGrainedRewardModel
 from .fine_grained_reward import run as reward_model
 from .options import check_counts
-from .run_folder import write_once
-from .stages import TrainingOptions, policy_folder, tokenizer_of
-from .tuna_train import ranked_file
+from .run_folder import RunFolder, write_once
+from .stages import TrainingOptions, digest, policy_folder, tokenizer_of
+from .token_training import OutOfTimeError
+from .tuna_train import ranked_file, withheld
 
-PAIRS = "pairs.jsonl"
+LISTS, PAIRS = "lists.jsonl", "pairs.jsonl"
 
 
 @dataclass
@@ -50,40 +52,57 @@ class TunaPPO(TrainingOptions):
     """Responses per update."""
     learning_rate: float = 2e-4
     """Peak learning rate of PPO (cosine, 10% warm-up)."""
+    holdout: float = 0.1
+    """Share of the lists that is not trained on: with the same seed, those that 'tuna train' withholds."""
     kl_coefficient: float = 0.05
     """Weight of the KL penalty against the start."""
     max_tokens: int = 128
     """Tokens of a response at most."""
     context_length: int = 512
-    """Tokens of request and response at most; what is longer is left out."""
+    """Tokens of request and response at most; what is longer is left out and counted."""
 
     def check(self) -> None:
         super().check()
         check_counts(self, "reward_epochs", "updates", "batch_size", "max_tokens", "context_length")
         if not self.ranked:
             raise InputError("--ranked is missing: name the run folder of 'tuna rank', or a file of ranked lists")
+        if self.holdout >= 1:
+            raise InputError(f"--holdout is a share below 1, got {self.holdout}")
 
 
 @dataclass
 class _ListPPO(FineGrainedPPO):
-    """PPO whose prompts are the requests of ranked lists, all of them."""
+    """PPO whose prompts are the requests of ranked lists, all of them that fit."""
 
     def prompts(self, part: Part, model: str, limit: int = 0) -> list[PromptExample]:
-        lists = read_ranked_lists(self.data)
+        return self.fitting(read_ranked_lists(self.data), model)[: limit or None]
+
+    def fitting(self, lists: Sequence[RankedList], model: str) -> list[PromptExample]:
+        """The requests that leave room for a response.
+
+        Raises:
+            InputError: if none does.
+        """
         tokenizer = tokenizer_of(model)
         texts = [prompt_text(request_of(one), self.layout, tokenizer) for one in lists]
         room = self.context_length - self.max_tokens
-        return [
+        fitting = [
             PromptExample(one.id, text, one.reference)
             for one, text, ids in zip(lists, texts, tokenizer.encode_batch(texts), strict=True)
             if len(ids) <= room
-        ][: limit or None]
+        ]
+        if not fitting:
+            raise InputError(
+                f"no request fits --context-length {self.context_length} beside --max-tokens {self.max_tokens}"
+            )
+        return fitting
 
 
 def run(options: TunaPPO, console: Console | None = None) -> dict[str, Any]:
     """Trains (or resumes) both, and returns the results of PPO.
 
-    The run folder gets ``pairs.jsonl`` and the run folders ``reward-model`` and ``ppo``, which holds the policy.
+    The run folder gets ``lists.jsonl`` and ``pairs.jsonl``, what is trained on, and the run folders ``reward-model``
+    and ``ppo``, which holds the policy.
 
     Raises:
         InputError: for bad input, before a model is loaded.
@@ -92,8 +111,10 @@ def run(options: TunaPPO, console: Console | None = None) -> dict[str, Any]:
     options.check()
     start = policy_folder(options.policy, "--policy")
     model = read_state(start / SETTINGS)["model"]
-    path = ranked_file(options.ranked)
-    pairs = neighbour_pairs(read_ranked_lists(path), options.layout, tokenizer_of(model))
+    everything = read_ranked_lists(ranked_file(options.ranked))
+    names = withheld(everything, options.holdout, options.seed)
+    lists = [one for one in everything if one.id not in names]
+    pairs = neighbour_pairs(lists, options.layout, tokenizer_of(model))
     if not pairs:
         raise InputError(f"--ranked {options.ranked} has no two candidates of different rank")
     root = Path(options.run_dir)
@@ -115,7 +136,7 @@ def run(options: TunaPPO, console: Console | None = None) -> dict[str, Any]:
     )
     trained = _ListPPO(
         run_dir=str(root / "ppo"),
-        data=str(path),
+        data=str(root / LISTS),
         policy=options.policy,
         reward_model=learned.run_dir,
         layout=options.layout,
@@ -128,14 +149,28 @@ def run(options: TunaPPO, console: Console | None = None) -> dict[str, Any]:
         temperature=1.0,
         **shared,
     )
+    learned.check()
+    trained.check()
+    prompts = trained.fitting(lists, model)
     if options.dry_run:
         console.print(f"would train a reward model on {len(pairs)} pairs, then {options.updates} updates of PPO")
         return {}
-    root.mkdir(parents=True, exist_ok=True)
-    write_once(root / PAIRS, [vars(pair) | {"metadata": {}} for pair in pairs])
-    if (results := reward_model(learned, console)).get("status") == "stopped":
+    folder = RunFolder(root, asdict(options) | {"lists": digest([[one.id, one.scores] for one in lists])}, "tuna ppo")
+    if (results := folder.finished(console)) is not None:
         return results
-    return ppo(trained, console)
+    deadline = Deadline(options.minutes)
+    with folder.opened():
+        write_once(folder.file(LISTS), [ranked_row(one) for one in lists])
+        write_once(folder.file(PAIRS), [vars(pair) | {"metadata": {}} for pair in pairs])
+        try:
+            judged = deadline.run(reward_model, learned, console)
+            results = deadline.run(ppo, trained, console)
+        except OutOfTimeError:
+            return folder.finish({}, {}, status="stopped")
+        return folder.finish(
+            {f"reward model, {name}": value for name, value in judged["metrics"].items()},
+            results["counts"] | {"prompts": len(prompts), "dropped": {"too long": len(lists) - len(prompts)}},
+        )
 
 
 def neighbour_pairs(lists: Sequence[RankedList], layout: DataLayout, tokenizer: Tokenizer) -> list[EditedPair]:

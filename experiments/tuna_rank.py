@@ -17,15 +17,15 @@ from scipy.stats import kendalltau
 
 from ..agents.ranked_lists import FINISHED
 from ..envs.tasks.candidates import RankedList, write_ranked_lists
-from ..envs.tasks.instruction_data import InstructionExample, request_text
-from ..llm_backends import Backend, Journal, request_seed, resolve
+from ..envs.tasks.instruction_data import OPENINGS, DataLayout, InstructionExample, prompt_text, request_text
+from ..llm_backends import Backend, BackendError, Journal, request_seed
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import read_records
-from ..rewards import CandidateScores, Ranker, rouge_l
-from .options import input_errors, parse_part
+from ..rewards import CandidateScores, ProbabilisticRanker, Ranker, rouge_l
+from .options import build_judge, input_errors, parse_part
 from .resumption import accounted, journaled_roles
-from .run_folder import chunked_rows
-from .stages import TrainingOptions, digest, stage
+from .run_folder import chunked_rows, read_json
+from .stages import Stage, digest, stage
 from .token_training import OutOfTimeError
 from .tuna_candidates import CANDIDATES
 
@@ -35,7 +35,7 @@ RANKED = "ranked.jsonl"
 
 
 @dataclass
-class TunaRank(TrainingOptions):
+class TunaRank(Stage):
     """Rank the candidates of every request."""
 
     candidates: str = ""
@@ -44,24 +44,24 @@ class TunaRank(TrainingOptions):
     """probabilistic (the teacher's log-likelihood), contextual (a judge orders them all), pairwise (a judge compares
     two), ground-truth (ROUGE-L to the reference), or JSON {"id": ..., "kwargs": {...}}."""
     backend: str = "embedded"
-    """The teacher or judge, as of 'tuna candidates'."""
+    """The teacher or judge, as of 'tuna candidates'. A teacher is asked as the writer of the candidates was."""
 
     def check(self) -> None:
         super().check()
         if not self.candidates:
             raise InputError("--candidates is missing: name the run folder of 'tuna candidates'")
 
-    def build(self, backend: Backend) -> Ranker:
-        """The ranker on a backend, unless its JSON names another one.
+    def build(self, backend: Backend, layout: DataLayout = "chat") -> Ranker:
+        """The ranker on a backend.
+
+        Args:
+            backend: the teacher or judge.
+            layout: in which the candidates were asked for.
 
         Raises:
-            InputError: if there is none of that id, or its arguments are wrong.
+            InputError: if there is none of that id, its arguments are wrong, or the backend cannot be one.
         """
-        with input_errors():
-            try:
-                return resolve("ranker", parse_part(self.ranker), backend=backend)
-            except TypeError as error:
-                raise InputError(f"--ranker {self.ranker}: {error}") from error
+        return build_judge("ranker", self.ranker, "--ranker", backend, form="chat" if layout == "chat" else "raw")
 
 
 def run(options: TunaRank, console: Console | None = None) -> dict[str, Any]:
@@ -75,13 +75,13 @@ def run(options: TunaRank, console: Console | None = None) -> dict[str, Any]:
     """
     console = console or Console()
     options.check()
-    rows = read_candidates(options.candidates)
+    rows, layout = read_candidates(options.candidates)
     usable = [row for row in rows if len(row["candidates"]) > 1]
     if not usable:
         raise InputError(f"--candidates {options.candidates}: no request has two different candidates to rank")
     parts = {"ranker": parse_part(options.backend)}
     with input_errors():
-        options.build(journaled_roles(parts, None)["ranker"])
+        options.build(journaled_roles(parts, None)["ranker"], layout)
     if options.dry_run:
         console.print(f"would rank the candidates of {len(usable)} of {len(rows)} requests by {options.ranker}")
         return {}
@@ -90,11 +90,16 @@ def run(options: TunaRank, console: Console | None = None) -> dict[str, Any]:
             return opened
         roles = journaled_roles(parts, Journal(opened.folder.file("journal.jsonl")))
         with accounted(roles, opened.folder.path):
-            ranker = options.build(roles["ranker"])
+            ranker = options.build(roles["ranker"], layout)
 
             def ranked(first: int) -> list[dict[str, Any]]:
                 opened.check_time()
-                return _ranked(ranker, usable[first : first + CHUNK], options.seed)
+                asked, failed = roles["ranker"].usage.requests, roles["ranker"].usage.errors
+                made = _ranked(ranker, usable[first : first + CHUNK], options.seed, layout)
+                asked, failed = roles["ranker"].usage.requests - asked, roles["ranker"].usage.errors - failed
+                if asked == failed > 0:  # rows that are written are not asked for again
+                    raise BackendError(f"all {asked} requests failed: {made[0]['feedback']}; repeat the command")
+                return made
 
             path = opened.folder.file(RANKINGS)
             try:
@@ -104,6 +109,9 @@ def run(options: TunaRank, console: Console | None = None) -> dict[str, Any]:
         lists = [_list(row, one) for row, one in zip(usable, found, strict=True) if one["valid"]]
         if not lists:
             raise InputError(f"the ranker ranked nothing; of the first request it says: {found[0]['feedback']}")
+        tied = sum(len(set(one.scores)) == 1 for one in lists)
+        if tied == len(lists):
+            raise InputError(f"{options.ranker} ties all candidates of all {tied} lists: nothing could be learned")
         write_ranked_lists(opened.folder.file(RANKED), lists)
         metrics = agreement(lists)
         results = opened.folder.finish(
@@ -114,7 +122,7 @@ def run(options: TunaRank, console: Console | None = None) -> dict[str, Any]:
                 "without a ranking": len(usable) - len(lists),
                 "lists": len(lists),
                 "candidates": sum(len(one.candidates) for one in lists),
-                "all tied": sum(len(set(one.scores)) == 1 for one in lists),
+                "all tied": tied,
                 "calls": sum(one["calls"] for one in found),
                 "seconds": opened.seconds,
             },
@@ -125,37 +133,58 @@ def run(options: TunaRank, console: Console | None = None) -> dict[str, Any]:
         return results
 
 
-def read_candidates(folder: str) -> list[dict[str, Any]]:
-    """The rows of a finished run of 'tuna candidates'.
+def read_candidates(folder: str) -> tuple[list[dict[str, Any]], DataLayout]:
+    """The rows of a finished run of 'tuna candidates', and the layout in which it asked.
 
     Raises:
         InputError: if there are none.
     """
     rows = read_records(Path(folder) / CANDIDATES)
-    if not rows or not (Path(folder) / "results.json").exists():
+    results, config = read_json(Path(folder) / "results.json"), read_json(Path(folder) / "config.json")
+    if not rows or (results or {}).get("status") != "finished":
         raise InputError(f"--candidates {folder} holds no candidates: has 'tuna candidates' finished there?")
-    return rows
+    return rows, ((config or {}).get("options") or {}).get("layout", "chat")
 
 
-def _ranked(ranker: Ranker, rows: Sequence[Mapping[str, Any]], seed: int) -> list[dict[str, Any]]:
-    references = [row["output"] or None for row in rows]
-    seeds = [request_seed(seed, "rank", row["id"]) for row in rows]
-    found = ranker.rank([_request(row) for row in rows], [row["candidates"] for row in rows], references, seeds)
-    return [_said(row, one) for row, one in zip(rows, found, strict=True)]
+def _ranked(ranker: Ranker, rows: Sequence[Mapping[str, Any]], seed: int, layout: DataLayout) -> list[dict[str, Any]]:
+    """What the ranker says of each row; rows without a ranking are asked about once more."""
+    said: dict[int, CandidateScores] = {}
+    calls = [0] * len(rows)
+    for attempt in range(2):
+        missing = [i for i in range(len(rows)) if i not in said or not said[i].valid]
+        found = ranker.rank(
+            [_prompt(ranker, _example(rows[i]), layout) for i in missing],
+            [rows[i]["candidates"] for i in missing],
+            [rows[i]["output"] or None for i in missing],
+            [request_seed(seed, "rank", rows[i]["id"], attempt) for i in missing],
+            attempt,
+        )
+        said |= dict(zip(missing, found, strict=True))
+        for i in missing:
+            calls[i] += said[i].calls
+    return [_said(row, said[i], calls[i]) for i, row in enumerate(rows)]
 
 
-def _request(row: Mapping[str, Any]) -> str:
-    return request_text(InstructionExample(row["instruction"], row["input"], row["output"], row["id"]))
+def _example(row: Mapping[str, Any]) -> InstructionExample:
+    return InstructionExample(row["instruction"], row["input"], row["output"], row["id"])
 
 
-def _said(row: Mapping[str, Any], found: CandidateScores) -> dict[str, Any]:
+def _prompt(ranker: Ranker, example: InstructionExample, layout: DataLayout) -> str:
+    """The request, or the text that a teacher's candidates continued."""
+    if layout == "chat" or not isinstance(ranker, ProbabilisticRanker):
+        return request_text(example)
+    opening = OPENINGS[layout]
+    return prompt_text(example, layout) + (opening if opening != " " else "")  # a raw prompt gets its blank anyway
+
+
+def _said(row: Mapping[str, Any], found: CandidateScores, calls: int) -> dict[str, Any]:
     return {
         "id": row["id"],
         "valid": found.valid,
         "scores": [float(score) for score in found.scores],
         "added": list(found.added),
         "added_scores": [float(score) for score in found.added_scores],
-        "calls": found.calls,
+        "calls": calls,
         "feedback": found.feedback,
     }
 
@@ -164,7 +193,7 @@ def _list(row: Mapping[str, Any], said: Mapping[str, Any]) -> RankedList:
     added = [text.strip() for text in said["added"]]
     return RankedList(
         row["id"],
-        _request(row),
+        request_text(_example(row)),
         (*row["candidates"], *added),
         (*said["scores"], *said["added_scores"]),
         row["output"] or None,

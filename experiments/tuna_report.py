@@ -48,7 +48,9 @@ def run(options: TunaReport, console: Console | None = None) -> dict[str, Any]:
     figures = judged["metrics"]
     trained = _finished(root / POLICIES)
     rankings = _finished(root / RANKINGS)
-    gaps = {name: compare(tasks[name], tasks[figures["against"]]) for name in tasks if name != figures["against"]}
+    seed = int(((read_json(root / EVALUATION / "judged" / "config.json") or {}).get("options") or {}).get("seed", 0))
+    others = [name for name in tasks if name != figures["against"]]
+    gaps = {name: compare(tasks[name], tasks[figures["against"]], seed) for name in others}
     tables = [_arm_rows(figures, gaps, trained), _ranking_rows(rankings)]
     out.mkdir(parents=True, exist_ok=True)
     count = len(tasks[BASE])
@@ -81,6 +83,8 @@ def _notes(against: str) -> list[str]:
         "ROUGE-L (percent) of greedy answers, the mean over tasks. Win rate: the judge's mean outcome against "
         f"{against}, each pair in both orders. Intervals: 95%, bootstrap over tasks; one training seed, of which they "
         "know nothing.",
+        "Same: instances with the same response from both, a tie. Orders agree: of the others, those where both orders "
+        "preferred the same response.",
         "Tau: Kendall's, between the order of candidates by the policy's log-probs per token and the ranking that it "
         "was trained on, on lists that were withheld, before and after training.",
     ]
@@ -90,22 +94,23 @@ def _arm_rows(
     figures: Mapping[str, Any], gaps: Mapping[str, Any], trained: Mapping[str, Mapping[str, Any]]
 ) -> list[list[str]]:
     against = figures["against"]
-    rows = [["arm", "ROUGE-L (95%)", f"against {against} (95%)", "win rate (95%)", "orders agree", "tokens", "tau"]]
+    rows = [
+        ["arm", "ROUGE-L (95%)", f"against {against} (95%)", "win rate (95%)", "same", "orders agree", "tokens", "tau"]
+    ]
     for name, arm in figures["arms"].items():
         row = [name, _percent(arm["rouge_l"], arm["rouge_l_low"], arm["rouge_l_high"])]
         row.append(_percent(gap.difference, gap.low, gap.high, "+.1f") if (gap := gaps.get(name)) else "")
         wins = figures["win_rates"].get(name)
-        row += (
-            [
-                _percent(wins["win_rate"], wins["win_rate_low"], wins["win_rate_high"], ".0f"),
-                f"{100 * wins['agreement']:.0f}%",
-            ]
-            if wins and wins["win_rate"] is not None
-            else ["", ""]
-        )
+        row += _judged(wins) if wins and wins["win_rate"] is not None else [""] * 3
         row += [f"{arm['tokens']:.0f}", _taus(trained.get(name, {}).get("metrics", {}))]
         rows.append(row)
     return rows
+
+
+def _judged(wins: Mapping[str, float]) -> list[str]:
+    agreed = "" if wins["agreement"] is None else f"{100 * wins['agreement']:.0f}%"
+    rate = _percent(wins["win_rate"], wins["win_rate_low"], wins["win_rate_high"], ".0f")
+    return [rate, f"{100 * wins['same']:.0f}%", agreed]
 
 
 def _taus(metrics: Mapping[str, Any]) -> str:

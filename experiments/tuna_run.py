@@ -14,18 +14,18 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from ..envs.tasks.evaluation_tasks import HELD_OUT, load_evaluation_tasks
+from ..envs.tasks.evaluation_tasks import HELD_OUT, EvaluationTask, load_evaluation_tasks
 from ..envs.tasks.instruction_data import InstructionExample
 from ..envs.tasks.instruction_pool import evaluation_split, load_tasks
 from ..llm_backends.errors import InputError
 from ..rewards import RougeGate
+from .deadline import Deadline, in_time
 from .finetune import Finetune
 from .finetune import run as finetune
 from .options import SCALES, check_output, input_errors, parse_part
 from .resumption import journaled_roles
 from .run_folder import RunFolder, write_once
 from .stages import digest, tokenizer_of
-from .time_limit import TimeLimit, in_time
 from .tracking import check_tracker
 from .tuna_candidates import TunaCandidates
 from .tuna_candidates import run as candidates
@@ -41,8 +41,8 @@ from .tuna_train import TunaTrain
 from .tuna_train import run as train
 
 SFT, PROBABILISTIC, CONTEXTUAL, TUNA, DPO, PPO = ARMS = ("sft", "tuna-p", "tuna-c", "tuna", "dpo", "ppo")
-"""The start of all others; the first stage alone; the second alone; both; and two other ways to use the rankings of
-``tuna-c``."""
+"""The start of all others; the probabilistic stage alone; the contextual one alone; both; and two other ways to use the
+rankings of ``tuna-c``."""
 
 ORDERS = ("probabilistic,contextual", "contextual,probabilistic")
 
@@ -147,6 +147,15 @@ class TunaRun:
         """Whether the probabilistic stage is the first."""
         return self.order == ORDERS[0]
 
+    def evaluation_tasks(self) -> list[EvaluationTask]:
+        """What the arms are evaluated on.
+
+        Raises:
+            InputError: for seed tasks that cannot be used.
+        """
+        with input_errors():
+            return load_evaluation_tasks(self.seeds or None, self.held)
+
     def requests(self) -> list[InstructionExample]:
         """The requests to learn from: those of the seed tasks that are not held out and resemble none that is.
 
@@ -154,8 +163,8 @@ class TunaRun:
             InputError: for seed tasks that cannot be used, or without any request.
         """
         with input_errors():
-            shown, held = evaluation_split(load_tasks(self.seeds or None), self.held)
-        gate = RougeGate(0.7, [task.instruction for task in held])
+            shown, _ = evaluation_split(load_tasks(self.seeds or None), self.held)
+        gate = RougeGate(0.7, [task.instruction for task in self.evaluation_tasks()])
         examples = [
             InstructionExample(task.instruction, one.input.strip(), one.output.strip())
             for task in shown
@@ -164,7 +173,10 @@ class TunaRun:
             if one.output.strip()
         ]
         if not examples:
-            raise InputError(f"--seeds {self.seeds} has no request to learn from: give tasks with 'instances'")
+            raise InputError(
+                f"--seeds {self.seeds} has no request to learn from that resembles no evaluation task: give seed tasks "
+                "with 'instances'"
+            )
         return examples[: MOST[self.scale][0] or None]
 
 
@@ -175,8 +187,8 @@ class _Chain:
     options: TunaRun
     console: Console
     data: Path
-    limit: TimeLimit
-    done: dict[Path, Path] = field(default_factory=dict)
+    limit: Deadline
+    done: set[Path] = field(default_factory=set)
 
     def folder(self, kind: str, name: str) -> Path:
         return self.options.root / kind / name
@@ -187,14 +199,13 @@ class _Chain:
         if folder not in self.done:
             self.console.rule(f"{folder.parent.name}/{folder.name}", style="dim")
             self.limit.run(work, options, self.console)
-            self.done[folder] = folder
+            self.done.add(folder)
         return folder
 
     def shared(self, kind: str, name: str) -> dict[str, Any]:
         """Options of every stage."""
         options = self.options
-        mine = {"run_dir": str(self.folder(kind, name)), "dtype": options.dtype, "seed": options.seed}
-        return mine | {"track": options.track, "dry_run": options.dry_run}
+        return {"run_dir": str(self.folder(kind, name)), "seed": options.seed, "track": options.track}
 
     # --- stages ------------------------------------------------------------------------------------------------------
 
@@ -202,6 +213,7 @@ class _Chain:
         options = self.options
         mine = Finetune(
             **self.shared(POLICIES, SFT),
+            dtype=options.dtype,
             data=str(self.data),
             model=options.model,
             epochs=2,
@@ -209,9 +221,13 @@ class _Chain:
         )
         return self.stage(finetune, mine)
 
-    def candidates(self, name: str, **writer: str) -> Path:
+    def candidates(self, name: str, **writer: Any) -> Path:
         mine = TunaCandidates(
-            **self.shared("candidates", name), **SIZES[self.options.scale]["candidates"], data=str(self.data), **writer
+            **self.shared("candidates", name),
+            **SIZES[self.options.scale]["candidates"],
+            data=str(self.data),
+            dtype=self.options.dtype,
+            **writer,
         )
         return self.stage(candidates, mine)
 
@@ -234,6 +250,7 @@ class _Chain:
         mine = TunaTrain(
             **self.shared(POLICIES, name),
             **SIZES[self.options.scale]["train"],
+            dtype=self.options.dtype,
             policy=str(start),
             ranked=str(ranked),
             loss=loss,
@@ -262,6 +279,7 @@ class _Chain:
         mine = TunaPPO(
             **self.shared(POLICIES, PPO),
             **SIZES[self.options.scale]["ppo"],
+            dtype=self.options.dtype,
             policy=str(start),
             ranked=str(self.contextual(start)),
             context_length=min(TunaPPO.context_length, tokenizer_of(self.options.model).context_length),
@@ -275,6 +293,7 @@ class _Chain:
             **self.shared(EVALUATION, "")
             | {"run_dir": str(options.root / EVALUATION)}
             | SIZES[options.scale]["evaluate"],
+            dtype=options.dtype,
             policy=",".join(f"{name}={folder}" for name, folder in policies.items()),
             tasks=options.seeds,
             held_out=options.held,
@@ -299,8 +318,7 @@ def run(options: TunaRun, console: Console | None = None) -> dict[str, Any]:
 
 def _run(options: TunaRun, console: Console) -> dict[str, Any]:
     arms, requests = options.check(), options.requests()
-    with input_errors():
-        tasks = load_evaluation_tasks(options.seeds or None, options.held)
+    tasks = options.evaluation_tasks()
     _check_parts(options)
     if options.dry_run:
         console.print(
@@ -309,11 +327,12 @@ def _run(options: TunaRun, console: Console) -> dict[str, Any]:
         )
         return {}
     asked = digest([[task.name, task.instruction] for task in tasks])
-    identity = {"model": options.model, "order": options.order, "evaluation_tasks": asked, "scale": options.scale}
+    fixed = ("model", "order", "scale", "judge_backend", "evaluation_judge")
+    identity = {name: getattr(options, name) for name in fixed} | {"evaluation_tasks": asked, "arms": arms}
     with RunFolder(options.root, identity, "tuna run").opened():
         data = options.root / "requests.jsonl"
         write_once(data, [example.row() for example in requests])
-        _Chain(options, console, data, TimeLimit(options.minutes)).evaluation(arms)
+        _Chain(options, console, data, Deadline(options.minutes)).evaluation(arms)
         return report(TunaReport(str(options.root)), console)
 
 
@@ -323,5 +342,6 @@ def _check_parts(options: TunaRun) -> None:
     with input_errors():
         live = journaled_roles(backends, None)
         TunaRank(ranker=options.judge).build(live["judge_backend"])
+        TunaRank(ranker="probabilistic").build(live["teacher"])
         TunaEvaluate(judge=options.evaluation_judge).build(live["judge_backend"])
     tokenizer_of(options.model).chat_text([{"role": "user", "content": "?"}])

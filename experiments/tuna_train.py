@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from rich.console import Console
 
 from ..agents.checkpoints import policy_from, read_state
 from ..agents.language_model import SETTINGS, LanguageModelPolicy, LoraSettings
 from ..agents.ranked_lists import rank_agreement, request_of, tokenize_lists
-from ..agents.ranking import RankedCandidates, RankingSettings, RankingTrainer
+from ..agents.ranking import LARGEST_SCORE, RankedCandidates, RankingSettings, RankingTrainer
 from ..agents.ranking_losses import LOSSES
 from ..envs.tasks.candidates import RankedList, read_ranked_lists
 from ..llm_backends import request_seed
 from ..llm_backends.errors import InputError
+from ..llm_backends.records import read_records
 from .finetune import TRAIN
 from .options import check_counts
 from .run_folder import RunFolder, read_json, write_json, write_once
@@ -43,9 +43,13 @@ class TunaTrain(TrainingOptions):
     loss: str = "tuna"
     """tuna (the paper's), tuna_released (its code's), dpo, ipo, spin, sppo, lipo_lambda, tdpo1 or tdpo2."""
     margin: float | None = None
-    """Of Tuna's losses, per rank, in nats per token. By default the loss's own, as the next three."""
+    """Of Tuna's losses, per rank, in nats per token. By default the loss's own, as the next four."""
     beta: float | None = None
     """Of the losses with a reference policy."""
+    alpha: float | None = None
+    """Of tdpo2: weight of the difference of the KLs from the reference policy."""
+    pairs: Literal["all", "best_worst"] | None = None
+    """Of dpo, ipo, sppo and TDPO's: which pairs of a list count."""
     mle_weight: float | None = None
     """Weight of the likelihood of the reference response: 1 for Tuna's losses, 0 for the others."""
     imitate: Literal["reference", "best", "all"] = "reference"
@@ -91,6 +95,8 @@ class TunaTrain(TrainingOptions):
             loss=self.loss,
             margin=self.margin,
             beta=self.beta,
+            alpha=self.alpha,
+            pairs=self.pairs,
             mle_weight=self.mle_weight,
             imitate=self.imitate,
         )
@@ -118,12 +124,11 @@ def run(options: TunaTrain, console: Console | None = None) -> dict[str, Any]:
         return {}
     identity = {"lists": digest([[one.id, one.candidates, one.scores] for one in lists])}
     identity |= {"weights": weights_digest(start)} if start is not None else {}
-    with stage(options, "tuna train", console, **identity) as opened:
+    with stage(options, "tuna train", console, True, **identity) as opened:
         if isinstance(opened, dict):
             return opened
-        requests = [request_of(one).row() for one in lists]
-        write_once(opened.folder.file(TRAIN), [row for row in requests if row["output"]])
-        policy = _policy(options, start, model, fresh=opened.saved is None)
+        write_once(opened.folder.file(TRAIN), _seen(lists, options))
+        policy = _policy(options, start, model)
         ratios = LOSSES[options.loss].needs_reference_policy
         before = _before(opened.folder, policy, train, held_out)
         trainer = RankingTrainer(policy, options.seed, **vars(options.settings))
@@ -169,28 +174,47 @@ def split_lists(
     tokenizer = tokenizer_of(model)
     if tokenizer.context_length < options.context_length:
         raise InputError(f"{model} reads {tokenizer.context_length} tokens: set --context-length to that or less")
-    kept, dropped = tokenize_lists(lists, options.layout, tokenizer, options.context_length)
+    names = withheld(lists, options.holdout, options.seed)
+    parts = [[one for one in lists if (one.id in names) == out] for out in (False, True)]
+    both = [tokenize_lists(part, options.layout, tokenizer, options.context_length) for part in parts]
+    (train, dropped), (held_out, _) = both
     loss = LOSSES[options.loss]
-    if (options.settings.weight and options.imitate == "reference") or loss.pairing({}) == "reference":
-        complete = [one for one in kept if one.reference is not None]
-        dropped["lists without a reference"] = len(kept) - len(complete)
-        kept = complete
-    order = np.random.default_rng(request_seed(options.seed, "ranked lists")).permutation(len(kept))
-    withheld = set(order[: round(options.holdout * len(kept))].tolist())
-    train = [one for number, one in enumerate(kept) if number not in withheld]
+    pairing = loss.pairing(options.settings.given())
+    if (options.settings.weight and options.imitate == "reference") or pairing == "reference":
+        complete = [one for one in train if one.reference is not None]
+        dropped["lists without a reference"] = len(train) - len(complete)
+        train = complete
     if not train:
         left_out = ", ".join(f"{count} {what}" for what, count in dropped.items() if count)
         raise InputError(f"{options.ranked} has no list to train on ({left_out or 'all withheld'})")
-    return train, [kept[number] for number in sorted(withheld)], dropped
+    if pairing != "reference" and all(len(set(one.scores or ())) == 1 for one in train):
+        raise InputError(f"{options.ranked} ties all candidates of every list: there is nothing to learn")
+    if loss.needs_scores and max(abs(score) for one in train for score in one.scores or ()) > LARGEST_SCORE:
+        raise InputError(
+            f"--loss {options.loss} needs scores of {LARGEST_SCORE:g} at most in size: scale them to [0, 1]"
+        )
+    return train, held_out, dropped
 
 
-def _policy(options: TunaTrain, start: Path | None, model: str, fresh: bool) -> LanguageModelPolicy:
+def withheld(lists: Sequence[RankedList], share: float, seed: int) -> set[str]:
+    """Ids of the lists that no stage trains on: a share of them, chosen by a hash of id and seed."""
+    order = sorted((one.id for one in lists), key=lambda name: request_seed(seed, "withheld", name))
+    return set(order[: round(share * len(order))])
+
+
+def _seen(lists: Sequence[RankedList], options: TunaTrain) -> list[dict[str, str]]:
+    """The requests that the policy has then been trained on, those of the policy it starts from included."""
+    names = withheld(lists, options.holdout, options.seed)
+    rows = {row["id"]: row for row in read_records(Path(options.policy) / TRAIN)} if options.policy else {}
+    return list((rows | {one.id: request_of(one).row() for one in lists if one.id not in names}).values())
+
+
+def _policy(options: TunaTrain, start: Path | None, model: str) -> LanguageModelPolicy:
     if start is None:
         lora = LoraSettings(rank=options.lora_rank)
         return LanguageModelPolicy(model, lora, value="shared", dtype=options.dtype, seed=options.seed)
     policy = policy_from(start, dtype=options.dtype, reference="base")
-    if fresh:
-        policy.freeze_reference("start")
+    policy.freeze_reference("start")  # a checkpoint brings its own
     return policy
 
 

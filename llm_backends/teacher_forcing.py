@@ -13,6 +13,8 @@ from .training_kernels import training_kernels
 
 SHARED_PREFIX = 8
 """Tokens that prompts must have in common before their prefix is read once for all of them."""
+FEWER_TOKENS = 0.85
+"""Share of the tokens of a batch below which prompts that come several times in it are read apart, once each."""
 
 
 def common_prefix(sequences: Sequence[np.ndarray]) -> int:
@@ -33,6 +35,7 @@ def response_hidden(
 
     Rows are padded on the right, where causality hides padding from the real positions, so no attention mask is needed.
     A prefix that all prompts share (task description, few-shot header) is read once; gradients flow through it exactly.
+    Without one, on a CPU, prompts that several responses answer are read once each.
 
     Args:
         lm: the model.
@@ -50,30 +53,69 @@ def response_hidden(
     distinct = {sequence.tobytes(): sequence for sequence in sequences}
     index = {key: k for k, key in enumerate(distinct)}
     owners, unique = [index[sequence.tobytes()] for sequence in sequences], list(distinct.values())
-    shared = common_prefix([p[:-1] for p in prompts]) if len(unique) > 1 and lm.plain_attention else 0
-    prefix = shared if shared >= SHARED_PREFIX else 0
-    states = _read(lm, unique, prefix)
+    starts = [len(sequence) for sequence in unique]
+    for k, prompt in zip(owners, prompts, strict=True):
+        starts[k] = min(starts[k], len(prompt) - 1)
+    prefixes = _prefixes(lm, unique, starts)
+    states = _read(lm, unique, prefixes)
     rows = [np.full(len(r), k) for k, r in zip(owners, responses, strict=True)]
-    columns = [len(p) - (not after) + np.arange(len(r)) for p, r in zip(prompts, responses, strict=True)]
-    return states[torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(columns) - prefix)]
+    columns = [
+        len(p) - (not after) - prefixes[k] + np.arange(len(r))
+        for k, p, r in zip(owners, prompts, responses, strict=True)
+    ]
+    return states[torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(columns))]
 
 
-def _read(lm: CausalLM, sequences: Sequence[np.ndarray], prefix: int) -> torch.Tensor:
-    """Last hidden states, shape (n, longest - prefix, d), of what follows a common prefix; rows are right-padded."""
-    width = max(map(len, sequences)) - prefix
-    ids = torch.zeros((len(sequences), width), dtype=torch.long)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence) - prefix] = torch.from_numpy(sequence[prefix:].astype(np.int64))
-    ids = ids.to(lm.device)
+def _prefixes(lm: CausalLM, sequences: Sequence[np.ndarray], starts: Sequence[int]) -> list[int]:
+    """How many leading tokens of each sequence, up to its start, are to be read once for all that share them."""
+    count = len(sequences)
+    heads = [sequence[:start] for sequence, start in zip(sequences, starts, strict=True)]
+    if count == 1 or not lm.plain_attention:
+        return [0] * count
+    if (shared := common_prefix(heads)) >= SHARED_PREFIX:
+        return [shared] * count
+    rest = max(len(sequence) - start for sequence, start in zip(sequences, starts, strict=True))
+    tokens = len({head.tobytes() for head in heads}) * max(starts) + count * rest
+    fewer = tokens <= FEWER_TOKENS * count * max(map(len, sequences))
+    return list(starts) if fewer and min(starts) and lm.device.type == "cpu" else [0] * count
+
+
+def _read(lm: CausalLM, sequences: Sequence[np.ndarray], prefixes: Sequence[int]) -> torch.Tensor:
+    """Last hidden states, shape (n, longest rest, d), of what follows the prefixes; rows are right-padded."""
+    ids = _padded([sequence[prefix:] for sequence, prefix in zip(sequences, prefixes, strict=True)], lm.device)
     with training_kernels():
-        if not prefix:
+        if not any(prefixes):
             return lm.trunk(input_ids=ids, use_cache=False).last_hidden_state
-        header = torch.from_numpy(sequences[0][:prefix].astype(np.int64)).to(lm.device)
+        heads = [sequence[:prefix] for sequence, prefix in zip(sequences, prefixes, strict=True)]
+        distinct = {head.tobytes(): head for head in heads}
+        index = {key: k for k, key in enumerate(distinct)}
         cache = DynamicCache(config=lm.text_config)
-        lm.trunk(input_ids=header[None], past_key_values=cache, use_cache=True)
+        lm.trunk(input_ids=_padded(list(distinct.values()), lm.device), past_key_values=cache, use_cache=True)
+        rows = torch.tensor([index[head.tobytes()] for head in heads], device=lm.device)
         for layer in cache.layers:
-            layer.keys = layer.keys.expand(len(sequences), -1, -1, -1)  # type: ignore[union-attr]
-            layer.values = layer.values.expand(len(sequences), -1, -1, -1)  # type: ignore[union-attr]
-        positions = torch.arange(prefix, prefix + width, device=lm.device)[None]
-        output = lm.trunk(input_ids=ids, past_key_values=cache, position_ids=positions, use_cache=True)
+            for name in ("keys", "values"):
+                one = getattr(layer, name)
+                setattr(layer, name, one.expand(len(heads), -1, -1, -1) if len(one) == 1 else one[rows])
+        lengths, columns = torch.tensor(prefixes, device=lm.device)[:, None], torch.arange(ids.shape[1])
+        longest, mask = max(prefixes), None
+        if min(prefixes) < longest:  # the cache of a shorter prompt ends in padding
+            real = torch.arange(longest, device=lm.device)[None] < lengths
+            mask = torch.cat([real, real.new_ones(ids.shape)], dim=1).long()
+        else:
+            lengths = lengths[:1]
+        output = lm.trunk(
+            input_ids=ids,
+            past_key_values=cache,
+            attention_mask=mask,
+            position_ids=lengths + columns.to(lm.device),
+            use_cache=True,
+        )
         return output.last_hidden_state
+
+
+def _padded(rows: Sequence[np.ndarray], device: torch.device) -> torch.Tensor:
+    """int64, shape (n, longest): token ids, with zeros behind shorter rows."""
+    ids = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)
+    for k, row in enumerate(rows):
+        ids[k, : len(row)] = torch.from_numpy(row.astype(np.int64))
+    return ids.to(device)

@@ -10,17 +10,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from ..llm_backends import BackendError, UnsupportedRequestError, request_seed, resolve
+from ..llm_backends import BackendError, Prompt, UnsupportedRequestError, request_seed, resolve
 from ..llm_backends.errors import InputError
 from ..llm_backends.parts import Part
 from ..llm_backends.tokenization import Tokenizer
 from .base import NonFiniteRewardError, Reward, Sample
 from .quality_likelihood import EMBEDDED, Likelihoods
 from .rouge_gate import rouge_l
+
+PromptForm = Literal["backend", "chat", "raw"]
 
 TEACHER_BETA = 1.3
 """Exponent of the length under the teacher's log-likelihood: the default of an independent implementation of Tuna."""
@@ -78,6 +80,7 @@ class Ranker(Part, ABC):
         candidates: Sequence[Sequence[str]],
         references: Sequence[str | None] | None = None,
         seeds: Sequence[int] | None = None,
+        attempt: int = 0,
     ) -> list[CandidateScores]:
         """Ranks the candidates of every prompt.
 
@@ -86,6 +89,7 @@ class Ranker(Part, ABC):
             candidates: for each prompt at least one candidate; their numbers may differ.
             references: for each prompt its right answer, for rankers that need one.
             seeds: of whatever is drawn for each prompt; by default a hash of the prompt.
+            attempt: 0, or the number of the retry: judges then sample their replies.
 
         Returns:
             n rankings, in order. A single candidate has score 0 or what the ranker measures, without a comparison.
@@ -102,7 +106,7 @@ class Ranker(Part, ABC):
                 raise InputError(f"the candidates of prompt {row} ({prompt[:40]!r}) must be a list of texts")
             reference = None if references is None else references[row]
             seed = request_seed("rank", prompt) if seeds is None else seeds[row]
-            metadata = {"finish_reason": "stop"}
+            metadata = {"finish_reason": "stop"} | ({"attempt": attempt} if attempt else {})
             groups.append(
                 [Sample(text, prompt, reference, group=str(row), seed=seed, metadata=metadata) for text in texts]
             )
@@ -167,36 +171,46 @@ class ProbabilisticRanker(Ranker):
         backend: the teacher, a language model that reports log-probs; or
             :class:`~instructgym.rewards.quality_likelihood.Likelihoods` to share.
         beta: exponent of the length, finite and at least 0.
-        raw: prompts are texts that the candidate goes on from, a rendered chat template for instance, and are handed on
-            as they are; else they are requests, put into the form that the backend asks for.
+        form: how prompts reach the teacher, which should be as when it drew the candidates. ``backend``: as requests in
+            the form that the backend asks for, few-shot for small models; ``chat``: as a user's message; ``raw``: as
+            texts that the candidate goes on from, handed on as they are.
 
     Raises:
-        ValueError: for a beta out of range.
-        UnsupportedRequestError: when ranking, if the backend reports no log-probs.
+        ValueError: for a beta out of range or an unknown form.
+        UnsupportedRequestError: if the backend reports no log-probs.
     """
 
     name = "probabilistic"
 
-    def __init__(self, backend: Any = EMBEDDED, beta: float = TEACHER_BETA, raw: bool = False) -> None:
+    def __init__(self, backend: Any = EMBEDDED, beta: float = TEACHER_BETA, form: PromptForm = "backend") -> None:
         if not 0 <= beta < np.inf:
             raise ValueError(f"beta must be a finite number of at least 0, got {beta}")
+        if form not in get_args(PromptForm):
+            raise ValueError(f"form must be one of {', '.join(get_args(PromptForm))}, got {form!r}")
         self.likelihoods = Likelihoods.of(backend)
-        self.beta, self.raw = beta, raw
+        if not self.likelihoods.backend.supports_logprobs:
+            raise UnsupportedRequestError(
+                f"backend {self.likelihoods.backend.name!r} reports no log-probs, by which candidates are ranked: use "
+                "another one, or a judge"
+            )
+        self.beta, self.form = beta, form
 
     def most_calls(self, count: int) -> int:
         return count
 
     def _rank(self, groups: Sequence[Sequence[Sample]]) -> list[CandidateScores]:
         asked = [sample for group in groups for sample in group if sample.response]
-        rows = iter(self._given_raw(asked) if self.raw else self.likelihoods.given(asked))
+        rows = iter(self.likelihoods.given(asked) if self.form == "backend" else self._given(asked))
         return [self._scores([next(rows) if sample.response else None for sample in group]) for group in groups]
 
-    def _given_raw(self, samples: Sequence[Sample]) -> list[np.ndarray | BackendError]:
+    def _given(self, samples: Sequence[Sample]) -> list[np.ndarray | BackendError]:
+        prompts: list[Prompt] = []
         texts = []
         for sample in samples:
-            apart = sample.prompt[-1:].isspace() or sample.response[:1].isspace()
+            apart = self.form == "chat" or sample.prompt[-1:].isspace() or sample.response[:1].isspace()
             texts.append(sample.response if apart else f" {sample.response}")
-        rows = self.likelihoods.backend.logprobs([sample.prompt for sample in samples], texts)
+            prompts.append([{"role": "user", "content": sample.prompt}] if self.form == "chat" else sample.prompt)
+        rows = self.likelihoods.backend.logprobs(prompts, texts)
         for row in rows:
             if isinstance(row, UnsupportedRequestError):
                 raise row

@@ -9,8 +9,18 @@ import pytest
 from fault_server import serving
 from rich.console import Console
 
-from instructgym.experiments.benchmarks import backend, dense_reward, rollouts, token_env, token_learning, token_ppo
+from instructgym.experiments.benchmarks import (
+    backend,
+    dense_reward,
+    ranking,
+    rollouts,
+    sides,
+    token_env,
+    token_learning,
+    token_ppo,
+)
 from instructgym.experiments.benchmarks.backend import BenchBackend
+from instructgym.experiments.benchmarks.ranking import BenchRanking, make_pairs
 from instructgym.experiments.benchmarks.rollouts import BenchRollouts
 from instructgym.experiments.benchmarks.tiny import build_tiny, make_prompts
 from instructgym.experiments.benchmarks.token_env import BenchTokenEnv
@@ -44,6 +54,13 @@ def trl_interpreter():
     return given if found is not None and found["trl"] == TRL_VERSION else None
 
 
+needs_trl = pytest.mark.skipif(
+    trl_interpreter() is None,
+    reason=f"no environment with trl {TRL_VERSION}: 'instructgym bench ranking' prepares one, INSTRUCTGYM_TRL_PYTHON "
+    "names one",
+)
+
+
 def test_prompts_are_different_and_of_equal_length(tmp_path):
     build_tiny(tmp_path)
     prompts = make_prompts(str(tmp_path), 40, 20)
@@ -58,24 +75,61 @@ def test_prompts_are_different_and_of_equal_length(tmp_path):
 def test_token_ppo_against_the_floor(tmp_path, dtype):
     options = BenchTokenPPO(against="floor", dtype=dtype, json=str(tmp_path / "figures.json"), **SMALL)
     figures = token_ppo.run(options, quiet())
-    check_form(figures, tmp_path / "figures.json", token_ppo.MEASURES)
+    check_form(figures, tmp_path / "figures.json", sides.MEASURES)
     assert figures["ours"]["tokens"] == 4 * 5
     assert figures["ours"]["computes_in"] == figures["theirs"]["computes_in"] == dtype
     assert len(figures["ours"]["rounds"]) == 1
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    trl_interpreter() is None,
-    reason=f"no environment with trl {TRL_VERSION}: 'instructgym bench token-ppo' prepares one, INSTRUCTGYM_TRL_PYTHON "
-    "names one",
-)
+@needs_trl
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_token_ppo_against_trl(tmp_path, dtype):
     options = BenchTokenPPO(dtype=dtype, trl_python=trl_interpreter(), json=str(tmp_path / "figures.json"), **SMALL)
     figures = token_ppo.run(options, quiet())
-    check_form(figures, tmp_path / "figures.json", token_ppo.MEASURES)
+    check_form(figures, tmp_path / "figures.json", sides.MEASURES)
     assert figures["ours"]["computes_in"] == figures["theirs"]["computes_in"] == dtype
+    assert figures["settings"]["their_versions"]["trl"] == TRL_VERSION
+
+
+def test_pairs_are_of_the_wanted_lengths_and_come_from_a_seed(tmp_path):
+    build_tiny(tmp_path)
+    pairs = make_pairs(str(tmp_path), 30, 20, 9, seed=1)
+    assert pairs == make_pairs(str(tmp_path), 30, 20, 9, seed=1) != make_pairs(str(tmp_path), 30, 20, 9, seed=2)
+    assert {len(pair["prompt"]) for pair in pairs} == {20}
+    assert len({tuple(pair["prompt"]) for pair in pairs}) == 30
+    assert {len(pair[side]) for pair in pairs for side in ("chosen", "rejected")} == {5, 6, 7, 8, 9}
+    assert sum(pair["chosen"] != pair["rejected"] for pair in pairs) == 30
+
+
+PAIRS = {"rounds": 1, "steps": 2, "batch": 4, "prompt_tokens": 24, "response_tokens": 9, "lora_rank": 2}
+
+
+def check_ranking(figures, file, dtype):
+    check_form(figures, file, sides.MEASURES)
+    for side in ("ours", "theirs"):
+        assert figures[side]["computes_in"] == dtype and figures[side]["steps"] == 2
+        assert figures[side]["loss"] == pytest.approx(math.log(2), abs=0.02)  # two steps from the reference
+    tolerance = {"float32": 1e-5, "bfloat16": 5e-3}[dtype]
+    assert figures["ours"]["chosen_logprob"] == pytest.approx(figures["theirs"]["chosen_logprob"], rel=tolerance)
+    assert 2 * 4 * 2 * 5 <= figures["ours"]["tokens"] <= 2 * 4 * 2 * 9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ranking_against_the_floor(tmp_path, dtype):
+    options = BenchRanking(against="floor", dtype=dtype, json=str(tmp_path / "figures.json"), **PAIRS)
+    check_ranking(ranking.run(options, quiet()), tmp_path / "figures.json", dtype)
+
+
+@pytest.mark.slow
+@needs_trl
+@pytest.mark.parametrize(("dtype", "checkpointing"), [("float32", False), ("float32", True), ("bfloat16", False)])
+def test_ranking_against_trl(tmp_path, dtype, checkpointing):
+    file = tmp_path / "figures.json"
+    more = {"checkpointing": checkpointing, "trl_python": trl_interpreter(), "json": str(file)}
+    figures = ranking.run(BenchRanking(dtype=dtype, **more, **PAIRS), quiet())
+    check_ranking(figures, file, dtype)
     assert figures["settings"]["their_versions"]["trl"] == TRL_VERSION
 
 
@@ -109,6 +163,23 @@ def test_token_env(tmp_path):
 def test_bad_options_of_token_ppo_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         token_ppo.run(BenchTokenPPO(**SMALL | options), quiet())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch": 12}, r"--batch must be a multiple of --trl-pairs \(8\), got 12"),
+        ({"steps": 0}, "--steps must be at least 1"),
+        ({"seed": -1}, "--seed must be at least 0"),
+        ({"checkpointing": True, "against": "floor"}, "--checkpointing is an option of TRL"),
+        ({"trl_python": "/nowhere/python"}, "/nowhere/python: no environment with trl"),
+        ({"model": "/nowhere", "against": "floor"}, "/nowhere"),
+        ({"prompt_tokens": 504, "against": "floor"}, "make 513 tokens, the model reads 512"),
+    ],
+)
+def test_bad_options_of_ranking_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        ranking.run(BenchRanking(**PAIRS | options), quiet())
 
 
 def test_bad_options_of_token_env_are_refused():

@@ -42,7 +42,7 @@ class Tries(ScriptedBackend):
 def test_one_try_where_responses_differ():
     backend = Tries({1.0: APART})
     [found] = sample_candidates(backend, ["p"])
-    assert found == Candidates(tuple(APART), 1.0, 1, 0.0)
+    assert found == Candidates(tuple(APART), 1.0, 1, 0.0, finished=(True,) * 4)
     [(_, sampling)] = backend.seen
     assert (sampling.n, sampling.max_tokens, sampling.top_p) == (4, 512, 1.0)
 
@@ -83,7 +83,7 @@ def test_a_failed_request_is_a_try_and_typed():
     down, long = BackendError("down"), ContextLengthError("long")
     backend = Tries({1.0: {"p": down, "q": down, "r": long}, 1.1: {"p": APART, "q": down}, 1.2: down})
     first, second, third = sample_candidates(backend, ["p", "q", "r"])
-    assert first == Candidates(tuple(APART), 1.1, 2, 0.0, (down,))
+    assert first == Candidates(tuple(APART), 1.1, 2, 0.0, (down,), (True,) * 4)
     assert second == Candidates((), 1.2, 3, None, (down, down, down))
     assert third == Candidates((), 1.0, 1, None, (long,)) and third.distinct == ()
 
@@ -181,3 +181,15 @@ def test_an_empty_file_and_bad_lists_are_refused(tmp_path):
     for text, message in ((" ", "a blank text in place 1"), ("\ud800", "half a character in place 1")):
         with pytest.raises(ValueError, match=f"ranked list 'a': field 'candidates' has {message}"):
             RankedList("a", "p", ("x", text), (1, 0))
+
+
+def test_numbers_and_ends_of_the_distinct_ones():
+    drawn = Candidates(("a b", " ", "a  b", "c", "c"), 1.0, 1, 0.5, finished=(True, True, False, False, True))
+    assert drawn.chosen == (0, 3) and drawn.distinct == ("a b", "c")
+    assert [drawn.finished[number] for number in drawn.chosen] == [True, False]
+
+
+def test_a_response_that_a_limit_cut_off_is_not_finished(tiny_model_path):
+    backend = TransformersBackend(tiny_model_path)
+    [short] = sample_candidates(backend, ["Say"], DiverseSampling(max_tokens=2))
+    assert short.finished == (False,) * 4

@@ -37,6 +37,8 @@ from instructgym.rewards.ranking import ranking_prompt
 TEXTS = ["q3", "q1", "q4", "q2"]
 """Candidates that say how good they are; the lowest number is the best."""
 
+FORMS = ("backend", "chat")
+
 
 def chat(reply, **kwargs) -> ScriptedBackend:
     return ScriptedBackend(reply=reply, prompt_style="chat", **kwargs)
@@ -138,16 +140,13 @@ def test_all_prompts_go_to_the_teacher_in_one_call():
     assert [len(one.scores) for one in found] == [3, 1] and backend.usage.calls == 1
 
 
-@pytest.mark.parametrize("raw", [False, True])
-def test_the_score_is_that_of_a_real_models_log_probs(tiny_model_path, raw):
+@pytest.mark.parametrize("form", ["backend", "raw", "chat"])
+def test_the_score_is_that_of_a_real_models_log_probs(tiny_model_path, form):
     backend = TransformersBackend(str(tiny_model_path))
     texts = ["the cat", "a dog sat on the mat"]
-    [found] = ProbabilisticRanker(backend, raw=raw).rank(["Tell me"], [texts])
-    form = load_prompts("rewards", "quality")["likelihood"]["completion"]
-    prompt = "Tell me" if raw else form.replace("{prompt}", "Tell me")
-    if backend.prompt_style == "chat" and not raw:
-        prompt = [{"role": "user", "content": "Tell me"}]
-    lead = " " if raw or backend.prompt_style == "completion" else ""
+    [found] = ProbabilisticRanker(backend, form=form).rank(["Tell me"], [texts])
+    prompt = "Tell me" if form == "raw" else [{"role": "user", "content": "Tell me"}]
+    lead = " " if form == "raw" else ""
     rows = backend.logprobs([prompt] * 2, [lead + text for text in texts])
     assert found.scores == pytest.approx([row.sum() / len(row) ** 1.3 for row in rows], rel=1e-5)
 
@@ -155,8 +154,19 @@ def test_the_score_is_that_of_a_real_models_log_probs(tiny_model_path, raw):
 def test_a_raw_prompt_is_handed_on_as_it_is():
     seen = []
     backend = ScriptedBackend(score=lambda prompt, text: seen.append((prompt, text)) or -1.0)
-    ProbabilisticRanker(backend, raw=True).rank(["Film review: the", "<user>hi\n"], [["plot", " plot"], ["plot"]])
+    ProbabilisticRanker(backend, form="raw").rank(["Film review: the", "<user>hi\n"], [["plot", " plot"], ["plot"]])
     assert seen == [("Film review: the", " plot"), ("Film review: the", " plot"), ("<user>hi\n", "plot")]
+
+
+def test_a_small_models_few_shot_form_and_its_chat_form(tiny_model_path):
+    """By default the form is the backend's own; a teacher that drew candidates as a chat model is asked as one."""
+    backend = TransformersBackend(str(tiny_model_path), prompt_style="completion")
+    [few_shot], [chat] = (ProbabilisticRanker(backend, form=form).rank(["Tell"], [["a b"]]) for form in FORMS)
+    own = load_prompts("rewards", "quality")["likelihood"]["completion"].replace("{prompt}", "Tell")
+    [row] = backend.logprobs([own], [" a b"])
+    assert few_shot.scores[0] == pytest.approx(row.sum() / len(row) ** 1.3, rel=1e-5) != chat.scores[0]
+    with pytest.raises(ValueError, match="form must be one of"):
+        ProbabilisticRanker(backend, form="free")
 
 
 def test_an_empty_candidate_is_below_all_others():
@@ -172,13 +182,13 @@ def test_a_log_prob_that_cannot_be_had_leaves_no_ranking_of_that_prompt():
             rows = super()._logprobs(prompts, completions)
             return [BackendError("too long") if "bad" in c else r for c, r in zip(completions, rows, strict=True)]
 
-    for raw in (False, True):
-        first, second = ProbabilisticRanker(Broken(), raw=raw).rank(["p", "q"], [["a", "bad"], ["a", "b"]])
+    for form in ("backend", "raw", "chat"):
+        first, second = ProbabilisticRanker(Broken(), form=form).rank(["p", "q"], [["a", "bad"], ["a", "b"]])
         assert not first.valid and "candidate 1: too long" in first.feedback and second.valid
-        [found] = ProbabilisticRanker(ScriptedBackend(score=lambda p, t: -math.inf), raw=raw).rank(["p"], [["a"]])
+        [found] = ProbabilisticRanker(ScriptedBackend(score=lambda p, t: -math.inf), form=form).rank(["p"], [["a"]])
         assert not found.valid
         with pytest.raises(UnsupportedRequestError):
-            ProbabilisticRanker(FunctionBackend(reply=str), raw=raw).rank(["p"], [["a"]])
+            ProbabilisticRanker(FunctionBackend(reply=str), form=form)
 
 
 @pytest.mark.parametrize("beta", [-0.1, math.inf, math.nan])

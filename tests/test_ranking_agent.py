@@ -200,6 +200,38 @@ def test_references_are_written_as_episodes_are():
     assert [one.reference for one in agent._ranked(agent.last_rollout)[0]] == [None]  # no use for it
 
 
+def test_a_reference_behind_a_chat_template_has_no_blank_before_it(tiny_lm):
+    """The template ends where the answer begins; a text to continue is followed by a blank."""
+    policy = LanguageModelPolicy(tiny_lm, LoraSettings(rank=2), value="none", dtype="float32")
+    for prompt, opening in (("Say it", " "), ("<user>Say it\n", "")):
+        examples = [PromptExample("one", prompt, "the sea")]
+        env = gymnasium.make_vec(
+            "instructgym/GenerateResponse-v0",
+            2,
+            examples=examples,
+            tokenizer=policy.tokenizer,
+            reward=lambda samples: [float(len(sample.response)) for sample in samples],
+            max_tokens=8,
+            context_length=64,
+            group_size=2,
+        )
+        agent = RankingAgent(env, policy)
+        agent.start()
+        agent.update()
+        [[one], _] = agent._ranked(agent.last_rollout)
+        assert list(one.reference[:-1]) == policy.tokenizer.encode_continuation(f"{opening}the sea")
+
+
+def test_samples_of_two_rollouts_are_two_lists():
+    """A ranker's places are among the samples that it saw together."""
+    env = make_env(4, examples=EXAMPLES[:1], reward=RankReward(by_red))
+    agent = RankingAgent(env, make_policy(), imitate="best", rollout_batches=2)
+    updates(agent, 1)
+    assert len(agent.last_rollout) == 8 and agent.last_rollout.resets == [0] * 4 + [1] * 4
+    lists, _ = agent._ranked(agent.last_rollout)
+    assert [len(one.candidates) for one in lists] == [4, 4]
+
+
 def test_the_schedule_spans_all_of_learn():
     agent, rows = logged(RankingAgent(make_env(), make_policy(), loss="dpo", epochs=2, schedule="cosine", final=0.0))
     agent.learn(400)
@@ -351,6 +383,18 @@ def test_an_offline_training_goes_on_and_does_not_disturb_learn(tmp_path):
     again.restore(tmp_path / "end")
     again.fit(ranked_lists(10))  # anew: the one before is over
     assert len(rows) == 8
+
+
+def test_a_training_that_has_ended_is_not_gone_on_with(tmp_path):
+    """The next one, on other lists, is trained as if both were in one process."""
+    together, expected = logged(RankingAgent(make_env(8), make_policy(), loss="dpo", **OFFLINE))
+    together.fit(ranked_lists(10)).fit(ranked_lists(6))
+    agent, seen = logged(RankingAgent(make_env(8), make_policy(), loss="dpo", **OFFLINE))
+    agent.fit(ranked_lists(10)).save(tmp_path)
+    again, more = logged(RankingAgent.load(tmp_path, make_env(8), make_policy()))
+    again.fit(ranked_lists(6))
+    assert len(seen) == 8 and len(more) == 4 and seen + more == expected
+    assert same(weights(together.policy), weights(again.policy))
 
 
 def test_a_checkpoint_can_be_loaded_and_is_not_one_of_the_trainer(tmp_path):

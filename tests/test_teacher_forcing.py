@@ -19,6 +19,8 @@ ROWS = {
     "shared prefix": [([*HEADER, 40], [41, 42]), ([*HEADER, 43, 44], [45]), ([*HEADER, 46, 47], [48, 49, 50])],
     "one prompt": [(HEADER, [41, 42]), (HEADER, [45]), (HEADER, [41, 48, 49]), (HEADER, [41, 42])],
     "all the same": [(HEADER, [41, 42]), (HEADER, [41, 43]), (HEADER, [41, 42])],
+    "prompts of several": [([k, *HEADER[k:]], [41 + j] * (j + 2)) for k in (1, 2, 1, 4, 4, 2) for j in range(2)],
+    "prompts of several, one length": [([k, *HEADER[1:]], [41 + j, 3, k]) for k in (1, 2, 1, 4) for j in range(2)],
     "prompt within prompt": [(HEADER, [41, 42, 43]), ([*HEADER, 41], [42, 44]), ([*HEADER, 41, 42], [43])],
 }
 
@@ -48,7 +50,7 @@ def test_hidden_states_are_those_of_a_plain_pass_per_row(tiny_lms, architecture,
     torch.testing.assert_close(mine, plain, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["ragged", "shared prefix", "one prompt", "all the same", "prompt within prompt"])
+@pytest.mark.parametrize("name", ["ragged", *list(ROWS)[3:]])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_gradients_are_those_of_plain_passes(tiny_lms, architecture, name):
     lm = CausalLM(copy.deepcopy(tiny_lms(architecture).model), None)
@@ -83,6 +85,8 @@ def test_what_rows_share_is_read_once(tiny_lm):
     assert tokens_read(tiny_lm, "one prompt") == len(HEADER) - 1 + 3 * 3
     assert tokens_read(tiny_lm, "shared prefix") == len(HEADER) + 3 * 4
     assert tokens_read(tiny_lm, "short shared prefix") == 2 * 5
+    several, (prompts, _) = tokens_read(tiny_lm, "prompts of several"), rows("prompts of several")
+    assert several == 3 * 11 + 6 * 3 and len(prompts) == 12 and len({p.tobytes() for p in prompts}) == 3
 
 
 def test_common_prefix():

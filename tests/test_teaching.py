@@ -8,12 +8,12 @@ import pytest
 from rich.console import Console
 
 from instructgym.experiments import teaching
+from instructgym.experiments.deadline import in_time
 from instructgym.experiments.evolve_run import EvolveRun, make_data
 from instructgym.experiments.evolve_run import run as evolve
 from instructgym.experiments.refine_af_run import RefineAFFinetune, RefineAFReport, RefineAFRun, stages
 from instructgym.experiments.refine_af_run import run as refine_af
 from instructgym.experiments.run_folder import read_json
-from instructgym.experiments.time_limit import in_time
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.records import append_lines, read_records
 
@@ -129,7 +129,7 @@ def test_a_run_that_is_out_of_time_goes_on(tmp_path, tiny_model_path, monkeypatc
         models.append(stage.run_dir)
         assert 0 < stage.minutes <= 5
         results = real(stage, console)
-        options._begun -= 300  # five minutes have gone by
+        options.deadline.begun -= 300  # five minutes have gone by
         return results
 
     monkeypatch.setattr(teaching, "finetune", slow)

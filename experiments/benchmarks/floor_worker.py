@@ -29,6 +29,18 @@ def peak_mb() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def adapted(spec: dict[str, Any]) -> tuple[Any, torch.optim.Optimizer]:
+    """A model with adapters, and their optimiser.
+
+    As in training: frozen weights in the dtype of the computation, adapters in float32.
+    """
+    model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=getattr(torch, spec["dtype"]))
+    targets = spec["targets"] if spec["targets"] == "all-linear" else spec["targets"].split(",")
+    lora = LoraConfig(r=spec["rank"], lora_alpha=spec["alpha"], target_modules=targets, task_type="CAUSAL_LM")
+    peft: Any = get_peft_model(model.eval(), lora)
+    return peft, torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], 1e-5)
+
+
 class Floor:
     """A model with adapters, and the passes over it.
 
@@ -41,13 +53,8 @@ class Floor:
         tokenizer = AutoTokenizer.from_pretrained(spec["model"])
         self.prompts = torch.tensor([tokenizer(prompt)["input_ids"] for prompt in spec["prompts"]])
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        # As in training: frozen weights in the dtype of the computation, adapters in float32.
-        model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=getattr(torch, spec["dtype"]))
-        model.generation_config.eos_token_id = None
-        targets = spec["targets"] if spec["targets"] == "all-linear" else spec["targets"].split(",")
-        lora = LoraConfig(r=spec["rank"], lora_alpha=spec["alpha"], target_modules=targets, task_type="CAUSAL_LM")
-        self.model: Any = get_peft_model(model.eval(), lora)
-        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], 1e-5)
+        self.model, self.optimizer = adapted(spec)
+        self.model.generation_config.eos_token_id = None
 
     def _cast(self) -> Any:
         return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.spec["dtype"] == "bfloat16")

@@ -27,17 +27,29 @@ def peak_mb() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """Trains for one warm-up update and then for the measured ones."""
+def set_surroundings(dtype: str) -> None:
+    """What has to be set before torch and TRL are imported."""
     warnings.filterwarnings("ignore")
     os.environ.update(HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1", TOKENIZERS_PARALLELISM="false")
-    if spec["dtype"] == "bfloat16":  # what `accelerate launch --mixed_precision bf16` sets; `bf16=True` sets nothing
+    if dtype == "bfloat16":  # what `accelerate launch --mixed_precision bf16` sets; `bf16=True` sets nothing
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+
+
+def adapters(spec: dict[str, Any]) -> Any:
+    """Peft's settings of the adapters."""
+    from peft import LoraConfig
+
+    targets = spec["targets"] if spec["targets"] == "all-linear" else spec["targets"].split(",")
+    return LoraConfig(r=spec["rank"], lora_alpha=spec["alpha"], target_modules=targets, task_type="CAUSAL_LM")
+
+
+def measure(spec: dict[str, Any]) -> dict[str, Any]:
+    """Trains for one warm-up update and then for the measured ones."""
+    set_surroundings(spec["dtype"])
     import torch
 
     torch.set_num_threads(spec["threads"])
     from datasets import Dataset
-    from peft import LoraConfig
     from transformers import (
         AutoModelForCausalLM,
         AutoModelForSequenceClassification,
@@ -109,12 +121,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         value_model=scorers[1],
         train_dataset=dataset,
         eval_dataset=dataset,
-        peft_config=LoraConfig(
-            r=spec["rank"],
-            lora_alpha=spec["alpha"],
-            target_modules=spec["targets"] if spec["targets"] == "all-linear" else spec["targets"].split(","),
-            task_type="CAUSAL_LM",
-        ),
+        peft_config=adapters(spec),
         callbacks=[Clock()],
     )
     handle = policy.register_forward_pre_hook(lambda *_: casts.append(torch.is_autocast_enabled("cpu")))

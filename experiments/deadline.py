@@ -13,7 +13,7 @@ from rich.console import Console
 from .token_training import OutOfTimeError
 
 
-class TimeLimit:
+class Deadline:
     """What is left of an experiment's time, which begins when this is made.
 
     Args:
@@ -21,7 +21,19 @@ class TimeLimit:
     """
 
     def __init__(self, minutes: float = 0.0) -> None:
-        self.minutes, self._begun = minutes, time.monotonic()
+        self.minutes, self.begun = minutes, time.monotonic()
+
+    @property
+    def left(self) -> float:
+        """Minutes; 0 for no limit.
+
+        Raises:
+            OutOfTimeError: if nothing is left.
+        """
+        left = self.minutes - (time.monotonic() - self.begun) / 60 if self.minutes else 0.0
+        if self.minutes and left <= 0:
+            raise OutOfTimeError
+        return left
 
     def run(self, run: Callable[[Any, Console], dict[str, Any]], options: Any, console: Console) -> dict[str, Any]:
         """Runs a stage in what is left of the time.
@@ -29,10 +41,7 @@ class TimeLimit:
         Raises:
             OutOfTimeError: if nothing is left, or the stage has not come to its end.
         """
-        left = self.minutes - (time.monotonic() - self._begun) / 60 if self.minutes else 0.0
-        if self.minutes and left <= 0:
-            raise OutOfTimeError
-        results = run(replace(options, minutes=left), console)
+        results = run(replace(options, minutes=self.left), console)
         if results.get("status") == "stopped":
             raise OutOfTimeError
         return results

@@ -1,0 +1,115 @@
+"""The forwards and backwards that one DPO step cannot avoid, in plain transformers calls: prints a line of JSON.
+
+``python -m instructgym.experiments.benchmarks.dpo_floor_worker JSON``. A step is, for every pair, a pass of the
+reference without gradients and a forward and backward pass of the policy. Pairs are sorted by length, rows padded to
+the longest of their micro-batch, logits computed from the first response token on.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import logsigmoid
+from torch.nn.utils.rnn import pad_sequence
+
+from .floor_worker import adapted, peak_mb
+
+MICRO_BATCHES = (2, 4, 8, 16)
+"""Pairs."""
+BETA = 0.1
+
+
+class DPOFloor:
+    """A model with adapters, and the passes over pairs.
+
+    Args:
+        spec: the benchmark's settings.
+    """
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        self.dtype = spec["dtype"]
+        self.model, self.optimizer = adapted(spec)
+
+    def _logprobs(self, ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        """float32, shape (rows,): of the responses, which are the last ``real.shape[1]`` columns at most.
+
+        Rows are padded on the right, where causality hides padding: without a mask attention takes its fastest way.
+        """
+        width = real.shape[1]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == "bfloat16"):
+            logits = self.model(ids, use_cache=False, logits_to_keep=width + 1).logits[:, :-1]
+        logprobs = torch.log_softmax(logits.float(), -1).gather(-1, ids[:, -width:, None]).squeeze(-1)
+        return (logprobs * real).sum(dim=1)
+
+    def step(self, pairs: list[dict[str, list[int]]], micro: int) -> tuple[float, float]:
+        """An optimiser step.
+
+        Args:
+            pairs: token ids; their prompts are of one length.
+            micro: pairs of a micro-batch.
+
+        Returns:
+            the loss, and the mean log-prob of chosen responses by the reference, both in nats.
+        """
+        ordered = sorted(pairs, key=lambda pair: max(len(pair["chosen"]), len(pair["rejected"])))
+        losses = chosen_logprobs = 0.0
+        for start in range(0, len(pairs), micro):
+            some = ordered[start : start + micro]
+            responses = [pair[side] for side in ("chosen", "rejected") for pair in some]
+            rows = [pair["prompt"] for pair in some] * 2
+            ids = pad_sequence([torch.tensor(a + b) for a, b in zip(rows, responses, strict=True)], batch_first=True)
+            real = pad_sequence([torch.ones(len(response)) for response in responses], batch_first=True)
+            with torch.no_grad(), self.model.disable_adapter():
+                reference = self._logprobs(ids, real)
+            chosen, rejected = (self._logprobs(ids, real) - reference).chunk(2)
+            loss = -logsigmoid(BETA * (chosen - rejected)).sum() / len(pairs)
+            loss.backward()
+            losses += float(loss)
+            chosen_logprobs += float(reference[: len(some)].sum()) / len(pairs)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return losses, chosen_logprobs
+
+
+def measure(spec: dict[str, Any]) -> dict[str, Any]:
+    """Takes a step to warm up and then the measured ones; without ``micro`` finds the best micro-batch instead."""
+    torch.set_num_threads(spec["threads"])
+    torch.manual_seed(0)
+    floor, size = DPOFloor(spec), spec["batch"]
+    pairs = json.loads(Path(spec["pairs"]).read_text("utf-8"))
+    batches = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+    if not spec.get("micro"):
+        sizes = sorted({min(micro, size) for micro in MICRO_BATCHES})
+        floor.step(batches[0], sizes[0])
+        seconds = {}
+        for micro in sizes:
+            start = time.process_time()
+            floor.step(batches[1], micro)
+            seconds[micro] = time.process_time() - start
+        return {"micro": min(seconds, key=lambda micro: seconds[micro])}
+    before = peak_mb()
+    _, chosen_logprob = floor.step(batches[0], spec["micro"])
+    cpu, wall = time.process_time(), time.perf_counter()
+    losses = [floor.step(batch, spec["micro"])[0] for batch in batches[1:]]
+    cpu_seconds, wall_seconds = time.process_time() - cpu, time.perf_counter() - wall
+    return {
+        "tokens": sum(len(pair[side]) for batch in batches[1:] for pair in batch for side in ("chosen", "rejected")),
+        "cpu_seconds": cpu_seconds,
+        "wall_seconds": wall_seconds,
+        "start_mb": before,
+        "peak_mb": peak_mb(),
+        "computes_in": spec["dtype"],
+        "micro_batch": spec["micro"],
+        "steps": len(losses),
+        "loss": losses[-1],
+        "chosen_logprob": chosen_logprob,
+    }
+
+
+if __name__ == "__main__":
+    print("\n" + json.dumps(measure(json.loads(sys.argv[1]))))

@@ -1,0 +1,68 @@
+"""One measurement of this library's DPO, in a process of its own: prints a line of JSON.
+
+``python -m instructgym.experiments.benchmarks.dpo_worker JSON``, with the JSON of :func:`.ranking.run`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...agents.language_model import LanguageModelPolicy, LoraSettings
+from ...agents.ranking import RankedCandidates, RankingTrainer
+from ...llm_backends.adapters import training_dtype
+from ...llm_backends.causal_lm import CausalLM
+from .tiny import peak_mb
+
+
+def measure(spec: dict[str, Any]) -> dict[str, Any]:
+    """Trains on a batch to warm up and then on the measured ones."""
+    torch.set_num_threads(spec["threads"])
+    dtype = training_dtype("auto" if spec["dtype"] == "default" else spec["dtype"], "cpu")
+    policy = LanguageModelPolicy(
+        CausalLM.from_pretrained(spec["model"], dtype, "cpu"),
+        LoraSettings(rank=spec["rank"], alpha=spec["alpha"], targets=spec["targets"]),
+        value="none",
+        dtype=dtype,
+        device="cpu",
+    )
+    lists = [
+        RankedCandidates(pair["prompt"], [pair["chosen"], pair["rejected"]], ranks=[1, 2])
+        for pair in json.loads(Path(spec["pairs"]).read_text("utf-8"))
+    ]
+    trainer = RankingTrainer(policy, loss="dpo", beta=0.1, batch_size=spec["batch"], learning_rate=1e-5)
+    before = peak_mb()
+    first, rest = lists[: spec["batch"]], lists[spec["batch"] :]
+    trainer.fit(first)
+    cpu, wall = time.process_time(), time.perf_counter()
+    trainer.fit(rest)
+    cpu_seconds, wall_seconds = time.process_time() - cpu, time.perf_counter() - wall
+    return {
+        "tokens": sum(len(response) for one in rest for response in one.candidates),
+        "cpu_seconds": cpu_seconds,
+        "wall_seconds": wall_seconds,
+        "start_mb": before,
+        "peak_mb": peak_mb(),
+        "computes_in": dtype,
+        "token_budget": trainer.settings.token_budget,
+        "steps": trainer.steps,
+        "loss": trainer.loss,
+        "chosen_logprob": chosen_logprob(policy, first),
+    }
+
+
+def chosen_logprob(policy: LanguageModelPolicy, lists: list[RankedCandidates]) -> float:
+    """Mean log-prob, in nats, of the better responses by the reference policy: the same on every side."""
+    prompts = [np.array(one.prompt) for one in lists]
+    chosen = [np.array(one.candidates[0]) for one in lists]
+    return float(policy.reference_logprobs(prompts, chosen, [None] * len(lists)).sum()) / len(lists)
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(json.loads(sys.argv[1]))))

@@ -1,0 +1,133 @@
+"""``instructgym bench ranking``: our DPO against TRL's, or against the passes that no DPO can avoid."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from ...llm_backends.adapters import training_dtype
+from ...llm_backends.causal_lm import load_tokenizer
+from ...llm_backends.errors import InputError
+from ..options import check_counts, check_output
+from ..run_folder import write_json
+from .sides import Side, SidesOptions, check_context, compare, module_command, print_sides, script_command, settings_of
+from .tiny import WORDS, lora_targets, make_prompts, model_folder
+from .trl_environment import trl_python
+
+NOTES = {
+    "trl": "every pair is seen once; both compute its reference log-probs on the way, with the adapters switched off",
+    "floor": "of every pair one reference pass without gradients, one policy pass forward and backward; no more",
+}
+
+
+@dataclass
+class BenchRanking(SidesOptions):
+    """Response tokens per CPU-second and peak memory of DPO with LoRA, ours and TRL's (or the bare passes)."""
+
+    steps: int = 4
+    """Measured optimiser steps; one comes before them to warm up."""
+    batch: int = 16
+    """Pairs per optimiser step."""
+    prompt_tokens: int = 48
+    """Tokens of every prompt."""
+    response_tokens: int = 64
+    """Tokens of the longest responses; the shortest have half as many."""
+    seed: int = 0
+    """Of the pairs."""
+    trl_pairs: int = 8
+    """Pairs of TRL's micro-batches, no more than the batch: fewer take less memory and, to a point, more time."""
+    checkpointing: bool = False
+    """TRL's gradient checkpointing, on by its own default: less memory, more time."""
+
+
+def make_pairs(
+    folder: str, count: int, prompt_tokens: int, response_tokens: int, seed: int
+) -> list[dict[str, list[int]]]:
+    """Draws pairs of responses of random words to different prompts.
+
+    Args:
+        folder: of a tokenizer.
+        count: pairs.
+        prompt_tokens: of every prompt.
+        response_tokens: of the longest responses; lengths are uniform from half of it.
+        seed: of words and lengths.
+
+    Returns:
+        Token ids under ``prompt``, ``chosen`` and ``rejected``.
+
+    Raises:
+        InputError: if the tokenizer gives too few prompts.
+    """
+    tokenizer, rng = load_tokenizer(folder), np.random.default_rng(seed)
+
+    def response() -> list[int]:
+        length = int(rng.integers(-(-response_tokens // 2), response_tokens + 1))
+        text = "".join(f" {word}" for word in rng.choice(WORDS, length))
+        return tokenizer(text, add_special_tokens=False)["input_ids"][:length]
+
+    return [
+        {"prompt": tokenizer(prompt)["input_ids"], "chosen": response(), "rejected": response()}
+        for prompt in make_prompts(folder, count, prompt_tokens)
+    ]
+
+
+def run(options: BenchRanking, console: Console | None = None) -> dict[str, Any]:
+    """Measures and returns ``{"ours": ..., "theirs": ..., "ratio": ..., "settings": ...}``.
+
+    Raises:
+        InputError: for options out of range, a model that cannot be used, or a side that cannot be run.
+    """
+    console = console or Console()
+    _check(options)
+    python = trl_python(options.trl_python, console) if options.against == "trl" else sys.executable
+    with tempfile.TemporaryDirectory(prefix="instructgym-bench-") as scratch:
+        folder = model_folder(options.model, Path(scratch))
+        check_context(options, folder)
+        pairs, count = Path(scratch) / "pairs.json", options.batch * (options.steps + 1)
+        sizes = (options.prompt_tokens, options.response_tokens)
+        pairs.write_text(json.dumps(make_pairs(folder, count, *sizes, options.seed)), "utf-8")
+        spec = {
+            "model": folder,
+            "pairs": str(pairs),
+            "dtype": options.dtype,
+            "threads": options.threads,
+            "batch": options.batch,
+            "rank": options.lora_rank,
+            "alpha": 2 * options.lora_rank,
+            "targets": lora_targets(folder),
+        }
+        if options.against == "floor":
+            dtype = training_dtype("auto" if options.dtype == "default" else options.dtype, "cpu")
+            theirs = Side("floor", module_command("dpo_floor_worker"), spec | {"dtype": dtype})
+            theirs = replace(theirs, spec=theirs.spec | theirs.work())  # the best micro-batch
+        else:
+            more = {"micro": min(options.trl_pairs, options.batch), "checkpointing": options.checkpointing}
+            theirs = Side("trl", script_command(python, "trl_dpo_worker"), spec | more)
+        figures = compare(Side("ours", module_command("dpo_worker"), spec), theirs, options.rounds)
+    figures["settings"] = settings_of(options, python, NOTES[options.against])
+    title = f"DPO on {options.model}, {options.batch} pairs of {sizes[0]} + up to {sizes[1]} tokens"
+    print_sides(f"{title}, threads: {options.threads}", options.against, figures, console)
+    if options.json:
+        write_json(Path(options.json), figures)
+    return figures
+
+
+def _check(options: BenchRanking) -> None:
+    check_counts(
+        options, "rounds", "threads", "steps", "batch", "prompt_tokens", "response_tokens", "lora_rank", "trl_pairs"
+    )
+    if not options.seed >= 0:
+        raise InputError(f"--seed must be at least 0, got {options.seed}")
+    if options.against == "trl" and options.batch % min(options.trl_pairs, options.batch):
+        raise InputError(f"--batch must be a multiple of --trl-pairs ({options.trl_pairs}), got {options.batch}")
+    if options.checkpointing and options.against != "trl":
+        raise InputError("--checkpointing is an option of TRL: leave it out or add --against trl")
+    if options.json:
+        check_output(Path(options.json))
