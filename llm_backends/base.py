@@ -258,9 +258,11 @@ class Backend(Part, ABC):
             raise ValueError("choice_logprobs needs non-empty prompts and continuations")
         if not prompts:
             return []
-        results = self._choice_logprobs(
-            list(prompts), [list(mine) for mine in choices], list(heads or [""] * len(prompts))
-        )
+        asked, wanted = list(prompts), [list(mine) for mine in choices]
+        if heads is None:  # as logprobs does it, with whatever that shares by itself
+            results = Backend._choice_logprobs(self, asked, wanted, [])
+        else:
+            results = self._choice_logprobs(asked, wanted, list(heads))
         self.usage.calls += 1
         self.usage.requests += sum(map(len, choices))
         self.usage.errors += sum(len(m) for m, r in zip(choices, results, strict=True) if isinstance(r, BackendError))

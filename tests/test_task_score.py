@@ -128,6 +128,38 @@ def test_a_shared_beginning_is_read_once(backend, monkeypatch):
     np.testing.assert_allclose(found, whole, atol=2e-4)
 
 
+def test_choices_without_heads_are_those_of_logprobs(backend):
+    prompts = ["".join(PROMPTS[1].render(example.text)) for example in EXAMPLES]
+    found = np.array(backend.choice_logprobs(prompts, [[" good", " bad"]] * 3))
+    assert backend.usage.requests == 6
+    np.testing.assert_allclose(found, TaskScorer(backend).label_logprobs(PROMPTS[1:2], EXAMPLES)[0], atol=2e-4)
+    assert backend.choice_logprobs([], []) == []
+    for bad in ((["x"], [[]], None), (["x"], [["a", ""]], None), ([""], [["a"]], None), (["x"], [["a"]], [])):
+        with pytest.raises(ValueError, match="choice_logprobs needs"):
+            backend.choice_logprobs(*bad)
+
+
+def test_a_policy_scores_with_its_own_weights(tiny_model_path):
+    from instructgym.agents import LanguageModelPolicy, LoraSettings
+    from instructgym.agents.policy_backend import PolicyBackend
+    from instructgym.llm_backends.causal_lm import CausalLM
+
+    lm = CausalLM.from_pretrained(tiny_model_path)
+    policy = LanguageModelPolicy(lm, LoraSettings(rank=2), dtype="float32", seed=0)
+    weights = [value for name, value in policy.lm.model.named_parameters() if "lora_B" in name]
+    for value in weights:
+        value.data.fill_(0.05)
+    backend = PolicyBackend(policy, "now")
+    texts, choices, heads = zip(
+        *[("".join(PROMPTS[1].render(e.text)), ["good", "bad"], PROMPTS[1].render(e.text)[0]) for e in EXAMPLES],
+        strict=True,
+    )
+    found = backend.choice_logprobs(texts, choices, heads)
+    np.testing.assert_allclose(found, backend.choice_logprobs(texts, choices), atol=2e-4)
+    plain = TransformersBackend(tiny_model_path).choice_logprobs(texts, choices, heads)
+    assert weights and np.abs(np.array(found) - np.array(plain)).max() > 0.01
+
+
 def test_shared_length_stops_where_tokens_differ():
     assert shared_length([1, 2, 3, 4], [1, 2, 9]) == 2
     assert shared_length([1, 2], [1, 2]) == 1  # something is left to read
