@@ -65,7 +65,7 @@ class Episode:
 
 
 @dataclass
-class _Step:
+class EditStep:
     """One copy's step in the making."""
 
     copy: int
@@ -198,17 +198,17 @@ class EditProcess:
     def _opened(self, copies: Sequence[int]) -> None:
         """Called once the episodes of ``copies`` are open, for work that is done for all of them together."""
 
-    def _plan(self, copy: int, action: Any) -> _Step:
+    def _plan(self, copy: int, action: Any) -> EditStep:
         episode = self._episode(copy)
         if not self.operator.action_space.contains(action):
             raise ValueError(f"action {action!r} is not in {self.operator.action_space}")
         document = episode.document
         if not self.operator.possible(action, document):
-            return _Step(copy, Edit(self.operator.operation_of(action)), document, document, masked=True)
+            return EditStep(copy, Edit(self.operator.operation_of(action)), document, document, masked=True)
         edit = self.operator.plan(action, document, self.backend.prompt_style)
-        return _Step(copy, edit, document, document if edit.result is None else edit.result)
+        return EditStep(copy, edit, document, document if edit.result is None else edit.result)
 
-    def _rewrite(self, steps: list[_Step]) -> None:
+    def _rewrite(self, steps: list[EditStep]) -> None:
         """Fills in the rewritten texts; a failed request is sent once more under another seed."""
         pending = steps
         for attempt in range(2 if self.settings.on_invalid == "retry" else 1):
@@ -235,11 +235,11 @@ class EditProcess:
         if failed and self.settings.on_invalid == "raise":
             raise InvalidRewardError(f"the rewriter failed on copy {failed[0].copy}: {failed[0].error}")
 
-    def _eliminated(self, step: _Step) -> str:
+    def _eliminated(self, step: EditStep) -> str:
         """The rule that an edit breaks; empty if it breaks none."""
         return eliminated_by(str(step.document), str(step.previous), self.settings.elimination) or ""
 
-    def _score(self, steps: list[_Step]) -> None:
+    def _score(self, steps: list[EditStep]) -> None:
         if not steps:
             return
         samples = [self._sample(step) for step in steps]
@@ -252,7 +252,7 @@ class EditProcess:
             elif not retry:
                 raise InvalidRewardError(f"no verdict on copy {step.copy}: {score.feedback}")
 
-    def _sample(self, step: _Step) -> Sample:
+    def _sample(self, step: EditStep) -> Sample:
         episode = self._episode(step.copy)
         instruction = self.instructions[episode.index]
         return Sample(
@@ -265,7 +265,7 @@ class EditProcess:
             seed=request_seed(episode.base_seed, episode.step, "reward"),
         )
 
-    def _advance(self, step: _Step) -> Transition:
+    def _advance(self, step: EditStep) -> Transition:
         episode = self._episode(step.copy)
         operation = self.operator.operations[step.edit.operation]
         valid = not step.error and (step.score is None or step.score.valid)

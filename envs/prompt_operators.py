@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -113,7 +112,7 @@ class PhraseEdits(PromptOperator):
     """``MultiDiscrete[operation, position]``: edits of the instruction's phrases, without a rewriter.
 
     ``delete`` takes the phrase out; ``swap`` exchanges it with the next one, the last with the first; ``add_back`` puts
-    the phrase that was deleted last behind it; ``no_op``, at any position, leaves the prompt alone. The edits of GrIPS
+    the phrase that was deleted last behind it; ``no_op`` leaves the prompt alone. The edits of GrIPS
     (Prasad et al. 2023) and TEMPERA (Zhang et al. 2023); phrases are those of
     :func:`~instructgym.envs.tasks.phrases.split_phrases`.
 
