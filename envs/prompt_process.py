@@ -11,7 +11,7 @@ from ..llm_backends.errors import InputError
 from ..rewards.base import Sample, Score
 from ..rewards.task_gain import TaskGain
 from ..rewards.task_prompt import Demonstration, LabelledExample, TaskPrompt
-from .edit_process import EditProcess, EditSettings, Episode, EditStep
+from .edit_process import EditProcess, EditSettings, EditStep, Episode
 from .process import InvalidRewardError, Transition
 from .prompt_operators import PromptOperator
 from .tasks.instructions import Instruction
@@ -137,7 +137,7 @@ class PromptProcess(EditProcess):
     def _opened(self, copies: Sequence[int]) -> None:
         """Scores the start prompts, all in one batch."""
         pending = [self._prompt_episode(copy) for copy in copies]
-        for attempt in range(2 if self.settings.on_invalid == "retry" else 1):
+        for _ in range(2 if self.settings.on_invalid == "retry" else 1):
             scores = self.reward.evaluate([e.document.prompt for e in pending], [e.examples for e in pending])
             failed: list[tuple[PromptEpisode, Score]] = []
             for episode, score in zip(pending, scores, strict=True):

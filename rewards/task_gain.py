@@ -18,7 +18,7 @@ METRICS = ("gap", "accuracy")
 class TaskGain(Reward):
     """Task score after the edit minus task score before it, on the same examples.
 
-    TEMPERA's reward (Zhang et al. 2023, arXiv 2211.11890, section 3.3) without its scale, which is the agent's. The
+    TEMPERA's reward (Zhang et al. 2023, arXiv 2211.11890) without its scale, which is the agent's. The
     task score is the mean gap, p(right label) - the highest p of another label, in [-1, 1], or the accuracy, in [0, 1].
 
     A sample's metadata holds ``prompt`` (the new :class:`~.task_prompt.TaskPrompt`), ``examples`` (labelled) and

@@ -1,8 +1,8 @@
 """Phrases of an instruction: the units that phrase edits delete, move and bring back.
 
-GrIPS (Prasad et al. 2023, arXiv 2203.07281) and TEMPERA (Zhang et al. 2023, arXiv 2211.11890) take the constituents of a
-parser. The rule here needs no model: a phrase ends behind punctuation and before a word that opens a constituent (a
-conjunction, a preposition, a relative), as long as it is two words or more.
+GrIPS (Prasad et al. 2023, arXiv 2203.07281, section 3) takes the constituents that a parser finds. The rule here needs
+no model: a phrase ends behind punctuation, and, once it is two words long, before a word that opens a constituent (a
+conjunction, a preposition, a relative).
 """
 
 from __future__ import annotations
