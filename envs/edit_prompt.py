@@ -54,7 +54,8 @@ def _parts(
     chosen: PromptOperator = resolve("prompt-operator", operator)
     reward = TaskGain(scorer, metric, failures)
     rewriter = resolve("backend", backend)
-    observer = make_observation(observation, len(chosen.operations), horizon, resolve("embedder", embedder))
+    shared = resolve("embedder", embedder)
+    observer = make_observation(observation, len(chosen.operations), horizon, shared, chosen.mask_size)
     if not isinstance(task, PromptTask):
         task = load_prompt_task(task, "train", limit, data_seed, data_dir)
     written = task.instructions if instructions is None else instructions
@@ -103,7 +104,8 @@ class EditPromptEnv(TextEditEnv):
     taken anyway changes nothing, costs no call and is paid 0, but time goes by.
 
     ## Observation Space
-    That of :class:`~instructgym.envs.text_edit.TextEditEnv`; the text is the whole prompt.
+    That of :class:`~instructgym.envs.text_edit.TextEditEnv`; the text is the whole prompt. ``embedding`` has the
+    ``action_mask`` as well, because the text does not tell which phrases were deleted.
 
     ## Rewards
     Task score after the edit minus task score before it, on the episode's minibatch, so that rewards add up to the gain

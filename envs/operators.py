@@ -66,8 +66,12 @@ class Operator(Part, ABC, Generic[DocumentT]):
         One entry per action of a ``Discrete`` space; for ``MultiDiscrete`` one per value of each dimension in turn,
         shape (sum of ``nvec``,), as MaskablePPO reads it; a single 1 for other spaces.
         """
-        nvec = getattr(self.action_space, "nvec", getattr(self.action_space, "n", 1))
-        return np.ones(int(np.sum(nvec)), dtype=np.int8)
+        return np.ones(self.mask_size, dtype=np.int8)
+
+    @property
+    def mask_size(self) -> int:
+        """Entries of a mask."""
+        return int(np.sum(getattr(self.action_space, "nvec", getattr(self.action_space, "n", 1))))
 
     def possible(self, action: Any, text: DocumentT) -> bool:
         """Whether the mask lets an action through, in every dimension that it has."""

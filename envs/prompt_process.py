@@ -12,6 +12,7 @@ from ..rewards.base import Sample, Score
 from ..rewards.task_gain import TaskGain
 from ..rewards.task_prompt import Demonstration, LabelledExample, TaskPrompt
 from .edit_process import EditProcess, EditSettings, EditStep, Episode
+from .observations import EditState
 from .process import InvalidRewardError, Transition
 from .prompt_operators import PromptOperator
 from .tasks.instructions import Instruction
@@ -190,6 +191,9 @@ class PromptProcess(EditProcess):
             mask = self.operator.mask(episode.document)
             transition.info.update({"text": episode.text, "action_mask": mask})
         return replace(transition, info=transition.info | self._prompt_info(episode))
+
+    def state(self, copy: int) -> EditState:
+        return replace(super().state(copy), mask=self.mask(copy))
 
     def _start_info(self, episode: Episode) -> dict[str, Any]:
         assert isinstance(episode, PromptEpisode)

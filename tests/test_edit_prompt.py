@@ -172,6 +172,13 @@ def test_the_minibatch_stays_for_the_episode_and_shares_no_input_with_the_demons
     assert env.process.episodes[0].examples != examples
 
 
+def test_the_embedding_observation_shows_what_is_possible():
+    env = make(operator="phrases", observation="embedding")
+    for seen, info in (env.reset(seed=0), env.step(np.array([DELETE, 0]))[::4]):
+        assert set(seen) == {"last_edit", "progress", "embedding", "action_mask"}
+        np.testing.assert_array_equal(seen["action_mask"], info["action_mask"])
+
+
 def test_start_instructions_come_in_epochs_and_by_option():
     env = make()
     assert {env.reset(seed=0)[1]["prompt"].instruction, env.reset()[1]["prompt"].instruction} == {LONG, "Is it good?"}
@@ -250,6 +257,21 @@ def test_the_gain_as_a_reward_of_its_own():
     [score] = gain.reward([Sample("", metadata=metadata)])
     assert score.value == pytest.approx(score.terms["accuracy"] - 0.25)
     assert set(score.terms) == {"task-gain", "score", "accuracy", "gap"} and score.calls == 16
+
+
+@pytest.mark.parametrize("calibrate", [False, "contextual", "batch"])
+def test_prompts_on_examples_of_their_own_score_as_alone(calibrate):
+    prompts = [TaskPrompt(text, (), words) for text in (LONG, "Well?") for words in (("bad", "good"), ("no", "yes"))]
+    batches = [task().train[start : start + 3 + start] for start in range(4)]
+    scorer = scripted(calibrate=calibrate)
+    results = scorer.score_each(prompts, batches)
+    assert scorer.backend.usage.calls == 1
+    for prompt, batch, result in zip(prompts, batches, results, strict=True):
+        [alone] = scripted(calibrate=calibrate).score([prompt], batch)
+        np.testing.assert_array_equal(result.probabilities, alone.probabilities)
+        assert (result.accuracy, result.calls, result.examples) == (alone.accuracy, alone.calls, alone.examples)
+    with pytest.raises(ValueError, match="4 prompts need as many lists of examples, got 1"):
+        scorer.score_each(prompts, batches[:1])
 
 
 # --- failures ----------------------------------------------------------------------------------------------------
