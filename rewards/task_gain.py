@@ -43,12 +43,16 @@ class TaskGain(Reward):
             raise InputError(f"unknown metric {metric!r}: use {', '.join(METRICS)}")
         if failures < 0:
             raise InputError(f"failures must be at least 0, got {failures}")
-        if not isinstance(scorer, TaskScorer | Mapping | None):
-            raise InputError(f"{scorer!r} is no scorer: pass a TaskScorer or its arguments, e.g. {{'calibrate': True}}")
-        try:
-            self.scorer = scorer if isinstance(scorer, TaskScorer) else TaskScorer(**(scorer or {}))
-        except TypeError as error:
-            raise InputError(f"cannot build a task scorer from {dict(scorer or {})}: {error}") from error  # type: ignore[call-overload]
+        if not isinstance(scorer, TaskScorer):
+            if not isinstance(scorer, Mapping | None):
+                raise InputError(
+                    f"{scorer!r} is no scorer: pass a TaskScorer or its arguments, as {{'calibrate': True}}"
+                )
+            try:
+                scorer = TaskScorer(**(scorer or {}))
+            except TypeError as error:
+                raise InputError(f"cannot build a task scorer from {scorer!r}: {error}") from error
+        self.scorer = scorer
         self.metric, self.failures = metric, failures
 
     def reward(self, samples: Sequence[Sample]) -> list[Score]:

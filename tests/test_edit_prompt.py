@@ -623,6 +623,6 @@ def test_maskable_ppo_beats_random(operator, observation):
     env = make_sb3_env(ENV_ID, 8, **kwargs)
     random_gain = mean_gain(RandomAgent(env, seed=0), env, 40)
     agent = make_agent("MaskablePPO", env, seed=0, n_steps=8, learning_rate=5e-3)
-    agent.learn(64 * 20)
+    agent.learn(64 * 10)
     env.seed(99)
-    assert mean_gain(agent, env, 40) > random_gain + 0.1
+    assert mean_gain(agent, env, 40) > random_gain + 0.08
