@@ -151,6 +151,8 @@ class PromptProcess(EditProcess):
             pending = [episode for episode, _ in failed]
             if not pending:
                 return
+        for copy in copies:
+            self.episodes[copy] = None
         raise InvalidRewardError(f"the start prompt could not be scored: {failed[0][1].feedback}")
 
     def _prompt_episode(self, copy: int) -> PromptEpisode:
