@@ -1,6 +1,7 @@
 """EditPrompt: the contract of environments, rewards that are score changes, failures, the vector form, agents."""
 
 import warnings
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -98,6 +99,16 @@ def test_the_minibatch_stays_for_the_episode_and_shares_no_input_with_the_demons
     assert len(shown) == 4
     env.reset()
     assert env.process.episodes[0].examples != examples
+
+
+def test_equal_texts_are_one_input():
+    films = task(12)
+    twice = replace(films, train=films.train + tuple(replace(one, id=f"{one.id}b") for one in films.train))
+    for seed in range(4):
+        episode = started(seed=seed, task=twice).process.episodes[0]
+        pool = [one.text for one in episode.document.context.pool]
+        assert len(set(pool)) == len(pool) > 0
+        assert not set(pool) & {example.text for example in episode.examples}
 
 
 def test_the_embedding_observation_shows_what_is_possible():

@@ -153,6 +153,19 @@ def test_demonstrations_are_drawn_by_the_episodes_seed():
     assert len({shown(seed) for seed in range(8)}) > 3
 
 
+def test_which_one_is_dropped_depends_on_seed_and_step():
+    shown = tuple(Demonstration(f"a new film {i}", 0) for i in range(4))
+    prompt = TaskPrompt(LONG, shown, ("bad", "good"))
+
+    def left(seed):
+        env = started(seed=seed, prefix=prompt)
+        return tuple(env.step(DROP)[4]["prompt"].demonstrations for _ in range(3))
+
+    assert left(0) == left(0)
+    stories = {left(seed) for seed in range(8)}
+    assert len({story[0] for story in stories}) > 1 and len(stories) > 4
+
+
 @pytest.mark.parametrize("style", ["chat", "completion"])
 def test_llm_edits_ask_for_the_instruction_alone(style):
     asked = []
