@@ -16,7 +16,7 @@ import torch
 
 from .base import Prompt
 from .causal_lm import GROUP_TOKENS, PREFILL_TOKENS, Prefilled, token_budget_chunks
-from .kv_cache import BatchCache
+from .kv_cache import BatchCache, PrefixCache
 
 if TYPE_CHECKING:
     from .causal_lm import CausalLM
@@ -58,7 +58,8 @@ def choice_logprobs(
         choices: for each prompt the token ids of its continuations, none empty.
 
     Returns:
-        n float32 arrays, shape (continuations,), each the sum of the log-probs of its tokens, in nats.
+        n float32 arrays, shape (continuations,), each the sum of the log-probs of its tokens, in nats. Equal calls give
+        equal numbers; between calls with other rows they differ by the rounding of the model's dtype.
     """
     heads: dict[tuple[int, ...], list[int]] = {}
     for index, (prompt, length) in enumerate(zip(prompts, shared, strict=True)):
@@ -88,11 +89,11 @@ def _read(
     alone = sorted(alone, key=lambda i: len(prompts[i]))
     for chunk in token_budget_chunks([len(prompts[i]) + room for i in alone], PREFILL_TOKENS):
         with lm.lock:
-            yield [alone[k] for k in chunk], lm.prefill([prompts[alone[k]] for k in chunk], room)
+            yield [alone[k] for k in chunk], _prefilled(lm, [prompts[alone[k]] for k in chunk], room)
     budget = GROUP_TOKENS if lm.device.type == "cpu" else PREFILL_TOKENS
     for group in token_budget_chunks([len(head) for head in heads], HEAD_TOKENS):
         with lm.lock:
-            state = lm.prefill([heads[k] for k in group], room=0)
+            state = _prefilled(lm, [heads[k] for k in group], room=0)
             # Rows of equal length together, whatever their beginning: less padding.
             rows = sorted(
                 ((len(prompts[i]) - len(heads[k]), at, i) for at, k in enumerate(group) for i in members[k]),
@@ -104,6 +105,15 @@ def _read(
                 picked = [rows[k] for k in chunk]
                 tails = [prompts[i][len(prompts[i]) - new :] for new, _, i in picked]
                 yield [i for *_, i in picked], _continued(lm, state, [at for _, at, _ in picked], tails, room)
+
+
+def _prefilled(lm: CausalLM, prompts: Sequence[Tokens], room: int) -> Prefilled:
+    """The state after the prompts, without the cache of prefixes: what was asked before must not round the result."""
+    stored, lm.prefix_cache = lm.prefix_cache, PrefixCache(0)
+    try:
+        return lm.prefill(prompts, room)
+    finally:
+        lm.prefix_cache = stored
 
 
 @torch.inference_mode()

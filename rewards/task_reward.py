@@ -77,11 +77,12 @@ class TaskReward(Reward):
         if size < 0 or size > len(self.examples) > 0:
             raise InputError(f"a minibatch of {size} examples cannot be drawn from {len(self.examples)}: change size")
         self.scorer = scorer if isinstance(scorer, TaskScorer) else TaskScorer(**(scorer or {}))
-        self.size, self.measure, self.empty, self.seed = size or len(self.examples), measure, empty, seed
+        self.size = min(size or len(self.examples), len(self.examples))
+        self.measure, self.empty, self.seed = measure, empty, seed
         self.correct, self.incorrect = correct, incorrect
         # Content-free inputs are read once per prompt.
-        reads = self.size + 3 * (self.scorer.calibration == "contextual")
-        self.calls_per_sample = max(reads, 1) * len(self.prompt.verbalizers)
+        extra = len(self.scorer.content_free) if self.scorer.calibration == "contextual" else 0
+        self.calls_per_sample = (max(self.size, 1) + extra) * len(self.prompt.verbalizers)
 
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
         scores: list[Score | None] = [

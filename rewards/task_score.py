@@ -77,13 +77,24 @@ class TaskScorer(Part):
         backend: the frozen model, one that reports log-probs.
         calibrate: remove the label bias: True or ``contextual``, or ``batch``; see :mod:`~.calibration`.
         cache: pairs of prompt and example to remember; 0 for none.
+        content_free: the inputs of ``contextual``, in the form of the examples' texts.
 
     Raises:
-        InputError: for an unknown calibration and a negative cache.
+        InputError: for an unknown calibration, a negative cache, and no content-free inputs.
         UnsupportedRequestError: if the backend reports no log-probs.
     """
 
-    def __init__(self, backend: Any = "embedded", calibrate: bool | str = False, cache: int = CACHED_ROWS) -> None:
+    def __init__(
+        self,
+        backend: Any = "embedded",
+        calibrate: bool | str = False,
+        cache: int = CACHED_ROWS,
+        content_free: Sequence[str] = CONTENT_FREE,
+    ) -> None:
+        if isinstance(content_free, str) or not content_free:
+            raise InputError(
+                f"content_free must be a list of at least one input that says nothing, got {content_free!r}"
+            )
         if cache < 0:
             raise InputError(f"cache must be a number of pairs of at least 0, got {cache}")
         self.calibration: Calibration = calibration_method(calibrate)
@@ -92,7 +103,7 @@ class TaskScorer(Part):
             raise UnsupportedRequestError(
                 f"backend {self.backend.name!r} reports no log-probs, by which prompts are scored: use another backend"
             )
-        self.cache = cache
+        self.cache, self.content_free = cache, tuple(content_free)
         self._rows: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self._checked: OrderedDict[tuple[str, ...], int] = OrderedDict()
         self._lock = threading.Lock()
@@ -136,7 +147,7 @@ class TaskScorer(Part):
             raise InputError("batch calibration of one example leaves no signal: score more, or use 'contextual'")
         self.check(prompts, examples)
         texts = [example.text for example in examples]
-        extra = list(CONTENT_FREE) if method == "contextual" else []
+        extra = list(self.content_free) if method == "contextual" else []
         rows = self._ask(prompts, texts + extra)
         return [
             _result(prompt, mine[: len(texts)], mine[len(texts) :], method, tuple(examples))

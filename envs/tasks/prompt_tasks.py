@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,14 @@ import numpy as np
 from ...llm_backends import request_seed
 from ...llm_backends.errors import InputError
 from ...llm_backends.prompting import fill, load_prompts, one_line
+from ...rewards.calibration import CONTENT_FREE
 from ...rewards.task_prompt import BLOCK, TEMPLATE, Demonstration, LabelledExample, TaskPrompt
 from .instructions import SPLITS
 from .nlu_data import load_rows, record_candidates
 from .nlu_tasks import NLUTask, get_task
 from .prompt_task_file import read_prompt_task
+
+ALL_SPLITS = tuple(SPLITS)
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class PromptTask:
     test: tuple[LabelledExample, ...] = field(default=(), repr=False)
     template: str = TEMPLATE
     block: str = BLOCK
+    content_free: tuple[str, ...] = CONTENT_FREE
+    """Inputs in the form of the examples that say nothing, for :class:`TaskScorer`."""
 
     def examples(self, split: str) -> tuple[LabelledExample, ...]:
         """The examples of ``train``, ``validation`` or ``test``.
@@ -57,7 +62,7 @@ class PromptTask:
 
 def load_prompt_task(
     name: str | Path,
-    split: str | Sequence[str] = SPLITS,
+    split: str | Sequence[str] = ALL_SPLITS,
     limit: int | None = None,
     seed: int = 0,
     data_dir: str | Path = "",
@@ -85,10 +90,23 @@ def load_prompt_task(
     task = get_task(str(name))
     if task.kind != "label" or not task.labelled:
         raise InputError(f"{task.name} has no labels to predict: use a task with labels")
-    examples = {part: _examples(task, load_rows(task, part, data_dir, limit, seed), part, seed) for part in wanted}
+    examples: dict[str, Any] = {
+        part: _examples(task, load_rows(task, part, data_dir, limit, seed), part, seed) for part in wanted
+    }
     written = load_prompts("envs.tasks", "prompt_tasks").get(task.wording, {}).get("instructions", [])
+    instructions = (task.description, *written)
+    # The name of a single field belongs to the block: an input that says nothing then stands behind it as well.
+    single = len(task.fields) == 1
+    shape = task.template.replace(f"{{{task.fields[0]}}}", "{text}") if single else "{text}"
+    filled = tuple(fill(task.template, dict.fromkeys(task.fields, text)) for text in CONTENT_FREE)
     return PromptTask(
-        task.name, task.words, task.words, (task.description, *written), block=f"{{text}}\n{task.cue}:", **examples
+        task.name,
+        task.words,
+        task.words,
+        instructions,
+        block=f"{shape}\n{task.cue}:",
+        content_free=CONTENT_FREE if single else filled,
+        **examples,
     )
 
 
@@ -100,7 +118,8 @@ def _examples(task: NLUTask, rows: Sequence[dict[str, Any]], split: str, seed: i
             word = task.answer(filled["label"])
             if word is None:
                 raise InputError(f"{task.name} hides the label of {filled['id']}: use a split or a copy with labels")
-            text = fill(task.template, {name: one_line(str(filled[name])) for name in task.fields})
+            fields = {name: one_line(str(filled[name])) for name in task.fields}
+            text = fill(task.template, fields) if len(fields) > 1 else fields[task.fields[0]]
             examples.append(LabelledExample(f"{task.name}/{filled['id']}", text, task.words.index(word)))
     return tuple(examples)
 
@@ -113,9 +132,9 @@ def _from_file(path: Path, wanted: Sequence[str], limit: int | None, seed: int) 
         if not splits[part]:
             raise InputError(f"{path} has no examples for the split {part!r}: add some, or load other splits")
         random.Random(f"{seed}/limit").shuffle(splits[part])
-    texts = {name: tuple(task[name]) for name in ("labels", "verbalizers", "instructions")}
-    chosen = {part: tuple(splits[part][:limit]) for part in wanted}
-    return PromptTask(task["name"], template=task["template"], block=task["block"], **texts, **chosen)
+    labels, words, instructions = (tuple(task[name]) for name in ("labels", "verbalizers", "instructions"))
+    form = PromptTask(task["name"], labels, words, instructions, template=task["template"], block=task["block"])
+    return replace(form, **{part: tuple(splits[part][:limit]) for part in wanted})
 
 
 def minibatch(task: PromptTask, split: str, size: int, seed: int) -> tuple[LabelledExample, ...]:

@@ -151,7 +151,9 @@ def _measure(
     shape = (len(prompts), len(examples), labels)
     rows = [("".join(p.render(e.text)), f" {word}") for p in prompts for e in examples for word in p.verbalizers]
     by_label = [rows[i] for label in range(labels) for i in range(label, len(rows), labels)]
-    capacity, found, taken = lm.prefix_cache.capacity, {}, {}
+    capacity = lm.prefix_cache.capacity
+    found: dict[str, np.ndarray] = {}
+    taken: dict[str, float] = {}
     try:
         for way in ("ours", "theirs", "sharing_backend"):
             lm.prefix_cache = PrefixCache(0 if way == "theirs" else capacity)
