@@ -52,12 +52,14 @@ def _parts(
     rules = tuple(elimination)
     check_rules(rules)
     chosen: PromptOperator = resolve("prompt-operator", operator)
-    reward = TaskGain(scorer, metric, failures)
     rewriter = resolve("backend", backend)
     shared = resolve("embedder", embedder)
     observer = make_observation(observation, len(chosen.operations), horizon, shared, chosen.mask_size)
     if not isinstance(task, PromptTask):
         task = load_prompt_task(task, "train", limit, data_seed, data_dir)
+    if scorer is None or isinstance(scorer, Mapping):
+        scorer = {"content_free": task.content_free, **(scorer or {})}
+    reward = TaskGain(scorer, metric, failures)
     written = task.instructions if instructions is None else instructions
     if isinstance(written, str) or not all(isinstance(text, str) and text.strip() for text in written):
         raise InputError(f"instructions must be a list of non-empty texts, got {written!r}")
@@ -138,7 +140,8 @@ class EditPromptEnv(TextEditEnv):
         operator: ``edits``, ``phrases``, ``free-text``, or a live
             :class:`~instructgym.envs.prompt_operators.PromptOperator`.
         backend: the rewriter LLM; phrase edits and a caller's free text never ask it.
-        scorer: a :class:`~instructgym.rewards.TaskScorer`, or its arguments, e.g. ``{"calibrate": True}``.
+        scorer: a :class:`~instructgym.rewards.TaskScorer`, or its arguments, e.g. ``{"calibrate": True}``; the task's
+            content-free inputs are among them unless others are given.
         metric: ``gap`` or ``accuracy``.
         failures: wrong answers that ``feedback`` tells at most.
         batch_size: examples of a minibatch.

@@ -8,7 +8,6 @@ from typing import Any
 from ..llm_backends import BackendError, ContextLengthError
 from ..llm_backends.errors import InputError
 from .base import Reward, Sample, Score
-from .calibration import CONTENT_FREE
 from .task_prompt import LabelledExample, TaskPrompt
 from .task_score import TaskResult, TaskScorer
 
@@ -94,7 +93,7 @@ class TaskGain(Reward):
         return Score(gain, terms=terms, feedback=score.feedback, calls=score.calls)
 
     def _calls(self, prompt: TaskPrompt, examples: Sequence[LabelledExample]) -> int:
-        extra = len(CONTENT_FREE) if self.scorer.calibration == "contextual" else 0
+        extra = len(self.scorer.content_free) if self.scorer.calibration == "contextual" else 0
         return (len(examples) + extra) * len(prompt.verbalizers)
 
 

@@ -173,7 +173,7 @@ class TaskScorer(Part):
             if self.calibration == "batch" and len(mine) < 2:
                 raise InputError("batch calibration of one example leaves no signal: score more, or use 'contextual'")
             self.check([prompt], mine)
-        extra = list(CONTENT_FREE) if self.calibration == "contextual" else []
+        extra = list(self.content_free) if self.calibration == "contextual" else []
         texts = [[example.text for example in mine] + extra for mine in examples]
         pairs = [(prompt, text) for prompt, mine in zip(prompts, texts, strict=True) for text in mine]
         rows = iter(self._ask_pairs(pairs))

@@ -163,6 +163,12 @@ def test_the_score_is_that_of_the_prompt_on_the_minibatch(cache):
 def test_calibrated_scores_are_paid_too():
     info = started(scorer=scripted(calibrate=True)).step(ADD)[4]
     assert info["task_calls"] == (6 + 3) * 2
+    asked = {"backend": ScriptedBackend(score=likelihoods), "calibrate": True}
+    films = replace(task(), content_free=("a film", "", "N/A", "-"))
+    env = started(task=films, scorer=asked)
+    assert env.process.reward.scorer.content_free == films.content_free
+    assert env.step(ADD)[4]["task_calls"] == (6 + 4) * 2
+    assert started(task=films, scorer=asked | {"content_free": ["N/A"]}).step(ADD)[4]["task_calls"] == (6 + 1) * 2
 
 
 def test_failures_are_told_as_text():
@@ -202,11 +208,12 @@ def test_the_gain_as_a_reward_of_its_own():
 def test_prompts_on_examples_of_their_own_score_as_alone(calibrate):
     prompts = [TaskPrompt(text, (), words) for text in (LONG, "Well?") for words in (("bad", "good"), ("no", "yes"))]
     batches = [task().train[start : start + 3 + start] for start in range(4)]
-    scorer = scripted(calibrate=calibrate)
+    asked = {"calibrate": calibrate, "content_free": ["a film", "N/A"]}
+    scorer = scripted(**asked)
     results = scorer.score_each(prompts, batches)
     assert scorer.backend.usage.calls == 1
     for prompt, batch, result in zip(prompts, batches, results, strict=True):
-        [alone] = scripted(calibrate=calibrate).score([prompt], batch)
+        [alone] = scripted(**asked).score([prompt], batch)
         np.testing.assert_array_equal(result.probabilities, alone.probabilities)
         assert (result.accuracy, result.calls, result.examples) == (alone.accuracy, alone.calls, alone.examples)
     with pytest.raises(ValueError, match="4 prompts need as many lists of examples, got 1"):
