@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import Logger, configure
 from stable_baselines3.common.utils import safe_mean
@@ -19,7 +20,8 @@ class BaselineAgent(ABC):
     """An agent with a fixed rule. ``learn`` only acts and logs, so that baselines cost and report what learners do.
 
     Args:
-        env: a VecEnv whose action space is ``Discrete`` and that has ``operations``.
+        env: a VecEnv whose action space is ``Discrete`` (for the random agent also ``MultiDiscrete``) and that has
+            ``operations``.
         seed: of the agent's own draws.
         n_steps: steps per copy between two rows of the log.
         verbose: 1 prints the log.
@@ -40,7 +42,7 @@ class BaselineAgent(ABC):
 
         Args:
             steps: int64, shape (n,): edits done so far in each copy's episode.
-            masks: bool, shape (n, operations): the possible ones.
+            masks: bool, shape (n, operations): the possible ones; for ``MultiDiscrete`` (n, sum of ``nvec``).
         """
 
     def predict(
@@ -58,7 +60,8 @@ class BaselineAgent(ABC):
         steps = np.zeros(count, dtype=np.int64) if state is None else state[0].copy()
         if episode_start is not None:
             steps[np.asarray(episode_start, dtype=bool)] = 0
-        masks = np.ones((count, len(self.operations)), bool) if action_masks is None else np.atleast_2d(action_masks)
+        width = int(np.sum(getattr(self.env.action_space, "nvec", len(self.operations))))
+        masks = np.ones((count, width), bool) if action_masks is None else np.atleast_2d(action_masks)
         actions = self.act(steps, masks.astype(bool))
         return (actions[0] if single else actions), (steps + 1,)
 
@@ -120,10 +123,14 @@ class BaselineAgent(ABC):
 
 
 class RandomAgent(BaselineAgent):
-    """Every possible operation with equal probability: Evol-Instruct's choice."""
+    """Every possible operation with equal probability: Evol-Instruct's choice; of ``MultiDiscrete`` each dimension."""
 
     def act(self, steps: np.ndarray, masks: np.ndarray) -> np.ndarray:
-        return np.array([self.rng.choice(np.flatnonzero(mask)) for mask in masks])
+        space = self.env.action_space
+        if not isinstance(space, spaces.MultiDiscrete):
+            return np.array([self.rng.choice(np.flatnonzero(mask)) for mask in masks])
+        parts = [np.split(mask, np.cumsum(space.nvec)[:-1]) for mask in masks]
+        return np.array([[self.rng.choice(np.flatnonzero(part)) for part in mine] for mine in parts])
 
 
 class RoundRobinAgent(BaselineAgent):

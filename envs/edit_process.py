@@ -44,7 +44,8 @@ class Episode:
     """Which instruction."""
     start: str
     """The text at the start."""
-    text: str
+    document: Any
+    """What is edited: a text, or an object whose ``str()`` is its text."""
     base_seed: int
     """From which the seeds of the episode's requests are derived."""
     step: int = 0
@@ -53,19 +54,26 @@ class Episode:
     """Lines for ``render``."""
 
     @property
+    def text(self) -> str:
+        """The text as it stands."""
+        return str(self.document)
+
+    @property
     def state(self) -> EditState:
         """What observations are made of."""
         return EditState(self.text, self.last_operation, self.step)
 
 
 @dataclass
-class _Step:
+class EditStep:
     """One copy's step in the making."""
 
     copy: int
     edit: Edit
-    previous: str
-    text: str
+    previous: Any
+    """The document before the edit."""
+    document: Any
+    """The document after it."""
     masked: bool = False
     rewrite_calls: int = 0
     error: str = ""
@@ -75,7 +83,7 @@ class _Step:
     @property
     def edited(self) -> bool:
         """Whether there is a new text to judge: not so for a masked action, the no-op and a failed request."""
-        return not (self.masked or self.error or (self.edit.prompt is None and self.text == self.previous))
+        return not (self.masked or self.error or (self.edit.prompt is None and self.document == self.previous))
 
 
 class EditProcess:
@@ -140,16 +148,13 @@ class EditProcess:
         for copy in copies:
             index, prefix = (copy_option(options, key, copy, len(self.episodes)) for key in ("index", "prefix"))
             check_index(index, len(self.instructions))
-            if prefix is not None and not (isinstance(prefix, str) and prefix.strip()):
-                raise ValueError(f"options['prefix'] must be a non-empty text, got {prefix!r}")
+            self._check_prefix(prefix)
             chosen = self.source.draw() if index is None else int(index)
-            text = self.instructions[chosen].text
-            if prefix is not None:
-                text = prefix
-            elif index is None and self.settings.carry_text:
-                text = self._carried[copy] or text
+            if prefix is None and index is None and self.settings.carry_text:
+                prefix = self._carried[copy]
             base_seed = int(self.generators[copy].integers(2**62))
-            self.episodes[copy] = Episode(chosen, text, text, base_seed, history=[text])
+            self.episodes[copy] = self._open(copy, chosen, prefix, base_seed)
+        self._opened(copies)
         return [self._start_info(self._episode(copy)) for copy in copies]
 
     def step(self, actions: Sequence[Any], copies: Sequence[int]) -> list[Transition]:
@@ -162,13 +167,13 @@ class EditProcess:
         self._rewrite([step for step in steps if step.edit.prompt is not None and not step.masked])
         for step in steps:
             if step.edited:
-                step.eliminated = eliminated_by(step.text, step.previous, self.settings.elimination) or ""
+                step.eliminated = self._eliminated(step)
         self._score([step for step in steps if step.edited and not step.eliminated])
         return [self._advance(step) for step in steps]
 
     def mask(self, copy: int) -> np.ndarray:
         """int8 mask of the actions that are possible in a copy."""
-        return self.operator.mask(self._episode(copy).text)
+        return self.operator.mask(self._episode(copy).document)
 
     def state(self, copy: int) -> EditState:
         """What an observation of the copy is made of."""
@@ -180,17 +185,30 @@ class EditProcess:
             raise RuntimeError("call reset() before anything else")
         return episode
 
-    def _plan(self, copy: int, action: Any) -> _Step:
+    def _check_prefix(self, prefix: Any) -> None:
+        """Refuses what an episode cannot start from with a ValueError; None is no choice."""
+        if prefix is not None and not (isinstance(prefix, str) and prefix.strip()):
+            raise ValueError(f"options['prefix'] must be a non-empty text, got {prefix!r}")
+
+    def _open(self, copy: int, index: int, prefix: Any, base_seed: int) -> Episode:
+        """A copy's new episode on an example; ``prefix`` is what to start from in the place of the example's text."""
+        text = self.instructions[index].text if prefix is None else prefix
+        return Episode(index, text, text, base_seed, history=[text])
+
+    def _opened(self, copies: Sequence[int]) -> None:
+        """Called once the episodes of ``copies`` are open, for work that is done for all of them together."""
+
+    def _plan(self, copy: int, action: Any) -> EditStep:
         episode = self._episode(copy)
         if not self.operator.action_space.contains(action):
             raise ValueError(f"action {action!r} is not in {self.operator.action_space}")
-        edit = self.operator.plan(action, episode.text, self.backend.prompt_style)
-        mask = self.operator.mask(episode.text)
-        masked = mask.size > 1 and np.ndim(action) == 0 and not isinstance(action, str) and not mask[int(action)]
-        text = episode.text if edit.result is None or masked else edit.result
-        return _Step(copy, edit, episode.text, text, masked=bool(masked))
+        document = episode.document
+        if not self.operator.possible(action, document):
+            return EditStep(copy, Edit(self.operator.operation_of(action)), document, document, masked=True)
+        edit = self.operator.plan(action, document, self.backend.prompt_style)
+        return EditStep(copy, edit, document, document if edit.result is None else edit.result)
 
-    def _rewrite(self, steps: list[_Step]) -> None:
+    def _rewrite(self, steps: list[EditStep]) -> None:
         """Fills in the rewritten texts; a failed request is sent once more under another seed."""
         pending = steps
         for attempt in range(2 if self.settings.on_invalid == "retry" else 1):
@@ -211,13 +229,17 @@ class EditProcess:
                     if not isinstance(result, ContextLengthError):  # too long today is too long tomorrow
                         again.append(step)
                 else:
-                    step.error, step.text = "", self.operator.finish(step.edit, step.previous, result)
+                    step.error, step.document = "", self.operator.finish(step.edit, step.previous, result)
             pending = again
         failed = [step for step in steps if step.error]
         if failed and self.settings.on_invalid == "raise":
             raise InvalidRewardError(f"the rewriter failed on copy {failed[0].copy}: {failed[0].error}")
 
-    def _score(self, steps: list[_Step]) -> None:
+    def _eliminated(self, step: EditStep) -> str:
+        """The rule that an edit breaks; empty if it breaks none."""
+        return eliminated_by(str(step.document), str(step.previous), self.settings.elimination) or ""
+
+    def _score(self, steps: list[EditStep]) -> None:
         if not steps:
             return
         samples = [self._sample(step) for step in steps]
@@ -230,20 +252,20 @@ class EditProcess:
             elif not retry:
                 raise InvalidRewardError(f"no verdict on copy {step.copy}: {score.feedback}")
 
-    def _sample(self, step: _Step) -> Sample:
+    def _sample(self, step: EditStep) -> Sample:
         episode = self._episode(step.copy)
         instruction = self.instructions[episode.index]
         return Sample(
-            response=step.text,
+            response=str(step.document),
             prompt=episode.start,
             episode_id=instruction.id,
             group=instruction.id,
-            previous=step.previous,
+            previous=str(step.previous),
             operation=self.operator.operations[step.edit.operation],
             seed=request_seed(episode.base_seed, episode.step, "reward"),
         )
 
-    def _advance(self, step: _Step) -> Transition:
+    def _advance(self, step: EditStep) -> Transition:
         episode = self._episode(step.copy)
         operation = self.operator.operations[step.edit.operation]
         valid = not step.error and (step.score is None or step.score.valid)
@@ -255,7 +277,7 @@ class EditProcess:
         if not step.masked:
             episode.last_operation = step.edit.operation
         # An eliminated edit fails: the text stays what it was.
-        episode.text = step.previous if step.eliminated else step.text
+        episode.document = step.previous if step.eliminated else step.document
         episode.step += 1
         finish = (self.settings.elimination_ends and step.eliminated) or (
             "horizon" if episode.step >= self.settings.horizon else ""
@@ -263,11 +285,11 @@ class EditProcess:
         if finish:
             self._carried[step.copy] = episode.text
         remarks = [f"{reward:.3g}", *filter(None, dict.fromkeys([step.eliminated, finish]))]
-        episode.history.append(f"{operation}: {step.text} [{', '.join(remarks)}]")
+        episode.history.append(f"{operation}: {step.document} [{', '.join(remarks)}]")
         info = {
             "text": episode.text,
-            "previous_text": step.previous,
-            "edit": step.text,
+            "previous_text": str(step.previous),
+            "edit": str(step.document),
             "operation": operation,
             "step": episode.step,
             "episode_id": self.instructions[episode.index].id,
@@ -282,7 +304,7 @@ class EditProcess:
             "rewrite_failed": bool(step.error),
             "rewrite_calls": step.rewrite_calls,
             "judge_calls": step.score.calls if step.score is not None else 0,
-            "action_mask": self.operator.mask(episode.text),
+            "action_mask": self.operator.mask(episode.document),
         }
         return Transition(float(reward), bool(finish), info)
 
@@ -292,5 +314,5 @@ class EditProcess:
             "text": episode.text,
             "episode_id": instruction.id,
             "index": episode.index,
-            "action_mask": self.operator.mask(episode.text),
+            "action_mask": self.operator.mask(episode.document),
         }

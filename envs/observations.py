@@ -24,6 +24,8 @@ class EditState:
     last_operation: int | None
     """Index of the last executed operation; None before the first."""
     step: int
+    mask: np.ndarray | None = None
+    """The possible actions, where the text does not tell them."""
 
 
 class EditObservation(ABC):
@@ -52,17 +54,21 @@ class LastEdit(EditObservation):
 
 
 class LastEditEmbedding(EditObservation):
-    """Dict of ``last_edit`` as above, ``progress`` (step / horizon, shape (1,)) and the text's ``embedding`` ((d,))."""
+    """Dict of ``last_edit`` as above, ``progress`` (step / horizon, shape (1,)) and the text's ``embedding`` ((d,)).
 
-    def __init__(self, operations: int, horizon: int, embedder: Embedder) -> None:
+    With ``actions``, the entries of a mask, also ``action_mask``: float32, shape (actions,), 1 where possible.
+    """
+
+    def __init__(self, operations: int, horizon: int, embedder: Embedder, actions: int = 0) -> None:
         self._last_edit, self._horizon, self._embedder = LastEdit(operations), horizon, embedder
-        self.space = spaces.Dict(
-            {
-                "last_edit": self._last_edit.space,
-                "progress": spaces.Box(0.0, 1.0, (1,), np.float32),
-                "embedding": spaces.Box(-1.0, 1.0, (embedder.dimension,), np.float32),
-            }
-        )
+        parts: dict[str, spaces.Space[Any]] = {
+            "last_edit": self._last_edit.space,
+            "progress": spaces.Box(0.0, 1.0, (1,), np.float32),
+            "embedding": spaces.Box(-1.0, 1.0, (embedder.dimension,), np.float32),
+        }
+        if actions:
+            parts["action_mask"] = spaces.Box(0.0, 1.0, (actions,), np.float32)
+        self.space = spaces.Dict(parts)
 
     def encode(self, states: Sequence[EditState]) -> list[dict[str, np.ndarray]]:
         vectors = np.clip(self._embedder.embed([state.text for state in states]), -1.0, 1.0)
@@ -72,6 +78,7 @@ class LastEditEmbedding(EditObservation):
                 "progress": np.array([min(state.step / self._horizon, 1.0)], np.float32),
                 "embedding": vector.copy(),
             }
+            | ({} if state.mask is None else {"action_mask": state.mask.astype(np.float32)})
             for state, last, vector in zip(states, self._last_edit.encode(states), vectors, strict=True)
         ]
 
@@ -86,8 +93,15 @@ class TextObservation(EditObservation):
         return [state.text for state in states]
 
 
-def make_observation(mode: str, operations: int, horizon: int, embedder: Any) -> EditObservation:
+def make_observation(mode: str, operations: int, horizon: int, embedder: Any, actions: int = 0) -> EditObservation:
     """The observation of the given mode, one of :data:`OBSERVATIONS`.
+
+    Args:
+        mode: which.
+        operations: entries of the last edit's one-hot.
+        horizon: edits per episode.
+        embedder: of ``embedding``.
+        actions: entries of the mask that ``embedding`` shows; 0 for none.
 
     Raises:
         ValueError: for an unknown mode.
@@ -95,7 +109,7 @@ def make_observation(mode: str, operations: int, horizon: int, embedder: Any) ->
     if mode == "last_edit":
         return LastEdit(operations)
     if mode == "embedding":
-        return LastEditEmbedding(operations, horizon, resolve("embedder", embedder))
+        return LastEditEmbedding(operations, horizon, resolve("embedder", embedder), actions)
     if mode == "text":
         return TextObservation()
     raise ValueError(f"unknown observation mode {mode!r}: use {', '.join(OBSERVATIONS)}")

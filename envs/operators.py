@@ -7,7 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from gymnasium import spaces
@@ -37,11 +37,15 @@ class Edit:
     prompt: Prompt | None = None
     """Request to the rewriter; None if a rule made the result."""
     sampling: Sampling | None = None
-    result: str | None = None
-    """The new text, where no request is needed."""
+    result: Any = None
+    """The new text (or document), where no request is needed."""
 
 
-class Operator(Part, ABC):
+DocumentT = TypeVar("DocumentT")
+"""What is edited: a text, or an object whose ``str()`` is its text."""
+
+
+class Operator(Part, ABC, Generic[DocumentT]):
     """The actions of a :class:`~instructgym.envs.text_edit.TextEditEnv`."""
 
     action_space: spaces.Space[Any]
@@ -49,19 +53,40 @@ class Operator(Part, ABC):
     """Names of the operations, for logs and for the one-hot of the last edit."""
 
     @abstractmethod
-    def plan(self, action: Any, text: str, style: PromptStyle) -> Edit:
+    def plan(self, action: Any, text: DocumentT, style: PromptStyle) -> Edit:
         """What the action asks for; ``style`` is the form of prompt that the rewriter needs."""
 
     @abstractmethod
-    def finish(self, edit: Edit, text: str, completions: Sequence[Completion]) -> str:
+    def finish(self, edit: Edit, text: DocumentT, completions: Sequence[Completion]) -> DocumentT:
         """The new text, from the rewriter's replies to ``edit.prompt``; ``text`` itself where none is usable."""
 
-    def mask(self, text: str) -> np.ndarray:
-        """int8, one entry per discrete action: 1 where it is possible on this text."""
-        return np.ones(int(getattr(self.action_space, "n", 1)), dtype=np.int8)
+    def mask(self, text: DocumentT) -> np.ndarray:
+        """int8: 1 where an action is possible on this text.
+
+        One entry per action of a ``Discrete`` space; for ``MultiDiscrete`` one per value of each dimension in turn,
+        shape (sum of ``nvec``,), as MaskablePPO reads it; a single 1 for other spaces.
+        """
+        return np.ones(self.mask_size, dtype=np.int8)
+
+    @property
+    def mask_size(self) -> int:
+        """Entries of a mask."""
+        return int(np.sum(getattr(self.action_space, "nvec", getattr(self.action_space, "n", 1))))
+
+    def possible(self, action: Any, text: DocumentT) -> bool:
+        """Whether the mask lets an action through, in every dimension that it has."""
+        if isinstance(self.action_space, spaces.Discrete | spaces.MultiDiscrete):
+            sizes = np.atleast_1d(getattr(self.action_space, "nvec", 0))
+            entries = np.atleast_1d(action) + np.concatenate([[0], np.cumsum(sizes)[:-1]])
+            return bool(self.mask(text)[entries.astype(np.int64)].all())
+        return True
+
+    def operation_of(self, action: Any) -> int:
+        """Index into ``operations`` of the operation that an action names."""
+        return 0 if isinstance(action, str) else int(np.atleast_1d(action)[0])
 
 
-class LLMOperator(Operator):
+class LLMOperator(Operator[str]):
     """One operation per action, carried out by a language model.
 
     Args:
@@ -91,11 +116,7 @@ class LLMOperator(Operator):
         self.operations = tuple(operation.name for operation in self._operations)
         self.action_space = spaces.Discrete(len(self.operations))
         self.max_words = max_words
-        try:
-            overrides = dict(sampling or {}) | {"n": candidates}
-            self._sampling = {style: replace(default, **overrides) for style, default in SAMPLING.items()}
-        except TypeError as error:
-            raise ValueError(f"unknown sampling parameter in {dict(sampling or {})}: {error}") from error
+        self._requests = RewriteRequests(candidates, sampling)
 
     def operation(self, action: Any) -> Operation:
         """The operation behind an action."""
@@ -105,20 +126,47 @@ class LLMOperator(Operator):
         operation = self.operation(action)
         if operation.name == NO_OP:
             return Edit(int(action), result=text)
-        sampling = self._sampling[style]
-        sampling = replace(sampling, max_tokens=sampling.max_tokens + math.ceil(TOKENS_PER_WORD * len(text.split())))
-        return Edit(int(action), operation.prompt(text, style), sampling)  # type: ignore[arg-type]
+        return Edit(int(action), operation.prompt(text, style), self._requests.sampling(text, style))
 
     def finish(self, edit: Edit, text: str, completions: Sequence[Completion]) -> str:
         """The most likely candidate of which something is left after :func:`tidy`."""
-        candidates = [(c.mean_logprob, tidy(c.text, cut=c.finish_reason == "length")) for c in completions]
-        usable = [(score, reply) for score, reply in candidates if reply]
-        return max(usable, key=lambda candidate: candidate[0])[1] if usable else text
+        return best_reply(completions) or text
 
     def mask(self, text: str) -> np.ndarray:
         if len(text.split()) <= self.max_words:
             return np.ones(len(self.operations), dtype=np.int8)
         return np.array([name in self.SHRINKING for name in self.operations], dtype=np.int8)
+
+
+class RewriteRequests:
+    """How rewrites are sampled: :data:`SAMPLING` with room for the text itself.
+
+    Args:
+        candidates: rewrites drawn per request.
+        sampling: sampling parameters that replace the defaults of the prompt style.
+
+    Raises:
+        ValueError: for a sampling parameter that does not exist or is out of range.
+    """
+
+    def __init__(self, candidates: int = 1, sampling: Mapping[str, Any] | None = None) -> None:
+        try:
+            overrides = dict(sampling or {}) | {"n": candidates}
+            self._sampling = {style: replace(default, **overrides) for style, default in SAMPLING.items()}
+        except TypeError as error:
+            raise ValueError(f"unknown sampling parameter in {dict(sampling or {})}: {error}") from error
+
+    def sampling(self, text: str, style: PromptStyle) -> Sampling:
+        """The parameters of a request to rewrite ``text``."""
+        chosen = self._sampling[style]
+        return replace(chosen, max_tokens=chosen.max_tokens + math.ceil(TOKENS_PER_WORD * len(text.split())))
+
+
+def best_reply(completions: Sequence[Completion]) -> str:
+    """The most likely completion of which something is left after :func:`tidy`; empty where nothing is left of any."""
+    candidates = [(c.mean_logprob, tidy(c.text, cut=c.finish_reason == "length")) for c in completions]
+    usable = [(score, reply) for score, reply in candidates if reply]
+    return max(usable, key=lambda candidate: candidate[0])[1] if usable else ""
 
 
 def tidy(reply: str, cut: bool = False) -> str:

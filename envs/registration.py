@@ -5,6 +5,10 @@ from __future__ import annotations
 import gymnasium as gym
 
 IDS = {
+    "instructgym/EditPrompt-v0": (
+        "instructgym.envs.edit_prompt:EditPromptEnv",
+        "instructgym.envs.edit_prompt:EditPromptVectorEnv",
+    ),
     "instructgym/EvolveInstruction-v0": (
         "instructgym.envs.evolve_instruction:evolve_instruction",
         "instructgym.envs.evolve_instruction:evolve_instruction_vector",

@@ -23,6 +23,7 @@ from .ranking import Ranking, RankingJudge, RankingQuestion, rank
 from .rouge_gate import RougeGate, RougePool, pairwise_rouge_l, rouge_l
 from .rubric import Grades, Rubric, RubricJudge, grade
 from .sentiment import ReviewClassifier, VaderSentiment
+from .task_gain import TaskGain
 from .task_prompt import Demonstration, LabelledExample, TaskPrompt
 from .task_reward import TaskReward
 from .task_score import TaskResult, TaskScorer
@@ -88,6 +89,7 @@ __all__ = [
     "ScoredComparison",
     "SequenceReward",
     "SpanReward",
+    "TaskGain",
     "TaskPrompt",
     "TaskResult",
     "TaskReward",
@@ -138,6 +140,7 @@ register_part("reward", "output-length", "instructgym.rewards.quality_scorers:Ou
 register_part("reward", "neighbour-distance", "instructgym.rewards.quality_scorers:NeighbourDistance")
 register_part("reward", "unieval", "instructgym.rewards.quality_models:UniEval")
 register_part("reward", "hub-reward-model", "instructgym.rewards.quality_models:HubRewardModel")
+register_part("reward", "task-gain", "instructgym.rewards.task_gain:TaskGain")
 register_part("reward", "task", "instructgym.rewards.task_reward:TaskReward")
 register_part("reward", "vader", "instructgym.rewards.sentiment:VaderSentiment")
 register_part("reward", "reviews", "instructgym.rewards.sentiment:ReviewClassifier")

@@ -155,6 +155,35 @@ class TaskScorer(Part):
             for prompt, mine in zip(prompts, rows, strict=True)
         ]
 
+    def score_each(
+        self, prompts: Sequence[TaskPrompt], examples: Sequence[Sequence[LabelledExample]]
+    ) -> list[TaskResult]:
+        """How every prompt does on examples of its own; all are asked together.
+
+        Args:
+            prompts: n prompts.
+            examples: for each prompt its examples, at least one.
+
+        Raises:
+            InputError: as :meth:`score`, and if there are not as many lists of examples as prompts.
+            BackendError: as :meth:`label_logprobs`.
+        """
+        if len(prompts) != len(examples):
+            raise InputError(f"{len(prompts)} prompts need as many lists of examples, got {len(examples)}")
+        for prompt, mine in zip(prompts, examples, strict=True):
+            if self.calibration == "batch" and len(mine) < 2:
+                raise InputError("batch calibration of one example leaves no signal: score more, or use 'contextual'")
+            self.check([prompt], mine)
+        extra = list(self.content_free) if self.calibration == "contextual" else []
+        texts = [[example.text for example in mine] + extra for mine in examples]
+        pairs = [(prompt, text) for prompt, mine in zip(prompts, texts, strict=True) for text in mine]
+        rows = iter(self._ask_pairs(pairs))
+        results = []
+        for prompt, mine in zip(prompts, examples, strict=True):
+            found = [np.array([next(rows) for _ in part], np.float32) for part in (mine, extra)]
+            results.append(_result(prompt, found[0], found[1], self.calibration, tuple(mine)))
+        return results
+
     def check(self, prompts: Sequence[TaskPrompt], examples: Sequence[LabelledExample]) -> None:
         """Refuses what cannot be scored, before a model is loaded where that can be seen without one.
 
@@ -207,26 +236,29 @@ class TaskScorer(Part):
         return build_prompt(self.backend.prompt_style, text, text)
 
     def _ask(self, prompts: Sequence[TaskPrompt], texts: Sequence[str]) -> np.ndarray:
+        rows = self._ask_pairs([(prompt, text) for prompt in prompts for text in texts])
+        return np.array(rows, np.float32).reshape(len(prompts), len(texts), len(prompts[0].verbalizers))
+
+    def _ask_pairs(self, pairs: Sequence[tuple[TaskPrompt, str]]) -> list[np.ndarray]:
+        """The labels' log-probs, float32, shape (labels,), for each pair of a prompt and an input."""
         keys: list[bytes] = []
         found: dict[bytes, np.ndarray] = {}
         wanted: dict[bytes, tuple[str, str, tuple[str, ...]]] = {}
         name = self.backend.name
         with self._lock:
-            for prompt in prompts:
-                for text in texts:
-                    head, rest = prompt.render(text)
-                    key = _key(name, head + rest, *prompt.verbalizers)
-                    keys.append(key)
-                    row = self._rows.get(key)
-                    if row is not None:
-                        found[key] = row
-                        self._rows.move_to_end(key)
-                    else:
-                        wanted.setdefault(key, (head, rest, prompt.verbalizers))
+            for prompt, text in pairs:
+                head, rest = prompt.render(text)
+                key = _key(name, head + rest, *prompt.verbalizers)
+                keys.append(key)
+                row = self._rows.get(key)
+                if row is not None:
+                    found[key] = row
+                    self._rows.move_to_end(key)
+                else:
+                    wanted.setdefault(key, (head, rest, prompt.verbalizers))
         if wanted:
             found |= self._fresh(wanted)
-        labels = len(prompts[0].verbalizers)
-        return np.array([found[key] for key in keys], np.float32).reshape(len(prompts), len(texts), labels)
+        return [found[key] for key in keys]
 
     def _fresh(self, wanted: dict[bytes, tuple[str, str, tuple[str, ...]]]) -> dict[bytes, np.ndarray]:
         lead = self._lead

@@ -1,4 +1,4 @@
-"""The rewriting operations of TeaMs-RL, in the order in which its environment decodes actions."""
+"""Rewriting operations from the prompt files: those of TeaMs-RL, in the order of its actions, and those of prompts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
+from ...llm_backends.base import Prompt, PromptStyle
 from ...llm_backends.prompting import build_prompt, few_shot, fill, load_prompts
 
 NO_OP = "no_op"
@@ -24,15 +25,15 @@ class Operation:
     demonstrations: tuple[tuple[str, str], ...] = ()
     """Pairs (before, after) of the few-shot form."""
 
-    def prompt(self, text: str, style: str) -> object:
+    def prompt(self, text: str, style: PromptStyle) -> Prompt:
         """The request to rewrite ``text``, in the form that the backend asks for."""
         shots = few_shot(self.header, ("Instruction", "New instruction"), self.demonstrations, [text])
-        return build_prompt(style, fill(self.chat, {"text": text}), shots)  # type: ignore[arg-type]
+        return build_prompt(style, fill(self.chat, {"text": text}), shots)
 
 
 @cache
-def _all_operations() -> dict[str, Operation]:
-    tables = load_prompts("envs.tasks", "operations")["operation"]
+def _all_operations(file: str = "operations") -> dict[str, Operation]:
+    tables = load_prompts("envs.tasks", file)["operation"]
     return {
         table["name"]: Operation(
             **{k: v for k, v in table.items() if k != "demonstrations"},
@@ -47,20 +48,23 @@ def operation_names() -> tuple[str, ...]:
     return tuple(name for name in _all_operations() if name != NO_OP)
 
 
-def load_operations(names: Sequence[str] | None = None, no_op: bool = False) -> tuple[Operation, ...]:
+def load_operations(
+    names: Sequence[str] | None = None, no_op: bool = False, file: str = "operations"
+) -> tuple[Operation, ...]:
     """Operations by name.
 
     Args:
-        names: which, and in which order; None for the paper's six.
+        names: which, and in which order; None for all of the file, the no-op aside.
         no_op: append the operation that does nothing.
+        file: the prompt file that holds them: ``operations`` (the paper's six) or ``prompt_edits``.
 
     Raises:
         ValueError: for an unknown or repeated name, or no names at all.
     """
-    chosen = list(operation_names() if names is None else names)
+    known = _all_operations(file)
+    chosen = [name for name in known if name != NO_OP] if names is None else list(names)
     if no_op and NO_OP not in chosen:
         chosen.append(NO_OP)
-    known = _all_operations()
     unknown = [name for name in chosen if name not in known]
     if unknown:
         raise ValueError(f"unknown operation {unknown[0]!r}: use {', '.join(known)}")

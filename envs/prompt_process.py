@@ -1,0 +1,212 @@
+"""The edit MDP of prompts: an episode edits a task prompt and is paid for the change of its score on a minibatch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..llm_backends import Backend, request_seed
+from ..llm_backends.errors import InputError
+from ..rewards.base import Sample, Score
+from ..rewards.task_gain import TaskGain
+from ..rewards.task_prompt import Demonstration, LabelledExample, TaskPrompt
+from .edit_process import EditProcess, EditSettings, EditStep, Episode
+from .observations import EditState
+from .process import InvalidRewardError, Transition
+from .prompt_operators import PromptOperator
+from .tasks.instructions import Instruction
+from .tasks.prompt_drafts import DraftContext, PromptDraft
+
+OVER_CONTEXT = "context"
+"""What eliminates an edit whose prompt does not fit into the task model's context."""
+
+
+@dataclass
+class PromptEpisode(Episode):
+    """One copy's episode on a prompt."""
+
+    document: PromptDraft
+    examples: tuple[LabelledExample, ...] = ()
+    """The minibatch that all of the episode's prompts are scored on."""
+    start_score: float = 0.0
+    score: float = 0.0
+    """Task score of the prompt as it stands."""
+    feedback: str = ""
+    """Its failures."""
+    task_calls: int = 0
+    """Task-model calls of the last reset or step."""
+
+
+@dataclass(frozen=True)
+class PromptData:
+    """What episodes are made of."""
+
+    starts: tuple[TaskPrompt, ...]
+    """Prompts that episodes start from."""
+    examples: tuple[LabelledExample, ...] = field(repr=False)
+    """The training split: minibatches and demonstrations are drawn from it, and never share an input."""
+    verbalizer_sets: tuple[tuple[str, ...], ...] = ()
+    batch_size: int = 16
+    """Examples of a minibatch."""
+    pool_size: int = 64
+    """Examples set aside as an episode's demonstrations to add, at most."""
+    max_demonstrations: int = 4
+
+    def __post_init__(self) -> None:
+        if not self.starts:
+            raise InputError("there is no prompt to start from: give at least one instruction")
+        for name, least in (("batch_size", 1), ("pool_size", 0), ("max_demonstrations", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.batch_size > len(self.examples):
+            raise InputError(
+                f"a batch_size of {self.batch_size} is more than the {len(self.examples)} training examples: "
+                "lower it, or raise the limit"
+            )
+
+
+class PromptProcess(EditProcess):
+    """Steps n copies of the prompt edit MDP.
+
+    Args:
+        copies: number of copies.
+        data: start prompts and examples.
+        operator: what actions mean.
+        backend: the rewriter.
+        reward: scores prompts.
+        settings: horizon and rules.
+
+    Raises:
+        InputError: for prompts, verbalizers and examples that cannot be scored.
+    """
+
+    reward: TaskGain
+
+    def __init__(
+        self,
+        copies: int,
+        data: PromptData,
+        operator: PromptOperator,
+        backend: Backend,
+        reward: TaskGain,
+        settings: EditSettings,
+    ) -> None:
+        self.data = data
+        words = [replace(data.starts[0], verbalizers=verbalizers) for verbalizers in data.verbalizer_sets]
+        reward.scorer.check([*data.starts, *words], data.examples)
+        instructions = [Instruction(prompt.instruction) for prompt in data.starts]
+        super().__init__(copies, instructions, operator, backend, reward, settings)
+
+    def _check_prefix(self, prefix: Any) -> None:
+        if isinstance(prefix, TaskPrompt):
+            self.reward.scorer.check([prefix], self.data.examples)
+        else:
+            super()._check_prefix(prefix)
+
+    def _open(self, copy: int, index: int, prefix: Any, base_seed: int) -> PromptEpisode:
+        data, prompt = self.data, self.data.starts[index]
+        if isinstance(prefix, TaskPrompt):
+            prompt = prefix
+        elif prefix is not None:
+            prompt = replace(prompt, instruction=prefix)
+        order = self.generators[copy].permutation(len(data.examples))
+        examples = tuple(data.examples[i] for i in sorted(order[: data.batch_size]))
+        seen = {example.text for example in examples}
+        pool: dict[str, Demonstration] = {}
+        for i in order[data.batch_size :]:
+            if len(pool) == data.pool_size:
+                break
+            if data.examples[i].text not in seen:
+                pool[data.examples[i].text] = Demonstration(data.examples[i].text, data.examples[i].label)
+        context = DraftContext(
+            tuple(pool.values()),
+            data.verbalizer_sets,
+            data.max_demonstrations,
+            lambda prompt: self._fits(prompt, examples),
+        )
+        draft = PromptDraft(prompt, context)
+        return PromptEpisode(index, str(draft), draft, base_seed, history=[str(draft)], examples=examples)
+
+    def _fits(self, prompt: TaskPrompt, examples: Sequence[LabelledExample]) -> bool:
+        try:
+            self.reward.scorer.check([prompt], examples)
+        except InputError:
+            return False
+        return True
+
+    def _opened(self, copies: Sequence[int]) -> None:
+        """Scores the start prompts, all in one batch."""
+        pending = [self._prompt_episode(copy) for copy in copies]
+        for _ in range(2 if self.settings.on_invalid == "retry" else 1):
+            scores = self.reward.evaluate([e.document.prompt for e in pending], [e.examples for e in pending])
+            failed: list[tuple[PromptEpisode, Score]] = []
+            for episode, score in zip(pending, scores, strict=True):
+                episode.task_calls += score.calls
+                if score.valid:
+                    episode.start_score = episode.score = score.value
+                    episode.feedback = score.feedback
+                else:
+                    failed.append((episode, score))
+            pending = [episode for episode, _ in failed]
+            if not pending:
+                return
+        for copy in copies:
+            self.episodes[copy] = None
+        raise InvalidRewardError(f"the start prompt could not be scored: {failed[0][1].feedback}")
+
+    def _prompt_episode(self, copy: int) -> PromptEpisode:
+        episode = self._episode(copy)
+        assert isinstance(episode, PromptEpisode)
+        return episode
+
+    def _plan(self, copy: int, action: Any) -> EditStep:
+        episode = self._prompt_episode(copy)
+        # What an edit draws depends on the episode and the step, not on what was drawn before.
+        episode.document = replace(episode.document, seed=request_seed(episode.base_seed, episode.step, "edit"))
+        return super()._plan(copy, action)
+
+    def _eliminated(self, step: EditStep) -> str:
+        if step.document != step.previous and not step.document.context.fits(step.document.prompt):
+            return OVER_CONTEXT
+        return super()._eliminated(step)
+
+    def _score(self, steps: list[EditStep]) -> None:
+        # What an LLM left as it was has its score already.
+        super()._score([step for step in steps if step.document != step.previous])
+
+    def _sample(self, step: EditStep) -> Sample:
+        episode = self._prompt_episode(step.copy)
+        prompt = step.document.prompt
+        metadata = {"prompt": prompt, "examples": episode.examples, "previous_score": episode.score}
+        return replace(super()._sample(step), metadata=metadata)
+
+    def _advance(self, step: EditStep) -> Transition:
+        episode, score = self._prompt_episode(step.copy), step.score
+        transition = super()._advance(step)
+        episode.task_calls = score.calls if score is not None else 0
+        if score is not None and score.valid:
+            episode.score, episode.feedback = score.terms["score"], score.feedback
+        elif score is not None:
+            # A prompt without a score is not taken over: the score so far is always that of the prompt as it stands.
+            episode.document = step.previous
+            mask = self.operator.mask(episode.document)
+            transition.info.update({"text": episode.text, "action_mask": mask})
+        return replace(transition, info=transition.info | self._prompt_info(episode))
+
+    def state(self, copy: int) -> EditState:
+        return replace(super().state(copy), mask=self.mask(copy))
+
+    def _start_info(self, episode: Episode) -> dict[str, Any]:
+        assert isinstance(episode, PromptEpisode)
+        return super()._start_info(episode) | self._prompt_info(episode)
+
+    @staticmethod
+    def _prompt_info(episode: PromptEpisode) -> dict[str, Any]:
+        return {
+            "prompt": episode.document.prompt,
+            "score": episode.score,
+            "start_score": episode.start_score,
+            "feedback": episode.feedback,
+            "task_calls": episode.task_calls,
+        }
