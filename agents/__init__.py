@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .ranking_agent import RankingAgent
     from .reward_modelling import RewardTrainer, TokenizedPair, evaluate_reward_model, tokenize_pairs
     from .sft import SFT, Demonstration
+    from .soft_q import SoftQ
 
 _LAZY = {
     "FIGA": "figa",
@@ -28,6 +29,7 @@ _LAZY = {
     "RankingAgent": "ranking_agent",
     "RankingTrainer": "ranking",
     "RewardTrainer": "reward_modelling",
+    "SoftQ": "soft_q",
     "TokenPPO": "ppo",
     "TokenizedPair": "reward_modelling",
     "evaluate_reward_model": "reward_modelling",
@@ -51,6 +53,7 @@ __all__ = [
     "RewardTrainer",
     "RoundRobinAgent",
     "ScheduleAgent",
+    "SoftQ",
     "TokenPPO",
     "TokenizedPair",
     "UnknownAlgorithmError",
