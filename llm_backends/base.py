@@ -234,6 +234,43 @@ class Backend(Part, ABC):
         self.usage.errors += sum(isinstance(result, BackendError) for result in results)
         return results
 
+    def choice_logprobs(
+        self, prompts: Sequence[Prompt], choices: Sequence[Sequence[str]], heads: Sequence[Prompt] | None = None
+    ) -> list[np.ndarray | BackendError]:
+        """Log-probs of a few possible continuations of each prompt, e.g. of the words for the labels of a task.
+
+        Args:
+            prompts: n prompts.
+            choices: for each prompt its continuations, tokenised as in :meth:`logprobs`.
+            heads: for each prompt a beginning that others share, empty for none. What the result is does not depend on
+                it; a model in this process reads a shared beginning once.
+
+        Returns:
+            n float32 arrays, shape (choices,), each the sum over a continuation's tokens, in nats; or an error in one's
+            place.
+
+        Raises:
+            ValueError: if the lengths differ, or a prompt or continuation is empty.
+        """
+        if len(prompts) != len(choices) or not all(choices) or (heads is not None and len(heads) != len(prompts)):
+            raise ValueError("choice_logprobs needs choices for every prompt, and a head for every one or for none")
+        repeated = [prompt for prompt, mine in zip(prompts, choices, strict=True) for _ in mine]
+        rows = iter(self.logprobs(repeated, [choice for mine in choices for choice in mine]))
+        results: list[np.ndarray | BackendError] = []
+        for mine in choices:
+            found = [next(rows) for _ in mine]
+            failed = next((row for row in found if isinstance(row, BackendError)), None)
+            sums = [float(np.sum(row)) for row in found if not isinstance(row, BackendError)]
+            results.append(np.array(sums, np.float32) if failed is None else failed)
+        return results
+
+    def completion_ids(self, texts: Sequence[str]) -> list[list[int]] | None:
+        """Token ids of texts as :meth:`logprobs` tokenises completions, found without loading the model.
+
+        Backends that do not know their model's tokenizer answer None.
+        """
+        return None
+
     def context_error(self, prompt: Prompt, max_tokens: int) -> ContextLengthError | None:
         """The error that a request of this size would meet, found without running the model; None if it fits.
 

@@ -23,6 +23,9 @@ from .ranking import Ranking, RankingJudge, RankingQuestion, rank
 from .rouge_gate import RougeGate, RougePool, pairwise_rouge_l, rouge_l
 from .rubric import Grades, Rubric, RubricJudge, grade
 from .sentiment import ReviewClassifier, VaderSentiment
+from .task_prompt import Demonstration, LabelledExample, TaskPrompt
+from .task_reward import TaskReward
+from .task_score import TaskResult, TaskScorer
 
 if TYPE_CHECKING:
     from .quality_models import HubRewardModel, UniEval
@@ -38,6 +41,7 @@ __all__ = [
     "CandidateScores",
     "Comparison",
     "ContextualRanker",
+    "Demonstration",
     "DiversityReward",
     "EditLabels",
     "EditedPair",
@@ -53,6 +57,7 @@ __all__ = [
     "Instance",
     "JudgedElimination",
     "LabelMatch",
+    "LabelledExample",
     "LikelihoodRatio",
     "Likelihoods",
     "LinearReward",
@@ -83,6 +88,10 @@ __all__ = [
     "ScoredComparison",
     "SequenceReward",
     "SpanReward",
+    "TaskPrompt",
+    "TaskResult",
+    "TaskReward",
+    "TaskScorer",
     "TokenReward",
     "UniEval",
     "VaderSentiment",
@@ -129,6 +138,7 @@ register_part("reward", "output-length", "instructgym.rewards.quality_scorers:Ou
 register_part("reward", "neighbour-distance", "instructgym.rewards.quality_scorers:NeighbourDistance")
 register_part("reward", "unieval", "instructgym.rewards.quality_models:UniEval")
 register_part("reward", "hub-reward-model", "instructgym.rewards.quality_models:HubRewardModel")
+register_part("reward", "task", "instructgym.rewards.task_reward:TaskReward")
 register_part("reward", "vader", "instructgym.rewards.sentiment:VaderSentiment")
 register_part("reward", "reviews", "instructgym.rewards.sentiment:ReviewClassifier")
 

@@ -1,0 +1,280 @@
+"""What a prompt is worth to a frozen language model: its label likelihoods on the examples of a task."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..llm_backends import Backend, BackendError, ContextLengthError, Prompt, UnsupportedRequestError, resolve
+from ..llm_backends.errors import InputError
+from ..llm_backends.parts import Part
+from ..llm_backends.prompting import build_prompt, one_line
+from .calibration import CONTENT_FREE, Calibration, calibration_method, normalised, without_bias
+from .task_prompt import BLOCK, TEMPLATE, Demonstration, LabelledExample, TaskPrompt, check_distinct, check_prompt
+
+__all__ = ["BLOCK", "TEMPLATE", "Demonstration", "LabelledExample", "TaskPrompt", "TaskResult", "TaskScorer"]
+
+CACHED_ROWS = 262_144
+"""Pairs of prompt and example whose log-probs are kept; a pair takes some 200 bytes."""
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """How one prompt did on the examples it was scored on."""
+
+    accuracy: float
+    """Share of examples whose label has the highest probability, in [0, 1]."""
+    predictions: np.ndarray
+    """int64, shape (examples,): the label of the highest probability, the first one of equals."""
+    gaps: np.ndarray
+    """float64, shape (examples,), in [-1, 1]: p(label) - the highest p of another one, of ``probabilities``."""
+    logprobs: np.ndarray
+    """float32, shape (examples, labels), in nats: of each verbalizer after the prompt, raw whatever the calibration."""
+    probabilities: np.ndarray
+    """float64, shape (examples, labels): normalised over the labels, calibrated where that was asked for."""
+    prompt: TaskPrompt
+    examples: tuple[LabelledExample, ...] = field(repr=False)
+    calls: int = 0
+    """Task-model calls: one per example and label, those of content-free inputs included (a logical count)."""
+
+    @property
+    def correct(self) -> np.ndarray:
+        """bool, shape (examples,)."""
+        return self.predictions == np.array([example.label for example in self.examples])
+
+    def failures(self, limit: int = 3) -> str:
+        """The wrong answers as text, the most confident ones first, for optimisers that read.
+
+        Args:
+            limit: wrong answers at most.
+        """
+        wrong = np.flatnonzero(~self.correct)
+        worst = wrong[np.argsort(self.gaps[wrong], kind="stable")][:limit]
+        words = self.prompt.verbalizers
+        return "\n".join(
+            f"Input: {one_line(self.examples[i].text)} / predicted {words[self.predictions[i]]}, "
+            f"right {words[self.examples[i].label]}"
+            for i in worst
+        )
+
+
+class TaskScorer(Part):
+    """Scores prompts by the label likelihoods that a frozen model gives them (Brown et al. 2020, section 2.4).
+
+    The likelihood of a label is the probability of its verbalizer (the sum of the log-probs of its tokens) after
+    the prompt with the input filled in. All prompts and examples of a call are asked together; what the examples of a
+    prompt share is read once by a model in this process. No pair of prompt and example is asked twice.
+
+    Args:
+        backend: the frozen model, one that reports log-probs.
+        calibrate: remove the label bias: True or ``contextual``, or ``batch``; see :mod:`~.calibration`.
+        cache: pairs of prompt and example to remember; 0 for none.
+
+    Raises:
+        InputError: for an unknown calibration and a negative cache.
+        UnsupportedRequestError: if the backend reports no log-probs.
+    """
+
+    def __init__(self, backend: Any = "embedded", calibrate: bool | str = False, cache: int = CACHED_ROWS) -> None:
+        if cache < 0:
+            raise InputError(f"cache must be a number of pairs of at least 0, got {cache}")
+        self.calibration: Calibration = calibration_method(calibrate)
+        self.backend: Backend = resolve("backend", backend)
+        if not self.backend.supports_logprobs:
+            raise UnsupportedRequestError(
+                f"backend {self.backend.name!r} reports no log-probs, by which prompts are scored: use another backend"
+            )
+        self.cache = cache
+        self._rows: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self._checked: OrderedDict[tuple[str, ...], None] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def label_logprobs(self, prompts: Sequence[TaskPrompt], examples: Sequence[LabelledExample]) -> np.ndarray:
+        """The log-prob of every label's verbalizer, for all prompts and examples.
+
+        Args:
+            prompts: with as many verbalizers each as the task has labels.
+            examples: the inputs; their labels are not looked at.
+
+        Returns:
+            float32, shape (prompts, examples, labels), in nats.
+
+        Raises:
+            InputError: as :meth:`check`, and for log-probs that are not finite.
+            BackendError: for a request that the model could not serve; what it did serve is remembered.
+        """
+        self.check(prompts, examples)
+        return self._ask(prompts, [example.text for example in examples])
+
+    def score(
+        self,
+        prompts: Sequence[TaskPrompt],
+        examples: Sequence[LabelledExample],
+        calibrate: bool | str | None = None,
+    ) -> list[TaskResult]:
+        """How every prompt does on the examples.
+
+        Args:
+            prompts: the prompts.
+            examples: the examples, at least one.
+            calibrate: instead of the scorer's own; raw and calibrated scores share the likelihoods.
+
+        Raises:
+            InputError: as :meth:`check`; for fewer than two examples under ``batch``, which would leave no signal.
+            BackendError: as :meth:`label_logprobs`.
+        """
+        method = self.calibration if calibrate is None else calibration_method(calibrate)
+        if method == "batch" and len(examples) < 2:
+            raise InputError("batch calibration of one example leaves no signal: score more, or use 'contextual'")
+        self.check(prompts, examples)
+        texts = [example.text for example in examples]
+        extra = list(CONTENT_FREE) if method == "contextual" else []
+        rows = self._ask(prompts, texts + extra)
+        return [
+            _result(prompt, mine[: len(texts)], mine[len(texts) :], method, tuple(examples))
+            for prompt, mine in zip(prompts, rows, strict=True)
+        ]
+
+    def check(self, prompts: Sequence[TaskPrompt], examples: Sequence[LabelledExample]) -> None:
+        """Refuses what cannot be scored, before a model is loaded where that can be seen without one.
+
+        Raises:
+            InputError: without prompts or examples; as :func:`~.task_prompt.check_prompt`; for prompts with different
+                numbers of verbalizers, an example without text or with a label that has no verbalizer, verbalizers
+                that are no tokens, the same tokens or the beginning of another one, and a prompt over the context.
+        """
+        if not prompts or not examples:
+            raise InputError(f"scoring needs prompts and examples, got {len(prompts)} and {len(examples)}")
+        labels = len(prompts[0].verbalizers)
+        for number, prompt in enumerate(prompts):
+            check_prompt(prompt, f"prompt {number}")
+            if len(prompt.verbalizers) != labels:
+                raise InputError(f"prompt {number} has {len(prompt.verbalizers)} verbalizers, prompt 0 has {labels}")
+        for example in examples:
+            if not 0 <= example.label < labels:
+                raise InputError(
+                    f"example {example.id!r} has the label {example.label}, the prompts have {labels} verbalizers: "
+                    "give one verbalizer per label"
+                )
+            if not example.text.strip():
+                raise InputError(f"example {example.id!r} has no text: leave it out")
+        for words in dict.fromkeys(prompt.verbalizers for prompt in prompts):
+            self._check_tokens(words)
+        longest = max((example.text for example in examples), key=lambda text: len(text.encode()))
+        for number, prompt in enumerate(prompts):
+            error = self.backend.context_error(self._prompt(prompt, longest)[1], 1)
+            if error is not None:
+                raise InputError(f"prompt {number} is too long: {error}")
+
+    def _check_tokens(self, words: tuple[str, ...]) -> None:
+        if words in self._checked:
+            return
+        tokens = self.backend.completion_ids([self._lead + word for word in words])
+        if tokens is not None:
+            for word, ids in zip(words, tokens, strict=True):
+                if not ids:
+                    raise InputError(f"the verbalizer {word!r} is no token of {self.backend.name}: use another word")
+            check_distinct(tokens, words, "the task")
+        self._checked[words] = None
+        while len(self._checked) > 1024:
+            self._checked.popitem(last=False)
+
+    @property
+    def _lead(self) -> str:
+        """What stands before a verbalizer: a blank, where it goes on from the prompt's text."""
+        return " " if self.backend.prompt_style == "completion" else ""
+
+    def _prompt(self, prompt: TaskPrompt, text: str) -> tuple[Prompt, Prompt]:
+        """What is shared, and the whole."""
+        head, rest = prompt.render(text)
+        style = self.backend.prompt_style
+        return build_prompt(style, head, head), build_prompt(style, head + rest, head + rest)
+
+    def _ask(self, prompts: Sequence[TaskPrompt], texts: Sequence[str]) -> np.ndarray:
+        keys: list[bytes] = []
+        found: dict[bytes, np.ndarray] = {}
+        wanted: dict[bytes, tuple[str, str, tuple[str, ...]]] = {}
+        name = self.backend.name
+        with self._lock:
+            for prompt in prompts:
+                for text in texts:
+                    head, rest = prompt.render(text)
+                    key = _key(name, head + rest, *prompt.verbalizers)
+                    keys.append(key)
+                    row = self._rows.get(key)
+                    if row is not None:
+                        found[key] = row
+                        self._rows.move_to_end(key)
+                    else:
+                        wanted.setdefault(key, (head, rest, prompt.verbalizers))
+        if wanted:
+            found |= self._fresh(wanted)
+        labels = len(prompts[0].verbalizers)
+        return np.array([found[key] for key in keys], np.float32).reshape(len(prompts), len(texts), labels)
+
+    def _fresh(self, wanted: dict[bytes, tuple[str, str, tuple[str, ...]]]) -> dict[bytes, np.ndarray]:
+        style, lead = self.backend.prompt_style, self._lead
+        rows = self.backend.choice_logprobs(
+            [build_prompt(style, head + rest, head + rest) for head, rest, _ in wanted.values()],
+            [[lead + word for word in words] for _, _, words in wanted.values()],
+            [build_prompt(style, head, head) if head else "" for head, _, _ in wanted.values()],
+        )
+        found: dict[bytes, np.ndarray] = {}
+        failed: list[tuple[str, BackendError]] = []
+        for (key, (head, rest, _)), row in zip(wanted.items(), rows, strict=True):
+            if isinstance(row, BackendError):
+                failed.append((head + rest, row))
+            elif not np.isfinite(row).all():
+                failed.append((head + rest, BackendError(f"the log-probs {row.tolist()} are not all finite")))
+            else:
+                found[key] = row
+        with self._lock:
+            self._rows |= found if self.cache else {}
+            while len(self._rows) > self.cache:
+                self._rows.popitem(last=False)
+        if failed:
+            text, error = failed[0]
+            if isinstance(error, ContextLengthError):
+                raise InputError(f"the prompt {one_line(text)[:60]!r} is too long: {error}") from error
+            raise error
+        return found
+
+
+def _key(*parts: str) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        encoded = part.encode()
+        digest.update(len(encoded).to_bytes(4, "little") + encoded)
+    return digest.digest()
+
+
+def _result(
+    prompt: TaskPrompt, rows: np.ndarray, content_free: np.ndarray, method: Calibration, examples: tuple[Any, ...]
+) -> TaskResult:
+    if method == "none":
+        decided = normalised(rows)
+    else:
+        decided = without_bias(rows, content_free if method == "contextual" else rows)
+    probabilities = np.exp(decided)
+    labels = np.array([example.label for example in examples])
+    order = np.arange(len(labels))
+    others = probabilities.copy()
+    others[order, labels] = -math.inf
+    predictions = probabilities.argmax(axis=1)
+    return TaskResult(
+        accuracy=float((predictions == labels).mean()),
+        predictions=predictions,
+        gaps=probabilities[order, labels] - others.max(axis=1),
+        logprobs=rows,
+        probabilities=probabilities,
+        prompt=prompt,
+        examples=examples,
+        calls=(len(rows) + len(content_free)) * rows.shape[1],
+    )
