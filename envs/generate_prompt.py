@@ -22,7 +22,7 @@ from .tasks.generated_prompts import (
 )
 from .tasks.prompt_examples import PromptExample
 from .tasks.prompt_tasks import load_prompt_task
-from .tasks.responses import Layout, response_prompts
+from .tasks.responses import Layout, response_requests
 from .token_env import TokenEnv
 from .token_process import TokenSettings
 from .token_vector_env import TokenVectorEnv
@@ -68,8 +68,7 @@ def _arguments(
     if measure == "rouge":
         reward = HintedResponse(model) if reward is None else reward
         if examples is None:
-            plain = response_prompts(data, split, limit, "plain", data_seed, tokenizer)
-            examples = response_hints(plain, openings)
+            examples = response_hints(response_requests(data, split, limit, data_seed), openings)
     elif examples is None or reward is None:
         scorer = TaskScorer(model, calibrate) if reward is None else None  # refuses before data are read
         found = load_prompt_task(task, split, limit, data_seed, data_dir)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Literal
 
 from ...llm_backends import Tokenizer
@@ -12,7 +12,7 @@ from ...llm_backends.prompting import fill, load_prompts
 from ...rewards.task_prompt import TaskPrompt
 from .prompt_examples import PromptExample
 from .prompt_tasks import PromptTask
-from .responses import LAYOUTS, Layout
+from .responses import LAYOUTS, Layout, Request
 
 Level = Literal["task", "instance"]
 LEVELS: tuple[Level, ...] = ("task", "instance")
@@ -81,25 +81,20 @@ def label_hints(task: PromptTask, split: str, openings: Openings) -> list[Prompt
     ]
 
 
-def response_hints(examples: Sequence[PromptExample], openings: Openings) -> list[PromptExample]:
-    """Openings of a hint, of kind ``response``, one for each input whose answer is free text.
+def response_hints(requests: Sequence[Request], openings: Openings) -> list[PromptExample]:
+    """Openings of a hint, of kind ``response``, one for each request whose answer is free text.
 
-    Args:
-        examples: of :func:`~.responses.response_prompts`, in the layout ``plain``.
-        openings: of kind ``response``.
-
-    Returns:
-        The examples with other prompts; ``metadata["plain"]`` is the one they had.
+    ``metadata`` has the request as the frozen model gets it: ``plain``, a text to continue, and ``request``, a message.
 
     Raises:
-        InputError: for an example without a reference.
+        InputError: for a request without a reference.
     """
     hints = []
-    for one in examples:
+    for one in requests:
         if one.reference is None:
             raise InputError(f"{one.id} has no reference answer, by which hints are scored: give each row a reference")
-        prompt = openings.fill(request=str(one.metadata["request"]))
-        hints.append(replace(one, prompt=prompt, metadata=dict(one.metadata) | {"plain": one.prompt}))
+        metadata = dict(one.metadata) | {"plain": one.plain, "request": one.chat}
+        hints.append(PromptExample(one.id, openings.fill(request=one.chat), one.reference, metadata=metadata))
     return hints
 
 
