@@ -163,7 +163,10 @@ class SoftQ(RolloutAgent):
                     everyone.setdefault(key, []).append(value)
             means, spreads = ({key: f(found) for key, found in everyone.items()} for f in (np.mean, np.std))
             values = np.array(
-                [(value - means[key]) / (spreads[key] + ZSCORE_EPSILON) for key, value in zip(keys, values, strict=True)]
+                [
+                    (value - means[key]) / (spreads[key] + ZSCORE_EPSILON)
+                    for key, value in zip(keys, values, strict=True)
+                ]
             )
         share = (values - settings.reward_low) / (settings.reward_high - settings.reward_low)
         return settings.shaped_low + share * (settings.shaped_high - settings.shaped_low)

@@ -257,4 +257,3 @@ class NoLogprobs(ScriptedBackend):
 def test_bad_input_is_refused_when_the_env_is_built(make, options, error, message):
     with pytest.raises(error, match=message):
         make(**options)
-
