@@ -21,7 +21,7 @@ from .path_consistency import Consistency, multi_step, path_consistency, single_
 from .replay import Episode, ReplayBuffer
 from .rollout import TokenBatch
 from .rollout_agent import RolloutAgent, RolloutSettings
-from .target_policy import TargetPolicy, policy_logits
+from .target_policy import TargetPolicy, policy_logits, reference_logits
 
 ZSCORE_EPSILON = 1e-4
 """Added to the deviation, as in RLPrompt's code."""
@@ -39,6 +39,10 @@ class SoftQSettings(RolloutSettings):
     """Episodes are sampled from the k most likely tokens; 0 samples from the policy itself."""
     loss: Consistency = "both"
     """single, multi or both: which path-consistency losses."""
+    prior: Literal["reference", "none"] = "reference"
+    """``reference``: logits are measured from those of the reference policy, so that A = log pi / pi_ref, V is 0 at the
+    start, and the optimum is pi_ref x exp(shaped return). ``none``, as published: the raw logits. Theirs are of a small
+    new network; those of a language model are on a level of their own, some 20 nats, which outweighs the rewards."""
     reversed_weight: float = 0.0
     """Share, in [0, 1], of the losses in which both networks change places: V is the policy's, A the target's. Without
     them only A takes a gradient, and nothing holds V to the size of the rewards."""
@@ -63,6 +67,7 @@ class SoftQSettings(RolloutSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(self, "loss", ("single", "multi", "both"))
+        check_choice(self, "prior", ("reference", "none"))
         check_choice(self, "zscore", ("none", "batch", "group"))
         check_at_least_zero(self, "replay_ratio")
         if not 0 <= self.reversed_weight <= 1 or not 0 < self.target_rate <= 1:
@@ -89,18 +94,22 @@ class SoftQ(RolloutAgent):
     ``replay_ratio`` is above 0, and takes episodes of others.
 
     The return of an episode, z-scored and mapped onto a range, is paid with its last token. What is learned balances
-    this against the entropy of the policy: it is softmax of the shaped return, so a wider range makes it greedier.
+    this against the KL divergence to the reference policy, or against the entropy where there is no ``prior``: it is
+    proportional to the exponential of the shaped return, so a wider range makes it greedier.
 
     Logs, besides what every agent does, the means per episode of ``train/loss``, of both losses as they are published
-    (``train/single_step``, ``train/multi_step``) and of ``train/shaped_reward``; the means per token of
-    ``train/logprob`` (A), ``train/q``, ``train/value`` and ``train/target_value``; ``train/replayed`` episodes.
+    (``train/single_step``, ``train/multi_step``), of ``train/shaped_reward`` and of ``train/advantage`` (the sum of A:
+    of new episodes and before the first step, the KL to the reference policy); the means per token of
+    ``train/logprob`` and of ``train/q``, ``train/value`` and ``train/target_value``, measured from the prior's;
+    ``train/replayed`` episodes.
 
     Args:
         env, policy, seed, engine, settings: as of :class:`~instructgym.agents.rollout_agent.RolloutAgent`.
         **options: fields of :class:`SoftQSettings`.
 
     Raises:
-        InputError: also for an env that constrains what is written: values are those over the whole vocabulary.
+        InputError: also for an env that constrains what is written: values are those over the whole vocabulary; and for
+            a policy without the reference policy that ``prior`` asks for.
     """
 
     settings_class: ClassVar[type[RolloutSettings]] = SoftQSettings
@@ -116,6 +125,13 @@ class SoftQ(RolloutAgent):
         process = getattr(self.env, "process", None)
         if process is not None and process.settings.constrained:
             raise InputError("soft_q's values are over the whole vocabulary: make the env without constrained=True")
+
+    def _check_fit(self) -> None:
+        super()._check_fit()
+        if self.settings.prior == "reference" and self.policy.reference == "none":
+            raise InputError(
+                "soft_q measures from a reference policy, this policy has none: give it one, or prior='none'"
+            )
 
     def start(self) -> None:
         fresh = not self._started
@@ -173,7 +189,7 @@ class SoftQ(RolloutAgent):
 
     def _train(self, batch: TokenBatch, returns: np.ndarray) -> None:
         sums = np.zeros(len(_LOGGED) + 2)
-        norms, steps, skipped = 0.0, 0, self.optimizer.skipped
+        norms, steps, skipped, prior = 0.0, 0, self.optimizer.skipped, self._prior(batch)
         for epoch in range(self.settings.epochs):
             generator = np.random.default_rng(request_seed(self.seed, "minibatches", self.updates, epoch))
             order = generator.permutation(len(batch)) if self.settings.minibatches > 1 else np.arange(len(batch))
@@ -182,7 +198,7 @@ class SoftQ(RolloutAgent):
                 if not total:
                     continue
                 for members in batch.micro_batches(chosen, self.settings.token_budget):
-                    sums += self._backward(batch, members, returns[members], total)
+                    sums += self._backward(batch, members, returns[members], prior, total)
                 self.processes.add_gradients(self.optimizer.parameters.values())
                 norms += self.optimizer.step()
                 self.target.follow(self.settings.target_rate)
@@ -199,23 +215,38 @@ class SoftQ(RolloutAgent):
         self.logger.record("train/learning_rate", self.optimizer.learning_rate)
         self.logger.record("train/skipped_steps", self.optimizer.skipped)
 
-    def _backward(self, batch: TokenBatch, members: np.ndarray, returns: np.ndarray, total: float) -> np.ndarray:
+    def _prior(self, batch: TokenBatch) -> torch.Tensor:
+        """float32, shape (2, tokens): log-probs and values by the prior; 0 without one."""
+        prior = torch.zeros((2, batch.tokens), device=self.policy.lm.device)
+        if self.settings.prior == "reference":
+            for members in batch.micro_batches(np.arange(len(batch)), self.settings.token_budget):
+                prompts, responses = [batch.prompts[i] for i in members], [batch.responses[i] for i in members]
+                rows = torch.from_numpy(batch.rows(members)).to(prior.device)
+                prior[:, rows] = torch.stack(reference_logits(self.policy, prompts, responses))
+        return prior
+
+    def _backward(
+        self, batch: TokenBatch, members: np.ndarray, returns: np.ndarray, prior: torch.Tensor, total: float
+    ) -> np.ndarray:
         """Adds the gradient of a micro-batch and returns the sums of what is logged, of episodes and of tokens."""
         prompts, responses = [batch.prompts[i] for i in members], [batch.responses[i] for i in members]
         lengths = [len(response) for response in responses]
+        logprobs, levels = prior[:, torch.from_numpy(batch.rows(members)).to(prior.device)]
         target = self.target.logits(prompts, responses)
         mine = policy_logits(self.policy, prompts, responses)
-        rewards = torch.from_numpy(returns).to(target.logprobs)
+        advantages, values = mine.logprobs - logprobs, mine.logsumexps - levels
+        target_advantages, target_values = target.logprobs - logprobs, target.logsumexps - levels
+        rewards = torch.from_numpy(returns).to(values)
         weight, kind = self.settings.reversed_weight, self.settings.loss
-        losses = path_consistency(kind, mine.logprobs, target.logsumexps, rewards, lengths)
+        losses = path_consistency(kind, advantages, target_values, rewards, lengths)
         if weight:
-            other = path_consistency(kind, target.logprobs, mine.logsumexps, rewards, lengths)
+            other = path_consistency(kind, target_advantages, values, rewards, lengths)
             losses = (1 - weight) * losses + weight * other
         (losses.sum() / total).backward()
         with torch.no_grad():
-            given = (mine.logprobs, target.logsumexps, rewards, lengths)
-            rows = [rewards, losses, single_step(*given), multi_step(*given)]
-            rows += [mine.logprobs, mine.logits, mine.logsumexps, target.logsumexps]
+            given = (advantages, target_values, rewards, lengths)
+            rows = [rewards, losses, single_step(*given), multi_step(*given), advantages]
+            rows += [mine.logprobs, advantages + values, values, target_values]
             return np.array([float(row.sum()) for row in rows] + [len(members), sum(lengths)], dtype=np.float64)
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
@@ -245,6 +276,7 @@ _LOGGED = {
     "loss": False,
     "single_step": False,
     "multi_step": False,
+    "advantage": False,
     "logprob": True,
     "q": True,
     "value": True,

@@ -99,6 +99,15 @@ def policy_logits(
         return _logits(policy, lm, prompts, responses)
 
 
+@torch.no_grad()
+def reference_logits(
+    policy: LanguageModelPolicy, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]
+) -> ChosenLogits:
+    """Likewise of the policy's reference; without a gradient."""
+    with policy._reference() as lm:
+        return _logits(policy, lm, prompts, responses)
+
+
 def _logits(
     policy: LanguageModelPolicy, lm: CausalLM, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]
 ) -> ChosenLogits:

@@ -32,6 +32,8 @@ MEASURES: tuple[Measure, ...] = ("gap", "accuracy", "rouge")
 
 MAX_TOKENS = 16
 """Of a prompt: a line. RLPrompt writes 5."""
+STOPS = ("\n", '"')
+"""A prompt is a line without quotation marks."""
 
 
 def _arguments(
@@ -53,7 +55,7 @@ def _arguments(
     reward: Any = None,
     backend: Any = None,
     max_tokens: int = MAX_TOKENS,
-    stop: Sequence[str] = ("\n",),
+    stop: Sequence[str] = STOPS,
     context_length: int = 1024,
     group_size: int = 1,
     on_invalid: str = "retry",
@@ -144,7 +146,7 @@ def generate_prompt(**kwargs: Any) -> TokenEnv:
         reward: another reward.
         backend: the frozen model; the embedded one by default.
         max_tokens: of a prompt.
-        stop: texts that end a prompt, of which they are no part; a line end by default.
+        stop: texts that end a prompt, of which they are no part; a line end or a quotation mark by default.
         context_length: tokens of opening and prompt at most.
         group_size: vector form: that many consecutive copies are about the same minibatch or input.
         on_invalid: ``retry`` or ``raise``.

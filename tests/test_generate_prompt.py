@@ -70,7 +70,9 @@ def paid(env, text, **reset):
 def test_all_episodes_continue_the_same_opening_and_differ_in_their_minibatch(make):
     env = make(minibatches=3)
     examples = env.process.examples
-    assert {one.prompt for one in examples} == {"An instruction that asks whether a text is Positive or Negative:"}
+    assert {one.prompt for one in examples} == {
+        'The instruction for telling whether a text is Positive or Negative reads: "'
+    }
     assert [one.id for one in examples] == [f"SST-2/minibatch-{i}" for i in range(3)]
     drawn = {env.reward._minibatch(Sample("x", metadata=dict(one.metadata))) for one in examples}
     assert len(drawn) == 3 and {len(set(one)) for one in drawn} == {8}

@@ -14,13 +14,13 @@ from instructgym.agents.language_model import POLICY, LanguageModelPolicy, LoraS
 from instructgym.agents.path_consistency import multi_step, path_consistency, single_step
 from instructgym.agents.replay import Episode, ReplayBuffer
 from instructgym.agents.soft_q import _batch
-from instructgym.agents.target_policy import TARGET, TargetPolicy, policy_logits
+from instructgym.agents.target_policy import TARGET, TargetPolicy, policy_logits, reference_logits
 from instructgym.envs.tasks.prompt_examples import PromptExample
 from instructgym.llm_backends import token_logprobs
 from instructgym.llm_backends.causal_lm import CausalLM
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.token_kl import OutputLayer
-from instructgym.llm_backends.token_logits import chosen_logits
+from instructgym.llm_backends.token_logits import ChosenLogits, chosen_logits
 from instructgym.llm_backends.tokenization import WordTokenizer
 from tests.conftest import build_model
 
@@ -102,16 +102,18 @@ def test_both_losses_of_two_episodes_by_hand():
     assert slopes.tolist() == [0.0, -2.0, -7.0, 10.0]
 
 
+@pytest.mark.parametrize("prior", [False, True])
 @pytest.mark.parametrize("kind", ["single", "multi", "both"])
-def test_the_soft_optimal_values_have_no_loss_whoever_wrote_the_episode(kind):
-    """Three tokens of an alphabet of four; the values are those of backward induction."""
+def test_the_soft_optimal_values_have_no_loss_whoever_wrote_the_episode(kind, prior):
+    """Three tokens of an alphabet of four; the values are those of backward induction, under a prior's weights."""
     rng = np.random.default_rng(0)
     paid = {path: rng.normal(0, 3) for path in product(range(4), repeat=3)}
     values, q = {}, {}
     for length in (2, 1, 0):
         for state in product(range(4), repeat=length):
             q[state] = [values.get((*state, a), paid.get((*state, a))) for a in range(4)]
-            values[state] = float(np.logaddexp.reduce(q[state]))
+            weights = np.log(rng.dirichlet(np.ones(4))) if prior else np.zeros(4)
+            values[state] = float(np.logaddexp.reduce(weights + q[state]))
     paths = list(paid)
     states = [(path[:t], path[t]) for path in paths for t in range(3)]
     value = torch.tensor([values[state] for state, _ in states])
@@ -195,11 +197,12 @@ def updates(agent, count):
 
 
 CASES = {
-    "multi": {"loss": "multi"},
-    "both": {},
-    "by prompt": {"zscore": "group", "loss": "multi"},
-    "reversed, unscaled": {"zscore": "none", "shaped_high": 30.0, "reversed_weight": 0.5},
-    "single, two tokens": {"loss": "single", "max_tokens": 2},
+    "multi": {"loss": "multi", "shaped_high": 20.0},
+    "published": {"prior": "none"},
+    "both": {"shaped_high": 20.0},
+    "by prompt": {"zscore": "group", "loss": "multi", "shaped_high": 20.0},
+    "reversed, unscaled": {"zscore": "none", "shaped_high": 30.0, "reversed_weight": 0.5, "prior": "none"},
+    "single, two tokens": {"loss": "single", "max_tokens": 2, "prior": "none"},
 }
 
 
@@ -238,21 +241,24 @@ def logprob(policy):
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3])
-@pytest.mark.parametrize("rank", [0, 4])
-def test_the_gradient_is_that_of_full_logits(rank, weight):
+@pytest.mark.parametrize(("rank", "prior"), [(0, "reference"), (4, "reference"), (4, "none")])
+def test_the_gradient_is_that_of_full_logits(rank, prior, weight):
     prompts = [[RED, SEA], [SKY], [END, SKY, RED]]
     responses, returns = [[RED, EOS], [BLUE], [SEA, RED, RED]], np.array([2.0, -1.0, 0.5])
     policy = make_policy(rank=rank, temperature=0.7)
-    agent = SoftQ(make_env(), policy, reversed_weight=weight)
+    agent = SoftQ(make_env(), policy, reversed_weight=weight, prior=prior)
     moved(policy, 0.1)  # away from the target
     batch = _batch([Episode(p, r, 0.0, "") for p, r in zip(prompts, responses, strict=True)])
-    agent._backward(batch, np.arange(3), returns, 3.0)
+    agent._backward(batch, np.arange(3), returns, agent._prior(batch), 3.0)
     mine = {name: p.grad.clone() for name, p in policy.parameters().items() if p.grad is not None}
     agent.optimizer.inner.zero_grad()
     loss = 0.0
     for prompt, response, paid in zip(prompts, responses, returns, strict=True):
         (a, v), (b, w) = (full(lm, prompt, response) for lm in (models(agent, POLICY), models(agent, TARGET)))
         b, w = b.detach(), w.detach()
+        if prior == "reference":
+            c, u = (one.detach() for one in full(models(agent, None), prompt, response))
+            a, v, b, w = a - c, v - u, b - c, w - u
         for share_of, (one, two) in ((1 - weight, (a, w)), (weight, (b, v))):
             for t in range(len(response)):
                 following = two[t + 1] if t + 1 < len(response) else paid
@@ -306,12 +312,20 @@ def test_returns_are_standardised_and_mapped():
     assert shaped(shaped_low=2.0)[4] == pytest.approx(2.0)
 
 
-def test_what_is_logged_is_what_was_learned_from():
-    agent, rows = logged(SoftQ(make_env(), make_policy(), zscore="none", learning_rate=1e-12))
+@pytest.mark.parametrize("prior", ["reference", "none"])
+def test_what_is_logged_is_what_was_learned_from(prior):
+    policy = make_policy(scale=0.1)
+    agent, rows = logged(SoftQ(make_env(), policy, zscore="none", learning_rate=1e-12, prior=prior))
     updates(agent, 1)
     [row], batch = rows, agent.last_rollout
     with torch.no_grad():
-        found = policy_logits(agent.policy, batch.prompts, batch.responses)
+        found = policy_logits(policy, batch.prompts, batch.responses)
+    logprobs = found.logprobs
+    if prior == "reference":
+        theirs = reference_logits(policy, batch.prompts, batch.responses)
+        found = ChosenLogits(*(one - other for one, other in zip(found, theirs, strict=True)))
+        kl = logprobs - policy.reference_logprobs(batch.prompts, batch.responses, [None] * 32)
+        assert row["train/advantage"] == pytest.approx(float(kl.sum()) / 32, rel=1e-3) != 0
     returns = torch.from_numpy(5.0 * batch.per_episode(batch.rewards))
     given = found.logprobs, found.logsumexps, returns, batch.lengths.tolist()
     one, many = float(single_step(*given).sum()) / 32, float(multi_step(*given).sum()) / 32
@@ -319,8 +333,9 @@ def test_what_is_logged_is_what_was_learned_from():
     assert row["train/multi_step"] == pytest.approx(many, rel=1e-4)
     assert row["train/loss"] == pytest.approx((one + many) / 2, rel=1e-4)
     assert row["train/shaped_reward"] == pytest.approx(5 * row["rollout/reward"], rel=1e-5)
-    assert row["train/q"] == pytest.approx(float(found.logits.mean()), rel=1e-4)
-    assert row["train/value"] == row["train/target_value"] == pytest.approx(float(found.logsumexps.mean()), rel=1e-4)
+    assert row["train/q"] == pytest.approx(float(found.logits.mean()), rel=1e-3)
+    assert row["train/logprob"] == pytest.approx(float(logprobs.mean()), rel=1e-4)
+    assert row["train/value"] == row["train/target_value"] == pytest.approx(float(found.logsumexps.mean()), rel=1e-3)
 
 
 def test_episodes_come_from_the_most_likely_tokens():
@@ -435,6 +450,12 @@ def test_a_checkpoint_can_be_loaded_and_one_without_a_target_is_refused(tmp_path
 def test_bad_settings_are_refused_before_a_model_is_loaded(options, message):
     with pytest.raises(InputError, match=message):
         SoftQ(make_env(4), "no-such-model", **options)
+
+
+def test_a_prior_needs_a_reference_policy():
+    with pytest.raises(InputError, match="this policy has none: give it one, or prior='none'"):
+        SoftQ(make_env(4), make_policy(reference="none"))
+    updates(SoftQ(make_env(4), make_policy(reference="none"), prior="none"), 1)
 
 
 def test_constraints_are_refused_before_a_model_is_loaded():
