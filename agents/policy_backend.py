@@ -50,6 +50,12 @@ class PolicyBackend(TransformersBackend):
         with self._acting():
             return super()._logprobs(prompts, completions)
 
+    def _choice_logprobs(
+        self, prompts: list[Prompt], choices: list[list[str]], heads: list[Prompt]
+    ) -> list[np.ndarray | BackendError]:
+        with self._acting():
+            return super()._choice_logprobs(prompts, choices, heads)
+
     def _acting(self) -> AbstractContextManager[object]:
         """The policy's adapter in place, without cached prefixes of other weights before and behind it."""
         stack = ExitStack()

@@ -47,11 +47,12 @@ from . import (
     tuna_run,
     tuna_train,
 )
-from .benchmarks import backend, dense_reward, edit_env, rollouts, token_env, token_learning, token_ppo
+from .benchmarks import backend, dense_reward, edit_env, rollouts, task_score, token_env, token_learning, token_ppo
 from .benchmarks.backend import BenchBackend
 from .benchmarks.dense_reward import BenchDenseReward
 from .benchmarks.edit_env import BenchEditEnv
 from .benchmarks.rollouts import BenchRollouts
+from .benchmarks.task_score import BenchTaskScore
 from .benchmarks.token_env import BenchTokenEnv
 from .benchmarks.token_learning import BenchTokenLearning
 from .benchmarks.token_ppo import BenchTokenPPO
@@ -261,6 +262,7 @@ if TYPE_CHECKING:
         | BenchTokenLearning
         | BenchDenseReward
         | BenchRollouts
+        | BenchTaskScore
         | BenchBackend
         | BenchList
     )
@@ -272,6 +274,7 @@ else:
         | Annotated[BenchTokenLearning, tyro.conf.subcommand("token-learning")]
         | Annotated[BenchDenseReward, tyro.conf.subcommand("dense-reward")]
         | Annotated[BenchRollouts, tyro.conf.subcommand("rollouts")]
+        | Annotated[BenchTaskScore, tyro.conf.subcommand("task-score")]
         | Annotated[BenchBackend, tyro.conf.subcommand("backend")]
         | Annotated[BenchList, tyro.conf.subcommand("list")]
     )
@@ -284,6 +287,7 @@ BENCHMARKS = {
     "token-learning": BenchTokenLearning,
     "dense-reward": BenchDenseReward,
     "rollouts": BenchRollouts,
+    "task-score": BenchTaskScore,
     "backend": BenchBackend,
 }
 
@@ -412,6 +416,7 @@ RUNS: dict[type, Callable[[Any, Console], Any]] = {
     BenchTokenLearning: token_learning.run,
     BenchDenseReward: dense_reward.run,
     BenchRollouts: rollouts.run,
+    BenchTaskScore: task_score.run,
     BenchBackend: backend.run,
     BenchList: lambda options, console: list_benchmarks(console),
     Envs: lambda options, console: list_envs(console),

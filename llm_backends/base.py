@@ -254,14 +254,16 @@ class Backend(Part, ABC):
         """
         if len(prompts) != len(choices) or not all(choices) or (heads is not None and len(heads) != len(prompts)):
             raise ValueError("choice_logprobs needs choices for every prompt, and a head for every one or for none")
-        repeated = [prompt for prompt, mine in zip(prompts, choices, strict=True) for _ in mine]
-        rows = iter(self.logprobs(repeated, [choice for mine in choices for choice in mine]))
-        results: list[np.ndarray | BackendError] = []
-        for mine in choices:
-            found = [next(rows) for _ in mine]
-            failed = next((row for row in found if isinstance(row, BackendError)), None)
-            sums = [float(np.sum(row)) for row in found if not isinstance(row, BackendError)]
-            results.append(np.array(sums, np.float32) if failed is None else failed)
+        if not all(map(len, prompts)) or not all(choice for mine in choices for choice in mine):
+            raise ValueError("choice_logprobs needs non-empty prompts and continuations")
+        if not prompts:
+            return []
+        results = self._choice_logprobs(
+            list(prompts), [list(mine) for mine in choices], list(heads or [""] * len(prompts))
+        )
+        self.usage.calls += 1
+        self.usage.requests += sum(map(len, choices))
+        self.usage.errors += sum(len(m) for m, r in zip(choices, results, strict=True) if isinstance(r, BackendError))
         return results
 
     def completion_ids(self, texts: Sequence[str]) -> list[list[int]] | None:
@@ -298,6 +300,20 @@ class Backend(Part, ABC):
 
     def _logprobs(self, prompts: list[Prompt], completions: list[str]) -> list[np.ndarray | BackendError]:
         return [UnsupportedRequestError(f"backend {self.name!r} reports no log-probs") for _ in prompts]
+
+    def _choice_logprobs(
+        self, prompts: list[Prompt], choices: list[list[str]], heads: list[Prompt]
+    ) -> list[np.ndarray | BackendError]:
+        """Every continuation as a request of its own; backends that can share the reading do."""
+        repeated = [prompt for prompt, mine in zip(prompts, choices, strict=True) for _ in mine]
+        rows = iter(self._logprobs(repeated, [choice for mine in choices for choice in mine]))
+        results: list[np.ndarray | BackendError] = []
+        for mine in choices:
+            found = [next(rows) for _ in mine]
+            failed = next((row for row in found if isinstance(row, BackendError)), None)
+            sums = [float(np.sum(row, dtype=np.float64)) for row in found if not isinstance(row, BackendError)]
+            results.append(np.array(sums, np.float32) if failed is None else failed)
+        return results
 
     def _count(self, result: Result) -> None:
         self.usage.requests += 1

@@ -7,7 +7,7 @@ import os
 import sqlite3
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -171,6 +171,9 @@ class Cached(Backend):
 
     def context_error(self, prompt: Prompt, max_tokens: int) -> ContextLengthError | None:
         return self.inner.context_error(prompt, max_tokens)
+
+    def completion_ids(self, texts: Sequence[str]) -> list[list[int]] | None:
+        return self.inner.completion_ids(texts)
 
     def _generate_each(self, prompts: list[Prompt], samplings: list[Sampling]) -> Iterator[tuple[int, Result]]:
         wanted: dict[str, list[int]] = {}

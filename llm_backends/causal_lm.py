@@ -308,19 +308,27 @@ class CausalLM:
             members = {order[i]: k for k, i in enumerate(chunk)}
             wanted = [i for i, prompt in enumerate(prompts) if tuple(prompt) in members]
             with self.lock:
-                scores = self._chunk_logprobs(
-                    list(members), [members[tuple(prompts[i])] for i in wanted], [completions[i] for i in wanted]
-                )
+                state = self.prefill(list(members), room=width)
+                owner = [members[tuple(prompts[i])] for i in wanted]
+                scores = self.completion_logprobs(state, owner, [completions[i] for i in wanted])
             for i, row in zip(wanted, scores, strict=True):
                 rows[i] = row
         return rows
 
     @torch.inference_mode()
-    def _chunk_logprobs(
-        self, prompts: list[tuple[int, ...]], owner: list[int], completions: list[Sequence[int]]
+    def completion_logprobs(
+        self, state: Prefilled, owner: list[int], completions: Sequence[Sequence[int]]
     ) -> list[np.ndarray]:
-        width = max(map(len, completions))
-        state = self.prefill(prompts, room=width)
+        """Log-probs of completions on top of prompts that were read.
+
+        Args:
+            state: of the prompts, with room for the longest completion; it stays as it is.
+            owner: for each completion the row of its prompt.
+            completions: token ids, none empty.
+
+        Returns:
+            A float32 array per completion, shape (len(completion),), in nats.
+        """
         first = state.logits.log_softmax(dim=-1)
         scores = [first[o, completion[0]].reshape(1) for o, completion in zip(owner, completions, strict=True)]
         longer = [i for i, completion in enumerate(completions) if len(completion) > 1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import monotonic
@@ -105,6 +105,9 @@ class Journaled(Backend):
 
     def context_error(self, prompt: Prompt, max_tokens: int) -> ContextLengthError | None:
         return self.inner.context_error(prompt, max_tokens)
+
+    def completion_ids(self, texts: Sequence[str]) -> list[list[int]] | None:
+        return self.inner.completion_ids(texts)
 
     def _count(self, result: Result) -> None:
         self.usage.requests += 1

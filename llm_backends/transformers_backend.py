@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -36,6 +37,19 @@ def context_length(path: str) -> int:
     from .causal_lm import load_config
 
     return int(getattr(load_config(path).get_text_config(), "max_position_embeddings", None) or UNKNOWN_CONTEXT)
+
+
+@lru_cache(maxsize=8)
+def tokenizer_at(path: str) -> Any:
+    """The Hugging Face tokenizer at a path or hub id, without its model."""
+    from .causal_lm import load_tokenizer
+
+    return load_tokenizer(path)
+
+
+def _key(prompt: Prompt) -> Hashable:
+    """A prompt as a dictionary key."""
+    return prompt if isinstance(prompt, str) else repr(prompt)
 
 
 @dataclass(eq=False)
@@ -119,6 +133,34 @@ class TransformersBackend(Backend):
         targets = [self.lm.encode_completion(completions[i]) for i in fit]
         scores = iter(self.lm.logprobs(tokens, targets) if fit else [])
         return [next(scores) if isinstance(ids, list) else ids for ids in encoded]
+
+    def _choice_logprobs(
+        self, prompts: list[Prompt], choices: list[list[str]], heads: list[Prompt]
+    ) -> list[np.ndarray | BackendError]:
+        from .shared_prefix import choice_logprobs, encode_all, shared_length
+
+        lm = self.lm
+        words = {word: lm.encode_completion(word) for mine in choices for word in mine}
+        tails = [[words[word] for word in mine] for mine in choices]
+        encoded = encode_all(lm, prompts)
+        unique = {_key(head): head for head in heads if len(head)}
+        beginnings = dict(zip(unique, encode_all(lm, list(unique.values())), strict=True))
+        results: list[np.ndarray | BackendError] = []
+        for ids, mine in zip(encoded, tails, strict=True):
+            total, limit = len(ids) + max(map(len, mine)), lm.context_length
+            error = ContextLengthError(f"prompt and completion have {total} tokens, {self.name} reads {limit}")
+            results.append(error if total > limit else np.empty(0, np.float32))
+        fit = [i for i, result in enumerate(results) if not isinstance(result, BackendError)]
+        self.usage.prompt_tokens += sum(len(encoded[i]) for i in fit)
+        shared = [shared_length(encoded[i], beginnings[_key(heads[i])]) if len(heads[i]) else 0 for i in fit]
+        scores = choice_logprobs(lm, [encoded[i] for i in fit], shared, [tails[i] for i in fit])
+        for i, row in zip(fit, scores, strict=True):
+            results[i] = row
+        return results
+
+    def completion_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        tokenizer = tokenizer_at(self._path())
+        return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
 
     def _encode(self, prompts: list[Prompt], completions: list[str] | None = None) -> list[list[int] | BackendError]:
         """Token ids of each prompt, or the error of those that do not fit the context (with their completion)."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from .base import Backend, BackendError, Completion, ContextLengthError, Prompt, PromptStyle, Result, Sampling
 from .errors import InputError
+from .transformers_backend import tokenizer_at
 from .vllm_launch import CPU_LORA_MODULES
 
 
@@ -120,6 +121,10 @@ class VLLMBackend(Backend):
             rows = next(outputs).prompt_logprobs[len(ids) :]
             results.append(np.array([row[t].logprob for row, t in zip(rows, tail, strict=True)], dtype=np.float32))
         return results
+
+    def completion_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        tokenizer = tokenizer_at(self.model)
+        return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
 
     def _run(self, prompts: Sequence[list[int]], parameters: Sequence[Any]) -> list[Any]:
         if not prompts:

@@ -171,6 +171,14 @@ class VLLMServerBackend(OpenAIBackend):
             results[places[number]] = result
         return results
 
+    def completion_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        found: list[list[int]] = []
+        for ids in self.tokenize(list(texts), special=False):
+            if isinstance(ids, BackendError):
+                raise ids
+            found.append(ids)
+        return found
+
     def score(self, prompt: list[int], completion: list[int]) -> np.ndarray:
         """Log-probs of the tokens of a completion, float32, in nats at temperature 1.
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..llm_backends.errors import InputError
 from ..llm_backends.prompting import fill
 
 TEMPLATE = "{instruction}\n\n{demonstrations}{input}"
 BLOCK = "Input: {text}\nAnswer:"
-PLACES = ("instruction", "demonstrations", "input")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,11 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class TaskPrompt:
-    """What a frozen model reads around an input: an instruction, solved inputs, and the words that stand for labels."""
+    """What a frozen model reads around an input: an instruction, solved inputs, and the words that stand for labels.
+
+    Raises:
+        InputError: on construction, for a template or block without its places.
+    """
 
     instruction: str
     demonstrations: tuple[Demonstration, ...] = ()
@@ -50,6 +54,10 @@ class TaskPrompt:
     def __post_init__(self) -> None:
         object.__setattr__(self, "demonstrations", tuple(self.demonstrations))
         object.__setattr__(self, "verbalizers", tuple(self.verbalizers))
+        for part, places in (("template", ("instruction", "input")), ("block", ("text",))):
+            for place in places:
+                if getattr(self, part).count(f"{{{place}}}") != 1:
+                    raise InputError(f"a prompt's {part} must have {{{place}}} once, got {getattr(self, part)!r}")
 
     def render(self, text: str) -> tuple[str, str]:
         """The prompt for one input, to which a blank and a verbalizer are the continuation.
@@ -59,26 +67,31 @@ class TaskPrompt:
 
         Returns:
             Two parts to be joined without a gap: what comes before the input, which all inputs share, and the rest.
-            Where the template puts the input before the instruction, the first part ends with the input instead: what
-            all prompts of one input share.
+            Where the template puts the input before the instruction, the first part ends before the instruction
+            instead: what all prompts share for one input.
         """
-        values = {
-            "instruction": self.instruction,
-            "demonstrations": self._demonstrations(),
-            "input": fill(self.block, {"text": text}),
-        }
-        cut = max(self.template.find("{instruction}"), self.template.find("{input}"))
-        head, rest = fill(self.template[:cut], values), fill(self.template[cut:], values)
-        return head if head.strip() else "", rest if head.strip() else rest.lstrip()
+        before, between, after = self._pieces
+        return (before, f"{text}{between}") if after is None else (f"{before}{text}{between}", after)
 
     @property
     def text(self) -> str:
         """The whole prompt, for observations: the input's place left open, the verbalizers behind it."""
         return "".join(self.render("{text}")) + " " + " | ".join(self.verbalizers)
 
-    def _demonstrations(self) -> str:
-        solved = (f"{fill(self.block, {'text': d.text})} {self.verbalizers[d.label]}" for d in self.demonstrations)
-        return "".join(f"{one}\n\n" for one in solved)
+    @cached_property
+    def _pieces(self) -> tuple[str, str, str | None]:
+        """What stands before the input's text, and behind it; the rest from the instruction on, where it comes last."""
+        words = self.verbalizers
+        opening, closing = self.block.split("{text}")
+        solved = "".join(f"{opening}{d.text}{closing} {words[d.label]}\n\n" for d in self.demonstrations)
+        values = {"instruction": self.instruction, "demonstrations": solved}
+        head, tail = self.template.split("{input}")
+        before, split = fill(head, values), tail.find("{instruction}")
+        if not self.instruction.strip():  # no gap where it would stand
+            before = before.lstrip()
+        if split < 0:
+            return before + opening, closing + fill(tail, values), None
+        return before + opening, closing + fill(tail[:split], values), fill(tail[split:], values)
 
 
 def check_prompt(prompt: TaskPrompt, where: str = "the prompt") -> None:
@@ -89,17 +102,13 @@ def check_prompt(prompt: TaskPrompt, where: str = "the prompt") -> None:
         where: what to call it in errors.
 
     Raises:
-        InputError: for a prompt without instruction and demonstrations, a template or block without its places, fewer
-            than two verbalizers, verbalizers that are empty, equal, or continued by another one, and demonstrations
-            with a label outside the verbalizers.
+        InputError: for a prompt without instruction and demonstrations, demonstrations without a place in the
+            template or with a label outside the verbalizers, fewer than two verbalizers, and verbalizers that are
+            empty, equal, or continued by another one.
     """
     words = prompt.verbalizers
     if not prompt.instruction.strip() and not prompt.demonstrations:
         raise InputError(f"{where} is empty: give it an instruction or demonstrations")
-    for part, places in (("template", ("instruction", "input")), ("block", ("text",))):
-        for place in places:
-            if getattr(prompt, part).count(f"{{{place}}}") != 1:
-                raise InputError(f"the {part} of {where} must have {{{place}}} once, got {getattr(prompt, part)!r}")
     if prompt.demonstrations and "{demonstrations}" not in prompt.template:
         raise InputError(f"the template of {where} has no {{demonstrations}}, but there are some: add the place")
     if len(words) < 2:

@@ -11,7 +11,7 @@ import numpy as np
 from ..llm_backends import BackendError, request_seed
 from ..llm_backends.errors import InputError
 from .base import Reward, Sample, Score
-from .task_prompt import LabelledExample, TaskPrompt
+from .task_prompt import Demonstration, LabelledExample, TaskPrompt
 from .task_score import TaskResult, TaskScorer
 
 Measure = Literal["gap", "accuracy"]
@@ -68,7 +68,7 @@ class TaskReward(Reward):
     ) -> None:
         if measure not in ("gap", "accuracy"):
             raise InputError(f"unknown measure {measure!r} of a task reward: use gap or accuracy")
-        self.prompt = prompt if isinstance(prompt, TaskPrompt) else TaskPrompt(**{"instruction": "", **prompt})
+        self.prompt = prompt if isinstance(prompt, TaskPrompt) else _prompt(prompt)
         if self.prompt.instruction and "{response}" not in self.prompt.instruction:
             raise InputError(
                 f"the instruction {self.prompt.instruction!r} of a task reward must have {{response}} or be empty"
@@ -125,6 +125,14 @@ class TaskReward(Reward):
         value = scaled if self.measure == "gap" else result.accuracy
         terms = {self.name: value, "accuracy": result.accuracy, "gap": gap}
         return Score(value, terms=terms, feedback=result.failures(), calls=result.calls)
+
+
+def _prompt(value: Mapping[str, Any]) -> TaskPrompt:
+    try:
+        shown = tuple(Demonstration(**one) for one in value.get("demonstrations", ()))
+        return TaskPrompt(**{"instruction": "", **value, "demonstrations": shown})
+    except TypeError as error:
+        raise InputError(f"the prompt of a task reward has the fields of TaskPrompt: {error}") from None
 
 
 def _example(value: LabelledExample | Mapping[str, Any]) -> LabelledExample:

@@ -21,6 +21,7 @@ from .task_prompt import BLOCK, TEMPLATE, Demonstration, LabelledExample, TaskPr
 
 __all__ = ["BLOCK", "TEMPLATE", "Demonstration", "LabelledExample", "TaskPrompt", "TaskResult", "TaskScorer"]
 
+CHECKED_WORDS = 1024
 CACHED_ROWS = 262_144
 """Pairs of prompt and example whose log-probs are kept; a pair takes some 200 bytes."""
 
@@ -93,7 +94,7 @@ class TaskScorer(Part):
             )
         self.cache = cache
         self._rows: OrderedDict[bytes, np.ndarray] = OrderedDict()
-        self._checked: OrderedDict[tuple[str, ...], None] = OrderedDict()
+        self._checked: OrderedDict[tuple[str, ...], int] = OrderedDict()
         self._lock = threading.Lock()
 
     def label_logprobs(self, prompts: Sequence[TaskPrompt], examples: Sequence[LabelledExample]) -> np.ndarray:
@@ -165,37 +166,33 @@ class TaskScorer(Part):
                 )
             if not example.text.strip():
                 raise InputError(f"example {example.id!r} has no text: leave it out")
-        for words in dict.fromkeys(prompt.verbalizers for prompt in prompts):
-            self._check_tokens(words)
+        room = max(self._checked_tokens(words) for words in dict.fromkeys(prompt.verbalizers for prompt in prompts))
         longest = max((example.text for example in examples), key=lambda text: len(text.encode()))
         for number, prompt in enumerate(prompts):
-            error = self.backend.context_error(self._prompt(prompt, longest)[1], 1)
+            error = self.backend.context_error(self._built("".join(prompt.render(longest))), room)
             if error is not None:
                 raise InputError(f"prompt {number} is too long: {error}")
 
-    def _check_tokens(self, words: tuple[str, ...]) -> None:
-        if words in self._checked:
-            return
-        tokens = self.backend.completion_ids([self._lead + word for word in words])
-        if tokens is not None:
-            for word, ids in zip(words, tokens, strict=True):
+    def _checked_tokens(self, words: tuple[str, ...]) -> int:
+        """Tokens of the longest verbalizer; 1 where the backend does not know its tokenizer."""
+        if words not in self._checked:
+            tokens = self.backend.completion_ids([self._lead + word for word in words])
+            for word, ids in zip(words, tokens or [], strict=False):
                 if not ids:
                     raise InputError(f"the verbalizer {word!r} is no token of {self.backend.name}: use another word")
-            check_distinct(tokens, words, "the task")
-        self._checked[words] = None
-        while len(self._checked) > 1024:
-            self._checked.popitem(last=False)
+            check_distinct(tokens or [], words, "the task")
+            self._checked[words] = max(map(len, tokens)) if tokens else 1
+            while len(self._checked) > CHECKED_WORDS:
+                self._checked.popitem(last=False)
+        return self._checked[words]
 
     @property
     def _lead(self) -> str:
         """What stands before a verbalizer: a blank, where it goes on from the prompt's text."""
         return " " if self.backend.prompt_style == "completion" else ""
 
-    def _prompt(self, prompt: TaskPrompt, text: str) -> tuple[Prompt, Prompt]:
-        """What is shared, and the whole."""
-        head, rest = prompt.render(text)
-        style = self.backend.prompt_style
-        return build_prompt(style, head, head), build_prompt(style, head + rest, head + rest)
+    def _built(self, text: str) -> Prompt:
+        return build_prompt(self.backend.prompt_style, text, text)
 
     def _ask(self, prompts: Sequence[TaskPrompt], texts: Sequence[str]) -> np.ndarray:
         keys: list[bytes] = []
@@ -220,11 +217,11 @@ class TaskScorer(Part):
         return np.array([found[key] for key in keys], np.float32).reshape(len(prompts), len(texts), labels)
 
     def _fresh(self, wanted: dict[bytes, tuple[str, str, tuple[str, ...]]]) -> dict[bytes, np.ndarray]:
-        style, lead = self.backend.prompt_style, self._lead
+        lead = self._lead
         rows = self.backend.choice_logprobs(
-            [build_prompt(style, head + rest, head + rest) for head, rest, _ in wanted.values()],
+            [self._built(head + rest) for head, rest, _ in wanted.values()],
             [[lead + word for word in words] for _, _, words in wanted.values()],
-            [build_prompt(style, head, head) if head else "" for head, _, _ in wanted.values()],
+            [self._built(head) if head else "" for head, _, _ in wanted.values()],
         )
         found: dict[bytes, np.ndarray] = {}
         failed: list[tuple[str, BackendError]] = []

@@ -127,16 +127,11 @@ def word_log_probs(
     Raises:
         UnsupportedRequestError: if the backend reports no log-probs.
     """
-    repeated = [prompt for prompt, mine in zip(prompts, words, strict=True) for _ in mine]
-    rows = iter(backend.logprobs(repeated, [lead(backend) + word for mine in words for word in mine]))
-    results: list[list[float] | BackendError] = []
-    for mine in words:
-        found = [next(rows) for _ in mine]
-        failed = next((row for row in found if isinstance(row, BackendError)), None)
-        if isinstance(failed, UnsupportedRequestError):
-            raise failed
-        results.append([float(row.sum()) for row in found] if failed is None else failed)  # type: ignore[union-attr]
-    return results
+    rows = backend.choice_logprobs(prompts, [[lead(backend) + word for word in mine] for mine in words])
+    unsupported = next((row for row in rows if isinstance(row, UnsupportedRequestError)), None)
+    if unsupported is not None:
+        raise unsupported
+    return [row if isinstance(row, BackendError) else row.tolist() for row in rows]
 
 
 def judge_verdicts(

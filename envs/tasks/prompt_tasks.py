@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +15,9 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.prompting import fill, load_prompts, one_line
 from ...rewards.task_prompt import BLOCK, TEMPLATE, Demonstration, LabelledExample, TaskPrompt
 from .instructions import SPLITS
-from .nlu_data import load_rows
-from .nlu_tasks import get_task
+from .nlu_data import load_rows, record_candidates
+from .nlu_tasks import NLUTask, get_task
+from .prompt_task_file import read_prompt_task
 
 
 @dataclass(frozen=True)
@@ -63,36 +65,57 @@ def load_prompt_task(
     """A task of :data:`~.nlu_tasks.TASKS`, or one of a file.
 
     Args:
-        name: a task's name.
+        name: a task's name, or the path of a TOML file as :func:`~.prompt_task_file.read_prompt_task` reads it.
         split: the splits to load.
-        limit: examples per split at most, drawn by ``seed``; all where None.
+        limit: examples per split at most, drawn by ``seed``, a smaller limit taking a part of a larger one's; all where
+            None.
         seed: of that choice.
-        data_dir: as of :func:`~.nlu_data.load_rows`.
+        data_dir: of the named tasks, as of :func:`~.nlu_data.load_rows`.
 
     Raises:
-        InputError: for an unknown task or split, a task without labels, and as :func:`~.nlu_data.load_rows`.
+        InputError: for an unknown task or split, a task without labels, a split without examples, and as
+            :func:`~.nlu_data.load_rows` or :func:`~.prompt_task_file.read_prompt_task`.
     """
-    task = get_task(str(name))
     wanted = (split,) if isinstance(split, str) else tuple(split)
+    for part in wanted:
+        if part not in SPLITS:
+            raise InputError(f"unknown split {part!r}: use {', '.join(SPLITS)}")
+    if str(name).endswith(".toml"):
+        return _from_file(Path(name), wanted, limit, seed)
+    task = get_task(str(name))
     if task.kind != "label" or not task.labelled:
         raise InputError(f"{task.name} has no labels to predict: use a task with labels")
-    examples: dict[str, Any] = {}
-    for part in wanted:
-        rows = load_rows(task, part, data_dir, limit, seed)
-        examples[part] = tuple(
-            LabelledExample(
-                f"{task.name}/{row['id']}", _text(task, row), task.words.index(str(task.answer(row["label"])))
-            )
-            for row in rows
-        )
+    examples = {part: _examples(task, load_rows(task, part, data_dir, limit, seed), part, seed) for part in wanted}
     written = load_prompts("envs.tasks", "prompt_tasks").get(task.wording, {}).get("instructions", [])
     return PromptTask(
         task.name, task.words, task.words, (task.description, *written), block=f"{{text}}\n{task.cue}:", **examples
     )
 
 
-def _text(task: Any, row: Any) -> str:
-    return fill(task.template, {name: one_line(str(row[name])) for name in task.fields})
+def _examples(task: NLUTask, rows: Sequence[dict[str, Any]], split: str, seed: int) -> tuple[LabelledExample, ...]:
+    examples = []
+    for row in rows:
+        rng = random.Random(f"{seed}/{row['id']}") if split == "train" else None
+        for filled in record_candidates(row, rng) if task.name == "ReCoRD" else [row]:
+            word = task.answer(filled["label"])
+            if word is None:
+                raise InputError(f"{task.name} hides the label of {filled['id']}: use a split or a copy with labels")
+            text = fill(task.template, {name: one_line(str(filled[name])) for name in task.fields})
+            examples.append(LabelledExample(f"{task.name}/{filled['id']}", text, task.words.index(word)))
+    return tuple(examples)
+
+
+def _from_file(path: Path, wanted: Sequence[str], limit: int | None, seed: int) -> PromptTask:
+    if limit is not None and limit < 1:
+        raise InputError(f"a limit of {limit} rows leaves none: use at least 1")
+    task, splits = read_prompt_task(path)
+    for part in wanted:
+        if not splits[part]:
+            raise InputError(f"{path} has no examples for the split {part!r}: add some, or load other splits")
+        random.Random(f"{seed}/limit").shuffle(splits[part])
+    texts = {name: tuple(task[name]) for name in ("labels", "verbalizers", "instructions")}
+    chosen = {part: tuple(splits[part][:limit]) for part in wanted}
+    return PromptTask(task["name"], template=task["template"], block=task["block"], **texts, **chosen)
 
 
 def minibatch(task: PromptTask, split: str, size: int, seed: int) -> tuple[LabelledExample, ...]:

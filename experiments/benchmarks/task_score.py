@@ -1,0 +1,200 @@
+"""``instructgym bench task-score``: prompts scored with shared prefixes against one full request per likelihood.
+
+Three ways to the same likelihoods, one after the other in every round, on the same model in this process:
+
+* ours: :class:`TaskScorer` with an empty cache;
+* the naive loop: a row of ``Backend.logprobs`` per prompt, example and label, in batches, nothing shared. The rows go
+  label by label, so that no batch holds a prompt twice, and the model's prefix cache is off;
+* the same rows with what ``Backend.logprobs`` shares by itself: the labels of an example next to each other, which are
+  then read once, and the prefix cache on.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from ...envs.tasks.prompt_tasks import PromptTask, load_prompt_task
+from ...llm_backends import BackendError
+from ...llm_backends.errors import InputError
+from ...llm_backends.kv_cache import PrefixCache
+from ...llm_backends.transformers_backend import TransformersBackend
+from ...rewards.task_score import Demonstration, LabelledExample, TaskPrompt, TaskScorer
+from ..options import check_output
+from ..run_folder import write_json
+from .tiny import model_folder
+
+MEASURE = "likelihoods_per_second"
+TOLERANCE = 1e-3
+"""Nats by which likelihoods in float32 may differ, summed in another order."""
+LONGEST = 80
+"""Characters of an example at most: the tiny model reads 512 tokens, which are bytes."""
+
+
+@dataclass
+class BenchTaskScore:
+    """Prompts scored on examples with shared prefixes, against a full request per prompt, example and label."""
+
+    model: str = "tiny"
+    """``tiny`` (random weights), ``embedded``, a model path or a hub id."""
+    prompts: int = 64
+    """Different prompts: manual instructions with different demonstrations."""
+    examples: int = 64
+    """Examples, the same for all prompts."""
+    demonstrations: int = 1
+    """Solved examples in each prompt."""
+    task: str = "rotten-tomatoes"
+    """Where examples and instructions come from."""
+    batch: int = 32
+    """Rows of a batch of the naive loop."""
+    rounds: int = 3
+    """Measurements of each way, taken in turn after a smaller one to warm up."""
+    dtype: str = "float32"
+    """What the model computes in; the likelihoods are compared in float32 alone."""
+    threads: int = 1
+    """Threads of the model."""
+    seed: int = 0
+    """Seed of examples and demonstrations."""
+    json: str = ""
+    """File for the figures, as JSON."""
+
+
+def run(options: BenchTaskScore, console: Console | None = None) -> dict[str, Any]:
+    """Measures and returns ``{"ours": ..., "theirs": ..., "sharing_backend": ..., "ratio": ..., "settings": ...}``.
+
+    Raises:
+        InputError: for options out of range, too few examples, and ways whose likelihoods differ.
+        BackendError: if a request fails.
+    """
+    import torch
+
+    console = console or Console()
+    for name in ("prompts", "examples", "batch", "rounds", "threads"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    if options.demonstrations < 0:
+        raise InputError(f"--demonstrations must be at least 0, got {options.demonstrations}")
+    if options.json:
+        check_output(Path(options.json))
+    prompts, examples = make_prompts(options)
+    threads = torch.get_num_threads()
+    seconds: dict[str, list[float]] = {"ours": [], "theirs": [], "sharing_backend": []}
+    largest = 0.0
+    torch.set_num_threads(options.threads)
+    try:
+        with tempfile.TemporaryDirectory(prefix="instructgym-bench-") as scratch:
+            folder = model_folder(options.model, Path(scratch))
+            backend = TransformersBackend(folder, options.dtype, "auto", "completion")
+            _measure(backend, prompts[:2], examples[:2], options.batch)
+            for _ in range(options.rounds):
+                found, taken = _measure(backend, prompts, examples, options.batch)
+                for way, value in taken.items():
+                    seconds[way].append(value)
+                largest = max(largest, *(float(np.abs(found["ours"] - other).max()) for other in found.values()))
+    finally:
+        torch.set_num_threads(threads)
+    if options.dtype == "float32" and largest > TOLERANCE:
+        raise InputError(f"the ways differ by {largest:g} nats, more than {TOLERANCE:g}: one of them is wrong")
+    likelihoods = found["ours"].size
+    figures: dict[str, Any] = {
+        way: {MEASURE: likelihoods / float(np.median(values)), "seconds": values} for way, values in seconds.items()
+    }
+    ratios = np.array(seconds["theirs"]) / np.array(seconds["ours"])
+    sharing = np.array(seconds["sharing_backend"]) / np.array(seconds["ours"])
+    figures["ratio"] = _spread(MEASURE, ratios) | _spread(f"{MEASURE}_of_the_sharing_backend", sharing)
+    figures["largest_difference"] = largest
+    figures["settings"] = {key: value for key, value in vars(options).items() if key != "json"}
+    _print(options, figures, console)
+    if options.json:
+        write_json(Path(options.json), figures)
+    return figures
+
+
+def make_prompts(options: BenchTaskScore) -> tuple[list[TaskPrompt], list[LabelledExample]]:
+    """Different prompts of the task, and the examples to score them on.
+
+    Raises:
+        InputError: if there are too few short examples or instructions.
+    """
+    task: PromptTask = load_prompt_task(options.task, ("train", "validation"), seed=options.seed)
+    examples = [example for example in task.validation if len(example.text) <= LONGEST]
+    shown = [example for example in task.train if len(example.text) <= LONGEST]
+    random.Random(options.seed).shuffle(examples)
+    random.Random(options.seed).shuffle(shown)
+    instructions = task.instructions
+    if len(examples) < options.examples or len(shown) < options.prompts * options.demonstrations:
+        raise InputError(f"{task.name} has too few examples of {LONGEST} characters at most: ask for fewer")
+    if not options.demonstrations and len(instructions) < options.prompts:
+        raise InputError(f"{task.name} has {len(instructions)} instructions: use --demonstrations for more prompts")
+    prompts = []
+    for number in range(options.prompts):
+        mine = shown[number * options.demonstrations : (number + 1) * options.demonstrations]
+        solved = [Demonstration(example.text, example.label) for example in mine]
+        prompts.append(task.prompt(instructions[number % len(instructions)], solved))
+    return prompts, examples[: options.examples]
+
+
+def _measure(
+    backend: TransformersBackend, prompts: Sequence[TaskPrompt], examples: Sequence[LabelledExample], batch: int
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """Log-probs, shape (prompts, examples, labels), and seconds, of each way."""
+    lm, labels = backend.lm, len(prompts[0].verbalizers)
+    shape = (len(prompts), len(examples), labels)
+    rows = [("".join(p.render(e.text)), f" {word}") for p in prompts for e in examples for word in p.verbalizers]
+    by_label = [rows[i] for label in range(labels) for i in range(label, len(rows), labels)]
+    capacity, found, taken = lm.prefix_cache.capacity, {}, {}
+    try:
+        for way in ("ours", "theirs", "sharing_backend"):
+            lm.prefix_cache = PrefixCache(0 if way == "theirs" else capacity)
+            begun = time.perf_counter()
+            if way == "ours":
+                found[way] = TaskScorer(backend).label_logprobs(prompts, examples)
+            elif way == "theirs":
+                values = _in_batches(backend, by_label, batch)
+                found[way] = np.moveaxis(values.reshape(labels, *shape[:2]), 0, -1)
+            else:
+                found[way] = _in_batches(backend, rows, batch).reshape(shape)
+            taken[way] = time.perf_counter() - begun
+    finally:
+        lm.prefix_cache = PrefixCache(capacity)
+    return found, taken
+
+
+def _in_batches(backend: TransformersBackend, rows: Sequence[tuple[str, str]], batch: int) -> np.ndarray:
+    sums = []
+    for start in range(0, len(rows), batch):
+        prompts, words = zip(*rows[start : start + batch], strict=True)
+        for row in backend.logprobs(prompts, words):
+            if isinstance(row, BackendError):
+                raise row
+            sums.append(float(row.sum()))
+    return np.array(sums, np.float32)
+
+
+def _spread(name: str, ratios: np.ndarray) -> dict[str, float]:
+    return {name: float(np.median(ratios)), f"{name}_min": float(ratios.min()), f"{name}_max": float(ratios.max())}
+
+
+def _print(options: BenchTaskScore, figures: dict[str, Any], console: Console) -> None:
+    table = Table(title=f"{options.prompts} prompts x {options.examples} examples, {options.model}, {options.dtype}")
+    for title in ("", "likelihoods per second", "ours is faster by (median, min to max)"):
+        table.add_column(title)
+    table.add_row("shared prefixes (ours)", f"{figures['ours'][MEASURE]:.1f}", "")
+    for title, way, name in (
+        ("a full request each", "theirs", MEASURE),
+        ("with what logprobs shares itself", "sharing_backend", f"{MEASURE}_of_the_sharing_backend"),
+    ):
+        ratio = figures["ratio"]
+        spread = f"{ratio[name]:.2f} ({ratio[f'{name}_min']:.2f} to {ratio[f'{name}_max']:.2f})"
+        table.add_row(title, f"{figures[way][MEASURE]:.1f}", spread)
+    console.print(table)
+    console.print(f"largest difference of a log-prob: {figures['largest_difference']:.1e} nats")
