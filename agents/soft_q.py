@@ -89,9 +89,9 @@ class SoftQ(RolloutAgent):
 
     Each token's loss asks for consistency with the next state, or with all that follows up to the end
     (:mod:`~instructgym.agents.path_consistency`), with V of a target network that follows the policy slowly. Sums over
-    the tokens of an episode, means over episodes. Unlike a policy gradient it is right for episodes that another policy
-    wrote, those of ``top_k`` sampling and past ones among them: :attr:`replay` keeps the latter, where
-    ``replay_ratio`` is above 0, and takes episodes of others.
+    the tokens of an episode, means over episodes. The optimum is consistent on every episode, whoever wrote it: under
+    ``top_k`` sampling, by an earlier policy, by others. :attr:`replay` keeps past ones, where ``replay_ratio`` is above
+    0, and takes those of others.
 
     The return of an episode, z-scored and mapped onto a range, is paid with its last token. What is learned balances
     this against the KL divergence to the reference policy, or against the entropy where there is no ``prior``: it is
@@ -208,8 +208,8 @@ class SoftQ(RolloutAgent):
                 f"no optimiser step of update {self.updates} had a finite gradient: lower the learning rate "
                 f"({self.optimizer.learning_rate:g}) or train in float32"
             )
-        *sums, count, tokens = self.processes.total(sums)
-        for (name, per_token), value in zip(_LOGGED.items(), sums, strict=True):
+        *totals, count, tokens = self.processes.total(sums)
+        for (name, per_token), value in zip(_LOGGED.items(), totals, strict=True):
             self.logger.record(f"train/{name}", float(value / (tokens if per_token else count)))
         self.logger.record("train/grad_norm", norms / steps)
         self.logger.record("train/learning_rate", self.optimizer.learning_rate)

@@ -11,6 +11,7 @@ import torch
 
 from ..llm_backends.adapters import autocast, load_whole
 from ..llm_backends.causal_lm import CausalLM, quiet_loading
+from ..llm_backends.errors import InputError
 from ..llm_backends.teacher_forcing import response_hidden
 from ..llm_backends.token_kl import OutputLayer
 from ..llm_backends.token_logits import ChosenLogits, chosen_logits
@@ -25,6 +26,9 @@ class TargetPolicy:
 
     Args:
         policy: whose weights it follows. It has one target, whoever asks.
+
+    Raises:
+        InputError: for a policy with a frozen adapter of the target's name.
     """
 
     def __init__(self, policy: LanguageModelPolicy) -> None:
@@ -35,6 +39,8 @@ class TargetPolicy:
             mine = list(self._whole.model.parameters())
             self._pairs = list(zip(mine, policy.lm.model.parameters(), strict=True))
             return
+        if TARGET in policy.frozen_adapters():
+            raise InputError(f"a frozen adapter of this policy is called {TARGET!r} already: give it another name")
         if TARGET not in policy.trunk.names:
             with quiet_loading():
                 policy.trunk.add(TARGET, policy.lora)

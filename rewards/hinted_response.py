@@ -36,9 +36,8 @@ class HintedResponse(Reward):
 
     def __init__(self, backend: Any = "embedded", max_tokens: int = 48, stop: Sequence[str] = ()) -> None:
         self.backend: Backend = resolve("backend", backend)
-        self.sampling = Sampling(
-            max_tokens=max_tokens, temperature=0.0, stop=(stop,) if isinstance(stop, str) else stop
-        )
+        ends = (stop,) if isinstance(stop, str) else tuple(stop)
+        self.sampling = Sampling(max_tokens=max_tokens, temperature=0.0, stop=ends)
 
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
         results = self.backend.generate([self.prompt_of(sample) for sample in samples], self.sampling)
