@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .ranking_agent import RankingAgent
     from .reward_modelling import RewardTrainer, TokenizedPair, evaluate_reward_model, tokenize_pairs
     from .sft import SFT, Demonstration
+    from .soft_q import SoftQ
 
 _LAZY = {
     "FIGA": "figa",
@@ -31,6 +32,7 @@ _LAZY = {
     "RankingAgent": "ranking_agent",
     "RankingTrainer": "ranking",
     "RewardTrainer": "reward_modelling",
+    "SoftQ": "soft_q",
     "TokenPPO": "ppo",
     "TokenizedPair": "reward_modelling",
     "evaluate_reward_model": "reward_modelling",
@@ -57,6 +59,7 @@ __all__ = [
     "RewardTrainer",
     "RoundRobinAgent",
     "ScheduleAgent",
+    "SoftQ",
     "TokenPPO",
     "TokenizedPair",
     "UnknownAlgorithmError",

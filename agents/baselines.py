@@ -126,11 +126,21 @@ class RandomAgent(BaselineAgent):
     """Every possible operation with equal probability: Evol-Instruct's choice; of ``MultiDiscrete`` each dimension."""
 
     def act(self, steps: np.ndarray, masks: np.ndarray) -> np.ndarray:
-        space = self.env.action_space
-        if not isinstance(space, spaces.MultiDiscrete):
-            return np.array([self.rng.choice(np.flatnonzero(mask)) for mask in masks])
-        parts = [np.split(mask, np.cumsum(space.nvec)[:-1]) for mask in masks]
-        return np.array([[self.rng.choice(np.flatnonzero(part)) for part in mine] for mine in parts])
+        return random_actions(self.rng, masks, self.env.action_space)
+
+
+def random_actions(rng: np.random.Generator, masks: np.ndarray, space: spaces.Space[Any]) -> np.ndarray:
+    """One possible action per copy, drawn uniformly; of ``MultiDiscrete`` each dimension by itself.
+
+    Args:
+        rng: draws.
+        masks: bool, shape (n, operations), or for ``MultiDiscrete`` (n, sum of ``nvec``).
+        space: the actions of one copy.
+    """
+    if not isinstance(space, spaces.MultiDiscrete):
+        return np.array([rng.choice(np.flatnonzero(mask)) for mask in masks])
+    parts = [np.split(mask, np.cumsum(space.nvec)[:-1]) for mask in masks]
+    return np.array([[rng.choice(np.flatnonzero(part)) for part in mine] for mine in parts])
 
 
 class RoundRobinAgent(BaselineAgent):

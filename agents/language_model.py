@@ -109,7 +109,7 @@ class LanguageModelPolicy:
             else:
                 self.trunk.train_whole(POLICY)
                 if reference == "base":
-                    self._reference_lm = _frozen_copy(self.lm)
+                    self._reference_lm = frozen_copy(self.lm)
             self.value_head = torch.nn.Linear(self.lm.head.weight.shape[1], 1, device=self.lm.device)
             torch.nn.init.zeros_(self.value_head.weight)
             torch.nn.init.zeros_(self.value_head.bias)
@@ -306,7 +306,7 @@ class LanguageModelPolicy:
         if name in (POLICY, VALUE):
             raise InputError(f"a reference cannot be called {name!r}")
         if not self.lora.rank:
-            self._reference_lm, self.reference = _frozen_copy(self.lm), f"copy:{name}"  # type: ignore[assignment]
+            self._reference_lm, self.reference = frozen_copy(self.lm), f"copy:{name}"  # type: ignore[assignment]
             return
         self._add_frozen(name)
         self.trunk.set_weights(name, self.trunk.weights(POLICY))
@@ -371,7 +371,7 @@ class LanguageModelPolicy:
             if not self.lora.rank:
                 load_whole(self.lm.model, folder / POLICY)
                 if frozen:
-                    self._reference_lm = _frozen_copy(self.lm)
+                    self._reference_lm = frozen_copy(self.lm)
                     load_whole(self._reference_lm.model, folder / frozen)
             else:
                 if frozen:
@@ -386,7 +386,8 @@ class LanguageModelPolicy:
         self.changed()
 
 
-def _frozen_copy(lm: CausalLM) -> CausalLM:
+def frozen_copy(lm: CausalLM) -> CausalLM:
+    """A model of its own with the same weights, none of which is trained."""
     twin = copy.deepcopy(lm.model).requires_grad_(False)
     return CausalLM(twin, lm.tokenizer, name=f"{lm.name} (reference)")
 

@@ -21,6 +21,10 @@ IDS = {
         "instructgym.envs.generate_label:generate_label",
         "instructgym.envs.generate_label:generate_label_vector",
     ),
+    "instructgym/GeneratePrompt-v0": (
+        "instructgym.envs.generate_prompt:generate_prompt",
+        "instructgym.envs.generate_prompt:generate_prompt_vector",
+    ),
     "instructgym/GenerateResponse-v0": (
         "instructgym.envs.generate_response:generate_response",
         "instructgym.envs.generate_response:generate_response_vector",

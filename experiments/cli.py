@@ -32,6 +32,9 @@ from . import (
     nlu,
     nlu_report,
     privacy,
+    prompt,
+    prompt_compare,
+    prompt_report,
     query_accounting,
     refine_af_bootstrap,
     refine_af_generate,
@@ -86,6 +89,9 @@ from .judge import JudgeCalibrate
 from .nlu import NLU
 from .nlu_report import NLUReport
 from .privacy import Privacy
+from .prompt import PromptRun
+from .prompt_compare import PromptCompare
+from .prompt_report import PromptReport
 from .query_accounting import QueryAccounting
 from .refine_af_bootstrap import RefineAFBootstrap
 from .refine_af_generate import RefineAFGenerate
@@ -234,6 +240,23 @@ class Tuna:
     command: TunaCommand
 
 
+if TYPE_CHECKING:
+    PromptCommand = PromptRun | PromptCompare | PromptReport
+else:
+    PromptCommand = (
+        Annotated[PromptRun, tyro.conf.subcommand("run")]
+        | Annotated[PromptCompare, tyro.conf.subcommand("compare")]
+        | Annotated[PromptReport, tyro.conf.subcommand("report")]
+    )
+
+
+@dataclass
+class Prompt:
+    """Prompts for a frozen model: 'prompt [run]' searches by one method, 'prompt compare' by several."""
+
+    command: PromptCommand
+
+
 @dataclass
 class JudgeList:
     """List the judges."""
@@ -320,6 +343,7 @@ if TYPE_CHECKING:
         | FineGrained
         | RefineAF
         | Tuna
+        | Prompt
         | Finetune
         | Evaluate
         | Privacy
@@ -335,6 +359,7 @@ else:
         | Annotated[FineGrained, tyro.conf.subcommand("fine-grained")]
         | Annotated[RefineAF, tyro.conf.subcommand("refine-af")]
         | Annotated[Tuna, tyro.conf.subcommand("tuna")]
+        | Annotated[Prompt, tyro.conf.subcommand("prompt")]
         | Annotated[Finetune, tyro.conf.subcommand("finetune")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Privacy, tyro.conf.subcommand("privacy")]
@@ -413,6 +438,9 @@ RUNS: dict[type, Callable[[Any, Console], Any]] = {
     TunaPPO: tuna_ppo.run,
     TunaEvaluate: tuna_evaluate.run,
     TunaReport: tuna_report.run,
+    PromptRun: prompt.run,
+    PromptCompare: prompt_compare.run,
+    PromptReport: prompt_report.run,
     JudgeCalibrate: judge.run,
     FineGrainedRun: fine_grained_run.run,
     FineGrainedSFT: fine_grained_sft.run,
@@ -448,7 +476,7 @@ def dispatch(command: Any, console: Console) -> None:
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 2 bad input, 130 interrupted."""
     given = list(sys.argv[1:] if args is None else args)
-    if given[:1] == ["nlu"] and (given[1:2] or ["--"])[0].startswith("--") and given[1:2] != ["--help"]:
+    if given[:1] in (["nlu"], ["prompt"]) and (given[1:2] or ["--"])[0].startswith("--") and given[1:2] != ["--help"]:
         given.insert(1, "run")  # 'nlu --task ...' is short for 'nlu run --task ...'
     command = tyro.cli(
         Command,

@@ -10,6 +10,7 @@ from .diversity import DiversityReward
 from .edits import EditedPair, EditLabels, Pairs, edit_labels, edit_statistics, read_pairs, write_pairs
 from .elimination import EliminationReward, JudgedElimination, eliminated_by
 from .ground_truth import GroundTruth, LabelMatch, RegressionReward, SpanReward, parse_label, parse_number
+from .hinted_response import HintedResponse
 from .instance_format import Instance, parse_pair, read_pair
 from .judge import EqualityJudge
 from .pairwise import Comparison, Pair, PairwiseJudge, ScoredComparison, compare
@@ -54,6 +55,7 @@ __all__ = [
     "Grades",
     "GroundTruth",
     "GroundTruthRanker",
+    "HintedResponse",
     "HubRewardModel",
     "Instance",
     "JudgedElimination",
@@ -141,6 +143,7 @@ register_part("reward", "neighbour-distance", "instructgym.rewards.quality_score
 register_part("reward", "unieval", "instructgym.rewards.quality_models:UniEval")
 register_part("reward", "hub-reward-model", "instructgym.rewards.quality_models:HubRewardModel")
 register_part("reward", "task-gain", "instructgym.rewards.task_gain:TaskGain")
+register_part("reward", "hinted-response", "instructgym.rewards.hinted_response:HintedResponse")
 register_part("reward", "task", "instructgym.rewards.task_reward:TaskReward")
 register_part("reward", "vader", "instructgym.rewards.sentiment:VaderSentiment")
 register_part("reward", "reviews", "instructgym.rewards.sentiment:ReviewClassifier")

@@ -21,6 +21,7 @@ from instructgym.agents.ranking import RankedCandidates, RankingTrainer
 from instructgym.agents.ranking_agent import RankingAgent
 from instructgym.agents.reward_modelling import RewardTrainer, tokenize_pairs
 from instructgym.agents.sft import SFT, Demonstration
+from instructgym.agents.soft_q import SoftQ
 from instructgym.envs.tasks.prompt_examples import PromptExample
 from instructgym.envs.token_process import TokenSettings
 from instructgym.envs.token_vector_env import TokenVectorEnv
@@ -37,11 +38,15 @@ CASES = {
     "grpo": (GRPO, 9, {}),
     "rloo": (RLOO, 9, {"entropy_coefficient": 0.01}),
     "online ranking": (RankingAgent, 9, {"loss": "dpo", "epochs": 2, "minibatches": 2, "refresh_reference": 1}),
+    "soft q": (SoftQ, 9, {"epochs": 2, "replay_ratio": 0.5, "zscore": "group"}),
+    "soft q, one process without episodes": (SoftQ, 6, {"max_invalid_share": 1.0, "target_rate": 0.5}),
     "online ranking, too few lists for both": (RankingAgent, 6, {"mle_weight": 0.0, "max_invalid_share": 1.0}),
 }
 SAME = ["train/loss", "train/policy_loss", "train/value_loss", "train/kl", "train/kl_coefficient"]
 SAME += [
     "train/approx_kl",
+    "train/multi_step",
+    "train/target_value",
     "train/reference_kl",
     "train/entropy",
     "train/epochs",

@@ -29,6 +29,7 @@ def make(tmp_path):
             "reward": {"id": "quality", "kwargs": {"preset": "rm_only", "scorers": {"rew": "vader"}}},
         },
         "instructgym/GenerateLabel-v0": {"task": "SST-2", "data_dir": str(tmp_path)},
+        "instructgym/GeneratePrompt-v0": {"task": "SST-2", "data_dir": str(tmp_path), "backend": "scripted"},
         "instructgym/GenerateResponse-v0": {"data": "instructions"},
     }
     assert set(own) == set(TOKEN_IDS), "a new id belongs here"

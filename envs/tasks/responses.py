@@ -35,12 +35,14 @@ REFERENCES = ("reference", "response", "output")
 
 
 @dataclass(frozen=True)
-class _Request:
+class Request:
     """What is asked, before a layout puts it into a prompt."""
 
     id: str
     plain: str
+    """The text that a response continues."""
     chat: str
+    """The user's message."""
     reference: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
@@ -79,12 +81,20 @@ def response_prompts(
     """
     if layout not in LAYOUTS:
         raise InputError(f"unknown layout {layout!r}: use {' or '.join(LAYOUTS)}")
+    if layout == "chat" and tokenizer is None:
+        raise InputError("layout 'chat' needs a tokenizer: pass that of the model")
+    requests = response_requests(data, split, limit, seed)
+    return [_example(request, tokenizer if layout == "chat" else None) for request in requests]
+
+
+def response_requests(
+    data: str | Path = "reviews", split: str = "train", limit: int | None = None, seed: int = 0
+) -> list[Request]:
+    """What :func:`response_prompts` makes prompts of; arguments and errors as there."""
     if split not in SPLITS:
         raise InputError(f"unknown split {split!r}: use {', '.join(SPLITS)}")
     if limit is not None and limit < 1:
         raise InputError(f"a limit of {limit} rows leaves none: use at least 1")
-    if layout == "chat" and tokenizer is None:
-        raise InputError("layout 'chat' needs a tokenizer: pass that of the model")
     if data == "reviews":
         requests = _openings(split, seed)
     elif data == "instructions":
@@ -97,10 +107,10 @@ def response_prompts(
     if limit is not None:
         random.Random(f"{seed}/limit").shuffle(requests)
         requests = requests[:limit]
-    return [_example(request, tokenizer if layout == "chat" else None) for request in requests]
+    return requests
 
 
-def _openings(split: str, seed: int) -> list[_Request]:
+def _openings(split: str, seed: int) -> list[Request]:
     requests = []
     for row in load_rows(OFFLINE_TASK, split):
         words = row["sentence"].split()
@@ -109,14 +119,14 @@ def _openings(split: str, seed: int) -> list[_Request]:
         count = random.Random(f"{seed}/{row['id']}").randint(*OPENING_WORDS)
         plain, chat = _filled("review", {"opening": " ".join(words[:count])})
         metadata = {"task": "reviews", "label": row["label"]}
-        requests.append(_Request(f"reviews/{row['id']}", plain, chat, " ".join(words[count:]), metadata))
+        requests.append(Request(f"reviews/{row['id']}", plain, chat, " ".join(words[count:]), metadata))
     return requests
 
 
-def _instruction(row_id: str, text: str, given: str, reference: str | None, task: str) -> _Request:
+def _instruction(row_id: str, text: str, given: str, reference: str | None, task: str) -> Request:
     form = "instruction_with_input" if given else "instruction"
     plain, chat = _filled(form, {"instruction": text, "input": given})
-    return _Request(row_id, plain, chat, reference, {"task": task})
+    return Request(row_id, plain, chat, reference, {"task": task})
 
 
 def _filled(form: str, values: Mapping[str, str]) -> tuple[str, str]:
@@ -124,7 +134,7 @@ def _filled(form: str, values: Mapping[str, str]) -> tuple[str, str]:
     return fill(templates["plain"], values), fill(templates["chat"], values)
 
 
-def _file_requests(path: Path, split: str) -> list[_Request]:
+def _file_requests(path: Path, split: str) -> list[Request]:
     if not path.suffix and not path.exists():
         raise InputError(f"unknown data {str(path)!r}: use 'reviews', 'instructions' or a JSONL file")
     rows = read_user_rows(path)
@@ -136,7 +146,7 @@ def _file_requests(path: Path, split: str) -> list[_Request]:
     return chosen
 
 
-def _file_request(path: Path, where: str, row: Mapping[str, Any]) -> _Request:
+def _file_request(path: Path, where: str, row: Mapping[str, Any]) -> Request:
     if "prompt" not in row and "instruction" not in row:
         has = ", ".join(map(repr, row)) or "nothing"
         raise InputError(f"{where} needs a field 'prompt' or 'instruction'; it has {has}")
@@ -147,12 +157,12 @@ def _file_request(path: Path, where: str, row: Mapping[str, Any]) -> _Request:
         raise InputError(f"{where}: field 'id' must be a text or a whole number, got {row_id!r}")
     if "prompt" in row:
         prompt = user_text(where, row, "prompt").strip()
-        request = _Request("", prompt, prompt, reference or None, {"task": path.stem})
+        request = Request("", prompt, prompt, reference or None, {"task": path.stem})
     else:
         text, given = user_text(where, row, "instruction").strip(), _optional(where, row, "input")
         request = _instruction("", text, given, reference or None, path.stem)
     name = hashlib.sha1(request.plain.encode()).hexdigest()[:12] if row_id is None else row_id
-    return _Request(f"{path.stem}/{name}", request.plain, request.chat, request.reference, request.metadata)
+    return Request(f"{path.stem}/{name}", request.plain, request.chat, request.reference, request.metadata)
 
 
 def _optional(where: str, row: Mapping[str, Any], name: str) -> str:
@@ -163,7 +173,7 @@ def _optional(where: str, row: Mapping[str, Any], name: str) -> str:
     )
 
 
-def _refuse_repeats(places: Sequence[str], requests: Sequence[_Request]) -> None:
+def _refuse_repeats(places: Sequence[str], requests: Sequence[Request]) -> None:
     seen: dict[str, str] = {}
     for where, request in zip(places, requests, strict=True):
         if request.id in seen:
@@ -174,7 +184,7 @@ def _refuse_repeats(places: Sequence[str], requests: Sequence[_Request]) -> None
         seen[request.id] = where
 
 
-def _example(request: _Request, tokenizer: Tokenizer | None) -> PromptExample:
+def _example(request: Request, tokenizer: Tokenizer | None) -> PromptExample:
     metadata = dict(request.metadata) | {"request": request.plain if tokenizer is None else request.chat}
     prompt = request.plain if tokenizer is None else tokenizer.chat_text([{"role": "user", "content": request.chat}])
     return PromptExample(request.id, prompt, request.reference, metadata=metadata)

@@ -1,0 +1,236 @@
+"""``instructgym prompt``: search for a prompt with which a frozen model solves a labelled task."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from rich.console import Console
+
+from ..agents.callbacks import StepProgress
+from ..envs.tasks.prompt_tasks import PromptTask, load_prompt_task, minibatch
+from ..llm_backends import Backend, Journal
+from ..llm_backends.errors import InputError
+from ..llm_backends.transformers_backend import TransformersBackend
+from ..rewards.call_limit import LimitedScorer
+from ..rewards.task_prompt import TaskPrompt
+from ..rewards.task_score import TaskScorer
+from .options import SCALES, check_counts, check_run, input_errors, parse_part
+from .prompt_methods import METHODS, PromptSearch, run_search, validation_set
+from .resumption import accounted, journaled_roles
+from .run_folder import RunFolder
+from .tracking import Tracker
+
+SIZES = {
+    "smoke": {"calls": 320, "validation": 16, "test": 32, "train": 64, "copies": 4, "episodes": 8, "minibatch": 4},
+    "report": {"calls": 6000, "validation": 64, "test": 400, "train": 400, "copies": 4, "episodes": 8, "minibatch": 8},
+}
+"""Where a count is left at 0."""
+CURVE = 4
+"""Shares of the calls at which the best prompt so far is tested, for the curve."""
+PROMPTS = "prompts.jsonl"
+
+
+@dataclass
+class PromptRun:
+    """Search for a prompt by one method and test the best one."""
+
+    run_dir: str = ""
+    """Folder of the run. A search that was killed is repeated, with the replies of servers that are there already."""
+    task: str = "rotten-tomatoes"
+    """rotten-tomatoes (offline), a task of GLUE or SuperGLUE, or a TOML file that describes one."""
+    data_dir: str = ""
+    """Folder of GLUE's or SuperGLUE's files; by default the datasets library fetches them."""
+    method: Literal["manual", "random", "beam", "maskable-ppo", "ppo", "grpo", "soft-q", "gepa"] = "maskable-ppo"
+    """manual: the instructions that people wrote; random, beam and maskable-ppo edit prompts; ppo, grpo and soft-q
+    write them token by token; gepa reflects on failures."""
+    calls: int = 0
+    """Task-model calls of the search at most, validation included: one per example and label. 0: by --scale."""
+    validation: int = 0
+    """Validation examples, which choose among prompts. 0: by --scale."""
+    test: int = 0
+    """Test examples. 0: by --scale."""
+    train: int = 0
+    """Training examples to draw minibatches from. 0: by --scale."""
+    minibatch: int = 0
+    """Examples by which a prompt is rewarded. 0: by --scale."""
+    copies: int = 0
+    """Copies of the edit environment. 0: by --scale."""
+    episodes: int = 0
+    """Instructions that ppo, grpo and soft-q write per update. 0: by --scale."""
+    horizon: int = 4
+    """Edits per episode."""
+    operator: str = "edits"
+    """Of random, beam and maskable-ppo: edits (of whole prompts, some by a language model) or phrases (of the
+    instruction)."""
+    max_tokens: int = 16
+    """Tokens of an instruction that is written, at most."""
+    learning_rate: float = 3e-4
+    """Of ppo, grpo and soft-q."""
+    backend: str = "embedded"
+    """The frozen model, one that reports log-probs: embedded, transformers, vllm-server, or JSON."""
+    rewriter: str = "embedded"
+    """Who edits, or reflects: as --backend, log-probs or not."""
+    model: str = "embedded"
+    """The policy of ppo, grpo and soft-q: embedded, or a local path or hub id."""
+    calibrate: Literal["", "contextual", "batch"] = ""
+    """Search by calibrated scores; the test reports raw and calibrated ones anyway."""
+    scale: Literal["smoke", "report"] = "report"
+    """Size of what is left at 0."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the policy that is trained, and of an embedded frozen model."""
+    seed: int = 0
+    """Of the search; train, validation and test examples are those of --data-seed."""
+    data_seed: int = 0
+    """Of the examples."""
+    track: str = "none"
+    """none or wandb."""
+    dry_run: bool = False
+    """Check everything, load no model."""
+
+    def check(self) -> None:
+        """Refuses what can be refused without data.
+
+        Raises:
+            InputError: naming the option.
+        """
+        check_run(self)
+        check_counts(self, "horizon", "max_tokens")
+        if self.scale not in SCALES:
+            raise InputError(f"--scale must be {' or '.join(SCALES)}, got {self.scale!r}")
+        if self.method not in METHODS:
+            raise InputError(f"--method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.operator not in ("edits", "phrases"):
+            raise InputError(f"--operator must be edits or phrases, got {self.operator!r}")
+        if not self.learning_rate:
+            raise InputError("--learning-rate must be above 0")
+
+    def sized(self) -> dict[str, Any]:
+        """The options, with what is left at 0 taken from the scale."""
+        given = asdict(self)
+        return given | {name: given[name] or size for name, size in SIZES[self.scale].items()}
+
+
+def run(options: PromptRun, console: Console | None = None) -> dict[str, Any]:
+    """Searches and tests, and returns the results.
+
+    The run folder gets ``prompts.jsonl``, a row per prompt that was validated.
+
+    Raises:
+        InputError: for bad input, before a model is loaded.
+    """
+    console = console or Console()
+    options.check()
+    sized = options.sized()
+    task = load(options, sized)
+    parts = {"task model": _part(options.backend, options.dtype), "rewriter": _part(options.rewriter, options.dtype)}
+    with input_errors():
+        probe = journaled_roles(parts, None)
+        TaskScorer(probe["task model"], options.calibrate or False).check(
+            [task.prompt(text) for text in task.instructions], [*task.train, *task.validation, *task.test]
+        )
+    if sized["calls"] < sized["validation"] * len(task.labels):
+        raise InputError(
+            f"--calls {sized['calls']} do not do for one prompt on --validation {sized['validation']} examples of "
+            f"{len(task.labels)} labels: raise the one or lower the other"
+        )
+    if options.dry_run:
+        console.print(f"would search by {options.method} with {sized['calls']} calls, in {options.run_dir}")
+        return {}
+    folder = RunFolder(options.run_dir, asdict(options) | sized, "prompt run")
+    if (results := folder.finished(console)) is not None:
+        return results
+    with folder.opened(), Tracker(folder, options.track) as tracker:
+        roles = _kept(parts, folder)
+        with accounted(roles, folder.path):
+            out = folder.file(PROMPTS)
+            out.unlink(missing_ok=True)  # a run that is resumed replays its replies and writes the same rows
+            with StepProgress(f"{options.method} on {task.name}", sized["calls"], console) as progress:
+                search = PromptSearch(
+                    task,
+                    LimitedScorer(sized["calls"], roles["task model"], options.calibrate or False),
+                    validation_set(task, sized["validation"], options.data_seed),
+                    roles["rewriter"],
+                    options.model,
+                    sized,
+                    out,
+                    progress,
+                )
+                run_search(search, options.method)
+            if search.best is None:
+                raise InputError(f"{options.method} found no prompt with {sized['calls']} calls: raise --calls")
+            curve = tested(search, roles["task model"])
+        results = folder.finish(
+            {
+                "test_raw": curve[-1]["raw"],
+                "test_calibrated": curve[-1]["calibrated"],
+                "validation": max(row["accuracy"] for row in search.history),
+                "curve": curve,
+                "prompt": search.best.text,
+            },
+            {
+                "calls": search.scorer.calls,
+                "prompts": len(search.prompts),
+                "test": len(task.test),
+                "rewriter_requests": roles["rewriter"].usage.requests,
+            },
+        )
+        tracker.summary({name: results["metrics"][name] for name in ("test_raw", "test_calibrated", "validation")})
+    console.print(
+        f"{options.method} on {task.name}: test {100 * curve[-1]['raw']:.1f}% raw, "
+        f"{100 * curve[-1]['calibrated']:.1f}% calibrated, after {search.scorer.calls} calls: {search.best.text!r}",
+        highlight=False,
+        markup=False,
+    )
+    return results
+
+
+def _kept(parts: dict[str, Any], folder: RunFolder) -> dict[str, Backend]:
+    """The backends. Replies of servers are kept, so that none is paid for twice.
+
+    A model in this process is asked again: reading what prompts share once is worth more than a journal of every row.
+    """
+    live = journaled_roles(parts, None)
+    kept = journaled_roles(parts, Journal(folder.file("journal.jsonl")))
+    return {name: one if isinstance(one, TransformersBackend) else kept[name] for name, one in live.items()}
+
+
+def load(options: PromptRun, sized: dict[str, Any]) -> PromptTask:
+    """The task with as many examples of each split as the run needs."""
+    with input_errors():
+        task = load_prompt_task(options.task, limit=None, seed=options.data_seed, data_dir=options.data_dir)
+    drawn = {
+        split: minibatch(task, split, min(sized[split], len(task.examples(split))), options.data_seed)
+        for split in ("train", "validation", "test")
+    }
+    return PromptTask(**{**vars(task), **drawn})
+
+
+def _part(text: str, dtype: str) -> Any:
+    part = parse_part(text)
+    if part["id"] in ("embedded", "transformers"):
+        part = part | {"kwargs": {"dtype": dtype} | dict(part.get("kwargs") or {})}
+    return part
+
+
+def tested(search: PromptSearch, backend: Backend) -> list[dict[str, Any]]:
+    """Test accuracy, raw and calibrated, of the best prompt at each quarter of the calls; the last is the result."""
+    scorer = TaskScorer(backend)
+    found = search.incumbents()
+    known: dict[str, tuple[float, float]] = {}
+
+    def accuracy(prompt: TaskPrompt) -> tuple[float, float]:
+        if repr(prompt) not in known:
+            [raw] = scorer.score([prompt], search.task.test)
+            [calibrated] = scorer.score([prompt], search.task.test, calibrate="contextual")
+            known[repr(prompt)] = (raw.accuracy, calibrated.accuracy)
+        return known[repr(prompt)]
+
+    rows = []
+    for number in range(1, CURVE + 1):
+        calls = search.scorer.limit * number // CURVE
+        standing = [prompt for made, prompt in found if made <= calls]
+        if standing or number == CURVE:
+            raw, calibrated = accuracy(standing[-1] if standing else found[-1][1])
+            rows.append({"calls": calls, "raw": raw, "calibrated": calibrated})
+    return rows

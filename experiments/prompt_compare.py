@@ -1,0 +1,104 @@
+"""``instructgym prompt compare``: all methods on all tasks at equal numbers of task-model calls, and the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from ..llm_backends.errors import InputError
+from .options import SCALES, check_output
+from .prompt import PromptRun
+from .prompt import run as search
+from .prompt_methods import METHODS
+from .prompt_report import PromptReport
+from .prompt_report import run as report
+
+SEEDS = {"smoke": 1, "report": 3}
+
+
+@dataclass
+class PromptCompare:
+    """Run methods side by side and gather them."""
+
+    run_dir: str = "runs/prompt"
+    """Folder for the run folders of all searches; those that are finished are kept."""
+    scale: Literal["smoke", "report"] = "report"
+    """smoke: under three minutes on two cores; report: up to two hours."""
+    tasks: str = "rotten-tomatoes"
+    """Tasks, separated by commas; see 'prompt run'."""
+    data_dir: str = ""
+    """Folder of GLUE's or SuperGLUE's files."""
+    methods: str = "manual,random,maskable-ppo,soft-q,gepa"
+    """Methods, separated by commas; also beam, ppo and grpo."""
+    seeds: int = 0
+    """Seeds of each search, 0, 1, ... 0: by --scale, 1 or 3."""
+    calls: int = 0
+    """Task-model calls of each search. 0: by --scale."""
+    backend: str = "embedded"
+    """The frozen model."""
+    rewriter: str = "embedded"
+    """Who edits, or reflects."""
+    model: str = "embedded"
+    """The policy of the methods that write tokens."""
+    track: str = "none"
+    """none or wandb."""
+    dry_run: bool = False
+    """Check everything, load no model."""
+
+    def runs(self) -> list[PromptRun]:
+        """The searches, seed by seed.
+
+        Raises:
+            InputError: for unknown or no methods, no tasks, and a bad scale or number of seeds.
+        """
+        if self.scale not in SCALES:
+            raise InputError(f"--scale must be {' or '.join(SCALES)}, got {self.scale!r}")
+        if self.seeds < 0:
+            raise InputError(f"--seeds must not be negative, got {self.seeds}")
+        methods, tasks = (
+            [name.strip() for name in value.split(",") if name.strip()] for value in (self.methods, self.tasks)
+        )
+        if unknown := [name for name in methods if name not in METHODS]:
+            raise InputError(f"--methods has an unknown {unknown[0]!r}: use {', '.join(METHODS)}")
+        if not methods or not tasks:
+            raise InputError("--methods and --tasks must name at least one each")
+        return [
+            PromptRun(
+                run_dir=str(Path(self.run_dir) / f"{Path(task).stem}-{method}-{seed}"),
+                task=task,
+                data_dir=self.data_dir,
+                method=method,  # type: ignore[arg-type]
+                calls=self.calls,
+                backend=self.backend,
+                rewriter=self.rewriter,
+                model=self.model,
+                scale=self.scale,
+                seed=seed,
+                track=self.track,
+            )
+            for seed in range(self.seeds or SEEDS[self.scale])
+            for task in tasks
+            for method in methods
+        ]
+
+
+def run(options: PromptCompare, console: Console | None = None) -> dict[str, Any]:
+    """Runs the searches that are not finished and returns the report's figures.
+
+    Raises:
+        InputError: for bad input, before the first search.
+    """
+    console = console or Console()
+    runs = options.runs()
+    check_output(Path(options.run_dir) / "report" / "report.md")
+    for one in {one.task: one for one in runs}.values():
+        search(PromptRun(**vars(one) | {"dry_run": True}), Console(quiet=True))
+    if options.dry_run:
+        console.print(f"would make {len(runs)} searches in {options.run_dir}")
+        return {}
+    for one in runs:
+        search(one, console)
+    return report(PromptReport(options.run_dir), console)

@@ -1,0 +1,293 @@
+"""Ways to find a prompt for a frozen model, all held to the same number of task-model calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from stable_baselines3.common.callbacks import BaseCallback
+
+from ..agents.baselines import random_actions
+from ..agents.callbacks import StepProgress
+from ..agents.factory import make_agent
+from ..agents.reflective import PromptAdapter, reflective_search
+from ..envs.sb3 import make_sb3_env
+from ..envs.tasks.prompt_tasks import PromptTask, minibatch
+from ..llm_backends import Backend
+from ..llm_backends.records import append_lines
+from ..rewards.call_limit import CallLimitError, LimitedScorer
+from ..rewards.task_prompt import LabelledExample, TaskPrompt
+from ..rewards.task_score import TaskResult
+
+PATIENCE = 4
+"""Rounds without a validated prompt, at most."""
+BEAM = 4
+"""Prompts that beam search goes on from."""
+EDIT_ENV, TOKEN_ENV = "instructgym/EditPrompt-v0", "instructgym/GeneratePrompt-v0"
+
+
+@dataclass
+class PromptSearch:
+    """One search: what it may ask, and the best prompt so far by the validation examples."""
+
+    task: PromptTask
+    scorer: LimitedScorer
+    validation: Sequence[LabelledExample]
+    rewriter: Backend
+    """Edits prompts, or reflects on their failures."""
+    model: str
+    """The policy of the methods that write tokens."""
+    settings: Mapping[str, Any]
+    """Options of the run."""
+    out: Path
+    """Where the prompts that were validated go, row by row."""
+    progress: StepProgress | None = None
+    best: TaskPrompt | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """A row per validated prompt: ``calls`` so far, ``prompt``, ``accuracy`` and ``gap`` on the validation examples,
+    and whether it is ``best`` so far."""
+    prompts: list[TaskPrompt] = field(default_factory=list)
+    """Those of the history."""
+    _record: float = -np.inf
+    _passed: int = 0
+
+    @property
+    def seed(self) -> int:
+        """Of everything that is drawn."""
+        return int(self.settings["seed"])
+
+    def offer(self, prompt: TaskPrompt) -> None:
+        """Validates a prompt, unless that was done before.
+
+        Raises:
+            CallLimitError: if the calls that are left do not do.
+        """
+        if prompt not in self.prompts:
+            [result] = self.scorer.score([prompt], self.validation)
+            self.note(prompt, result)
+
+    def propose(self, prompt: TaskPrompt, score: float) -> None:
+        """Validates the best prompt of a round where it is worth the calls.
+
+        It is if it did better on its minibatch than those before it, or if nothing was validated for some rounds.
+
+        Args:
+            prompt: the round's best.
+            score: of the prompt on its minibatch.
+        """
+        self._passed += 1
+        if score > self._record or self._passed > PATIENCE:
+            self._record, self._passed = max(score, self._record), 0
+            self.offer(prompt)
+        self.show()
+
+    def note(self, prompt: TaskPrompt, result: TaskResult) -> None:
+        """Keeps a validation result. The best prompt has the highest accuracy, of equals the larger gap."""
+        key = (result.accuracy, float(result.gaps.mean()))
+        better = all(key > (row["accuracy"], row["gap"]) for row in self.history)
+        row = {
+            "calls": self.scorer.calls,
+            "accuracy": key[0],
+            "gap": key[1],
+            "best": better,
+            "instruction": prompt.instruction,
+            "demonstrations": [vars(shown) for shown in prompt.demonstrations],
+            "verbalizers": list(prompt.verbalizers),
+        }
+        self.history.append(row)
+        self.prompts.append(prompt)
+        append_lines(self.out, [row])
+        if better:
+            self.best = prompt
+        self.show()
+
+    def show(self) -> None:
+        """Moves the progress bar."""
+        if self.progress is not None:
+            best = max((row["accuracy"] for row in self.history), default=0.0)
+            self.progress.update(self.scorer.calls, f"{len(self.prompts)} prompts validated, best {best:.2f}")
+
+    def incumbents(self) -> list[tuple[int, TaskPrompt]]:
+        """The prompts that were the best when they were found, with the calls made until then."""
+        return [(row["calls"], prompt) for row, prompt in zip(self.history, self.prompts, strict=True) if row["best"]]
+
+
+def manual(search: PromptSearch) -> None:
+    """Every instruction that a person wrote for the task."""
+    for instruction in search.task.instructions:
+        search.offer(search.task.prompt(instruction))
+
+
+def random_edits(search: PromptSearch) -> None:
+    """Edits drawn at random among the possible ones."""
+    _edit(search, "random")
+
+
+def beam(search: PromptSearch) -> None:
+    """Beam search over edits: the prompts of the beam are edited at random, those that gained most are kept.
+
+    A prompt's worth is the sum of the gains on the way to it, each on a minibatch of its own.
+    """
+    env = gym.make_vec(EDIT_ENV, num_envs=search.settings["copies"], **_edit_options(search)).unwrapped
+    rng = np.random.default_rng(search.seed)
+    kept = [(0.0, search.task.prompt(search.task.instructions[0]))]
+    seed: int | None = search.seed
+    while True:
+        parents = [kept[copy % len(kept)] for copy in range(env.num_envs)]
+        env.reset(seed=seed, options={"prefix": [prompt for _, prompt in parents]})
+        seed = None
+        masks = np.stack(env.action_masks()).astype(bool)  # type: ignore[attr-defined]
+        actions = random_actions(rng, masks, env.single_action_space)
+        _, _, _, _, infos = env.step(actions)
+        children = [
+            (worth + float(infos["score"][copy] - infos["start_score"][copy]), infos["prompt"][copy])
+            for copy, (worth, _) in enumerate(parents)
+        ]
+        ordered = sorted([*kept, *children], key=lambda pair: -pair[0])
+        kept = list({repr(prompt): (worth, prompt) for worth, prompt in reversed(ordered)}.values())[::-1][:BEAM]
+        worth, best = kept[0]
+        search.propose(best, worth)
+
+
+def maskable_ppo(search: PromptSearch) -> None:
+    """MaskablePPO of sb3-contrib picks the edits."""
+    _edit(search, "MaskablePPO")
+
+
+def token_ppo(search: PromptSearch) -> None:
+    """Token-level PPO writes instructions."""
+    from ..agents.ppo import TokenPPO
+
+    _write(search, TokenPPO, "shared", {"epochs": 2})
+
+
+def grpo(search: PromptSearch) -> None:
+    """GRPO writes instructions; a group is scored on one minibatch."""
+    from ..agents.grpo import GRPO
+
+    _write(search, GRPO, "none", {}, group_size=search.settings["episodes"])
+
+
+def soft_q(search: PromptSearch) -> None:
+    """Soft Q-learning writes instructions, as in RLPrompt."""
+    from ..agents.soft_q import SoftQ
+
+    _write(search, SoftQ, "none", {"shaped_high": 20.0})
+
+
+def gepa(search: PromptSearch) -> None:
+    """GEPA: a language model reads failures and writes instructions. Starts from the task's description."""
+    validation = tuple(search.validation)
+
+    def noted(prompt: TaskPrompt, result: TaskResult) -> None:
+        if result.examples == validation:
+            search.note(prompt, result)
+        search.show()
+
+    adapter = PromptAdapter(
+        search.task.prompt(search.task.instructions[0]), search.scorer, search.rewriter, search.seed, noted
+    )
+    train = search.task.examples("train")
+    reflective_search(adapter, train, validation, search.scorer.left, search.settings["minibatch"], search.seed)
+
+
+METHODS: dict[str, Callable[[PromptSearch], None]] = {
+    "manual": manual,
+    "random": random_edits,
+    "beam": beam,
+    "maskable-ppo": maskable_ppo,
+    "ppo": token_ppo,
+    "grpo": grpo,
+    "soft-q": soft_q,
+    "gepa": gepa,
+}
+"""By name."""
+
+
+def run_search(search: PromptSearch, method: str) -> None:
+    """Searches until the calls are spent, or the method has nothing left to try."""
+    with suppress(CallLimitError):
+        METHODS[method](search)
+
+
+class _Best(BaseCallback):
+    """Validates the best prompt of each rollout, by its task score on the episode's minibatch."""
+
+    def __init__(self, search: PromptSearch) -> None:
+        super().__init__()
+        self.search = search
+        self.found: list[tuple[float, TaskPrompt]] = []
+
+    def _on_step(self) -> bool:
+        self.found += [(info["score"], info["prompt"]) for info in self.locals["infos"]]
+        return True
+
+    def _on_rollout_end(self) -> None:
+        seen = set(map(repr, self.search.prompts))
+        fresh = [(score, prompt) for score, prompt in self.found if repr(prompt) not in seen]
+        self.found = []
+        if fresh:
+            score, prompt = max(fresh, key=lambda pair: pair[0])
+            self.search.propose(prompt, score)
+
+
+def _edit(search: PromptSearch, algorithm: str) -> None:
+    env = make_sb3_env(EDIT_ENV, n_envs=search.settings["copies"], **_edit_options(search))
+    agent = make_agent(algorithm, env, search.seed, search.settings["horizon"])
+    agent.learn(10**9, callback=[_Best(search)])
+
+
+def _edit_options(search: PromptSearch) -> dict[str, Any]:
+    return {
+        "task": search.task,
+        "operator": search.settings["operator"],
+        "backend": search.rewriter,
+        "scorer": search.scorer,
+        "batch_size": search.settings["minibatch"],
+        "horizon": search.settings["horizon"],
+    }
+
+
+def _write(search: PromptSearch, agent_class: Any, value: str, options: Mapping[str, Any], **grouped: Any) -> None:
+    from ..agents.language_model import LanguageModelPolicy
+    from ..rewards.task_reward import TaskReward
+
+    settings, task = search.settings, search.task
+    policy = LanguageModelPolicy(search.model, value=value, dtype=settings["dtype"], seed=search.seed)  # type: ignore[arg-type]
+    reward = TaskReward(task.prompt(""), task.examples("train"), settings["minibatch"], search.scorer, seed=search.seed)
+    env = gym.make_vec(
+        TOKEN_ENV,
+        num_envs=settings["episodes"],
+        task=settings["task"],
+        data_dir=settings["data_dir"],
+        limit=len(task.examples("train")),
+        data_seed=search.seed,
+        reward=reward,
+        tokenizer=policy.tokenizer,
+        max_tokens=settings["max_tokens"],
+        **grouped,
+    )
+    agent = agent_class(env, policy, search.seed, learning_rate=settings["learning_rate"], **options)
+    agent.start()
+    while search.scorer.left > 0:
+        before = search.scorer.calls
+        agent.update(search.scorer.calls / search.scorer.limit)
+        batch = agent.last_rollout
+        returns = batch.per_episode(batch.own_rewards)
+        for number in np.argsort(-returns, kind="stable"):
+            text = str(batch.infos[number]["text"]).strip()
+            if text and task.prompt(text) not in search.prompts:
+                search.propose(task.prompt(text), float(returns[number]))
+                break
+        if search.scorer.calls == before:  # nothing was asked: every episode was empty
+            break
+
+
+def validation_set(task: PromptTask, size: int, seed: int) -> tuple[LabelledExample, ...]:
+    """The examples that choose among prompts, drawn by the seed."""
+    return minibatch(task, "validation", min(size, len(task.examples("validation"))), seed)
