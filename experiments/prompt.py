@@ -11,10 +11,11 @@ from ..agents.callbacks import StepProgress
 from ..envs.tasks.prompt_tasks import PromptTask, load_prompt_task, minibatch
 from ..llm_backends import Backend, Journal
 from ..llm_backends.errors import InputError
+from ..llm_backends.records import write_lines
 from ..llm_backends.transformers_backend import TransformersBackend
 from ..rewards.call_limit import LimitedScorer
 from ..rewards.task_prompt import TaskPrompt
-from ..rewards.task_score import TaskScorer
+from ..rewards.task_score import TaskResult, TaskScorer
 from .options import SCALES, check_counts, check_run, input_errors, parse_part
 from .prompt_methods import METHODS, PromptSearch, run_search, validation_set
 from .resumption import accounted, journaled_roles
@@ -28,7 +29,7 @@ SIZES = {
 """Where a count is left at 0."""
 CURVE = 4
 """Shares of the calls at which the best prompt so far is tested, for the curve."""
-PROMPTS = "prompts.jsonl"
+PROMPTS, TESTED = "prompts.jsonl", "test.jsonl"
 
 
 @dataclass
@@ -114,7 +115,8 @@ class PromptRun:
 def run(options: PromptRun, console: Console | None = None) -> dict[str, Any]:
     """Searches and tests, and returns the results.
 
-    The run folder gets ``prompts.jsonl``, a row per prompt that was validated.
+    The run folder gets ``prompts.jsonl``, a row per prompt that was validated, and ``test.jsonl``, a row per test
+    example: ``id``, ``label`` and what the best prompt predicts, ``raw`` and ``calibrated``.
 
     Raises:
         InputError: for bad input, before a model is loaded.
@@ -159,7 +161,8 @@ def run(options: PromptRun, console: Console | None = None) -> dict[str, Any]:
                 run_search(search, options.method)
             if search.best is None:
                 raise InputError(f"{options.method} found no prompt with {sized['calls']} calls: raise --calls")
-            curve = tested(search, roles["task model"])
+            curve, rows = tested(search, roles["task model"])
+            write_lines(folder.path / TESTED, rows)
         results = folder.finish(
             {
                 "test_raw": curve[-1]["raw"],
@@ -213,24 +216,32 @@ def _part(text: str, dtype: str) -> Any:
     return part
 
 
-def tested(search: PromptSearch, backend: Backend) -> list[dict[str, Any]]:
-    """Test accuracy, raw and calibrated, of the best prompt at each quarter of the calls; the last is the result."""
+def tested(search: PromptSearch, backend: Backend) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Test accuracy, raw and calibrated, of the best prompt at each quarter of the calls; the last is the result.
+
+    Returns:
+        A row per quarter, and a row per test example with the labels that the last prompt predicts.
+    """
     scorer = TaskScorer(backend)
     found = search.incumbents()
-    known: dict[str, tuple[float, float]] = {}
+    known: dict[str, tuple[TaskResult, TaskResult]] = {}
 
-    def accuracy(prompt: TaskPrompt) -> tuple[float, float]:
+    def results(prompt: TaskPrompt) -> tuple[TaskResult, TaskResult]:
         if repr(prompt) not in known:
             [raw] = scorer.score([prompt], search.task.test)
             [calibrated] = scorer.score([prompt], search.task.test, calibrate="contextual")
-            known[repr(prompt)] = (raw.accuracy, calibrated.accuracy)
+            known[repr(prompt)] = (raw, calibrated)
         return known[repr(prompt)]
 
-    rows = []
+    curve = []
     for number in range(1, CURVE + 1):
         calls = search.scorer.limit * number // CURVE
         standing = [prompt for made, prompt in found if made <= calls]
         if standing or number == CURVE:
-            raw, calibrated = accuracy(standing[-1] if standing else found[-1][1])
-            rows.append({"calls": calls, "raw": raw, "calibrated": calibrated})
-    return rows
+            raw, calibrated = results(standing[-1] if standing else found[-1][1])
+            curve.append({"calls": calls, "raw": raw.accuracy, "calibrated": calibrated.accuracy})
+    rows = [
+        {"id": example.id, "label": example.label, "raw": int(one), "calibrated": int(other)}
+        for example, one, other in zip(search.task.test, raw.predictions, calibrated.predictions, strict=True)
+    ]
+    return curve, rows

@@ -11,9 +11,11 @@ import numpy as np
 from rich.console import Console
 
 from ..llm_backends.errors import InputError
+from ..llm_backends.records import read_records
 from .metrics import interval
 from .options import check_output
 from .plots import COLOURS, panels
+from .prompt import TESTED
 from .prompt_methods import METHODS
 from .run_folder import read_json, write_json
 from .tables import markdown, rich_table
@@ -22,6 +24,25 @@ COMMAND = "prompt run"
 SAME = ("task", "data_seed", "calls", "validation", "test", "train", "minibatch", "backend", "calibrate", "data_dir")
 """Options in which the runs of one task may not differ."""
 KINDS = ("raw", "calibrated")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run of 'prompt run'."""
+
+    options: dict[str, Any]
+    results: dict[str, Any]
+    folder: Path
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Of its results."""
+        metrics: dict[str, Any] = self.results["metrics"]
+        return metrics
+
+    def correct(self, kind: str) -> np.ndarray:
+        """bool, shape (test examples,): what the best prompt gets right, raw or calibrated."""
+        return np.array([row[kind] == row["label"] for row in read_records(self.folder / TESTED)])
 
 
 @dataclass
@@ -47,6 +68,10 @@ def run(options: PromptReport, console: Console | None = None) -> dict[str, Any]
     out = Path(options.out) if options.out else Path(options.runs) / "report"
     check_output(out / "report.md")
     figures = {task: {method: _figures(found) for method, found in arms.items()} for task, arms in runs.items()}
+    for task, arms in runs.items():
+        if "manual" in arms:
+            for method, found in arms.items():
+                figures[task][method]["over_manual"] = _difference(found, arms["manual"])
     out.mkdir(parents=True, exist_ok=True)
     lines = ["# Prompts for a frozen model", "", *_notes(), ""]
     tables = {task: _rows(arms) for task, arms in figures.items()}
@@ -61,9 +86,9 @@ def run(options: PromptReport, console: Console | None = None) -> dict[str, Any]
     return figures
 
 
-def _gather(root: Path) -> dict[str, dict[str, list[tuple[dict[str, Any], dict[str, Any]]]]]:
-    """Options and results of the finished runs, by task and method."""
-    found: dict[str, dict[str, list[tuple[dict[str, Any], dict[str, Any]]]]] = {}
+def _gather(root: Path) -> dict[str, dict[str, list[Run]]]:
+    """The finished runs, by task and method."""
+    found: dict[str, dict[str, list[Run]]] = {}
     for path in sorted(root.rglob("results.json")):
         config, results = read_json(path.parent / "config.json"), read_json(path)
         if config is None or config.get("command") != COMMAND or results is None:
@@ -72,33 +97,45 @@ def _gather(root: Path) -> dict[str, dict[str, list[tuple[dict[str, Any], dict[s
             continue
         options = config["options"]
         arms = found.setdefault(options["task"], {})
-        for other, _ in next(iter(arms.values()), [])[:1]:
-            differing = [name for name in SAME if options[name] != other[name]]
+        for other in next(iter(arms.values()), [])[:1]:
+            differing = [name for name in SAME if options[name] != other.options[name]]
             if differing:
                 raise InputError(
                     f"the runs of {options['task']} in {root} differ in {', '.join(differing)}: gather them apart"
                 )
-        arms.setdefault(options["method"], []).append((options, results))
+        arms.setdefault(options["method"], []).append(Run(options, results, path.parent))
     return {task: {name: arms[name] for name in METHODS if name in arms} for task, arms in sorted(found.items())}
 
 
-def _figures(runs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> dict[str, Any]:
+def _figures(runs: Sequence[Run]) -> dict[str, Any]:
     """Of one method on one task: means and 95% t-intervals over seeds, and the curve."""
-    figures: dict[str, Any] = {"seeds": sorted(options["seed"] for options, _ in runs)}
+    figures: dict[str, Any] = {"seeds": sorted(run.options["seed"] for run in runs)}
     for kind in KINDS:
-        values = [results["metrics"][f"test_{kind}"] for _, results in runs]
+        values = [run.metrics[f"test_{kind}"] for run in runs]
         mean, half = interval(values)
         figures[kind] = {"mean": mean, "half": None if np.isnan(half) else half, "values": values}
-    curves = [{row["calls"]: row for row in results["metrics"]["curve"]} for _, results in runs]
+    curves = [{row["calls"]: row for row in run.metrics["curve"]} for run in runs]
     shared = sorted(set.intersection(*(set(curve) for curve in curves)))
     figures["curve"] = [
         {"calls": calls} | {kind: float(np.mean([curve[calls][kind] for curve in curves])) for kind in KINDS}
         for calls in shared
     ]
-    figures["calls"] = float(np.mean([results["counts"]["calls"] for _, results in runs]))
-    figures["prompts"] = float(np.mean([results["counts"]["prompts"] for _, results in runs]))
-    best = max(runs, key=lambda pair: pair[1]["metrics"]["validation"])
-    figures["example"] = best[1]["metrics"]["prompt"]
+    figures["calls"] = float(np.mean([run.results["counts"]["calls"] for run in runs]))
+    figures["prompts"] = float(np.mean([run.results["counts"]["prompts"] for run in runs]))
+    figures["example"] = max(runs, key=lambda run: run.metrics["validation"]).metrics["prompt"]
+    return figures
+
+
+def _difference(runs: Sequence[Run], manual: Sequence[Run]) -> dict[str, dict[str, float]]:
+    """How much more of the test examples a method gets right: means and 95% t-intervals over the examples.
+
+    Pairs are of one example; what a method gets right of it is averaged over its seeds.
+    """
+    figures = {}
+    for kind in KINDS:
+        mine, theirs = (np.mean([run.correct(kind) for run in side], axis=0) for side in (runs, manual))
+        mean, half = interval(mine - theirs)
+        figures[kind] = {"mean": mean, "half": half}
     return figures
 
 
@@ -107,23 +144,27 @@ def _notes() -> list[str]:
         "Test accuracy (percent) of the prompt that was best on the validation examples: mean and 95% t-interval over "
         "seeds. Seeds change the search, not the examples. A call is one label of one example, validation included; "
         "`manual` stops when all instructions are validated.",
+        "Over manual: the difference to `manual` on the same test examples, right answers averaged over seeds, with a "
+        "95% t-interval over the examples.",
         "Calibrated: less the label bias on content-free inputs. What is left of a gain there is not a matter of bias.",
     ]
 
 
 def _rows(arms: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    rows = [["method", "raw", "calibrated", "calls", "prompts validated", "seeds", "best prompt"]]
+    kinds = [title for kind in KINDS for title in (kind, "over manual")]
+    rows = [["method", *kinds, "calls", "prompts validated", "seeds", "best prompt"]]
     for name, figures in arms.items():
-        cells = [_share(figures[kind]) for kind in KINDS]
+        over = {} if name == "manual" else figures.get("over_manual", {})
+        cells = [cell for kind in KINDS for cell in (_share(figures[kind]), _share(over[kind], "+") if over else "")]
         prompt = figures["example"].replace("\n", " / ").replace("|", "\\|")
         counts = [f"{figures['calls']:,.0f}", f"{figures['prompts']:.0f}", str(len(figures["seeds"]))]
         rows.append([name, *cells, *counts, prompt if len(prompt) < 160 else prompt[:157] + "..."])
     return rows
 
 
-def _share(figures: Mapping[str, Any]) -> str:
+def _share(figures: Mapping[str, Any], sign: str = "") -> str:
     half = "" if figures["half"] is None else f" ± {100 * figures['half']:.1f}"
-    return f"{100 * figures['mean']:.1f}{half}"
+    return f"{100 * figures['mean']:{sign}.1f}{half}"
 
 
 def plot_methods(figures: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> Path:

@@ -173,6 +173,11 @@ def test_every_method_finds_a_prompt_within_its_calls(method, options, tmp_path)
     assert [row["calls"] for row in rows] == sorted(row["calls"] for row in rows) and rows[0]["best"]
     assert metrics["validation"] == max(row["accuracy"] for row in rows)
     assert 0 <= metrics["test_raw"] <= 1 and metrics["curve"][-1]["calls"] == 400
+    tested = read_records(tmp_path / "test.jsonl")
+    assert len(tested) == 32 and {row["label"] for row in tested} == {0, 1}
+    for kind in ("raw", "calibrated"):
+        right = np.mean([row[kind] == row["label"] for row in tested])
+        assert right == pytest.approx(metrics[f"test_{kind}"]) and metrics["curve"][-1][kind] == right
     assert prompt.run(options(tmp_path, method), QUIET) == results
     if method == "manual":
         assert [row["instruction"] for row in rows] == ["Judge the film.", "Is it magic?"]
@@ -245,6 +250,9 @@ def test_methods_are_compared_at_equal_calls(options, tmp_path, monkeypatch):
     mine = figures[one.task]["random"]
     assert mine["seeds"] == [0, 1] and mine["raw"]["mean"] == pytest.approx(np.mean(mine["raw"]["values"]))
     assert mine["curve"][-1]["calls"] == 400
+    manual, over = figures[one.task]["manual"], mine["over_manual"]["raw"]
+    assert over["mean"] == pytest.approx(mine["raw"]["mean"] - manual["raw"]["mean"]) and over["half"] >= 0
+    assert figures[one.task]["manual"]["over_manual"]["raw"] == {"mean": 0.0, "half": 0.0}
     text = (tmp_path / "report" / "report.md").read_text()
     assert "| manual |" in text and "| random |" in text and (tmp_path / "report" / "methods.png").exists()
     prompt.run(options(tmp_path / "other", "manual", calls=200), QUIET)
