@@ -79,7 +79,10 @@ class PromptRun:
     scale: Literal["smoke", "report"] = "report"
     """Size of what is left at 0."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the policy that is trained, and of an embedded frozen model."""
+    """Arithmetic of the policy that is trained, and of a rewriter in this process."""
+    backend_dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    """Arithmetic of a frozen model in this process. In bfloat16 a prompt's score depends a little on what else is read
+    with it, and likelihoods can be equal."""
     seed: int = 0
     """Of the search; train, validation and test examples are those of --data-seed."""
     data_seed: int = 0
@@ -125,7 +128,10 @@ def run(options: PromptRun, console: Console | None = None) -> dict[str, Any]:
     options.check()
     sized = options.sized()
     task = load(options, sized)
-    parts = {"task model": _part(options.backend, options.dtype), "rewriter": _part(options.rewriter, options.dtype)}
+    parts = {
+        "task model": _part(options.backend, options.backend_dtype),
+        "rewriter": _part(options.rewriter, options.dtype),
+    }
     with input_errors():
         probe = journaled_roles(parts, None)
         TaskScorer(probe["task model"], options.calibrate or False).check(
@@ -150,7 +156,12 @@ def run(options: PromptRun, console: Console | None = None) -> dict[str, Any]:
             with StepProgress(f"{options.method} on {task.name}", sized["calls"], console) as progress:
                 search = PromptSearch(
                     task,
-                    LimitedScorer(sized["calls"], roles["task model"], options.calibrate or False),
+                    LimitedScorer(
+                        sized["calls"],
+                        roles["task model"],
+                        options.calibrate or False,
+                        content_free=task.content_free,
+                    ),
                     validation_set(task, sized["validation"], options.data_seed),
                     roles["rewriter"],
                     options.model,
@@ -222,7 +233,7 @@ def tested(search: PromptSearch, backend: Backend) -> tuple[list[dict[str, Any]]
     Returns:
         A row per quarter, and a row per test example with the labels that the last prompt predicts.
     """
-    scorer = TaskScorer(backend)
+    scorer = TaskScorer(backend, content_free=search.task.content_free)
     found = search.incumbents()
     known: dict[str, tuple[TaskResult, TaskResult]] = {}
 

@@ -25,7 +25,7 @@ from ..rewards.task_prompt import LabelledExample, TaskPrompt
 from ..rewards.task_score import TaskResult
 
 PATIENCE = 4
-"""Rounds without a validated prompt, at most."""
+"""Rounds without a validated prompt before one is validated anyway, and rounds of empty instructions at most."""
 BEAM = 4
 """Prompts that beam search goes on from."""
 EDIT_ENV, TOKEN_ENV = "instructgym/EditPrompt-v0", "instructgym/GeneratePrompt-v0"
@@ -167,10 +167,10 @@ def token_ppo(search: PromptSearch) -> None:
 
 
 def grpo(search: PromptSearch) -> None:
-    """GRPO writes instructions; a group is scored on one minibatch."""
+    """GRPO writes instructions."""
     from ..agents.grpo import GRPO
 
-    _write(search, GRPO, "none", {}, group_size=search.settings["episodes"])
+    _write(search, GRPO, "none", {})
 
 
 def soft_q(search: PromptSearch) -> None:
@@ -253,7 +253,8 @@ def _edit_options(search: PromptSearch) -> dict[str, Any]:
     }
 
 
-def _write(search: PromptSearch, agent_class: Any, value: str, options: Mapping[str, Any], **grouped: Any) -> None:
+def _write(search: PromptSearch, agent_class: Any, value: str, options: Mapping[str, Any]) -> None:
+    """Rounds of an agent that writes instructions; those of a round are scored on one minibatch."""
     from ..agents.language_model import LanguageModelPolicy
     from ..rewards.task_reward import TaskReward
 
@@ -263,6 +264,7 @@ def _write(search: PromptSearch, agent_class: Any, value: str, options: Mapping[
     env = gym.make_vec(
         TOKEN_ENV,
         num_envs=settings["episodes"],
+        group_size=settings["episodes"],
         task=settings["task"],
         data_dir=settings["data_dir"],
         limit=len(task.examples("train")),
@@ -270,11 +272,11 @@ def _write(search: PromptSearch, agent_class: Any, value: str, options: Mapping[
         reward=reward,
         tokenizer=policy.tokenizer,
         max_tokens=settings["max_tokens"],
-        **grouped,
     )
     agent = agent_class(env, policy, search.seed, learning_rate=settings["learning_rate"], **options)
     agent.start()
-    while search.scorer.left > 0:
+    silent = 0
+    while search.scorer.left > 0 and silent < PATIENCE:  # silent: every episode was empty, nothing was asked
         before = search.scorer.calls
         agent.update(search.scorer.calls / search.scorer.limit)
         batch = agent.last_rollout
@@ -284,8 +286,7 @@ def _write(search: PromptSearch, agent_class: Any, value: str, options: Mapping[
             if text and task.prompt(text) not in search.prompts:
                 search.propose(task.prompt(text), float(returns[number]))
                 break
-        if search.scorer.calls == before:  # nothing was asked: every episode was empty
-            break
+        silent = silent + 1 if search.scorer.calls == before else 0
 
 
 def validation_set(task: PromptTask, size: int, seed: int) -> tuple[LabelledExample, ...]:
