@@ -35,6 +35,10 @@ class Deadline:
             raise OutOfTimeError
         return left
 
+    def check(self) -> None:
+        """Raises OutOfTimeError if nothing is left."""
+        _ = self.left
+
     def run(self, run: Callable[[Any, Console], dict[str, Any]], options: Any, console: Console) -> dict[str, Any]:
         """Runs a stage in what is left of the time.
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from importlib.util import find_spec
+from typing import Any, Literal, cast
 
 from rich.console import Console
 
 from ..agents.callbacks import StepProgress
 from ..envs.tasks.prompt_tasks import PromptTask, load_prompt_task, minibatch
-from ..llm_backends import Backend, Journal
+from ..llm_backends import Backend, Journal, Journaled
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import write_lines
 from ..llm_backends.transformers_backend import TransformersBackend
@@ -17,7 +18,7 @@ from ..rewards.call_limit import LimitedScorer
 from ..rewards.task_prompt import TaskPrompt
 from ..rewards.task_score import TaskResult, TaskScorer
 from .options import SCALES, check_counts, check_run, input_errors, parse_part
-from .prompt_methods import METHODS, PromptSearch, run_search, validation_set
+from .prompt_methods import METHODS, PromptSearch, least_calls, run_search, validation_set
 from .resumption import accounted, journaled_roles
 from .run_folder import RunFolder
 from .tracking import Tracker
@@ -108,6 +109,8 @@ class PromptRun:
             raise InputError(f"--operator must be edits or phrases, got {self.operator!r}")
         if not self.learning_rate:
             raise InputError("--learning-rate must be above 0")
+        if self.method == "gepa" and not find_spec("gepa"):
+            raise InputError("--method gepa needs the library gepa: pip install 'instructgym[gepa]'")
 
     def sized(self) -> dict[str, Any]:
         """The options, with what is left at 0 taken from the scale."""
@@ -137,10 +140,17 @@ def run(options: PromptRun, console: Console | None = None) -> dict[str, Any]:
         TaskScorer(probe["task model"], options.calibrate or False).check(
             [task.prompt(text) for text in task.instructions], [*task.train, *task.validation, *task.test]
         )
-    if sized["calls"] < sized["validation"] * len(task.labels):
+    if sized["minibatch"] > len(task.train):
         raise InputError(
-            f"--calls {sized['calls']} do not do for one prompt on --validation {sized['validation']} examples of "
-            f"{len(task.labels)} labels: raise the one or lower the other"
+            f"--minibatch {sized['minibatch']} is more than the {len(task.train)} training examples: lower it or raise "
+            "--train"
+        )
+    content_free = len(task.content_free) if options.calibrate == "contextual" else 0
+    least = least_calls(options.method, sized, len(task.labels), content_free)
+    if sized["calls"] < least:
+        raise InputError(
+            f"--calls {sized['calls']} do not do for one round of {options.method} and one validation, which take up "
+            f"to {least}: raise --calls, or lower --validation, --minibatch, --copies, --episodes or --horizon"
         )
     if options.dry_run:
         console.print(f"would search by {options.method} with {sized['calls']} calls, in {options.run_dir}")
@@ -200,13 +210,13 @@ def run(options: PromptRun, console: Console | None = None) -> dict[str, Any]:
 
 
 def _kept(parts: dict[str, Any], folder: RunFolder) -> dict[str, Backend]:
-    """The backends. Replies of servers are kept, so that none is paid for twice.
+    """The backends. The rewriter's replies are kept, and those of servers, so that none is paid for twice.
 
-    A model in this process is asked again: reading what prompts share once is worth more than a journal of every row.
+    A task model in this process is asked again: its likelihoods are many, and read at once where prompts share them.
     """
-    live = journaled_roles(parts, None)
     kept = journaled_roles(parts, Journal(folder.file("journal.jsonl")))
-    return {name: one if isinstance(one, TransformersBackend) else kept[name] for name, one in live.items()}
+    inner = cast(Journaled, kept["task model"]).inner
+    return kept | ({"task model": inner} if isinstance(inner, TransformersBackend) else {})
 
 
 def load(options: PromptRun, sized: dict[str, Any]) -> PromptTask:

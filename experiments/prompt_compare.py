@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,12 +10,12 @@ from typing import Any, Literal
 from rich.console import Console
 
 from ..llm_backends.errors import InputError
+from .deadline import Deadline, in_time
 from .options import SCALES, check_output
 from .prompt import PromptRun
 from .prompt import run as search
 from .prompt_methods import METHODS
-from .prompt_report import PromptReport
-from .prompt_report import run as report
+from .prompt_report import write_report
 
 SEEDS = {"smoke": 1, "report": 3}
 
@@ -43,10 +44,17 @@ class PromptCompare:
     """Who edits, or reflects."""
     model: str = "embedded"
     """The policy of the methods that write tokens."""
+    minutes: float = 0.0
+    """Begin no search after so many minutes; the same command goes on from there. 0: no limit."""
     track: str = "none"
     """none or wandb."""
     dry_run: bool = False
     """Check everything, load no model."""
+
+    @property
+    def root(self) -> Path:
+        """Where everything goes."""
+        return Path(self.run_dir)
 
     def runs(self) -> list[PromptRun]:
         """The searches, seed by seed.
@@ -56,8 +64,9 @@ class PromptCompare:
         """
         if self.scale not in SCALES:
             raise InputError(f"--scale must be {' or '.join(SCALES)}, got {self.scale!r}")
-        if self.seeds < 0:
-            raise InputError(f"--seeds must not be negative, got {self.seeds}")
+        for name in ("seeds", "minutes"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"--{name} must not be negative, got {getattr(self, name)}")
         methods, tasks = (
             [name.strip() for name in value.split(",") if name.strip()] for value in (self.methods, self.tasks)
         )
@@ -67,7 +76,7 @@ class PromptCompare:
             raise InputError("--methods and --tasks must name at least one each")
         return [
             PromptRun(
-                run_dir=str(Path(self.run_dir) / f"{Path(task).stem}-{method}-{seed}"),
+                run_dir=str(self.root / f"{Path(task).stem}-{method}-{seed}"),
                 task=task,
                 data_dir=self.data_dir,
                 method=method,  # type: ignore[arg-type]
@@ -86,19 +95,25 @@ class PromptCompare:
 
 
 def run(options: PromptCompare, console: Console | None = None) -> dict[str, Any]:
-    """Runs the searches that are not finished and returns the report's figures.
+    """Runs the searches that are not finished and returns the report's figures, of these searches alone.
 
     Raises:
         InputError: for bad input, before the first search.
     """
-    console = console or Console()
+    return in_time(_run)(options, console or Console())
+
+
+def _run(options: PromptCompare, console: Console) -> dict[str, Any]:
+    limit = Deadline(options.minutes)
     runs = options.runs()
-    check_output(Path(options.run_dir) / "report" / "report.md")
-    for one in {one.task: one for one in runs}.values():
+    out = options.root / "report"
+    check_output(out / "report.md")
+    for one in {(one.task, one.method): one for one in runs}.values():
         search(PromptRun(**vars(one) | {"dry_run": True}), Console(quiet=True))
     if options.dry_run:
         console.print(f"would make {len(runs)} searches in {options.run_dir}")
         return {}
     for one in runs:
+        limit.check()
         search(one, console)
-    return report(PromptReport(options.run_dir), console)
+    return write_report([Path(one.run_dir) for one in runs], out, console)

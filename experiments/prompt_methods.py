@@ -148,10 +148,17 @@ def beam(search: PromptSearch) -> None:
             (worth + float(infos["score"][copy] - infos["start_score"][copy]), infos["prompt"][copy])
             for copy, (worth, _) in enumerate(parents)
         ]
-        ordered = sorted([*kept, *children], key=lambda pair: -pair[0])
-        kept = list({repr(prompt): (worth, prompt) for worth, prompt in reversed(ordered)}.values())[::-1][:BEAM]
+        kept = best_prompts([*kept, *children], BEAM)
         worth, best = kept[0]
         search.propose(best, worth)
+
+
+def best_prompts(pairs: Sequence[tuple[float, TaskPrompt]], count: int) -> list[tuple[float, TaskPrompt]]:
+    """The different prompts of the highest worth, the best first; one that was reached on several ways counts once."""
+    found: dict[str, tuple[float, TaskPrompt]] = {}
+    for pair in sorted(pairs, key=lambda pair: -pair[0]):
+        found.setdefault(repr(pair[1]), pair)
+    return list(found.values())[:count]
 
 
 def maskable_ppo(search: PromptSearch) -> None:
@@ -207,6 +214,31 @@ METHODS: dict[str, Callable[[PromptSearch], None]] = {
     "gepa": gepa,
 }
 """By name."""
+
+
+LEARNING = ("maskable-ppo", "ppo", "grpo", "soft-q", "gepa")
+"""Methods that learn from the scores of earlier prompts what to try next."""
+
+
+def least_calls(method: str, settings: Mapping[str, Any], labels: int, content_free: int = 0) -> int:
+    """Task-model calls of one round of a method and the validation of one prompt.
+
+    Args:
+        method: of :data:`METHODS`.
+        settings: the sizes: validation, minibatch, copies, horizon, episodes.
+        labels: labels of the task.
+        content_free: inputs that calibration reads beside the examples of every prompt.
+    """
+    scored = settings["minibatch"] + content_free
+    rounds = {
+        "manual": 0,
+        "gepa": 0,
+        "beam": 2 * settings["copies"] * scored,
+        # The start prompts, an episode of edits, and the start prompts of the next one.
+        **dict.fromkeys(("random", "maskable-ppo"), settings["copies"] * (settings["horizon"] + 2) * scored),
+        **dict.fromkeys(("ppo", "grpo", "soft-q"), settings["episodes"] * scored),
+    }
+    return int(labels * (rounds[method] + settings["validation"] + content_free))
 
 
 def run_search(search: PromptSearch, method: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,18 @@ from ..llm_backends.records import read_records
 from .metrics import interval
 from .options import check_output
 from .plots import COLOURS, panels
-from .prompt import TESTED
-from .prompt_methods import METHODS
+from .prompt import PROMPTS, TESTED
+from .prompt_methods import LEARNING, METHODS
 from .run_folder import read_json, write_json
 from .tables import markdown, rich_table
 
 COMMAND = "prompt run"
-SAME = ("task", "data_seed", "calls", "validation", "test", "train", "minibatch", "backend", "calibrate", "data_dir")
+SAME = "task data_seed calls validation test train minibatch backend backend_dtype rewriter calibrate data_dir".split()
 """Options in which the runs of one task may not differ."""
+OWN = ("run_dir", "seed", "scale", "track", "dry_run")
+"""Options in which the runs of one method may."""
 KINDS = ("raw", "calibrated")
+BEST = "best learned"
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,23 @@ class Run:
         metrics: dict[str, Any] = self.results["metrics"]
         return metrics
 
-    def correct(self, kind: str) -> np.ndarray:
-        """bool, shape (test examples,): what the best prompt gets right, raw or calibrated."""
-        return np.array([row[kind] == row["label"] for row in read_records(self.folder / TESTED)])
+    @cached_property
+    def tested(self) -> list[dict[str, Any]]:
+        """A row per test example.
+
+        Raises:
+            InputError: if they are missing.
+        """
+        rows = read_records(self.folder / TESTED)
+        if len(rows) != self.results["counts"]["test"]:
+            raise InputError(f"{self.folder} has no whole {TESTED}: delete the folder and repeat the search")
+        return rows
+
+    @cached_property
+    def validated(self) -> tuple[float, float]:
+        """Accuracy of the best prompt on the validation examples, and its mean gap, which decides between equals."""
+        best = [row for row in read_records(self.folder / PROMPTS) if row["best"]][-1]
+        return best["accuracy"], best["gap"]
 
 
 @dataclass
@@ -61,17 +79,25 @@ def run(options: PromptReport, console: Console | None = None) -> dict[str, Any]
     Raises:
         InputError: without finished runs, and for runs of one task that cannot be compared.
     """
-    console = console or Console()
-    runs = _gather(Path(options.runs))
-    if not runs:
-        raise InputError(f"no finished run of 'prompt run' in {options.runs}")
+    folders = sorted(path.parent for path in Path(options.runs).rglob("results.json"))
     out = Path(options.out) if options.out else Path(options.runs) / "report"
+    return write_report(folders, out, console or Console())
+
+
+def write_report(folders: Sequence[Path], out: Path, console: Console) -> dict[str, Any]:
+    """The report of the runs in these folders; others than finished runs of 'prompt run' are passed over.
+
+    Raises:
+        InputError: as :func:`run`.
+    """
+    runs = _gather(folders)
+    if not runs:
+        raise InputError(f"no finished run of 'prompt run' for {out}: name a folder with run folders")
     check_output(out / "report.md")
-    figures = {task: {method: _figures(found) for method, found in arms.items()} for task, arms in runs.items()}
+    figures: dict[str, dict[str, Any]] = {}
     for task, arms in runs.items():
-        if "manual" in arms:
-            for method, found in arms.items():
-                figures[task][method]["over_manual"] = _difference(found, arms["manual"])
+        compared = arms | ({BEST: best} if (best := _best_learned(arms)) else {})
+        figures[task] = {name: _figures(found, arms.get("manual", ())) for name, found in compared.items()}
     out.mkdir(parents=True, exist_ok=True)
     lines = ["# Prompts for a frozen model", "", *_notes(), ""]
     tables = {task: _rows(arms) for task, arms in figures.items()}
@@ -86,85 +112,123 @@ def run(options: PromptReport, console: Console | None = None) -> dict[str, Any]
     return figures
 
 
-def _gather(root: Path) -> dict[str, dict[str, list[Run]]]:
+def _gather(folders: Sequence[Path]) -> dict[str, dict[str, list[Run]]]:
     """The finished runs, by task and method."""
     found: dict[str, dict[str, list[Run]]] = {}
-    for path in sorted(root.rglob("results.json")):
-        config, results = read_json(path.parent / "config.json"), read_json(path)
+    for folder in folders:
+        config, results = read_json(folder / "config.json"), read_json(folder / "results.json")
         if config is None or config.get("command") != COMMAND or results is None:
             continue
         if results.get("status") != "finished":
             continue
-        options = config["options"]
-        arms = found.setdefault(options["task"], {})
-        for other in next(iter(arms.values()), [])[:1]:
-            differing = [name for name in SAME if options[name] != other.options[name]]
-            if differing:
-                raise InputError(
-                    f"the runs of {options['task']} in {root} differ in {', '.join(differing)}: gather them apart"
-                )
-        arms.setdefault(options["method"], []).append(Run(options, results, path.parent))
+        run = Run(config["options"], results, folder)
+        arms = found.setdefault(run.options["task"], {})
+        mine = arms.setdefault(run.options["method"], [])
+        for other in next(iter(arms.values()))[:1]:
+            _refuse_differing(run, other, SAME)
+        for other in mine[:1]:
+            _refuse_differing(run, other, sorted({*run.options, *other.options} - {*OWN}))
+        for other in mine:
+            if run.options["seed"] == other.options["seed"]:
+                raise InputError(f"{folder} and {other.folder} are one search: gather them apart")
+        mine.append(run)
     return {task: {name: arms[name] for name in METHODS if name in arms} for task, arms in sorted(found.items())}
 
 
-def _figures(runs: Sequence[Run]) -> dict[str, Any]:
-    """Of one method on one task: means and 95% t-intervals over seeds, and the curve."""
+def _refuse_differing(run: Run, other: Run, names: Sequence[str]) -> None:
+    if differing := [name for name in names if run.options.get(name) != other.options.get(name)]:
+        raise InputError(f"{run.folder} and {other.folder} differ in {', '.join(differing)}: gather them apart")
+
+
+def _best_learned(arms: Mapping[str, Sequence[Run]]) -> list[Run]:
+    """Of each seed that all learning methods have, the run whose prompt did best on the validation examples."""
+    learned = {name: {run.options["seed"]: run for run in arms[name]} for name in LEARNING if name in arms}
+    if len(learned) < 2:
+        return []
+    seeds = set.intersection(*(set(found) for found in learned.values()))
+    return [max((found[seed] for found in learned.values()), key=lambda run: run.validated) for seed in sorted(seeds)]
+
+
+def _figures(runs: Sequence[Run], manual: Sequence[Run]) -> dict[str, Any]:
+    """Of one method on one task: test accuracies, raw and calibrated, and their difference to the manual prompts'."""
     figures: dict[str, Any] = {"seeds": sorted(run.options["seed"] for run in runs)}
+    base = _right(manual, runs[0]) if manual else None
     for kind in KINDS:
-        values = [run.metrics[f"test_{kind}"] for run in runs]
-        mean, half = interval(values)
-        figures[kind] = {"mean": mean, "half": None if np.isnan(half) else half, "values": values}
+        right = _right(runs, runs[0])[kind]
+        mean, half = _interval(right)
+        figures[kind] = {"mean": mean, "half": half, "values": right.mean(axis=1).tolist()}
+        if base is not None:
+            mean, half = _interval(right - base[kind].mean(axis=0))
+            figures[kind]["over_manual"] = {"mean": mean, "half": half}
     curves = [{row["calls"]: row for row in run.metrics["curve"]} for run in runs]
     shared = sorted(set.intersection(*(set(curve) for curve in curves)))
     figures["curve"] = [
         {"calls": calls} | {kind: float(np.mean([curve[calls][kind] for curve in curves])) for kind in KINDS}
         for calls in shared
     ]
-    figures["calls"] = float(np.mean([run.results["counts"]["calls"] for run in runs]))
-    figures["prompts"] = float(np.mean([run.results["counts"]["prompts"] for run in runs]))
-    figures["example"] = max(runs, key=lambda run: run.metrics["validation"]).metrics["prompt"]
+    for name in ("calls", "prompts", "rewriter_requests"):
+        figures[name] = float(np.mean([run.results["counts"][name] for run in runs]))
+    figures["validation"] = float(np.mean([run.validated[0] for run in runs]))
+    figures["methods"] = [run.options["method"] for run in runs]
+    figures["example"] = max(runs, key=lambda run: run.validated).metrics["prompt"]
     return figures
 
 
-def _difference(runs: Sequence[Run], manual: Sequence[Run]) -> dict[str, dict[str, float]]:
-    """How much more of the test examples a method gets right: means and 95% t-intervals over the examples.
+def _right(runs: Sequence[Run], first: Run) -> dict[str, np.ndarray]:
+    """Which test examples each run gets right: float64, shape (runs, examples), by kind."""
+    ids = [row["id"] for row in first.tested]
+    for run in runs:
+        if [row["id"] for row in run.tested] != ids:
+            raise InputError(f"{run.folder} and {first.folder} were tested on different examples: gather them apart")
+    return {
+        kind: np.array([[row[kind] == row["label"] for row in run.tested] for run in runs], dtype=np.float64)
+        for kind in KINDS
+    }
 
-    Pairs are of one example; what a method gets right of it is averaged over its seeds.
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    """Mean of shape (seeds, examples) and half-width of its 95% interval.
+
+    Examples are drawn and so is the search: the two t-intervals, over examples and over seeds, are added as independent
+    errors. A single seed has the first one alone.
     """
-    figures = {}
-    for kind in KINDS:
-        mine, theirs = (np.mean([run.correct(kind) for run in side], axis=0) for side in (runs, manual))
-        mean, half = interval(mine - theirs)
-        figures[kind] = {"mean": mean, "half": half}
-    return figures
+    mean, half = interval(values.mean(axis=0))
+    return mean, float(np.hypot(half, interval(values.mean(axis=1))[1])) if len(values) > 1 else half
 
 
 def _notes() -> list[str]:
     return [
-        "Test accuracy (percent) of the prompt that was best on the validation examples: mean and 95% t-interval over "
-        "seeds. Seeds change the search, not the examples. A call is one label of one example, validation included; "
-        "`manual` stops when all instructions are validated.",
-        "Over manual: the difference to `manual` on the same test examples, right answers averaged over seeds, with a "
-        "95% t-interval over the examples.",
+        "Test accuracy, in percent, of the prompt that was best on the validation examples: mean over seeds, with a "
+        "95% interval for the draw of the test examples and of the search (seeds change the search, not the examples). "
+        "Over manual: the difference to `manual` on the same test examples.",
+        "A call is one label of one example, validation included; `manual` stops when all instructions are validated. "
+        "Requests are those to the rewriter; `ppo`, `grpo` and `soft-q` write with a policy of their own instead, and "
+        "train it.",
         "Calibrated: less the label bias on content-free inputs. What is left of a gain there is not a matter of bias.",
+        f"{BEST.capitalize()}: of each seed, the prompt of {', '.join(LEARNING)} that did best on the validation "
+        "examples; it stands for the calls of all of them.",
     ]
 
 
 def _rows(arms: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     kinds = [title for kind in KINDS for title in (kind, "over manual")]
-    rows = [["method", *kinds, "calls", "prompts validated", "seeds", "best prompt"]]
+    rows = [["method", "validation", *kinds, "calls", "requests", "validated", "seeds", "best prompt"]]
     for name, figures in arms.items():
-        over = {} if name == "manual" else figures.get("over_manual", {})
-        cells = [cell for kind in KINDS for cell in (_share(figures[kind]), _share(over[kind], "+") if over else "")]
+        cells = [f"{100 * figures['validation']:.1f}"]
+        for kind in KINDS:
+            over = None if name == "manual" else figures[kind].get("over_manual")
+            cells += [_share(figures[kind]), _share(over, "+") if over else ""]
         prompt = figures["example"].replace("\n", " / ").replace("|", "\\|")
-        counts = [f"{figures['calls']:,.0f}", f"{figures['prompts']:.0f}", str(len(figures["seeds"]))]
-        rows.append([name, *cells, *counts, prompt if len(prompt) < 160 else prompt[:157] + "..."])
+        counts = [f"{figures[count]:,.0f}" for count in ("calls", "rewriter_requests", "prompts")]
+        counts = ["", "", ""] if name == BEST else counts
+        rows.append(
+            [name, *cells, *counts, str(len(figures["seeds"])), prompt if len(prompt) < 160 else prompt[:157] + "..."]
+        )
     return rows
 
 
-def _share(figures: Mapping[str, Any], sign: str = "") -> str:
-    half = "" if figures["half"] is None else f" ± {100 * figures['half']:.1f}"
-    return f"{100 * figures['mean']:{sign}.1f}{half}"
+def _share(figures: Mapping[str, float], sign: str = "") -> str:
+    return f"{100 * figures['mean']:{sign}.1f} ± {100 * figures['half']:.1f}"
 
 
 def plot_methods(figures: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> Path:
@@ -176,19 +240,16 @@ def plot_methods(figures: Mapping[str, Mapping[str, Mapping[str, Any]]], path: P
     """
     figure, axes = panels(2, len(figures))
     for row, (task, arms) in zip(axes, figures.items(), strict=True):
+        methods = [(name, mine) for name, mine in arms.items() if name != BEST]
         for axis, kind in zip(row, KINDS, strict=True):
-            for colour, (name, mine) in zip(COLOURS * 2, arms.items(), strict=False):
-                curve = mine["curve"]
+            for place, (name, mine) in enumerate(methods):
+                colour, curve = COLOURS[place % len(COLOURS)], mine["curve"]
                 axis.plot([c["calls"] for c in curve], [100 * c[kind] for c in curve], "o-", color=colour, label=name)
-                if mine[kind]["half"] is not None and curve:
-                    axis.errorbar(
-                        curve[-1]["calls"],
-                        100 * mine[kind]["mean"],
-                        yerr=100 * mine[kind]["half"],
-                        color=colour,
-                        capsize=4,
-                    )
+                end = curve[-1]["calls"] * (1 + 0.02 * (place + 1))  # beside each other
+                mean, half = (100 * mine[kind][part] for part in ("mean", "half"))
+                axis.errorbar(end, mean, yerr=half, color=colour, capsize=4)
             axis.set(title=f"{task}, {kind}", xlabel="task-model calls", ylabel="test accuracy, percent")
         row[0].legend(fontsize=8)
+    figure.suptitle("bars: 95% intervals over test examples and seeds", fontsize=9)
     figure.savefig(path, dpi=130)
     return path

@@ -12,7 +12,7 @@ from instructgym.experiments import prompt
 from instructgym.experiments.prompt import PromptRun
 from instructgym.experiments.prompt_compare import PromptCompare
 from instructgym.experiments.prompt_compare import run as compare
-from instructgym.experiments.prompt_methods import METHODS, PromptSearch, run_search
+from instructgym.experiments.prompt_methods import METHODS, PromptSearch, best_prompts, run_search
 from instructgym.experiments.prompt_report import PromptReport
 from instructgym.experiments.prompt_report import run as report
 from instructgym.experiments.run_folder import read_json
@@ -20,6 +20,7 @@ from instructgym.llm_backends import BackendError, ScriptedBackend
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.records import read_records
 from instructgym.rewards.call_limit import CallLimitError, LimitedScorer
+from instructgym.rewards.task_prompt import TaskPrompt
 
 QUIET = Console(quiet=True)
 MAGIC = "magic"
@@ -216,6 +217,12 @@ def test_prompts_are_validated_where_they_promise_something(tmp_path):
     assert [one.instruction for one in mine.prompts] == ["Judge 0", "Judge 2", "Judge 7"]
 
 
+def test_a_beam_keeps_each_prompt_at_its_best():
+    one, other, third = (TaskPrompt(text) for text in "abc")
+    found = best_prompts([(0.0, one), (0.1, other), (0.2, one), (-1.0, third)], 2)
+    assert found == [(0.2, one), (0.1, other)]
+
+
 def test_a_search_ends_where_its_calls_do(tmp_path):
     mine = search(tmp_path, limit=30)
     run_search(mine, "manual")
@@ -250,14 +257,15 @@ def test_methods_are_compared_at_equal_calls(options, tmp_path, monkeypatch):
     mine = figures[one.task]["random"]
     assert mine["seeds"] == [0, 1] and mine["raw"]["mean"] == pytest.approx(np.mean(mine["raw"]["values"]))
     assert mine["curve"][-1]["calls"] == 400
-    manual, over = figures[one.task]["manual"], mine["over_manual"]["raw"]
-    assert over["mean"] == pytest.approx(mine["raw"]["mean"] - manual["raw"]["mean"]) and over["half"] >= 0
-    assert figures[one.task]["manual"]["over_manual"]["raw"] == {"mean": 0.0, "half": 0.0}
+    manual, over = figures[one.task]["manual"], mine["raw"]["over_manual"]
+    assert over["mean"] == pytest.approx(mine["raw"]["mean"] - manual["raw"]["mean"])
+    assert manual["raw"]["over_manual"] == {"mean": 0.0, "half": 0.0}
     text = (tmp_path / "report" / "report.md").read_text()
     assert "| manual |" in text and "| random |" in text and (tmp_path / "report" / "methods.png").exists()
     prompt.run(options(tmp_path / "other", "manual", calls=200), QUIET)
     with pytest.raises(InputError, match="differ in calls"):
         report(PromptReport(str(tmp_path)), QUIET)
+    assert compare(given, QUIET) == figures  # of its own searches alone
 
 
 @pytest.mark.parametrize(
@@ -266,7 +274,9 @@ def test_methods_are_compared_at_equal_calls(options, tmp_path, monkeypatch):
         ({"method": "magic"}, "--method"),
         ({"task": "nowhere.toml"}, "nowhere.toml"),
         ({"task": "STS-B"}, "label"),
-        ({"calls": 20}, "--calls 20 do not do for one prompt on --validation 16"),
+        ({"calls": 20}, "--calls 20 do not do for one round of manual and one validation, which take up to 32"),
+        ({"calls": 220, "method": "random"}, "one round of random and one validation, which take up to 224"),
+        ({"minibatch": 65}, "--minibatch 65 is more than the"),
         ({"operator": "words"}, "--operator"),
         ({"backend": "openai"}, "log-probs|model"),
         ({"backend": "nobody"}, "nobody"),
@@ -284,7 +294,14 @@ def test_bad_options_are_refused_before_a_model_is_loaded(changed, said, options
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"), [({"methods": "magic"}, "magic"), ({"tasks": ","}, "--tasks"), ({"seeds": -1}, "--seeds")]
+    ("changed", "said"),
+    [
+        ({"methods": "magic"}, "magic"),
+        ({"tasks": ","}, "--tasks"),
+        ({"seeds": -1}, "--seeds"),
+        ({"minutes": float("nan")}, "--minutes"),
+        ({"calls": 300, "data_dir": "", "methods": "manual,random"}, "one round of random"),
+    ],
 )
 def test_bad_comparisons_are_refused(changed, said, tmp_path):
     with pytest.raises(InputError, match=said):
