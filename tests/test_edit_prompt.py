@@ -37,8 +37,10 @@ from instructgym.agents.baselines import RandomAgent
 from instructgym.envs.process import InvalidRewardError
 from instructgym.envs.sb3 import make_sb3_env
 from instructgym.envs.tasks.prompt_tasks import PromptTask
-from instructgym.llm_backends import BackendError, ScriptedBackend
+from instructgym.llm_backends import BackendError, ContextLengthError, ScriptedBackend
+from instructgym.llm_backends.errors import InputError
 from instructgym.rewards import Demonstration, Sample, TaskGain, TaskPrompt, TaskScorer
+from instructgym.rewards.call_limit import CallLimitError, LimitedScorer
 
 # --- the contract ------------------------------------------------------------------------------------------------
 
@@ -109,6 +111,27 @@ def test_equal_texts_are_one_input():
         pool = [one.text for one in episode.document.context.pool]
         assert len(set(pool)) == len(pool) > 0
         assert not set(pool) & {example.text for example in episode.examples}
+
+
+def test_no_example_is_scored_with_its_own_answer_in_the_prompt():
+    films = task(8)
+    shown = [Demonstration(one.text, one.label) for one in films.train]
+    for seed in range(6):
+        episode = started(seed=seed, task=films, prefix=TaskPrompt(LONG, shown[:2], ("a", "b"))).process.episodes[0]
+        assert {one.text for one in episode.examples} == {one.text for one in shown[2:]}
+        assert not episode.document.context.pool
+    env = make(task=films)
+    first, *_ = env.reset(seed=0)[1], env.step(NO_OP)
+    with pytest.raises(InputError, match="batch_size of 6 is more than the 5 training examples that the prompt does"):
+        env.reset(options={"prefix": TaskPrompt(LONG, shown[:3], ("a", "b"))})
+    assert env.step(NO_OP)[4]["step"] == 2 and env.process.episodes[0].document.prompt == first["prompt"]
+
+
+def test_the_draw_for_prompts_without_demonstrations_is_what_it_was():
+    for prefix in (None, "Well?"):
+        episode = started(seed=3, prefix=prefix).process.episodes[0]
+        assert [one.id for one in episode.examples] == [f"t/{i}" for i in (12, 17, 19, 21, 31, 32)]
+        assert [one.text[-2:] for one in episode.document.context.pool[:4]] == ["34", " 2", "28", " 3"]
 
 
 def test_the_embedding_observation_shows_what_is_possible():
@@ -260,6 +283,34 @@ def test_a_start_without_a_score_is_an_error():
     env = started(scorer=flaky(lambda prompt: prompt.count("film") > 1), on_invalid="raise")
     with pytest.raises(InvalidRewardError, match="no verdict on copy 0"):
         env.step(ADD)
+
+
+class Brief(ScriptedBackend):
+    """A model that reads 200 letters."""
+
+    def context_error(self, prompt, max_tokens):
+        return ContextLengthError("too long") if len(prompt) > 200 else None
+
+
+@pytest.mark.parametrize("n", [0, 2])
+def test_a_refused_reset_leaves_the_episodes_as_they_were(n):
+    kwargs = {"scorer": TaskScorer(Brief(score=likelihoods)), "instructions": ["Well?"]}
+    env = vector(n, mode="Disabled", **kwargs) if n else make(**kwargs)
+    env.reset(seed=0)
+    before = list(env.process.episodes)
+    for long in (LONG * 4, TaskPrompt(LONG * 4, (), ("bad", "good"))):
+        with pytest.raises(InputError, match="prompt 0 is too long"):
+            env.reset(options={"prefix": [LONG, long] if n else long})
+        assert all(now is one for now, one in zip(env.process.episodes, before, strict=True))
+
+
+def test_a_reset_that_fails_leaves_no_episode_without_a_score():
+    env = make(scorer=LimitedScorer(15, ScriptedBackend(score=likelihoods)))
+    env.reset(seed=0)
+    with pytest.raises(CallLimitError):
+        env.reset()
+    with pytest.raises(RuntimeError, match=r"call reset\(\)"):
+        env.step(NO_OP)
 
 
 def test_a_rewriter_that_fails_leaves_the_prompt_alone():
