@@ -10,6 +10,7 @@ from typing import Any
 from ..llm_backends import Backend, request_seed
 from ..llm_backends.errors import InputError
 from ..rewards.base import Sample, Score
+from ..rewards.calibration import check_batch
 from ..rewards.task_gain import TaskGain
 from ..rewards.task_prompt import Demonstration, LabelledExample, TaskPrompt
 from .edit_process import EditProcess, EditSettings, EditStep, Episode
@@ -99,7 +100,7 @@ class PromptProcess(EditProcess):
         settings: horizon and rules.
 
     Raises:
-        InputError: for prompts, verbalizers and examples that cannot be scored.
+        InputError: for prompts, verbalizers and examples that cannot be scored, and batch calibration of one example.
     """
 
     reward: TaskGain
@@ -114,6 +115,7 @@ class PromptProcess(EditProcess):
         settings: EditSettings,
     ) -> None:
         self.data = data
+        check_batch(reward.scorer.calibration, data.batch_size)
         words = [replace(data.starts[0], verbalizers=verbalizers) for verbalizers in data.verbalizer_sets]
         reward.scorer.check([*data.starts, *words], [*data.examples, *data.held_out])
         instructions = [Instruction(prompt.instruction) for prompt in data.starts]

@@ -39,6 +39,7 @@ from instructgym.envs.sb3 import make_sb3_env
 from instructgym.envs.tasks.prompt_tasks import PromptTask
 from instructgym.llm_backends import BackendError, ContextLengthError, ScriptedBackend
 from instructgym.llm_backends.errors import InputError
+from instructgym.llm_backends.transformers_backend import TransformersBackend
 from instructgym.rewards import Demonstration, Sample, TaskGain, TaskPrompt, TaskScorer
 from instructgym.rewards.call_limit import CallLimitError, LimitedScorer
 
@@ -59,14 +60,22 @@ def test_the_checkers_find_nothing(operator, observation):
 
 
 def test_the_default_loads_no_model_before_its_first_use(monkeypatch):
-    from instructgym.llm_backends.transformers_backend import TransformersBackend
-
     monkeypatch.setattr(TransformersBackend, "lm", property(lambda self: 1 / 0))
     env = gym.make(f"instructgym:{ENV_ID}", limit=64)
     assert env.action_space == gym.spaces.Discrete(8)
     assert env.unwrapped.operations == EDITS
     with pytest.raises(ZeroDivisionError):
         env.reset(seed=0)
+
+
+@pytest.mark.parametrize("style", ["chat", "completion"])
+def test_a_model_by_path_is_not_loaded_to_build_an_env(tiny_model_path, monkeypatch, style):
+    monkeypatch.setattr(TransformersBackend, "lm", property(lambda self: pytest.fail("the model was loaded")))
+    backend = {"id": "transformers", "kwargs": {"model": tiny_model_path, "prompt_style": style}}
+    env = make(scorer={"backend": backend}, instructions=["Good?"])
+    assert env.process.reward.scorer.backend.prompt_style == style
+    with pytest.raises(InputError, match=r"prompt 0 is too long: .* reads 256"):
+        make(scorer={"backend": backend}, instructions=["word " * 60])
 
 
 def test_a_spec_survives_json_and_live_parts_are_named():
@@ -354,6 +363,24 @@ def test_copy_i_is_a_single_env_seeded_with_s_plus_i(operator):
             assert (reward, plain(info)) == (rewards[i], row(infos, i))
 
 
+def test_copies_on_a_real_model_are_single_envs_up_to_rounding(tiny_model_path):
+    """Scores of float32 differ by what else is in a batch: some 1e-5 nats of a log-prob, as much of a gap at most."""
+    backend = TransformersBackend(tiny_model_path, prompt_style="completion")
+    kwargs = {"instructions": ["Good?"], "batch_size": 3, "max_demonstrations": 2, "horizon": 4}
+    for cache in (0, 1000):
+        kwargs |= {"scorer": {"backend": backend, "cache": cache}}
+        env, singles = vector(mode="Disabled", **kwargs), [make(**kwargs) for _ in range(3)]
+        starts = env.reset(seed=5)[1]["score"]
+        told = [one.reset(seed=5 + i)[1]["score"] for i, one in enumerate(singles)]
+        np.testing.assert_allclose(starts, told, rtol=0, atol=5e-5)
+        for action in (ADD, WORDS, ADD, DROP):
+            _, rewards, _, _, infos = env.step(np.full(3, action))
+            steps = [one.step(action) for one in singles]
+            assert [info["prompt"] for *_, info in steps] == list(infos["prompt"])
+            np.testing.assert_allclose(rewards, [step[1] for step in steps], rtol=0, atol=1e-4)
+        assert len(set(starts)) == 3 and np.ptp(rewards) > 1e-3
+
+
 def test_a_vector_step_is_one_call_per_role():
     scorer, rewriter = scripted(), ScriptedBackend()
     env, rng = vector(n=8, scorer=scorer, backend=rewriter, mode=AutoresetMode.NEXT_STEP), np.random.default_rng(0)
@@ -395,6 +422,10 @@ def test_a_vector_step_is_one_call_per_role():
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"batch_size": 41}, "batch_size of 41 is more than the 40 training examples"),
         ({"max_demonstrations": -1}, "max_demonstrations must be at least 0"),
+        (
+            {"batch_size": 1, "scorer": {"backend": "scripted", "calibrate": "batch"}},
+            "batch calibration of one example",
+        ),
         ({"horizon": 0}, "horizon must be at least 1"),
         ({"on_invalid": "ignore"}, "on_invalid must be one of"),
         ({"elimination": ["length"]}, "unknown elimination rule"),
