@@ -83,7 +83,7 @@ class PromptData:
 
     @cached_property
     def hardest(self) -> tuple[LabelledExample, LabelledExample]:
-        """The longest example in UTF-8 bytes, and one of the last label: a prompt fit for them is fit for all."""
+        """The longest example in UTF-8 bytes, and one of the last label: what a scorer checks a prompt by."""
         everything = (*self.examples, *self.held_out)
         return max(everything, key=lambda one: len(one.text.encode())), max(everything, key=lambda one: one.label)
 
