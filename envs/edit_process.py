@@ -145,10 +145,13 @@ class EditProcess:
         check_options(options)
         if self._unseeded:
             self.restart(int(self.generators[copies[0]].integers(2**31)))
-        for copy in copies:
-            index, prefix = (copy_option(options, key, copy, len(self.episodes)) for key in ("index", "prefix"))
+        wanted = [
+            [copy_option(options, key, copy, len(self.episodes)) for key in ("index", "prefix")] for copy in copies
+        ]
+        for index, prefix in wanted:  # all of them, before an episode is replaced
             check_index(index, len(self.instructions))
             self._check_prefix(prefix)
+        for copy, (index, prefix) in zip(copies, wanted, strict=True):
             chosen = self.source.draw() if index is None else int(index)
             if prefix is None and index is None and self.settings.carry_text:
                 prefix = self._carried[copy]

@@ -74,6 +74,7 @@ def _parts(
         batch_size,
         pool_size,
         max_demonstrations,
+        held_out=task.validation + task.test,
     )
     settings = EditSettings(horizon, elimination=rules, elimination_ends=False, on_invalid=on_invalid)
     return PromptProcess(copies, data, chosen, rewriter, reward, settings), observer
@@ -113,14 +114,14 @@ class EditPromptEnv(TextEditEnv):
     Task score after the edit minus task score before it, on the episode's minibatch, so that rewards add up to the gain
     over the start prompt. 0 without a call of the task model for the no-op, for an edit that changed nothing, and for
     one that is undone: by a rule of ``elimination``, or because its prompt does not fit into the task model's context
-    (``info["eliminated_by"] == "context"``). Where rewriter or task model fail, the running mean of valid rewards is
-    paid, ``info["reward_valid"]`` is False and the prompt stays what it was.
+    with the longest example of any loaded split (``info["eliminated_by"] == "context"``). Where rewriter or task model
+    fail, the running mean of valid rewards is paid, ``info["reward_valid"]`` is False and the prompt stays what it was.
 
     ## Starting State
     A manual instruction of the task, drawn in shuffled epochs, without demonstrations, under the first set of
     verbalizers; a minibatch and a pool of demonstrations, which share no input, drawn from the training split.
     ``options={"index": i}`` chooses the instruction, ``{"prefix": text}`` gives another one, ``{"prefix": TaskPrompt}``
-    a whole prompt. ``reset(seed=)`` restores everything.
+    a whole prompt, whose demonstrations are in neither. ``reset(seed=)`` restores everything.
 
     ## Episode End
     ``terminated`` after ``horizon`` edits.
@@ -131,8 +132,10 @@ class EditPromptEnv(TextEditEnv):
     included).
 
     Args:
-        task: a name (``rotten-tomatoes`` is offline), or a :class:`~instructgym.envs.tasks.prompt_tasks.PromptTask`.
-        data_dir: folder of the task's files.
+        task: a name (``rotten-tomatoes`` is offline), the path of a TOML file, or a
+            :class:`~instructgym.envs.tasks.prompt_tasks.PromptTask`, which is taken as it is: ``data_dir``, ``limit``
+            and ``data_seed`` then do nothing.
+        data_dir: folder of a named task's files.
         limit: training examples at most, drawn by ``data_seed``; None for all.
         data_seed: of that choice.
         instructions: texts to start from; None for the task's manual ones.
@@ -156,7 +159,8 @@ class EditPromptEnv(TextEditEnv):
 
     Raises:
         ValueError: for unknown names and counts out of range.
-        InputError: for data that cannot be used, and prompts and verbalizers that cannot be scored.
+        InputError: for data that cannot be used, prompts and verbalizers that cannot be scored, and batch calibration
+            of one example.
     """
 
     process: PromptProcess

@@ -74,10 +74,12 @@ def _arguments(
     elif examples is None or reward is None:
         scorer = TaskScorer(model, calibrate) if reward is None else None  # refuses before data are read
         found = load_prompt_task(task, split, limit, data_seed, data_dir)
-        if reward is None:
+        if scorer is not None:
+            scorer = TaskScorer(scorer.backend, calibrate, content_free=found.content_free)
             drawn = found.examples(split) if level == "task" else ()
             prompt = scored_prompt(found, level, instruction)
             reward = TaskReward(prompt, drawn, size, scorer, measure, seed=data_seed)
+            scorer.check([reward.prompt_of("any")], found.examples(split))
         if examples is None:
             at_task = level == "task"
             examples = task_openings(found, minibatches, openings) if at_task else label_hints(found, split, openings)
@@ -118,7 +120,15 @@ def generate_prompt(**kwargs: Any) -> TokenEnv:
     come from label likelihoods (:class:`~instructgym.rewards.task_reward.TaskReward`), nothing is generated; an empty
     instruction or hint says nothing and is worth 0. ``rouge`` has the model answer and compares with the reference
     (:class:`~instructgym.rewards.hinted_response.HintedResponse`); an empty hint is worth the answer without any.
-    The same prompt on the same minibatch or input always gets the same score.
+    The same prompt on the same minibatch or input always gets the same score: to the last digit while the label
+    likelihoods are remembered, else up to the rounding of a model that reads it in another batch (in float32 some 1e-5
+    nats of a likelihood, and by RLPrompt's factors some 1e-3 of a ``gap``).
+
+    Options that do not apply are not looked at: ``rouge`` reads no ``task``, ``data_dir``, ``size``, ``minibatches``,
+    ``instruction`` and ``calibrate``, the other measures no ``data``; instance-level has no ``size`` and
+    ``minibatches``. With a ``reward``, ``calibrate``, ``size`` and ``instruction`` do nothing, and ``measure`` only
+    says whether examples are labelled or answered; with ``examples``, ``minibatches`` and ``opening`` do nothing, and
+    with both no task is read.
 
     Args:
         **kwargs: as follows.
@@ -154,7 +164,8 @@ def generate_prompt(**kwargs: Any) -> TokenEnv:
 
     Raises:
         InputError: for an unknown level or measure, a task without labels, data that cannot be used, a minibatch larger
-            than the split, an opening or instruction without its place, and openings that do not fit.
+            than the split, batch calibration of single examples, an opening or instruction without its place, openings
+            that do not fit, and verbalizers or examples that cannot be scored.
         UnsupportedRequestError: for a backend that reports no log-probs where labels are scored.
     """
     return TokenEnv(**_arguments(**kwargs))

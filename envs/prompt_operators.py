@@ -42,10 +42,11 @@ class PromptOperator(Operator[PromptDraft]):
 class PromptEdits(PromptOperator):
     """``Discrete(n)``: one edit of the whole prompt per action.
 
-    ``rephrase``, ``shorten``, ``add_constraint``: an LLM rewrites the instruction. ``add_demonstration``: one of the
-    training split, drawn among those not shown. ``swap_demonstrations``, ``drop_demonstration``: two of them, or one,
-    drawn. ``swap_verbalizers``: the task's next set. ``no_op``, always the last: leaves the prompt alone and costs
-    nothing, so that some action is always possible.
+    ``rephrase``, ``shorten``, ``add_constraint``: an LLM rewrites the instruction, where there is one.
+    ``add_demonstration``: one of the training split, drawn among those not shown. ``swap_demonstrations``,
+    ``drop_demonstration``: two of them, or one, drawn; the last one stays in a prompt without instruction.
+    ``swap_verbalizers``: the task's next set. ``no_op``, always the last: leaves the prompt alone and costs nothing, so
+    that some action is always possible.
 
     Args:
         operations: names in action order; None for all seven.
@@ -78,10 +79,11 @@ class PromptEdits(PromptOperator):
         return Edit(index, result=self._rule(operation.name, text) or text)
 
     def mask(self, text: PromptDraft) -> np.ndarray:
-        return np.array(
-            [bool(one.chat) or one.name == NO_OP or self._rule(one.name, text) is not None for one in self._operations],
-            dtype=np.int8,
-        )
+        can = [
+            bool(text.instruction.strip()) if one.chat else self._rule(one.name, text) is not None
+            for one in self._operations
+        ]
+        return np.array(can, dtype=np.int8)
 
     @staticmethod
     def _rule(name: str, draft: PromptDraft) -> PromptDraft | None:
@@ -91,7 +93,7 @@ class PromptEdits(PromptOperator):
             added = draft.next_demonstration()
             return None if added is None else draft.with_prompt(demonstrations=(*shown, added))
         if name == "drop_demonstration":
-            if not shown:
+            if not shown or (len(shown) == 1 and not draft.instruction.strip()):  # nothing would be left
                 return None
             del shown[draft.draw(len(shown))]
             return draft.with_prompt(demonstrations=tuple(shown))
@@ -148,7 +150,8 @@ class PhraseEdits(PromptOperator):
             "add_back": bool(text.deleted) and text.context.fits(self._edited("add_back", 0, text).prompt),
             NO_OP: True,
         }
-        positions = [position < count for position in range(self.positions)]
+        # Without a phrase the first position is on for the no-op, so that each dimension has something to choose.
+        positions = [position < max(count, 1) for position in range(self.positions)]
         return np.array([*(can[name] for name in self.operations), *positions], dtype=np.int8)
 
     @staticmethod

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from ..llm_backends import Backend, request_seed
 from ..llm_backends.errors import InputError
 from ..rewards.base import Sample, Score
+from ..rewards.calibration import check_batch
 from ..rewards.task_gain import TaskGain
 from ..rewards.task_prompt import Demonstration, LabelledExample, TaskPrompt
 from .edit_process import EditProcess, EditSettings, EditStep, Episode
@@ -52,6 +54,8 @@ class PromptData:
     pool_size: int = 64
     """Examples set aside as an episode's demonstrations to add, at most."""
     max_demonstrations: int = 4
+    held_out: tuple[LabelledExample, ...] = field(default=(), repr=False)
+    """Examples that prompts are scored on elsewhere, e.g. those of other splits: a prompt must fit them as well."""
 
     def __post_init__(self) -> None:
         if not self.starts:
@@ -59,11 +63,29 @@ class PromptData:
         for name, least in (("batch_size", 1), ("pool_size", 0), ("max_demonstrations", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.batch_size > len(self.examples):
+        for prompt in self.starts:
+            self.unseen(prompt)
+
+    def unseen(self, prompt: TaskPrompt) -> list[LabelledExample]:
+        """The training examples that are no demonstrations of a prompt.
+
+        Raises:
+            InputError: if there are too few for a minibatch.
+        """
+        shown = {one.text for one in prompt.demonstrations}
+        found = [one for one in self.examples if one.text not in shown]
+        if self.batch_size > len(found):
             raise InputError(
-                f"a batch_size of {self.batch_size} is more than the {len(self.examples)} training examples: "
-                "lower it, or raise the limit"
+                f"a batch_size of {self.batch_size} is more than the {len(found)} training examples that the prompt "
+                "does not show: lower it, or raise the limit"
             )
+        return found
+
+    @cached_property
+    def hardest(self) -> tuple[LabelledExample, LabelledExample]:
+        """The longest example in UTF-8 bytes, and one of the last label: what a scorer checks a prompt by."""
+        everything = (*self.examples, *self.held_out)
+        return max(everything, key=lambda one: len(one.text.encode())), max(everything, key=lambda one: one.label)
 
 
 class PromptProcess(EditProcess):
@@ -78,7 +100,7 @@ class PromptProcess(EditProcess):
         settings: horizon and rules.
 
     Raises:
-        InputError: for prompts, verbalizers and examples that cannot be scored.
+        InputError: for prompts, verbalizers and examples that cannot be scored, and batch calibration of one example.
     """
 
     reward: TaskGain
@@ -93,16 +115,21 @@ class PromptProcess(EditProcess):
         settings: EditSettings,
     ) -> None:
         self.data = data
+        check_batch(reward.scorer.calibration, data.batch_size)
         words = [replace(data.starts[0], verbalizers=verbalizers) for verbalizers in data.verbalizer_sets]
-        reward.scorer.check([*data.starts, *words], data.examples)
+        reward.scorer.check([*data.starts, *words], [*data.examples, *data.held_out])
         instructions = [Instruction(prompt.instruction) for prompt in data.starts]
         super().__init__(copies, instructions, operator, backend, reward, settings)
 
     def _check_prefix(self, prefix: Any) -> None:
         if isinstance(prefix, TaskPrompt):
-            self.reward.scorer.check([prefix], self.data.examples)
+            self.reward.scorer.check([prefix], self.data.hardest)
+            self.data.unseen(prefix)
         else:
             super()._check_prefix(prefix)
+            if prefix is not None:
+                written = [replace(start, instruction=prefix) for start in self.data.starts]
+                self.reward.scorer.check(written, self.data.hardest)
 
     def _open(self, copy: int, index: int, prefix: Any, base_seed: int) -> PromptEpisode:
         data, prompt = self.data, self.data.starts[index]
@@ -110,32 +137,36 @@ class PromptProcess(EditProcess):
             prompt = prefix
         elif prefix is not None:
             prompt = replace(prompt, instruction=prefix)
-        order = self.generators[copy].permutation(len(data.examples))
-        examples = tuple(data.examples[i] for i in sorted(order[: data.batch_size]))
+        unseen = data.unseen(prompt)
+        order = self.generators[copy].permutation(len(unseen))
+        examples = tuple(unseen[i] for i in sorted(order[: data.batch_size]))
         seen = {example.text for example in examples}
         pool: dict[str, Demonstration] = {}
         for i in order[data.batch_size :]:
             if len(pool) == data.pool_size:
                 break
-            if data.examples[i].text not in seen:
-                pool[data.examples[i].text] = Demonstration(data.examples[i].text, data.examples[i].label)
-        context = DraftContext(
-            tuple(pool.values()),
-            data.verbalizer_sets,
-            data.max_demonstrations,
-            lambda prompt: self._fits(prompt, examples),
-        )
+            if unseen[i].text not in seen:
+                pool[unseen[i].text] = Demonstration(unseen[i].text, unseen[i].label)
+        context = DraftContext(tuple(pool.values()), data.verbalizer_sets, data.max_demonstrations, self._fits)
         draft = PromptDraft(prompt, context)
         return PromptEpisode(index, str(draft), draft, base_seed, history=[str(draft)], examples=examples)
 
-    def _fits(self, prompt: TaskPrompt, examples: Sequence[LabelledExample]) -> bool:
+    def _fits(self, prompt: TaskPrompt) -> bool:
         try:
-            self.reward.scorer.check([prompt], examples)
+            self.reward.scorer.check([prompt], self.data.hardest)
         except InputError:
             return False
         return True
 
     def _opened(self, copies: Sequence[int]) -> None:
+        try:
+            self._score_starts(copies)
+        except BaseException:  # an episode without a score must not be stepped
+            for copy in copies:
+                self.episodes[copy] = None
+            raise
+
+    def _score_starts(self, copies: Sequence[int]) -> None:
         """Scores the start prompts, all in one batch."""
         pending = [self._prompt_episode(copy) for copy in copies]
         for _ in range(2 if self.settings.on_invalid == "retry" else 1):
@@ -151,8 +182,6 @@ class PromptProcess(EditProcess):
             pending = [episode for episode, _ in failed]
             if not pending:
                 return
-        for copy in copies:
-            self.episodes[copy] = None
         raise InvalidRewardError(f"the start prompt could not be scored: {failed[0][1].feedback}")
 
     def _prompt_episode(self, copy: int) -> PromptEpisode:

@@ -15,11 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import logging
 
-from .base import ContextLengthError, Message, Prompt
+from .base import ContextLengthError, Prompt
 from .errors import InputError
 from .kv_cache import BatchCache, PrefixCache
 from .rng import preserved_rng
-from .tokenization import decode_ids
+from .tokenization import decode_ids, prompt_ids
 
 PREFILL_TOKENS = 16_384
 """Tokens, padding included, in one forward pass at most."""
@@ -189,23 +189,12 @@ class CausalLM:
             ContextLengthError: if not one token would fit behind it.
             ValueError: for chat messages where the tokenizer has no chat template.
         """
-        if isinstance(prompt, str):
-            ids = self.tokenizer(prompt)["input_ids"]
-        elif isinstance(prompt[0], int | np.integer):
-            ids = [int(token) for token in prompt]  # type: ignore[arg-type]
-        else:
-            ids = self._encode_chat(prompt)  # type: ignore[arg-type]
+        ids = prompt_ids(self.tokenizer, prompt, self.name)
         if check and len(ids) >= self.context_length:
             raise ContextLengthError(
                 f"the prompt has {len(ids)} tokens, {self.name} reads {self.context_length} with its completion"
             )
-        return list(ids)
-
-    def _encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        if not self.tokenizer.chat_template:
-            raise InputError(f"{self.name} has no chat template: pass prompts as strings (prompt_style='completion')")
-        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
     def encode_completion(self, text: str) -> list[int]:
         """Token ids of a text that follows a prompt: no special tokens."""

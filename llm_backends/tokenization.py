@@ -9,12 +9,35 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from .base import Message
+import numpy as np
+
+from .base import Message, Prompt
 from .errors import InputError
 from .parts import Part
 
 PROBE = "A probe: naïve  café, 12.5%\n\tend"
 """A text that tokenizers of one vocabulary split alike only if they agree on blanks, digits and special tokens."""
+
+
+def prompt_ids(tokenizer: Any, prompt: Prompt, name: str) -> list[int]:
+    """Token ids of a prompt: chat messages through the chat template, strings with the tokenizer's own specials.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        prompt: a text, messages, or token ids, which stay what they are.
+        name: what to call the model in errors.
+
+    Raises:
+        InputError: for chat messages where the tokenizer has no chat template.
+    """
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    if isinstance(prompt[0], int | np.integer):
+        return [int(token) for token in prompt]  # type: ignore[arg-type]
+    if not tokenizer.chat_template:
+        raise InputError(f"{name} has no chat template: pass prompts as strings (prompt_style='completion')")
+    text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def decode_ids(tokenizer: Any, ids: Sequence[int]) -> str:

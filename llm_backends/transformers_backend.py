@@ -12,6 +12,7 @@ import numpy as np
 
 from .base import Backend, BackendError, ContextLengthError, Prompt, PromptStyle, Result, Sampling
 from .choices import Choices
+from .tokenization import prompt_ids
 
 if TYPE_CHECKING:
     from .causal_lm import CausalLM
@@ -103,7 +104,7 @@ class TransformersBackend(Backend):
         limit = context_length(self._path())
         if isinstance(prompt, str) and len(prompt.encode()) + max_tokens <= limit:
             return None  # a token is at least a byte: no need to load the tokenizer
-        size = len(self.lm.encode(prompt, check=False)) + max_tokens
+        size = len(prompt_ids(tokenizer_at(self._path()), prompt, self.name)) + max_tokens
         if size <= limit:
             return None
         return ContextLengthError(f"prompt and completion take up to {size} tokens, {self.name} reads {limit}")

@@ -40,6 +40,12 @@ def calibration_method(calibrate: bool | str) -> Calibration:
     return calibrate  # type: ignore[return-value]
 
 
+def check_batch(method: Calibration, examples: int) -> None:
+    """Refuses ``batch`` for fewer than two examples with an InputError: their mean is all that there is of the one."""
+    if method == "batch" and examples < 2:
+        raise InputError("batch calibration of one example leaves no signal: score more, or use 'contextual'")
+
+
 def normalised(logprobs: np.ndarray) -> np.ndarray:
     """Log-probs over the labels: float64, of the shape of ``logprobs`` (..., labels), their exponentials summing to 1.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..llm_backends import BackendError
 from ..llm_backends.errors import InputError
 from .task_prompt import TaskPrompt
 from .task_score import TaskScorer
@@ -20,7 +21,7 @@ class LimitedScorer(TaskScorer):
     """As :class:`~.task_score.TaskScorer`, up to a number of task-model calls.
 
     A call is one label of one example after one prompt; what the cache answers counts as well, so that the number says
-    what a method asked for, not in which order.
+    what a method asked for, not in which order. Requests that fail do not count.
 
     Args:
         limit: calls at most.
@@ -47,4 +48,8 @@ class LimitedScorer(TaskScorer):
         if needed > self.left:
             raise CallLimitError(f"{needed} task-model calls are needed, {self.left} of {self.limit} are left")
         self.calls += needed
-        return super()._ask_pairs(pairs)
+        try:
+            return super()._ask_pairs(pairs)
+        except (BackendError, InputError):
+            self.calls -= needed  # what was answered is counted when it is asked for again
+            raise

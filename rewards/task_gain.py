@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..llm_backends import BackendError, ContextLengthError
 from ..llm_backends.errors import InputError
 from .base import Reward, Sample, Score
 from .task_prompt import LabelledExample, TaskPrompt
-from .task_score import TaskResult, TaskScorer
+from .task_score import TaskResult, TaskScorer, make_scorer
 
 METRICS = ("gap", "accuracy")
 
@@ -30,7 +29,7 @@ class TaskGain(Reward):
         failures: wrong answers that the feedback tells at most.
 
     Raises:
-        InputError: for an unknown metric, a negative count, and arguments that a scorer does not have.
+        InputError: for an unknown metric, a negative count, and as :func:`~.task_score.make_scorer`.
     """
 
     name = "task-gain"
@@ -42,16 +41,7 @@ class TaskGain(Reward):
             raise InputError(f"unknown metric {metric!r}: use {', '.join(METRICS)}")
         if failures < 0:
             raise InputError(f"failures must be at least 0, got {failures}")
-        if not isinstance(scorer, TaskScorer):
-            if not isinstance(scorer, Mapping | None):
-                raise InputError(
-                    f"{scorer!r} is no scorer: pass a TaskScorer or its arguments, as {{'calibrate': True}}"
-                )
-            try:
-                scorer = TaskScorer(**(scorer or {}))
-            except TypeError as error:
-                raise InputError(f"cannot build a task scorer from {scorer!r}: {error}") from error
-        self.scorer = scorer
+        self.scorer = make_scorer(scorer)
         self.metric, self.failures = metric, failures
 
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
@@ -74,14 +64,7 @@ class TaskGain(Reward):
             For each prompt a score whose value is the task score, with the terms ``accuracy`` and ``gap`` and the
             failures as feedback; an invalid one where the model could not serve a request.
         """
-        try:
-            return [self._score(result) for result in self.scorer.score_each(prompts, examples)]
-        except (BackendError, InputError) as error:
-            reason = _reason(error)
-        if len(prompts) == 1:
-            return [Score.invalid(reason, calls=self._calls(prompts[0], examples[0]))]
-        # One prompt's failure is not that of the others, whose answers the scorer remembers.
-        return [self.evaluate([prompt], [mine])[0] for prompt, mine in zip(prompts, examples, strict=True)]
+        return self.scorer.reward_each(prompts, examples, self._score)
 
     def _score(self, result: TaskResult) -> Score:
         terms = {"accuracy": float(result.accuracy), "gap": float(result.gaps.mean())}
@@ -91,14 +74,3 @@ class TaskGain(Reward):
         gain = score.value - previous
         terms = {self.name: gain, "score": score.value} | score.terms
         return Score(gain, terms=terms, feedback=score.feedback, calls=score.calls)
-
-    def _calls(self, prompt: TaskPrompt, examples: Sequence[LabelledExample]) -> int:
-        extra = len(self.scorer.content_free) if self.scorer.calibration == "contextual" else 0
-        return (len(examples) + extra) * len(prompt.verbalizers)
-
-
-def _reason(error: BackendError | InputError) -> str:
-    """Why the model gave no score; bad input other than a prompt over a context that only it knows is raised."""
-    if isinstance(error, InputError) and not isinstance(error.__cause__, ContextLengthError):
-        raise error
-    return str(error)

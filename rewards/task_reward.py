@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..llm_backends import BackendError, request_seed
+from ..llm_backends import request_seed
 from ..llm_backends.errors import InputError
 from .base import Reward, Sample, Score
+from .calibration import check_batch
 from .task_prompt import Demonstration, LabelledExample, TaskPrompt
-from .task_score import TaskResult, TaskScorer
+from .task_score import TaskResult, TaskScorer, make_scorer
 
 Measure = Literal["gap", "accuracy"]
 CORRECT, INCORRECT = 200.0, 180.0
@@ -48,8 +49,9 @@ class TaskReward(Reward):
         seed: of the minibatch.
 
     Raises:
-        InputError: for an unknown measure, a size beyond the examples, and an instruction without ``{response}``; when
-            scoring, for a task-level sample where there are no examples, and as :meth:`TaskScorer.check`.
+        InputError: for an unknown measure, a size beyond the examples, batch calibration of single examples, an
+            instruction without ``{response}``, and as :func:`~.task_score.make_scorer`; when scoring, for a task-level
+            sample where there are no examples, and as :meth:`TaskScorer.check`.
     """
 
     name = "task"
@@ -76,33 +78,22 @@ class TaskReward(Reward):
         self.examples = [_example(one) for one in examples]
         if size < 0 or size > len(self.examples) > 0:
             raise InputError(f"a minibatch of {size} examples cannot be drawn from {len(self.examples)}: change size")
-        self.scorer = scorer if isinstance(scorer, TaskScorer) else TaskScorer(**(scorer or {}))
+        self.scorer = make_scorer(scorer)
         self.size = min(size or len(self.examples), len(self.examples))
+        check_batch(self.scorer.calibration, self.size)  # 0: each sample brings its own
         self.measure, self.empty, self.seed = measure, empty, seed
         self.correct, self.incorrect = correct, incorrect
-        # Content-free inputs are read once per prompt.
-        extra = len(self.scorer.content_free) if self.scorer.calibration == "contextual" else 0
-        self.calls_per_sample = (max(self.size, 1) + extra) * len(self.prompt.verbalizers)
+        self.calls_per_sample = self.scorer.calls_for(self.prompt, max(self.size, 1))
 
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
-        scores: list[Score | None] = [
-            None if sample.response.strip() else Score(self.empty, terms={self.name: self.empty}) for sample in samples
+        asked = [sample for sample in samples if sample.response.strip()]
+        prompts = [self.prompt_of(sample.response) for sample in asked]
+        minibatches = [self._minibatch(sample) for sample in asked]
+        scores = iter(self.scorer.reward_each(prompts, minibatches, self._score))
+        return [
+            next(scores) if sample.response.strip() else Score(self.empty, terms={self.name: self.empty})
+            for sample in samples
         ]
-        groups: dict[tuple[LabelledExample, ...], list[int]] = {}
-        for index, sample in enumerate(samples):
-            if scores[index] is None:
-                groups.setdefault(self._minibatch(sample), []).append(index)
-        for minibatch, members in groups.items():
-            prompts = [self.prompt_of(samples[index].response) for index in members]
-            try:
-                results = self.scorer.score(prompts, minibatch)
-            except BackendError as error:
-                for index in members:
-                    scores[index] = Score.invalid(str(error))
-                continue
-            for index, result in zip(members, results, strict=True):
-                scores[index] = self._score(result)
-        return [score for score in scores if score is not None]
 
     def prompt_of(self, response: str) -> TaskPrompt:
         """The prompt with a response as its instruction (or in its place there)."""

@@ -6,7 +6,7 @@ import hashlib
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +16,20 @@ from ..llm_backends import Backend, BackendError, ContextLengthError, Prompt, Un
 from ..llm_backends.errors import InputError
 from ..llm_backends.parts import Part
 from ..llm_backends.prompting import build_prompt, one_line
-from .calibration import CONTENT_FREE, Calibration, calibration_method, normalised, without_bias
+from .base import Score
+from .calibration import CONTENT_FREE, Calibration, calibration_method, check_batch, normalised, without_bias
 from .task_prompt import BLOCK, TEMPLATE, Demonstration, LabelledExample, TaskPrompt, check_distinct, check_prompt
 
-__all__ = ["BLOCK", "TEMPLATE", "Demonstration", "LabelledExample", "TaskPrompt", "TaskResult", "TaskScorer"]
+__all__ = [
+    "BLOCK",
+    "TEMPLATE",
+    "Demonstration",
+    "LabelledExample",
+    "TaskPrompt",
+    "TaskResult",
+    "TaskScorer",
+    "make_scorer",
+]
 
 CHECKED_WORDS = 1024
 CACHED_ROWS = 262_144
@@ -71,7 +81,10 @@ class TaskScorer(Part):
 
     The likelihood of a label is the probability of its verbalizer (the sum of the log-probs of its tokens) after
     the prompt with the input filled in. All prompts and examples of a call are asked together; what the examples of a
-    prompt share is read once by a model in this process. No pair of prompt and example is asked twice.
+    prompt share is read once by a model in this process. No pair of prompt and example that is remembered is asked
+    again, so its score stays the same to the last digit. Asked anew (without cache, or by another scorer), a model in
+    this process gives it the same log-probs up to rounding, which depends on the rest of the batch: some 1e-5 nats in
+    float32, far more in bfloat16.
 
     Args:
         backend: the frozen model, one that reports log-probs.
@@ -144,8 +157,7 @@ class TaskScorer(Part):
             BackendError: as :meth:`label_logprobs`.
         """
         method = self.calibration if calibrate is None else calibration_method(calibrate)
-        if method == "batch" and len(examples) < 2:
-            raise InputError("batch calibration of one example leaves no signal: score more, or use 'contextual'")
+        check_batch(method, len(examples))
         self.check(prompts, examples)
         texts = [example.text for example in examples]
         extra = list(self.content_free) if method == "contextual" else []
@@ -171,8 +183,7 @@ class TaskScorer(Part):
         if len(prompts) != len(examples):
             raise InputError(f"{len(prompts)} prompts need as many lists of examples, got {len(examples)}")
         for prompt, mine in zip(prompts, examples, strict=True):
-            if self.calibration == "batch" and len(mine) < 2:
-                raise InputError("batch calibration of one example leaves no signal: score more, or use 'contextual'")
+            check_batch(self.calibration, len(mine))
             self.check([prompt], mine)
         extra = list(self.content_free) if self.calibration == "contextual" else []
         texts = [[example.text for example in mine] + extra for mine in examples]
@@ -183,6 +194,38 @@ class TaskScorer(Part):
             found = [np.array([next(rows) for _ in part], np.float32) for part in (mine, extra)]
             results.append(_result(prompt, found[0], found[1], self.calibration, tuple(mine)))
         return results
+
+    def reward_each(
+        self,
+        prompts: Sequence[TaskPrompt],
+        examples: Sequence[Sequence[LabelledExample]],
+        reward: Callable[[TaskResult], Score],
+    ) -> list[Score]:
+        """A reward for every prompt on examples of its own, invalid where the model could not serve a request.
+
+        Args:
+            prompts: n prompts.
+            examples: for each prompt its examples, at least one.
+            reward: of a result.
+
+        Raises:
+            InputError: as :meth:`score_each`, but for a prompt over a context that only the model knows.
+        """
+        try:
+            return [reward(result) for result in self.score_each(prompts, examples)]
+        except (BackendError, InputError) as error:
+            if isinstance(error, InputError) and not isinstance(error.__cause__, ContextLengthError):
+                raise
+            reason = str(error)
+        if len(prompts) == 1:
+            return [Score.invalid(reason, self.calls_for(prompts[0], len(examples[0])))]
+        # One prompt's failure is not that of the others, whose answers are remembered.
+        return [self.reward_each([prompt], [mine], reward)[0] for prompt, mine in zip(prompts, examples, strict=True)]
+
+    def calls_for(self, prompt: TaskPrompt, examples: int) -> int:
+        """Task-model calls that a prompt's score on so many examples takes, as :attr:`TaskResult.calls` has them."""
+        extra = len(self.content_free) if self.calibration == "contextual" else 0
+        return (examples + extra) * len(prompt.verbalizers)
 
     def check(self, prompts: Sequence[TaskPrompt], examples: Sequence[LabelledExample]) -> None:
         """Refuses what cannot be scored, before a model is loaded where that can be seen without one.
@@ -286,6 +329,22 @@ class TaskScorer(Part):
                 raise InputError(f"the prompt {one_line(text)[:60]!r} is too long: {error}") from error
             raise error
         return found
+
+
+def make_scorer(scorer: TaskScorer | Mapping[str, Any] | None) -> TaskScorer:
+    """A task scorer from what rewards take: one that is there, or the arguments of one; None for the defaults.
+
+    Raises:
+        InputError: for anything else, arguments that a scorer does not have, and as :class:`TaskScorer`.
+    """
+    if isinstance(scorer, TaskScorer):
+        return scorer
+    if not isinstance(scorer, Mapping | None):
+        raise InputError(f"{scorer!r} is no scorer: pass a TaskScorer or its arguments, as {{'calibrate': True}}")
+    try:
+        return TaskScorer(**(scorer or {}))
+    except TypeError as error:
+        raise InputError(f"cannot build a task scorer from {scorer!r}: {error}") from error
 
 
 def _key(*parts: str) -> bytes:

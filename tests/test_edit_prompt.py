@@ -37,8 +37,11 @@ from instructgym.agents.baselines import RandomAgent
 from instructgym.envs.process import InvalidRewardError
 from instructgym.envs.sb3 import make_sb3_env
 from instructgym.envs.tasks.prompt_tasks import PromptTask
-from instructgym.llm_backends import BackendError, ScriptedBackend
+from instructgym.llm_backends import BackendError, ContextLengthError, ScriptedBackend
+from instructgym.llm_backends.errors import InputError
+from instructgym.llm_backends.transformers_backend import TransformersBackend
 from instructgym.rewards import Demonstration, Sample, TaskGain, TaskPrompt, TaskScorer
+from instructgym.rewards.call_limit import CallLimitError, LimitedScorer
 
 # --- the contract ------------------------------------------------------------------------------------------------
 
@@ -57,14 +60,22 @@ def test_the_checkers_find_nothing(operator, observation):
 
 
 def test_the_default_loads_no_model_before_its_first_use(monkeypatch):
-    from instructgym.llm_backends.transformers_backend import TransformersBackend
-
     monkeypatch.setattr(TransformersBackend, "lm", property(lambda self: 1 / 0))
     env = gym.make(f"instructgym:{ENV_ID}", limit=64)
     assert env.action_space == gym.spaces.Discrete(8)
     assert env.unwrapped.operations == EDITS
     with pytest.raises(ZeroDivisionError):
         env.reset(seed=0)
+
+
+@pytest.mark.parametrize("style", ["chat", "completion"])
+def test_a_model_by_path_is_not_loaded_to_build_an_env(tiny_model_path, monkeypatch, style):
+    monkeypatch.setattr(TransformersBackend, "lm", property(lambda self: pytest.fail("the model was loaded")))
+    backend = {"id": "transformers", "kwargs": {"model": tiny_model_path, "prompt_style": style}}
+    env = make(scorer={"backend": backend}, instructions=["Good?"])
+    assert env.process.reward.scorer.backend.prompt_style == style
+    with pytest.raises(InputError, match=r"prompt 0 is too long: .* reads 256"):
+        make(scorer={"backend": backend}, instructions=["word " * 60])
 
 
 def test_a_spec_survives_json_and_live_parts_are_named():
@@ -109,6 +120,27 @@ def test_equal_texts_are_one_input():
         pool = [one.text for one in episode.document.context.pool]
         assert len(set(pool)) == len(pool) > 0
         assert not set(pool) & {example.text for example in episode.examples}
+
+
+def test_no_example_is_scored_with_its_own_answer_in_the_prompt():
+    films = task(8)
+    shown = [Demonstration(one.text, one.label) for one in films.train]
+    for seed in range(6):
+        episode = started(seed=seed, task=films, prefix=TaskPrompt(LONG, shown[:2], ("a", "b"))).process.episodes[0]
+        assert {one.text for one in episode.examples} == {one.text for one in shown[2:]}
+        assert not episode.document.context.pool
+    env = make(task=films)
+    first, *_ = env.reset(seed=0)[1], env.step(NO_OP)
+    with pytest.raises(InputError, match="batch_size of 6 is more than the 5 training examples that the prompt does"):
+        env.reset(options={"prefix": TaskPrompt(LONG, shown[:3], ("a", "b"))})
+    assert env.step(NO_OP)[4]["step"] == 2 and env.process.episodes[0].document.prompt == first["prompt"]
+
+
+def test_the_draw_for_prompts_without_demonstrations_is_what_it_was():
+    for prefix in (None, "Well?"):
+        episode = started(seed=3, prefix=prefix).process.episodes[0]
+        assert [one.id for one in episode.examples] == [f"t/{i}" for i in (12, 17, 19, 21, 31, 32)]
+        assert [one.text[-2:] for one in episode.document.context.pool[:4]] == ["34", " 2", "28", " 3"]
 
 
 def test_the_embedding_observation_shows_what_is_possible():
@@ -262,6 +294,34 @@ def test_a_start_without_a_score_is_an_error():
         env.step(ADD)
 
 
+class Brief(ScriptedBackend):
+    """A model that reads 200 letters."""
+
+    def context_error(self, prompt, max_tokens):
+        return ContextLengthError("too long") if len(prompt) > 200 else None
+
+
+@pytest.mark.parametrize("n", [0, 2])
+def test_a_refused_reset_leaves_the_episodes_as_they_were(n):
+    kwargs = {"scorer": TaskScorer(Brief(score=likelihoods)), "instructions": ["Well?"]}
+    env = vector(n, mode="Disabled", **kwargs) if n else make(**kwargs)
+    env.reset(seed=0)
+    before = list(env.process.episodes)
+    for long in (LONG * 4, TaskPrompt(LONG * 4, (), ("bad", "good"))):
+        with pytest.raises(InputError, match="prompt 0 is too long"):
+            env.reset(options={"prefix": [LONG, long] if n else long})
+        assert all(now is one for now, one in zip(env.process.episodes, before, strict=True))
+
+
+def test_a_reset_that_fails_leaves_no_episode_without_a_score():
+    env = make(scorer=LimitedScorer(15, ScriptedBackend(score=likelihoods)))
+    env.reset(seed=0)
+    with pytest.raises(CallLimitError):
+        env.reset()
+    with pytest.raises(RuntimeError, match=r"call reset\(\)"):
+        env.step(NO_OP)
+
+
 def test_a_rewriter_that_fails_leaves_the_prompt_alone():
     env = started(backend=lambda prompt: BackendError("server is down"))
     before = env.process.episodes[0].document
@@ -301,6 +361,24 @@ def test_copy_i_is_a_single_env_seeded_with_s_plus_i(operator):
         for i, one in enumerate(singles):
             _, reward, _, _, info = one.step(actions[i])
             assert (reward, plain(info)) == (rewards[i], row(infos, i))
+
+
+def test_copies_on_a_real_model_are_single_envs_up_to_rounding(tiny_model_path):
+    """Scores of float32 differ by what else is in a batch: some 1e-5 nats of a log-prob, as much of a gap at most."""
+    backend = TransformersBackend(tiny_model_path, prompt_style="completion")
+    kwargs = {"instructions": ["Good?"], "batch_size": 3, "max_demonstrations": 2, "horizon": 4}
+    for cache in (0, 1000):
+        kwargs |= {"scorer": {"backend": backend, "cache": cache}}
+        env, singles = vector(mode="Disabled", **kwargs), [make(**kwargs) for _ in range(3)]
+        starts = env.reset(seed=5)[1]["score"]
+        told = [one.reset(seed=5 + i)[1]["score"] for i, one in enumerate(singles)]
+        np.testing.assert_allclose(starts, told, rtol=0, atol=5e-5)
+        for action in (ADD, WORDS, ADD, DROP):
+            _, rewards, _, _, infos = env.step(np.full(3, action))
+            steps = [one.step(action) for one in singles]
+            assert [info["prompt"] for *_, info in steps] == list(infos["prompt"])
+            np.testing.assert_allclose(rewards, [step[1] for step in steps], rtol=0, atol=1e-4)
+        assert len(set(starts)) == 3 and np.ptp(rewards) > 1e-3
 
 
 def test_a_vector_step_is_one_call_per_role():
@@ -344,6 +422,10 @@ def test_a_vector_step_is_one_call_per_role():
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"batch_size": 41}, "batch_size of 41 is more than the 40 training examples"),
         ({"max_demonstrations": -1}, "max_demonstrations must be at least 0"),
+        (
+            {"batch_size": 1, "scorer": {"backend": "scripted", "calibrate": "batch"}},
+            "batch calibration of one example",
+        ),
         ({"horizon": 0}, "horizon must be at least 1"),
         ({"on_invalid": "ignore"}, "on_invalid must be one of"),
         ({"elimination": ["length"]}, "unknown elimination rule"),

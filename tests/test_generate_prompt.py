@@ -14,6 +14,7 @@ from instructgym.envs.tasks.prompt_examples import PromptExample
 from instructgym.llm_backends import BackendError, ScriptedBackend, UnsupportedRequestError
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.tokenization import LoadedTokenizer
+from instructgym.llm_backends.transformers_backend import TransformersBackend
 from instructgym.rewards import FunctionReward, HintedResponse, Sample
 from tests.conftest import build_tokenizer
 
@@ -195,6 +196,21 @@ def test_play_is_step(make, options, mode):
         assert_equal(env.play(actions), stepped(other, actions, mask), env, other)
 
 
+@pytest.mark.parametrize("options", LEVELS[:2])
+def test_play_is_step_on_a_real_model_up_to_rounding(make, tiny_model_path, options):
+    """A likelihood in float32 differs by what else is in its batch: some 1e-5 nats, 200 times that as gap."""
+    frozen = TransformersBackend(tiny_model_path, prompt_style="completion")
+    env, other = (make(6, autoreset_mode="Disabled", backend=frozen, size=3, **options) for _ in range(2))
+    for one in (env, other):
+        one.reset(seed=3)
+    actions = [ids(env, text) for text in TEXTS]
+    played = env.play(actions)
+    told = stepped(other, actions, np.ones(6, dtype=bool))
+    paid = [[float(r[-1]) for r in played.rewards], [told["rewards"][i][-1] for i in range(6)]]
+    np.testing.assert_allclose(*paid, rtol=0, atol=200 * 5e-5)
+    assert paid[0][1] == paid[0][4] == 0.0 and np.ptp(paid[0]) > 1.0
+
+
 @pytest.mark.parametrize("options", LEVELS)
 def test_a_spec_survives_json(make, options):
     env = make(**({"backend": "scripted"} | options))
@@ -230,6 +246,44 @@ def test_ready_made_examples_and_another_reward(make):
     assert [env.step(token)[1] for token in (0, 0, 2)] == [0.0, 0.0, 3.0]
 
 
+TOML = """
+labels = ["bad", "good"]
+verbalizers = {}
+instructions = ["Well?"]
+train = "films.jsonl"
+"""
+
+
+@pytest.mark.parametrize("level", ["task", "instance"])
+@pytest.mark.parametrize("style", ["chat", "completion"])
+def test_what_cannot_be_scored_is_refused_without_the_model(write, make, tiny_model_path, monkeypatch, level, style):
+    monkeypatch.setattr(TransformersBackend, "lm", property(lambda self: pytest.fail("the model was loaded")))
+    backend = {"id": "transformers", "kwargs": {"model": tiny_model_path, "prompt_style": style}}
+
+    def build(words, text="a dull film"):
+        rows = [{"text": f"{text} {i}", "label": i % 2} for i in range(8)]
+        write("films.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        path = write("films.toml", TOML.format(json.dumps(words))) / "films.toml"
+        return make(task=str(path), level=level, backend=backend, size=2)
+
+    assert build(["bad", "good"]).reward.prompt.verbalizers == ("bad", "good")
+    with pytest.raises(InputError, match="'good' and 'good film' of prompt 0 cannot be told apart"):
+        build(["good", "good film"])
+    with pytest.raises(InputError, match=r"prompt 0 is too long: .* reads 256"):
+        build(["bad", "good"], "a dull film " * 30)
+
+
+def test_calibration_reads_the_tasks_own_content_free_inputs(make, write):
+    folder = write(
+        "RTE/train.tsv",
+        "index\tsentence1\tsentence2\tlabel\n"
+        + "".join(f"{i}\tIt rains {i}.\tIt is wet.\t{('entailment', 'not_entailment')[i % 2]}\n" for i in range(40)),
+    )
+    env = make(task="RTE", data_dir=str(folder), calibrate=True, size=2)
+    assert env.reward.scorer.content_free[0] == "First text: N/A\nSecond text: N/A"
+    assert env.reward.scorer.backend is FROZEN
+
+
 class NoLogprobs(ScriptedBackend):
     supports_logprobs = False
 
@@ -253,6 +307,8 @@ class NoLogprobs(ScriptedBackend):
         ({"instruction": "Good or bad?"}, InputError, r"instruction must have \{response\}"),
         ({"level": "instance", "measure": "rouge", "data": "instructions"}, InputError, "has no reference answer"),
         ({"calibrate": "twice"}, InputError, "twice"),
+        ({"calibrate": "batch", "level": "instance"}, InputError, "batch calibration of one example"),
+        ({"calibrate": "batch", "size": 1}, InputError, "batch calibration of one example"),
         ({"backend": NoLogprobs()}, UnsupportedRequestError, "reports no log-probs"),
     ],
 )

@@ -1,5 +1,7 @@
 """Operators on prompts: masks are impossible edits and nothing else, and what every edit does."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -22,11 +24,14 @@ from prompt_cases import (
     task,
 )
 
+from instructgym.agents.baselines import random_actions
 from instructgym.envs.prompt_operators import PhraseEdits, PromptEdits
 from instructgym.envs.tasks.phrases import join_phrases, split_phrases
 from instructgym.envs.tasks.prompt_drafts import DraftContext, PromptDraft
 from instructgym.llm_backends import ContextLengthError, ScriptedBackend
-from instructgym.rewards import Demonstration, TaskPrompt, TaskScorer
+from instructgym.rewards import Demonstration, LabelledExample, TaskPrompt, TaskScorer
+
+SHOWN = (Demonstration("a new film", 0), Demonstration("a good old film", 1))
 
 # --- the context -------------------------------------------------------------------------------------------------
 
@@ -37,6 +42,31 @@ class Short(ScriptedBackend):
     def context_error(self, prompt, max_tokens):
         words = len(str(prompt).split()) + max_tokens
         return ContextLengthError(f"{words} words, 34 are read") if words > 34 else None
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_what_fits_fits_all_examples(split):
+    films = task(words=("No", "Yes"))
+    long = LabelledExample("long", "a good film that " + "goes on and " * 3 + "on", 1)
+    films = replace(films, **{split: (*getattr(films, split), long)})
+    scorer = TaskScorer(Short(score=likelihoods))
+    for seed in range(3):
+        env = started(seed=seed, task=films, scorer=scorer, prefix="Well?")
+        while env.action_masks()[ADD]:
+            prompt = env.step(ADD)[4]["prompt"]
+        assert 0 < len(prompt.demonstrations) < 4
+        scorer.check([prompt], [long])
+    with pytest.raises(ValueError, match="prompt 0 is too long"):
+        make(task=films, scorer=scorer, instructions=["word " * 20])
+
+
+def test_the_context_is_asked_about_one_example_per_prompt(monkeypatch):
+    asked = []
+    monkeypatch.setattr(Short, "context_error", lambda self, prompt, room: asked.append(prompt))
+    env = started(scorer=TaskScorer(Short(score=likelihoods)))
+    asked.clear()
+    env.action_masks()
+    assert 0 < len(asked) < 5  # a demonstration, a set of verbalizers
 
 
 def test_edits_that_exceed_the_context_are_impossible_or_undone():
@@ -58,11 +88,16 @@ def test_edits_that_exceed_the_context_are_impossible_or_undone():
 
 
 @settings(max_examples=30)
-@given(seed=st.integers(0, 2**16), operator=st.sampled_from(["edits", "phrases"]), most=st.integers(0, 3))
-def test_an_unmasked_action_changes_the_prompt_and_a_masked_one_never_does(seed, operator, most):
+@given(
+    seed=st.integers(0, 2**16),
+    operator=st.sampled_from(["edits", "phrases"]),
+    most=st.integers(0, 3),
+    start=st.sampled_from([None, *(TaskPrompt("", SHOWN[:count], ("bad", "good")) for count in (1, 2))]),
+)
+def test_an_unmasked_action_changes_the_prompt_and_a_masked_one_never_does(seed, operator, most, start):
     rng = np.random.default_rng(seed)
     env = make(operator=operator, horizon=25, max_demonstrations=most, pool_size=2)
-    _, info = env.reset(seed=seed)
+    _, info = env.reset(seed=seed, options={"prefix": start})
     sizes = np.atleast_1d(getattr(env.action_space, "nvec", getattr(env.action_space, "n", 0)))
     for _ in range(24):
         before = info
@@ -71,7 +106,7 @@ def test_an_unmasked_action_changes_the_prompt_and_a_masked_one_never_does(seed,
         values = [int(rng.integers(size)) for size in sizes]
         allowed = all(part[value] for part, value in zip(possible, values, strict=True))
         _, reward, _, _, info = env.step(values[0] if operator == "edits" else np.array(values))
-        assert info["masked"] == (not allowed)
+        assert (info["masked"], info["eliminated_by"]) == (not allowed, "")
         changed = info["prompt"] != before["prompt"]
         assert changed == (allowed and info["operation"] != "no_op")
         assert changed == (info["text"] != before["text"])
@@ -115,6 +150,17 @@ def test_what_the_mask_of_phrases_depends_on():
     assert allowed(phrases, draft) == {"add_back", "no_op"}
     same = PromptDraft(TaskPrompt("One, One,", (), ("bad", "good")))
     assert allowed(phrases, same) == {"delete", "no_op"}
+
+
+def test_without_an_instruction_there_is_nothing_to_rewrite_and_nothing_to_delete():
+    draft = PromptDraft(TaskPrompt("", SHOWN[:1], ("bad", "good")))
+    assert allowed(PromptEdits(), draft) == {"no_op"}
+    assert PhraseEdits(3).mask(draft).tolist() == [0, 0, 0, 1, 1, 0, 0]
+    for operator in ("edits", "phrases"):
+        env = started(operator=operator, prefix=draft.prompt, pool_size=0, task=task(words=("bad", "good")))
+        action = random_actions(np.random.default_rng(0), env.action_masks()[None], env.action_space)[0]
+        info = env.step(action)[4]
+        assert not info["masked"] and info["text"]
 
 
 def test_a_masked_text_changes_nothing():

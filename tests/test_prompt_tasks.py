@@ -18,6 +18,7 @@ verbalizers = ["fine", "junk"]
 instructions = ["Is this mail junk?"]
 block = "Mail: {text}\\nVerdict:"
 """
+WELL = 'instructions = ["Well?"]\n'
 
 
 def rows(*pairs):
@@ -116,9 +117,15 @@ def test_files_by_split(write):
         ('labels = ["ham"]\ndata = "mails.jsonl"\n', "at least 2 different labels"),
         ('data = "mails.jsonl"\n', "at least 2 different labels"),
         ('labels = ["ham", "ham"]\ndata = "mails.jsonl"\n', "at least 2 different labels"),
-        ('labels = ["a", "b"]\ndata = "mails.jsonl"\n', "row 1: the label 'ham' is none of a, b"),
+        (f'labels = ["a", "b"]\n{WELL}data = "mails.jsonl"\n', "row 1: the label 'ham' is none of a, b"),
         ('labels = ["a", "b"]\nverbalizers = ["x"]\ndata = "mails.jsonl"\n', "1 verbalizers for 2 labels"),
         ('labels = "ab"\ndata = "mails.jsonl"\n', "'labels' must be a list of texts"),
+        (
+            'labels = ["ham", "spam"]\ndata = "mails.jsonl"\n',
+            r"mail\.toml: the field 'instructions' must have at least",
+        ),
+        (TOML.replace("Is this mail junk?", " "), "'instructions' must be a list of texts"),
+        (TOML.replace('"Is this mail junk?"', "") + 'data = "mails.jsonl"\n', "'instructions' must have at least one"),
         (TOML, "must name its examples"),
         (TOML + 'data = "mails.jsonl"\ntrain = "mails.jsonl"\n', "must name its examples"),
         (TOML + "shots = 3\n", "unknown field 'shots'"),

@@ -10,14 +10,15 @@ from rich.console import Console
 
 from instructgym.experiments.benchmarks import task_score as benchmark
 from instructgym.experiments.benchmarks.task_score import BenchTaskScore
-from instructgym.llm_backends import BackendError, resolve
+from instructgym.llm_backends import BackendError, ContextLengthError, resolve
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.journal import Journal, Journaled
 from instructgym.llm_backends.scripted import FunctionBackend, ScriptedBackend
 from instructgym.llm_backends.shared_prefix import choice_logprobs, shared_length
 from instructgym.llm_backends.transformers_backend import TransformersBackend
-from instructgym.rewards import Demonstration, LabelledExample, Sample, TaskPrompt, TaskReward, TaskScorer
+from instructgym.rewards import Demonstration, LabelledExample, Sample, TaskGain, TaskPrompt, TaskReward, TaskScorer
 from instructgym.rewards.calibration import normalised, without_bias
+from instructgym.rewards.call_limit import CallLimitError, LimitedScorer
 
 WORDS = ("good", "bad")
 EXAMPLES = [
@@ -362,6 +363,7 @@ def test_bad_rewards_are_refused():
     for message, kwargs in (
         ("unknown measure", {"measure": "margin"}),
         ("a minibatch of 4 examples cannot be drawn from 3", {"size": 4}),
+        ("batch calibration of one", {"size": 1, "scorer": {"backend": "scripted", "calibrate": "batch"}}),
     ):
         with pytest.raises(InputError, match=message):
             TaskReward(BLANK, EXAMPLES, **({"scorer": scorer} | kwargs))
@@ -376,8 +378,82 @@ def test_a_failed_request_is_no_verdict():
         def _logprobs(self, prompts, completions):
             return [BackendError("the line is down") for _ in prompts]
 
-    (score,) = TaskReward(BLANK, EXAMPLES, 2, TaskScorer(Down())).reward([Sample("Say.")])
-    assert not score.valid and "line is down" in score.feedback
+    for calibrate, calls in ((False, 4), (True, 10)):
+        (score,) = TaskReward(BLANK, EXAMPLES, 2, TaskScorer(Down(), calibrate)).reward([Sample("Say.")])
+        assert not score.valid and "line is down" in score.feedback and score.calls == calls
+
+
+class Odd(ScriptedBackend):
+    """A model that never serves prompts with "odd", and that serves those with "once" the second time."""
+
+    def _logprobs(self, prompts, completions):
+        rows = super()._logprobs(prompts, completions)
+        failed = [("odd" in text, "once" in text and not self.__dict__.get("tried")) for text in prompts]
+        self.tried = True
+        return [
+            ContextLengthError("too long") if odd else BackendError("down") if once else row
+            for row, (odd, once) in zip(rows, failed, strict=True)
+        ]
+
+
+def test_a_failed_response_is_not_the_others():
+    backend = Odd()
+    reward = TaskReward(BLANK, EXAMPLES, 2, TaskScorer(backend))
+    samples = [Sample(text, metadata={"minibatch": i % 2}) for i, text in enumerate(["Say.", "odd", " ", "once"])]
+    scores = reward.reward(samples)
+    assert [score.valid for score in scores] == [True, False, True, True]
+    assert [score.calls for score in scores] == [4, 4, 0, 4] and "too long" in scores[1].feedback
+    alone = [TaskReward(BLANK, EXAMPLES, 2, TaskScorer(ScriptedBackend())).reward([one])[0] for one in samples]
+    assert [one.value for one in scores[::3]] == [one.value for one in alone[::3]]
+
+
+def test_a_failed_request_is_not_charged():
+    backend = Odd()
+    scorer = LimitedScorer(100, backend)
+    reward = TaskReward(BLANK, EXAMPLES, 2, scorer)
+    assert [one.valid for one in reward.reward([Sample("Say."), Sample("odd"), Sample("once")])] == [True, False, True]
+    assert scorer.calls == 8
+    with pytest.raises(CallLimitError):
+        LimitedScorer(7, backend).score(PROMPTS[:2], EXAMPLES[:2])
+
+
+def test_arguments_that_a_scorer_does_not_have():
+    for build in (lambda scorer: TaskReward(BLANK, EXAMPLES, 2, scorer), TaskGain):
+        with pytest.raises(InputError, match=r"cannot build a task scorer from.*model"):
+            build({"model": "x"})
+        with pytest.raises(InputError, match="'embedded' is no scorer"):
+            build("embedded")
+
+
+def test_a_chat_prompt_is_measured_without_the_model(tiny_model_path, monkeypatch):
+    backend = TransformersBackend(tiny_model_path)
+    assert backend.prompt_style == "chat"
+    prompts = [TaskPrompt("word " * n, verbalizers=WORDS) for n in (1, 60)]
+    tokens = len(backend.lm.encode([{"role": "user", "content": "".join(prompts[1].render("dull"))}], check=False))
+    monkeypatch.setattr(TransformersBackend, "lm", property(lambda self: pytest.fail("the model was loaded")))
+    scorer = TaskScorer(backend)
+    room = max(map(len, backend.completion_ids(WORDS)))
+    scorer.check(prompts[:1], EXAMPLES[:2])
+    with pytest.raises(InputError, match=f"prompt 1 is too long: .* {tokens + room} tokens, .* reads 256"):
+        scorer.check(prompts, EXAMPLES[1:2])
+
+
+ROUNDING = 5e-5
+"""Nats between log-probs that a model in this process computes in different batches, in float32; of the embedded model
+1.3e-5 were measured."""
+
+
+@pytest.mark.parametrize("measure", ["gap", "accuracy"])
+def test_rewards_with_and_without_a_cache_are_equal_up_to_rounding(backend, measure):
+    samples = [Sample(text, metadata={"minibatch": i}) for i in range(3) for text in ("Is it?", "Say.", "Is it good?")]
+    remembered, anew = (
+        TaskReward(BLANK, EXAMPLES, 2, TaskScorer(backend, cache=cache), measure) for cache in (10_000, 0)
+    )
+    first = [one.value for one in remembered.reward(samples)]
+    assert [one.value for one in remembered.reward(samples[::-1])][::-1] == first
+    # The slope of a gap in the log-odds is at most 1/2, and log-odds are two log-probs.
+    for again in ([anew.reward([one])[0].value for one in samples], [one.value for one in anew.reward(samples)]):
+        np.testing.assert_allclose(again, first, rtol=0, atol=200 * ROUNDING)
 
 
 def test_benchmark(tmp_path):

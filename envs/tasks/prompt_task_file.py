@@ -18,14 +18,15 @@ FIELDS = {"name", "labels", "verbalizers", "instructions", "template", "block", 
 def read_prompt_task(path: Path) -> tuple[dict[str, Any], dict[str, list[LabelledExample]]]:
     """A task and its examples by split.
 
-    The file has ``labels`` (a list of names), ``instructions`` (a list), and where they differ from the defaults
-    ``name``, ``verbalizers`` (one per label), ``template`` and ``block``. Examples are JSONL files, named relative to
-    the TOML file: ``train``, ``validation`` and ``test``, or one file ``data``, which is split 80 / 10 / 10 % by a hash
-    of the texts. A row has ``text``, ``label`` (a name, or its number from 0), and perhaps ``id``.
+    The file has ``labels`` (a list of names), ``instructions`` (a list, not empty), and where they differ from the
+    defaults ``name``, ``verbalizers`` (one per label), ``template`` and ``block``. Examples are JSONL files, named
+    relative to the TOML file: ``train``, ``validation`` and ``test``, or one file ``data``, which is split
+    80 / 10 / 10 % by a hash of the texts. A row has ``text``, ``label`` (a name, or its number from 0), and perhaps
+    ``id``.
 
     Raises:
-        InputError: for a file that is no such description, rows without text or with an unknown label, and a text that
-            stands in two splits.
+        InputError: for a file that is no such description or has no instruction, rows without text or with an unknown
+            label, and a text that stands in two splits.
     """
     try:
         task = tomllib.loads(read_user_text(path))
@@ -46,6 +47,8 @@ def read_prompt_task(path: Path) -> tuple[dict[str, Any], dict[str, list[Labelle
         raise InputError(
             f"{path} has {len(task['verbalizers'])} verbalizers for {len(task['labels'])} labels: match them"
         )
+    if not task["instructions"]:
+        raise InputError(f"{path}: the field 'instructions' must have at least one text, what a person would write")
     given = [name for name in ("data", *SPLITS) if name in task]
     if not given or ("data" in given and len(given) > 1):
         raise InputError(f"{path} must name its examples: either 'data', or files by split: {', '.join(SPLITS)}")
