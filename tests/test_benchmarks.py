@@ -15,6 +15,7 @@ from instructgym.experiments.benchmarks import (
     ranking,
     rollouts,
     sides,
+    task_score,
     token_env,
     token_learning,
     token_ppo,
@@ -22,6 +23,7 @@ from instructgym.experiments.benchmarks import (
 from instructgym.experiments.benchmarks.backend import BenchBackend
 from instructgym.experiments.benchmarks.ranking import BenchRanking, make_pairs
 from instructgym.experiments.benchmarks.rollouts import BenchRollouts
+from instructgym.experiments.benchmarks.task_score import BenchTaskScore
 from instructgym.experiments.benchmarks.tiny import build_tiny, make_prompts
 from instructgym.experiments.benchmarks.token_env import BenchTokenEnv
 from instructgym.experiments.benchmarks.token_ppo import BenchTokenPPO
@@ -292,3 +294,20 @@ def test_rollouts_against_the_real_server(tmp_path, vllm_url):
     figures = rollouts.run(BenchRollouts(server=vllm_url, json=file, **small), quiet())
     assert figures["ours"]["tokens_per_second"] > 0 and figures["ratio"]["tokens_per_second"] > 0
     assert figures["base_model"]["tokens_per_second"] > 0
+
+
+def test_task_scores(tmp_path):
+    options = BenchTaskScore(
+        prompts=3, examples=4, naive_prompts=2, rounds=2, batch=5, json=str(tmp_path / "figures.json")
+    )
+    figures = task_score.run(options, Console(quiet=True))
+    assert json.loads((tmp_path / "figures.json").read_text()) == figures
+    assert figures["largest_difference"] < 1e-3 and len(figures["ours"]["seconds_each"]) == 2
+    name = task_score.MEASURE
+    assert 0 < figures["ratio"][f"{name}_min"] <= figures["ratio"][name] <= figures["ratio"][f"{name}_max"]
+    with pytest.raises(InputError, match="too few examples"):
+        task_score.run(BenchTaskScore(examples=100_000), Console(quiet=True))
+    with pytest.raises(InputError, match="--naive-prompts 8 are more than --prompts 4"):
+        task_score.run(BenchTaskScore(prompts=4), Console(quiet=True))
+    with pytest.raises(InputError, match="--batch must be"):
+        task_score.run(BenchTaskScore(batch=0), Console(quiet=True))

@@ -7,6 +7,8 @@ Three ways to the same likelihoods, one after the other in every round, on the s
   label by label, so that no batch holds a prompt twice, and the model's prefix cache is off;
 * the same rows with what ``Backend.logprobs`` shares by itself: the labels of an example next to each other, which are
   then read once, and the prefix cache on.
+
+The latter two score the first prompts alone: what they take per likelihood does not depend on how many there are.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.kv_cache import PrefixCache
 from ...llm_backends.transformers_backend import TransformersBackend
 from ...rewards.task_score import Demonstration, LabelledExample, TaskPrompt, TaskScorer
-from ..options import check_output
+from ..options import check_counts, check_output
 from ..run_folder import write_json
 from .tiny import model_folder
 
@@ -54,9 +56,11 @@ class BenchTaskScore:
     """Solved examples in each prompt."""
     task: str = "rotten-tomatoes"
     """Where examples and instructions come from."""
+    naive_prompts: int = 8
+    """Prompts that the slower ways score, with the same examples."""
     batch: int = 32
     """Rows of a batch of the naive loop."""
-    rounds: int = 3
+    rounds: int = 2
     """Measurements of each way, taken in turn after a smaller one to warm up."""
     dtype: str = "float32"
     """What the model computes in; the likelihoods are compared in float32 alone."""
@@ -78,9 +82,9 @@ def run(options: BenchTaskScore, console: Console | None = None) -> dict[str, An
     import torch
 
     console = console or Console()
-    for name in ("prompts", "examples", "batch", "rounds", "threads"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    check_counts(options, "prompts", "examples", "naive_prompts", "batch", "rounds", "threads")
+    if options.naive_prompts > options.prompts:
+        raise InputError(f"--naive-prompts {options.naive_prompts} are more than --prompts {options.prompts}")
     if options.demonstrations < 0:
         raise InputError(f"--demonstrations must be at least 0, got {options.demonstrations}")
     if options.json:
@@ -94,19 +98,21 @@ def run(options: BenchTaskScore, console: Console | None = None) -> dict[str, An
         with tempfile.TemporaryDirectory(prefix="instructgym-bench-") as scratch:
             folder = model_folder(options.model, Path(scratch))
             backend = TransformersBackend(folder, options.dtype, "auto", "completion")
-            _measure(backend, prompts[:2], examples[:2], options.batch)
+            _measure(backend, prompts[:2], examples[:2], 2, options.batch)
             for _ in range(options.rounds):
-                found, taken = _measure(backend, prompts, examples, options.batch)
+                found, taken = _measure(backend, prompts, examples, options.naive_prompts, options.batch)
                 for way, value in taken.items():
-                    seconds[way].append(value)
-                largest = max(largest, *(float(np.abs(found["ours"] - other).max()) for other in found.values()))
+                    seconds[way].append(value / found[way].size)
+                ours = found["ours"][: options.naive_prompts]
+                largest = max(
+                    largest, *(float(np.abs(ours - found[way]).max()) for way in ("theirs", "sharing_backend"))
+                )
     finally:
         torch.set_num_threads(threads)
     if options.dtype == "float32" and largest > TOLERANCE:
         raise InputError(f"the ways differ by {largest:g} nats, more than {TOLERANCE:g}: one of them is wrong")
-    likelihoods = found["ours"].size
     figures: dict[str, Any] = {
-        way: {MEASURE: likelihoods / float(np.median(values)), "seconds": values} for way, values in seconds.items()
+        way: {MEASURE: 1 / float(np.median(values)), "seconds_each": values} for way, values in seconds.items()
     }
     ratios = np.array(seconds["theirs"]) / np.array(seconds["ours"])
     sharing = np.array(seconds["sharing_backend"]) / np.array(seconds["ours"])
@@ -144,12 +150,16 @@ def make_prompts(options: BenchTaskScore) -> tuple[list[TaskPrompt], list[Labell
 
 
 def _measure(
-    backend: TransformersBackend, prompts: Sequence[TaskPrompt], examples: Sequence[LabelledExample], batch: int
+    backend: TransformersBackend,
+    prompts: Sequence[TaskPrompt],
+    examples: Sequence[LabelledExample],
+    few: int,
+    batch: int,
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Log-probs, shape (prompts, examples, labels), and seconds, of each way."""
+    """Log-probs, shape (prompts, examples, labels), and seconds, of each way; the slower ones have ``few`` prompts."""
     lm, labels = backend.lm, len(prompts[0].verbalizers)
-    shape = (len(prompts), len(examples), labels)
-    rows = [("".join(p.render(e.text)), f" {word}") for p in prompts for e in examples for word in p.verbalizers]
+    shape = (few, len(examples), labels)
+    rows = [("".join(p.render(e.text)), f" {word}") for p in prompts[:few] for e in examples for word in p.verbalizers]
     by_label = [rows[i] for label in range(labels) for i in range(label, len(rows), labels)]
     capacity = lm.prefix_cache.capacity
     found: dict[str, np.ndarray] = {}
