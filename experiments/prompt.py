@@ -25,7 +25,7 @@ from .tracking import Tracker
 
 SIZES = {
     "smoke": {"calls": 320, "validation": 16, "test": 32, "train": 64, "copies": 4, "episodes": 8, "minibatch": 4},
-    "report": {"calls": 2400, "validation": 64, "test": 300, "train": 400, "copies": 4, "episodes": 8, "minibatch": 8},
+    "report": {"calls": 4800, "validation": 64, "test": 300, "train": 400, "copies": 4, "episodes": 8, "minibatch": 8},
 }
 """Where a count is left at 0."""
 CURVE = 4

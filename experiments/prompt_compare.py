@@ -35,11 +35,13 @@ class PromptCompare:
     methods: str = "manual,random,maskable-ppo,soft-q,gepa"
     """Methods, separated by commas; also beam, ppo and grpo."""
     seeds: int = 0
-    """Seeds of each search, 0, 1, ... 0: by --scale, 1 or 3."""
+    """Seeds of each search, 0, 1, ...; manual draws nothing and runs once. 0: by --scale, 1 or 3."""
     calls: int = 0
     """Task-model calls of each search. 0: by --scale."""
     backend: str = "embedded"
     """The frozen model."""
+    backend_dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    """Its arithmetic; see 'prompt run'."""
     rewriter: str = "embedded"
     """Who edits, or reflects."""
     model: str = "embedded"
@@ -82,6 +84,7 @@ class PromptCompare:
                 method=method,  # type: ignore[arg-type]
                 calls=self.calls,
                 backend=self.backend,
+                backend_dtype=self.backend_dtype,
                 rewriter=self.rewriter,
                 model=self.model,
                 scale=self.scale,
@@ -91,6 +94,7 @@ class PromptCompare:
             for seed in range(self.seeds or SEEDS[self.scale])
             for task in tasks
             for method in methods
+            if method != "manual" or not seed
         ]
 
 

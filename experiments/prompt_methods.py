@@ -24,8 +24,12 @@ from ..rewards.call_limit import CallLimitError, LimitedScorer
 from ..rewards.task_prompt import LabelledExample, TaskPrompt
 from ..rewards.task_score import TaskResult
 
+PROPOSED = 2
+"""Prompts of a round that are validated, at most."""
+RACE = 4
+"""One part in so many of the validation examples decides whether a prompt is scored on all of them."""
 PATIENCE = 4
-"""Rounds without a validated prompt before one is validated anyway, and rounds of empty instructions at most."""
+"""Rounds in which every instruction is empty, at most."""
 BEAM = 4
 """Prompts that beam search goes on from."""
 EDIT_ENV, TOKEN_ENV = "instructgym/EditPrompt-v0", "instructgym/GeneratePrompt-v0"
@@ -53,8 +57,9 @@ class PromptSearch:
     and whether it is ``best`` so far."""
     prompts: list[TaskPrompt] = field(default_factory=list)
     """Those of the history."""
-    _record: float = -np.inf
-    _passed: int = 0
+    _result: TaskResult | None = None
+    """Of the best prompt, on the validation examples."""
+    _dropped: list[TaskPrompt] = field(default_factory=list)
 
     @property
     def seed(self) -> int:
@@ -71,18 +76,25 @@ class PromptSearch:
             [result] = self.scorer.score([prompt], self.validation)
             self.note(prompt, result)
 
-    def propose(self, prompt: TaskPrompt, score: float) -> None:
-        """Validates the best prompt of a round where it is worth the calls.
+    def propose(self, found: Sequence[tuple[float, TaskPrompt]]) -> None:
+        """Validates the best new prompts of a round, those that stand a chance.
 
-        It is if it did better on its minibatch than those before it, or if nothing was validated for some rounds.
+        They do if they get as many of the first validation examples right as the best prompt so far.
 
         Args:
-            prompt: the round's best.
-            score: of the prompt on its minibatch.
+            found: the round's prompts with their scores on minibatches.
+
+        Raises:
+            CallLimitError: if the calls that are left do not do.
         """
-        self._passed += 1
-        if score > self._record or self._passed > PATIENCE:
-            self._record, self._passed = max(score, self._record), 0
+        known = set(map(repr, [*self.prompts, *self._dropped]))
+        for _, prompt in best_prompts([pair for pair in found if repr(pair[1]) not in known], PROPOSED):
+            first = self.validation[: -(-len(self.validation) // RACE)]
+            if self._result is not None:
+                [result] = self.scorer.score([prompt], first)
+                if result.correct.sum() < self._result.correct[: len(first)].sum():
+                    self._dropped.append(prompt)
+                    continue
             self.offer(prompt)
         self.show()
 
@@ -103,7 +115,7 @@ class PromptSearch:
         self.prompts.append(prompt)
         append_lines(self.out, [row])
         if better:
-            self.best = prompt
+            self.best, self._result = prompt, result
         self.show()
 
     def show(self) -> None:
@@ -149,8 +161,7 @@ def beam(search: PromptSearch) -> None:
             for copy, (worth, _) in enumerate(parents)
         ]
         kept = best_prompts([*kept, *children], BEAM)
-        worth, best = kept[0]
-        search.propose(best, worth)
+        search.propose(kept)
 
 
 def best_prompts(pairs: Sequence[tuple[float, TaskPrompt]], count: int) -> list[tuple[float, TaskPrompt]]:
@@ -260,12 +271,8 @@ class _Best(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
-        seen = set(map(repr, self.search.prompts))
-        fresh = [(score, prompt) for score, prompt in self.found if repr(prompt) not in seen]
-        self.found = []
-        if fresh:
-            score, prompt = max(fresh, key=lambda pair: pair[0])
-            self.search.propose(prompt, score)
+        found, self.found = self.found, []
+        self.search.propose(found)
 
 
 def _edit(search: PromptSearch, algorithm: str) -> None:
@@ -313,11 +320,8 @@ def _write(search: PromptSearch, agent_class: Any, value: str, options: Mapping[
         agent.update(search.scorer.calls / search.scorer.limit)
         batch = agent.last_rollout
         returns = batch.per_episode(batch.own_rewards)
-        for number in np.argsort(-returns, kind="stable"):
-            text = str(batch.infos[number]["text"]).strip()
-            if text and task.prompt(text) not in search.prompts:
-                search.propose(task.prompt(text), float(returns[number]))
-                break
+        texts = [str(info["text"]).strip() for info in batch.infos]
+        search.propose([(float(one), task.prompt(text)) for one, text in zip(returns, texts, strict=True) if text])
         silent = silent + 1 if search.scorer.calls == before else 0
 
 

@@ -209,12 +209,17 @@ def test_the_best_is_by_validation_and_ties_go_to_the_larger_gap(tmp_path):
     assert mine.scorer.calls == 80
 
 
-def test_prompts_are_validated_where_they_promise_something(tmp_path):
-    mine = search(tmp_path)
-    scores = [0.1, 0.0, 0.3, 0.2, 0.2, 0.2, 0.2, 0.2]
-    for number, score in enumerate(scores):
-        mine.propose(mine.task.prompt(f"Judge {number}"), score)
-    assert [one.instruction for one in mine.prompts] == ["Judge 0", "Judge 2", "Judge 7"]
+def test_prompts_that_stand_a_chance_are_validated(tmp_path):
+    mine = search(tmp_path, limit=1000)
+    texts = {magic: f"Judge {MAGIC} " * magic + "now" for magic in range(4)}
+    mine.propose([(0.1, mine.task.prompt(texts[0])), (0.2, mine.task.prompt(texts[2])), (0.0, mine.task.prompt("Say"))])
+    assert [one.instruction for one in mine.prompts] == [texts[2]]  # of the best two, the second one is worse
+    calls = mine.scorer.calls
+    assert calls == (10 + 3) * 2
+    mine.propose([(0.3, mine.task.prompt(texts[2])), (0.2, mine.task.prompt(texts[0]))])  # both known
+    assert mine.scorer.calls == calls
+    mine.propose([(-1.0, mine.task.prompt(texts[3]))])
+    assert mine.best is not None and mine.best.instruction == texts[3]
 
 
 def test_a_beam_keeps_each_prompt_at_its_best():
@@ -257,6 +262,7 @@ def test_methods_are_compared_at_equal_calls(options, tmp_path, monkeypatch):
     mine = figures[one.task]["random"]
     assert mine["seeds"] == [0, 1] and mine["raw"]["mean"] == pytest.approx(np.mean(mine["raw"]["values"]))
     assert mine["curve"][-1]["calls"] == 400
+    assert figures[one.task]["manual"]["seeds"] == [0]
     manual, over = figures[one.task]["manual"], mine["raw"]["over_manual"]
     assert over["mean"] == pytest.approx(mine["raw"]["mean"] - manual["raw"]["mean"])
     assert manual["raw"]["over_manual"] == {"mean": 0.0, "half": 0.0}
