@@ -12,25 +12,25 @@ from ..agents.callbacks import StepProgress
 from ..envs.tasks.prompt_tasks import PromptTask, load_prompt_task, minibatch
 from ..llm_backends import Backend, Journal, Journaled
 from ..llm_backends.errors import InputError
-from ..llm_backends.records import write_lines
+from ..llm_backends.records import read_records, write_lines
 from ..llm_backends.transformers_backend import TransformersBackend
 from ..rewards.call_limit import LimitedScorer
-from ..rewards.task_prompt import TaskPrompt
-from ..rewards.task_score import TaskResult, TaskScorer
+from ..rewards.task_score import TaskScorer
 from .options import SCALES, check_counts, check_run, input_errors, parse_part
 from .prompt_methods import METHODS, PromptSearch, least_calls, run_search, validation_set
+from .prompt_testing import KINDS, TESTED, accuracy, incumbents, tested
 from .resumption import accounted, journaled_roles
-from .run_folder import RunFolder
+from .run_folder import RunFolder, read_json
 from .tracking import Tracker
 
 SIZES = {
     "smoke": {"calls": 320, "validation": 16, "test": 32, "train": 64, "copies": 4, "episodes": 8, "minibatch": 4},
-    "report": {"calls": 4800, "validation": 64, "test": 300, "train": 400, "copies": 4, "episodes": 8, "minibatch": 8},
+    "report": {"calls": 4800, "validation": 64, "test": 1000, "train": 400, "copies": 4, "episodes": 8, "minibatch": 8},
 }
 """Where a count is left at 0."""
-CURVE = 4
-"""Shares of the calls at which the best prompt so far is tested, for the curve."""
-PROMPTS, TESTED = "prompts.jsonl", "test.jsonl"
+PROMPTS = "prompts.jsonl"
+SEARCHED = "searched"
+"""Status of a run whose test is left to do."""
 
 
 @dataclass
@@ -51,7 +51,7 @@ class PromptRun:
     validation: int = 0
     """Validation examples, which choose among prompts. 0: by --scale."""
     test: int = 0
-    """Test examples. 0: by --scale."""
+    """Test examples; a finished search is tested anew, not repeated, where this changes. 0: by --scale."""
     train: int = 0
     """Training examples to draw minibatches from. 0: by --scale."""
     minibatch: int = 0
@@ -119,7 +119,7 @@ class PromptRun:
 
 
 def run(options: PromptRun, console: Console | None = None) -> dict[str, Any]:
-    """Searches and tests, and returns the results.
+    """Searches and tests, and returns the results. A search that is over is not repeated, but perhaps tested anew.
 
     The run folder gets ``prompts.jsonl``, a row per prompt that was validated, and ``test.jsonl``, a row per test
     example: ``id``, ``label`` and what the best prompt predicts, ``raw`` and ``calibrated``.
@@ -155,58 +155,61 @@ def run(options: PromptRun, console: Console | None = None) -> dict[str, Any]:
     if options.dry_run:
         console.print(f"would search by {options.method} with {sized['calls']} calls, in {options.run_dir}")
         return {}
-    folder = RunFolder(options.run_dir, asdict(options) | sized, "prompt run")
-    if (results := folder.finished(console)) is not None:
-        return results
+    identity = {name: value for name, value in (asdict(options) | sized).items() if name != "test"}
+    folder = RunFolder(options.run_dir, identity, "prompt run")
+    stored = read_json(folder.path / "results.json") or {}
+    if folder.results is not None and stored["counts"]["test"] == len(task.test):
+        return folder.finished(console) or {}
     with folder.opened(), Tracker(folder, options.track) as tracker:
         roles = _kept(parts, folder)
         with accounted(roles, folder.path):
-            out = folder.file(PROMPTS)
-            out.unlink(missing_ok=True)  # a run that is resumed replays its replies and writes the same rows
-            with StepProgress(f"{options.method} on {task.name}", sized["calls"], console) as progress:
-                search = PromptSearch(
-                    task,
-                    LimitedScorer(
-                        sized["calls"],
-                        roles["task model"],
-                        options.calibrate or False,
-                        content_free=task.content_free,
-                    ),
-                    validation_set(task, sized["validation"], options.data_seed),
-                    roles["rewriter"],
-                    options.model,
-                    sized,
-                    out,
-                    progress,
-                )
-                run_search(search, options.method)
-            if search.best is None:
-                raise InputError(f"{options.method} found no prompt with {sized['calls']} calls: raise --calls")
-            curve, rows = tested(search, roles["task model"])
+            if stored.get("status") not in (SEARCHED, "finished"):
+                stored = folder.finish({}, _search(options, sized, task, roles, folder, console), SEARCHED)
+            history = read_records(folder.path / PROMPTS)
+            curve, rows = tested(task, history, sized["calls"], roles["task model"])
             write_lines(folder.path / TESTED, rows)
+        best = incumbents(task, history)[-1][1]
         results = folder.finish(
-            {
-                "test_raw": curve[-1]["raw"],
-                "test_calibrated": curve[-1]["calibrated"],
-                "validation": max(row["accuracy"] for row in search.history),
-                "curve": curve,
-                "prompt": search.best.text,
-            },
-            {
-                "calls": search.scorer.calls,
-                "prompts": len(search.prompts),
-                "test": len(task.test),
-                "rewriter_requests": roles["rewriter"].usage.requests,
-            },
+            {f"test_{kind}": accuracy(rows, kind) for kind in KINDS}
+            | {"validation": max(row["accuracy"] for row in history), "curve": curve, "prompt": best.text},
+            stored["counts"] | {"test": len(task.test)},
         )
-        tracker.summary({name: results["metrics"][name] for name in ("test_raw", "test_calibrated", "validation")})
+        metrics = results["metrics"]
+        tracker.summary({name: metrics[name] for name in ("test_raw", "test_calibrated", "validation")})
     console.print(
-        f"{options.method} on {task.name}: test {100 * curve[-1]['raw']:.1f}% raw, "
-        f"{100 * curve[-1]['calibrated']:.1f}% calibrated, after {search.scorer.calls} calls: {search.best.text!r}",
+        f"{options.method} on {task.name}: test {100 * metrics['test_raw']:.1f}% raw, "
+        f"{100 * metrics['test_calibrated']:.1f}% calibrated, after {stored['counts']['calls']} calls: {best.text!r}",
         highlight=False,
         markup=False,
     )
     return results
+
+
+def _search(
+    options: PromptRun,
+    sized: dict[str, Any],
+    task: PromptTask,
+    roles: dict[str, Backend],
+    folder: RunFolder,
+    console: Console,
+) -> dict[str, int]:
+    """Searches, and counts what that took."""
+    out = folder.file(PROMPTS)
+    out.unlink(missing_ok=True)  # a search that was killed replays its replies and writes the same rows
+    scorer = LimitedScorer(
+        sized["calls"], roles["task model"], options.calibrate or False, content_free=task.content_free
+    )
+    validation = validation_set(task, sized["validation"], options.data_seed)
+    with StepProgress(f"{options.method} on {task.name}", sized["calls"], console) as progress:
+        search = PromptSearch(task, scorer, validation, roles["rewriter"], options.model, sized, out, progress)
+        run_search(search, options.method)
+    if search.best is None:
+        raise InputError(f"{options.method} found no prompt with {sized['calls']} calls: raise --calls")
+    return {
+        "calls": scorer.calls,
+        "prompts": len(search.prompts),
+        "rewriter_requests": roles["rewriter"].usage.requests,
+    }
 
 
 def _kept(parts: dict[str, Any], folder: RunFolder) -> dict[str, Backend]:
@@ -235,34 +238,3 @@ def _part(text: str, dtype: str) -> Any:
     if part["id"] in ("embedded", "transformers"):
         part = part | {"kwargs": {"dtype": dtype} | dict(part.get("kwargs") or {})}
     return part
-
-
-def tested(search: PromptSearch, backend: Backend) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Test accuracy, raw and calibrated, of the best prompt at each quarter of the calls; the last is the result.
-
-    Returns:
-        A row per quarter, and a row per test example with the labels that the last prompt predicts.
-    """
-    scorer = TaskScorer(backend, content_free=search.task.content_free)
-    found = search.incumbents()
-    known: dict[str, tuple[TaskResult, TaskResult]] = {}
-
-    def results(prompt: TaskPrompt) -> tuple[TaskResult, TaskResult]:
-        if repr(prompt) not in known:
-            [raw] = scorer.score([prompt], search.task.test)
-            [calibrated] = scorer.score([prompt], search.task.test, calibrate="contextual")
-            known[repr(prompt)] = (raw, calibrated)
-        return known[repr(prompt)]
-
-    curve = []
-    for number in range(1, CURVE + 1):
-        calls = search.scorer.limit * number // CURVE
-        standing = [prompt for made, prompt in found if made <= calls]
-        if standing or number == CURVE:
-            raw, calibrated = results(standing[-1] if standing else found[-1][1])
-            curve.append({"calls": calls, "raw": raw.accuracy, "calibrated": calibrated.accuracy})
-    rows = [
-        {"id": example.id, "label": example.label, "raw": int(one), "calibrated": int(other)}
-        for example, one, other in zip(search.task.test, raw.predictions, calibrated.predictions, strict=True)
-    ]
-    return curve, rows

@@ -38,6 +38,8 @@ class PromptCompare:
     """Seeds of each search, 0, 1, ...; manual draws nothing and runs once. 0: by --scale, 1 or 3."""
     calls: int = 0
     """Task-model calls of each search. 0: by --scale."""
+    test: int = 0
+    """Test examples; searches that are finished are tested anew where this changes. 0: by --scale."""
     backend: str = "embedded"
     """The frozen model."""
     backend_dtype: Literal["auto", "float32", "bfloat16"] = "float32"
@@ -83,6 +85,7 @@ class PromptCompare:
                 data_dir=self.data_dir,
                 method=method,  # type: ignore[arg-type]
                 calls=self.calls,
+                test=self.test,
                 backend=self.backend,
                 backend_dtype=self.backend_dtype,
                 rewriter=self.rewriter,

@@ -124,10 +124,6 @@ class PromptSearch:
             best = max((row["accuracy"] for row in self.history), default=0.0)
             self.progress.update(self.scorer.calls, f"{len(self.prompts)} prompts validated, best {best:.2f}")
 
-    def incumbents(self) -> list[tuple[int, TaskPrompt]]:
-        """The prompts that were the best when they were found, with the calls made until then."""
-        return [(row["calls"], prompt) for row, prompt in zip(self.history, self.prompts, strict=True) if row["best"]]
-
 
 def manual(search: PromptSearch) -> None:
     """Every instruction that a person wrote for the task."""

@@ -16,17 +16,17 @@ from ..llm_backends.records import read_records
 from .metrics import interval
 from .options import check_output
 from .plots import COLOURS, panels
-from .prompt import PROMPTS, TESTED
+from .prompt import PROMPTS
 from .prompt_methods import LEARNING, METHODS
+from .prompt_testing import CURVE_EXAMPLES, KINDS, TESTED
 from .run_folder import read_json, write_json
 from .tables import markdown, rich_table
 
 COMMAND = "prompt run"
-SAME = "task data_seed calls validation test train minibatch backend backend_dtype rewriter calibrate data_dir".split()
+SAME = "task data_seed calls validation train minibatch backend backend_dtype rewriter calibrate data_dir".split()
 """Options in which the runs of one task may not differ."""
-OWN = ("run_dir", "seed", "scale", "track", "dry_run")
+OWN = ("run_dir", "seed", "test", "scale", "track", "dry_run")
 """Options in which the runs of one method may."""
-KINDS = ("raw", "calibrated")
 BEST = "best learned"
 
 
@@ -141,12 +141,9 @@ def _refuse_differing(run: Run, other: Run, names: Sequence[str]) -> None:
 
 
 def _best_learned(arms: Mapping[str, Sequence[Run]]) -> list[Run]:
-    """Of each seed that all learning methods have, the run whose prompt did best on the validation examples."""
-    learned = {name: {run.options["seed"]: run for run in arms[name]} for name in LEARNING if name in arms}
-    if len(learned) < 2:
-        return []
-    seeds = set.intersection(*(set(found) for found in learned.values()))
-    return [max((found[seed] for found in learned.values()), key=lambda run: run.validated) for seed in sorted(seeds)]
+    """The one search by a learning method whose prompt did best on the validation examples."""
+    learned = [run for name in LEARNING for run in arms.get(name, ())]
+    return [max(learned, key=lambda run: run.validated)] if learned else []
 
 
 def _figures(runs: Sequence[Run], manual: Sequence[Run]) -> dict[str, Any]:
@@ -205,8 +202,9 @@ def _notes() -> list[str]:
         "Requests are those to the rewriter; `ppo`, `grpo` and `soft-q` write with a policy of their own instead, and "
         "train it.",
         "Calibrated: less the label bias on content-free inputs. What is left of a gain there is not a matter of bias.",
-        f"{BEST.capitalize()}: of each seed, the prompt of {', '.join(LEARNING)} that did best on the validation "
-        "examples; it stands for the calls of all of them.",
+        f"{BEST.capitalize()}: the one prompt of all searches by {', '.join(LEARNING)} that did best on the validation "
+        "examples; it stands for the calls of all of them, and its interval is for the draw of the test examples.",
+        f"The curves are of the first {CURVE_EXAMPLES} test examples, tables and bars of all.",
     ]
 
 

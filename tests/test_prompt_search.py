@@ -15,6 +15,7 @@ from instructgym.experiments.prompt_compare import run as compare
 from instructgym.experiments.prompt_methods import METHODS, PromptSearch, best_prompts, run_search
 from instructgym.experiments.prompt_report import PromptReport
 from instructgym.experiments.prompt_report import run as report
+from instructgym.experiments.prompt_testing import incumbents
 from instructgym.experiments.run_folder import read_json
 from instructgym.llm_backends import BackendError, ScriptedBackend
 from instructgym.llm_backends.errors import InputError
@@ -204,7 +205,8 @@ def test_the_best_is_by_validation_and_ties_go_to_the_larger_gap(tmp_path):
         mine.offer(mine.task.prompt(f"Judge {MAGIC} " * count + "now"))
     assert mine.best is not None and mine.best.instruction.count(MAGIC) == 3
     assert [row["best"] for row in mine.history] == [True, True, False, True]
-    assert [calls for calls, _ in mine.incumbents()] == [20, 40, 80]
+    found = incumbents(mine.task, read_records(mine.out))
+    assert [calls for calls, _ in found] == [20, 40, 80] and [prompt for _, prompt in found][-1] == mine.best
     mine.offer(mine.prompts[0])  # known: no call
     assert mine.scorer.calls == 80
 
@@ -248,6 +250,22 @@ def test_the_test_examples_are_looked_at_once_the_search_is_over(options, tmp_pa
     parts = {split: {e.text for e in loaded.examples(split)} for split in ("train", "validation", "test")}
     assert set(texts) <= parts["train"] | parts["validation"] and not set(texts) & parts["test"]
     assert not parts["train"] & parts["validation"]
+
+
+def test_a_search_that_is_over_is_tested_and_not_repeated(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(prompt, "tested", lambda *_: 1 / 0)  # killed in the test
+    with pytest.raises(ZeroDivisionError):
+        prompt.run(options(tmp_path, "random"), QUIET)
+    monkeypatch.undo()
+    monkeypatch.setattr(prompt, "run_search", lambda *_: pytest.fail("the search was repeated"))
+    first = prompt.run(options(tmp_path, "random"), QUIET)
+    more = prompt.run(options(tmp_path, "random", test=40), QUIET)
+    assert len(read_records(tmp_path / "test.jsonl")) == 40 == more["counts"].pop("test")
+    assert first["counts"].pop("test") == 32 and more["counts"] == first["counts"]
+    assert more["metrics"]["prompt"] == first["metrics"]["prompt"]
+    monkeypatch.undo()
+    again = prompt.run(options(tmp_path / "again", "random"), QUIET)
+    assert again["metrics"] == first["metrics"]
 
 
 # --- comparison and report -------------------------------------------------------------------------------------------
