@@ -27,7 +27,7 @@ class PromptCompare:
     run_dir: str = "runs/prompt"
     """Folder for the run folders of all searches; those that are finished are kept."""
     scale: Literal["smoke", "report"] = "report"
-    """smoke: under three minutes on two cores; report: up to two hours."""
+    """smoke: minutes; report: hours."""
     tasks: str = "rotten-tomatoes"
     """Tasks, separated by commas; see 'prompt run'."""
     data_dir: str = ""
