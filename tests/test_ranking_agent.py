@@ -6,7 +6,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from stable_baselines3.common.logger import KVWriter, Logger
+from agent_cases import logged, same, undisturbed_and_restored
 
 import instructgym  # noqa: F401  (registers the envs)
 from instructgym.agents.language_model import LanguageModelPolicy, LoraSettings
@@ -52,30 +52,8 @@ def make_policy(rank=4, dropout=0.0, seed=0, **options):
     )
 
 
-class Rows(KVWriter):
-    """Keeps what is logged, times aside."""
-
-    def __init__(self):
-        self.rows = []
-
-    def write(self, key_values, key_excluded, step=0):
-        self.rows.append({k: float(key_values[k]) for k in sorted(key_values) if not k.startswith("time/")})
-
-    def close(self):
-        pass
-
-
-def logged(agent):
-    agent.set_logger(Logger(folder=None, output_formats=[writer := Rows()]))
-    return agent, writer.rows
-
-
 def weights(policy):
     return {name: parameter.detach().clone() for name, parameter in policy.parameters().items()}
-
-
-def same(first, second):
-    return all(torch.equal(first[name], second[name]) for name in first)
 
 
 def updates(agent, count):
@@ -345,18 +323,7 @@ def start_run(run, seed):
 
 @pytest.mark.parametrize("run", RUNS)
 def test_a_restored_run_is_the_undisturbed_one_bit_for_bit(tmp_path, run):
-    (whole, expected), (first, seen) = start_run(run, 0), start_run(run, 0)
-    torch.manual_seed(0)
-    whole.learn(220)
-    torch.manual_seed(0)
-    first.learn(220, lambda agent: agent.updates < 3)
-    assert first.updates == 3 < whole.updates - 1
-    first.save(tmp_path)
-    torch.manual_seed(99)
-    second, more = start_run(run, 5)
-    second.restore(tmp_path)
-    second.learn(220)
-    assert repr(seen + more) == repr(expected)
+    whole, second = undisturbed_and_restored(lambda seed: start_run(run, seed), tmp_path, 220, 3)
     assert same(weights(whole.policy), weights(second.policy))
 
 

@@ -6,7 +6,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from stable_baselines3.common.logger import KVWriter, Logger
+from agent_cases import logged, same, undisturbed_and_restored
 
 import instructgym  # noqa: F401  (registers the envs)
 from instructgym.agents import SoftQ
@@ -106,33 +106,11 @@ def moved(policy, scale):
     return policy
 
 
-class Rows(KVWriter):
-    """Keeps what is logged, times aside."""
-
-    def __init__(self):
-        self.rows = []
-
-    def write(self, key_values, key_excluded, step=0):
-        self.rows.append({k: float(key_values[k]) for k in sorted(key_values) if not k.startswith("time/")})
-
-    def close(self):
-        pass
-
-
-def logged(agent):
-    agent.set_logger(Logger(folder=None, output_formats=[writer := Rows()]))
-    return agent, writer.rows
-
-
 def weights(policy, name=POLICY):
     parameters = policy.trunk.parameters(name)
     if name != POLICY:
         policy.trunk.freeze(name)
     return {key: parameter.detach().clone() for key, parameter in parameters.items()}
-
-
-def same(first, second):
-    return all(torch.equal(first[name], second[name]) for name in first)
 
 
 def updates(agent, count):
@@ -340,18 +318,7 @@ def start_run(run, seed):
 
 @pytest.mark.parametrize("run", RUNS)
 def test_a_restored_run_is_the_undisturbed_one_bit_for_bit(tmp_path, run):
-    (whole, expected), (first, seen) = start_run(run, 0), start_run(run, 0)
-    torch.manual_seed(0)
-    whole.learn(150)
-    torch.manual_seed(0)
-    first.learn(150, lambda agent: agent.updates < 2)
-    assert first.updates == 2 < whole.updates - 1
-    first.save(tmp_path)
-    torch.manual_seed(99)
-    second, more = start_run(run, 5)
-    second.restore(tmp_path)
-    second.learn(150)
-    assert repr(seen + more) == repr(expected)
+    whole, second = undisturbed_and_restored(lambda seed: start_run(run, seed), tmp_path, 150, 2)
     assert same(whole.policy.parameters(), second.policy.parameters())
     for (mine, _), (theirs, _) in zip(whole.target._pairs, second.target._pairs, strict=True):
         assert torch.equal(mine, theirs)
