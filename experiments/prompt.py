@@ -25,7 +25,15 @@ from .tracking import Tracker
 
 SIZES = {
     "smoke": {"calls": 320, "validation": 16, "test": 32, "train": 64, "copies": 4, "episodes": 8, "minibatch": 4},
-    "report": {"calls": 4800, "validation": 64, "test": 1000, "train": 400, "copies": 4, "episodes": 8, "minibatch": 8},
+    "report": {
+        "calls": 7200,
+        "validation": 128,
+        "test": 1000,
+        "train": 400,
+        "copies": 4,
+        "episodes": 8,
+        "minibatch": 8,
+    },
 }
 """Where a count is left at 0."""
 PROMPTS = "prompts.jsonl"
