@@ -21,6 +21,8 @@ INSTRUCTION = "instruction"
 """The one text of a candidate."""
 SHOWN = 3
 """Failures that the language model is shown."""
+MAX_TOKENS = 64
+"""Of an instruction that it writes."""
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +110,7 @@ class PromptAdapter:
         style = self.backend.prompt_style
         seed = request_seed(self.seed, "reflect", self.proposals)
         self.proposals += 1
-        sampling = Sampling(64, 1.0, 0.95, stop=() if style == "chat" else ("\n",), seed=seed)
+        sampling = Sampling(MAX_TOKENS, 1.0, 0.95, stop=() if style == "chat" else ("\n",), seed=seed)
         [result] = self.backend.generate([build_prompt(style, chat, completion)], sampling)
         if isinstance(result, BackendError):
             logger.warning("no new instruction: %s", result)

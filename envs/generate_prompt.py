@@ -79,7 +79,9 @@ def _arguments(
             drawn = found.examples(split) if level == "task" else ()
             prompt = scored_prompt(found, level, instruction)
             reward = TaskReward(prompt, drawn, size, scorer, measure, seed=data_seed)
-            scorer.check([reward.prompt_of("any")], found.examples(split))
+            scorer.check(
+                [reward.prompt_of(" ".join(["any"] * max_tokens))], found.examples(split)
+            )  # as long as it gets
         if examples is None:
             at_task = level == "task"
             examples = task_openings(found, minibatches, openings) if at_task else label_hints(found, split, openings)
@@ -165,7 +167,8 @@ def generate_prompt(**kwargs: Any) -> TokenEnv:
     Raises:
         InputError: for an unknown level or measure, a task without labels, data that cannot be used, a minibatch larger
             than the split, batch calibration of single examples, an opening or instruction without its place, openings
-            that do not fit, and verbalizers or examples that cannot be scored.
+            that do not fit, verbalizers or examples that cannot be scored, and prompts of ``max_tokens`` that would not
+            fit into the frozen model's context.
         UnsupportedRequestError: for a backend that reports no log-probs where labels are scored.
     """
     return TokenEnv(**_arguments(**kwargs))

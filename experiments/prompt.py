@@ -17,7 +17,7 @@ from ..llm_backends.transformers_backend import TransformersBackend
 from ..rewards.call_limit import LimitedScorer
 from ..rewards.task_score import TaskScorer
 from .options import SCALES, check_counts, check_run, input_errors, parse_part
-from .prompt_methods import METHODS, PromptSearch, least_calls, run_search, validation_set
+from .prompt_methods import METHODS, PromptSearch, least_calls, longest_instruction, run_search, validation_set
 from .prompt_testing import KINDS, TESTED, accuracy, incumbents, tested
 from .resumption import accounted, journaled_roles
 from .run_folder import RunFolder, read_json
@@ -143,10 +143,12 @@ def run(options: PromptRun, console: Console | None = None) -> dict[str, Any]:
         "task model": _part(options.backend, options.backend_dtype),
         "rewriter": _part(options.rewriter, options.dtype),
     }
+    longest = longest_instruction(options.method, options.max_tokens)
     with input_errors():
         probe = journaled_roles(parts, None)
         TaskScorer(probe["task model"], options.calibrate or False).check(
-            [task.prompt(text) for text in task.instructions], [*task.train, *task.validation, *task.test]
+            [task.prompt(text) for text in (*task.instructions, longest) if text],
+            [*task.train, *task.validation, *task.test],
         )
     if sized["minibatch"] > len(task.train):
         raise InputError(

@@ -15,7 +15,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from ..agents.baselines import random_actions
 from ..agents.callbacks import StepProgress
 from ..agents.factory import make_agent
-from ..agents.reflective import PromptAdapter, reflective_search
+from ..agents.reflective import MAX_TOKENS, PromptAdapter, reflective_search
 from ..envs.sb3 import make_sb3_env
 from ..envs.tasks.prompt_tasks import PromptTask, minibatch
 from ..llm_backends import Backend
@@ -246,6 +246,17 @@ def least_calls(method: str, settings: Mapping[str, Any], labels: int, content_f
         **dict.fromkeys(("ppo", "grpo", "soft-q"), settings["episodes"] * scored),
     }
     return int(labels * (rounds[method] + settings["validation"] + content_free))
+
+
+def longest_instruction(method: str, max_tokens: int) -> str:
+    """An instruction as long as those that a method writes; empty for edits, which are undone where they do not fit.
+
+    Args:
+        method: of :data:`METHODS`.
+        max_tokens: of the methods that write token by token.
+    """
+    tokens = {"gepa": MAX_TOKENS, **dict.fromkeys(("ppo", "grpo", "soft-q"), max_tokens)}
+    return " ".join(["any"] * tokens.get(method, 0))
 
 
 def run_search(search: PromptSearch, method: str) -> None:

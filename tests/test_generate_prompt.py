@@ -260,17 +260,19 @@ def test_what_cannot_be_scored_is_refused_without_the_model(write, make, tiny_mo
     monkeypatch.setattr(TransformersBackend, "lm", property(lambda self: pytest.fail("the model was loaded")))
     backend = {"id": "transformers", "kwargs": {"model": tiny_model_path, "prompt_style": style}}
 
-    def build(words, text="a dull film"):
+    def build(words, text="a dull film", **kwargs):
         rows = [{"text": f"{text} {i}", "label": i % 2} for i in range(8)]
         write("films.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         path = write("films.toml", TOML.format(json.dumps(words))) / "films.toml"
-        return make(task=str(path), level=level, backend=backend, size=2)
+        return make(task=str(path), level=level, backend=backend, size=2, **kwargs)
 
     assert build(["bad", "good"]).reward.prompt.verbalizers == ("bad", "good")
     with pytest.raises(InputError, match="'good' and 'good film' of prompt 0 cannot be told apart"):
         build(["good", "good film"])
     with pytest.raises(InputError, match=r"prompt 0 is too long: .* reads 256"):
         build(["bad", "good"], "a dull film " * 30)
+    with pytest.raises(InputError, match=r"prompt 0 is too long: .* reads 256"):  # none is written that does not fit
+        build(["bad", "good"], max_tokens=250)
 
 
 def test_calibration_reads_the_tasks_own_content_free_inputs(make, write):

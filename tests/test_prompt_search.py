@@ -317,6 +317,14 @@ def test_bad_options_are_refused_before_a_model_is_loaded(changed, said, options
     assert not (tmp_path / "run").exists()
 
 
+def test_instructions_that_could_get_too_long_are_refused(options, tmp_path, tiny_model_path):
+    backend = json.dumps({"id": "transformers", "kwargs": {"model": tiny_model_path}})
+    given = {"backend": backend, "max_tokens": 250, "dry_run": True}
+    prompt.run(options(tmp_path / "run", "random", **given), QUIET)  # writes no instructions token by token
+    with pytest.raises(InputError, match=r"prompt 2 is too long: .* reads 256"):
+        prompt.run(options(tmp_path / "run", "soft-q", **given), QUIET)
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
