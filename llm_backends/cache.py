@@ -7,7 +7,7 @@ import os
 import sqlite3
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from .base import Backend, BackendError, Completion, ContextLengthError, Prompt, Result, Sampling, Usage
+from .base import BackendError, Completion, Prompt, Result, Sampling, Usage
 from .errors import InputError
 from .journal import request_key
 from .parts import resolve
+from .wrapped import Wrapped
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS replies
@@ -125,7 +126,7 @@ class ReplyStore:
 
 
 @dataclass(eq=False)
-class Cached(Backend):
+class Cached(Wrapped):
     """A backend whose replies are stored, and taken from the store when the same request comes again.
 
     The key is the whole request: model and server, prompt, every sampling parameter. So another seed gives a fresh
@@ -138,7 +139,6 @@ class Cached(Backend):
         refresh: look nothing up.
     """
 
-    inner: Backend
     store: ReplyStore
     refresh: bool = False
     _usage: Usage = field(default_factory=Usage, repr=False)
@@ -148,32 +148,6 @@ class Cached(Backend):
     def __post_init__(self) -> None:
         if not isinstance(self.store, ReplyStore):
             self.store = ReplyStore(self.store)
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        """Name of the inner backend."""
-        return self.inner.name
-
-    @property
-    def prompt_style(self) -> str:  # type: ignore[override]
-        """Prompt style of the inner backend."""
-        return self.inner.prompt_style
-
-    @property
-    def supports_logprobs(self) -> bool:
-        """As the inner backend."""
-        return self.inner.supports_logprobs
-
-    @property
-    def supports_choices(self) -> bool:
-        """As the inner backend."""
-        return self.inner.supports_choices
-
-    def context_error(self, prompt: Prompt, max_tokens: int) -> ContextLengthError | None:
-        return self.inner.context_error(prompt, max_tokens)
-
-    def completion_ids(self, texts: Sequence[str]) -> list[list[int]] | None:
-        return self.inner.completion_ids(texts)
 
     def _generate_each(self, prompts: list[Prompt], samplings: list[Sampling]) -> Iterator[tuple[int, Result]]:
         wanted: dict[str, list[int]] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import monotonic
@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from .base import (
-    Backend,
     BackendError,
     Completion,
     ContextLengthError,
@@ -25,6 +24,7 @@ from .base import (
 )
 from .records import RecordError, append_lines, read_records
 from .rng import preserved_rng
+from .wrapped import Wrapped
 
 STORE_EVERY = 0.2
 """Seconds between two writes while the replies of a long call come in."""
@@ -66,7 +66,7 @@ class Journal:
 
 
 @dataclass(eq=False)
-class Journaled(Backend):
+class Journaled(Wrapped):
     """A backend whose replies are kept in a journal and taken from it when the same request comes again.
 
     The key is the whole request: model, prompt and every sampling parameter, the seed included. Errors are kept like
@@ -80,34 +80,7 @@ class Journaled(Backend):
         journal: may be shared by several backends.
     """
 
-    inner: Backend
     journal: Journal
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        """Name of the inner backend."""
-        return self.inner.name
-
-    @property
-    def prompt_style(self) -> str:  # type: ignore[override]
-        """Prompt style of the inner backend."""
-        return self.inner.prompt_style
-
-    @property
-    def supports_logprobs(self) -> bool:
-        """As the inner backend."""
-        return self.inner.supports_logprobs
-
-    @property
-    def supports_choices(self) -> bool:
-        """As the inner backend."""
-        return self.inner.supports_choices
-
-    def context_error(self, prompt: Prompt, max_tokens: int) -> ContextLengthError | None:
-        return self.inner.context_error(prompt, max_tokens)
-
-    def completion_ids(self, texts: Sequence[str]) -> list[list[int]] | None:
-        return self.inner.completion_ids(texts)
 
     def _count(self, result: Result) -> None:
         self.usage.requests += 1
