@@ -245,9 +245,12 @@ def plot_methods(figures: Mapping[str, Mapping[str, Mapping[str, Any]]], path: P
                 axis.plot([c["calls"] for c in curve], [100 * c[kind] for c in curve], "o-", color=colour, label=name)
                 end = curve[-1]["calls"] * (1 + 0.02 * (place + 1))  # beside each other
                 mean, half = (100 * mine[kind][part] for part in ("mean", "half"))
-                axis.errorbar(end, mean, yerr=half, color=colour, capsize=4)
+                axis.errorbar(end, mean, yerr=half, color=colour, capsize=4, marker="s", markersize=5)
             axis.set(title=f"{task}, {kind}", xlabel="task-model calls", ylabel="test accuracy, percent")
-        row[0].legend(fontsize=8)
-    figure.suptitle("bars: 95% intervals over test examples and seeds", fontsize=9)
+    handles = {one.get_label(): one for axis in axes[:, 0] for one in axis.get_lines() if one.get_label()[0] != "_"}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
+    figure.suptitle(
+        "squares: all test examples, 95% intervals over examples and seeds; curves: the first of them", fontsize=9
+    )
     figure.savefig(path, dpi=130)
     return path
