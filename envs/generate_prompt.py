@@ -79,9 +79,8 @@ def _arguments(
             drawn = found.examples(split) if level == "task" else ()
             prompt = scored_prompt(found, level, instruction)
             reward = TaskReward(prompt, drawn, size, scorer, measure, seed=data_seed)
-            scorer.check(
-                [reward.prompt_of(" ".join(["any"] * max_tokens))], found.examples(split)
-            )  # as long as it gets
+            longest = reward.prompt_of(" ".join(["any"] * max(max_tokens, 1)))
+            scorer.check([longest], found.examples(split))
         if examples is None:
             at_task = level == "task"
             examples = task_openings(found, minibatches, openings) if at_task else label_hints(found, split, openings)

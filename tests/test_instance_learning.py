@@ -13,7 +13,7 @@ from instructgym.rewards import LinearReward
 from tests.conftest import build_model
 
 WORDS = ("red", "blue", "Input:", "Output:", "sea", "sky")
-UPDATES = 40
+UPDATES = 60
 EXAMPLES = [
     PromptExample(place, place, metadata={"instruction": place, "order": "output_first", "opening": "Class label: "})
     for place in ("sea", "sky")
@@ -29,6 +29,7 @@ def test_ppo_learns_the_format_and_what_is_paid():
     tokenizer = WordTokenizer(words=WORDS)
     model = build_model(vocabulary=len(tokenizer.hf))
     model.generation_config.eos_token_id = tokenizer.hf.eos_token_id
+    model.lm_head.weight.data *= 0.5  # flat enough to explore: from a peaked start the seed and rounding decide
     policy = LanguageModelPolicy(
         CausalLM(model, tokenizer.hf, name="tiny"), LoraSettings(rank=4), value="shared", dtype="float32"
     )
@@ -41,7 +42,7 @@ def test_ppo_learns_the_format_and_what_is_paid():
         reward=reward,
         max_tokens=4,
     )
-    agent = TokenPPO(envs, policy, seed=0, learning_rate=5e-3, kl_coefficient=0.001, epochs=4)
+    agent = TokenPPO(envs, policy, seed=0, learning_rate=3e-3, kl_coefficient=0.001, epochs=2)
     agent.start()
     rows = []
     for update in range(UPDATES):
@@ -53,8 +54,8 @@ def test_ppo_learns_the_format_and_what_is_paid():
         return float(np.mean([row[key] for row in part]))
 
     assert abs(rows[0]["train/kl"]) < 1e-6
-    assert mean(first, "rollout/terms/well_formed") < 0.7
-    assert mean(last, "rollout/terms/well_formed") > 0.95
-    assert mean(last, "rollout/terms/coh") > 0.9 > mean(first, "rollout/terms/coh")
-    assert mean(last, "rollout/reward") > mean(first, "rollout/reward") + 0.3
-    assert mean(last, "train/kl") > 0.1
+    assert mean(first, "rollout/terms/well_formed") < 0.3
+    assert mean(last, "rollout/terms/well_formed") > 0.7
+    assert mean(last, "rollout/terms/coh") > mean(first, "rollout/terms/coh") + 0.2
+    assert mean(last, "rollout/reward") > mean(first, "rollout/reward") + 0.6
+    assert mean(last, "train/kl") > 1
