@@ -14,7 +14,7 @@ from typing import Any
 from ..llm_backends import Backend, BackendError, Sampling, request_seed
 from ..llm_backends.errors import InputError
 from ..llm_backends.prompting import build_prompt, few_shot, fill, load_prompts, one_line
-from ..rewards.task_prompt import LabelledExample, TaskPrompt
+from ..rewards.task_prompt import LabelledExample, TaskPrompt, encodable
 from ..rewards.task_score import TaskResult, TaskScorer
 
 INSTRUCTION = "instruction"
@@ -52,11 +52,14 @@ class PromptAdapter:
         self.on_result = on_result
         self.proposals = 0
         """Instructions asked for so far."""
+        self._failure: Exception | None = None
 
     def evaluate(self, batch: list[LabelledExample], candidate: dict[str, str], capture_traces: bool = False) -> Any:
         """Scores a candidate on examples; the trace of an example says what was predicted and what was right."""
         from gepa import EvaluationBatch
 
+        if self._failure is not None:
+            raise self._failure
         prompt = replace(self.prompt, instruction=candidate[INSTRUCTION])
         [result] = self.scorer.score([prompt], batch)
         if self.on_result is not None:
@@ -92,8 +95,17 @@ class PromptAdapter:
         reflective_dataset: Mapping[str, Sequence[Mapping[str, Any]]],
         components_to_update: list[str],
     ) -> dict[str, str]:
-        """A new instruction by the language model; the old one where its reply is empty or failed."""
-        records = reflective_dataset[INSTRUCTION]
+        """A new instruction by the language model; the old one where its reply cannot be used, or failed.
+
+        What a backend raises is raised, and once more by the next :meth:`evaluate`, because the library passes over it.
+        """
+        try:
+            return {INSTRUCTION: self._written(candidate[INSTRUCTION], reflective_dataset[INSTRUCTION])}
+        except Exception as error:
+            self._failure = error
+            raise
+
+    def _written(self, instruction: str, records: Sequence[Mapping[str, Any]]) -> str:
         failures = "; ".join(
             f"{one_line(record['Inputs']['text'])} -> {record['Generated Outputs']}. {record['Feedback']}"
             for record in records
@@ -104,9 +116,9 @@ class PromptAdapter:
             texts["header"],
             ("Instruction", "Failures", "Better instruction"),
             shots,
-            (candidate[INSTRUCTION], failures),
+            (instruction, failures),
         )
-        chat = fill(texts["chat"], {"instruction": candidate[INSTRUCTION], "failures": failures})
+        chat = fill(texts["chat"], {"instruction": instruction, "failures": failures})
         style = self.backend.prompt_style
         seed = request_seed(self.seed, "reflect", self.proposals)
         self.proposals += 1
@@ -114,8 +126,9 @@ class PromptAdapter:
         [result] = self.backend.generate([build_prompt(style, chat, completion)], sampling)
         if isinstance(result, BackendError):
             logger.warning("no new instruction: %s", result)
-            return dict(candidate)
-        return {INSTRUCTION: one_line(result[0].text) or candidate[INSTRUCTION]}
+            return instruction
+        written = one_line(result[0].text)
+        return written if written and encodable(written) else instruction
 
 
 def reflective_search(

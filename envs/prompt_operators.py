@@ -14,6 +14,7 @@ from ..llm_backends.base import PromptStyle
 from ..llm_backends.errors import InputError
 from ..llm_backends.parts import register_kind, register_part
 from ..llm_backends.prompting import build_prompt, few_shot, fill, load_prompts
+from ..rewards.task_prompt import encodable
 from .operators import Edit, Operator, RewriteRequests, best_reply
 from .spaces import Unicode
 from .tasks.operations import NO_OP, load_operations
@@ -36,7 +37,8 @@ class PromptOperator(Operator[PromptDraft]):
     def finish(self, edit: Edit, text: PromptDraft, completions: Sequence[Completion]) -> PromptDraft:
         """The draft with the most likely usable reply as its instruction."""
         reply = best_reply(completions)
-        return text.with_prompt(instruction=reply) if reply and reply != text.instruction else text
+        new = bool(reply) and reply != text.instruction and encodable(reply)
+        return text.with_prompt(instruction=reply) if new else text
 
 
 class PromptEdits(PromptOperator):
@@ -113,9 +115,9 @@ class PromptEdits(PromptOperator):
 class PhraseEdits(PromptOperator):
     """``MultiDiscrete[operation, position]``: edits of the instruction's phrases, without a rewriter.
 
-    ``delete`` takes the phrase out; ``swap`` exchanges it with the next one, the last with the first; ``add_back`` puts
-    the phrase that was deleted last behind it; ``no_op`` leaves the prompt alone. The edits of GrIPS
-    (Prasad et al. 2023) and TEMPERA (Zhang et al. 2023); phrases are those of
+    ``delete`` takes the phrase out, unless it is the only one; ``swap`` exchanges it with the next one, the last with
+    the first; ``add_back`` puts the phrase that was deleted last behind it; ``no_op`` leaves the prompt alone. The
+    edits of GrIPS (Prasad et al. 2023) and TEMPERA (Zhang et al. 2023); phrases are those of
     :func:`~instructgym.envs.tasks.phrases.split_phrases`.
 
     The mask has one entry per operation, then one per position, as MaskablePPO reads it. All positions of an
@@ -146,7 +148,7 @@ class PhraseEdits(PromptOperator):
         reach = min(count, self.positions)
         can = {
             "delete": count > 1,
-            "swap": any(self._edited("swap", position, text) != text for position in range(reach)),
+            "swap": any(self._edited("swap", position, text).split() != text.split() for position in range(reach)),
             "add_back": bool(text.deleted) and text.context.fits(self._edited("add_back", 0, text).prompt),
             NO_OP: True,
         }
@@ -208,11 +210,7 @@ class FreeText(PromptOperator):
 
     def possible(self, action: Any, text: PromptDraft) -> bool:
         """Whether the text can be an instruction: one with something to read in it, that UTF-8 can say."""
-        try:
-            action.encode()
-        except UnicodeEncodeError:
-            return False
-        return self.by == "llm" or any(letter.isalnum() for letter in action)
+        return encodable(action) and (self.by == "llm" or any(letter.isalnum() for letter in action))
 
 
 def _not_a_function(function: Any) -> PromptOperator:

@@ -12,7 +12,7 @@ from ..llm_backends.errors import InputError
 from ..rewards.base import Sample, Score
 from ..rewards.calibration import check_batch
 from ..rewards.task_gain import TaskGain
-from ..rewards.task_prompt import Demonstration, LabelledExample, TaskPrompt
+from ..rewards.task_prompt import Demonstration, LabelledExample, TaskPrompt, longest
 from .edit_process import EditProcess, EditSettings, EditStep, Episode
 from .observations import EditState
 from .process import InvalidRewardError, Transition
@@ -82,10 +82,10 @@ class PromptData:
         return found
 
     @cached_property
-    def hardest(self) -> tuple[LabelledExample, LabelledExample]:
-        """The longest example in UTF-8 bytes, and one of the last label: what a scorer checks a prompt by."""
+    def hardest(self) -> tuple[LabelledExample, ...]:
+        """The longest examples, and one of the last label: what a scorer checks a prompt by."""
         everything = (*self.examples, *self.held_out)
-        return max(everything, key=lambda one: len(one.text.encode())), max(everything, key=lambda one: one.label)
+        return (*longest(everything), max(everything, key=lambda one: one.label))
 
 
 class PromptProcess(EditProcess):

@@ -14,6 +14,7 @@ from ..llm_backends import Backend, Journal, Journaled
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import read_records, write_lines
 from ..llm_backends.transformers_backend import TransformersBackend
+from ..rewards.calibration import calibration_method, check_batch
 from ..rewards.call_limit import LimitedScorer
 from ..rewards.task_score import TaskScorer
 from .options import SCALES, check_counts, check_run, input_errors, parse_part
@@ -24,7 +25,7 @@ from .run_folder import RunFolder, read_json
 from .tracking import Tracker
 
 SIZES = {
-    "smoke": {"calls": 320, "validation": 16, "test": 32, "train": 64, "copies": 4, "episodes": 8, "minibatch": 4},
+    "smoke": {"calls": 360, "validation": 16, "test": 32, "train": 64, "copies": 4, "episodes": 8, "minibatch": 4},
     "report": {
         "calls": 7200,
         "validation": 128,
@@ -155,6 +156,9 @@ def run(options: PromptRun, console: Console | None = None) -> dict[str, Any]:
             f"--minibatch {sized['minibatch']} is more than the {len(task.train)} training examples: lower it or raise "
             "--train"
         )
+    with input_errors():
+        for examples in (sized["minibatch"], len(task.validation)):
+            check_batch(calibration_method(options.calibrate or False), examples)
     content_free = len(task.content_free) if options.calibrate == "contextual" else 0
     least = least_calls(options.method, sized, len(task.labels), content_free)
     if sized["calls"] < least:

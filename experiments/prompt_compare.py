@@ -72,12 +72,17 @@ class PromptCompare:
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"--{name} must not be negative, got {getattr(self, name)}")
         methods, tasks = (
-            [name.strip() for name in value.split(",") if name.strip()] for value in (self.methods, self.tasks)
+            list(dict.fromkeys(name.strip() for name in value.split(",") if name.strip()))
+            for value in (self.methods, self.tasks)
         )
         if unknown := [name for name in methods if name not in METHODS]:
             raise InputError(f"--methods has an unknown {unknown[0]!r}: use {', '.join(METHODS)}")
         if not methods or not tasks:
             raise InputError("--methods and --tasks must name at least one each")
+        if len({Path(task).stem for task in tasks}) < len(tasks):
+            raise InputError(
+                f"--tasks names files of one name, whose run folders would be the same: {', '.join(tasks)}"
+            )
         return [
             PromptRun(
                 run_dir=str(self.root / f"{Path(task).stem}-{method}-{seed}"),

@@ -18,7 +18,8 @@ from ..agents.factory import make_agent
 from ..agents.reflective import MAX_TOKENS, PromptAdapter, reflective_search
 from ..envs.sb3 import make_sb3_env
 from ..envs.tasks.prompt_tasks import PromptTask, minibatch
-from ..llm_backends import Backend
+from ..llm_backends import Backend, ContextLengthError
+from ..llm_backends.errors import InputError
 from ..llm_backends.records import append_lines
 from ..rewards.call_limit import CallLimitError, LimitedScorer
 from ..rewards.task_prompt import LabelledExample, TaskPrompt
@@ -67,14 +68,17 @@ class PromptSearch:
         return int(self.settings["seed"])
 
     def offer(self, prompt: TaskPrompt) -> None:
-        """Validates a prompt, unless that was done before.
+        """Validates a prompt, unless that was done before, or it does not fit with the longest of the examples.
 
         Raises:
             CallLimitError: if the calls that are left do not do.
         """
         if prompt not in self.prompts:
-            [result] = self.scorer.score([prompt], self.validation)
-            self.note(prompt, result)
+            result = self._scored(prompt, self.validation)
+            if result is None:
+                self._dropped.append(prompt)
+            else:
+                self.note(prompt, result)
 
     def propose(self, found: Sequence[tuple[float, TaskPrompt]]) -> None:
         """Validates the best new prompts of a round, those that stand a chance.
@@ -89,14 +93,28 @@ class PromptSearch:
         """
         known = set(map(repr, [*self.prompts, *self._dropped]))
         for _, prompt in best_prompts([pair for pair in found if repr(pair[1]) not in known], PROPOSED):
-            first = self.validation[: -(-len(self.validation) // RACE)]
-            if self._result is not None:
-                [result] = self.scorer.score([prompt], first)
-                if result.correct.sum() < self._result.correct[: len(first)].sum():
-                    self._dropped.append(prompt)
-                    continue
-            self.offer(prompt)
+            if self._loses(prompt):
+                self._dropped.append(prompt)
+            else:
+                self.offer(prompt)
         self.show()
+
+    def _loses(self, prompt: TaskPrompt) -> bool:
+        """Whether a prompt gets fewer of the first validation examples right than the best one so far."""
+        if self._result is None or self.scorer.calibration == "batch":  # the bias is that of all examples
+            return False
+        first = self.validation[: -(-len(self.validation) // RACE)]
+        result = self._scored(prompt, first)
+        return result is None or bool(result.correct.sum() < self._result.correct[: len(first)].sum())
+
+    def _scored(self, prompt: TaskPrompt, examples: Sequence[LabelledExample]) -> TaskResult | None:
+        """A prompt's result; None where it does not fit into the context with one of the examples."""
+        try:
+            return self.scorer.score([prompt], examples)[0]
+        except InputError as error:
+            if isinstance(error.__cause__, ContextLengthError):
+                return None
+            raise
 
     def note(self, prompt: TaskPrompt, result: TaskResult) -> None:
         """Keeps a validation result. The best prompt has the highest accuracy, of equals the larger gap."""

@@ -241,7 +241,7 @@ def plot_methods(figures: Mapping[str, Mapping[str, Mapping[str, Any]]], path: P
         methods = [(name, mine) for name, mine in arms.items() if name != BEST]
         for axis, kind in zip(row, KINDS, strict=True):
             for place, (name, mine) in enumerate(methods):
-                colour, curve = COLOURS[place % len(COLOURS)], mine["curve"]
+                colour, curve = COLOURS[list(METHODS).index(name)], mine["curve"]
                 axis.plot([c["calls"] for c in curve], [100 * c[kind] for c in curve], "o-", color=colour, label=name)
                 end = curve[-1]["calls"] * (1 + 0.02 * (place + 1))  # beside each other
                 mean, half = (100 * mine[kind][part] for part in ("mean", "half"))

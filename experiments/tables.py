@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.table import Table
+from rich.text import Text
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -14,8 +15,8 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def rich_table(rows: Sequence[Sequence[str]]) -> Table:
-    """The rows as a table for the terminal."""
+    """The rows as a table for the terminal; brackets in a cell are text, not markup."""
     table = Table(*rows[0])
     for row in rows[1:]:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table

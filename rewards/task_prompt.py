@@ -94,6 +94,25 @@ class TaskPrompt:
         return before + opening, closing + fill(tail[:split], values), fill(tail[split:], values)
 
 
+def longest(examples: Sequence[LabelledExample]) -> list[LabelledExample]:
+    """The examples that decide whether a prompt fits, for which alone tokens are counted.
+
+    The longest in UTF-8 bytes, and the one with most bytes beyond ASCII, where a character can take several tokens.
+    """
+    sizes = [(len(one.text.encode()), len(one.text)) for one in examples]
+    beyond = [(size - letters, size) for size, letters in sizes]
+    return [examples[i] for i in dict.fromkeys((sizes.index(max(sizes)), beyond.index(max(beyond))))]
+
+
+def encodable(text: str) -> bool:
+    """Whether UTF-8 can say a text: half an emoji, which some servers send, it cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def check_prompt(prompt: TaskPrompt, where: str = "the prompt") -> None:
     """Refuses a prompt that no model could be asked with, by its texts alone.
 
@@ -102,13 +121,15 @@ def check_prompt(prompt: TaskPrompt, where: str = "the prompt") -> None:
         where: what to call it in errors.
 
     Raises:
-        InputError: for a prompt without instruction and demonstrations, demonstrations without a place in the
-            template or with a label outside the verbalizers, fewer than two verbalizers, and verbalizers that are
-            empty, equal, or continued by another one.
+        InputError: for a prompt without instruction and demonstrations, text that UTF-8 cannot say, demonstrations
+            without a place in the template or with a label outside the verbalizers, fewer than two verbalizers, and
+            verbalizers that are empty, in blanks, equal, or continued by another one.
     """
     words = prompt.verbalizers
     if not prompt.instruction.strip() and not prompt.demonstrations:
         raise InputError(f"{where} is empty: give it an instruction or demonstrations")
+    if not encodable(prompt.text):
+        raise InputError(f"{where} has characters that UTF-8 cannot say: {prompt.text!r}")
     if prompt.demonstrations and "{demonstrations}" not in prompt.template:
         raise InputError(f"the template of {where} has no {{demonstrations}}, but there are some: add the place")
     if len(words) < 2:
@@ -116,6 +137,8 @@ def check_prompt(prompt: TaskPrompt, where: str = "the prompt") -> None:
     for number, word in enumerate(words):
         if not word.strip():
             raise InputError(f"verbalizer {number} of {where} is empty: use a word that the model can say")
+        if word != word.strip():
+            raise InputError(f"verbalizer {number} of {where} has blanks around it: use {word.strip()!r}, not {word!r}")
     check_distinct([word.split() for word in words], words, where)
     for number, shown in enumerate(prompt.demonstrations):
         if not 0 <= shown.label < len(words):

@@ -34,7 +34,8 @@ class TaskReward(Reward):
     ``metadata["example"]`` is a :class:`LabelledExample` (or its fields as a mapping), the response is a hint for that
     input and is scored on it alone.
 
-    A response that is empty once its surrounding blanks are gone cannot be an instruction: it is worth ``empty``.
+    A response that is empty once its surrounding blanks are gone cannot be an instruction: it is worth ``empty``, by
+    default the lowest reward there is, lest an agent whose instructions do worse than chance learns to say nothing.
 
     Args:
         prompt: the prompt that the response becomes the instruction of; its own instruction, where it has one, must
@@ -45,7 +46,7 @@ class TaskReward(Reward):
         measure: ``gap`` or ``accuracy``.
         correct: factor of a positive gap.
         incorrect: factor of any other.
-        empty: the reward of an empty response.
+        empty: the reward of an empty response; None for -``incorrect``, or 0 where ``accuracy`` is measured.
         seed: of the minibatch.
 
     Raises:
@@ -65,7 +66,7 @@ class TaskReward(Reward):
         measure: Measure = "gap",
         correct: float = CORRECT,
         incorrect: float = INCORRECT,
-        empty: float = 0.0,
+        empty: float | None = None,
         seed: int = 0,
     ) -> None:
         if measure not in ("gap", "accuracy"):
@@ -81,8 +82,10 @@ class TaskReward(Reward):
         self.scorer = make_scorer(scorer)
         self.size = min(size or len(self.examples), len(self.examples))
         check_batch(self.scorer.calibration, self.size)  # 0: each sample brings its own
-        self.measure, self.empty, self.seed = measure, empty, seed
+        self.measure, self.seed = measure, seed
         self.correct, self.incorrect = correct, incorrect
+        lowest = -incorrect if measure == "gap" else 0.0
+        self.empty = lowest if empty is None else empty
         self.calls_per_sample = self.scorer.calls_for(self.prompt, max(self.size, 1))
 
     def reward(self, samples: Sequence[Sample]) -> list[Score]:

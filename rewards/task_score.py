@@ -18,7 +18,16 @@ from ..llm_backends.parts import Part
 from ..llm_backends.prompting import build_prompt, one_line
 from .base import Score
 from .calibration import CONTENT_FREE, Calibration, calibration_method, check_batch, normalised, without_bias
-from .task_prompt import BLOCK, TEMPLATE, Demonstration, LabelledExample, TaskPrompt, check_distinct, check_prompt
+from .task_prompt import (
+    BLOCK,
+    TEMPLATE,
+    Demonstration,
+    LabelledExample,
+    TaskPrompt,
+    check_distinct,
+    check_prompt,
+    longest,
+)
 
 __all__ = [
     "BLOCK",
@@ -209,7 +218,7 @@ class TaskScorer(Part):
             reward: of a result.
 
         Raises:
-            InputError: as :meth:`score_each`, but for a prompt over a context that only the model knows.
+            InputError: as :meth:`score_each`, but for a prompt over the context.
         """
         try:
             return [reward(result) for result in self.score_each(prompts, examples)]
@@ -251,11 +260,11 @@ class TaskScorer(Part):
             if not example.text.strip():
                 raise InputError(f"example {example.id!r} has no text: leave it out")
         room = max(self._checked_tokens(words) for words in dict.fromkeys(prompt.verbalizers for prompt in prompts))
-        longest = max((example.text for example in examples), key=lambda text: len(text.encode()))
         for number, prompt in enumerate(prompts):
-            error = self.backend.context_error(self._built("".join(prompt.render(longest))), room)
-            if error is not None:
-                raise InputError(f"prompt {number} is too long: {error}")
+            for example in longest(examples):
+                error = self.backend.context_error(self._built("".join(prompt.render(example.text))), room)
+                if error is not None:
+                    raise InputError(f"prompt {number} is too long: {error}") from error
 
     def _checked_tokens(self, words: tuple[str, ...]) -> int:
         """Tokens of the longest verbalizer; 1 where the backend does not know its tokenizer."""

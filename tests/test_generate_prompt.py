@@ -114,7 +114,7 @@ def test_a_stop_at_the_line_end_and_empty_prompts(make):
             _, reward, terminated, _, info = env.step(token)
             if terminated:
                 break
-        assert (reward, terminated, info["reward_valid"]) == (0.0, True, True)
+        assert (reward, terminated, info["reward_valid"]) == (-180.0, True, True)
     env.reset(seed=0)
     steps = [env.step(token) for token in ids(env, " sentiment\n", end=False)]
     assert steps[-1][2] and steps[-1][4]["finish_reason"] == "stop" and steps[-1][1] > 0
@@ -171,6 +171,13 @@ def test_a_failed_answer_is_no_silent_zero(make):
     assert reward == 0.0 and not info["reward_valid"] and info["invalid_reason"] == "the server is away"
 
 
+def test_a_reference_that_rouge_cannot_read_is_refused(make, write):
+    rows = [{"instruction": f"Say hello {i}.", "reference": "\u4f60\u597d"} for i in range(20)]
+    folder = write("rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match="has none of the letters a to z"):
+        make(level="instance", measure="rouge", data=str(folder / "rows.jsonl"))
+
+
 def test_a_hint_needs_a_reference_and_an_input():
     for sample in (Sample("x", metadata={"plain": "a", "request": "b"}), Sample("x", reference="y", metadata={})):
         with pytest.raises(InputError, match=r"needs a reference and metadata\['plain'\]"):
@@ -208,7 +215,7 @@ def test_play_is_step_on_a_real_model_up_to_rounding(make, tiny_model_path, opti
     told = stepped(other, actions, np.ones(6, dtype=bool))
     paid = [[float(r[-1]) for r in played.rewards], [told["rewards"][i][-1] for i in range(6)]]
     np.testing.assert_allclose(*paid, rtol=0, atol=200 * 5e-5)
-    assert paid[0][1] == paid[0][4] == 0.0 and np.ptp(paid[0]) > 1.0
+    assert paid[0][1] == paid[0][4] == -180.0 and np.ptp(paid[0]) > 0.1
 
 
 @pytest.mark.parametrize("options", LEVELS)

@@ -150,6 +150,8 @@ def test_what_the_mask_of_phrases_depends_on():
     assert allowed(phrases, draft) == {"add_back", "no_op"}
     same = PromptDraft(TaskPrompt("One, One,", (), ("bad", "good")))
     assert allowed(phrases, same) == {"delete", "no_op"}
+    lines = PromptDraft(TaskPrompt("Judge\n\nit", (), ("bad", "good")))  # one phrase, and white space
+    assert allowed(phrases, lines) == {"no_op"}
 
 
 def test_without_an_instruction_there_is_nothing_to_rewrite_and_nothing_to_delete():
@@ -223,6 +225,13 @@ def test_llm_edits_ask_for_the_instruction_alone(style):
         info = env.step(action)[4]
         assert info["prompt"].instruction == "Well, is it?"
     assert len(set(asked)) == 3 and all(LONG in prompt and "film 1" not in prompt for prompt in asked)
+
+
+@pytest.mark.parametrize("reply", ["", "half an emoji: \ud83d"])
+def test_a_rewrite_that_cannot_be_used_leaves_the_prompt(reply):
+    env = started(backend=lambda prompt: reply)
+    info = env.step(REPHRASE)[4]
+    assert info["prompt"].instruction == LONG and info["task_calls"] == 0 and info["reward_valid"]
 
 
 def test_phrase_edits():

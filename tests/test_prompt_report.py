@@ -1,7 +1,10 @@
 """The report of prompt searches: what its intervals count, and which prompt stands for what was learned."""
 
+import io
+
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 from scipy import stats
 
@@ -14,11 +17,11 @@ from instructgym.llm_backends.records import write_lines
 QUIET = Console(quiet=True)
 
 
-def finished(folder, method, seed, right, accuracy, gap=0.0, **others):
+def finished(folder, method, seed, right, accuracy, gap=0.0, prompt="Well?", **others):
     """The folder of a search whose prompt gets these test examples right."""
     rows = [{"id": str(i), "label": 1, "raw": int(one), "calibrated": 1} for i, one in enumerate(right)]
     options = {"task": "t", "method": method, "seed": seed} | others
-    metrics = {"curve": [{"calls": 9, "raw": 0.5, "calibrated": 1.0}], "prompt": f"{method} {seed}"}
+    metrics = {"curve": [{"calls": 9, "raw": 0.5, "calibrated": 1.0}], "prompt": prompt}
     folder = folder / "-".join(map(str, (method, seed, *others)))
     write_json(folder / "config.json", {"command": "prompt run", "options": options})
     write_lines(folder / "test.jsonl", rows)
@@ -56,6 +59,24 @@ def test_runs_that_cannot_be_averaged_are_refused(method, seed, others, said, tm
     finished(tmp_path, method, seed, [1, 0], 0.5, **others)
     with pytest.raises(InputError, match=said):
         report(PromptReport(str(tmp_path)), QUIET)
+
+
+def test_colours_and_brackets(tmp_path, monkeypatch):
+    """A method has one colour in all panels, and what looks like markup in a prompt is text."""
+    for task, methods in (("t", ("manual", "random", "gepa")), ("u", ("manual", "gepa"))):
+        for method in methods:
+            finished(tmp_path / task, method, 0, [1, 0], 0.5, task=task, prompt="[/INST] Say [b]it[/b].")
+    seen = []
+    saved = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: (seen.append(self), saved(self, *args, **kw))[1])
+    console = Console(record=True, width=300, file=io.StringIO())
+    report(PromptReport(str(tmp_path)), console)
+    assert "[/INST] Say [b]it[/b]." in console.export_text()
+    panels = [{line.get_label(): line.get_color() for line in axis.get_lines()} for axis in seen[0].axes]
+    shown = seen[0].legends[0]
+    legend = {text.get_text(): one.get_color() for text, one in zip(shown.texts, shown.legend_handles, strict=True)}
+    assert list(legend) == ["manual", "random", "gepa"] and len(set(legend.values())) == 3
+    assert all(panel[name] == legend[name] for panel in panels for name in legend if name in panel)
 
 
 def test_runs_are_paired_by_example_or_refused(tmp_path):

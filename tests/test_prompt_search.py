@@ -17,7 +17,7 @@ from instructgym.experiments.prompt_report import PromptReport
 from instructgym.experiments.prompt_report import run as report
 from instructgym.experiments.prompt_testing import incumbents
 from instructgym.experiments.run_folder import read_json
-from instructgym.llm_backends import BackendError, ScriptedBackend
+from instructgym.llm_backends import BackendError, ContextLengthError, ScriptedBackend
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.records import read_records
 from instructgym.rewards.call_limit import CallLimitError, LimitedScorer
@@ -150,6 +150,22 @@ def test_a_writer_that_fails_leaves_the_instruction_as_it_is():
     assert mine.propose_new_texts({"instruction": "Old."}, records, ["instruction"]) == {"instruction": "Old."}
 
 
+def test_half_an_emoji_is_no_instruction():
+    mine, _ = adapter(ScriptedBackend(reply=lambda prompt: "Say \ud83d it."))
+    records = {"instruction": [{"Inputs": {"text": "a"}, "Generated Outputs": "b", "Feedback": "c"}]}
+    assert mine.propose_new_texts({"instruction": "Old."}, records, ["instruction"]) == {"instruction": "Old."}
+
+
+def test_what_a_writer_raises_ends_the_search():
+    def broken(prompt):
+        raise RuntimeError("no such server")
+
+    mine, films = adapter(ScriptedBackend(reply=broken))
+    with pytest.raises(RuntimeError, match="no such server"):
+        reflective_search(mine, films.train[:20], films.train[20:], calls=1200, minibatch=4, seed=0)
+    assert mine.scorer.calls < 200
+
+
 def test_reflection_finds_what_helps_and_stays_within_its_calls():
     seen = []
     mine, films = adapter(on_result=lambda prompt, result: seen.append((prompt.instruction, len(result.examples))))
@@ -224,6 +240,25 @@ def test_prompts_that_stand_a_chance_are_validated(tmp_path):
     assert mine.best is not None and mine.best.instruction == texts[3]
 
 
+def test_a_prompt_that_does_not_fit_is_dropped_and_the_search_goes_on(tmp_path, monkeypatch):
+    mine = search(tmp_path, limit=1000)
+    over = lambda prompt, room: ContextLengthError("too long") if "endless" in str(prompt) else None  # noqa: E731
+    monkeypatch.setattr(mine.scorer.backend, "context_error", over)
+    mine.offer(mine.task.prompt("An endless one."))
+    assert mine.best is None and mine.scorer.calls == 0
+    for text in ("Judge now", "An endless film."):
+        mine.propose([(0.1, mine.task.prompt(text))])
+    assert [one.instruction for one in mine.prompts] == ["Judge now"]
+
+
+def test_batch_calibration_needs_all_validation_examples(tmp_path):
+    mine = search(tmp_path, limit=1000)
+    mine.scorer.calibration = "batch"
+    for text in ("Judge now", f"Judge {MAGIC} now"):
+        mine.propose([(0.1, mine.task.prompt(text))])
+    assert [row["calls"] for row in mine.history] == [20, 40]
+
+
 def test_a_beam_keeps_each_prompt_at_its_best():
     one, other, third = (TaskPrompt(text) for text in "abc")
     found = best_prompts([(0.0, one), (0.1, other), (0.2, one), (-1.0, third)], 2)
@@ -274,7 +309,7 @@ def test_a_search_that_is_over_is_tested_and_not_repeated(options, tmp_path, mon
 def test_methods_are_compared_at_equal_calls(options, tmp_path, monkeypatch):
     one = options(tmp_path)
     shared = {"backend": one.backend, "rewriter": one.rewriter, "model": one.model, "calls": 400, "scale": "smoke"}
-    given = PromptCompare(str(tmp_path), tasks=one.task, methods="manual,random", seeds=2, **shared)
+    given = PromptCompare(str(tmp_path), tasks=one.task, methods="manual,random,manual", seeds=2, **shared)
     figures = compare(given, QUIET)
     assert list(figures) == [one.task] and list(figures[one.task]) == ["manual", "random"]
     mine = figures[one.task]["random"]
@@ -306,6 +341,8 @@ def test_methods_are_compared_at_equal_calls(options, tmp_path, monkeypatch):
         ({"backend": "nobody"}, "nobody"),
         ({"scale": "huge"}, "--scale"),
         ({"learning_rate": 0.0}, "--learning-rate"),
+        ({"calibrate": "batch", "minibatch": 1}, "batch calibration of one example"),
+        ({"calibrate": "batch", "validation": 1}, "batch calibration of one example"),
         ({"run_dir": ""}, "--run-dir"),
     ],
 )
@@ -330,6 +367,7 @@ def test_instructions_that_could_get_too_long_are_refused(options, tmp_path, tin
     [
         ({"methods": "magic"}, "magic"),
         ({"tasks": ","}, "--tasks"),
+        ({"tasks": "a/films.toml,b/films.toml"}, "--tasks names files of one name"),
         ({"seeds": -1}, "--seeds"),
         ({"minutes": float("nan")}, "--minutes"),
         ({"calls": 300, "data_dir": "", "methods": "manual,random"}, "one round of random"),
@@ -350,4 +388,4 @@ def test_a_comparison_to_its_end_on_the_embedded_model(tmp_path):
     assert list(figures["rotten-tomatoes"]) == [*methods, "best learned"]
     assert all(0.3 <= mine["raw"]["mean"] <= 1 for mine in figures["rotten-tomatoes"].values())
     config = read_json(tmp_path / "rotten-tomatoes-gepa-0" / "config.json")
-    assert config["options"]["calls"] == 320
+    assert config["options"]["calls"] == 360

@@ -111,6 +111,18 @@ def test_files_by_split(write):
         load_prompt_task(folder / "mail.toml", "train")
 
 
+def test_names_of_labels_that_are_digits_are_names(write):
+    words = 'verbalizers = [" low ", "high"]\ninstructions = ["""How good?\n"""]\ntrain = "a.jsonl"\n'
+    folder = write("stars.toml", 'labels = ["2", "1"]\n' + words)
+    write("a.jsonl", rows(("one", 1), ("two", "2")))
+    task = load_prompt_task(folder / "stars.toml", "train")
+    assert {(example.text, example.label) for example in task.train} == {("one", 1), ("two", 0)}
+    assert task.verbalizers == ("low", "high") and task.instructions == ("How good?",)
+    write("a.jsonl", rows(("one", 0)))
+    with pytest.raises(InputError, match="the label 0 is none of 2, 1"):
+        load_prompt_task(folder / "stars.toml", "train")
+
+
 @pytest.mark.parametrize(
     ("toml", "message"),
     [

@@ -31,10 +31,11 @@ def test_reward_by_hand():
     assert score.terms == {"task": score.value, "accuracy": 0.5, "gap": pytest.approx(0.15)}
     assert TaskReward(BLANK, scorer=reward.scorer).calls_per_sample == 2 == hint.calls
     assert score.calls == 4 == reward.calls_per_sample and "predicted good, right bad" in score.feedback
-    assert empty.value == 0.0 and empty.valid and empty.calls == 0
+    assert empty.value == -180.0 and empty.valid and empty.calls == 0
     assert hint.value == pytest.approx(-36.0) and hint.calls == 2
-    (share,) = TaskReward(BLANK, EXAMPLES[:2], 2, TaskScorer(scripted(TABLE)), "accuracy").reward([Sample("Say.")])
-    assert share.value == 0.5
+    measured = TaskReward(BLANK, EXAMPLES[:2], 2, TaskScorer(scripted(TABLE)), "accuracy")
+    assert [score.value for score in measured.reward([Sample("Say."), Sample("")])] == [0.5, 0.0]
+    assert TaskReward(BLANK, EXAMPLES[:2], 2, reward.scorer, empty=-1.0).reward([Sample("")])[0].value == -1.0
 
 
 def test_reward_from_a_json_object_is_that_of_live_parts(tiny_model_path):

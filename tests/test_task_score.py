@@ -14,6 +14,7 @@ from instructgym.llm_backends.shared_prefix import choice_logprobs, shared_lengt
 from instructgym.llm_backends.transformers_backend import TransformersBackend
 from instructgym.rewards import Demonstration, LabelledExample, TaskPrompt, TaskScorer
 from instructgym.rewards.calibration import normalised, without_bias
+from instructgym.rewards.task_prompt import longest
 
 PROMPTS = [
     TaskPrompt("Is it any good?", verbalizers=WORDS),
@@ -236,6 +237,8 @@ def test_bad_prompts_and_examples_are_refused():
     refused("example 'd' has no text", examples=[LabelledExample("d", " ", 1)])
     refused("no {demonstrations}", [TaskPrompt("x", (Demonstration("y", 0),), WORDS, "{instruction}{input}")])
     refused("demonstration 0 of prompt 0 has the label -1", [TaskPrompt("x", (Demonstration("y", -1),), WORDS)])
+    refused("UTF-8 cannot say", [TaskPrompt("half an emoji: \ud83d", verbalizers=WORDS)])
+    refused("verbalizer 0 of prompt 0 has blanks around it: use 'bad'", [TaskPrompt("x", verbalizers=("bad ", "good"))])
     refused("unknown calibration", calibrate="contextal")
     refused("batch calibration of one", examples=EXAMPLES[:1], calibrate="batch")
     refused("cache must be", cache=-1)
@@ -256,6 +259,13 @@ def test_verbalizers_of_no_token(backend, monkeypatch):
     monkeypatch.setattr(TransformersBackend, "completion_ids", lambda self, texts: [[5], []])
     with pytest.raises(InputError, match="verbalizer 'bad' is no token"):
         TaskScorer(backend).score(PROMPTS[:1], EXAMPLES)
+
+
+def test_the_longest_in_tokens_need_not_be_the_longest_in_bytes():
+    texts = ["plain " * 50, "short", "\u597d" * 60]
+    examples = [LabelledExample(str(i), text, 0) for i, text in enumerate(texts)]
+    assert [one.id for one in longest(examples)] == ["0", "2"]
+    assert [one.id for one in longest(examples[:2])] == ["0"]
 
 
 def test_a_prompt_over_the_context_names_its_tokens(backend):

@@ -9,6 +9,7 @@ from typing import Literal
 from ...llm_backends import Tokenizer
 from ...llm_backends.errors import InputError
 from ...llm_backends.prompting import fill, load_prompts
+from ...rewards.rouge_gate import rouge_l
 from ...rewards.task_prompt import TaskPrompt
 from .prompt_examples import PromptExample
 from .prompt_tasks import PromptTask
@@ -87,12 +88,17 @@ def response_hints(requests: Sequence[Request], openings: Openings) -> list[Prom
     ``metadata`` has the request as the frozen model gets it: ``plain``, a text to continue, and ``request``, a message.
 
     Raises:
-        InputError: for a request without a reference.
+        InputError: for a request without a reference, or with one in which ROUGE finds nothing to compare.
     """
     hints = []
     for one in requests:
         if one.reference is None:
             raise InputError(f"{one.id} has no reference answer, by which hints are scored: give each row a reference")
+        if not rouge_l(one.reference, one.reference):
+            raise InputError(
+                f"{one.id}: the reference {one.reference[:80]!r} has none of the letters a to z and digits that ROUGE "
+                "reads: leave the row out"
+            )
         metadata = dict(one.metadata) | {"plain": one.plain, "request": one.chat}
         hints.append(PromptExample(one.id, openings.fill(request=one.chat), one.reference, metadata=metadata))
     return hints

@@ -21,8 +21,8 @@ def read_prompt_task(path: Path) -> tuple[dict[str, Any], dict[str, list[Labelle
     The file has ``labels`` (a list of names), ``instructions`` (a list, not empty), and where they differ from the
     defaults ``name``, ``verbalizers`` (one per label), ``template`` and ``block``. Examples are JSONL files, named
     relative to the TOML file: ``train``, ``validation`` and ``test``, or one file ``data``, which is split
-    80 / 10 / 10 % by a hash of the texts. A row has ``text``, ``label`` (a name, or its number from 0), and perhaps
-    ``id``.
+    80 / 10 / 10 % by a hash of the texts. A row has ``text``, ``label`` (a name, or, where no name is a number, its
+    number from 0), and perhaps ``id``.
 
     Raises:
         InputError: for a file that is no such description or has no instruction, rows without text or with an unknown
@@ -38,6 +38,7 @@ def read_prompt_task(path: Path) -> tuple[dict[str, Any], dict[str, list[Labelle
         value = task.setdefault(name, default)
         if not isinstance(value, list) or not all(isinstance(one, str) and one.strip() for one in value):
             raise InputError(f"{path}: the field {name!r} must be a list of texts, got {value!r}")
+        task[name] = [one.strip() for one in value]
     for name, default in (("name", path.stem), ("template", TEMPLATE), ("block", BLOCK)):
         if not isinstance(task.setdefault(name, default), str):
             raise InputError(f"{path}: the field {name!r} must be a text, got {task[name]!r}")
@@ -69,11 +70,12 @@ def _split(text: str) -> str:
 
 def _examples(path: Path, task: dict[str, Any]) -> list[tuple[LabelledExample, str]]:
     labels, found = task["labels"], []
+    numbered = not any(name.lstrip("-").isdigit() for name in labels)  # a digit that is a name is not a number
     for number, (where, row) in enumerate(read_user_rows(path)):
         label = row.get("label")
-        if isinstance(label, str) and label in labels:
-            label = labels.index(label)
-        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(labels):
+        if str(label) in labels and isinstance(label, str | int):
+            label = labels.index(str(label))
+        elif not numbered or isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(labels):
             raise InputError(f"{where}: the label {row.get('label')!r} is none of {', '.join(labels)}: use one of them")
         example_id = f"{task['name']}/{path.stem}-{row.get('id', number)}"
         found.append((LabelledExample(example_id, user_text(where, row, "text").strip(), label), where))
