@@ -128,8 +128,6 @@ def check_prompt(prompt: TaskPrompt, where: str = "the prompt") -> None:
     words = prompt.verbalizers
     if not prompt.instruction.strip() and not prompt.demonstrations:
         raise InputError(f"{where} is empty: give it an instruction or demonstrations")
-    if not encodable(prompt.text):
-        raise InputError(f"{where} has characters that UTF-8 cannot say: {prompt.text!r}")
     if prompt.demonstrations and "{demonstrations}" not in prompt.template:
         raise InputError(f"the template of {where} has no {{demonstrations}}, but there are some: add the place")
     if len(words) < 2:
@@ -145,6 +143,8 @@ def check_prompt(prompt: TaskPrompt, where: str = "the prompt") -> None:
             raise InputError(
                 f"demonstration {number} of {where} has the label {shown.label}: use 0 to {len(words) - 1}"
             )
+    if not encodable(prompt.text):
+        raise InputError(f"{where} has characters that UTF-8 cannot say: {prompt.text!r}")
 
 
 def check_distinct(tokens: Sequence[Sequence[object]], words: Sequence[str], where: str) -> None:

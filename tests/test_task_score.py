@@ -236,7 +236,9 @@ def test_bad_prompts_and_examples_are_refused():
     refused("example 'd' has the label 2", examples=[LabelledExample("d", "text", 2)])
     refused("example 'd' has no text", examples=[LabelledExample("d", " ", 1)])
     refused("no {demonstrations}", [TaskPrompt("x", (Demonstration("y", 0),), WORDS, "{instruction}{input}")])
-    refused("demonstration 0 of prompt 0 has the label -1", [TaskPrompt("x", (Demonstration("y", -1),), WORDS)])
+    for label in (-1, 2):
+        shown = (Demonstration("y", label),)
+        refused(f"demonstration 0 of prompt 0 has the label {label}", [TaskPrompt("x", shown, WORDS)])
     refused("UTF-8 cannot say", [TaskPrompt("half an emoji: \ud83d", verbalizers=WORDS)])
     refused("verbalizer 0 of prompt 0 has blanks around it: use 'bad'", [TaskPrompt("x", verbalizers=("bad ", "good"))])
     refused("unknown calibration", calibrate="contextal")
