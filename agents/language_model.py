@@ -16,7 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..llm_backends import Completion, Sampling
-from ..llm_backends.adapters import (
+from ..llm_backends.errors import InputError
+from ..llm_backends.local.causal_lm import CausalLM, quiet_loading
+from ..llm_backends.local.choices import Choices
+from ..llm_backends.local.sampling import generate
+from ..llm_backends.local.tokenization import LoadedTokenizer, Tokenizer
+from ..llm_backends.training.adapters import (
     DEFAULT_LORA,
     AdaptedTrunk,
     LoraSettings,
@@ -25,14 +30,9 @@ from ..llm_backends.adapters import (
     open_model,
     training_dtype,
 )
-from ..llm_backends.causal_lm import CausalLM, quiet_loading
-from ..llm_backends.choices import Choices
-from ..llm_backends.errors import InputError
-from ..llm_backends.sampling import generate
-from ..llm_backends.teacher_forcing import response_hidden
-from ..llm_backends.token_kl import ComparedTokens, OutputLayer, compared_tokens
-from ..llm_backends.token_logprobs import allowed_logprobs, token_logprobs
-from ..llm_backends.tokenization import LoadedTokenizer, Tokenizer
+from ..llm_backends.training.teacher_forcing import response_hidden
+from ..llm_backends.training.token_kl import ComparedTokens, OutputLayer, compared_tokens
+from ..llm_backends.training.token_logprobs import allowed_logprobs, token_logprobs
 
 __all__ = ["POLICY", "SETTINGS", "VALUE", "LanguageModelPolicy", "LoraSettings", "TokenScores", "ValueFunction"]
 
@@ -169,8 +169,8 @@ class LanguageModelPolicy:
             eos: tokens that end a completion; by default the model's own.
 
         Returns:
-            n lists of completions, as of :func:`~instructgym.llm_backends.sampling.generate`, with log-probs at the
-                temperature of sampling.
+            n lists of completions, as of :func:`~instructgym.llm_backends.local.sampling.generate`, with log-probs at
+                the temperature of sampling.
         """
         samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         with self.adapter(POLICY) as lm, autocast(self.lm, self.dtype):

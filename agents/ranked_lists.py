@@ -12,9 +12,9 @@ from scipy.stats import kendalltau
 
 from ..envs.tasks.candidates import RankedList
 from ..envs.tasks.instruction_data import OPENINGS, DataLayout, InstructionExample, prompt_text
-from ..llm_backends.causal_lm import token_budget_chunks
 from ..llm_backends.errors import InputError
-from ..llm_backends.tokenization import Tokenizer
+from ..llm_backends.local.causal_lm import token_budget_chunks
+from ..llm_backends.local.tokenization import Tokenizer
 from .language_model import LanguageModelPolicy
 from .ranking import RankedCandidates
 

@@ -13,9 +13,9 @@ from scipy.special import expit
 from scipy.stats import rankdata
 from torch.utils.checkpoint import checkpoint
 
-from ..llm_backends.causal_lm import token_budget_chunks
 from ..llm_backends.errors import InputError
-from ..llm_backends.teacher_forcing import SHARED_PREFIX
+from ..llm_backends.local.causal_lm import token_budget_chunks
+from ..llm_backends.training.teacher_forcing import SHARED_PREFIX
 from .language_model import LanguageModelPolicy
 from .optimization import check_at_least_zero, check_choice
 from .ranking_losses import LOSSES, PAIRINGS, UNRANKED, CandidateLists, Pairing, nll

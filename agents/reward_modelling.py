@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..llm_backends.causal_lm import token_budget_chunks
 from ..llm_backends.errors import InputError
-from ..llm_backends.tokenization import Tokenizer
+from ..llm_backends.local.causal_lm import token_budget_chunks
+from ..llm_backends.local.tokenization import Tokenizer
 from ..rewards.edits import EditedPair, edit_labels
 from ..rewards.reward_model import RewardModel
 from .optimization import check_at_least_zero, check_choice

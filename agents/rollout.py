@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from ..llm_backends import Sampling, request_seed
-from ..llm_backends.causal_lm import token_budget_chunks
-from ..llm_backends.choices import Choices
-from ..llm_backends.teacher_forcing import common_prefix
+from ..llm_backends.local.causal_lm import token_budget_chunks
+from ..llm_backends.local.choices import Choices
+from ..llm_backends.training.teacher_forcing import common_prefix
 from .language_model import LanguageModelPolicy
 from .rollout_engine import RolloutEngine
 

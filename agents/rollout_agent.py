@@ -15,8 +15,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 
 from ..llm_backends import Completion, Sampling, request_seed
-from ..llm_backends.choices import Choices
 from ..llm_backends.errors import InputError
+from ..llm_backends.local.choices import Choices
 from .callbacks import InvalidRewardRateError
 from .checkpoints import POLICY_FOLDER, STATE, policy_from, read_checkpoint, read_state, write_checkpoint
 from .distributed import Processes

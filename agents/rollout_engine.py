@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..llm_backends import BackendError, Completion, Sampling, request_seed
-from ..llm_backends.choices import Choices
 from ..llm_backends.errors import InputError
-from ..llm_backends.vllm_server import TokenSampling, VLLMServerBackend
+from ..llm_backends.local.choices import Choices
+from ..llm_backends.serving.vllm_server import TokenSampling, VLLMServerBackend
 from .distributed import Processes
 from .language_model import POLICY, LanguageModelPolicy
 

@@ -11,15 +11,7 @@ from ..llm_backends.errors import InputError
 from ..rewards.hinted_response import HintedResponse
 from ..rewards.task_reward import TaskReward
 from ..rewards.task_score import TaskScorer
-from .tasks.generated_prompts import (
-    LEVELS,
-    Level,
-    Openings,
-    label_hints,
-    response_hints,
-    scored_prompt,
-    task_openings,
-)
+from .tasks.generated_prompts import LEVELS, Level, Openings, label_hints, response_hints, scored_prompt, task_openings
 from .tasks.prompt_examples import PromptExample
 from .tasks.prompt_tasks import load_prompt_task
 from .tasks.responses import Layout, response_requests

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..llm_backends import Tokenizer
-from ..llm_backends.choices import Choices
-from ..llm_backends.tokenization import stopped_text
+from ..llm_backends.local.choices import Choices
+from ..llm_backends.local.tokenization import stopped_text
 from .tasks.prompt_examples import PromptExample
 
 

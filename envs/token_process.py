@@ -13,8 +13,8 @@ import numpy as np
 from gymnasium.spaces import Discrete
 
 from ..llm_backends import Tokenizer
-from ..llm_backends.choices import Choices
 from ..llm_backends.errors import InputError
+from ..llm_backends.local.choices import Choices
 from ..rewards import Reward
 from .process import Transition, check_index, check_on_invalid, check_options, copy_option
 from .tasks.episodes import EpisodeSource

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
-from ..llm_backends.choices import Choices
 from ..llm_backends.errors import InputError
+from ..llm_backends.local.choices import Choices
 from ..rewards import Sample, Score
 from .played import Played
 from .process_env import ProcessVectorEnv, check_copies, check_mask, unbatch

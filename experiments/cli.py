@@ -493,7 +493,7 @@ def guarded(work: Any) -> int:
     from ..agents.callbacks import InvalidRewardRateError
     from ..agents.on_policy import TrainingDivergedError
     from ..envs.edit_process import InvalidRewardError
-    from ..llm_backends.budget import BudgetExceededError
+    from ..llm_backends.serving.budget import BudgetExceededError
 
     console = Console()
     try:

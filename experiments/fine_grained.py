@@ -15,7 +15,7 @@ from ..agents.language_model import LanguageModelPolicy
 from ..envs.tasks.prompt_examples import PromptExample
 from ..envs.tasks.responses import response_prompts
 from ..llm_backends.errors import InputError
-from ..llm_backends.tokenization import Tokenizer
+from ..llm_backends.local.tokenization import Tokenizer
 from .options import check_counts
 from .stages import TrainingOptions, tokenizer_of
 

@@ -16,7 +16,7 @@ from ..envs.tasks.editing import EditBounds, Editor, EditRequest, edit_responses
 from ..envs.tasks.prompt_examples import PromptExample
 from ..llm_backends import Backend, Journal, Journaled, request_seed, resolve
 from ..llm_backends.errors import InputError
-from ..llm_backends.tokenization import Tokenizer
+from ..llm_backends.local.tokenization import Tokenizer
 from ..rewards import Reward
 from ..rewards.edits import EditedPair, edit_statistics, write_pairs
 from .fine_grained import ENV_ID, StageOptions, check_lengths, load_policy

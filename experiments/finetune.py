@@ -25,7 +25,7 @@ from ..envs.tasks.instruction_data import (
 )
 from ..llm_backends import request_seed
 from ..llm_backends.errors import InputError
-from ..llm_backends.tokenization import Tokenizer
+from ..llm_backends.local.tokenization import Tokenizer
 from .options import check_counts
 from .run_folder import write_once
 from .stages import TrainingOptions, stage, tokenizer_of

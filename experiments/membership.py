@@ -18,8 +18,8 @@ from scipy import stats
 
 from ..agents.language_model import LanguageModelPolicy
 from ..agents.sft import Demonstration
-from ..llm_backends.causal_lm import token_budget_chunks
 from ..llm_backends.errors import InputError
+from ..llm_backends.local.causal_lm import token_budget_chunks
 from .metrics import auc
 from .plots import COLOURS, panels
 

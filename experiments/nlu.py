@@ -21,8 +21,8 @@ from ..agents.sft import SFT, Demonstration
 from ..envs.tasks.nlu_data import load_examples
 from ..envs.tasks.nlu_tasks import get_task, response_text
 from ..envs.tasks.prompt_examples import PromptExample
-from ..llm_backends.choices import Choices
 from ..llm_backends.errors import InputError
+from ..llm_backends.local.choices import Choices
 from .nlu_evaluation import ENV_ID, answers, majority, scores
 from .options import check_counts
 from .plots import plot_token_training

@@ -22,8 +22,8 @@ from ..agents.language_model import SETTINGS, LanguageModelPolicy
 from ..agents.sft import Demonstration
 from ..envs.tasks.instruction_data import InstructionExample, read_instruction_data
 from ..llm_backends.errors import InputError
+from ..llm_backends.local.tokenization import Tokenizer
 from ..llm_backends.records import append_lines, read_records
-from ..llm_backends.tokenization import Tokenizer
 from .arms import find_arms
 from .finetune import HELD_OUT, TRAIN, demonstrations
 from .membership import ATTACKS, SIDES, attack_metrics, length_shift, plot_roc, score_rows, side_of

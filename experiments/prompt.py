@@ -12,8 +12,8 @@ from ..agents.callbacks import StepProgress
 from ..envs.tasks.prompt_tasks import PromptTask, load_prompt_task, minibatch
 from ..llm_backends import Backend, Journal, Journaled
 from ..llm_backends.errors import InputError
+from ..llm_backends.local.backend import TransformersBackend
 from ..llm_backends.records import read_records, write_lines
-from ..llm_backends.transformers_backend import TransformersBackend
 from ..rewards.calibration import calibration_method, check_batch
 from ..rewards.call_limit import LimitedScorer
 from ..rewards.task_score import TaskScorer

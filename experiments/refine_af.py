@@ -12,7 +12,7 @@ from ..envs.tasks.instance_prompts import OWN, instance_prompts, read_response
 from ..envs.tasks.instruction_pool import DEMONSTRATIONS, evaluation_split, load_tasks
 from ..envs.tasks.prompt_examples import PromptExample
 from ..llm_backends.errors import InputError
-from ..llm_backends.tokenization import Tokenizer
+from ..llm_backends.local.tokenization import Tokenizer
 from ..rewards import Sample
 from .options import check_counts, input_errors, parse_reward
 from .stages import TrainingOptions, digest

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from ..llm_backends import Backend, Journal, Journaled, resolve
-from ..llm_backends.budget import Budget
+from ..llm_backends.serving.budget import Budget
 from .run_folder import RunFolder, read_json, write_json
 
 Roles = TypeVar("Roles")

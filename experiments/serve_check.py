@@ -14,9 +14,9 @@ from rich.status import Status
 from rich.table import Table
 
 from ..llm_backends.errors import InputError
-from ..llm_backends.serve_findings import Findings
-from ..llm_backends.serve_probe import ServerProbe
-from ..llm_backends.serve_speed import Speed, measure
+from ..llm_backends.serving.findings import Findings
+from ..llm_backends.serving.probe import ServerProbe
+from ..llm_backends.serving.speed import Speed, measure
 from .options import check_output
 from .run_folder import write_json
 from .serve_settings import TITLES, Settings, suggest

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..llm_backends.serve_findings import Findings
-from ..llm_backends.serve_speed import Speed, recommended
+from ..llm_backends.serving.findings import Findings
+from ..llm_backends.serving.speed import Speed, recommended
 
 TITLES = {
     "chat": "chat",

@@ -15,7 +15,7 @@ from rich.console import Console
 from ..agents.distributed import Processes
 from ..agents.language_model import SETTINGS
 from ..llm_backends.errors import InputError
-from ..llm_backends.tokenization import EmbeddedTokenizer, Tokenizer
+from ..llm_backends.local.tokenization import EmbeddedTokenizer, Tokenizer
 from .options import check_counts, check_run
 from .run_folder import RunFolder
 from .token_training import TokenTraining

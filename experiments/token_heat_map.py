@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..llm_backends.errors import InputError
-from ..llm_backends.tokenization import Tokenizer
+from ..llm_backends.local.tokenization import Tokenizer
 
 LOW, MIDDLE, HIGH = "#B2182B", "#F7F7F7", "#2166AC"
 """Ends and middle of the colour map: red below 0, blue above (ColorBrewer's RdBu, which colour-blind readers can tell

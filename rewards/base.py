@@ -13,8 +13,8 @@ import numpy as np
 
 from ..llm_backends.base import request_seed
 from ..llm_backends.errors import InputError
+from ..llm_backends.local.tokenization import Tokenizer
 from ..llm_backends.parts import Part
-from ..llm_backends.tokenization import Tokenizer
 
 Timing = Literal["terminal", "causal", "whole"]
 """``terminal``: paid once, when the text is complete; ``causal``: r_t is known when token t is written; ``whole``: the

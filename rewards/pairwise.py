@@ -11,16 +11,7 @@ from ..llm_backends import Backend, request_seed, resolve
 from ..llm_backends.errors import InputError
 from ..llm_backends.prompting import load_prompts
 from .base import Reward, Sample, Score
-from .verdict import (
-    Question,
-    Verdict,
-    VerdictMode,
-    VerdictPrompt,
-    check_mode,
-    judge_verdicts,
-    sigmoid,
-    temperature_for,
-)
+from .verdict import Question, Verdict, VerdictMode, VerdictPrompt, check_mode, judge_verdicts, sigmoid, temperature_for
 
 Outcome = Literal["first", "second", "tie"]
 """``first`` or ``second``: the better text of a pair; ``tie``: neither."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..llm_backends import resolve
 from ..llm_backends.errors import InputError
-from ..llm_backends.tokenization import Tokenizer
+from ..llm_backends.local.tokenization import Tokenizer
 from .base import Reward, Sample, Score
 from .rankers import CandidateScores, Ranker
 from .ranking import prompt_groups

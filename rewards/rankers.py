@@ -16,8 +16,8 @@ import numpy as np
 
 from ..llm_backends import BackendError, Prompt, UnsupportedRequestError, request_seed, resolve
 from ..llm_backends.errors import InputError
+from ..llm_backends.local.tokenization import Tokenizer
 from ..llm_backends.parts import Part
-from ..llm_backends.tokenization import Tokenizer
 from .base import NonFiniteRewardError, Reward, Sample
 from .quality_likelihood import EMBEDDED, Likelihoods
 from .rouge_gate import rouge_l

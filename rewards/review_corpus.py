@@ -9,8 +9,8 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
-from ..llm_backends.embedded import package_folder
 from ..llm_backends.errors import InputError
+from ..llm_backends.local.embedded import package_folder
 
 HELD_OUT_FROM = 0.8
 """Sentences whose :func:`text_hash` is at least this are never trained on: the splits ``validation`` and ``test`` of

@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..llm_backends.adapters import AdaptedTrunk, LoraSettings, autocast, load_whole, open_model, training_dtype
-from ..llm_backends.causal_lm import (
+from ..llm_backends.errors import InputError
+from ..llm_backends.local.causal_lm import (
     GROUP_TOKENS,
     PREFILL_TOKENS,
     CausalLM,
@@ -26,9 +26,16 @@ from ..llm_backends.causal_lm import (
     quiet_loading,
     token_budget_chunks,
 )
-from ..llm_backends.errors import InputError
-from ..llm_backends.teacher_forcing import response_hidden
-from ..llm_backends.tokenization import LoadedTokenizer, Tokenizer
+from ..llm_backends.local.tokenization import LoadedTokenizer, Tokenizer
+from ..llm_backends.training.adapters import (
+    AdaptedTrunk,
+    LoraSettings,
+    autocast,
+    load_whole,
+    open_model,
+    training_dtype,
+)
+from ..llm_backends.training.teacher_forcing import response_hidden
 
 ADAPTER = "reward"
 SETTINGS, HEAD = "reward_model.json", "reward_head.safetensors"

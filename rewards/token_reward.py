@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..llm_backends.errors import InputError
-from ..llm_backends.tokenization import Tokenizer
+from ..llm_backends.local.tokenization import Tokenizer
 from .base import Reward, Sample, Score
 from .reward_model import RewardModel, check_fingerprint, read_settings
 

@@ -107,7 +107,7 @@ def tiny_tokenizer():
 @pytest.fixture(scope="session")
 def tiny_lm(tiny_tokenizer):
     """A ``CausalLM`` over a random two-layer Llama with a context of 256 tokens."""
-    from instructgym.llm_backends.causal_lm import CausalLM
+    from instructgym.llm_backends.local.causal_lm import CausalLM
 
     return CausalLM(build_model(), tiny_tokenizer, name="tiny")
 
@@ -115,7 +115,7 @@ def tiny_lm(tiny_tokenizer):
 @pytest.fixture(scope="session")
 def tiny_lms(tiny_lm, tiny_tokenizer):
     """``tiny_lms(architecture)``: the same for other architectures, each built once."""
-    from instructgym.llm_backends.causal_lm import CausalLM
+    from instructgym.llm_backends.local.causal_lm import CausalLM
 
     built = {"llama": tiny_lm}
 
@@ -163,8 +163,8 @@ def vllm_url(tmp_path_factory):
     python = Path(named or Path(__file__).parent.parent / ".venv-server" / "bin" / "python")
     if not named and not python.exists():
         pytest.skip("no .venv-server: make venv-server")
-    from instructgym.llm_backends.embedded import embedded_model_path
-    from instructgym.llm_backends.vllm_launch import vllm_server
+    from instructgym.llm_backends.local.embedded import embedded_model_path
+    from instructgym.llm_backends.serving.vllm_launch import vllm_server
 
     log = tmp_path_factory.mktemp("vllm") / "server.log"
     with vllm_server(

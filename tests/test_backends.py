@@ -24,12 +24,12 @@ from instructgym.llm_backends import (
     ScriptedBackend,
     UnknownPartError,
     UnsupportedRequestError,
-    embedded,
     part_ids,
     request_seed,
     resolve,
 )
-from instructgym.llm_backends.transformers_backend import TransformersBackend
+from instructgym.llm_backends.local import embedded
+from instructgym.llm_backends.local.backend import TransformersBackend
 
 SCORES = ["transformers", "scripted", "journaled", pytest.param("embedded", marks=pytest.mark.slow)]
 BACKENDS = [*SCORES, "cached", "openai", "function"]

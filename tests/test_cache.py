@@ -15,9 +15,9 @@ from fault_server import serving
 
 from instructgym.llm_backends import Sampling, ScriptedBackend, resolve
 from instructgym.llm_backends.base import BackendError
-from instructgym.llm_backends.cache import Cached, ReplyStore
 from instructgym.llm_backends.errors import InputError
-from instructgym.llm_backends.openai_backend import OpenAIBackend
+from instructgym.llm_backends.replies.cache import Cached, ReplyStore
+from instructgym.llm_backends.serving.openai_backend import OpenAIBackend
 
 
 def counting(reply=None, latency=0.0):
@@ -184,8 +184,8 @@ def test_a_file_that_is_no_store(tmp_path):
 
 RUN = """
 import sys
-from instructgym.llm_backends.cache import Cached, ReplyStore
-from instructgym.llm_backends.openai_backend import OpenAIBackend
+from instructgym.llm_backends.replies.cache import Cached, ReplyStore
+from instructgym.llm_backends.serving.openai_backend import OpenAIBackend
 it = Cached(OpenAIBackend("m", base_url=sys.argv[1], concurrency=8), ReplyStore(sys.argv[2]))
 print(sum(r[0].text == f"echo: p{i}" for i, r in enumerate(it.generate([f"p{i}" for i in range(300)]))))
 """

@@ -15,7 +15,7 @@ from instructgym.envs.tasks.candidates import (
     write_ranked_lists,
 )
 from instructgym.llm_backends import BackendError, ContextLengthError, ScriptedBackend, request_seed
-from instructgym.llm_backends.transformers_backend import TransformersBackend
+from instructgym.llm_backends.local.backend import TransformersBackend
 
 APART = ["red fish swim", "old trees grow", "birds sing loud", "he runs fast"]
 CLOSE = ["one two three four five"] * 4

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instructgym.llm_backends import causal_lm
 from instructgym.llm_backends.base import ContextLengthError
-from instructgym.llm_backends.causal_lm import CausalLM, ModelLoadError, token_budget_chunks
-from instructgym.llm_backends.kv_cache import BLOCK, PrefixCache
+from instructgym.llm_backends.local import causal_lm
+from instructgym.llm_backends.local.causal_lm import CausalLM, ModelLoadError, token_budget_chunks
+from instructgym.llm_backends.local.kv_cache import BLOCK, PrefixCache
 
 ARCHITECTURES = ["llama", "gpt2", "qwen3", "mistral-sliding", "gemma3-mixed"]
 HEADER = [5 + i * 7 % 300 for i in range(100)]

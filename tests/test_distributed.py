@@ -198,7 +198,7 @@ def launched(model, folder, count):
 
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(tmp_path):
-    from instructgym.llm_backends.tokenization import WordTokenizer
+    from instructgym.llm_backends.local.tokenization import WordTokenizer
     from tests.conftest import build_model
 
     tokenizer, model = WordTokenizer(words=("red", "blue", "sea", "sky", "end")).hf, tmp_path / "model"

@@ -39,7 +39,7 @@ from instructgym.envs.sb3 import make_sb3_env
 from instructgym.envs.tasks.prompt_tasks import PromptTask
 from instructgym.llm_backends import BackendError, ContextLengthError, ScriptedBackend
 from instructgym.llm_backends.errors import InputError
-from instructgym.llm_backends.transformers_backend import TransformersBackend
+from instructgym.llm_backends.local.backend import TransformersBackend
 from instructgym.rewards import Demonstration, Sample, TaskGain, TaskPrompt, TaskScorer
 from instructgym.rewards.call_limit import CallLimitError, LimitedScorer
 

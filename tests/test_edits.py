@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from instructgym.llm_backends.errors import InputError
-from instructgym.llm_backends.tokenization import WordTokenizer
+from instructgym.llm_backends.local.tokenization import WordTokenizer
 from instructgym.rewards import edits
 from instructgym.rewards.edits import EditedPair, EditLabels, edit_labels, edit_statistics, read_pairs, write_pairs
 

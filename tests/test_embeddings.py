@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from instructgym.llm_backends import Embedder, UnknownPartError, part_ids, resolve
-from instructgym.llm_backends.embeddings import FunctionEmbedder, HashingEmbedder
+from instructgym.llm_backends.local.embeddings import FunctionEmbedder, HashingEmbedder
 
 
 class Recording(Embedder):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import instructgym
 from instructgym.envs.spaces import Unicode
 from instructgym.llm_backends import ScriptedBackend
-from instructgym.llm_backends.embeddings import HashingEmbedder
+from instructgym.llm_backends.local.embeddings import HashingEmbedder
 from instructgym.rewards import DiversityReward, FunctionReward
 
 IDS = ("instructgym/EvolveInstruction-v0",)  # of the edit MDP; tests/test_token_env.py has those of the token MDP

@@ -12,9 +12,9 @@ from instructgym.experiments.benchmarks import edit_env
 from instructgym.experiments.cli import guarded, main
 from instructgym.experiments.options import parse_part, parse_reward
 from instructgym.llm_backends import Journal
-from instructgym.llm_backends.budget import BudgetExceededError
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.records import read_records
+from instructgym.llm_backends.serving.budget import BudgetExceededError
 
 QUIET = Console(quiet=True)
 SEEDS = [f"Explain {thing} to a beginner." for thing in "tides rain snow wind hail fog dew frost heat mist".split()]

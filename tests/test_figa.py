@@ -8,9 +8,9 @@ from stable_baselines3.common.logger import KVWriter, Logger
 from instructgym.agents.figa import FIGA, FIGASettings, figa_weights
 from instructgym.agents.language_model import LanguageModelPolicy, LoraSettings
 from instructgym.agents.reward_modelling import TokenizedPair, tokenize_pairs
-from instructgym.llm_backends.causal_lm import CausalLM
 from instructgym.llm_backends.errors import InputError
-from instructgym.llm_backends.tokenization import WordTokenizer
+from instructgym.llm_backends.local.causal_lm import CausalLM
+from instructgym.llm_backends.local.tokenization import WordTokenizer
 from instructgym.rewards.edits import EditedPair
 from tests.conftest import build_model
 

@@ -15,8 +15,8 @@ from instructgym.experiments import evaluate, finetune, token_training
 from instructgym.experiments.arms import find_arms
 from instructgym.experiments.finetune import demonstrations, split_rows
 from instructgym.llm_backends.errors import InputError
+from instructgym.llm_backends.local.tokenization import ByteTokenizer, LoadedTokenizer
 from instructgym.llm_backends.records import read_records
-from instructgym.llm_backends.tokenization import ByteTokenizer, LoadedTokenizer
 
 QUIET = Console(quiet=True)
 WORDS = ["sea", "poem", "list", "short", "write", "three"]

@@ -10,7 +10,7 @@ from instructgym.envs.tasks.instance_prompts import few_shot_prompt, instance_pr
 from instructgym.envs.tasks.instruction_pool import load_tasks
 from instructgym.envs.tasks.instructions import load_instructions
 from instructgym.llm_backends.errors import InputError
-from instructgym.llm_backends.tokenization import EmbeddedTokenizer, LoadedTokenizer
+from instructgym.llm_backends.local.tokenization import EmbeddedTokenizer, LoadedTokenizer
 from instructgym.rewards import FunctionReward
 from instructgym.rewards.instance_format import Instance, parse_pair
 from tests.conftest import build_tokenizer

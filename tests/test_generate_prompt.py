@@ -13,8 +13,8 @@ import instructgym  # noqa: F401
 from instructgym.envs.tasks.prompt_examples import PromptExample
 from instructgym.llm_backends import BackendError, ScriptedBackend, UnsupportedRequestError
 from instructgym.llm_backends.errors import InputError
-from instructgym.llm_backends.tokenization import LoadedTokenizer
-from instructgym.llm_backends.transformers_backend import TransformersBackend
+from instructgym.llm_backends.local.backend import TransformersBackend
+from instructgym.llm_backends.local.tokenization import LoadedTokenizer
 from instructgym.rewards import FunctionReward, HintedResponse, Sample
 from tests.conftest import build_tokenizer
 

@@ -10,7 +10,7 @@ import instructgym  # noqa: F401
 from instructgym.envs.tasks.prompt_examples import PromptExample
 from instructgym.envs.tasks.responses import response_prompts
 from instructgym.llm_backends.errors import InputError
-from instructgym.llm_backends.tokenization import LoadedTokenizer
+from instructgym.llm_backends.local.tokenization import LoadedTokenizer
 from instructgym.rewards import FunctionReward, Reward, Score
 from tests.conftest import CHAT_TEMPLATE, build_tokenizer
 

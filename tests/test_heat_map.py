@@ -21,7 +21,7 @@ from instructgym.experiments.token_heat_map import (
     write_html,
 )
 from instructgym.llm_backends.errors import InputError
-from instructgym.llm_backends.tokenization import ByteTokenizer, LoadedTokenizer
+from instructgym.llm_backends.local.tokenization import ByteTokenizer, LoadedTokenizer
 
 
 class Spans(HTMLParser):

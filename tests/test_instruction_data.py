@@ -7,7 +7,7 @@ import pytest
 from instructgym.envs.tasks.instruction_data import InstructionExample, prompt_text, read_instruction_data, request_text
 from instructgym.experiments.evolve_generate import write_parquet
 from instructgym.llm_backends.errors import InputError
-from instructgym.llm_backends.tokenization import LoadedTokenizer
+from instructgym.llm_backends.local.tokenization import LoadedTokenizer
 
 ALPACA = [
     {"instruction": "Add.", "input": "1, 2", "output": "3"},

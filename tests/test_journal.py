@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from instructgym.llm_backends.base import Backend, BackendError, Completion, Sampling
-from instructgym.llm_backends.journal import Journal, Journaled
 from instructgym.llm_backends.records import RecordError, append_lines, read_records
+from instructgym.llm_backends.replies.journal import Journal, Journaled
 from instructgym.llm_backends.scripted import ScriptedBackend
 
 ANY_TEXT = st.text(st.characters(), max_size=8)  # lone surrogates too: servers send them in JSON escapes

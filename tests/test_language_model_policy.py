@@ -9,10 +9,10 @@ import torch
 
 from instructgym.agents.language_model import POLICY, VALUE, LanguageModelPolicy, LoraSettings
 from instructgym.llm_backends.base import Sampling
-from instructgym.llm_backends.causal_lm import CausalLM
-from instructgym.llm_backends.choices import Choices
 from instructgym.llm_backends.errors import InputError
-from instructgym.llm_backends.tokenization import WordTokenizer
+from instructgym.llm_backends.local.causal_lm import CausalLM
+from instructgym.llm_backends.local.choices import Choices
+from instructgym.llm_backends.local.tokenization import WordTokenizer
 from tests.conftest import build_model
 
 WORDS = ("red", "blue", "sea", "sky", "end")

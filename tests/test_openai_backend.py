@@ -13,11 +13,11 @@ from fault_server import serving
 
 from instructgym.llm_backends import Journal, Journaled, Sampling, resolve
 from instructgym.llm_backends.base import BackendError, UnsupportedRequestError
-from instructgym.llm_backends.budget import Budget, BudgetExceededError, Spending
 from instructgym.llm_backends.errors import InputError
-from instructgym.llm_backends.openai_backend import OpenAIBackend, prompt_tokens_at_most
-from instructgym.llm_backends.sending import retry_after
-from instructgym.llm_backends.vllm_server import VLLMServerBackend
+from instructgym.llm_backends.serving.budget import Budget, BudgetExceededError, Spending
+from instructgym.llm_backends.serving.openai_backend import OpenAIBackend, prompt_tokens_at_most
+from instructgym.llm_backends.serving.sending import retry_after
+from instructgym.llm_backends.serving.vllm_server import VLLMServerBackend
 from instructgym.rewards import Sample
 from instructgym.rewards.judge import EqualityJudge
 

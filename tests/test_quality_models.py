@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import CORPUS, build_tokenizer
 
-from instructgym.llm_backends.causal_lm import ModelLoadError
 from instructgym.llm_backends.errors import InputError
+from instructgym.llm_backends.local.causal_lm import ModelLoadError
 from instructgym.rewards import HubRewardModel, Sample, UniEval
 
 

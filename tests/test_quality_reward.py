@@ -8,7 +8,7 @@ import pytest
 from conftest import build_model
 
 from instructgym.llm_backends import BackendError, FunctionBackend, ScriptedBackend, UnsupportedRequestError, resolve
-from instructgym.llm_backends.tokenization import ByteTokenizer
+from instructgym.llm_backends.local.tokenization import ByteTokenizer
 from instructgym.rewards import LinearReward, Sample, Score, SequenceReward, score_with_retries
 from instructgym.rewards.base import Reward
 from instructgym.rewards.instance_format import Instance
@@ -206,7 +206,7 @@ def test_terms_that_read_token_ids_get_those_of_the_output():
 def test_a_trained_reward_model_plugs_in(tiny_tokenizer):
     import torch
 
-    from instructgym.llm_backends.causal_lm import CausalLM
+    from instructgym.llm_backends.local.causal_lm import CausalLM
     from instructgym.rewards.reward_model import RewardModel
 
     model = RewardModel(CausalLM(build_model(), tiny_tokenizer))  # it is changed in place

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from instructgym.llm_backends import BackendError, FunctionBackend, ScriptedBackend, UnsupportedRequestError, resolve
-from instructgym.llm_backends.embeddings import FunctionEmbedder
+from instructgym.llm_backends.local.embeddings import FunctionEmbedder
 from instructgym.rewards import (
     BooleanQA,
     Fluency,

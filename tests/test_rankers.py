@@ -16,8 +16,8 @@ from instructgym.llm_backends import (
     UnsupportedRequestError,
     resolve,
 )
+from instructgym.llm_backends.local.backend import TransformersBackend
 from instructgym.llm_backends.prompting import load_prompts
-from instructgym.llm_backends.transformers_backend import TransformersBackend
 from instructgym.rewards import (
     CandidateScores,
     ContextualRanker,

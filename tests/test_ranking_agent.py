@@ -14,9 +14,9 @@ from instructgym.agents.on_policy import TrainingDivergedError
 from instructgym.agents.ranking import RankedCandidates, RankingTrainer
 from instructgym.agents.ranking_agent import RankingAgent
 from instructgym.envs.tasks.prompt_examples import PromptExample
-from instructgym.llm_backends.causal_lm import CausalLM
 from instructgym.llm_backends.errors import InputError
-from instructgym.llm_backends.tokenization import WordTokenizer
+from instructgym.llm_backends.local.causal_lm import CausalLM
+from instructgym.llm_backends.local.tokenization import WordTokenizer
 from instructgym.rewards import RankReward, Reward, Score
 from tests.conftest import build_model
 

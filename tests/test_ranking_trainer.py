@@ -11,9 +11,9 @@ from stable_baselines3.common.logger import KVWriter, Logger
 from instructgym.agents.language_model import POLICY, LanguageModelPolicy, LoraSettings
 from instructgym.agents.ranking import RankedCandidates, RankingTrainer
 from instructgym.agents.ranking_losses import LOSSES
-from instructgym.llm_backends.causal_lm import CausalLM
 from instructgym.llm_backends.errors import InputError
-from instructgym.llm_backends.tokenization import WordTokenizer
+from instructgym.llm_backends.local.causal_lm import CausalLM
+from instructgym.llm_backends.local.tokenization import WordTokenizer
 from tests.conftest import build_model
 
 TOKENIZER = WordTokenizer(words=("red", "blue", "sea", "sky", "end"), positions=64)

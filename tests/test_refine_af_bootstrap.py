@@ -21,9 +21,9 @@ from instructgym.experiments.instruction_bootstrap import Bootstrapper, Bootstra
 from instructgym.experiments.refine_af_bootstrap import RefineAFBootstrap
 from instructgym.experiments.resumption import TimeLimit
 from instructgym.llm_backends import BackendError, Completion, Journal, ScriptedBackend
-from instructgym.llm_backends.budget import BudgetExceededError
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.records import read_records
+from instructgym.llm_backends.serving.budget import BudgetExceededError
 from instructgym.rewards import rouge_l
 
 QUIET = Console(quiet=True)

@@ -15,8 +15,8 @@ from instructgym.experiments.responses import Response
 from instructgym.experiments.token_training import TokenTraining
 from instructgym.llm_backends import resolve
 from instructgym.llm_backends.errors import InputError
+from instructgym.llm_backends.local.tokenization import EmbeddedTokenizer
 from instructgym.llm_backends.records import read_records
-from instructgym.llm_backends.tokenization import EmbeddedTokenizer
 from instructgym.rewards.quality import PRESETS
 from tests.conftest import build_model, build_tokenizer
 

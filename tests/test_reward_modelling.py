@@ -23,9 +23,9 @@ from instructgym.agents.reward_losses import (
     unchanged_penalty,
 )
 from instructgym.agents.reward_modelling import RewardTrainer, evaluate_reward_model, tokenize_pairs
-from instructgym.llm_backends.causal_lm import CausalLM
 from instructgym.llm_backends.errors import InputError
-from instructgym.llm_backends.tokenization import ByteTokenizer, WordTokenizer
+from instructgym.llm_backends.local.causal_lm import CausalLM
+from instructgym.llm_backends.local.tokenization import ByteTokenizer, WordTokenizer
 from instructgym.rewards.edits import EditedPair
 from instructgym.rewards.reward_model import RewardModel
 from tests.conftest import build_model

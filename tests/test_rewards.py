@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from instructgym.llm_backends import BackendError, ScriptedBackend, resolve
-from instructgym.llm_backends.embeddings import FunctionEmbedder, HashingEmbedder
+from instructgym.llm_backends.local.embeddings import FunctionEmbedder, HashingEmbedder
 from instructgym.rewards import (
     DiversityReward,
     EliminationReward,

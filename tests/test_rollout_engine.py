@@ -14,9 +14,9 @@ from instructgym.envs.tasks.prompt_examples import PromptExample
 from instructgym.envs.token_process import TokenSettings
 from instructgym.envs.token_vector_env import TokenVectorEnv
 from instructgym.llm_backends import BackendError, Sampling
-from instructgym.llm_backends.choices import Choices
 from instructgym.llm_backends.errors import InputError
-from instructgym.llm_backends.sampling import generate
+from instructgym.llm_backends.local.choices import Choices
+from instructgym.llm_backends.local.sampling import generate
 from instructgym.rewards import FunctionReward
 
 NOWHERE = "http://127.0.0.1:9/v1"

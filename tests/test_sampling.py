@@ -7,8 +7,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from instructgym.llm_backends.base import Sampling
-from instructgym.llm_backends.causal_lm import CausalLM
-from instructgym.llm_backends.sampling import DRAWS, generate, sample_tokens
+from instructgym.llm_backends.local.causal_lm import CausalLM
+from instructgym.llm_backends.local.sampling import DRAWS, generate, sample_tokens
 
 ARCHITECTURES = ["llama", "gpt2", "qwen3", "mistral-sliding", "gemma3-mixed"]
 PROMPTS = [
@@ -394,7 +394,7 @@ def test_floating_point_noise_hardly_ever_decides_a_draw():
 
 @pytest.mark.slow
 def test_the_embedded_model_decodes_like_transformers():
-    from instructgym.llm_backends.embedded import EmbeddedBackend
+    from instructgym.llm_backends.local.embedded import EmbeddedBackend
 
     lm = EmbeddedBackend().lm
     prompts = encode(lm, ["The capital of France is", "Instruction: Name a colour.\nAnswer:"])

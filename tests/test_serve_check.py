@@ -16,11 +16,11 @@ from instructgym.experiments.serve_check import ServeCheck
 from instructgym.experiments.serve_settings import TITLES, suggest
 from instructgym.llm_backends import resolve
 from instructgym.llm_backends.errors import InputError
-from instructgym.llm_backends.openai_backend import OpenAIBackend
-from instructgym.llm_backends.serve_findings import Capability
-from instructgym.llm_backends.serve_probe import CAPABILITIES, ServerProbe
-from instructgym.llm_backends.serve_speed import Speed, make_prompts, measure, recommended
-from instructgym.llm_backends.vllm_server import VLLMServerBackend
+from instructgym.llm_backends.serving.findings import Capability
+from instructgym.llm_backends.serving.openai_backend import OpenAIBackend
+from instructgym.llm_backends.serving.probe import CAPABILITIES, ServerProbe
+from instructgym.llm_backends.serving.speed import Speed, make_prompts, measure, recommended
+from instructgym.llm_backends.serving.vllm_server import VLLMServerBackend
 
 KEY = "sk-secret-of-the-tests"
 

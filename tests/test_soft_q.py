@@ -16,10 +16,10 @@ from instructgym.agents.replay import Episode, ReplayBuffer
 from instructgym.agents.soft_q import _batch
 from instructgym.agents.target_policy import TARGET, TargetPolicy, policy_logits, reference_logits
 from instructgym.envs.tasks.prompt_examples import PromptExample
-from instructgym.llm_backends.causal_lm import CausalLM
 from instructgym.llm_backends.errors import InputError
-from instructgym.llm_backends.token_logits import ChosenLogits
-from instructgym.llm_backends.tokenization import WordTokenizer
+from instructgym.llm_backends.local.causal_lm import CausalLM
+from instructgym.llm_backends.local.tokenization import WordTokenizer
+from instructgym.llm_backends.training.token_logits import ChosenLogits
 from tests.conftest import build_model
 
 TOKENIZER = WordTokenizer(words=("red", "blue", "sea", "sky", "end"), positions=64)

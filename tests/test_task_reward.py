@@ -8,8 +8,8 @@ from score_cases import EXAMPLES, WORDS, scripted
 
 from instructgym.llm_backends import BackendError, ContextLengthError, resolve
 from instructgym.llm_backends.errors import InputError
+from instructgym.llm_backends.local.backend import TransformersBackend
 from instructgym.llm_backends.scripted import ScriptedBackend
-from instructgym.llm_backends.transformers_backend import TransformersBackend
 from instructgym.rewards import Demonstration, Sample, TaskGain, TaskPrompt, TaskReward, TaskScorer
 from instructgym.rewards.call_limit import CallLimitError, LimitedScorer
 

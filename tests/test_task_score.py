@@ -8,10 +8,10 @@ from score_cases import EXAMPLES, WORDS, scripted
 
 from instructgym.llm_backends import BackendError
 from instructgym.llm_backends.errors import InputError
-from instructgym.llm_backends.journal import Journal, Journaled
+from instructgym.llm_backends.local.backend import TransformersBackend
+from instructgym.llm_backends.local.shared_prefix import choice_logprobs, shared_length
+from instructgym.llm_backends.replies.journal import Journal, Journaled
 from instructgym.llm_backends.scripted import FunctionBackend
-from instructgym.llm_backends.shared_prefix import choice_logprobs, shared_length
-from instructgym.llm_backends.transformers_backend import TransformersBackend
 from instructgym.rewards import Demonstration, LabelledExample, TaskPrompt, TaskScorer
 from instructgym.rewards.calibration import normalised, without_bias
 from instructgym.rewards.task_prompt import longest
@@ -123,7 +123,7 @@ def test_choices_without_heads_are_those_of_logprobs(backend):
 def test_a_policy_scores_with_its_own_weights(tiny_model_path):
     from instructgym.agents import LanguageModelPolicy, LoraSettings
     from instructgym.agents.policy_backend import PolicyBackend
-    from instructgym.llm_backends.causal_lm import CausalLM
+    from instructgym.llm_backends.local.causal_lm import CausalLM
 
     lm = CausalLM.from_pretrained(tiny_model_path)
     policy = LanguageModelPolicy(lm, LoraSettings(rank=2), dtype="float32", seed=0)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from instructgym.llm_backends import token_logprobs, training_kernels
-from instructgym.llm_backends.causal_lm import CausalLM
-from instructgym.llm_backends.teacher_forcing import SHARED_PREFIX, common_prefix, response_hidden
+from instructgym.llm_backends.local.causal_lm import CausalLM
+from instructgym.llm_backends.training import kernels as training_kernels
+from instructgym.llm_backends.training import token_logprobs
+from instructgym.llm_backends.training.teacher_forcing import SHARED_PREFIX, common_prefix, response_hidden
 
 HEADER = [5 + i * 7 % 300 for i in range(SHARED_PREFIX + 4)]
 ROWS = {

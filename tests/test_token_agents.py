@@ -18,8 +18,8 @@ from instructgym.envs.tasks.prompt_examples import PromptExample
 from instructgym.envs.token_process import TokenSettings
 from instructgym.envs.token_vector_env import TokenVectorEnv
 from instructgym.llm_backends.base import Completion, Sampling
-from instructgym.llm_backends.causal_lm import CausalLM
-from instructgym.llm_backends.tokenization import WordTokenizer
+from instructgym.llm_backends.local.causal_lm import CausalLM
+from instructgym.llm_backends.local.tokenization import WordTokenizer
 from instructgym.rewards import Reward, Score
 from tests.conftest import build_model
 

@@ -18,7 +18,7 @@ from instructgym.envs.token_env import TokenEnv
 from instructgym.envs.token_process import TokenSettings
 from instructgym.llm_backends import ScriptedBackend
 from instructgym.llm_backends.errors import InputError
-from instructgym.llm_backends.tokenization import ByteTokenizer, WordTokenizer
+from instructgym.llm_backends.local.tokenization import ByteTokenizer, WordTokenizer
 from instructgym.rewards import Reward, Score
 
 WORDS = ("red", "blue", "sea", "sky", "end")

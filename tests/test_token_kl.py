@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from instructgym.agents.language_model import POLICY, LanguageModelPolicy, LoraSettings
-from instructgym.llm_backends import token_logprobs
-from instructgym.llm_backends.causal_lm import CausalLM
 from instructgym.llm_backends.errors import InputError
-from instructgym.llm_backends.token_kl import OutputLayer, compared_tokens
-from instructgym.llm_backends.tokenization import WordTokenizer
+from instructgym.llm_backends.local.causal_lm import CausalLM
+from instructgym.llm_backends.local.tokenization import WordTokenizer
+from instructgym.llm_backends.training import token_logprobs
+from instructgym.llm_backends.training.token_kl import OutputLayer, compared_tokens
 from tests.conftest import build_model
 
 ROWS, VOCABULARY, DIM = 7, 13, 5

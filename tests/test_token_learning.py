@@ -20,9 +20,9 @@ from instructgym.envs.token_env import TokenEnv
 from instructgym.envs.token_process import TokenSettings
 from instructgym.envs.token_vector_env import TokenVectorEnv
 from instructgym.llm_backends.base import Sampling
-from instructgym.llm_backends.causal_lm import CausalLM
 from instructgym.llm_backends.errors import InputError
-from instructgym.llm_backends.tokenization import WordTokenizer
+from instructgym.llm_backends.local.causal_lm import CausalLM
+from instructgym.llm_backends.local.tokenization import WordTokenizer
 from instructgym.rewards import Reward, Score
 from tests.conftest import build_model
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from instructgym.llm_backends import token_logprobs
-from instructgym.llm_backends.token_kl import OutputLayer
-from instructgym.llm_backends.token_logits import chosen_logits
+from instructgym.llm_backends.training import token_logprobs
+from instructgym.llm_backends.training.token_kl import OutputLayer
+from instructgym.llm_backends.training.token_logits import chosen_logits
 
 ROWS, VOCABULARY, DIM = 7, 13, 5
 

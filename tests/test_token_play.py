@@ -33,7 +33,7 @@ from instructgym.envs.tasks.prompt_examples import PromptExample
 from instructgym.envs.token_process import TokenSettings
 from instructgym.envs.token_vector_env import TokenVectorEnv
 from instructgym.llm_backends.errors import InputError
-from instructgym.llm_backends.tokenization import ByteTokenizer
+from instructgym.llm_backends.local.tokenization import ByteTokenizer
 from instructgym.rewards import WeightedSum
 
 # --- play is step ------------------------------------------------------------------------------------------------

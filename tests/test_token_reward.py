@@ -13,9 +13,9 @@ from instructgym.envs.tasks.prompt_examples import PromptExample
 from instructgym.envs.token_env import TokenEnv
 from instructgym.envs.token_process import TokenSettings
 from instructgym.envs.token_vector_env import TokenVectorEnv
-from instructgym.llm_backends.causal_lm import CausalLM
 from instructgym.llm_backends.errors import InputError
-from instructgym.llm_backends.tokenization import ByteTokenizer, WordTokenizer
+from instructgym.llm_backends.local.causal_lm import CausalLM
+from instructgym.llm_backends.local.tokenization import ByteTokenizer, WordTokenizer
 from instructgym.rewards import Sample, WeightedSum
 from instructgym.rewards.reward_model import ADAPTER, RewardModel
 from instructgym.rewards.token_reward import SequenceReward, TokenReward

@@ -9,7 +9,7 @@ from token_cases import EOS, EXAMPLES, MODES, RED, REWARDS, SEA, WORDS, N, Termi
 from instructgym.envs.token_env import TokenEnv
 from instructgym.envs.token_process import TokenSettings
 from instructgym.envs.token_vector_env import TokenVectorEnv
-from instructgym.llm_backends.tokenization import WordTokenizer
+from instructgym.llm_backends.local.tokenization import WordTokenizer
 
 # --- stepping ----------------------------------------------------------------------------------------------------
 

@@ -29,8 +29,8 @@ from instructgym.experiments.tuna_run import run as tuna
 from instructgym.experiments.tuna_train import TunaTrain
 from instructgym.llm_backends import BackendError, ScriptedBackend, part_ids
 from instructgym.llm_backends.errors import InputError
+from instructgym.llm_backends.local.tokenization import Tokenizer
 from instructgym.llm_backends.records import read_records
-from instructgym.llm_backends.tokenization import Tokenizer
 from instructgym.rewards import FunctionRanker, rouge_l
 
 QUIET = Console(quiet=True)

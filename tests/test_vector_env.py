@@ -7,7 +7,7 @@ from gymnasium.vector import AutoresetMode
 
 import instructgym  # noqa: F401 - registers the ids
 from instructgym.llm_backends import BackendError, ScriptedBackend
-from instructgym.llm_backends.embeddings import HashingEmbedder
+from instructgym.llm_backends.local.embeddings import HashingEmbedder
 from instructgym.rewards import FunctionReward
 
 ENV_ID = "instructgym/EvolveInstruction-v0"

@@ -20,7 +20,7 @@ from instructgym.agents.rollout_engine import VLLMEngine
 from instructgym.envs.tasks.prompt_examples import PromptExample
 from instructgym.llm_backends import BackendError, ContextLengthError, Sampling, resolve
 from instructgym.llm_backends.errors import InputError
-from instructgym.llm_backends.vllm_server import TokenSampling, VLLMServerBackend
+from instructgym.llm_backends.serving.vllm_server import TokenSampling, VLLMServerBackend
 from instructgym.rewards import EqualityJudge, PairwiseJudge, RubricJudge, Sample
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]

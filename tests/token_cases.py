@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from instructgym.envs.tasks.prompt_examples import PromptExample
 from instructgym.envs.token_process import TokenSettings
 from instructgym.envs.token_vector_env import TokenVectorEnv
-from instructgym.llm_backends.tokenization import WordTokenizer
+from instructgym.llm_backends.local.tokenization import WordTokenizer
 from instructgym.rewards import Reward, Score
 
 WORDS = ("red", "blue", "sea", "sky", "end")

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...llm_backends.errors import InputError
+from ...llm_backends.local.tokenization import Tokenizer
 from ...llm_backends.prompting import fill, load_prompts
 from ...llm_backends.records import read_user_rows, read_user_text, user_text
-from ...llm_backends.tokenization import Tokenizer
 
 DataLayout = Literal["chat", "plain", "alpaca"]
 """``chat``: a user's message in the tokenizer's chat template; ``plain``: a text that the response continues;

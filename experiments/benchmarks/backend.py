@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ...llm_backends import BackendError, Sampling
-from ...llm_backends.cache import Cached, ReplyStore
 from ...llm_backends.errors import InputError
-from ...llm_backends.openai_backend import NO_KEY, OpenAIBackend
+from ...llm_backends.replies.cache import Cached, ReplyStore
+from ...llm_backends.serving.openai_backend import NO_KEY, OpenAIBackend
 from ..options import check_output
 from ..run_folder import write_json
 

@@ -25,7 +25,7 @@ from rich.table import Table
 from ...envs.tasks.prompt_examples import PromptExample
 from ...llm_backends import Tokenizer
 from ...llm_backends.errors import InputError
-from ...llm_backends.tokenization import WordTokenizer
+from ...llm_backends.local.tokenization import WordTokenizer
 from ...rewards import Reward, Sample, Score
 from ...rewards.edits import EditedPair
 from ..options import check_output

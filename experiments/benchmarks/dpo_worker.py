@@ -16,8 +16,8 @@ import torch
 
 from ...agents.language_model import LanguageModelPolicy, LoraSettings
 from ...agents.ranking import RankedCandidates, RankingTrainer
-from ...llm_backends.adapters import training_dtype
-from ...llm_backends.causal_lm import CausalLM
+from ...llm_backends.local.causal_lm import CausalLM
+from ...llm_backends.training.adapters import training_dtype
 from .tiny import peak_mb
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from ...llm_backends.adapters import training_dtype
-from ...llm_backends.causal_lm import load_tokenizer
 from ...llm_backends.errors import InputError
+from ...llm_backends.local.causal_lm import load_tokenizer
+from ...llm_backends.training.adapters import training_dtype
 from ..options import check_counts, check_output
 from ..run_folder import write_json
 from .sides import Side, SidesOptions, check_context, compare, module_command, print_sides, script_command, settings_of

@@ -18,10 +18,10 @@ from ...agents.distributed import Processes
 from ...agents.language_model import LanguageModelPolicy, LoraSettings
 from ...agents.rollout_engine import VLLMEngine
 from ...llm_backends import BackendError, Sampling, request_seed
-from ...llm_backends.causal_lm import computes_in_bfloat16
 from ...llm_backends.errors import InputError
-from ...llm_backends.vllm_launch import vllm_server
-from ...llm_backends.vllm_server import TokenSampling, VLLMServerBackend
+from ...llm_backends.local.causal_lm import computes_in_bfloat16
+from ...llm_backends.serving.vllm_launch import vllm_server
+from ...llm_backends.serving.vllm_server import TokenSampling, VLLMServerBackend
 from ..options import check_counts, check_output
 from ..run_folder import write_json
 from .tiny import make_prompts, model_folder

@@ -28,8 +28,8 @@ from rich.table import Table
 from ...envs.tasks.prompt_tasks import PromptTask, load_prompt_task
 from ...llm_backends import BackendError
 from ...llm_backends.errors import InputError
-from ...llm_backends.kv_cache import PrefixCache
-from ...llm_backends.transformers_backend import TransformersBackend
+from ...llm_backends.local.backend import TransformersBackend
+from ...llm_backends.local.kv_cache import PrefixCache
 from ...rewards.task_score import Demonstration, LabelledExample, TaskPrompt, TaskScorer
 from ..options import check_counts, check_output
 from ..run_folder import write_json

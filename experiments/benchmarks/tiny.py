@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ...llm_backends import Tokenizer
-from ...llm_backends.causal_lm import CausalLM, load_tokenizer, quiet_loading
-from ...llm_backends.embedded import embedded_model_path
 from ...llm_backends.errors import InputError
+from ...llm_backends.local.causal_lm import CausalLM, load_tokenizer, quiet_loading
+from ...llm_backends.local.embedded import embedded_model_path
 from ...rewards import Sample
 
 WORDS = "river stone light bread winter garden paper music silver window harbor engine forest letter market".split()

@@ -20,8 +20,8 @@ from ...envs.generate_label import generate_label_vector
 from ...envs.tasks.prompt_examples import PromptExample
 from ...envs.token_vector_env import TokenVectorEnv
 from ...llm_backends import Sampling, request_seed
-from ...llm_backends.causal_lm import CausalLM, quiet_loading, selective_log_softmax
-from ...llm_backends.sampling import generate
+from ...llm_backends.local.causal_lm import CausalLM, quiet_loading, selective_log_softmax
+from ...llm_backends.local.sampling import generate
 from ..options import check_counts, check_output
 from ..run_folder import write_json
 from .tiny import EndlessTokenizer, endless_model, make_prompts, model_folder, share_of_e

@@ -13,17 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from .base import (
-    BackendError,
-    Completion,
-    ContextLengthError,
-    Prompt,
-    Result,
-    Sampling,
-    UnsupportedRequestError,
-)
-from .records import RecordError, append_lines, read_records
-from .rng import preserved_rng
+from ..base import BackendError, Completion, ContextLengthError, Prompt, Result, Sampling, UnsupportedRequestError
+from ..records import RecordError, append_lines, read_records
+from ..rng import preserved_rng
 from .wrapped import Wrapped
 
 STORE_EVERY = 0.2

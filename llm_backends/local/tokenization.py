@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from .base import Message, Prompt
-from .errors import InputError
-from .parts import Part
+from ..base import Message, Prompt
+from ..errors import InputError
+from ..parts import Part
 
 PROBE = "A probe: naïve  café, 12.5%\n\tend"
 """A text that tokenizers of one vocabulary split alike only if they agree on blanks, digits and special tokens."""
@@ -111,7 +111,7 @@ class Tokenizer(Part):
     @cached_property
     def context_length(self) -> int:
         """Positions that the model of this name reads."""
-        from .transformers_backend import context_length
+        from .backend import context_length
 
         return context_length(self._path())
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from transformers.cache_utils import DynamicCache
 
-from .causal_lm import CausalLM
-from .training_kernels import training_kernels
+from ..local.causal_lm import CausalLM
+from .kernels import training_kernels
 
 SHARED_PREFIX = 8
 """Tokens that prompts must have in common before their prefix is read once for all of them."""

@@ -14,10 +14,10 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 
-from .causal_lm import CausalLM, computes_in_bfloat16
-from .errors import InputError
+from ..errors import InputError
+from ..local.causal_lm import CausalLM, computes_in_bfloat16
+from .kernels import use_training_kernels
 from .lora_kernel import use_lora_kernel
-from .training_kernels import use_training_kernels
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def open_model(
         return lm, lm.name
     path = model
     if model == "embedded":
-        from .embedded import embedded_model_path
+        from ..local.embedded import embedded_model_path
 
         path = embedded_model_path()
     return CausalLM.from_pretrained(path, dtype if lora.rank else "float32", device), model

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from .base import (
+from ..base import (
     Backend,
     BackendError,
     Completion,
@@ -19,8 +19,8 @@ from .base import (
     Sampling,
     UnsupportedRequestError,
 )
+from ..errors import InputError
 from .budget import Budget, Spending
-from .errors import InputError
 from .sending import Job, MalformedReplyError, Sender
 
 NO_KEY = "none"

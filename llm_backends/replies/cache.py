@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from .base import BackendError, Completion, Prompt, Result, Sampling, Usage
-from .errors import InputError
+from ..base import BackendError, Completion, Prompt, Result, Sampling, Usage
+from ..errors import InputError
+from ..parts import resolve
 from .journal import request_key
-from .parts import resolve
 from .wrapped import Wrapped
 
 SCHEMA = """

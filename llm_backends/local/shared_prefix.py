@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from .base import Prompt
+from ..base import Prompt
 from .causal_lm import GROUP_TOKENS, PREFILL_TOKENS, Prefilled, token_budget_chunks
 from .kv_cache import BatchCache, PrefixCache
 

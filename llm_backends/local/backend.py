@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .base import Backend, BackendError, ContextLengthError, Prompt, PromptStyle, Result, Sampling
+from ..base import Backend, BackendError, ContextLengthError, Prompt, PromptStyle, Result, Sampling
 from .choices import Choices
 from .tokenization import prompt_ids
 

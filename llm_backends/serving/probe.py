@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from .base import (
+from ..base import (
     BackendError,
     Completion,
     ContextLengthError,
@@ -21,10 +21,10 @@ from .base import (
     UnsupportedRequestError,
     Usage,
 )
-from .errors import InputError
+from ..errors import InputError
+from .findings import Capability, Findings, ServedModel
 from .openai_backend import OpenAIBackend, Structured
 from .sending import MalformedReplyError
-from .serve_findings import Capability, Findings, ServedModel
 from .vllm_server import TokenSampling, VLLMServerBackend
 
 COUNTING = "Count from one to twenty in words: one, two, three, four, five,"

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from .causal_lm import CausalLM
+from ..local.causal_lm import CausalLM
 from .token_logprobs import head_dtype, row_chunks
 
 

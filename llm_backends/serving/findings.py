@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .base import PromptStyle
+from ..base import PromptStyle
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from .base import BackendError, Message, Prompt, PromptStyle, Sampling
+from ..base import BackendError, Message, Prompt, PromptStyle, Sampling
+from ..errors import InputError
 from .budget import Spending
-from .errors import InputError
 from .openai_backend import OpenAIBackend, Structured
 from .sending import Job, MalformedReplyError
 

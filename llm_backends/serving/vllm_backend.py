@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from .base import Backend, BackendError, Completion, ContextLengthError, Prompt, PromptStyle, Result, Sampling
-from .errors import InputError
-from .transformers_backend import tokenizer_at
+from ..base import Backend, BackendError, Completion, ContextLengthError, Prompt, PromptStyle, Result, Sampling
+from ..errors import InputError
+from ..local.backend import tokenizer_at
 from .vllm_launch import CPU_LORA_MODULES
 
 

@@ -1,0 +1,1 @@
+"""Models in this process: loading, tokenising, sampling, caches, sentence embeddings."""
