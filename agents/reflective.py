@@ -14,8 +14,8 @@ from typing import Any
 from ..llm_backends import Backend, BackendError, Sampling, request_seed
 from ..llm_backends.errors import InputError
 from ..llm_backends.prompting import build_prompt, few_shot, fill, load_prompts, one_line
-from ..rewards.task_prompt import LabelledExample, TaskPrompt, encodable
-from ..rewards.task_score import TaskResult, TaskScorer
+from ..rewards.prompt_scoring.scorer import TaskResult, TaskScorer
+from ..rewards.prompt_scoring.task_prompt import LabelledExample, TaskPrompt, encodable
 
 INSTRUCTION = "instruction"
 """The one text of a candidate."""

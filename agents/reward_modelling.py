@@ -14,8 +14,8 @@ import torch
 from ..llm_backends.errors import InputError
 from ..llm_backends.local.causal_lm import token_budget_chunks
 from ..llm_backends.local.tokenization import Tokenizer
-from ..rewards.edits import EditedPair, edit_labels
-from ..rewards.reward_model import RewardModel
+from ..rewards.learned.edits import EditedPair, edit_labels
+from ..rewards.learned.reward_model import RewardModel
 from .optimization import check_at_least_zero, check_choice
 from .reward_losses import LOSSES, Side, unchanged_penalty
 from .supervised import SupervisedSettings, SupervisedTrainer
@@ -139,7 +139,7 @@ class RewardTrainer(SupervisedTrainer):
 
     Args:
         model: what is trained, in place; from here on its output is that of the loss (see
-            :attr:`~instructgym.rewards.reward_model.RewardModel.transform`).
+            :attr:`~instructgym.rewards.learned.reward_model.RewardModel.transform`).
         loss: ``mean_bt``, ``edited_only_bt``, ``tlcr_ce`` (models of level token) or ``sequence_bt`` (level sequence).
         seed: of the order of pairs.
         **options: further fields of :class:`RewardSettings`; ``value_learning_rate`` is the head's.

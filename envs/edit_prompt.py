@@ -11,8 +11,8 @@ from ..llm_backends import resolve
 from ..llm_backends.errors import InputError
 from ..llm_backends.prompting import load_prompts
 from ..rewards.elimination import check_rules
-from ..rewards.task_gain import TaskGain
-from ..rewards.task_score import TaskPrompt, TaskScorer
+from ..rewards.prompt_scoring.scorer import TaskPrompt, TaskScorer
+from ..rewards.prompt_scoring.task_gain import TaskGain
 from .edit_process import EditSettings
 from .observations import EditObservation, make_observation
 from .process import check_on_invalid

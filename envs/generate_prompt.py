@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from ..llm_backends import resolve
 from ..llm_backends.errors import InputError
-from ..rewards.hinted_response import HintedResponse
-from ..rewards.task_reward import TaskReward
-from ..rewards.task_score import TaskScorer
+from ..rewards.prompt_scoring.hinted_response import HintedResponse
+from ..rewards.prompt_scoring.scorer import TaskScorer
+from ..rewards.prompt_scoring.task_reward import TaskReward
 from .tasks.generated_prompts import LEVELS, Level, Openings, label_hints, response_hints, scored_prompt, task_openings
 from .tasks.prompt_examples import PromptExample
 from .tasks.prompt_tasks import load_prompt_task
@@ -110,9 +110,9 @@ def generate_prompt(**kwargs: Any) -> TokenEnv:
     a hint for it, and the model's answer to this input is scored.
 
     ``gap`` is RLPrompt's margin reward, in [-180, 200], of which agents take z-scores; ``accuracy`` is in [0, 1]. Both
-    come from label likelihoods (:class:`~instructgym.rewards.task_reward.TaskReward`), nothing is generated; an empty
+    come from label likelihoods (:class:`~instructgym.rewards.prompt_scoring.task_reward.TaskReward`), nothing is generated; an empty
     instruction or hint is worth the least, -180 or 0. ``rouge`` has the model answer and compares with the reference
-    (:class:`~instructgym.rewards.hinted_response.HintedResponse`); an empty hint is worth the answer without any.
+    (:class:`~instructgym.rewards.prompt_scoring.hinted_response.HintedResponse`); an empty hint is worth the answer without any.
     The same prompt on the same minibatch or input always gets the same score: to the last digit while the label
     likelihoods are remembered, else up to the rounding of a model that reads it in another batch (in float32 some 1e-5
     nats of a likelihood, and by RLPrompt's factors some 1e-3 of a ``gap``).
@@ -144,7 +144,7 @@ def generate_prompt(**kwargs: Any) -> TokenEnv:
         opening: another one than the package's; of a hint with ``{input}``, or with ``{request}`` for ``rouge``.
         instruction: what the frozen model reads before the input, with ``{response}`` where the response goes; for the
             labelled tasks.
-        calibrate: as of :class:`~instructgym.rewards.task_score.TaskScorer`.
+        calibrate: as of :class:`~instructgym.rewards.prompt_scoring.scorer.TaskScorer`.
         examples: ready-made ones in place of the above.
         reward: another reward.
         backend: the frozen model; the embedded one by default.

@@ -14,7 +14,7 @@ from ..llm_backends.base import PromptStyle
 from ..llm_backends.errors import InputError
 from ..llm_backends.parts import register_kind, register_part
 from ..llm_backends.prompting import build_prompt, few_shot, fill, load_prompts
-from ..rewards.task_prompt import encodable
+from ..rewards.prompt_scoring.task_prompt import encodable
 from .operators import Edit, Operator, RewriteRequests, best_reply
 from .spaces import Unicode
 from .tasks.operations import NO_OP, load_operations

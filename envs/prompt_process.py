@@ -10,9 +10,9 @@ from typing import Any
 from ..llm_backends import Backend, request_seed
 from ..llm_backends.errors import InputError
 from ..rewards.base import Sample, Score
-from ..rewards.calibration import check_batch
-from ..rewards.task_gain import TaskGain
-from ..rewards.task_prompt import Demonstration, LabelledExample, TaskPrompt, longest
+from ..rewards.prompt_scoring.calibration import check_batch
+from ..rewards.prompt_scoring.task_gain import TaskGain
+from ..rewards.prompt_scoring.task_prompt import Demonstration, LabelledExample, TaskPrompt, longest
 from .edit_process import EditProcess, EditSettings, EditStep, Episode
 from .observations import EditState
 from .process import InvalidRewardError, Transition

@@ -18,7 +18,7 @@ from ..llm_backends import Backend, Journal, Journaled, request_seed, resolve
 from ..llm_backends.errors import InputError
 from ..llm_backends.local.tokenization import Tokenizer
 from ..rewards import Reward
-from ..rewards.edits import EditedPair, edit_statistics, write_pairs
+from ..rewards.learned.edits import EditedPair, edit_statistics, write_pairs
 from .fine_grained import ENV_ID, StageOptions, check_lengths, load_policy
 from .options import input_errors, parse_part, parse_reward
 from .responses import respond

@@ -12,7 +12,7 @@ from ..agents.figa import FIGA
 from ..agents.language_model import SETTINGS
 from ..agents.reward_modelling import tokenize_pairs
 from ..llm_backends.errors import InputError
-from ..rewards.edits import read_pairs
+from ..rewards.learned.edits import read_pairs
 from .fine_grained import StageOptions, load_policy
 from .options import check_counts
 from .stages import policy_folder, stage, tokenizer_of

@@ -18,8 +18,8 @@ from ..envs.tasks.prompt_examples import PromptExample
 from ..llm_backends import resolve
 from ..llm_backends.errors import InputError
 from ..rewards import Reward, WeightedSum
-from ..rewards.reward_model import RewardModel, read_settings
-from ..rewards.token_reward import SequenceReward, TokenReward
+from ..rewards.learned.reward_model import RewardModel, read_settings
+from ..rewards.learned.token_reward import SequenceReward, TokenReward
 from .fine_grained import ENV_ID, StageOptions, check_lengths, load_policy
 from .options import check_counts, input_errors, parse_reward
 from .responses import respond

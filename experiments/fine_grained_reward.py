@@ -13,8 +13,8 @@ from rich.console import Console
 from ..agents.language_model import LoraSettings
 from ..agents.reward_modelling import RewardTrainer, TokenizedPair, evaluate_reward_model, tokenize_pairs
 from ..llm_backends.errors import InputError
-from ..rewards.edits import read_pairs
-from ..rewards.token_reward import RewardModel
+from ..rewards.learned.edits import read_pairs
+from ..rewards.learned.token_reward import RewardModel
 from .fine_grained import StageOptions
 from .options import check_counts
 from .stages import stage, tokenizer_of

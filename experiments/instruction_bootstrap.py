@@ -21,7 +21,7 @@ from ..envs.tasks.instruction_pool import (
 )
 from ..llm_backends import Backend, BackendError, Sampling, request_seed
 from ..llm_backends.base import Result
-from ..rewards.verdict import Question, judge_verdicts
+from ..rewards.judges.verdict import Question, judge_verdicts
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,16 @@ from rich.table import Table
 from ..agents.callbacks import StepProgress
 from ..llm_backends import Backend, Journaled, request_seed, resolve
 from ..llm_backends.errors import InputError
-from ..rewards.judge import equality_prompt
-from ..rewards.pairwise import Pair, both_orders, compare, pair_question, pairwise_prompt
-from ..rewards.verdict import RETRY_TEMPERATURE, VerdictMode, check_mode, judge_verdicts, reads_likelihood, sigmoid
+from ..rewards.judges.equality import equality_prompt
+from ..rewards.judges.pairwise import Pair, both_orders, compare, pair_question, pairwise_prompt
+from ..rewards.judges.verdict import (
+    RETRY_TEMPERATURE,
+    VerdictMode,
+    check_mode,
+    judge_verdicts,
+    reads_likelihood,
+    sigmoid,
+)
 from .judge_measures import Judgement, count, measure
 from .judge_pairs import LABELS, LabelledPair, PairKind, read_pairs
 from .options import RunOptions, input_errors, parse_part
@@ -167,7 +174,7 @@ def ask_judge(
         kind: of the pairs.
         pairs: n pairs.
         seeds: n request seeds.
-        mode: see :data:`~instructgym.rewards.verdict.VerdictMode`.
+        mode: see :data:`~instructgym.rewards.judges.verdict.VerdictMode`.
         repeats: sampled verdicts per pair.
 
     Returns:

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..rewards.diversity import rouge_l
-from ..rewards.verdict import Verdict
+from ..rewards.judges.verdict import Verdict
+from ..rewards.texts.diversity import rouge_l
 from .judge_pairs import LABELS, LabelledPair, PairKind
 from .metrics import auc, wilson
 

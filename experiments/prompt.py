@@ -14,9 +14,9 @@ from ..llm_backends import Backend, Journal, Journaled
 from ..llm_backends.errors import InputError
 from ..llm_backends.local.backend import TransformersBackend
 from ..llm_backends.records import read_records, write_lines
-from ..rewards.calibration import calibration_method, check_batch
-from ..rewards.call_limit import LimitedScorer
-from ..rewards.task_score import TaskScorer
+from ..rewards.prompt_scoring.calibration import calibration_method, check_batch
+from ..rewards.prompt_scoring.call_limit import LimitedScorer
+from ..rewards.prompt_scoring.scorer import TaskScorer
 from .options import SCALES, check_counts, check_run, input_errors, parse_part
 from .prompt_methods import METHODS, PromptSearch, least_calls, longest_instruction, run_search, validation_set
 from .prompt_testing import KINDS, TESTED, accuracy, incumbents, tested

@@ -8,8 +8,8 @@ from typing import Any
 
 from ..envs.tasks.prompt_tasks import PromptTask
 from ..llm_backends import Backend
-from ..rewards.task_prompt import Demonstration, LabelledExample, TaskPrompt
-from ..rewards.task_score import TaskResult, TaskScorer
+from ..rewards.prompt_scoring.scorer import TaskResult, TaskScorer
+from ..rewards.prompt_scoring.task_prompt import Demonstration, LabelledExample, TaskPrompt
 
 TESTED = "test.jsonl"
 """In the run folder: a row per test example."""

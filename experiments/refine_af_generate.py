@@ -24,7 +24,7 @@ from ..llm_backends import request_seed, resolve
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import read_records, write_lines
 from ..rewards import Reward, Sample
-from ..rewards.instance_format import Instance
+from ..rewards.quality.instance_format import Instance
 from .evolve_generate import FORMATS, in_format
 from .metrics import distinct_n
 from .options import check_counts, check_output, input_errors

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from rich.console import Console
 
 from ..llm_backends.errors import InputError
-from ..rewards.quality import PRESETS
+from ..rewards.quality.linear import PRESETS
 from .deadline import in_time
 from .options import check_counts
 from .refine_af_bootstrap import RefineAFBootstrap

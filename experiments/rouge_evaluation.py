@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..llm_backends import request_seed
-from ..rewards.rouge_gate import TOLERANCE
+from ..rewards.texts.rouge import TOLERANCE
 
 RESAMPLES = 10_000
 

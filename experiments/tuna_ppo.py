@@ -18,7 +18,7 @@ from ..envs.tasks.instruction_data import OPENINGS, DataLayout, prompt_text
 from ..envs.tasks.prompt_examples import PromptExample
 from ..llm_backends.errors import InputError
 from ..llm_backends.local.tokenization import Tokenizer
-from ..rewards.edits import EditedPair
+from ..rewards.learned.edits import EditedPair
 from .deadline import Deadline
 from .fine_grained import Part
 from .fine_grained_ppo import FineGrainedPPO

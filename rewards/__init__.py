@@ -5,33 +5,33 @@ from typing import TYPE_CHECKING, Any
 from ..llm_backends.parts import register_kind, register_part
 from .base import FunctionReward, NonFiniteRewardError, Reward, Sample, Score, score_with_retries
 from .compose import WeightedSum
-from .contextual_ranker import ContextualRanker
-from .diversity import DiversityReward
-from .edits import EditedPair, EditLabels, Pairs, edit_labels, edit_statistics, read_pairs, write_pairs
 from .elimination import EliminationReward, JudgedElimination, eliminated_by
 from .ground_truth import GroundTruth, LabelMatch, RegressionReward, SpanReward, parse_label, parse_number
-from .hinted_response import HintedResponse
-from .instance_format import Instance, parse_pair, read_pair
-from .judge import EqualityJudge
-from .pairwise import Comparison, Pair, PairwiseJudge, ScoredComparison, compare
-from .pairwise_ranker import PairwiseRanker
-from .quality import LinearReward, LinearRule
-from .quality_likelihood import Fluency, LikelihoodRatio, Likelihoods
-from .quality_scorers import BooleanQA, NeighbourDistance, OutputLength
-from .rank_reward import RankReward
-from .rankers import CandidateScores, FunctionRanker, GroundTruthRanker, ProbabilisticRanker, Ranker
-from .ranking import Ranking, RankingJudge, RankingQuestion, rank
-from .rouge_gate import RougeGate, RougePool, pairwise_rouge_l, rouge_l
-from .rubric import Grades, Rubric, RubricJudge, grade
-from .sentiment import ReviewClassifier, VaderSentiment
-from .task_gain import TaskGain
-from .task_prompt import Demonstration, LabelledExample, TaskPrompt
-from .task_reward import TaskReward
-from .task_score import TaskResult, TaskScorer
+from .judges.equality import EqualityJudge
+from .judges.pairwise import Comparison, Pair, PairwiseJudge, ScoredComparison, compare
+from .judges.ranking import Ranking, RankingJudge, RankingQuestion, rank
+from .judges.rubric import Grades, Rubric, RubricJudge, grade
+from .learned.edits import EditedPair, EditLabels, Pairs, edit_labels, edit_statistics, read_pairs, write_pairs
+from .prompt_scoring.hinted_response import HintedResponse
+from .prompt_scoring.scorer import TaskResult, TaskScorer
+from .prompt_scoring.task_gain import TaskGain
+from .prompt_scoring.task_prompt import Demonstration, LabelledExample, TaskPrompt
+from .prompt_scoring.task_reward import TaskReward
+from .quality.instance_format import Instance, parse_pair, read_pair
+from .quality.likelihood import Fluency, LikelihoodRatio, Likelihoods
+from .quality.linear import LinearReward, LinearRule
+from .quality.scorers import BooleanQA, NeighbourDistance, OutputLength
+from .rankers.base import CandidateScores, FunctionRanker, GroundTruthRanker, ProbabilisticRanker, Ranker
+from .rankers.contextual import ContextualRanker
+from .rankers.pairwise import PairwiseRanker
+from .rankers.reward import RankReward
+from .texts.diversity import DiversityReward
+from .texts.rouge import RougeGate, RougePool, pairwise_rouge_l, rouge_l
+from .texts.sentiment import ReviewClassifier, VaderSentiment
 
 if TYPE_CHECKING:
-    from .quality_models import HubRewardModel, UniEval
-    from .token_reward import RewardModel, SequenceReward, TokenReward
+    from .learned.token_reward import RewardModel, SequenceReward, TokenReward
+    from .quality.hub_models import HubRewardModel, UniEval
 
 _LAZY = dict.fromkeys(("RewardModel", "SequenceReward", "TokenReward"), ".token_reward") | dict.fromkeys(
     ("HubRewardModel", "UniEval"), ".quality_models"
@@ -118,13 +118,13 @@ __all__ = [
 ]
 
 register_kind("reward", Reward, FunctionReward)
-register_part("reward", "judge", "instructgym.rewards.judge:EqualityJudge")
-register_part("reward", "pairwise-judge", "instructgym.rewards.pairwise:PairwiseJudge")
-register_part("reward", "scored-comparison", "instructgym.rewards.pairwise:ScoredComparison")
-register_part("reward", "ranking-judge", "instructgym.rewards.ranking:RankingJudge")
-register_part("reward", "rank", "instructgym.rewards.rank_reward:RankReward")
-register_part("reward", "rubric-judge", "instructgym.rewards.rubric:RubricJudge")
-register_part("reward", "diversity", "instructgym.rewards.diversity:DiversityReward")
+register_part("reward", "judge", "instructgym.rewards.judges.equality:EqualityJudge")
+register_part("reward", "pairwise-judge", "instructgym.rewards.judges.pairwise:PairwiseJudge")
+register_part("reward", "scored-comparison", "instructgym.rewards.judges.pairwise:ScoredComparison")
+register_part("reward", "ranking-judge", "instructgym.rewards.judges.ranking:RankingJudge")
+register_part("reward", "rank", "instructgym.rewards.rankers.reward:RankReward")
+register_part("reward", "rubric-judge", "instructgym.rewards.judges.rubric:RubricJudge")
+register_part("reward", "diversity", "instructgym.rewards.texts.diversity:DiversityReward")
 register_part("reward", "elimination", "instructgym.rewards.elimination:EliminationReward")
 register_part("reward", "judged-elimination", "instructgym.rewards.elimination:JudgedElimination")
 register_part("reward", "weighted-sum", "instructgym.rewards.compose:WeightedSum")
@@ -132,27 +132,27 @@ register_part("reward", "ground-truth", "instructgym.rewards.ground_truth:Ground
 register_part("reward", "label-match", "instructgym.rewards.ground_truth:LabelMatch")
 register_part("reward", "regression", "instructgym.rewards.ground_truth:RegressionReward")
 register_part("reward", "span", "instructgym.rewards.ground_truth:SpanReward")
-register_part("reward", "token-reward", "instructgym.rewards.token_reward:TokenReward")
-register_part("reward", "sequence-reward", "instructgym.rewards.token_reward:SequenceReward")
-register_part("reward", "quality", "instructgym.rewards.quality:LinearReward")
-register_part("reward", "likelihood-ratio", "instructgym.rewards.quality_likelihood:LikelihoodRatio")
-register_part("reward", "fluency", "instructgym.rewards.quality_likelihood:Fluency")
-register_part("reward", "boolean-qa", "instructgym.rewards.quality_scorers:BooleanQA")
-register_part("reward", "output-length", "instructgym.rewards.quality_scorers:OutputLength")
-register_part("reward", "neighbour-distance", "instructgym.rewards.quality_scorers:NeighbourDistance")
-register_part("reward", "unieval", "instructgym.rewards.quality_models:UniEval")
-register_part("reward", "hub-reward-model", "instructgym.rewards.quality_models:HubRewardModel")
-register_part("reward", "task-gain", "instructgym.rewards.task_gain:TaskGain")
-register_part("reward", "hinted-response", "instructgym.rewards.hinted_response:HintedResponse")
-register_part("reward", "task", "instructgym.rewards.task_reward:TaskReward")
-register_part("reward", "vader", "instructgym.rewards.sentiment:VaderSentiment")
-register_part("reward", "reviews", "instructgym.rewards.sentiment:ReviewClassifier")
+register_part("reward", "token-reward", "instructgym.rewards.learned.token_reward:TokenReward")
+register_part("reward", "sequence-reward", "instructgym.rewards.learned.token_reward:SequenceReward")
+register_part("reward", "quality", "instructgym.rewards.quality.linear:LinearReward")
+register_part("reward", "likelihood-ratio", "instructgym.rewards.quality.likelihood:LikelihoodRatio")
+register_part("reward", "fluency", "instructgym.rewards.quality.likelihood:Fluency")
+register_part("reward", "boolean-qa", "instructgym.rewards.quality.scorers:BooleanQA")
+register_part("reward", "output-length", "instructgym.rewards.quality.scorers:OutputLength")
+register_part("reward", "neighbour-distance", "instructgym.rewards.quality.scorers:NeighbourDistance")
+register_part("reward", "unieval", "instructgym.rewards.quality.hub_models:UniEval")
+register_part("reward", "hub-reward-model", "instructgym.rewards.quality.hub_models:HubRewardModel")
+register_part("reward", "task-gain", "instructgym.rewards.prompt_scoring.task_gain:TaskGain")
+register_part("reward", "hinted-response", "instructgym.rewards.prompt_scoring.hinted_response:HintedResponse")
+register_part("reward", "task", "instructgym.rewards.prompt_scoring.task_reward:TaskReward")
+register_part("reward", "vader", "instructgym.rewards.texts.sentiment:VaderSentiment")
+register_part("reward", "reviews", "instructgym.rewards.texts.sentiment:ReviewClassifier")
 
 register_kind("ranker", Ranker, FunctionRanker)
-register_part("ranker", "probabilistic", "instructgym.rewards.rankers:ProbabilisticRanker")
-register_part("ranker", "contextual", "instructgym.rewards.contextual_ranker:ContextualRanker")
-register_part("ranker", "pairwise", "instructgym.rewards.pairwise_ranker:PairwiseRanker")
-register_part("ranker", "ground-truth", "instructgym.rewards.rankers:GroundTruthRanker")
+register_part("ranker", "probabilistic", "instructgym.rewards.rankers.base:ProbabilisticRanker")
+register_part("ranker", "contextual", "instructgym.rewards.rankers.contextual:ContextualRanker")
+register_part("ranker", "pairwise", "instructgym.rewards.rankers.pairwise:PairwiseRanker")
+register_part("ranker", "ground-truth", "instructgym.rewards.rankers.base:GroundTruthRanker")
 
 
 def __getattr__(name: str) -> Any:

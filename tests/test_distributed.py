@@ -27,8 +27,8 @@ from instructgym.envs.token_process import TokenSettings
 from instructgym.envs.token_vector_env import TokenVectorEnv
 from instructgym.llm_backends.errors import InputError
 from instructgym.rewards import Reward, Score
-from instructgym.rewards.edits import EditedPair
-from instructgym.rewards.reward_model import RewardModel
+from instructgym.rewards.learned.edits import EditedPair
+from instructgym.rewards.learned.reward_model import RewardModel
 
 EXAMPLES = [PromptExample("one", "red sea"), PromptExample("two", "sky sky end"), PromptExample("three", "blue")]
 CASES = {

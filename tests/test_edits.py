@@ -12,8 +12,15 @@ from hypothesis import strategies as st
 
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.tokenization import WordTokenizer
-from instructgym.rewards import edits
-from instructgym.rewards.edits import EditedPair, EditLabels, edit_labels, edit_statistics, read_pairs, write_pairs
+from instructgym.rewards.learned import edits
+from instructgym.rewards.learned.edits import (
+    EditedPair,
+    EditLabels,
+    edit_labels,
+    edit_statistics,
+    read_pairs,
+    write_pairs,
+)
 
 tokens = st.lists(st.integers(0, 4), max_size=14)
 

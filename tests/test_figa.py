@@ -11,7 +11,7 @@ from instructgym.agents.reward_modelling import TokenizedPair, tokenize_pairs
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.causal_lm import CausalLM
 from instructgym.llm_backends.local.tokenization import WordTokenizer
-from instructgym.rewards.edits import EditedPair
+from instructgym.rewards.learned.edits import EditedPair
 from tests.conftest import build_model
 
 WORDS = ("red", "blue", "sea", "sky", "end")

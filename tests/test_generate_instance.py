@@ -12,7 +12,7 @@ from instructgym.envs.tasks.instructions import load_instructions
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.tokenization import EmbeddedTokenizer, LoadedTokenizer
 from instructgym.rewards import FunctionReward
-from instructgym.rewards.instance_format import Instance, parse_pair
+from instructgym.rewards.quality.instance_format import Instance, parse_pair
 from tests.conftest import build_tokenizer
 
 ENV_ID = "instructgym/GenerateInstance-v0"

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from instructgym.llm_backends.errors import InputError
-from instructgym.rewards.instance_format import Instance, parse_pair, read_pair
+from instructgym.rewards.quality.instance_format import Instance, parse_pair, read_pair
 
 INSTRUCTION = "Name the capital of the country."
 

@@ -19,7 +19,7 @@ from instructgym.envs.tasks.instruction_pool import (
 from instructgym.envs.tasks.instructions import SeedFileError
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.records import read_records
-from instructgym.rewards.rouge_gate import RougeGate
+from instructgym.rewards.texts.rouge import RougeGate
 
 THINGS = "tides rain snow wind hail fog dew frost heat mist".split()
 SEEDS = [Task(f"Tell {THINGS[i]} {THINGS[-i]} and {i} birds.", id=f"seed_{i}") for i in range(10)]

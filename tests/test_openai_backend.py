@@ -19,7 +19,7 @@ from instructgym.llm_backends.serving.openai_backend import OpenAIBackend, promp
 from instructgym.llm_backends.serving.sending import retry_after
 from instructgym.llm_backends.serving.vllm_server import VLLMServerBackend
 from instructgym.rewards import Sample
-from instructgym.rewards.judge import EqualityJudge
+from instructgym.rewards.judges.equality import EqualityJudge
 
 KEY = "sk-secret-of-the-tests"
 

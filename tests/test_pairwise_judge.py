@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from instructgym.llm_backends import BackendError, FunctionBackend, ScriptedBackend, resolve
 from instructgym.rewards import Pair, PairwiseJudge, Sample, compare, score_with_retries
-from instructgym.rewards.pairwise import pairwise_prompt
+from instructgym.rewards.judges.pairwise import pairwise_prompt
 
 PAIR = Pair("good", "bad", "How was it?")
 SAMPLE = Sample("good", prompt="How was it?", reference="bad")

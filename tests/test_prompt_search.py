@@ -20,8 +20,8 @@ from instructgym.experiments.run_folder import read_json
 from instructgym.llm_backends import BackendError, ContextLengthError, ScriptedBackend
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.records import read_records
-from instructgym.rewards.call_limit import CallLimitError, LimitedScorer
-from instructgym.rewards.task_prompt import TaskPrompt
+from instructgym.rewards.prompt_scoring.call_limit import CallLimitError, LimitedScorer
+from instructgym.rewards.prompt_scoring.task_prompt import TaskPrompt
 
 QUIET = Console(quiet=True)
 MAGIC = "magic"

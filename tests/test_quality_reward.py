@@ -11,8 +11,8 @@ from instructgym.llm_backends import BackendError, FunctionBackend, ScriptedBack
 from instructgym.llm_backends.local.tokenization import ByteTokenizer
 from instructgym.rewards import LinearReward, Sample, Score, SequenceReward, score_with_retries
 from instructgym.rewards.base import Reward
-from instructgym.rewards.instance_format import Instance
-from instructgym.rewards.quality import PRESETS
+from instructgym.rewards.quality.instance_format import Instance
+from instructgym.rewards.quality.linear import PRESETS
 
 WELL = Sample("Input: France\nOutput: Paris", metadata={"instruction": "Name the capital."})
 
@@ -207,7 +207,7 @@ def test_a_trained_reward_model_plugs_in(tiny_tokenizer):
     import torch
 
     from instructgym.llm_backends.local.causal_lm import CausalLM
-    from instructgym.rewards.reward_model import RewardModel
+    from instructgym.rewards.learned.reward_model import RewardModel
 
     model = RewardModel(CausalLM(build_model(), tiny_tokenizer))  # it is changed in place
     with torch.no_grad():

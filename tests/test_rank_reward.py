@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import instructgym
 from instructgym.llm_backends import BackendError, ScriptedBackend, resolve
 from instructgym.rewards import PairwiseRanker, Ranker, RankReward, Sample, score_with_retries
-from instructgym.rewards.rankers import CandidateScores
+from instructgym.rewards.rankers.base import CandidateScores
 
 
 def by_length(prompt: str, texts: list[str]) -> list[float]:

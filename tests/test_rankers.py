@@ -31,8 +31,8 @@ from instructgym.rewards import (
     pairwise_rouge_l,
     rouge_l,
 )
-from instructgym.rewards.pairwise_ranker import all_pairs, heapsort, sliding
-from instructgym.rewards.ranking import ranking_prompt
+from instructgym.rewards.judges.ranking import ranking_prompt
+from instructgym.rewards.rankers.pairwise import all_pairs, heapsort, sliding
 
 TEXTS = ["q3", "q1", "q4", "q2"]
 """Candidates that say how good they are; the lowest number is the best."""

@@ -13,7 +13,7 @@ from scipy import stats
 from instructgym.llm_backends import BackendError, FunctionBackend, ScriptedBackend, resolve
 from instructgym.llm_backends.prompting import load_prompts
 from instructgym.rewards import RankingJudge, RankingQuestion, Sample, rank, score_with_retries
-from instructgym.rewards.ranking import kendall_tau, parse_ranking
+from instructgym.rewards.judges.ranking import kendall_tau, parse_ranking
 
 TEXTS = ("q3", "q1", "q4", "q2")
 """Responses that say how good they are; the lowest number is the best."""

@@ -17,7 +17,7 @@ from instructgym.llm_backends import resolve
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.tokenization import EmbeddedTokenizer
 from instructgym.llm_backends.records import read_records
-from instructgym.rewards.quality import PRESETS
+from instructgym.rewards.quality.linear import PRESETS
 from tests.conftest import build_model, build_tokenizer
 
 QUIET = Console(quiet=True)

@@ -26,8 +26,8 @@ from instructgym.agents.reward_modelling import RewardTrainer, evaluate_reward_m
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.causal_lm import CausalLM
 from instructgym.llm_backends.local.tokenization import ByteTokenizer, WordTokenizer
-from instructgym.rewards.edits import EditedPair
-from instructgym.rewards.reward_model import RewardModel
+from instructgym.rewards.learned.edits import EditedPair
+from instructgym.rewards.learned.reward_model import RewardModel
 from tests.conftest import build_model
 
 # --- losses ------------------------------------------------------------------------------------------------------

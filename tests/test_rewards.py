@@ -296,7 +296,7 @@ def test_the_nearest_text_of_a_pool_is_found_exactly(texts, text, floor):
 
 
 def test_most_pairs_of_a_pool_are_never_compared(monkeypatch):
-    from instructgym.rewards import rouge_gate as module
+    from instructgym.rewards.texts import rouge as module
 
     pool = RougePool([f"word{i} other{i}" for i in range(50)] + ["a red bird sings"])
     compared, lcs = [], module._lcs

@@ -10,7 +10,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from instructgym.envs.tasks.instructions import load_instructions
 from instructgym.rewards import RougeGate, RougePool
-from instructgym.rewards.rouge_gate import TOLERANCE
+from instructgym.rewards.texts.rouge import TOLERANCE
 
 SCORER = RougeScorer(["rougeL"])
 # Few words, so that texts overlap; repeated words, case, punctuation and words without an ASCII letter.

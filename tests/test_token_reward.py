@@ -17,8 +17,8 @@ from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.causal_lm import CausalLM
 from instructgym.llm_backends.local.tokenization import ByteTokenizer, WordTokenizer
 from instructgym.rewards import Sample, WeightedSum
-from instructgym.rewards.reward_model import ADAPTER, RewardModel
-from instructgym.rewards.token_reward import SequenceReward, TokenReward
+from instructgym.rewards.learned.reward_model import ADAPTER, RewardModel
+from instructgym.rewards.learned.token_reward import SequenceReward, TokenReward
 from tests.conftest import build_model
 
 WORDS = ("red", "blue", "sea", "sky", "end")

@@ -18,8 +18,8 @@ import numpy as np
 from ...llm_backends import Backend, BackendError, ContextLengthError, Prompt, Sampling, request_seed
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_user_rows, user_text
-from ...rewards.ranking import distinct_texts
-from ...rewards.rouge_gate import TOLERANCE, pairwise_rouge_l
+from ...rewards.judges.ranking import distinct_texts
+from ...rewards.texts.rouge import TOLERANCE, pairwise_rouge_l
 
 
 @dataclass(frozen=True)

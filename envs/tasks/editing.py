@@ -40,7 +40,7 @@ class EditRequest:
     better: str | None = None
     """The preferred response, where there is one: an editor may borrow from it."""
     finished: bool = True
-    """As of :class:`~instructgym.rewards.edits.EditedPair`."""
+    """As of :class:`~instructgym.rewards.learned.edits.EditedPair`."""
 
 
 class Editor(Part, ABC):

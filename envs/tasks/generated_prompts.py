@@ -9,8 +9,8 @@ from typing import Literal
 from ...llm_backends import Tokenizer
 from ...llm_backends.errors import InputError
 from ...llm_backends.prompting import fill, load_prompts
-from ...rewards.rouge_gate import rouge_l
-from ...rewards.task_prompt import TaskPrompt
+from ...rewards.prompt_scoring.task_prompt import TaskPrompt
+from ...rewards.texts.rouge import rouge_l
 from .prompt_examples import PromptExample
 from .prompt_tasks import PromptTask
 from .responses import LAYOUTS, Layout, Request

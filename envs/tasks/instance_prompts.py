@@ -15,7 +15,7 @@ from typing import Any, Literal
 from ...llm_backends import Tokenizer
 from ...llm_backends.errors import InputError
 from ...llm_backends.prompting import fill, load_prompts, one_line
-from ...rewards.instance_format import FIELDS, Instance, Order, read_pair
+from ...rewards.quality.instance_format import FIELDS, Instance, Order, read_pair
 from .instances import order_for
 from .instruction_pool import Task, load_tasks
 from .instructions import SPLITS, in_split, read_seed_rows
@@ -85,7 +85,7 @@ def read_response(response: str, metadata: Mapping[str, Any]) -> Instance | str:
     Args:
         response: its text.
         metadata: of its example, with the ``finish_reason`` of the episode: what was cut by length is ``cut``; other
-            defects are those of :func:`~instructgym.rewards.instance_format.read_pair`.
+            defects are those of :func:`~instructgym.rewards.quality.instance_format.read_pair`.
     """
     if metadata["finish_reason"] == "length":
         return "cut"

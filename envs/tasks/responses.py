@@ -17,7 +17,7 @@ from ...llm_backends import Tokenizer
 from ...llm_backends.errors import InputError
 from ...llm_backends.prompting import fill, load_prompts
 from ...llm_backends.records import read_user_rows, user_text
-from ...rewards.review_corpus import text_hash
+from ...rewards.texts.review_corpus import text_hash
 from .instructions import SPLITS, load_instructions
 from .nlu_data import OFFLINE_TASK, load_rows
 from .prompt_examples import PromptExample

@@ -27,13 +27,13 @@ from ...llm_backends import Tokenizer
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.tokenization import WordTokenizer
 from ...rewards import Reward, Sample, Score
-from ...rewards.edits import EditedPair
+from ...rewards.learned.edits import EditedPair
 from ..options import check_output
 from ..run_folder import write_json
 from .tiny import tiny_llama
 
 if TYPE_CHECKING:
-    from ...rewards.reward_model import RewardModel
+    from ...rewards.learned.reward_model import RewardModel
 
 WORDS = tuple(f"w{i}" for i in range(32))
 BAD = frozenset(int(i) for i in np.random.default_rng(0).permutation(len(WORDS))[:24])
@@ -113,7 +113,7 @@ def trained_reward(seed: int) -> tuple[RewardModel, dict[str, float]]:
     """A token-level reward model of the edits, and how it does on held-out ones."""
     from ...agents.language_model import LoraSettings
     from ...agents.reward_modelling import RewardTrainer, evaluate_reward_model, tokenize_pairs
-    from ...rewards.reward_model import RewardModel
+    from ...rewards.learned.reward_model import RewardModel
 
     tokenizer = WordTokenizer(words=WORDS)
     lm = tiny_llama(tokenizer, seed, "rewards")
@@ -132,7 +132,7 @@ def reward_of(model: RewardModel, measures: dict[str, float], placement: Placeme
     A swap is worth 1 / LENGTH on average, as in the true return, and a word drawn at random is worth nothing: so an
     untrained policy gains nothing from stopping early or late.
     """
-    from ...rewards.token_reward import TokenReward
+    from ...rewards.learned.token_reward import TokenReward
 
     removed, written = measures["removed_reward"], measures["written_reward"]
     center = removed + (written - removed) * (1.0 - len(BAD) / len(WORDS))

@@ -30,7 +30,7 @@ from ...llm_backends import BackendError
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.backend import TransformersBackend
 from ...llm_backends.local.kv_cache import PrefixCache
-from ...rewards.task_score import Demonstration, LabelledExample, TaskPrompt, TaskScorer
+from ...rewards.prompt_scoring.scorer import Demonstration, LabelledExample, TaskPrompt, TaskScorer
 from ..options import check_counts, check_output
 from ..run_folder import write_json
 from .tiny import model_folder

@@ -1,0 +1,1 @@
+"""Judge models: verdicts on one text, on pairs, on groups."""

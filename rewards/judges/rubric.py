@@ -1,0 +1,283 @@
+"""Rubric scoring: a judge LLM grades a response on named criteria.
+
+Grades are generated and parsed strictly, or are the mean of the grades under the judge's own distribution over them, as
+in G-Eval (Liu et al. 2023).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...llm_backends import Backend, BackendError, Prompt, Sampling, resolve
+from ...llm_backends.prompting import build_prompt, few_shot, fill, load_prompts
+from ..base import Reward, Sample, Score
+from .verdict import VerdictMode, check_mode, held_to, reads_likelihood, temperature_for, word_log_probs
+
+CRITERIA = {
+    "helpfulness": "does the response do all that the request asks for, in the form it asks for?",
+    "correctness": "is everything that the response says true, and does one thing follow from the other?",
+    "clarity": "is the response well ordered, easy to read and no longer than it has to be?",
+}
+"""The default criteria, by name."""
+
+
+@dataclass(frozen=True)
+class Rubric:
+    """What a response is graded on.
+
+    Raises:
+        ValueError: on construction, for a name that cannot stand in a line ``name: grade`` or a scale without grades.
+    """
+
+    criteria: Mapping[str, str]
+    """Name to description."""
+    low: int = 1
+    """The worst grade."""
+    high: int = 5
+    """The best grade."""
+
+    def __post_init__(self) -> None:
+        names = list(self.criteria)
+        for name in names:
+            if name != " ".join(name.split()) or not name or ":" in name:
+                raise ValueError(f"a criterion's name is words without a colon on one line, got {name!r}")
+        if not names or len({name.casefold() for name in names}) < len(names):
+            raise ValueError(f"a rubric needs criteria with different names, got {names}")
+        if not all(isinstance(end, int) for end in (self.low, self.high)) or self.low >= self.high:
+            raise ValueError(f"a scale goes from one integer to a higher one, got {self.low!r} to {self.high!r}")
+
+    @property
+    def one_digit(self) -> bool:
+        """Whether every grade is one digit, so that none begins another (1, 10), as likelihoods need it."""
+        return self.low >= 0 and self.high <= 9
+
+    @property
+    def grades(self) -> dict[str, int]:
+        """All grades, by how they are written."""
+        return {str(grade): grade for grade in range(self.low, self.high + 1)}
+
+    def parse(self, reply: str, names: Sequence[str] | None = None) -> dict[str, int] | None:
+        """The grades in a reply of one line ``name: grade`` per criterion; None for anything else.
+
+        Every criterion has to be there once, in any order, with a whole number on the scale. Case, blank lines and
+        white space around name and grade do not matter.
+
+        Args:
+            reply: the reply.
+            names: the criteria asked about; by default all.
+        """
+        known = {name.casefold(): name for name in names or self.criteria}
+        found: dict[str, int] = {}
+        for line in filter(str.strip, reply.split("\n")):
+            name, _, written = line.partition(":")
+            criterion = known.get(" ".join(name.split()).casefold())
+            grade = self.grades.get(written.strip())
+            if criterion is None or grade is None or criterion in found:
+                return None
+            found[criterion] = grade
+        return {name: found[name] for name in known.values()} if len(found) == len(known) else None
+
+    def check(self, mode: VerdictMode) -> None:
+        """Refuses, with a ValueError, an unknown mode or likelihoods of grades that are not all of one digit."""
+        check_mode(mode)
+        if mode == "likelihood" and not self.one_digit:
+            raise ValueError(
+                f"likelihood mode compares single digits, the scale goes from {self.low} to {self.high}: use a scale "
+                "within 0 to 9, or mode 'verdict'"
+            )
+
+    def prompt(self, style: str, sample: Sample, names: Sequence[str]) -> Prompt:
+        """The request to grade a sample on some criteria; few-shot text holds only one."""
+        data = load_prompts("rewards", "rubric")
+        scale = {"low": str(self.low), "high": str(self.high)}
+        if style == "chat":
+            texts = {
+                "prompt": sample.prompt,
+                "response": sample.response,
+                "criteria": "\n".join(f"- {name}: {self.criteria[name]}" for name in names),
+                "form": "\n".join(f"{name}: grade" for name in names),
+            }
+            return build_prompt("chat", fill(data["chat"], texts | scale), "")
+        [name] = names
+        criterion = f"{name}: {self.criteria[name]}"
+        shots = [
+            (
+                shot["prompt"],
+                shot["response"],
+                criterion,
+                str(round(self.low + shot["quality"] * (self.high - self.low))),
+            )
+            for shot in data["demonstrations"]
+        ]
+        labels = ("Request", "Response", "Criterion", "Grade")
+        return few_shot(fill(data["header"], scale), labels, shots, (sample.prompt, sample.response, criterion))
+
+
+@dataclass(frozen=True)
+class Grades:
+    """What the judge said of one response."""
+
+    values: dict[str, float] | None
+    """Grade by criterion; None where one of them could not be had."""
+    why: str = ""
+    """The reason, where there are none."""
+    calls: int = 1
+    """LLM requests it took."""
+
+
+def grade(
+    backend: Backend,
+    rubric: Rubric,
+    samples: Sequence[Sample],
+    mode: VerdictMode = "auto",
+    temperature: float = 0.0,
+) -> list[Grades]:
+    """Grades the response of every sample, in one backend call.
+
+    A chat model writes all grades of a response in one reply. Few-shot prompts and likelihoods take one request per
+    criterion.
+
+    Args:
+        backend: the judge.
+        rubric: criteria and scale.
+        samples: n samples with ``prompt``, ``response`` and ``seed``.
+        mode: see :data:`~instructgym.rewards.judges.verdict.VerdictMode`; ``auto`` generates where a grade has two digits.
+        temperature: of generated grades.
+
+    Returns:
+        n results, in order.
+
+    Raises:
+        UnsupportedRequestError: in likelihood mode, if the backend reports no log-probs.
+        ValueError: for an unknown mode, or likelihoods on a scale with more than single digits.
+    """
+    rubric.check(mode)
+    if not samples:
+        return []
+    likelihood = reads_likelihood(backend, mode) and rubric.one_digit
+    together = backend.prompt_style == "chat" and not likelihood
+    parts = [list(rubric.criteria)] if together else [[name] for name in rubric.criteria]
+    asked = [(sample, names) for sample in samples for names in parts]
+    prompts = [rubric.prompt(backend.prompt_style, sample, names) for sample, names in asked]
+    replies = (
+        _expected(backend, rubric, prompts, [names[0] for _, names in asked])
+        if likelihood
+        else _generated(backend, rubric, prompts, asked, temperature)
+    )
+    return [_joined(replies[i : i + len(parts)]) for i in range(0, len(replies), len(parts))]
+
+
+def grade_sampling(backend: Backend, rubric: Rubric, names: Sequence[str], temperature: float, seed: int) -> Sampling:
+    """How the grades of some criteria are generated; names take at most a token per character."""
+    most = sum(len(name) + 8 for name in names)
+    if backend.prompt_style == "chat":
+        return Sampling(most, temperature, seed=seed)
+    return Sampling(most, temperature, stop=("\n",), choices=held_to(backend, list(rubric.grades)), seed=seed)
+
+
+def _generated(
+    backend: Backend,
+    rubric: Rubric,
+    prompts: Sequence[Prompt],
+    asked: Sequence[tuple[Sample, list[str]]],
+    temperature: float,
+) -> list[Grades]:
+    style = backend.prompt_style
+    samplings = [grade_sampling(backend, rubric, names, temperature, sample.seed) for sample, names in asked]
+    found = []
+    for (_, names), result in zip(asked, backend.generate(prompts, samplings), strict=True):
+        if isinstance(result, BackendError):
+            found.append(Grades(None, str(result)))
+            continue
+        text = result[0].text if style == "chat" else f"{names[0]}: {result[0].text}"
+        # A reply that was cut may have lost a digit.
+        values = rubric.parse(text, names) if result[0].finish_reason == "stop" else None
+        why = "" if values is not None else f"not one grade from {rubric.low} to {rubric.high} each: {text[:80]!r}"
+        found.append(Grades(None if values is None else {k: float(v) for k, v in values.items()}, why))
+    return found
+
+
+def _expected(backend: Backend, rubric: Rubric, prompts: Sequence[Prompt], names: Sequence[str]) -> list[Grades]:
+    """The mean grade under the judge's distribution over all grades."""
+    chat = backend.prompt_style == "chat"  # it was asked for whole lines
+    words = [[f"{name}: {written}" if chat else written for written in rubric.grades] for name in names]
+    scale = np.array(list(rubric.grades.values()), dtype=np.float64)
+    found = []
+    for name, row in zip(names, word_log_probs(backend, prompts, words), strict=True):
+        if isinstance(row, BackendError):
+            found.append(Grades(None, str(row)))
+        elif not np.isfinite(row).all():
+            found.append(Grades(None, f"the judge's log-probs of the grades are {row}"))
+        else:
+            weights = np.exp(np.array(row) - max(row))
+            found.append(Grades({name: float(weights @ scale / weights.sum())}))
+    return found
+
+
+def _joined(parts: Sequence[Grades]) -> Grades:
+    """The grades of one response from the replies about it."""
+    values: dict[str, float] = {}
+    for part in parts:
+        if part.values is None:
+            return Grades(None, part.why, len(parts))
+        values |= part.values
+    return Grades(values, calls=len(parts))
+
+
+class RubricJudge(Reward):
+    """The weighted mean of a response's grades, the worst grade mapped to 0 and the best to 1.
+
+    The grade on each criterion is logged as a term under its name. Where one of the grades cannot be had the score is
+    invalid.
+
+    Args:
+        backend: the judge LLM.
+        criteria: name to description.
+        weights: by criterion, not negative; 1 where none is given.
+        scale: the worst and the best grade.
+        mode: ``"verdict"`` generates and parses strictly, ``"likelihood"`` takes the expected grade by the log-probs of
+            the digits, ``"auto"`` takes the latter for backends with few-shot prompts that report log-probs.
+
+    Raises:
+        ValueError: for criteria, weights or a scale that cannot be used, or for likelihoods of several digits.
+    """
+
+    name = "rubric"
+
+    def __init__(
+        self,
+        backend: Any = "embedded",
+        criteria: Mapping[str, str] = CRITERIA,
+        weights: Mapping[str, float] | None = None,
+        scale: Sequence[int] = (1, 5),
+        mode: VerdictMode = "auto",
+    ) -> None:
+        if len(scale) != 2:
+            raise ValueError(f"scale is the worst and the best grade, got {scale!r}")
+        self.rubric = Rubric(dict(criteria), *scale)
+        self.rubric.check(mode)
+        unknown = set(weights or {}) - set(criteria)
+        if unknown:
+            raise ValueError(f"weights without a criterion: {sorted(unknown)}")
+        self.weights = {name: float((weights or {}).get(name, 1.0)) for name in criteria}
+        if not all(0 <= w < math.inf for w in self.weights.values()) or not any(self.weights.values()):
+            raise ValueError(f"weights must not be negative, and not all 0, got {self.weights}")
+        self.backend, self.mode = resolve("backend", backend), mode
+        self.calls_per_sample = len(self.weights)
+
+    def reward(self, samples: Sequence[Sample]) -> list[Score]:
+        results = grade(self.backend, self.rubric, samples, self.mode, temperature_for(samples))
+        return [self._score(result) for result in results]
+
+    def _score(self, result: Grades) -> Score:
+        if result.values is None:
+            return Score.invalid(result.why, calls=result.calls)
+        mean = sum(self.weights[name] * graded for name, graded in result.values.items()) / sum(self.weights.values())
+        value = (mean - self.rubric.low) / (self.rubric.high - self.rubric.low)
+        feedback = ", ".join(f"{name} {graded:.3g}" for name, graded in result.values.items())
+        return Score(value, terms={self.name: value} | result.values, feedback=feedback, calls=result.calls)

@@ -1,0 +1,1 @@
+"""The quality of an instruction with its instance: a linear rule over scorers."""

@@ -1,0 +1,202 @@
+"""Learned scorers of quality from the Hugging Face hub or a local folder: UniEval, and reward models with one logit."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Literal
+
+import torch
+
+from ...llm_backends.errors import InputError
+from ...llm_backends.local.causal_lm import (
+    ModelLoadError,
+    load_config,
+    load_tokenizer,
+    quiet_loading,
+    token_budget_chunks,
+)
+from ...llm_backends.prompting import fill, load_prompts
+from ..base import Reward, Sample, Score
+
+UNIEVAL_TOKENS = 1024
+"""Tokens that UniEval reads; what is longer loses its end, which is that of the dialogue history."""
+
+BATCH_TOKENS = 4096
+"""Tokens, padding included, in one forward pass."""
+
+_LOCK = threading.Lock()
+
+
+@cache
+def _load(path: str, kind: str, device: str) -> tuple[Any, Any]:
+    """A model, in evaluation mode, and its tokenizer; one copy per process."""
+    import transformers
+
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    tokenizer = load_tokenizer(path)
+    try:
+        with quiet_loading():
+            model, report = getattr(transformers, kind).from_pretrained(path, output_loading_info=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelLoadError(
+            f"cannot load a {kind.removeprefix('AutoModelFor')} model from {path!r}: {reason}"
+        ) from error
+    if report["missing_keys"]:
+        raise ModelLoadError(
+            f"{path!r} lacks the weights {sorted(report['missing_keys'])[:3]}, which would be random: it is no trained "
+            f"{kind.removeprefix('AutoModelFor')} model"
+        )
+    return model.to(device).eval(), tokenizer
+
+
+class UniEval(Reward):
+    """P(Yes) / (P(Yes) + P(No)) of UniEval-dialog at the first decoder position (Zhong et al. 2022, arXiv 2210.07197).
+
+    A T5 model that was trained to answer questions about a response in a dialogue; the dialogue history is the prompt,
+    and ``coherence`` alone reads it. It asks the questions the checkpoint was trained on, so another checkpoint has to
+    be one of the same training. It was tested with random weights of the same architecture only.
+
+    Args:
+        aspect: ``naturalness``, ``understandability`` or ``coherence``.
+        model: local folder or hub id; loaded on first use, once for all aspects.
+        device: ``auto`` takes a GPU where there is one.
+
+    Raises:
+        ValueError: for another aspect.
+        ModelLoadError: on first use, if the model cannot be loaded.
+    """
+
+    name = "unieval"
+
+    def __init__(
+        self,
+        aspect: Literal["naturalness", "understandability", "coherence"] = "naturalness",
+        model: str = "MingZhong/unieval-dialog",
+        device: str = "auto",
+    ) -> None:
+        templates = load_prompts("rewards", "quality")["unieval"]
+        if aspect not in templates:
+            raise ValueError(f"aspect must be one of {sorted(templates)}, got {aspect!r}")
+        self.template, self.aspect, self.path, self.device = templates[aspect], aspect, model, device
+
+    def question(self, sample: Sample) -> str:
+        """The model's input. A turn of the history ends in a line end, and the history in a blank line."""
+        # A separator within a text would open a field of its own.
+        texts = {"response": sample.response, "history": f"{sample.prompt}\n\n"}
+        return fill(self.template, {name: text.replace("</s>", "< /s>") for name, text in texts.items()})
+
+    @torch.inference_mode()
+    def reward(self, samples: Sequence[Sample]) -> list[Score]:
+        if not samples:
+            return []
+        with _LOCK:
+            model, tokenizer = _load(self.path, "AutoModelForSeq2SeqLM", self.device)
+        yes, no = (self._word(tokenizer, word) for word in ("Yes", "No"))
+        texts = [self.question(sample) for sample in samples]
+        ids = tokenizer(texts, truncation=True, max_length=UNIEVAL_TOKENS)["input_ids"]
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        odds = [0.0] * len(ids)
+        for chunk in token_budget_chunks([len(ids[i]) for i in order], BATCH_TOKENS):
+            rows = [order[k] for k in chunk]
+            batch = tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="pt").to(model.device)
+            start = torch.full((len(rows), 1), model.config.decoder_start_token_id, device=model.device)
+            logits = model(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], decoder_input_ids=start
+            ).logits[:, 0]
+            for i, difference in zip(rows, (logits[:, yes] - logits[:, no]).float().tolist(), strict=True):
+                odds[i] = difference
+        values = torch.tensor(odds, dtype=torch.float64).sigmoid().tolist()
+        return [
+            Score(value, terms={self.name: value})
+            if not math.isnan(value)
+            else Score.invalid("the model's logits are NaN")
+            for value in values
+        ]
+
+    def _word(self, tokenizer: Any, word: str) -> int:
+        token = tokenizer(word)["input_ids"][0]
+        if token == tokenizer.unk_token_id:
+            raise InputError(f"the tokenizer of {self.path!r} has no token for {word!r}: it is no UniEval model")
+        return int(token)
+
+
+class HubRewardModel(Reward):
+    """The logit of a reward model on (prompt, response), as transformers' sequence classification with one label.
+
+    Prompt and response go through the tokenizer's chat template, as a message of the user and one of the assistant,
+    or where there is none as a pair of texts. A pair that is longer than the model's context has no score. Reward
+    models with classes of their own cannot be loaded, such as OpenAssistant's on GPT-NeoX.
+
+    Args:
+        model: local folder or hub id; loaded on first use.
+        device: ``auto`` takes a GPU where there is one.
+
+    Raises:
+        ModelLoadError: on first use, if the model cannot be loaded or has not one label.
+    """
+
+    name = "hub-reward-model"
+
+    def __init__(self, model: str, device: str = "auto") -> None:
+        self.path, self.device = model, device
+
+    @torch.inference_mode()
+    def reward(self, samples: Sequence[Sample]) -> list[Score]:
+        if not samples:
+            return []
+        with _LOCK:
+            model, tokenizer = self._loaded()
+        rows = [self._encode(tokenizer, sample) for sample in samples]
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+        limit = min(positions, tokenizer.model_max_length)
+        scores = [
+            Score.invalid(f"prompt and response have {len(row['input_ids'])} tokens, {self.path} reads {limit}")
+            for row in rows
+        ]
+        fit = sorted(
+            (i for i, row in enumerate(rows) if len(row["input_ids"]) <= limit), key=lambda i: len(rows[i]["input_ids"])
+        )
+        # Without a padding token the model cannot tell where a row ends: one at a time.
+        pads = tokenizer.pad_token_id is not None
+        lengths = [len(rows[i]["input_ids"]) for i in fit]
+        chunks = token_budget_chunks(lengths, BATCH_TOKENS) if pads else ([k] for k in range(len(fit)))
+        for chunk in chunks:
+            members = [fit[k] for k in chunk]
+            batch = self._batch(tokenizer, [rows[i] for i in members], pads)
+            for i, value in zip(members, model(**batch.to(model.device)).logits[:, 0].float().tolist(), strict=True):
+                finite = math.isfinite(value)
+                scores[i] = Score(value, terms={self.name: value}) if finite else Score.invalid(f"the logit is {value}")
+        return scores
+
+    def _loaded(self) -> tuple[Any, Any]:
+        try:
+            config = load_config(self.path)
+        except ModelLoadError as error:
+            raise ModelLoadError(
+                f"{error}. OpenAssistant's reward models (gpt_neox_reward_model) need a class that transformers has "
+                "not: use one of AutoModelForSequenceClassification with one label"
+            ) from error
+        if config.num_labels != 1:
+            raise ModelLoadError(f"{self.path!r} has {config.num_labels} labels, a reward model has one")
+        model, tokenizer = _load(self.path, "AutoModelForSequenceClassification", self.device)
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = tokenizer.pad_token_id
+        return model, tokenizer
+
+    def _encode(self, tokenizer: Any, sample: Sample) -> dict[str, list[int]]:
+        if not tokenizer.chat_template:
+            return dict(tokenizer(sample.prompt, sample.response))
+        messages = [{"role": "user", "content": sample.prompt}, {"role": "assistant", "content": sample.response}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        return dict(tokenizer(text, add_special_tokens=False))
+
+    def _batch(self, tokenizer: Any, rows: list[dict[str, list[int]]], pads: bool) -> Any:
+        if pads:
+            return tokenizer.pad(rows, padding=True, return_tensors="pt")
+        from transformers import BatchEncoding
+
+        return BatchEncoding({name: [row[name] for row in rows] for name in rows[0]}, tensor_type="pt")

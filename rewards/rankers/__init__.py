@@ -1,0 +1,1 @@
+"""Rankers order candidate responses; the reward ``rank`` gives a sample its place."""

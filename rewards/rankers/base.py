@@ -1,0 +1,286 @@
+"""Rankers: several candidates for one prompt in, one score per candidate out, higher for the better one.
+
+What a ranker says is what list losses learn from (Tuna, Li et al. 2023, arXiv 2310.13385) and, by
+:class:`~instructgym.rewards.rankers.reward.RankReward`, what an environment pays.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from ...llm_backends import BackendError, Prompt, UnsupportedRequestError, request_seed, resolve
+from ...llm_backends.errors import InputError
+from ...llm_backends.local.tokenization import Tokenizer
+from ...llm_backends.parts import Part
+from ..base import NonFiniteRewardError, Reward, Sample
+from ..quality.likelihood import EMBEDDED, Likelihoods
+from ..texts.rouge import rouge_l
+
+PromptForm = Literal["backend", "chat", "raw"]
+
+TEACHER_BETA = 1.3
+"""Exponent of the length under the teacher's log-likelihood: the default of an independent implementation of Tuna."""
+
+
+@dataclass(frozen=True, eq=False)
+class CandidateScores:
+    """What a ranker says of one prompt's candidates.
+
+    Raises:
+        NonFiniteRewardError: on construction, for a score that is not finite.
+    """
+
+    scores: np.ndarray
+    """float32, shape (n,): higher for the better candidate, equal for ties. All 0, and to be ignored, unless valid."""
+    valid: bool = True
+    """False where no ranking could be had."""
+    calls: int = 0
+    """LLM requests it took (a logical count, cache hits included)."""
+    feedback: str = ""
+    """In words: why there is no ranking, or what is to be said about it."""
+    added: tuple[str, ...] = ()
+    """Candidates that the ranker put in itself, such as a judge's own answer."""
+    added_scores: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    """float32, shape (len(added),): their scores, on the same scale."""
+
+    def __post_init__(self) -> None:
+        for name in ("scores", "added_scores"):
+            scores = np.asarray(getattr(self, name), np.float32)
+            if scores.ndim != 1 or not np.isfinite(scores).all():
+                raise NonFiniteRewardError(f"{name} must be one finite number per candidate, got {scores.tolist()}")
+            object.__setattr__(self, name, scores)
+        if len(self.added) != len(self.added_scores):
+            raise InputError(f"{len(self.added)} added candidates have {len(self.added_scores)} scores")
+
+    @classmethod
+    def invalid(cls, count: int, feedback: str, calls: int = 0) -> CandidateScores:
+        """Of ``count`` candidates on which there is no ranking."""
+        return cls(np.zeros(count, np.float32), False, calls, feedback)
+
+    @property
+    def places(self) -> np.ndarray:
+        """int64, shape (n,): 0 for the best candidates, 1 for the next ones; ties share a place, none is skipped."""
+        return np.unique(-self.scores, return_inverse=True)[1].reshape(-1)
+
+
+class Ranker(Part, ABC):
+    """Ranks candidates in batches over prompts, because judges need concurrency."""
+
+    name: str = "ranker"
+
+    def rank(
+        self,
+        prompts: Sequence[str],
+        candidates: Sequence[Sequence[str]],
+        references: Sequence[str | None] | None = None,
+        seeds: Sequence[int] | None = None,
+        attempt: int = 0,
+    ) -> list[CandidateScores]:
+        """Ranks the candidates of every prompt.
+
+        Args:
+            prompts: n prompts.
+            candidates: for each prompt at least one candidate; their numbers may differ.
+            references: for each prompt its right answer, for rankers that need one.
+            seeds: of whatever is drawn for each prompt; by default a hash of the prompt.
+            attempt: 0, or the number of the retry: judges then sample their replies.
+
+        Returns:
+            n rankings, in order. A single candidate has score 0 or what the ranker measures, without a comparison.
+
+        Raises:
+            InputError: if the lengths differ, a prompt has no candidate, or one is no text.
+        """
+        for what, values in (("lists of candidates", candidates), ("references", references), ("seeds", seeds)):
+            if values is not None and len(values) != len(prompts):
+                raise InputError(f"a ranker got {len(prompts)} prompts but {len(values)} {what}")
+        groups = []
+        for row, (prompt, texts) in enumerate(zip(prompts, candidates, strict=True)):
+            if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+                raise InputError(f"the candidates of prompt {row} ({prompt[:40]!r}) must be a list of texts")
+            reference = None if references is None else references[row]
+            seed = request_seed("rank", prompt) if seeds is None else seeds[row]
+            metadata = {"finish_reason": "stop"} | ({"attempt": attempt} if attempt else {})
+            groups.append(
+                [Sample(text, prompt, reference, group=str(row), seed=seed, metadata=metadata) for text in texts]
+            )
+        return self.rank_samples(groups)
+
+    def rank_samples(self, groups: Sequence[Sequence[Sample]]) -> list[CandidateScores]:
+        """Likewise, from samples: those of a group answer one prompt; the first one's seed and reference count.
+
+        Raises:
+            InputError: if a group is empty.
+        """
+        for row, group in enumerate(groups):
+            if not group:
+                raise InputError(f"prompt {row} has no candidates to rank: give each prompt at least one")
+        return self._rank(groups) if groups else []
+
+    @abstractmethod
+    def _rank(self, groups: Sequence[Sequence[Sample]]) -> list[CandidateScores]:
+        """Ranks non-empty groups."""
+
+    def most_calls(self, count: int) -> int:
+        """LLM requests that a ranking of so many candidates takes at most."""
+        return 0
+
+    def reset(self) -> None:
+        """Forgets everything seen."""
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """As :meth:`~instructgym.rewards.base.Reward.check_tokenizer`."""
+
+
+class FunctionRanker(Ranker):
+    """A plain function as a ranker.
+
+    Args:
+        function: ``(prompt, candidates) -> scores``, one finite number per candidate.
+    """
+
+    def __init__(self, function: Callable[[str, list[str]], Sequence[float]]) -> None:
+        self.function = function
+        self.name = getattr(function, "__name__", "function").strip("<>")
+
+    def _rank(self, groups: Sequence[Sequence[Sample]]) -> list[CandidateScores]:
+        results = []
+        for group in groups:
+            result = CandidateScores(np.asarray(self.function(group[0].prompt, [s.response for s in group])))
+            if len(result.scores) != len(group):
+                raise InputError(f"ranker {self.name!r} gave {len(result.scores)} scores for {len(group)} candidates")
+            results.append(result)
+        return results
+
+
+class ProbabilisticRanker(Ranker):
+    """Tuna's probabilistic ranking: a teacher's length-normalised log-likelihood of each candidate.
+
+    v(x, y) = sum_t log p(y_t | x, y_<t) / |y|^beta (Li et al. 2023, arXiv 2310.13385), over the teacher's tokens of the
+    candidate, in nats. With beta = 1 it is the mean log-prob; above that, longer candidates are favoured. A candidate
+    without a character has no likelihood: it is put below all others, by one nat. Where a log-prob cannot be had, there
+    is no ranking.
+
+    Args:
+        backend: the teacher, a language model that reports log-probs; or
+            :class:`~instructgym.rewards.quality.likelihood.Likelihoods` to share.
+        beta: exponent of the length, finite and at least 0.
+        form: how prompts reach the teacher, which should be as when it drew the candidates. ``backend``: as requests in
+            the form that the backend asks for, few-shot for small models; ``chat``: as a user's message; ``raw``: as
+            texts that the candidate goes on from, handed on as they are.
+
+    Raises:
+        ValueError: for a beta out of range or an unknown form.
+        UnsupportedRequestError: if the backend reports no log-probs.
+    """
+
+    name = "probabilistic"
+
+    def __init__(self, backend: Any = EMBEDDED, beta: float = TEACHER_BETA, form: PromptForm = "backend") -> None:
+        if not 0 <= beta < np.inf:
+            raise ValueError(f"beta must be a finite number of at least 0, got {beta}")
+        if form not in get_args(PromptForm):
+            raise ValueError(f"form must be one of {', '.join(get_args(PromptForm))}, got {form!r}")
+        self.likelihoods = Likelihoods.of(backend)
+        if not self.likelihoods.backend.supports_logprobs:
+            raise UnsupportedRequestError(
+                f"backend {self.likelihoods.backend.name!r} reports no log-probs, by which candidates are ranked: use "
+                "another one, or a judge"
+            )
+        self.beta, self.form = beta, form
+
+    def most_calls(self, count: int) -> int:
+        return count
+
+    def _rank(self, groups: Sequence[Sequence[Sample]]) -> list[CandidateScores]:
+        asked = [sample for group in groups for sample in group if sample.response]
+        rows = iter(self.likelihoods.given(asked) if self.form == "backend" else self._given(asked))
+        return [self._scores([next(rows) if sample.response else None for sample in group]) for group in groups]
+
+    def _given(self, samples: Sequence[Sample]) -> list[np.ndarray | BackendError]:
+        prompts: list[Prompt] = []
+        texts = []
+        for sample in samples:
+            apart = self.form == "chat" or sample.prompt[-1:].isspace() or sample.response[:1].isspace()
+            texts.append(sample.response if apart else f" {sample.response}")
+            prompts.append([{"role": "user", "content": sample.prompt}] if self.form == "chat" else sample.prompt)
+        rows = self.likelihoods.backend.logprobs(prompts, texts)
+        for row in rows:
+            if isinstance(row, UnsupportedRequestError):
+                raise row
+        return rows
+
+    def _scores(self, rows: Sequence[np.ndarray | BackendError | None]) -> CandidateScores:
+        """The score of each candidate from its log-probs; None stands for an empty one."""
+        calls = sum(row is not None for row in rows)
+        known: dict[int, float] = {}
+        for number, row in enumerate(rows):
+            if isinstance(row, BackendError):
+                return CandidateScores.invalid(len(rows), f"candidate {number}: {row}", calls)
+            if row is not None:
+                value = float(row.sum(dtype=np.float64)) / len(row) ** self.beta if len(row) else -np.inf
+                if not np.isfinite(value):
+                    return CandidateScores.invalid(len(rows), f"candidate {number}: its log-probs are unusable", calls)
+                known[number] = value
+        last = min(known.values(), default=1.0) - 1.0
+        return CandidateScores(np.array([known.get(i, last) for i in range(len(rows))]), calls=calls)
+
+
+class GroundTruthRanker(Ranker):
+    """Ranks by what a reward says of each candidate, or by ROUGE-L to the reference.
+
+    Where one candidate gets no verdict, there is no ranking.
+
+    Args:
+        score: ``"rouge-l"`` (F-measure to the reference, without stemming), or a reward or its id.
+
+    Raises:
+        InputError: when ranking, for a candidate without the reference that the score needs.
+    """
+
+    name = "ground-truth"
+
+    def __init__(self, score: Any = "rouge-l") -> None:
+        self.score: Reward | None = None if isinstance(score, str) and score == "rouge-l" else resolve("reward", score)
+
+    def most_calls(self, count: int) -> int:
+        return count * self.score.calls_per_sample if self.score else 0
+
+    def reset(self) -> None:
+        if self.score:
+            self.score.reset()
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        if self.score:
+            self.score.check_tokenizer(tokenizer)
+
+    def _rank(self, groups: Sequence[Sequence[Sample]]) -> list[CandidateScores]:
+        if self.score is None:
+            return [CandidateScores(np.array([_to_reference(sample) for sample in group])) for group in groups]
+        scores = iter(self.score.reward(list(chain.from_iterable(groups))))
+        results = []
+        for group in groups:
+            mine = [next(scores) for _ in group]
+            calls = sum(score.calls for score in mine)
+            missing = next((i for i, score in enumerate(mine) if not score.valid), None)
+            if missing is None:
+                results.append(CandidateScores(np.array([score.value for score in mine]), calls=calls))
+            else:
+                why = f"candidate {missing}: {mine[missing].feedback}"
+                results.append(CandidateScores.invalid(len(group), why, calls))
+        return results
+
+
+def _to_reference(sample: Sample) -> float:
+    if sample.reference is None:
+        raise InputError(
+            f"the ground-truth ranker compares candidates with the reference: prompt {sample.prompt[:40]!r} has none; "
+            "use data with references, or rank by a reward"
+        )
+    return rouge_l(sample.response, sample.reference)

@@ -1,0 +1,99 @@
+"""Diversity rewards: how far a text is from everything written before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from ...llm_backends import resolve
+from ..base import Reward, Sample, Score
+from .rouge import RougePool, rouge_l
+
+
+class DiversityReward(Reward):
+    """1 - the largest similarity to the pool of earlier texts and to the text before the edit.
+
+    All samples of a call are scored against the pool as it was at the start of the call and then enter it in order.
+    Our extension: TeaMs-RL's published reward has no such term.
+
+    Args:
+        form: ``"cosine"`` of sentence embeddings, or ``"rouge"`` for ROUGE-L.
+        embedder: for the cosine form.
+        capacity: texts in the pool at most; the oldest leaves first.
+    """
+
+    name = "diversity"
+
+    def __init__(
+        self, form: Literal["cosine", "rouge"] = "cosine", embedder: Any = "minilm", capacity: int = 10_000
+    ) -> None:
+        if form not in ("cosine", "rouge"):
+            raise ValueError(f"unknown diversity form {form!r}: use 'cosine' or 'rouge'")
+        if capacity < 1:
+            raise ValueError(f"capacity must be at least 1, got {capacity}")
+        self.form, self.capacity = form, capacity
+        self.embedder = resolve("embedder", embedder) if form == "cosine" else None
+        self.reset()
+
+    def reset(self) -> None:
+        self.pool: list[str] = []
+        self._vectors: np.ndarray | None = None
+        self._rouge = RougePool()
+        self._latest: dict[tuple[str, str | None], float] = {}
+
+    def reward(self, samples: Sequence[Sample]) -> list[Score]:
+        # A sample that comes again because a judge beside this term gave no verdict is in the pool already.
+        edits = [(sample.response, sample.previous) for sample in samples]
+        known = {
+            edit: self._latest[edit]
+            for edit, sample in zip(edits, samples, strict=True)
+            if sample.metadata.get("attempt") and edit in self._latest
+        }
+        fresh = [sample for edit, sample in zip(edits, samples, strict=True) if edit not in known]
+        nearest: list[float] = []
+        if fresh:
+            nearest = self._nearest_cosine(fresh) if self.embedder is not None else self._nearest_rouge(fresh)
+        for sample, similarity in zip(fresh, nearest, strict=True):
+            self._insert(sample.response)
+            known[sample.response, sample.previous] = float(np.clip(1.0 - similarity, 0.0, 1.0))
+        self._latest = known
+        return [Score(known[edit], terms={self.name: known[edit]}) for edit in edits]
+
+    def _nearest_cosine(self, samples: Sequence[Sample]) -> list[float]:
+        assert self.embedder is not None
+        texts = [s.response for s in samples]
+        own = [s.previous for s in samples if s.previous is not None]
+        vectors = self.embedder.embed([*texts, *own])  # one call
+        new, previous = vectors[: len(texts)], iter(vectors[len(texts) :])
+        to_pool = (new @ self._pool_vectors().T).max(axis=1) if self.pool else np.zeros(len(texts))
+        return [
+            max(float(to_pool[i]), float(new[i] @ next(previous)) if sample.previous is not None else 0.0)
+            for i, sample in enumerate(samples)
+        ]
+
+    def _nearest_rouge(self, samples: Sequence[Sample]) -> list[float]:
+        return [
+            self._rouge.nearest(s.response, floor=0.0 if s.previous is None else rouge_l(s.response, s.previous))
+            for s in samples
+        ]
+
+    def _pool_vectors(self) -> np.ndarray:
+        assert self.embedder is not None
+        known = 0 if self._vectors is None else len(self._vectors)
+        if known < len(self.pool):
+            fresh = self.embedder.embed(self.pool[known:])
+            self._vectors = fresh if self._vectors is None else np.concatenate([self._vectors, fresh])
+        return self._vectors  # type: ignore[return-value]
+
+    def _insert(self, text: str) -> None:
+        self.pool.append(text)
+        if self.form == "rouge":
+            self._rouge.add(text)
+        if len(self.pool) > self.capacity:
+            self.pool.pop(0)
+            if self._vectors is not None and len(self._vectors):
+                self._vectors = self._vectors[1:]
+            if self.form == "rouge":
+                self._rouge.discard_oldest()
