@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from scipy.stats import kendalltau
 
-from ..envs.tasks.candidates import RankedList
-from ..envs.tasks.instruction_data import OPENINGS, DataLayout, InstructionExample, prompt_text
+from ..envs.tasks.instruction.data import OPENINGS, DataLayout, InstructionExample, prompt_text
+from ..envs.tasks.responses.candidates import RankedList
 from ..llm_backends.errors import InputError
 from ..llm_backends.local.causal_lm import token_budget_chunks
 from ..llm_backends.local.tokenization import Tokenizer

@@ -13,14 +13,14 @@ from ..llm_backends.prompting import load_prompts
 from ..rewards.elimination import check_rules
 from ..rewards.prompt_scoring.scorer import TaskPrompt, TaskScorer
 from ..rewards.prompt_scoring.task_gain import TaskGain
-from .edit_process import EditSettings
-from .observations import EditObservation, make_observation
-from .process import check_on_invalid
-from .process_env import check_copies
-from .prompt_operators import FILE, PromptOperator
-from .prompt_process import PromptData, PromptProcess
-from .tasks.prompt_tasks import PromptTask, load_prompt_task
-from .text_edit import TextEditEnv, TextEditVectorEnv
+from .edit.env import TextEditEnv, TextEditVectorEnv
+from .edit.observations import EditObservation, make_observation
+from .edit.process import EditSettings
+from .process.core import check_on_invalid
+from .process.faces import check_copies
+from .prompt_edit.operators import FILE, PromptOperator
+from .prompt_edit.process import PromptData, PromptProcess
+from .tasks.prompt_search.tasks import PromptTask, load_prompt_task
 
 
 def _parts(
@@ -103,11 +103,11 @@ class EditPromptEnv(TextEditEnv):
     ## Action Space
     The operator's. ``edits``: ``Discrete(8)``, LLM edits of the instruction, edits of demonstrations and verbalizers,
     and a no-op. ``phrases``: ``MultiDiscrete([4, positions])``, an operation and a position. ``free-text``: any string.
-    See :mod:`~instructgym.envs.prompt_operators`. ``action_masks()`` marks impossible edits and nothing else; one
+    See :mod:`~instructgym.envs.prompt_edit.operators`. ``action_masks()`` marks impossible edits and nothing else; one
     taken anyway changes nothing, costs no call and is paid 0, but time goes by.
 
     ## Observation Space
-    That of :class:`~instructgym.envs.text_edit.TextEditEnv`; the text is the whole prompt. ``embedding`` has the
+    That of :class:`~instructgym.envs.edit.env.TextEditEnv`; the text is the whole prompt. ``embedding`` has the
     ``action_mask`` as well, because the text does not tell which phrases were deleted.
 
     ## Rewards
@@ -133,7 +133,7 @@ class EditPromptEnv(TextEditEnv):
 
     Args:
         task: a name (``rotten-tomatoes`` is offline), the path of a TOML file, or a
-            :class:`~instructgym.envs.tasks.prompt_tasks.PromptTask`, which is taken as it is: ``data_dir``, ``limit``
+            :class:`~instructgym.envs.tasks.prompt_search.tasks.PromptTask`, which is taken as it is: ``data_dir``, ``limit``
             and ``data_seed`` then do nothing.
         data_dir: folder of a named task's files.
         limit: training examples at most, drawn by ``data_seed``; None for all.
@@ -141,7 +141,7 @@ class EditPromptEnv(TextEditEnv):
         instructions: texts to start from; None for the task's manual ones.
         verbalizers: sets of a word per label, the start's first; None for the task's and the packaged alternatives.
         operator: ``edits``, ``phrases``, ``free-text``, or a live
-            :class:`~instructgym.envs.prompt_operators.PromptOperator`.
+            :class:`~instructgym.envs.prompt_edit.operators.PromptOperator`.
         backend: the rewriter LLM; phrase edits and a caller's free text never ask it.
         scorer: a :class:`~instructgym.rewards.TaskScorer`, or its arguments, e.g. ``{"calibrate": True}``; the task's
             content-free inputs are among them unless others are given.

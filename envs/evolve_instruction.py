@@ -9,10 +9,10 @@ from typing import Any
 from ..llm_backends import resolve
 from ..llm_backends.parts import register_kind
 from ..rewards.elimination import STRING_RULES, check_rules
-from .edit_process import EditSettings
-from .operators import LLMOperator, Operator
-from .tasks.instructions import Instruction, load_instructions
-from .text_edit import TextEditEnv, TextEditVectorEnv
+from .edit.env import TextEditEnv, TextEditVectorEnv
+from .edit.operators import LLMOperator, Operator
+from .edit.process import EditSettings
+from .tasks.instruction.seeds import Instruction, load_instructions
 
 PUBLISHED_SEED = "How to cook food?"
 """The one instruction that the released code trains on."""
@@ -86,7 +86,7 @@ def evolve_instruction(**kwargs: Any) -> TextEditEnv:
         candidates: rewrites per edit, of which the most likely is taken.
         sampling: sampling parameters of the rewriter that replace the defaults.
         max_words: longer texts admit only operations that need not lengthen them.
-        operator: an :class:`~instructgym.envs.operators.Operator` in place of the four above.
+        operator: an :class:`~instructgym.envs.edit.operators.Operator` in place of the four above.
         carry_text: start from the text the last episode ended with.
         elimination: string rules that end an episode; ``()`` for none.
         elimination_ends: False lets an episode go on after an eliminated edit, with the text as it was.

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..llm_backends import resolve
-from .tasks.instance_prompts import STOPS, instance_prompts
-from .tasks.prompt_examples import PromptExample
-from .token_env import TokenEnv
-from .token_process import TokenSettings
-from .token_vector_env import TokenVectorEnv
+from .tasks.instruction.instance_prompts import STOPS, instance_prompts
+from .tokens.env import TokenEnv
+from .tokens.examples import PromptExample
+from .tokens.process import TokenSettings
+from .tokens.vector_env import TokenVectorEnv
 
 MAX_TOKENS = 96
 """Of a response: an input and an output of two or three sentences each."""
@@ -58,7 +58,7 @@ def generate_instance(**kwargs: Any) -> TokenEnv:
 
     Rewards find ``instruction``, ``order`` (``input_first`` or ``output_first``), ``opening`` (the field that the
     prompt ends with, which belongs before the response) and ``finish_reason`` in a sample's metadata;
-    :func:`~instructgym.envs.tasks.instance_prompts.read_response` reads an instance from them.
+    :func:`~instructgym.envs.tasks.instruction.instance_prompts.read_response` reads an instance from them.
 
     Args:
         **kwargs: as follows.
@@ -66,7 +66,7 @@ def generate_instance(**kwargs: Any) -> TokenEnv:
     Keyword Args:
         data: ``instructions`` (the package's own), or a file with ``instruction`` and perhaps ``is_classification``,
             such as the ``instructions.jsonl`` of ``refine-af bootstrap``; see
-            :func:`~instructgym.envs.tasks.instance_prompts.instance_prompts`.
+            :func:`~instructgym.envs.tasks.instruction.instance_prompts.instance_prompts`.
         split: ``train``, ``validation`` or ``test``: 80 / 10 / 10 % by a hash of the instruction; None for all.
         limit: instructions at most; None for all.
         layout: ``plain``: the response continues a few solved tasks, for any language model; ``chat``: a request in

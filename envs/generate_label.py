@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .tasks.nlu_data import load_examples
-from .tasks.nlu_tasks import STOPS, check_layout
-from .tasks.prompt_examples import PromptExample
-from .token_env import TokenEnv
-from .token_process import TokenSettings
-from .token_vector_env import TokenVectorEnv
+from .tasks.nlu.data import load_examples
+from .tasks.nlu.tasks import STOPS, check_layout
+from .tokens.env import TokenEnv
+from .tokens.examples import PromptExample
+from .tokens.process import TokenSettings
+from .tokens.vector_env import TokenVectorEnv
 
 MAX_TOKENS = 12
 """Of a response: an answer and the closing tag take at most nine with SmolLM2's tokenizer."""

@@ -11,13 +11,21 @@ from ..llm_backends.errors import InputError
 from ..rewards.prompt_scoring.hinted_response import HintedResponse
 from ..rewards.prompt_scoring.scorer import TaskScorer
 from ..rewards.prompt_scoring.task_reward import TaskReward
-from .tasks.generated_prompts import LEVELS, Level, Openings, label_hints, response_hints, scored_prompt, task_openings
-from .tasks.prompt_examples import PromptExample
-from .tasks.prompt_tasks import load_prompt_task
-from .tasks.responses import Layout, response_requests
-from .token_env import TokenEnv
-from .token_process import TokenSettings
-from .token_vector_env import TokenVectorEnv
+from .tasks.prompt_search.generated import (
+    LEVELS,
+    Level,
+    Openings,
+    label_hints,
+    response_hints,
+    scored_prompt,
+    task_openings,
+)
+from .tasks.prompt_search.tasks import load_prompt_task
+from .tasks.responses.openings import Layout, response_requests
+from .tokens.env import TokenEnv
+from .tokens.examples import PromptExample
+from .tokens.process import TokenSettings
+from .tokens.vector_env import TokenVectorEnv
 
 Measure = Literal["gap", "accuracy", "rouge"]
 MEASURES: tuple[Measure, ...] = ("gap", "accuracy", "rouge")
@@ -131,7 +139,7 @@ def generate_prompt(**kwargs: Any) -> TokenEnv:
         level: ``task`` or ``instance``.
         measure: ``gap``, ``accuracy``, or, instance-level, ``rouge``.
         data: for ``rouge`` in place of task: ``reviews`` (offline), or a JSONL file with ``prompt`` or ``instruction``
-            and ``reference``; see :func:`~instructgym.envs.tasks.responses.response_prompts`.
+            and ``reference``; see :func:`~instructgym.envs.tasks.responses.openings.response_prompts`.
         data_dir: folder of the task's files; by default the ``datasets`` library fetches them.
         split: ``train``, ``validation`` or ``test``, on which prompts are scored.
         limit: its examples at most; None for all.

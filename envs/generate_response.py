@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..llm_backends import resolve
-from .tasks.prompt_examples import PromptExample
-from .tasks.responses import response_prompts
-from .token_env import TokenEnv
-from .token_process import TokenSettings
-from .token_vector_env import TokenVectorEnv
+from .tasks.responses.openings import response_prompts
+from .tokens.env import TokenEnv
+from .tokens.examples import PromptExample
+from .tokens.process import TokenSettings
+from .tokens.vector_env import TokenVectorEnv
 
 MAX_TOKENS = 48
 """Of a response: two sentences of a review."""
@@ -61,7 +61,7 @@ def generate_response(**kwargs: Any) -> TokenEnv:
 
     Keyword Args:
         data: ``reviews`` (openings of film reviews, offline), ``instructions`` (the package's own), or a JSONL file
-            with ``prompt`` or ``instruction``; see :func:`~instructgym.envs.tasks.responses.response_prompts`.
+            with ``prompt`` or ``instruction``; see :func:`~instructgym.envs.tasks.responses.openings.response_prompts`.
         split: ``train``, ``validation`` or ``test``: 80 / 10 / 10 % by a hash of the text.
         limit: prompts at most; None for all.
         layout: ``plain``: the response continues the prompt; ``chat``: the tokenizer's chat template around it.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..agents.checkpoints import read_state
 from ..agents.language_model import SETTINGS
-from ..envs.tasks.instruction_data import DATA_LAYOUTS, DataLayout, InstructionExample, request_text
+from ..envs.tasks.instruction.data import DATA_LAYOUTS, DataLayout, InstructionExample, request_text
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import read_records
 from .finetune import TRAIN

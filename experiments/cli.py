@@ -403,7 +403,7 @@ def list_judges(console: Console) -> None:
 
 def list_filters(console: Console) -> None:
     """Prints every filter of instructions, in the order in which they are asked, with its reason."""
-    from ..envs.tasks.instruction_filters import FILTERS
+    from ..envs.tasks.instruction.filters import FILTERS
 
     for rule in FILTERS:
         console.print(f"{rule.name:20} {rule.reason}", highlight=False, markup=False)
@@ -492,7 +492,7 @@ def guarded(work: Any) -> int:
     """Runs ``work(console)`` and turns errors that a user can mend into one line on stderr and an exit code."""
     from ..agents.callbacks import InvalidRewardRateError
     from ..agents.on_policy import TrainingDivergedError
-    from ..envs.edit_process import InvalidRewardError
+    from ..envs.edit.process import InvalidRewardError
     from ..llm_backends.serving.budget import BudgetExceededError
 
     console = Console()

@@ -17,9 +17,9 @@ from rich.console import Console
 
 from ..agents.checkpoints import policy_from
 from ..agents.language_model import LanguageModelPolicy
-from ..envs.tasks.evaluation_tasks import HELD_OUT, EvaluationTask, load_evaluation_tasks
-from ..envs.tasks.instruction_data import DataLayout, InstructionExample, prompt_text
-from ..envs.tasks.prompt_examples import PromptExample
+from ..envs.tasks.instruction.data import DataLayout, InstructionExample, prompt_text
+from ..envs.tasks.instruction.evaluation import HELD_OUT, EvaluationTask, load_evaluation_tasks
+from ..envs.tokens.examples import PromptExample
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import read_records, write_lines
 from ..rewards import Sample, Score

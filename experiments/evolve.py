@@ -10,9 +10,9 @@ from typing import Any
 
 import gymnasium as gym
 
-from ..envs.operators import LLMOperator
+from ..envs.edit.operators import LLMOperator
 from ..envs.sb3 import VectorToVecEnv, make_sb3_env
-from ..envs.tasks.instructions import Instruction, load_instructions
+from ..envs.tasks.instruction.seeds import Instruction, load_instructions
 from ..llm_backends import Backend, Journal
 from ..llm_backends.errors import InputError
 from .options import RunOptions, check_counts, input_errors, parse_part, parse_reward

@@ -21,7 +21,7 @@ from rich.table import Table
 from ..agents.callbacks import StepProgress
 from ..agents.factory import BASELINES, check_algorithm, make_agent
 from ..agents.policy_io import load_policy
-from ..envs.tasks.instructions import Instruction
+from ..envs.tasks.instruction.seeds import Instruction
 from ..llm_backends import Journal
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import read_records

@@ -12,8 +12,8 @@ import numpy as np
 
 from ..agents.checkpoints import policy_from
 from ..agents.language_model import LanguageModelPolicy
-from ..envs.tasks.prompt_examples import PromptExample
-from ..envs.tasks.responses import response_prompts
+from ..envs.tasks.responses.openings import response_prompts
+from ..envs.tokens.examples import PromptExample
 from ..llm_backends.errors import InputError
 from ..llm_backends.local.tokenization import Tokenizer
 from .options import check_counts

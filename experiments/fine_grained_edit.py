@@ -12,8 +12,8 @@ from rich.console import Console
 
 from ..agents.checkpoints import read_state
 from ..agents.language_model import SETTINGS, LanguageModelPolicy
-from ..envs.tasks.editing import EditBounds, Editor, EditRequest, edit_responses
-from ..envs.tasks.prompt_examples import PromptExample
+from ..envs.tasks.responses.editors import EditBounds, Editor, EditRequest, edit_responses
+from ..envs.tokens.examples import PromptExample
 from ..llm_backends import Backend, Journal, Journaled, request_seed, resolve
 from ..llm_backends.errors import InputError
 from ..llm_backends.local.tokenization import Tokenizer

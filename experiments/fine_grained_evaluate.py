@@ -14,8 +14,8 @@ from rich.console import Console
 
 from ..agents.checkpoints import read_state
 from ..agents.language_model import SETTINGS, LanguageModelPolicy
-from ..envs.tasks.prompt_examples import PromptExample
-from ..envs.tasks.responses import response_prompts
+from ..envs.tasks.responses.openings import response_prompts
+from ..envs.tokens.examples import PromptExample
 from ..llm_backends import request_seed, resolve
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import read_records

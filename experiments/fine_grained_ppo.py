@@ -14,7 +14,7 @@ from rich.console import Console
 from ..agents.checkpoints import read_state
 from ..agents.language_model import SETTINGS, LanguageModelPolicy
 from ..agents.ppo import TokenPPO
-from ..envs.tasks.prompt_examples import PromptExample
+from ..envs.tokens.examples import PromptExample
 from ..llm_backends import resolve
 from ..llm_backends.errors import InputError
 from ..rewards import Reward, WeightedSum

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from ..agents.language_model import LanguageModelPolicy, LoraSettings
 from ..agents.sft import SFT, Demonstration
-from ..envs.tasks.instruction_data import (
+from ..envs.tasks.instruction.data import (
     OPENINGS,
     DataLayout,
     InstructionData,

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ..envs.tasks.instances import STOPS, Instance, clean, instance_prompt, order_for, parse_instances
-from ..envs.tasks.instruction_filters import parse_numbered
-from ..envs.tasks.instruction_pool import (
+from ..envs.tasks.instruction.filters import parse_numbered
+from ..envs.tasks.instruction.instances import STOPS, Instance, clean, instance_prompt, order_for, parse_instances
+from ..envs.tasks.instruction.pool import (
     DEMONSTRATIONS,
     LAST_ITEM,
     InstructionPool,

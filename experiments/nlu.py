@@ -18,9 +18,9 @@ from ..agents.ppo import TokenPPO
 from ..agents.rollout_agent import RolloutAgent
 from ..agents.rollout_engine import VLLMEngine
 from ..agents.sft import SFT, Demonstration
-from ..envs.tasks.nlu_data import load_examples
-from ..envs.tasks.nlu_tasks import get_task, response_text
-from ..envs.tasks.prompt_examples import PromptExample
+from ..envs.tasks.nlu.data import load_examples
+from ..envs.tasks.nlu.tasks import get_task, response_text
+from ..envs.tokens.examples import PromptExample
 from ..llm_backends.errors import InputError
 from ..llm_backends.local.choices import Choices
 from .nlu_evaluation import ENV_ID, answers, majority, scores

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..agents.language_model import LanguageModelPolicy
-from ..envs.tasks.nlu_metrics import evaluate
-from ..envs.tasks.prompt_examples import PromptExample
+from ..envs.tasks.nlu.metrics import evaluate
+from ..envs.tokens.examples import PromptExample
 from ..rewards.ground_truth import parse_answer
 from .responses import respond
 

@@ -20,7 +20,7 @@ from rich.table import Table
 from ..agents.checkpoints import policy_from, read_state
 from ..agents.language_model import SETTINGS, LanguageModelPolicy
 from ..agents.sft import Demonstration
-from ..envs.tasks.instruction_data import InstructionExample, read_instruction_data
+from ..envs.tasks.instruction.data import InstructionExample, read_instruction_data
 from ..llm_backends.errors import InputError
 from ..llm_backends.local.tokenization import Tokenizer
 from ..llm_backends.records import append_lines, read_records

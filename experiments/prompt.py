@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 from rich.console import Console
 
 from ..agents.callbacks import StepProgress
-from ..envs.tasks.prompt_tasks import PromptTask, load_prompt_task, minibatch
+from ..envs.tasks.prompt_search.tasks import PromptTask, load_prompt_task, minibatch
 from ..llm_backends import Backend, Journal, Journaled
 from ..llm_backends.errors import InputError
 from ..llm_backends.local.backend import TransformersBackend

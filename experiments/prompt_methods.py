@@ -17,7 +17,7 @@ from ..agents.callbacks import StepProgress
 from ..agents.factory import make_agent
 from ..agents.reflective import MAX_TOKENS, PromptAdapter, reflective_search
 from ..envs.sb3 import make_sb3_env
-from ..envs.tasks.prompt_tasks import PromptTask, minibatch
+from ..envs.tasks.prompt_search.tasks import PromptTask, minibatch
 from ..llm_backends import Backend, ContextLengthError
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import append_lines

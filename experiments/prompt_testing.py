@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..envs.tasks.prompt_tasks import PromptTask
+from ..envs.tasks.prompt_search.tasks import PromptTask
 from ..llm_backends import Backend
 from ..rewards.prompt_scoring.scorer import TaskResult, TaskScorer
 from ..rewards.prompt_scoring.task_prompt import Demonstration, LabelledExample, TaskPrompt

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import gymnasium as gym
 
-from ..envs.tasks.instance_prompts import OWN, instance_prompts, read_response
-from ..envs.tasks.instruction_pool import DEMONSTRATIONS, evaluation_split, load_tasks
-from ..envs.tasks.prompt_examples import PromptExample
+from ..envs.tasks.instruction.instance_prompts import OWN, instance_prompts, read_response
+from ..envs.tasks.instruction.pool import DEMONSTRATIONS, evaluation_split, load_tasks
+from ..envs.tokens.examples import PromptExample
 from ..llm_backends.errors import InputError
 from ..llm_backends.local.tokenization import Tokenizer
 from ..rewards import Sample

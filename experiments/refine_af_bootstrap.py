@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..agents.callbacks import StepProgress
-from ..envs.tasks.instances import instance_prompt
-from ..envs.tasks.instruction_pool import (
+from ..envs.tasks.instruction.instances import instance_prompt
+from ..envs.tasks.instruction.pool import (
     DEMONSTRATIONS,
     InstructionPool,
     Task,
@@ -25,7 +25,7 @@ from ..envs.tasks.instruction_pool import (
     instruction_prompt,
     load_tasks,
 )
-from ..envs.tasks.instructions import Instruction
+from ..envs.tasks.instruction.seeds import Instruction
 from ..llm_backends import Backend, Journal, resolve
 from ..llm_backends.errors import InputError
 from .evolve import identity

@@ -16,10 +16,10 @@ from rich.console import Console
 
 from ..agents.checkpoints import policy_from, read_state
 from ..agents.language_model import SETTINGS, LanguageModelPolicy
-from ..envs.tasks.instance_prompts import read_response
-from ..envs.tasks.instances import clean
-from ..envs.tasks.instruction_pool import Task, evaluation_split, load_tasks
-from ..envs.tasks.prompt_examples import PromptExample
+from ..envs.tasks.instruction.instance_prompts import read_response
+from ..envs.tasks.instruction.instances import clean
+from ..envs.tasks.instruction.pool import Task, evaluation_split, load_tasks
+from ..envs.tokens.examples import PromptExample
 from ..llm_backends import request_seed, resolve
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import read_records, write_lines

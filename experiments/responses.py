@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 
 from ..agents.language_model import LanguageModelPolicy
-from ..envs.tasks.prompt_examples import PromptExample
+from ..envs.tokens.examples import PromptExample
 from ..llm_backends import Sampling, request_seed
 
 COPIES = 64

@@ -16,8 +16,8 @@ from typing import Any, ClassVar, Literal
 
 from rich.console import Console
 
-from ..envs.tasks.evaluation_tasks import EvaluationTask, load_evaluation_tasks
-from ..envs.tasks.instruction_data import InstructionExample, prompt_text, read_instruction_data
+from ..envs.tasks.instruction.data import InstructionExample, prompt_text, read_instruction_data
+from ..envs.tasks.instruction.evaluation import EvaluationTask, load_evaluation_tasks
 from ..llm_backends.errors import InputError
 from ..rewards import RougeGate
 from .deadline import Deadline

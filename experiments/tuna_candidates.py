@@ -17,8 +17,8 @@ from rich.console import Console
 
 from ..agents.checkpoints import policy_from
 from ..agents.policy_backend import PolicyBackend
-from ..envs.tasks.candidates import Candidates, DiverseSampling, sample_candidates
-from ..envs.tasks.instruction_data import InstructionExample, prompt_text, read_instruction_data, request_text
+from ..envs.tasks.instruction.data import InstructionExample, prompt_text, read_instruction_data, request_text
+from ..envs.tasks.responses.candidates import Candidates, DiverseSampling, sample_candidates
 from ..llm_backends import Backend, BackendError, ContextLengthError, Journal, Prompt
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import read_records

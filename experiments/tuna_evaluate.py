@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from ..envs.tasks.instruction_data import InstructionExample, request_text
+from ..envs.tasks.instruction.data import InstructionExample, request_text
 from ..llm_backends import Journal, request_seed
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import read_records

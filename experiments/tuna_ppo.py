@@ -13,9 +13,9 @@ from rich.console import Console
 from ..agents.checkpoints import read_state
 from ..agents.language_model import SETTINGS
 from ..agents.ranked_lists import finished_flags, request_of
-from ..envs.tasks.candidates import RankedList, ranked_row, read_ranked_lists
-from ..envs.tasks.instruction_data import OPENINGS, DataLayout, prompt_text
-from ..envs.tasks.prompt_examples import PromptExample
+from ..envs.tasks.instruction.data import OPENINGS, DataLayout, prompt_text
+from ..envs.tasks.responses.candidates import RankedList, ranked_row, read_ranked_lists
+from ..envs.tokens.examples import PromptExample
 from ..llm_backends.errors import InputError
 from ..llm_backends.local.tokenization import Tokenizer
 from ..rewards.learned.edits import EditedPair

@@ -16,8 +16,8 @@ from rich.console import Console
 from scipy.stats import kendalltau
 
 from ..agents.ranked_lists import FINISHED
-from ..envs.tasks.candidates import RankedList, write_ranked_lists
-from ..envs.tasks.instruction_data import OPENINGS, DataLayout, InstructionExample, prompt_text, request_text
+from ..envs.tasks.instruction.data import OPENINGS, DataLayout, InstructionExample, prompt_text, request_text
+from ..envs.tasks.responses.candidates import RankedList, write_ranked_lists
 from ..llm_backends import Backend, BackendError, Journal, request_seed
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import read_records

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from ..envs.tasks.evaluation_tasks import HELD_OUT, EvaluationTask, load_evaluation_tasks
-from ..envs.tasks.instruction_data import InstructionExample
-from ..envs.tasks.instruction_pool import evaluation_split, load_tasks
+from ..envs.tasks.instruction.data import InstructionExample
+from ..envs.tasks.instruction.evaluation import HELD_OUT, EvaluationTask, load_evaluation_tasks
+from ..envs.tasks.instruction.pool import evaluation_split, load_tasks
 from ..llm_backends.errors import InputError
 from ..rewards import RougeGate
 from .deadline import Deadline, in_time

@@ -14,7 +14,7 @@ from ..agents.language_model import SETTINGS, LanguageModelPolicy, LoraSettings
 from ..agents.ranked_lists import rank_agreement, request_of, tokenize_lists
 from ..agents.ranking import LARGEST_SCORE, RankedCandidates, RankingSettings, RankingTrainer
 from ..agents.ranking_losses import LOSSES
-from ..envs.tasks.candidates import RankedList, read_ranked_lists
+from ..envs.tasks.responses.candidates import RankedList, read_ranked_lists
 from ..llm_backends import request_seed
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import read_records

@@ -4,8 +4,8 @@ import gymnasium as gym
 import numpy as np
 
 import instructgym  # noqa: F401 - registers the ids
-from instructgym.envs.spaces import Unicode
-from instructgym.envs.tasks.prompt_tasks import PromptTask
+from instructgym.envs.process.spaces import Unicode
+from instructgym.envs.tasks.prompt_search.tasks import PromptTask
 from instructgym.llm_backends import ScriptedBackend
 from instructgym.rewards import LabelledExample, TaskScorer
 

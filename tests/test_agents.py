@@ -22,8 +22,8 @@ from instructgym.agents import (
 )
 from instructgym.agents.callbacks import EpisodeRows, InvalidRewardGuard, InvalidRewardRateError, StopAtDeadline
 from instructgym.agents.policy_io import PolicyFileError
+from instructgym.envs.edit.operations import load_operations
 from instructgym.envs.sb3 import make_sb3_env
-from instructgym.envs.tasks.operations import load_operations
 from instructgym.llm_backends import BackendError, ScriptedBackend
 
 SEEDS = ["Name a bird that sings.", "Explain how rain forms.", "Describe a deep sea.", "Count the old trees."]

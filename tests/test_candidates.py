@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instructgym.envs.tasks.candidates import (
+from instructgym.envs.tasks.responses.candidates import (
     Candidates,
     DiverseSampling,
     RankedList,

@@ -22,9 +22,9 @@ from instructgym.agents.ranking_agent import RankingAgent
 from instructgym.agents.reward_modelling import RewardTrainer, tokenize_pairs
 from instructgym.agents.sft import SFT, Demonstration
 from instructgym.agents.soft_q import SoftQ
-from instructgym.envs.tasks.prompt_examples import PromptExample
-from instructgym.envs.token_process import TokenSettings
-from instructgym.envs.token_vector_env import TokenVectorEnv
+from instructgym.envs.tokens.examples import PromptExample
+from instructgym.envs.tokens.process import TokenSettings
+from instructgym.envs.tokens.vector_env import TokenVectorEnv
 from instructgym.llm_backends.errors import InputError
 from instructgym.rewards import Reward, Score
 from instructgym.rewards.learned.edits import EditedPair

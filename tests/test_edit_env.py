@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import instructgym  # noqa: F401 - registers the ids
-from instructgym.envs.edit_process import InvalidRewardError
-from instructgym.envs.operators import Edit, LLMOperator, Operator, tidy
-from instructgym.envs.spaces import Unicode
-from instructgym.envs.tasks.operations import load_operations, operation_names
+from instructgym.envs.edit.operations import load_operations, operation_names
+from instructgym.envs.edit.operators import Edit, LLMOperator, Operator, tidy
+from instructgym.envs.edit.process import InvalidRewardError
+from instructgym.envs.process.spaces import Unicode
 from instructgym.llm_backends import BackendError, Completion, ContextLengthError, ScriptedBackend
 from instructgym.rewards import FunctionReward, Score
 
@@ -576,7 +576,7 @@ def test_backends_and_rewards_in_every_form(form, monkeypatch):
 
 
 def test_operators_are_parts_too():
-    env = started(operator={"id": "instructgym.envs.operators:LLMOperator", "kwargs": {"no_op": True}})
+    env = started(operator={"id": "instructgym.envs.edit.operators:LLMOperator", "kwargs": {"no_op": True}})
     assert isinstance(env.process.operator, LLMOperator)
     assert env.action_space.n == 7
 

@@ -34,9 +34,9 @@ from prompt_cases import (
 
 import instructgym  # noqa: F401 - registers the ids
 from instructgym.agents.baselines import RandomAgent
-from instructgym.envs.process import InvalidRewardError
+from instructgym.envs.process.core import InvalidRewardError
 from instructgym.envs.sb3 import make_sb3_env
-from instructgym.envs.tasks.prompt_tasks import PromptTask
+from instructgym.envs.tasks.prompt_search.tasks import PromptTask
 from instructgym.llm_backends import BackendError, ContextLengthError, ScriptedBackend
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.backend import TransformersBackend

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instructgym.envs.tasks.editing import EditBounds, EditRequest, FunctionEditor, LLMEditor, edit_responses
-from instructgym.envs.tasks.respacing import respaced
-from instructgym.envs.tasks.sentiment_editor import SentimentEditor, _table
+from instructgym.envs.tasks.responses.editors import EditBounds, EditRequest, FunctionEditor, LLMEditor, edit_responses
+from instructgym.envs.tasks.responses.respacing import respaced
+from instructgym.envs.tasks.responses.sentiment_editor import SentimentEditor, _table
 from instructgym.llm_backends import BackendError, ScriptedBackend, Usage, resolve
 from instructgym.llm_backends.errors import InputError
 from instructgym.rewards import EditedPair, FunctionReward, Score, edit_labels

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from instructgym.envs.tasks.evaluation_tasks import EvaluationTask, load_evaluation_tasks
-from instructgym.envs.tasks.instruction_pool import held_out, load_tasks
+from instructgym.envs.tasks.instruction.evaluation import EvaluationTask, load_evaluation_tasks
+from instructgym.envs.tasks.instruction.pool import held_out, load_tasks
 from instructgym.llm_backends.errors import InputError
 
 NATURAL = {

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from instructgym.agents.checkpoints import policy_from
-from instructgym.envs.tasks.prompt_examples import PromptExample
+from instructgym.envs.tokens.examples import PromptExample
 from instructgym.experiments import (
     fine_grained_edit,
     fine_grained_evaluate,

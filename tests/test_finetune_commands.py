@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from instructgym.agents.checkpoints import policy_from
-from instructgym.envs.tasks.evaluation_tasks import load_evaluation_tasks
-from instructgym.envs.tasks.instruction_data import InstructionExample
+from instructgym.envs.tasks.instruction.data import InstructionExample
+from instructgym.envs.tasks.instruction.evaluation import load_evaluation_tasks
 from instructgym.experiments import evaluate, finetune, token_training
 from instructgym.experiments.arms import find_arms
 from instructgym.experiments.finetune import demonstrations, split_rows

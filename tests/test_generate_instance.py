@@ -6,9 +6,9 @@ import gymnasium as gym
 import pytest
 
 import instructgym  # noqa: F401
-from instructgym.envs.tasks.instance_prompts import few_shot_prompt, instance_prompts, read_response
-from instructgym.envs.tasks.instruction_pool import load_tasks
-from instructgym.envs.tasks.instructions import load_instructions
+from instructgym.envs.tasks.instruction.instance_prompts import few_shot_prompt, instance_prompts, read_response
+from instructgym.envs.tasks.instruction.pool import load_tasks
+from instructgym.envs.tasks.instruction.seeds import load_instructions
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.tokenization import EmbeddedTokenizer, LoadedTokenizer
 from instructgym.rewards import FunctionReward

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instructgym.envs.tasks.instances import (
+from instructgym.envs.tasks.instruction.instances import (
     MAX_INSTANCES,
     STOPS,
     Instance,

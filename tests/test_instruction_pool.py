@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instructgym.envs.tasks.instances import Instance
-from instructgym.envs.tasks.instruction_filters import FILTERS, dropped_by, normalized, parse_numbered
-from instructgym.envs.tasks.instruction_pool import (
+from instructgym.envs.tasks.instruction.filters import FILTERS, dropped_by, normalized, parse_numbered
+from instructgym.envs.tasks.instruction.instances import Instance
+from instructgym.envs.tasks.instruction.pool import (
     InstructionPool,
     Task,
     held_out,
@@ -16,7 +16,7 @@ from instructgym.envs.tasks.instruction_pool import (
     load_tasks,
     task_type_prompt,
 )
-from instructgym.envs.tasks.instructions import SeedFileError
+from instructgym.envs.tasks.instruction.seeds import SeedFileError
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.records import read_records
 from instructgym.rewards.texts.rouge import RougeGate

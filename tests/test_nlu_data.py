@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from instructgym.envs.tasks.nlu_data import load_examples, load_rows
-from instructgym.envs.tasks.nlu_tasks import CLOSE_TAG, OPEN_TAG, render
+from instructgym.envs.tasks.nlu.data import load_examples, load_rows
+from instructgym.envs.tasks.nlu.tasks import CLOSE_TAG, OPEN_TAG, render
 from instructgym.llm_backends.errors import InputError
 
 

@@ -3,9 +3,9 @@
 import pytest
 from sklearn.metrics import f1_score, matthews_corrcoef
 
-from instructgym.envs.tasks.nlu_metrics import evaluate, format_rate
-from instructgym.envs.tasks.nlu_tasks import TASKS
-from instructgym.envs.tasks.prompt_examples import PromptExample
+from instructgym.envs.tasks.nlu.metrics import evaluate, format_rate
+from instructgym.envs.tasks.nlu.tasks import TASKS
+from instructgym.envs.tokens.examples import PromptExample
 from instructgym.llm_backends.errors import InputError
 
 WORDS = {"E": "Entailment", "N": "Neutral", "C": "Contradiction", "Y": "Yes", "n": "No", "x": None, "?": "yes"}

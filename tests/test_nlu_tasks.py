@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from instructgym.envs.tasks.nlu_data import load_examples
-from instructgym.envs.tasks.nlu_tasks import (
+from instructgym.envs.tasks.nlu.data import load_examples
+from instructgym.envs.tasks.nlu.tasks import (
     CLOSE_TAG,
     OPEN_TAG,
     STOPS,

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from instructgym.envs.tasks.prompt_tasks import load_prompt_task, minibatch
+from instructgym.envs.tasks.prompt_search.tasks import load_prompt_task, minibatch
 from instructgym.llm_backends.errors import InputError
 from instructgym.rewards import Demonstration
 from instructgym.rewards.prompt_scoring.task_prompt import check_prompt

@@ -13,7 +13,7 @@ from instructgym.agents.language_model import LanguageModelPolicy, LoraSettings
 from instructgym.agents.on_policy import TrainingDivergedError
 from instructgym.agents.ranking import RankedCandidates, RankingTrainer
 from instructgym.agents.ranking_agent import RankingAgent
-from instructgym.envs.tasks.prompt_examples import PromptExample
+from instructgym.envs.tokens.examples import PromptExample
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.causal_lm import CausalLM
 from instructgym.llm_backends.local.tokenization import WordTokenizer

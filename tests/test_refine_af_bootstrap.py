@@ -13,8 +13,8 @@ from rich.console import Console
 from scripted_tasks import bootstrapping, sentence
 from test_resume import command, journal_keys, run_with_kills
 
-from instructgym.envs.tasks.instances import Instance
-from instructgym.envs.tasks.instruction_pool import InstructionPool, held_out, load_tasks
+from instructgym.envs.tasks.instruction.instances import Instance
+from instructgym.envs.tasks.instruction.pool import InstructionPool, held_out, load_tasks
 from instructgym.experiments import instruction_bootstrap, refine_af_bootstrap
 from instructgym.experiments.cli import main
 from instructgym.experiments.instruction_bootstrap import Bootstrapper, BootstrapSettings

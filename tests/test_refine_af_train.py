@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from instructgym.envs.tasks.instruction_pool import held_out, load_tasks
+from instructgym.envs.tasks.instruction.pool import held_out, load_tasks
 from instructgym.experiments import refine_af_generate, refine_af_train, token_training
 from instructgym.experiments.refine_af import ENV_ID
 from instructgym.experiments.refine_af_generate import RefineAFGenerate

@@ -10,9 +10,9 @@ from instructgym.agents.distributed import Processes
 from instructgym.agents.language_model import LanguageModelPolicy, LoraSettings
 from instructgym.agents.ppo import TokenPPO
 from instructgym.agents.rollout_engine import VLLMEngine
-from instructgym.envs.tasks.prompt_examples import PromptExample
-from instructgym.envs.token_process import TokenSettings
-from instructgym.envs.token_vector_env import TokenVectorEnv
+from instructgym.envs.tokens.examples import PromptExample
+from instructgym.envs.tokens.process import TokenSettings
+from instructgym.envs.tokens.vector_env import TokenVectorEnv
 from instructgym.llm_backends import BackendError, Sampling
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.choices import Choices

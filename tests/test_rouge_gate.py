@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
-from instructgym.envs.tasks.instructions import load_instructions
+from instructgym.envs.tasks.instruction.seeds import load_instructions
 from instructgym.rewards import RougeGate, RougePool
 from instructgym.rewards.texts.rouge import TOLERANCE
 

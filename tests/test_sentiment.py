@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instructgym.envs.tasks.nlu_data import load_rows
+from instructgym.envs.tasks.nlu.data import load_rows
 from instructgym.llm_backends import resolve
 from instructgym.llm_backends.errors import InputError
 from instructgym.rewards import ReviewClassifier, Reward, Sample, Score, ScoredComparison, VaderSentiment

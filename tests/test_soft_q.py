@@ -15,7 +15,7 @@ from instructgym.agents.path_consistency import multi_step, path_consistency, si
 from instructgym.agents.replay import Episode, ReplayBuffer
 from instructgym.agents.soft_q import _batch
 from instructgym.agents.target_policy import TARGET, TargetPolicy, policy_logits, reference_logits
-from instructgym.envs.tasks.prompt_examples import PromptExample
+from instructgym.envs.tokens.examples import PromptExample
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.causal_lm import CausalLM
 from instructgym.llm_backends.local.tokenization import WordTokenizer

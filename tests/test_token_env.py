@@ -12,10 +12,10 @@ import pytest
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env
 
-from instructgym.envs.process import InvalidRewardError
-from instructgym.envs.tasks.prompt_examples import PromptExample
-from instructgym.envs.token_env import TokenEnv
-from instructgym.envs.token_process import TokenSettings
+from instructgym.envs.process.core import InvalidRewardError
+from instructgym.envs.tokens.env import TokenEnv
+from instructgym.envs.tokens.examples import PromptExample
+from instructgym.envs.tokens.process import TokenSettings
 from instructgym.llm_backends import ScriptedBackend
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.tokenization import ByteTokenizer, WordTokenizer

@@ -15,10 +15,10 @@ from instructgym.agents.language_model import LanguageModelPolicy, LoraSettings
 from instructgym.agents.on_policy import TrainingDivergedError
 from instructgym.agents.ppo import TokenPPO
 from instructgym.agents.sft import SFT, Demonstration
-from instructgym.envs.tasks.prompt_examples import PromptExample
-from instructgym.envs.token_env import TokenEnv
-from instructgym.envs.token_process import TokenSettings
-from instructgym.envs.token_vector_env import TokenVectorEnv
+from instructgym.envs.tokens.env import TokenEnv
+from instructgym.envs.tokens.examples import PromptExample
+from instructgym.envs.tokens.process import TokenSettings
+from instructgym.envs.tokens.vector_env import TokenVectorEnv
 from instructgym.llm_backends.base import Sampling
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.causal_lm import CausalLM

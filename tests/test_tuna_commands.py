@@ -13,7 +13,7 @@ from instructgym.agents.checkpoints import policy_from
 from instructgym.agents.language_model import LanguageModelPolicy, LoraSettings
 from instructgym.agents.policy_backend import PolicyBackend
 from instructgym.agents.ranked_lists import rank_agreement, tokenize_lists
-from instructgym.envs.tasks.candidates import RankedList, read_ranked_lists, write_ranked_lists
+from instructgym.envs.tasks.responses.candidates import RankedList, read_ranked_lists, write_ranked_lists
 from instructgym.experiments import tuna_candidates, tuna_evaluate, tuna_rank, tuna_train
 from instructgym.experiments.run_folder import read_json
 from instructgym.experiments.token_training import OutOfTimeError, TokenTraining

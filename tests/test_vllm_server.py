@@ -17,7 +17,7 @@ import instructgym  # noqa: F401
 from instructgym.agents.language_model import LanguageModelPolicy, LoraSettings
 from instructgym.agents.ppo import TokenPPO
 from instructgym.agents.rollout_engine import VLLMEngine
-from instructgym.envs.tasks.prompt_examples import PromptExample
+from instructgym.envs.tokens.examples import PromptExample
 from instructgym.llm_backends import BackendError, ContextLengthError, Sampling, resolve
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.serving.vllm_server import TokenSampling, VLLMServerBackend

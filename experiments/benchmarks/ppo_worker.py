@@ -14,9 +14,9 @@ import torch
 
 from ...agents.language_model import LanguageModelPolicy, LoraSettings
 from ...agents.ppo import TokenPPO
-from ...envs.tasks.prompt_examples import PromptExample
-from ...envs.token_process import TokenSettings
-from ...envs.token_vector_env import TokenVectorEnv
+from ...envs.tokens.examples import PromptExample
+from ...envs.tokens.process import TokenSettings
+from ...envs.tokens.vector_env import TokenVectorEnv
 from ...llm_backends.local.causal_lm import computes_in_bfloat16
 from .tiny import EndlessTokenizer, endless_model, peak_mb, share_of_e
 

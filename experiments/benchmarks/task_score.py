@@ -25,7 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ...envs.tasks.prompt_tasks import PromptTask, load_prompt_task
+from ...envs.tasks.prompt_search.tasks import PromptTask, load_prompt_task
 from ...llm_backends import BackendError
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.backend import TransformersBackend

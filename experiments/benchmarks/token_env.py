@@ -17,8 +17,8 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from ...envs.generate_label import generate_label_vector
-from ...envs.tasks.prompt_examples import PromptExample
-from ...envs.token_vector_env import TokenVectorEnv
+from ...envs.tokens.examples import PromptExample
+from ...envs.tokens.vector_env import TokenVectorEnv
 from ...llm_backends import Sampling, request_seed
 from ...llm_backends.local.causal_lm import CausalLM, quiet_loading, selective_log_softmax
 from ...llm_backends.local.sampling import generate

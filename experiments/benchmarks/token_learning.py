@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ...envs.tasks.prompt_examples import PromptExample
+from ...envs.tokens.examples import PromptExample
 from ...llm_backends.errors import InputError
 from ...rewards import Reward, Sample, Score
 from ..options import check_output

@@ -1,0 +1,1 @@
+"""What both MDPs share: a batched process and its Gymnasium faces."""

@@ -1,0 +1,1 @@
+"""The edit MDP on prompts of a frozen model: instruction, demonstrations, verbalizers."""

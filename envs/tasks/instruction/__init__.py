@@ -1,0 +1,1 @@
+"""Instruction data: seeds, filters, pools, instances, held-out tasks."""

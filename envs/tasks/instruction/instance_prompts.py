@@ -1,0 +1,142 @@
+"""Prompts whose response is one instance of an instruction: an input, or none, and the output that it calls for.
+
+The prompt ends in the name of the first field (its *opening*), so that a model only has to go on. Classification tasks
+ask for the label first, as in REFINE-AF (Roy et al., arXiv 2505.06548) and Self-Instruct (arXiv 2212.10560).
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from ....llm_backends import Tokenizer
+from ....llm_backends.errors import InputError
+from ....llm_backends.prompting import fill, load_prompts, one_line
+from ....rewards.quality.instance_format import FIELDS, Instance, Order, read_pair
+from ...tokens.examples import PromptExample
+from ..responses.openings import LAYOUTS
+from .instances import order_for
+from .pool import Task, load_tasks
+from .seeds import SPLITS, in_split, read_seed_rows
+
+Layout = Literal["plain", "chat"]
+"""``plain``: a few solved tasks, to be continued; ``chat``: a request in the tokenizer's chat template, and the opening
+of its answer."""
+
+OWN = "instructions"
+"""The data that is the package's own seed instructions."""
+STOPS = ("\n\n", "\nTask:", "\nExample", "\nClass label:")
+"""Where one finished instance ends: a blank line, or the beginning of another one."""
+
+
+def instance_prompts(
+    data: str | Path = OWN,
+    split: str | None = "train",
+    limit: int | None = None,
+    layout: Layout = "plain",
+    seed: int = 0,
+    tokenizer: Tokenizer | None = None,
+) -> list[PromptExample]:
+    """Prompts for one instance each.
+
+    Args:
+        data: ``"instructions"``, the package's own, or a file with ``instruction`` and perhaps ``is_classification``,
+            which asks for the label first, and ``id``: the ``instructions.jsonl`` of ``refine-af bootstrap``, or
+            anything that :func:`~instructgym.envs.tasks.instruction.pool.load_tasks` reads.
+        split: ``"train"``, ``"validation"`` or ``"test"``, 80 / 10 / 10 % by a hash of the instruction, the package's
+            and a file's alike; None for all.
+        limit: take so many at random, a smaller limit taking a part of a larger one's; all, in file order, where None.
+        layout: ``"plain"`` or ``"chat"``.
+        seed: of the limit.
+        tokenizer: whose chat template the layout ``"chat"`` renders.
+
+    Returns:
+        One example per instruction. ``metadata`` has ``task`` (``instructions`` or the file's name), ``instruction``,
+        ``order`` (``input_first`` or ``output_first``) and ``opening``, the field that the prompt ends with.
+
+    Raises:
+        InputError: for an unknown split or layout, a limit below 1, a split without rows, a file that cannot be used,
+            an id or an instruction that comes twice, and a tokenizer without chat template.
+    """
+    if layout not in LAYOUTS:
+        raise InputError(f"unknown layout {layout!r}: use {' or '.join(LAYOUTS)}")
+    if split is not None and split not in SPLITS:
+        raise InputError(f"unknown split {split!r}: use {', '.join(SPLITS)}")
+    if limit is not None and limit < 1:
+        raise InputError(f"a limit of {limit} rows leaves none: use at least 1")
+    if layout == "chat" and tokenizer is None:
+        raise InputError("layout 'chat' needs a tokenizer: pass that of the model")
+    name, tasks = _tasks(data)
+    chosen = [task for task in tasks if split is None or in_split(task.instruction, split)]
+    if not chosen:
+        raise InputError(f"none of the {len(tasks)} instructions of {data} falls into the split {split!r}: add some")
+    if limit is not None:
+        random.Random(f"{seed}/limit").shuffle(chosen)
+        chosen = chosen[:limit]
+    return [_example(task, name, tokenizer if layout == "chat" else None) for task in chosen]
+
+
+def read_response(response: str, metadata: Mapping[str, Any]) -> Instance | str:
+    """The instance that a response to such a prompt is, or what is wrong with it.
+
+    Args:
+        response: its text.
+        metadata: of its example, with the ``finish_reason`` of the episode: what was cut by length is ``cut``; other
+            defects are those of :func:`~instructgym.rewards.quality.instance_format.read_pair`.
+    """
+    if metadata["finish_reason"] == "length":
+        return "cut"
+    return read_pair(metadata["opening"] + response, metadata["order"], metadata["instruction"])
+
+
+def _tasks(data: str | Path) -> tuple[str, list[Task]]:
+    if data == OWN:
+        return OWN, load_tasks()
+    path = Path(data)
+    if not path.suffix and not path.exists():
+        raise InputError(f"unknown data {str(data)!r}: use {OWN!r} or a file of instructions")
+    tasks = load_tasks(path)
+    rows = [row for _, row in read_seed_rows(path) if isinstance(row, dict)]
+    unsorted = {str(row["instruction"]).strip() for row in rows if row.get("task_type_error")}
+    tasks = [task for task in tasks if task.instruction.strip() not in unsorted]
+    for what, values in (("id", [t.id for t in tasks]), ("instruction", [t.instruction for t in tasks])):
+        twice, times = Counter(values).most_common(1)[0]
+        if times > 1:
+            raise InputError(f"{path} has the {what} {twice[:60]!r} {times} times: delete all rows but one")
+    return path.stem, tasks
+
+
+def _example(task: Task, name: str, tokenizer: Tokenizer | None) -> PromptExample:
+    order = order_for(bool(task.is_classification))
+    opening = _line(FIELDS[order][0], "").rstrip()
+    if tokenizer is None:
+        prompt = few_shot_prompt(task.instruction, order)
+    else:
+        request = fill(_table(order)["chat"], {"instruction": task.instruction}).strip()
+        prompt = tokenizer.chat_text([{"role": "user", "content": request}]) + opening
+    metadata = {"task": name, "instruction": task.instruction, "order": order, "opening": opening}
+    return PromptExample(f"{name}/{task.id}", prompt, metadata=metadata)
+
+
+def few_shot_prompt(instruction: str, order: Order) -> str:
+    """The completion form: solved tasks, and one that ends in the name of its first field."""
+    table = _table(order)
+    shots = [[f"Task: {shot['instruction']}", *_fields(shot, order)] for shot in table["tasks"]]
+    asked = [f"Task: {one_line(instruction)}", _line(FIELDS[order][0], "").rstrip()]
+    return "\n\n".join([table["header"], *("\n".join(lines) for lines in [*shots, asked])])
+
+
+def _fields(shot: Mapping[str, str], order: Order) -> Sequence[str]:
+    return [_line(name, shot["input" if name == "input" else "output"]) for name in FIELDS[order]]
+
+
+def _line(name: str, value: str) -> str:
+    return f"{name.capitalize()}: {value}"
+
+
+def _table(order: Order) -> Mapping[str, Any]:
+    table: Mapping[str, Any] = load_prompts("envs.tasks", "refine_af")["instance"][order]
+    return table

@@ -1,0 +1,192 @@
+"""Instances of an instruction: prompts that ask a model for inputs with outputs, strict parsers, and cleaning.
+
+Two orders, as in Self-Instruct (Wang et al., arXiv 2212.10560) and REFINE-AF (arXiv 2505.06548, stage 3): *input
+first*, and for classification tasks *output first*, the label before an input that it fits, lest one label gets all
+inputs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from ....llm_backends.base import Prompt, PromptStyle
+from ....llm_backends.prompting import build_prompt, fill, load_prompts, one_line
+from ....rewards.quality.instance_format import NO_INPUT, Instance, Order
+
+MAX_INSTANCES = 5
+STOPS = (f"Example {MAX_INSTANCES + 1}", "Task:")
+"""Where a reply ends: one example more than wanted, or a new task."""
+
+_EXAMPLE = re.compile(r"\s*Example\s*\d*\s*[.:]?\s*$", re.IGNORECASE)
+_FIELD = re.compile(r"\s*(Input|Output|Class label)\s*\d*\s*:[ \t]*", re.IGNORECASE)
+
+
+Piece: TypeAlias = Instance | str
+"""What a parser reads from one block of a reply; the text of a block that breaks the format stands for itself."""
+
+
+@dataclass
+class Cleaned:
+    """What is left of a reply, and what is not."""
+
+    kept: list[Instance] = field(default_factory=list)
+    dropped: list[tuple[Piece, str]] = field(default_factory=list)
+    """Each with the reason."""
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """How many were dropped for which reason."""
+        return Counter(reason for _, reason in self.dropped)
+
+
+def order_for(is_classification: bool) -> Order:
+    """The order that a task's type asks for."""
+    return "output_first" if is_classification else "input_first"
+
+
+def instance_prompt(style: PromptStyle, instruction: str, order: Order) -> Prompt:
+    """The request for instances of an instruction, in the form that a backend asks for."""
+    table = load_prompts("envs.tasks", "refine_af")[order]
+    chat = fill(table["chat"], {"instruction": instruction, "limit": str(MAX_INSTANCES)})
+    shots = [f"Task: {one_line(task['instruction'])}\n{_written(task['instances'], order)}" for task in table["tasks"]]
+    asked = f"Task: {one_line(instruction)}\n{'Class label:' if order == 'output_first' else ''}"
+    return build_prompt(style, chat, "\n\n".join([table["header"], *shots, asked]))
+
+
+def _written(instances: Sequence[Mapping[str, Any]], order: Order) -> str:
+    """Demonstrations in the format that the parsers read."""
+    if order == "output_first":
+        return "\n".join(f"Class label: {shot['output']}\nInput: {shot['input']}" for shot in instances)
+    if len(instances) == 1 and not instances[0]["input"]:
+        return f"Output: {instances[0]['output']}"
+    return "\n".join(
+        f"Example {number}\nInput: {shot['input']}\nOutput: {shot['output']}"
+        for number, shot in enumerate(instances, start=1)
+    )
+
+
+def parse_instances(reply: str, order: Order, continues: bool = False) -> list[Piece]:
+    """Reads a reply to :func:`instance_prompt`.
+
+    Args:
+        reply: the model's reply.
+        order: the order that was asked for.
+        continues: the prompt was in the few-shot form, which for output first ends in ``Class label:``.
+    """
+    if order == "output_first":
+        return parse_output_first(f"Class label: {reply.lstrip()}" if continues else reply)
+    return parse_input_first(reply)
+
+
+def parse_input_first(reply: str) -> list[Piece]:
+    """Reads ``Example N / Input: ... / Output: ...`` blocks.
+
+    The heading and the input may be missing; text before the output that names no field is the input as it stands. A
+    block without an output field, with two, or with anything after its output but the next block, is malformed.
+    """
+    pieces: list[Piece] = []
+    for block in _blocks(reply):
+        names = [name for name, _ in block]
+        if names.count("output") != 1 or names[-1] != "output" or "class label" in names:
+            pieces.append(
+                "\n".join(f"{name.capitalize()}: {value}" if name else value for name, value in block).strip()
+            )
+        else:
+            pieces.append(Instance(_input("\n".join(value for _, value in block[:-1])), block[-1][1].strip()))
+    return pieces
+
+
+def _blocks(reply: str) -> list[list[tuple[str, str]]]:
+    """Blocks of (field, value): a heading begins a new one, and so does an input field that follows an output."""
+    blocks: list[list[tuple[str, str]]] = [[]]
+    for line in reply.splitlines():
+        if _EXAMPLE.match(line):
+            blocks.append([])
+        elif label := _FIELD.match(line):
+            name = label[1].casefold()
+            if name == "input" and blocks[-1] and blocks[-1][-1][0] == "output":
+                blocks.append([])
+            blocks[-1].append((name, line[label.end() :]))
+        elif blocks[-1]:
+            name, value = blocks[-1][-1]
+            blocks[-1][-1] = (name, f"{value}\n{line}")
+        else:
+            blocks[-1].append(("", line))
+    return [block for block in blocks if any(name or value.strip() for name, value in block)]
+
+
+def parse_output_first(reply: str) -> list[Piece]:
+    """Reads ``Class label: ... / Input: ...`` blocks.
+
+    The input may be missing. Text before the first label is malformed, and so is a block with an output field, with two
+    inputs, or with text between the line of its label and its input.
+    """
+    before, *blocks = re.split(r"^\s*Class label\s*\d*\s*:", reply, flags=re.IGNORECASE | re.MULTILINE)
+    pieces: list[Piece] = [before.strip()] if before.strip() else []
+    for block in blocks:
+        label, _, rest = block.partition("\n")
+        fields = [match[1].casefold() for line in rest.splitlines() if (match := _FIELD.match(line))]
+        if fields not in ([], ["input"]) or (rest.strip() and not _FIELD.match(rest.lstrip())):
+            pieces.append(f"Class label:{block}".strip())
+        else:
+            pieces.append(Instance(_input(_FIELD.sub("", rest.lstrip(), count=1)), label.strip()))
+    return pieces
+
+
+def _input(text: str) -> str:
+    text = text.strip()
+    return "" if text.removesuffix(".").casefold() in NO_INPUT else text
+
+
+def clean(pieces: Sequence[Piece], cut: bool = False, limit: int = MAX_INSTANCES, instruction: str = "") -> Cleaned:
+    """Drops what the rules of Self-Instruct drop from the instances of one instruction.
+
+    Reasons, in the order in which they are looked for: ``cut``, the last piece of a reply that was cut by length;
+    ``malformed``; ``too_many``, those after the first ``limit``; ``empty_output``; ``input_is_output``;
+    ``echo``, an output that repeats the instruction (ours: small models do that); ``ends_with_colon``, of the input or
+    the output, which are unfinished; ``contradiction``, *all* that are left, if
+    one non-empty input has two different outputs; ``duplicate``, an input and output that came before.
+
+    Args:
+        pieces: what was parsed from the reply for one instruction.
+        cut: the reply ended at the token limit.
+        limit: instances kept at most.
+        instruction: what the instances are of.
+    """
+    cleaned, pieces = Cleaned(), list(pieces)
+    if cut and pieces:
+        cleaned.dropped.append((pieces.pop(), "cut"))
+    cleaned.dropped += [(piece, "malformed") for piece in pieces if isinstance(piece, str)]
+    instances = [piece for piece in pieces if isinstance(piece, Instance)]
+    cleaned.dropped += [(instance, "too_many") for instance in instances[limit:]]
+    left: list[Instance] = []
+    for instance in instances[:limit]:
+        reason = _defect(instance, instruction)
+        if reason:
+            cleaned.dropped.append((instance, reason))
+        else:
+            left.append(instance)
+    outputs: dict[str, str] = {}
+    if any(i.input and outputs.setdefault(i.input, i.output) != i.output for i in left):
+        cleaned.dropped += [(instance, "contradiction") for instance in left]
+        return cleaned
+    cleaned.kept = list(dict.fromkeys(left))
+    again = Counter(left) - Counter(cleaned.kept)
+    cleaned.dropped += [(instance, "duplicate") for instance in again.elements()]
+    return cleaned
+
+
+def _defect(instance: Instance, instruction: str) -> str | None:
+    if not instance.output:
+        return "empty_output"
+    if instance.input == instance.output:
+        return "input_is_output"
+    if instruction and one_line(instance.output).casefold() == one_line(instruction).casefold():
+        return "echo"
+    if instance.input.endswith(":") or instance.output.endswith(":"):
+        return "ends_with_colon"
+    return None

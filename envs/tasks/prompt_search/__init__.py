@@ -1,0 +1,1 @@
+"""Labelled tasks for which prompts are sought."""

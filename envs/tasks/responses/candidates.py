@@ -1,0 +1,291 @@
+"""Several different responses to one prompt, and files of responses with scores: what rankings are made of and kept in.
+
+Tuna (Li et al. 2023, arXiv 2310.13385) draws four responses anew, each time at a higher temperature, until they differ
+enough from each other by ROUGE-L.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ....llm_backends import Backend, BackendError, ContextLengthError, Prompt, Sampling, request_seed
+from ....llm_backends.errors import InputError
+from ....llm_backends.records import read_user_rows, user_text
+from ....rewards.judges.ranking import distinct_texts
+from ....rewards.texts.rouge import TOLERANCE, pairwise_rouge_l
+
+
+@dataclass(frozen=True)
+class DiverseSampling:
+    """How different responses are drawn. The defaults are those of Tuna's released code.
+
+    Raises:
+        InputError: on construction, for a value out of range.
+    """
+
+    n: int = 4
+    """Responses per prompt."""
+    temperature: float = 1.0
+    """Of the first try."""
+    step: float = 0.1
+    """By how much the temperature rises from try to try."""
+    tries: int = 3
+    """At most."""
+    threshold: float = 0.8
+    """Responses differ enough when the ROUGE-L F-measure (on stems) of every two of them is below this."""
+    max_tokens: int = 512
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, valid, rule in (
+            ("n", self.n >= 2, "at least 2"),
+            ("temperature", 0 < self.temperature < math.inf, "above 0: greedy responses are all the same"),
+            ("step", 0 <= self.step < math.inf, "a finite number of at least 0"),
+            ("tries", self.tries >= 1, "at least 1"),
+            ("threshold", 0 < self.threshold <= 1, "in (0, 1]"),
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+        ):
+            if not valid:
+                raise InputError(f"DiverseSampling.{name} must be {rule}, got {getattr(self, name)!r}")
+
+    def request(self, attempt: int, seed: int) -> Sampling:
+        """Of a try, counted from 0."""
+        heat = round(self.temperature + attempt * self.step, 6)  # 1.2, not 1.2000000000000002
+        return Sampling(self.max_tokens, heat, self.top_p, stop=self.stop, n=self.n, seed=seed)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The responses drawn for one prompt."""
+
+    texts: tuple[str, ...]
+    """n responses; none where every try failed. One may be empty or the same as another: see :attr:`distinct`."""
+    temperature: float
+    """That of the try they are from; of the last try, where all failed."""
+    tries: int
+    """Requests made."""
+    max_rouge: float | None
+    """Largest ROUGE-L F-measure of two of them; None where there are no texts."""
+    errors: tuple[BackendError, ...] = ()
+    """Of the tries that failed."""
+    finished: tuple[bool, ...] = ()
+    """n: whether the writer ended the response, not the limit of tokens."""
+
+    @property
+    def distinct(self) -> tuple[str, ...]:
+        """Those that say something, without those that repeat an earlier one up to white space; in order."""
+        return tuple(self.texts[number] for number in self.chosen)
+
+    @property
+    def chosen(self) -> tuple[int, ...]:
+        """Numbers of the responses in :attr:`distinct`."""
+        twins = distinct_texts(self.texts)[1]
+        return tuple(n for n, text in enumerate(self.texts) if text.strip() and twins.index(twins[n]) == n)
+
+
+def sample_candidates(
+    backend: Backend,
+    prompts: Sequence[Prompt],
+    settings: DiverseSampling = DiverseSampling(),
+    seed: int = 0,
+    rows: Sequence[int] | None = None,
+) -> list[Candidates]:
+    """Draws responses that differ from each other, for all prompts side by side: one backend call per try.
+
+    All responses to a prompt are drawn again, at a higher temperature, until every two of them have a ROUGE-L below the
+    threshold. Where no try gets there, the set with the lowest mean ROUGE-L is kept. A request that fails counts as a
+    try; a prompt that is too long for the context is not tried again.
+
+    Args:
+        backend: any that generates.
+        prompts: k prompts.
+        settings: how to draw.
+        seed: of the run. The request of a try has the seed ``request_seed(seed, row, try)``, with tries from 0.
+        rows: numbers of the prompts in the run, so that a part of them gives the same responses; by default 0 to k-1.
+
+    Returns:
+        k results, in order.
+
+    Raises:
+        InputError: if the lengths differ.
+        ValueError: for an empty prompt.
+    """
+    rows = range(len(prompts)) if rows is None else rows
+    if len(rows) != len(prompts):
+        raise InputError(f"sample_candidates got {len(prompts)} prompts but {len(rows)} row numbers")
+    draws = [_Draw() for _ in prompts]
+    for attempt in range(settings.tries):
+        open_ones = [i for i, draw in enumerate(draws) if not draw.done]
+        if not open_ones:
+            break
+        samplings = [settings.request(attempt, request_seed(seed, rows[i], attempt)) for i in open_ones]
+        results = backend.generate([prompts[i] for i in open_ones], samplings)
+        for i, sampling, result in zip(open_ones, samplings, results, strict=True):
+            draws[i].take(sampling.temperature, result, settings.threshold)
+    return [draw.result() for draw in draws]
+
+
+class _Draw:
+    """The tries of one prompt."""
+
+    def __init__(self) -> None:
+        self.done = False
+        self.tries, self.heat = 0, 0.0
+        self.errors: list[BackendError] = []
+        self.best: tuple[float, float, float, tuple[str, ...], tuple[bool, ...]] | None = None
+        """Mean and largest ROUGE-L, temperature, texts, which of them are finished."""
+
+    def take(self, heat: float, result: Any, threshold: float) -> None:
+        """Looks at what a try gave."""
+        self.tries, self.heat = self.tries + 1, heat
+        if isinstance(result, BackendError):
+            self.errors.append(result)
+            self.done = isinstance(result, ContextLengthError)
+            return
+        texts = tuple(completion.text for completion in result)
+        similar = pairwise_rouge_l(texts, stem=True)[np.triu_indices(len(texts), k=1)]
+        mean, largest = float(similar.mean()), float(similar.max())
+        self.done = largest < threshold - TOLERANCE
+        if self.done or self.best is None or mean < self.best[0] - TOLERANCE:
+            self.best = (mean, largest, heat, texts, tuple(c.finish_reason != "length" for c in result))
+
+    def result(self) -> Candidates:
+        """What is kept of it."""
+        if self.best is None:
+            return Candidates((), self.heat, self.tries, None, tuple(self.errors))
+        _, largest, heat, texts, finished = self.best
+        return Candidates(texts, heat, self.tries, largest, tuple(self.errors), finished)
+
+
+@dataclass(frozen=True)
+class RankedList:
+    """Candidates for one prompt and what each is worth.
+
+    Raises:
+        InputError: on construction, without candidates, for a blank one, or scores that are not one finite number each.
+    """
+
+    id: str
+    """Stable id of the prompt."""
+    prompt: str
+    """What the candidates answer, as the model reads it."""
+    candidates: tuple[str, ...]
+    """n different or equal responses, none of them blank."""
+    scores: tuple[float, ...]
+    """n finite numbers, higher for the better candidate, equal for ties."""
+    reference: str | None = None
+    """The right answer, where there is one."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """JSON-able."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "candidates", tuple(self.candidates))
+        object.__setattr__(self, "scores", tuple(map(float, self.scores)))
+        where = f"ranked list {self.id!r}"
+        if not self.candidates:
+            raise InputError(f"{where}: field 'candidates' is empty: give at least one")
+        for number, text in enumerate(self.candidates):
+            if not text.strip():
+                raise InputError(f"{where}: field 'candidates' has a blank text in place {number}: leave it out")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:  # servers send them in JSON escapes, no file holds them
+                raise InputError(f"{where}: field 'candidates' has half a character in place {number}") from error
+        if len(self.scores) != len(self.candidates):
+            raise InputError(
+                f"{where}: field 'scores' has {len(self.scores)} numbers for {len(self.candidates)} candidates"
+            )
+        for number, score in enumerate(self.scores):
+            if not math.isfinite(score):
+                raise InputError(f"{where}: field 'scores' has {score} in place {number}: make it a finite number")
+
+
+FIELDS = ("id", "prompt", "candidates", "scores", "reference", "metadata")
+"""Of a row of a file of ranked lists; the last two may be missing."""
+
+
+def write_ranked_lists(path: str | Path, lists: Iterable[RankedList]) -> None:
+    """Writes ranked lists as JSONL that :func:`read_ranked_lists` reads, in one move: the file is whole or absent."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(path.name + ".part")
+    with scratch.open("w", encoding="utf-8", newline="\n") as file:
+        for one in lists:
+            file.write(json.dumps(ranked_row(one), ensure_ascii=False, allow_nan=False) + "\n")
+    scratch.replace(path)
+
+
+def ranked_row(one: RankedList) -> dict[str, Any]:
+    """The row of a ranked list in a file; without a reference or metadata, these fields are left out."""
+    row = {"id": one.id, "prompt": one.prompt, "candidates": list(one.candidates), "scores": list(one.scores)}
+    row |= {} if one.reference is None else {"reference": one.reference}
+    return row | ({"metadata": dict(one.metadata)} if one.metadata else {})
+
+
+def read_ranked_lists(path: str | Path) -> list[RankedList]:
+    """Reads ranked lists from a JSONL file.
+
+    A row has the texts ``id`` and ``prompt``, the list of texts ``candidates``, as many numbers ``scores``, and may
+    have ``reference`` and the object ``metadata``.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The lists in file order.
+
+    Raises:
+        InputError: for a file that cannot be read, is not UTF-8 or has no rows; for a line that is no JSON object, a
+            field that is missing, unknown, of a wrong type or without use, or an id that comes twice, naming the row
+            and the field.
+    """
+    lists: list[RankedList] = []
+    seen: dict[str, str] = {}
+    for where, row in read_user_rows(path, "the ranked lists"):
+        one = _ranked_list(where, row)
+        if one.id in seen:
+            raise InputError(f"{where}: field 'id' {one.id!r} is that of {seen[one.id]}: give each row its own")
+        seen[one.id] = where
+        lists.append(one)
+    if not lists:
+        raise InputError(f"{path} holds no ranked list: it is empty")
+    return lists
+
+
+def _ranked_list(where: str, row: Mapping[str, Any]) -> RankedList:
+    unknown = set(row) - set(FIELDS)
+    if unknown:
+        raise InputError(f"{where}: unknown field {min(unknown)!r}: use {', '.join(FIELDS)}")
+    texts, scores = _listed(where, row, "candidates"), _listed(where, row, "scores")
+    # Each candidate as a field of its own, so that the error names the one that is wrong.
+    candidates = {f"candidates[{number}]": text for number, text in enumerate(texts)}
+    for number, score in enumerate(scores):
+        if isinstance(score, bool) or not isinstance(score, int | float):
+            raise InputError(f"{where}: field 'scores[{number}]' must be a number, got {json.dumps(score)[:60]}")
+    metadata = row.get("metadata", {})
+    if not isinstance(metadata, dict):
+        raise InputError(f"{where}: field 'metadata' is a {type(metadata).__name__}: make it an object")
+    row_id, prompt = user_text(where, row, "id"), user_text(where, row, "prompt")
+    checked = tuple(user_text(where, candidates, name) for name in candidates)
+    reference = None if row.get("reference") is None else user_text(where, row, "reference")
+    try:
+        return RankedList(row_id, prompt, checked, tuple(scores), reference, metadata)
+    except (InputError, OverflowError) as error:  # the latter for an integer beyond every float
+        raise InputError(f"{where}: {error}") from error
+
+
+def _listed(where: str, row: Mapping[str, Any], name: str) -> list[Any]:
+    value = row.get(name)
+    if not isinstance(value, list):
+        has = "it is missing" if name not in row else f"got {json.dumps(value)[:60]}"
+        raise InputError(f"{where}: field {name!r} must be a list, {has}")
+    return value

@@ -1,0 +1,370 @@
+"""The token MDP itself, for n copies at once: the state is prompt and response, an action appends a token.
+
+The Gymnasium env, the Gymnasium vector env and its fast path are thin faces of this class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from gymnasium.spaces import Discrete
+
+from ...llm_backends import Tokenizer
+from ...llm_backends.errors import InputError
+from ...llm_backends.local.choices import Choices
+from ...rewards import Reward
+from ..process.core import Transition, check_index, check_on_invalid, check_options, copy_option
+from ..process.episodes import EpisodeSource
+from .episode import GenerationSpec, TokenEpisode
+from .examples import PromptExample
+from .scoring import Paid, TokenScorer, Turn
+
+
+@dataclass(frozen=True)
+class TokenSettings:
+    """What defines a token MDP besides its parts."""
+
+    max_tokens: int = 16
+    """Tokens of a response at most."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a response, of which they are no part."""
+    constrained: bool = False
+    """Only an example's choices may be written: any other token ends the episode as ``illegal``."""
+    on_invalid: str = "retry"
+    """``retry``: ask once more, then pay the running mean of valid rewards and say so; ``raise``: stop."""
+    context_length: int = 1024
+    """Tokens of prompt and response at most; the tokenizer's own limit holds too."""
+    group_size: int = 1
+    """That many consecutive copies of a vector env answer the same prompt."""
+
+
+class TokenProcess:
+    """Steps n copies of a token MDP.
+
+    Args:
+        copies: number of copies.
+        examples: the prompts.
+        tokenizer: what a token is.
+        reward: scores responses.
+        settings: where responses end.
+
+    Raises:
+        ValueError: for settings out of range, no example, a prompt that is empty or leaves no room for a response, and
+            under ``constrained`` for an example without choices or with choices that cannot be written; for a reward
+            that reads token ids of another tokenizer.
+    """
+
+    def __init__(
+        self,
+        copies: int,
+        examples: Sequence[PromptExample],
+        tokenizer: Tokenizer,
+        reward: Reward,
+        settings: TokenSettings,
+    ) -> None:
+        _check_settings(settings, copies)
+        reward.check_tokenizer(tokenizer)
+        self.examples = list(examples)
+        self.tokenizer, self.settings = tokenizer, settings
+        self.generation = GenerationSpec(
+            tokenizer=tokenizer.name,
+            vocabulary=tokenizer.vocabulary,
+            eos_ids=tokenizer.eos_ids,
+            stop=tuple(settings.stop),
+            max_tokens=settings.max_tokens,
+            context_length=min(settings.context_length, tokenizer.context_length),
+        )
+        self.action_space = Discrete(self.generation.vocabulary)
+        self.scorer = TokenScorer(reward, tokenizer, settings.on_invalid)
+        self.source = EpisodeSource(len(self.examples))
+        self.generators: list[np.random.Generator] = [np.random.default_rng() for _ in range(copies)]
+        self.episodes: list[TokenEpisode | None] = [None] * copies
+        self._prompts: dict[int, np.ndarray] = {}
+        self._choices: dict[tuple[str, ...], Choices] = {}
+        self._unseeded = True
+        self._check_prompts()
+        if settings.constrained:
+            for example in self.examples:
+                self._choices_of(example)
+
+    @property
+    def reward(self) -> Reward:
+        """The reward."""
+        return self.scorer.reward
+
+    def restart(self, seed: int) -> None:
+        """Restores everything that outlives an episode: data order, the reward's memory, running mean."""
+        self.scorer.forget()
+        self.source.seed(seed)
+        self._unseeded = False
+
+    def begin(self, copies: Sequence[int], options: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+        """Starts an episode in each of the copies; those of one group are about the same example.
+
+        Args:
+            copies: which, whole groups.
+            options: ``index`` (an int, or one per copy of the env) chooses the example, ``prefix`` (token ids or text,
+                or one of them per copy) is the response written so far.
+
+        Returns:
+            One info per copy.
+
+        Raises:
+            ValueError: for an unknown option, an index out of range or at odds within a group, and a prefix that leaves
+                no room or ends the episode.
+        """
+        options = options or {}
+        check_options(options)
+        chosen = {copy: copy_option(options, "index", copy, len(self.episodes)) for copy in copies}
+        for index in chosen.values():
+            check_index(index, len(self.examples))
+        prefixes = {copy: self._prefix(options.get("prefix"), copy) for copy in copies}
+        if self._unseeded:
+            self.restart(int(self.generators[copies[0]].integers(2**31)))
+        size = self.settings.group_size
+        drawn: dict[int, int] = {}
+        for copy in copies:
+            group, index = copy // size, chosen[copy]
+            if group not in drawn:
+                drawn[group] = self.source.draw() if index is None else int(index)
+            elif index is not None and int(index) != drawn[group]:
+                raise ValueError(f"options['index'] must be the same for the {size} copies of a group, got {index}")
+            self.episodes[copy] = self._new_episode(drawn[group], copy, prefixes[copy])
+        return [self._start_info(self.episode(copy)) for copy in copies]
+
+    def step(self, actions: Sequence[Any], copies: Sequence[int]) -> list[Transition]:
+        """Appends one token per copy: at most one call to the reward (and one retry) for all of them.
+
+        Raises:
+            ValueError: for an action outside the vocabulary; nothing is written then.
+            InvalidRewardError: with ``on_invalid="raise"``, where there is no verdict.
+        """
+        tokens = [self._token(action) for action in actions]
+        turns = []
+        for copy, token in zip(copies, tokens, strict=True):
+            turns.append(turn := Turn(self.running(copy), len(self.running(copy).tokens)))
+            turn.count = self.advance(copy, (token,))
+        return [
+            Transition(float(paid.rewards[-1]), bool(turn.episode.finish_reason), self.step_info(turn, paid))
+            for turn, paid in zip(turns, self.score(turns), strict=True)
+        ]
+
+    def advance(self, copy: int, tokens: Sequence[int]) -> int:
+        """Appends tokens, ids in [0, vocabulary), until the episode ends, without scoring; returns how many."""
+        return self.episode(copy).write(tokens, self.tokenizer, self.generation)
+
+    def score(self, turns: Sequence[Turn]) -> list[Paid]:
+        """What the turns are paid; the reward is called once for all that are due."""
+        return self.scorer.pay(turns, self.scorer.ask(self.scorer.samples(turns)))
+
+    def mask(self, copy: int) -> np.ndarray:
+        """int8, shape (vocabulary,): the tokens that are allowed next; all once an episode has ended."""
+        return self._mask(self.episode(copy))
+
+    def state(self, copy: int) -> np.ndarray:
+        """int32: prompt and response so far, what an observation of the copy is made of."""
+        return self.episode(copy).state()
+
+    def episode(self, copy: int) -> TokenEpisode:
+        """The copy's episode.
+
+        Raises:
+            RuntimeError: before the first reset.
+        """
+        episode = self.episodes[copy]
+        if episode is None:
+            raise RuntimeError("call reset() before anything else")
+        return episode
+
+    def running(self, copy: int) -> TokenEpisode:
+        """Likewise, and it has not ended.
+
+        Raises:
+            RuntimeError: if it has.
+        """
+        episode = self.episode(copy)
+        if episode.finish_reason:
+            raise RuntimeError(f"the episode has ended ({episode.finish_reason}): call reset()")
+        return episode
+
+    def render(self, copy: int) -> str:
+        """Prompt and response so far; empty before the first reset."""
+        episode = self.episodes[copy]
+        return "" if episode is None else episode.example.prompt + self.tokenizer.decode(episode.tokens)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Data order, running mean and random generators, JSON-able; episodes and the reward's memory are not in it."""
+        return {
+            "source": self.source.state_dict(),
+            "mean": [self.scorer.mean.total, self.scorer.mean.count],
+            "generators": [generator.bit_generator.state for generator in self.generators],
+            "unseeded": self._unseeded,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from :meth:`state_dict`: the next reset does what it would have done there.
+
+        Raises:
+            ValueError: if the state is of another number of copies.
+        """
+        if len(state["generators"]) != len(self.generators):
+            raise InputError(f"the state is of {len(state['generators'])} copies, this env has {len(self.generators)}")
+        self.scorer.forget()
+        self.scorer.mean.total, self.scorer.mean.count = float(state["mean"][0]), int(state["mean"][1])
+        self.source.load_state_dict(state["source"])
+        self.generators = [np.random.default_rng() for _ in self.generators]
+        for generator, saved in zip(self.generators, state["generators"], strict=True):
+            generator.bit_generator.state = saved
+        self.episodes = [None] * len(self.episodes)
+        self._unseeded = bool(state["unseeded"])
+
+    def check_tokens(self, tokens: Any) -> list[int]:
+        """A sequence of token ids as a list.
+
+        Raises:
+            ValueError: unless it is one-dimensional and all are integers in [0, vocabulary).
+        """
+        ids = np.asarray(tokens)
+        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+            raise ValueError(f"token ids must be a one-dimensional sequence of integers, got {tokens!r}")
+        if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= self.generation.vocabulary):
+            raise ValueError(f"token ids must be in [0, {self.generation.vocabulary}), got {ids.min()} to {ids.max()}")
+        return ids.tolist()
+
+    def step_info(self, turn: Turn, paid: Paid) -> dict[str, Any]:
+        """The info of a turn's last step."""
+        episode, written = turn.episode, turn.start + turn.count
+        score = paid.score
+        return self._start_info(episode) | {
+            "step": written,
+            "text": episode.text,
+            "finish_reason": episode.finish_reason,
+            "reward_valid": paid.valid,
+            "invalid_reason": "" if paid.valid or score is None else score.feedback,
+            "reward_terms": {k: float(v) for k, v in score.terms.items()} if score is not None and score.valid else {},
+            "judge_calls": 0 if score is None else score.calls,
+        }
+
+    def _start_info(self, episode: TokenEpisode) -> dict[str, Any]:
+        info: dict[str, Any] = {
+            "episode_id": episode.example.id,
+            "index": episode.index,
+            "prompt_tokens": len(episode.prompt),
+        }
+        if "task" in episode.example.metadata:
+            info["task"] = episode.example.metadata["task"]
+        if episode.finish_reason and episode.example.reference is not None:
+            info["reference"] = episode.example.reference
+        if episode.choices is not None:
+            info["action_mask"] = self._mask(episode)
+        return info
+
+    def _mask(self, episode: TokenEpisode) -> np.ndarray:
+        if episode.choices is None or episode.finish_reason:
+            return np.ones(self.generation.vocabulary, np.int8)
+        mask = np.zeros(self.generation.vocabulary, np.int8)
+        mask[episode.choices.allowed(episode.tokens)] = 1
+        return mask
+
+    def _token(self, action: Any) -> int:
+        if not self.action_space.contains(action):
+            raise ValueError(f"action {action!r} is not in {self.action_space}")
+        return int(action)
+
+    def _new_episode(self, index: int, copy: int, prefix: Sequence[int]) -> TokenEpisode:
+        example, prompt, room = self.examples[index], self._prompt(index), self.settings.max_tokens
+        ids = np.zeros(len(prompt) + room, np.int32)
+        ids[: len(prompt)] = prompt
+        choices = self._choices_of(example) if self.settings.constrained else None
+        base_seed = int(self.generators[copy].integers(2**62))
+        episode = TokenEpisode(index, example, prompt, ids, base_seed, choices, given=len(prefix))
+        episode.write(prefix, self.tokenizer, self.generation)
+        if episode.finish_reason:
+            raise ValueError(
+                f"options['prefix'] of {len(prefix)} tokens already ends the episode ({episode.finish_reason}): "
+                f"give a shorter one (max_tokens is {room})"
+            )
+        return episode
+
+    def _prefix(self, value: Any, copy: int) -> list[int]:
+        if isinstance(value, list | tuple | np.ndarray) and not _is_ids(value):
+            value = copy_option({"prefix": value}, "prefix", copy, len(self.episodes))
+        if value is None:
+            return []
+        if isinstance(value, str):
+            return list(self.tokenizer.encode_continuation(value))
+        try:
+            return self.check_tokens(value)
+        except ValueError as error:
+            raise ValueError(f"options['prefix'] must be a text or token ids: {error}") from None
+
+    def _prompt(self, index: int) -> np.ndarray:
+        if index not in self._prompts:
+            self._remember_prompt(index, self.tokenizer.encode(self.examples[index].prompt))
+        return self._prompts[index]
+
+    def _remember_prompt(self, index: int, ids: Sequence[int]) -> None:
+        example, limit, room = self.examples[index], self.generation.context_length, self.settings.max_tokens
+        if not len(ids):
+            raise InputError(f"the prompt of example {example.id!r} is empty: give it at least one token")
+        if len(ids) + room > limit:
+            raise InputError(
+                f"the prompt of example {example.id!r} has {len(ids)} tokens, with max_tokens={room} for the response "
+                f"that exceeds the context of {limit}: shorten the prompt, lower max_tokens or raise context_length "
+                f"(this tokenizer's model reads {self.tokenizer.context_length})"
+            )
+        self._prompts[index] = np.array(ids, np.int32)
+
+    def _check_prompts(self) -> None:
+        # A token is at least one byte, so most prompts are known to fit without being encoded.
+        room = self.generation.context_length - self.settings.max_tokens - self.tokenizer.hf.num_special_tokens_to_add()
+        doubtful = [
+            i
+            for i, example in enumerate(self.examples)
+            if not example.prompt.strip() or len(example.prompt.encode("utf-8", "replace")) > room
+        ]
+        encoded = self.tokenizer.encode_batch([self.examples[i].prompt for i in doubtful])
+        for index, ids in zip(doubtful, encoded, strict=True):
+            self._remember_prompt(index, ids)
+
+    def _choices_of(self, example: PromptExample) -> Choices:
+        words = tuple(example.choices)
+        if words not in self._choices:
+            if not words:
+                raise InputError(f"constrained responses need choices, example {example.id!r} has none")
+            ids = [self.tokenizer.encode_continuation(" " + word) for word in words]
+            longest = max(map(len, ids))
+            if longest > self.settings.max_tokens:
+                raise InputError(
+                    f"a choice of example {example.id!r} has {longest} tokens, more than "
+                    f"max_tokens={self.settings.max_tokens}: raise that"
+                )
+            if len({tuple(tokens) for tokens in ids}) < len(ids):
+                raise InputError(f"choices of example {example.id!r} are the same in tokens: {', '.join(words)}")
+            try:
+                self._choices[words] = Choices(ids, min(self.generation.eos_ids, default=None))
+            except ValueError as error:
+                raise InputError(f"choices of example {example.id!r}: {error}") from error
+        return self._choices[words]
+
+
+def _is_ids(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.ndim == 1 and value.dtype.kind in "iu"
+    return all(isinstance(item, int | np.integer) for item in value)
+
+
+def _check_settings(settings: TokenSettings, copies: int) -> None:
+    if settings.max_tokens < 1 or settings.context_length < 2:
+        raise InputError(
+            f"max_tokens must be at least 1 and context_length at least 2, got {settings.max_tokens} and "
+            f"{settings.context_length}"
+        )
+    check_on_invalid(settings.on_invalid)
+    if isinstance(settings.stop, str) or not all(isinstance(text, str) and text for text in settings.stop):
+        raise InputError(f"stop must be a tuple of non-empty texts, got {settings.stop!r}")
+    if settings.group_size < 1 or copies % settings.group_size:
+        raise InputError(f"group_size must divide the number of copies ({copies}), got {settings.group_size}")
