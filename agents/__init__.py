@@ -2,22 +2,22 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .baselines import BaselineAgent, RandomAgent, RoundRobinAgent, ScheduleAgent
-from .factory import UnknownAlgorithmError, algorithm_names, make_agent
-from .policy_io import load_policy, normalize_observations, save_policy
+from .sb3.baselines import BaselineAgent, RandomAgent, RoundRobinAgent, ScheduleAgent
+from .sb3.factory import UnknownAlgorithmError, algorithm_names, make_agent
+from .sb3.policy_io import load_policy, normalize_observations, save_policy
 
 if TYPE_CHECKING:
-    from .figa import FIGA
-    from .grpo import GRPO, RLOO
-    from .language_model import LanguageModelPolicy, LoraSettings
-    from .policy_backend import PolicyBackend
-    from .ppo import TokenPPO
-    from .ranked_lists import rank_agreement, tokenize_lists
-    from .ranking import RankedCandidates, RankingTrainer
-    from .ranking_agent import RankingAgent
-    from .reward_modelling import RewardTrainer, TokenizedPair, evaluate_reward_model, tokenize_pairs
-    from .sft import SFT, Demonstration
-    from .soft_q import SoftQ
+    from .policy.backend import PolicyBackend
+    from .policy.language_model import LanguageModelPolicy, LoraSettings
+    from .policy_gradient.grpo import GRPO, RLOO
+    from .policy_gradient.ppo import TokenPPO
+    from .preferences.agent import RankingAgent
+    from .preferences.lists import rank_agreement, tokenize_lists
+    from .preferences.trainer import RankedCandidates, RankingTrainer
+    from .reward_modelling.trainer import RewardTrainer, TokenizedPair, evaluate_reward_model, tokenize_pairs
+    from .soft_q.agent import SoftQ
+    from .supervised.figa import FIGA
+    from .supervised.sft import SFT, Demonstration
 
 _LAZY = {
     "FIGA": "figa",

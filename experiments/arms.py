@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..agents.checkpoints import read_state
-from ..agents.language_model import SETTINGS
+from ..agents.policy.checkpoints import read_state
+from ..agents.policy.language_model import SETTINGS
 from ..envs.tasks.instruction.data import DATA_LAYOUTS, DataLayout, InstructionExample, request_text
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import read_records

@@ -490,8 +490,8 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def guarded(work: Any) -> int:
     """Runs ``work(console)`` and turns errors that a user can mend into one line on stderr and an exit code."""
-    from ..agents.callbacks import InvalidRewardRateError
-    from ..agents.on_policy import TrainingDivergedError
+    from ..agents.policy_gradient.on_policy import TrainingDivergedError
+    from ..agents.sb3.callbacks import InvalidRewardRateError
     from ..envs.edit.process import InvalidRewardError
     from ..llm_backends.serving.budget import BudgetExceededError
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from ..agents.checkpoints import policy_from
-from ..agents.language_model import LanguageModelPolicy
+from ..agents.policy.checkpoints import policy_from
+from ..agents.policy.language_model import LanguageModelPolicy
 from ..envs.tasks.instruction.data import DataLayout, InstructionExample, prompt_text
 from ..envs.tasks.instruction.evaluation import HELD_OUT, EvaluationTask, load_evaluation_tasks
 from ..envs.tokens.examples import PromptExample

@@ -18,9 +18,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..agents.callbacks import StepProgress
-from ..agents.factory import BASELINES, check_algorithm, make_agent
-from ..agents.policy_io import load_policy
+from ..agents.sb3.callbacks import StepProgress
+from ..agents.sb3.factory import BASELINES, check_algorithm, make_agent
+from ..agents.sb3.policy_io import load_policy
 from ..envs.tasks.instruction.seeds import Instruction
 from ..llm_backends import Journal
 from ..llm_backends.errors import InputError

@@ -17,8 +17,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..agents.callbacks import StepProgress
-from ..agents.policy_io import load_policy
+from ..agents.sb3.callbacks import StepProgress
+from ..agents.sb3.policy_io import load_policy
 from ..llm_backends import Journal, request_seed
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import read_records

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from rich.console import Console
 
-from ..agents.factory import BASELINES, check_algorithm
+from ..agents.sb3.factory import BASELINES, check_algorithm
 from ..envs.tasks.instruction.pool import evaluation_split, load_tasks
 from ..llm_backends.errors import InputError
 from .deadline import in_time

@@ -17,9 +17,9 @@ from rich.console import Console
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 
-from ..agents.callbacks import EpisodeRows, InvalidRewardGuard, ShowProgress, StepProgress, StopAtDeadline
-from ..agents.factory import check_algorithm, make_agent
-from ..agents.policy_io import normalize_observations, save_policy
+from ..agents.sb3.callbacks import EpisodeRows, InvalidRewardGuard, ShowProgress, StepProgress, StopAtDeadline
+from ..agents.sb3.factory import check_algorithm, make_agent
+from ..agents.sb3.policy_io import normalize_observations, save_policy
 from ..llm_backends import Journal
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import read_records

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import gymnasium as gym
 import numpy as np
 
-from ..agents.checkpoints import policy_from
-from ..agents.language_model import LanguageModelPolicy
+from ..agents.policy.checkpoints import policy_from
+from ..agents.policy.language_model import LanguageModelPolicy
 from ..envs.tasks.responses.openings import response_prompts
 from ..envs.tokens.examples import PromptExample
 from ..llm_backends.errors import InputError

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from ..agents.checkpoints import read_state
-from ..agents.language_model import SETTINGS, LanguageModelPolicy
+from ..agents.policy.checkpoints import read_state
+from ..agents.policy.language_model import SETTINGS, LanguageModelPolicy
 from ..envs.tasks.responses.editors import EditBounds, Editor, EditRequest, edit_responses
 from ..envs.tokens.examples import PromptExample
 from ..llm_backends import Backend, Journal, Journaled, request_seed, resolve

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from ..agents.checkpoints import read_state
-from ..agents.language_model import SETTINGS, LanguageModelPolicy
+from ..agents.policy.checkpoints import read_state
+from ..agents.policy.language_model import SETTINGS, LanguageModelPolicy
 from ..envs.tasks.responses.openings import response_prompts
 from ..envs.tokens.examples import PromptExample
 from ..llm_backends import request_seed, resolve

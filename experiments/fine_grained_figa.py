@@ -7,10 +7,10 @@ from typing import Any
 
 from rich.console import Console
 
-from ..agents.checkpoints import read_state
-from ..agents.figa import FIGA
-from ..agents.language_model import SETTINGS
-from ..agents.reward_modelling import tokenize_pairs
+from ..agents.policy.checkpoints import read_state
+from ..agents.policy.language_model import SETTINGS
+from ..agents.reward_modelling.trainer import tokenize_pairs
+from ..agents.supervised.figa import FIGA
 from ..llm_backends.errors import InputError
 from ..rewards.learned.edits import read_pairs
 from .fine_grained import StageOptions, load_policy

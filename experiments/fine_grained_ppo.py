@@ -11,9 +11,9 @@ import gymnasium as gym
 import numpy as np
 from rich.console import Console
 
-from ..agents.checkpoints import read_state
-from ..agents.language_model import SETTINGS, LanguageModelPolicy
-from ..agents.ppo import TokenPPO
+from ..agents.policy.checkpoints import read_state
+from ..agents.policy.language_model import SETTINGS, LanguageModelPolicy
+from ..agents.policy_gradient.ppo import TokenPPO
 from ..envs.tokens.examples import PromptExample
 from ..llm_backends import resolve
 from ..llm_backends.errors import InputError

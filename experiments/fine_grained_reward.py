@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from ..agents.language_model import LoraSettings
-from ..agents.reward_modelling import RewardTrainer, TokenizedPair, evaluate_reward_model, tokenize_pairs
+from ..agents.policy.language_model import LoraSettings
+from ..agents.reward_modelling.trainer import RewardTrainer, TokenizedPair, evaluate_reward_model, tokenize_pairs
 from ..llm_backends.errors import InputError
 from ..rewards.learned.edits import read_pairs
 from ..rewards.learned.token_reward import RewardModel

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from ..agents.distributed import Processes
+from ..agents.policy.distributed import Processes
 from ..llm_backends.errors import InputError
 from .fine_grained_edit import Editing, FineGrainedEdit
 from .fine_grained_edit import run as edit

@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
-from ..agents.language_model import LanguageModelPolicy, LoraSettings
-from ..agents.sft import SFT, Demonstration
+from ..agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from ..agents.supervised.sft import SFT, Demonstration
 from ..llm_backends.errors import InputError
 from .fine_grained import StageOptions
 from .options import check_counts

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from rich.console import Console
 
-from ..agents.language_model import LanguageModelPolicy, LoraSettings
-from ..agents.sft import SFT, Demonstration
+from ..agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from ..agents.supervised.sft import SFT, Demonstration
 from ..envs.tasks.instruction.data import (
     OPENINGS,
     DataLayout,

@@ -12,7 +12,7 @@ from gymnasium.utils import seeding
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecNormalize, unwrap_vec_normalize
 
-from ..agents.baselines import BaselineAgent
+from ..agents.sb3.baselines import BaselineAgent
 from ..envs.edit.operators import tidy
 from ..envs.edit.process import EditProcess, Transition
 from ..envs.sb3 import VectorToVecEnv

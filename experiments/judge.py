@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..agents.callbacks import StepProgress
+from ..agents.sb3.callbacks import StepProgress
 from ..llm_backends import Backend, Journaled, request_seed, resolve
 from ..llm_backends.errors import InputError
 from ..rewards.judges.equality import equality_prompt

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from scipy import stats
 
-from ..agents.language_model import LanguageModelPolicy
-from ..agents.sft import Demonstration
+from ..agents.policy.language_model import LanguageModelPolicy
+from ..agents.supervised.sft import Demonstration
 from ..llm_backends.errors import InputError
 from ..llm_backends.local.causal_lm import token_budget_chunks
 from .metrics import auc

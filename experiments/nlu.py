@@ -11,13 +11,13 @@ import gymnasium as gym
 import numpy as np
 from rich.console import Console
 
-from ..agents.distributed import Processes
-from ..agents.grpo import GRPO, RLOO
-from ..agents.language_model import LanguageModelPolicy, LoraSettings
-from ..agents.ppo import TokenPPO
-from ..agents.rollout_agent import RolloutAgent
-from ..agents.rollout_engine import VLLMEngine
-from ..agents.sft import SFT, Demonstration
+from ..agents.policy.distributed import Processes
+from ..agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from ..agents.policy_gradient.grpo import GRPO, RLOO
+from ..agents.policy_gradient.ppo import TokenPPO
+from ..agents.rollouts.agent import RolloutAgent
+from ..agents.rollouts.engine import VLLMEngine
+from ..agents.supervised.sft import SFT, Demonstration
 from ..envs.tasks.nlu.data import load_examples
 from ..envs.tasks.nlu.tasks import get_task, response_text
 from ..envs.tokens.examples import PromptExample

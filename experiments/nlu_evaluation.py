@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..agents.language_model import LanguageModelPolicy
+from ..agents.policy.language_model import LanguageModelPolicy
 from ..envs.tasks.nlu.metrics import evaluate
 from ..envs.tokens.examples import PromptExample
 from ..rewards.ground_truth import parse_answer

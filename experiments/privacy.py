@@ -17,9 +17,9 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from ..agents.checkpoints import policy_from, read_state
-from ..agents.language_model import SETTINGS, LanguageModelPolicy
-from ..agents.sft import Demonstration
+from ..agents.policy.checkpoints import policy_from, read_state
+from ..agents.policy.language_model import SETTINGS, LanguageModelPolicy
+from ..agents.supervised.sft import Demonstration
 from ..envs.tasks.instruction.data import InstructionExample, read_instruction_data
 from ..llm_backends.errors import InputError
 from ..llm_backends.local.tokenization import Tokenizer

@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 
 from rich.console import Console
 
-from ..agents.callbacks import StepProgress
+from ..agents.sb3.callbacks import StepProgress
 from ..envs.tasks.prompt_search.tasks import PromptTask, load_prompt_task, minibatch
 from ..llm_backends import Backend, Journal, Journaled
 from ..llm_backends.errors import InputError

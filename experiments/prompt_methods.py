@@ -12,10 +12,10 @@ import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
-from ..agents.baselines import random_actions
-from ..agents.callbacks import StepProgress
-from ..agents.factory import make_agent
 from ..agents.reflective import MAX_TOKENS, PromptAdapter, reflective_search
+from ..agents.sb3.baselines import random_actions
+from ..agents.sb3.callbacks import StepProgress
+from ..agents.sb3.factory import make_agent
 from ..envs.sb3 import make_sb3_env
 from ..envs.tasks.prompt_search.tasks import PromptTask, minibatch
 from ..llm_backends import Backend, ContextLengthError
@@ -193,21 +193,21 @@ def maskable_ppo(search: PromptSearch) -> None:
 
 def token_ppo(search: PromptSearch) -> None:
     """Token-level PPO writes instructions."""
-    from ..agents.ppo import TokenPPO
+    from ..agents.policy_gradient.ppo import TokenPPO
 
     _write(search, TokenPPO, "shared", {"epochs": 2})
 
 
 def grpo(search: PromptSearch) -> None:
     """GRPO writes instructions."""
-    from ..agents.grpo import GRPO
+    from ..agents.policy_gradient.grpo import GRPO
 
     _write(search, GRPO, "none", {})
 
 
 def soft_q(search: PromptSearch) -> None:
     """Soft Q-learning writes instructions, as in RLPrompt."""
-    from ..agents.soft_q import SoftQ
+    from ..agents.soft_q.agent import SoftQ
 
     _write(search, SoftQ, "none", {"shaped_high": 20.0})
 
@@ -319,7 +319,7 @@ def _edit_options(search: PromptSearch) -> dict[str, Any]:
 
 def _write(search: PromptSearch, agent_class: Any, value: str, options: Mapping[str, Any]) -> None:
     """Rounds of an agent that writes instructions; those of a round are scored on one minibatch."""
-    from ..agents.language_model import LanguageModelPolicy
+    from ..agents.policy.language_model import LanguageModelPolicy
     from ..rewards.prompt_scoring.task_reward import TaskReward
 
     settings, task = search.settings, search.task

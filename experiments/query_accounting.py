@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..agents.factory import BASELINES
+from ..agents.sb3.factory import BASELINES
 from ..llm_backends.errors import InputError
 from .run_folder import read_json
 

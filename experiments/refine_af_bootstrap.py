@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ..agents.callbacks import StepProgress
+from ..agents.sb3.callbacks import StepProgress
 from ..envs.tasks.instruction.instances import instance_prompt
 from ..envs.tasks.instruction.pool import (
     DEMONSTRATIONS,

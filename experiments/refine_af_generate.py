@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from ..agents.checkpoints import policy_from, read_state
-from ..agents.language_model import SETTINGS, LanguageModelPolicy
+from ..agents.policy.checkpoints import policy_from, read_state
+from ..agents.policy.language_model import SETTINGS, LanguageModelPolicy
 from ..envs.tasks.instruction.instance_prompts import read_response
 from ..envs.tasks.instruction.instances import clean
 from ..envs.tasks.instruction.pool import Task, evaluation_split, load_tasks

@@ -15,8 +15,8 @@ import gymnasium as gym
 import numpy as np
 from rich.console import Console
 
-from ..agents.language_model import LanguageModelPolicy, LoraSettings
-from ..agents.ppo import TokenPPO
+from ..agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from ..agents.policy_gradient.ppo import TokenPPO
 from ..llm_backends import resolve
 from ..llm_backends.errors import InputError
 from ..llm_backends.records import read_records

@@ -9,7 +9,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from ..agents.language_model import LanguageModelPolicy
+from ..agents.policy.language_model import LanguageModelPolicy
 from ..envs.tokens.examples import PromptExample
 from ..llm_backends import Sampling, request_seed
 

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from ..agents.distributed import Processes
-from ..agents.language_model import SETTINGS
+from ..agents.policy.distributed import Processes
+from ..agents.policy.language_model import SETTINGS
 from ..llm_backends.errors import InputError
 from ..llm_backends.local.tokenization import EmbeddedTokenizer, Tokenizer
 from .options import check_counts, check_run

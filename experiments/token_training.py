@@ -9,11 +9,11 @@ from typing import Any
 
 from rich.console import Console
 
-from ..agents.callbacks import StepProgress
-from ..agents.checkpoints import latest_checkpoint, replace_checkpoint
-from ..agents.distributed import Processes
-from ..agents.rollout_agent import RolloutAgent
-from ..agents.supervised import SupervisedTrainer
+from ..agents.policy.checkpoints import latest_checkpoint, replace_checkpoint
+from ..agents.policy.distributed import Processes
+from ..agents.rollouts.agent import RolloutAgent
+from ..agents.sb3.callbacks import StepProgress
+from ..agents.supervised.trainer import SupervisedTrainer
 from .run_folder import RowWriter, RunFolder, read_json, write_json
 from .tracking import Tracker
 

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from ..agents.checkpoints import read_state
-from ..agents.language_model import SETTINGS
-from ..agents.ranked_lists import finished_flags, request_of
+from ..agents.policy.checkpoints import read_state
+from ..agents.policy.language_model import SETTINGS
+from ..agents.preferences.lists import finished_flags, request_of
 from ..envs.tasks.instruction.data import OPENINGS, DataLayout, prompt_text
 from ..envs.tasks.responses.candidates import RankedList, ranked_row, read_ranked_lists
 from ..envs.tokens.examples import PromptExample

@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from scipy.stats import kendalltau
 
-from ..agents.ranked_lists import FINISHED
+from ..agents.preferences.lists import FINISHED
 from ..envs.tasks.instruction.data import OPENINGS, DataLayout, InstructionExample, prompt_text, request_text
 from ..envs.tasks.responses.candidates import RankedList, write_ranked_lists
 from ..llm_backends import Backend, BackendError, Journal, request_seed

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from ..agents.checkpoints import policy_from, read_state
-from ..agents.language_model import SETTINGS, LanguageModelPolicy, LoraSettings
-from ..agents.ranked_lists import rank_agreement, request_of, tokenize_lists
-from ..agents.ranking import LARGEST_SCORE, RankedCandidates, RankingSettings, RankingTrainer
-from ..agents.ranking_losses import LOSSES
+from ..agents.policy.checkpoints import policy_from, read_state
+from ..agents.policy.language_model import SETTINGS, LanguageModelPolicy, LoraSettings
+from ..agents.preferences.lists import rank_agreement, request_of, tokenize_lists
+from ..agents.preferences.losses import LOSSES
+from ..agents.preferences.trainer import LARGEST_SCORE, RankedCandidates, RankingSettings, RankingTrainer
 from ..envs.tasks.responses.candidates import RankedList, read_ranked_lists
 from ..llm_backends import request_seed
 from ..llm_backends.errors import InputError

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instructgym.agents.advantages import (
+from instructgym.agents.policy_gradient.advantages import (
     KLController,
     discounted_gae,
     effective_sample_size,

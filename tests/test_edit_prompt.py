@@ -33,7 +33,7 @@ from prompt_cases import (
 )
 
 import instructgym  # noqa: F401 - registers the ids
-from instructgym.agents.baselines import RandomAgent
+from instructgym.agents.sb3.baselines import RandomAgent
 from instructgym.envs.process.core import InvalidRewardError
 from instructgym.envs.sb3 import make_sb3_env
 from instructgym.envs.tasks.prompt_search.tasks import PromptTask
@@ -469,7 +469,7 @@ def mean_gain(agent, env, steps):
     [({"id": "edits", "kwargs": {"operations": EDITS[3:7]}}, "last_edit"), ("phrases", "embedding")],
 )
 def test_maskable_ppo_beats_random(operator, observation):
-    from instructgym.agents.factory import make_agent
+    from instructgym.agents.sb3.factory import make_agent
 
     kwargs = arguments(operator=operator, observation=observation, horizon=4, instructions=[LONG], batch_size=4)
     env = make_sb3_env(ENV_ID, 8, **kwargs)

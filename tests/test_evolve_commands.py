@@ -200,8 +200,8 @@ def flaky():
 
 
 def test_compare_ends_with_a_policy_that_does_nothing(tmp_path, seeds, monkeypatch):
-    from instructgym.agents import factory
-    from instructgym.agents.baselines import BaselineAgent
+    from instructgym.agents.sb3 import factory
+    from instructgym.agents.sb3.baselines import BaselineAgent
 
     class Idle(BaselineAgent):
         def act(self, steps, masks):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from instructgym.agents.checkpoints import policy_from
+from instructgym.agents.policy.checkpoints import policy_from
 from instructgym.envs.tokens.examples import PromptExample
 from instructgym.experiments import (
     fine_grained_edit,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from instructgym.agents.checkpoints import policy_from
+from instructgym.agents.policy.checkpoints import policy_from
 from instructgym.envs.tasks.instruction.data import InstructionExample
 from instructgym.envs.tasks.instruction.evaluation import load_evaluation_tasks
 from instructgym.experiments import evaluate, finetune, token_training

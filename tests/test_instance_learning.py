@@ -4,8 +4,8 @@ import gymnasium as gym
 import numpy as np
 
 import instructgym  # noqa: F401
-from instructgym.agents.language_model import LanguageModelPolicy, LoraSettings
-from instructgym.agents.ppo import TokenPPO
+from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from instructgym.agents.policy_gradient.ppo import TokenPPO
 from instructgym.envs.tokens.examples import PromptExample
 from instructgym.llm_backends.local.causal_lm import CausalLM
 from instructgym.llm_backends.local.tokenization import WordTokenizer

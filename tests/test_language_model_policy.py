@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from instructgym.agents.language_model import POLICY, VALUE, LanguageModelPolicy, LoraSettings
+from instructgym.agents.policy.language_model import POLICY, VALUE, LanguageModelPolicy, LoraSettings
 from instructgym.llm_backends.base import Sampling
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.causal_lm import CausalLM

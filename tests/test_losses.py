@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from instructgym.agents.advantages import kl_estimate
-from instructgym.agents.losses import clipped_policy_loss, clipped_value_loss, k3_penalty
+from instructgym.agents.policy_gradient.advantages import kl_estimate
+from instructgym.agents.policy_gradient.losses import clipped_policy_loss, clipped_value_loss, k3_penalty
 
 
 def tokens(*values):

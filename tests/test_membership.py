@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import auc as area
 
-from instructgym.agents.language_model import LanguageModelPolicy, LoraSettings
-from instructgym.agents.sft import Demonstration
+from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from instructgym.agents.supervised.sft import Demonstration
 from instructgym.experiments.membership import attack_metrics, attack_scores, length_shift, roc, score_rows
 from instructgym.llm_backends.errors import InputError
 

@@ -21,7 +21,7 @@ FILES = sorted([*ROOT.glob("*.py"), *(path for layer in LAYERS for path in (ROOT
 def imported_modules(path: Path) -> Iterator[tuple[int, str]]:
     """All modules that a file names, with line numbers: imports at any depth, and names resolved at run time.
 
-    A string such as "instructgym.agents.ppo:PPO" counts, because a registry that holds it will import it.
+    A string such as "instructgym.agents.policy_gradient.ppo:PPO" counts, because a registry that holds it will import it.
     """
     package = ("instructgym", *path.relative_to(ROOT).parent.parts)
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -59,9 +59,9 @@ def test_imports_point_one_way(layer: str) -> None:
         "from ..agents import baselines",
         "from ..agents.baselines import Random",
         "from .. import agents",
-        "import instructgym.agents.baselines",
+        "import instructgym.agents.sb3.baselines",
         "def late():\n    from instructgym import agents",
-        "AGENTS = {'random': 'instructgym.agents.baselines:Random'}",
+        "AGENTS = {'random': 'instructgym.agents.sb3.baselines:Random'}",
     ],
 )
 def test_the_import_scan_sees_every_form(statement: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

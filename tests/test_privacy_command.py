@@ -6,7 +6,7 @@ import random
 import pytest
 from rich.console import Console
 
-from instructgym.agents.language_model import LanguageModelPolicy, LoraSettings
+from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings
 from instructgym.experiments import finetune, membership, privacy
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.records import read_records

@@ -24,7 +24,7 @@ from prompt_cases import (
     task,
 )
 
-from instructgym.agents.baselines import random_actions
+from instructgym.agents.sb3.baselines import random_actions
 from instructgym.envs.prompt_edit.drafts import DraftContext, PromptDraft
 from instructgym.envs.prompt_edit.operators import PhraseEdits, PromptEdits
 from instructgym.envs.prompt_edit.phrases import join_phrases, split_phrases

@@ -9,10 +9,10 @@ import torch
 from agent_cases import logged, same, undisturbed_and_restored
 
 import instructgym  # noqa: F401  (registers the envs)
-from instructgym.agents.language_model import LanguageModelPolicy, LoraSettings
-from instructgym.agents.on_policy import TrainingDivergedError
-from instructgym.agents.ranking import RankedCandidates, RankingTrainer
-from instructgym.agents.ranking_agent import RankingAgent
+from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from instructgym.agents.policy_gradient.on_policy import TrainingDivergedError
+from instructgym.agents.preferences.agent import RankingAgent
+from instructgym.agents.preferences.trainer import RankedCandidates, RankingTrainer
 from instructgym.envs.tokens.examples import PromptExample
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.causal_lm import CausalLM

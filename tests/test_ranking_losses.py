@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instructgym.agents.ranking_losses import (
+from instructgym.agents.preferences.losses import (
     LOSSES,
     UNRANKED,
     CandidateLists,

@@ -8,9 +8,9 @@ import torch
 from scipy.stats import kendalltau
 from stable_baselines3.common.logger import KVWriter, Logger
 
-from instructgym.agents.language_model import POLICY, LanguageModelPolicy, LoraSettings
-from instructgym.agents.ranking import RankedCandidates, RankingTrainer
-from instructgym.agents.ranking_losses import LOSSES
+from instructgym.agents.policy.language_model import POLICY, LanguageModelPolicy, LoraSettings
+from instructgym.agents.preferences.losses import LOSSES
+from instructgym.agents.preferences.trainer import RankedCandidates, RankingTrainer
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.causal_lm import CausalLM
 from instructgym.llm_backends.local.tokenization import WordTokenizer

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 from stable_baselines3.common.logger import KVWriter, Logger
 
-from instructgym.agents.language_model import LoraSettings
-from instructgym.agents.on_policy import TrainingDivergedError
-from instructgym.agents.reward_losses import (
+from instructgym.agents.policy.language_model import LoraSettings
+from instructgym.agents.policy_gradient.on_policy import TrainingDivergedError
+from instructgym.agents.reward_modelling.losses import (
     LOSSES,
     Side,
     edited_only_bt,
@@ -22,7 +22,7 @@ from instructgym.agents.reward_losses import (
     tlcr_ce,
     unchanged_penalty,
 )
-from instructgym.agents.reward_modelling import RewardTrainer, evaluate_reward_model, tokenize_pairs
+from instructgym.agents.reward_modelling.trainer import RewardTrainer, evaluate_reward_model, tokenize_pairs
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.causal_lm import CausalLM
 from instructgym.llm_backends.local.tokenization import ByteTokenizer, WordTokenizer

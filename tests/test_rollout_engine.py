@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from instructgym.agents.distributed import Processes
-from instructgym.agents.language_model import LanguageModelPolicy, LoraSettings
-from instructgym.agents.ppo import TokenPPO
-from instructgym.agents.rollout_engine import VLLMEngine
+from instructgym.agents.policy.distributed import Processes
+from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from instructgym.agents.policy_gradient.ppo import TokenPPO
+from instructgym.agents.rollouts.engine import VLLMEngine
 from instructgym.envs.tokens.examples import PromptExample
 from instructgym.envs.tokens.process import TokenSettings
 from instructgym.envs.tokens.vector_env import TokenVectorEnv

@@ -8,12 +8,12 @@ import pytest
 import torch
 from stable_baselines3.common.logger import KVWriter, Logger
 
-from instructgym.agents.callbacks import InvalidRewardRateError
-from instructgym.agents.grpo import GRPO, RLOO
-from instructgym.agents.language_model import LanguageModelPolicy, LoraSettings
-from instructgym.agents.on_policy import TrainingDivergedError
-from instructgym.agents.ppo import TokenPPO
-from instructgym.agents.rollout import TokenBatch, collect
+from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from instructgym.agents.policy_gradient.grpo import GRPO, RLOO
+from instructgym.agents.policy_gradient.on_policy import TrainingDivergedError
+from instructgym.agents.policy_gradient.ppo import TokenPPO
+from instructgym.agents.rollouts.batch import TokenBatch, collect
+from instructgym.agents.sb3.callbacks import InvalidRewardRateError
 from instructgym.envs.tokens.examples import PromptExample
 from instructgym.envs.tokens.process import TokenSettings
 from instructgym.envs.tokens.vector_env import TokenVectorEnv

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from instructgym.agents.language_model import POLICY, LanguageModelPolicy, LoraSettings
+from instructgym.agents.policy.language_model import POLICY, LanguageModelPolicy, LoraSettings
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.causal_lm import CausalLM
 from instructgym.llm_backends.local.tokenization import WordTokenizer

@@ -9,12 +9,12 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger
 
-from instructgym.agents.checkpoints import policy_from
-from instructgym.agents.grpo import GRPO, RLOO
-from instructgym.agents.language_model import LanguageModelPolicy, LoraSettings
-from instructgym.agents.on_policy import TrainingDivergedError
-from instructgym.agents.ppo import TokenPPO
-from instructgym.agents.sft import SFT, Demonstration
+from instructgym.agents.policy.checkpoints import policy_from
+from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from instructgym.agents.policy_gradient.grpo import GRPO, RLOO
+from instructgym.agents.policy_gradient.on_policy import TrainingDivergedError
+from instructgym.agents.policy_gradient.ppo import TokenPPO
+from instructgym.agents.supervised.sft import SFT, Demonstration
 from instructgym.envs.tokens.env import TokenEnv
 from instructgym.envs.tokens.examples import PromptExample
 from instructgym.envs.tokens.process import TokenSettings

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from instructgym.agents.language_model import LanguageModelPolicy, LoraSettings
-from instructgym.agents.sft import SFT, Demonstration
+from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from instructgym.agents.supervised.sft import SFT, Demonstration
 from instructgym.envs.tokens.env import TokenEnv
 from instructgym.envs.tokens.examples import PromptExample
 from instructgym.envs.tokens.process import TokenSettings

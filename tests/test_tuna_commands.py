@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from instructgym.agents.checkpoints import policy_from
-from instructgym.agents.language_model import LanguageModelPolicy, LoraSettings
-from instructgym.agents.policy_backend import PolicyBackend
-from instructgym.agents.ranked_lists import rank_agreement, tokenize_lists
+from instructgym.agents.policy.backend import PolicyBackend
+from instructgym.agents.policy.checkpoints import policy_from
+from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from instructgym.agents.preferences.lists import rank_agreement, tokenize_lists
 from instructgym.envs.tasks.responses.candidates import RankedList, read_ranked_lists, write_ranked_lists
 from instructgym.experiments import tuna_candidates, tuna_evaluate, tuna_rank, tuna_train
 from instructgym.experiments.run_folder import read_json

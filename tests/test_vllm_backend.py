@@ -5,7 +5,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM lives in .venv-server: make venv-server")
 
-from instructgym.agents.language_model import LanguageModelPolicy, LoraSettings
+from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings
 from instructgym.llm_backends import BackendError, ContextLengthError, Sampling, resolve
 from instructgym.llm_backends.local.embedded import embedded_model_path
 

@@ -14,9 +14,9 @@ import torch
 from stable_baselines3.common.logger import KVWriter, Logger
 
 import instructgym  # noqa: F401
-from instructgym.agents.language_model import LanguageModelPolicy, LoraSettings
-from instructgym.agents.ppo import TokenPPO
-from instructgym.agents.rollout_engine import VLLMEngine
+from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from instructgym.agents.policy_gradient.ppo import TokenPPO
+from instructgym.agents.rollouts.engine import VLLMEngine
 from instructgym.envs.tokens.examples import PromptExample
 from instructgym.llm_backends import BackendError, ContextLengthError, Sampling, resolve
 from instructgym.llm_backends.errors import InputError
@@ -196,14 +196,14 @@ def test_ppo_with_rollouts_on_it(vllm_url, constrained):
 
 def test_a_server_of_another_model_is_refused(vllm_url, tiny_model_path):
     policy = LanguageModelPolicy(str(tiny_model_path), LoraSettings(rank=4), dtype="float32")
-    from instructgym.agents.distributed import Processes
+    from instructgym.agents.policy.distributed import Processes
 
     with pytest.raises(InputError, match=r"load_lora_adapter|another tokenizer|adapters need"):
         VLLMEngine([vllm_url]).take(policy, Processes())
 
 
 def test_a_rank_above_the_servers_is_refused(vllm_url):
-    from instructgym.agents.distributed import Processes
+    from instructgym.agents.policy.distributed import Processes
 
     policy = LanguageModelPolicy("embedded", LoraSettings(rank=32), dtype="float32")
     with pytest.raises(InputError, match="max-lora-rank"):

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...agents.language_model import LanguageModelPolicy, LoraSettings
-from ...agents.ranking import RankedCandidates, RankingTrainer
+from ...agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from ...agents.preferences.trainer import RankedCandidates, RankingTrainer
 from ...llm_backends.local.causal_lm import CausalLM
 from ...llm_backends.training.adapters import training_dtype
 from .tiny import peak_mb

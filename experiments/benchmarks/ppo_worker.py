@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ...agents.language_model import LanguageModelPolicy, LoraSettings
-from ...agents.ppo import TokenPPO
+from ...agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from ...agents.policy_gradient.ppo import TokenPPO
 from ...envs.tokens.examples import PromptExample
 from ...envs.tokens.process import TokenSettings
 from ...envs.tokens.vector_env import TokenVectorEnv

@@ -14,9 +14,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ...agents.distributed import Processes
-from ...agents.language_model import LanguageModelPolicy, LoraSettings
-from ...agents.rollout_engine import VLLMEngine
+from ...agents.policy.distributed import Processes
+from ...agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from ...agents.rollouts.engine import VLLMEngine
 from ...llm_backends import BackendError, Sampling, request_seed
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.causal_lm import computes_in_bfloat16

@@ -51,7 +51,7 @@ class RewardModel:
 
     The reward of token t is the head on the hidden state *after* token t was read: what an action earns depends on the
     action, EOS included. It never depends on later tokens, so a prefix's rewards are those within the whole response.
-    A new model scores everything 0; :class:`~instructgym.agents.reward_modelling.RewardTrainer` trains it.
+    A new model scores everything 0; :class:`~instructgym.agents.reward_modelling.trainer.RewardTrainer` trains it.
 
     Args:
         model: ``"embedded"``, a local path or hub id, a live :class:`CausalLM` (which is then changed in place), or a
@@ -59,7 +59,7 @@ class RewardModel:
         lora: what is trained besides the head; rank 0 trains all weights, which no other part can share then.
         level: ``token``: a reward per response token; ``sequence``: one per response, at its last token.
         dtype: ``float32``, ``bfloat16`` or ``auto``, as of
-            :class:`~instructgym.agents.language_model.LanguageModelPolicy`. The head computes in float32.
+            :class:`~instructgym.agents.policy.language_model.LanguageModelPolicy`. The head computes in float32.
         device: ``auto`` takes a GPU where there is one.
         seed: of the adapter's initial weights.
 

@@ -11,7 +11,7 @@ from gymnasium import spaces
 from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.vec_env import VecEnv
 
-from ..llm_backends.errors import InputError
+from ...llm_backends.errors import InputError
 from .baselines import RandomAgent, RoundRobinAgent, ScheduleAgent
 
 NETWORK = {"net_arch": [64, 64], "activation_fn": torch.nn.ReLU}

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..llm_backends.errors import InputError
+from ...llm_backends.errors import InputError
 from .language_model import SETTINGS, LanguageModelPolicy, LoraSettings
 from .optimization import Optimizer
 

@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 import numpy as np
 from stable_baselines3.common.logger import Logger
 
-from ..llm_backends import request_seed
-from ..llm_backends.errors import InputError
-from .checkpoints import Trainable, read_checkpoint, write_checkpoint
-from .distributed import Processes
-from .on_policy import TrainingDivergedError
-from .optimization import Optimizer, OptimizerSettings
+from ...llm_backends import request_seed
+from ...llm_backends.errors import InputError
+from ..policy.checkpoints import Trainable, read_checkpoint, write_checkpoint
+from ..policy.distributed import Processes
+from ..policy.optimization import Optimizer, OptimizerSettings
+from ..policy_gradient.on_policy import TrainingDivergedError
 
 
 @dataclass(frozen=True)

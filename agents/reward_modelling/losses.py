@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
-from ..rewards.learned.reward_model import Level, Transform
+from ...rewards.learned.reward_model import Level, Transform
 
 
 @dataclass

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 
-from ..llm_backends.errors import InputError
+from ...llm_backends.errors import InputError
 from .baselines import BaselineAgent
 from .factory import make_agent
 

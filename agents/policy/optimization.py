@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..llm_backends.errors import InputError
+from ...llm_backends.errors import InputError
 
 HEADS = ("value_head.", "reward_head.")
 """What the names of scalar heads' weights begin with."""

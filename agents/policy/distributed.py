@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..llm_backends.errors import InputError
+from ...llm_backends.errors import InputError
 
 
 class Processes:

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from ..llm_backends import Sampling, request_seed
-from ..llm_backends.local.causal_lm import token_budget_chunks
-from ..llm_backends.local.choices import Choices
-from ..llm_backends.training.teacher_forcing import common_prefix
-from .language_model import LanguageModelPolicy
-from .rollout_engine import RolloutEngine
+from ...llm_backends import Sampling, request_seed
+from ...llm_backends.local.causal_lm import token_budget_chunks
+from ...llm_backends.local.choices import Choices
+from ...llm_backends.training.teacher_forcing import common_prefix
+from ..policy.language_model import LanguageModelPolicy
+from .engine import RolloutEngine
 
 OPENING, ALIKE = 16, 4
 """Tokens by which prompts are told apart, and episodes of one kind that are worth micro-batches of their own."""

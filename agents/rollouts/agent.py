@@ -14,16 +14,16 @@ from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 
-from ..llm_backends import Completion, Sampling, request_seed
-from ..llm_backends.errors import InputError
-from ..llm_backends.local.choices import Choices
-from .callbacks import InvalidRewardRateError
-from .checkpoints import POLICY_FOLDER, STATE, policy_from, read_checkpoint, read_state, write_checkpoint
-from .distributed import Processes
-from .language_model import LanguageModelPolicy
-from .optimization import Optimizer, OptimizerSettings, check_at_least_zero
-from .rollout import RolloutStatistics, TokenBatch, collect
-from .rollout_engine import RolloutEngine
+from ...llm_backends import Completion, Sampling, request_seed
+from ...llm_backends.errors import InputError
+from ...llm_backends.local.choices import Choices
+from ..policy.checkpoints import POLICY_FOLDER, STATE, policy_from, read_checkpoint, read_state, write_checkpoint
+from ..policy.distributed import Processes
+from ..policy.language_model import LanguageModelPolicy
+from ..policy.optimization import Optimizer, OptimizerSettings, check_at_least_zero
+from ..sb3.callbacks import InvalidRewardRateError
+from .batch import RolloutStatistics, TokenBatch, collect
+from .engine import RolloutEngine
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class RolloutAgent(ABC):
             mode ``DISABLED``; wrappers are looked through.
         policy: a :class:`LanguageModelPolicy`, or the name, path or hub id of a model.
         seed: of everything that is drawn: episodes' order, tokens, minibatches.
-        engine: what writes the episodes, e.g. a :class:`~instructgym.agents.rollout_engine.VLLMEngine`; by default the
+        engine: what writes the episodes, e.g. a :class:`~instructgym.agents.rollouts.engine.VLLMEngine`; by default the
             policy itself.
         settings: an object of the class's ``settings_class``; or
         **options: its fields by name.

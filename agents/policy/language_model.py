@@ -15,13 +15,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..llm_backends import Completion, Sampling
-from ..llm_backends.errors import InputError
-from ..llm_backends.local.causal_lm import CausalLM, quiet_loading
-from ..llm_backends.local.choices import Choices
-from ..llm_backends.local.sampling import generate
-from ..llm_backends.local.tokenization import LoadedTokenizer, Tokenizer
-from ..llm_backends.training.adapters import (
+from ...llm_backends import Completion, Sampling
+from ...llm_backends.errors import InputError
+from ...llm_backends.local.causal_lm import CausalLM, quiet_loading
+from ...llm_backends.local.choices import Choices
+from ...llm_backends.local.sampling import generate
+from ...llm_backends.local.tokenization import LoadedTokenizer, Tokenizer
+from ...llm_backends.training.adapters import (
     DEFAULT_LORA,
     AdaptedTrunk,
     LoraSettings,
@@ -30,9 +30,9 @@ from ..llm_backends.training.adapters import (
     open_model,
     training_dtype,
 )
-from ..llm_backends.training.teacher_forcing import response_hidden
-from ..llm_backends.training.token_kl import ComparedTokens, OutputLayer, compared_tokens
-from ..llm_backends.training.token_logprobs import allowed_logprobs, token_logprobs
+from ...llm_backends.training.teacher_forcing import response_hidden
+from ...llm_backends.training.token_kl import ComparedTokens, OutputLayer, compared_tokens
+from ...llm_backends.training.token_logprobs import allowed_logprobs, token_logprobs
 
 __all__ = ["POLICY", "SETTINGS", "VALUE", "LanguageModelPolicy", "LoraSettings", "TokenScores", "ValueFunction"]
 

@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..llm_backends import request_seed
-from ..llm_backends.errors import InputError
-from .on_policy import TrainingDivergedError
-from .optimization import check_at_least_zero
-from .ranking import RankedCandidates, RankingSettings, RankingTrainer, _List
-from .ranking_losses import LOSSES
-from .rollout import TokenBatch
-from .rollout_agent import RolloutAgent, RolloutSettings
+from ...llm_backends import request_seed
+from ...llm_backends.errors import InputError
+from ..policy.optimization import check_at_least_zero
+from ..policy_gradient.on_policy import TrainingDivergedError
+from ..rollouts.agent import RolloutAgent, RolloutSettings
+from ..rollouts.batch import TokenBatch
+from .losses import LOSSES
+from .trainer import RankedCandidates, RankingSettings, RankingTrainer, _List
 
 PREVIOUS = "previous"
 """Name of the frozen adapter that an earlier iterate is kept in."""
@@ -63,7 +63,7 @@ class RankingAgent(RolloutAgent):
     that were scored together are one list; lists of one sample or of ties alone are passed over and counted (for
     ``spin``, which compares samples with the reference response, none is). Each update makes ``epochs`` passes over
     its lists, of ``minibatches`` optimiser steps each. :meth:`fit` trains on lists that are there already; it is
-    :class:`~instructgym.agents.ranking.RankingTrainer`, on this agent's weights and optimiser.
+    :class:`~instructgym.agents.preferences.trainer.RankingTrainer`, on this agent's weights and optimiser.
 
     The reference response to imitate, or to prefer to the samples, is the example's own: ``info["reference"]`` at the
     end of an episode, followed by the end of sequence and cut to the env's ``max_tokens``. Tuna's losses imitate by
@@ -76,7 +76,7 @@ class RankingAgent(RolloutAgent):
     nats per sample of the lists that are learned from, by the sampler's log-probs.
 
     Args:
-        env, policy, seed, engine, settings: as of :class:`~instructgym.agents.rollout_agent.RolloutAgent`.
+        env, policy, seed, engine, settings: as of :class:`~instructgym.agents.rollouts.agent.RolloutAgent`.
         **options: fields of :class:`RankingAgentSettings`.
 
     Raises:
@@ -114,7 +114,7 @@ class RankingAgent(RolloutAgent):
         """Trains on ranked candidates, without the env.
 
         Args:
-            lists: as of :meth:`RankingTrainer.fit <instructgym.agents.ranking.RankingTrainer.fit>`.
+            lists: as of :meth:`RankingTrainer.fit <instructgym.agents.preferences.trainer.RankingTrainer.fit>`.
             callback: called with this agent after every optimiser step; returning False stops training.
 
         Raises:

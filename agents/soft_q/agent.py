@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from ..llm_backends import request_seed
-from ..llm_backends.errors import InputError
-from .checkpoints import POLICY_FOLDER
-from .on_policy import TrainingDivergedError
-from .optimization import check_at_least_zero, check_choice
+from ...llm_backends import request_seed
+from ...llm_backends.errors import InputError
+from ..policy.checkpoints import POLICY_FOLDER
+from ..policy.optimization import check_at_least_zero, check_choice
+from ..policy_gradient.on_policy import TrainingDivergedError
+from ..rollouts.agent import RolloutAgent, RolloutSettings
+from ..rollouts.batch import TokenBatch
 from .path_consistency import Consistency, multi_step, path_consistency, single_step
 from .replay import Episode, ReplayBuffer
-from .rollout import TokenBatch
-from .rollout_agent import RolloutAgent, RolloutSettings
 from .target_policy import TargetPolicy, policy_logits, reference_logits
 
 ZSCORE_EPSILON = 1e-4
@@ -88,7 +88,7 @@ class SoftQ(RolloutAgent):
     """Soft Q-learning: the logits are action values, their logsumexp is the state's, and softmax of them is the policy.
 
     Each token's loss asks for consistency with the next state, or with all that follows up to the end
-    (:mod:`~instructgym.agents.path_consistency`), with V of a target network that follows the policy slowly. Sums over
+    (:mod:`~instructgym.agents.soft_q.path_consistency`), with V of a target network that follows the policy slowly. Sums over
     the tokens of an episode, means over episodes. The optimum is consistent on every episode, whoever wrote it: under
     ``top_k`` sampling, by an earlier policy, by others. :attr:`replay` keeps past ones, where ``replay_ratio`` is above
     0, and takes those of others.
@@ -104,7 +104,7 @@ class SoftQ(RolloutAgent):
     ``train/replayed`` episodes.
 
     Args:
-        env, policy, seed, engine, settings: as of :class:`~instructgym.agents.rollout_agent.RolloutAgent`.
+        env, policy, seed, engine, settings: as of :class:`~instructgym.agents.rollouts.agent.RolloutAgent`.
         **options: fields of :class:`SoftQSettings`.
 
     Raises:

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..llm_backends.errors import InputError
-from ..llm_backends.local.causal_lm import token_budget_chunks
-from ..llm_backends.local.tokenization import Tokenizer
-from ..rewards.learned.edits import EditedPair, edit_labels
-from ..rewards.learned.reward_model import RewardModel
-from .optimization import check_at_least_zero, check_choice
-from .reward_losses import LOSSES, Side, unchanged_penalty
-from .supervised import SupervisedSettings, SupervisedTrainer
+from ...llm_backends.errors import InputError
+from ...llm_backends.local.causal_lm import token_budget_chunks
+from ...llm_backends.local.tokenization import Tokenizer
+from ...rewards.learned.edits import EditedPair, edit_labels
+from ...rewards.learned.reward_model import RewardModel
+from ..policy.optimization import check_at_least_zero, check_choice
+from ..supervised.trainer import SupervisedSettings, SupervisedTrainer
+from .losses import LOSSES, Side, unchanged_penalty
 
 STATISTICS_PAIRS = 1024
 """Pairs at most whose originals give a trained model its mean score."""
@@ -119,7 +119,7 @@ class RewardSettings(SupervisedSettings):
     """Settings of the training of a reward model."""
 
     loss: str = "mean_bt"
-    """One of :data:`~instructgym.agents.reward_losses.LOSSES`."""
+    """One of :data:`~instructgym.agents.reward_modelling.losses.LOSSES`."""
     unchanged_penalty: float = 0.0
     """Weight of the mean square of the head's output over unchanged tokens, for token-level losses.
 

@@ -6,12 +6,12 @@ from contextlib import AbstractContextManager, ExitStack
 
 import numpy as np
 
-from ..llm_backends import BackendError, Prompt, Sampling
-from ..llm_backends.base import Result
-from ..llm_backends.local.backend import TransformersBackend
-from ..llm_backends.local.causal_lm import CausalLM
-from ..llm_backends.local.embedded import embedded_model_path
-from ..llm_backends.training.adapters import autocast
+from ...llm_backends import BackendError, Prompt, Sampling
+from ...llm_backends.base import Result
+from ...llm_backends.local.backend import TransformersBackend
+from ...llm_backends.local.causal_lm import CausalLM
+from ...llm_backends.local.embedded import embedded_model_path
+from ...llm_backends.training.adapters import autocast
 from .language_model import POLICY, LanguageModelPolicy
 
 

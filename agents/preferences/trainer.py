@@ -13,13 +13,13 @@ from scipy.special import expit
 from scipy.stats import rankdata
 from torch.utils.checkpoint import checkpoint
 
-from ..llm_backends.errors import InputError
-from ..llm_backends.local.causal_lm import token_budget_chunks
-from ..llm_backends.training.teacher_forcing import SHARED_PREFIX
-from .language_model import LanguageModelPolicy
-from .optimization import check_at_least_zero, check_choice
-from .ranking_losses import LOSSES, PAIRINGS, UNRANKED, CandidateLists, Pairing, nll
-from .supervised import SupervisedSettings, SupervisedTrainer
+from ...llm_backends.errors import InputError
+from ...llm_backends.local.causal_lm import token_budget_chunks
+from ...llm_backends.training.teacher_forcing import SHARED_PREFIX
+from ..policy.language_model import LanguageModelPolicy
+from ..policy.optimization import check_at_least_zero, check_choice
+from ..supervised.trainer import SupervisedSettings, SupervisedTrainer
+from .losses import LOSSES, PAIRINGS, UNRANKED, CandidateLists, Pairing, nll
 
 OPTIONS = ("margin", "beta", "alpha", "label_smoothing", "pairs")
 """Settings that are handed to the loss."""
@@ -66,7 +66,7 @@ class RankingSettings(SupervisedSettings):
     """Settings of training on ranked candidates; ``batch_size`` counts lists."""
 
     loss: str = "tuna"
-    """One of :data:`~instructgym.agents.ranking_losses.LOSSES`."""
+    """One of :data:`~instructgym.agents.preferences.losses.LOSSES`."""
     margin: float | None = None
     """Of Tuna's losses, per rank, in nats per token. This and the other options of losses: None takes the loss's."""
     beta: float | None = None

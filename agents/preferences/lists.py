@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from scipy.stats import kendalltau
 
-from ..envs.tasks.instruction.data import OPENINGS, DataLayout, InstructionExample, prompt_text
-from ..envs.tasks.responses.candidates import RankedList
-from ..llm_backends.errors import InputError
-from ..llm_backends.local.causal_lm import token_budget_chunks
-from ..llm_backends.local.tokenization import Tokenizer
-from .language_model import LanguageModelPolicy
-from .ranking import RankedCandidates
+from ...envs.tasks.instruction.data import OPENINGS, DataLayout, InstructionExample, prompt_text
+from ...envs.tasks.responses.candidates import RankedList
+from ...llm_backends.errors import InputError
+from ...llm_backends.local.causal_lm import token_budget_chunks
+from ...llm_backends.local.tokenization import Tokenizer
+from ..policy.language_model import LanguageModelPolicy
+from .trainer import RankedCandidates
 
 FINISHED = "finished"
 """Metadata of a ranked list: for each candidate, whether its writer ended it; all, where it is missing."""

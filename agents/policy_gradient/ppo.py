@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from ..llm_backends.errors import InputError
+from ...llm_backends.errors import InputError
+from ..policy.language_model import TokenScores
+from ..policy.optimization import check_at_least_zero, check_choice
+from ..rollouts.batch import TokenBatch
 from .advantages import KLController, KLEstimator, discounted_gae, explained_variance, whiten
-from .language_model import TokenScores
 from .losses import clipped_policy_loss, clipped_value_loss
 from .on_policy import MicroBatch, OnPolicyAgent, OnPolicySettings
-from .optimization import check_at_least_zero, check_choice
-from .rollout import TokenBatch
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from ..llm_backends.errors import InputError
-from .language_model import LanguageModelPolicy
-from .rollout import TokenBatch
-from .supervised import SupervisedSettings, SupervisedTrainer
+from ...llm_backends.errors import InputError
+from ..policy.language_model import LanguageModelPolicy
+from ..rollouts.batch import TokenBatch
+from .trainer import SupervisedSettings, SupervisedTrainer
 
 
 @dataclass(frozen=True)

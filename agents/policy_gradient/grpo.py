@@ -8,12 +8,12 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 
+from ..policy.language_model import TokenScores
+from ..policy.optimization import check_choice
+from ..rollouts.batch import TokenBatch
 from .advantages import group_advantages, leave_one_out_advantages
-from .language_model import TokenScores
 from .losses import clipped_policy_loss, k3_penalty
 from .on_policy import MicroBatch, OnPolicyAgent, OnPolicySettings
-from .optimization import check_choice
-from .rollout import TokenBatch
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..llm_backends.errors import InputError
-from .language_model import LanguageModelPolicy
-from .optimization import check_at_least_zero
-from .reward_modelling import TokenizedPair, pair_micro_batches
-from .supervised import SupervisedSettings, SupervisedTrainer
+from ...llm_backends.errors import InputError
+from ..policy.language_model import LanguageModelPolicy
+from ..policy.optimization import check_at_least_zero
+from ..reward_modelling.trainer import TokenizedPair, pair_micro_batches
+from .trainer import SupervisedSettings, SupervisedTrainer
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class FIGA(SupervisedTrainer):
         """Trains.
 
         Args:
-            pairs: as of :func:`~instructgym.agents.reward_modelling.tokenize_pairs`, by the policy's tokenizer.
+            pairs: as of :func:`~instructgym.agents.reward_modelling.trainer.tokenize_pairs`, by the policy's tokenizer.
             callback: called after every optimiser step; returning False stops training.
 
         Raises:

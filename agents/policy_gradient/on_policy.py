@@ -11,13 +11,13 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from ..llm_backends import request_seed
-from ..llm_backends.errors import InputError
+from ...llm_backends import request_seed
+from ...llm_backends.errors import InputError
+from ..policy.language_model import TokenScores
+from ..policy.optimization import check_at_least_zero
+from ..rollouts.agent import RolloutAgent, RolloutSettings
+from ..rollouts.batch import TokenBatch
 from .advantages import KLController, KLEstimator, effective_sample_size, kl_estimate
-from .language_model import TokenScores
-from .optimization import check_at_least_zero
-from .rollout import TokenBatch
-from .rollout_agent import RolloutAgent, RolloutSettings
 
 
 class TrainingDivergedError(RuntimeError):

@@ -1,0 +1,1 @@
+"""The language-model policy, its optimiser, its checkpoints, and several processes."""

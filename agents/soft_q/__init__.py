@@ -1,0 +1,1 @@
+"""Soft Q-learning on a language model."""
