@@ -13,43 +13,6 @@ from rich.table import Table
 
 from ..llm_backends import BackendError, part_ids, resolve
 from ..llm_backends.errors import InputError
-from . import (
-    evaluate,
-    evolve_compare,
-    evolve_generate,
-    evolve_run,
-    evolve_train,
-    fine_grained_edit,
-    fine_grained_evaluate,
-    fine_grained_figa,
-    fine_grained_ppo,
-    fine_grained_report,
-    fine_grained_reward,
-    fine_grained_run,
-    fine_grained_sft,
-    finetune,
-    judge,
-    nlu,
-    nlu_report,
-    privacy,
-    prompt,
-    prompt_compare,
-    prompt_report,
-    query_accounting,
-    refine_af_bootstrap,
-    refine_af_generate,
-    refine_af_run,
-    refine_af_train,
-    serve_check,
-    teaching,
-    tuna_candidates,
-    tuna_evaluate,
-    tuna_ppo,
-    tuna_rank,
-    tuna_report,
-    tuna_run,
-    tuna_train,
-)
 from .benchmarks import (
     backend,
     dense_reward,
@@ -70,41 +33,74 @@ from .benchmarks.task_score import BenchTaskScore
 from .benchmarks.token_env import BenchTokenEnv
 from .benchmarks.token_learning import BenchTokenLearning
 from .benchmarks.token_ppo import BenchTokenPPO
-from .deadline import in_time
-from .evaluate import Evaluate
-from .evolve_compare import EvolveCompare
-from .evolve_generate import EvolveGenerate
-from .evolve_run import EvolveEvaluate, EvolveFinetune, EvolveReport, EvolveRun
-from .evolve_train import EvolveTrain
-from .fine_grained_edit import FineGrainedEdit
-from .fine_grained_evaluate import FineGrainedEvaluate
-from .fine_grained_figa import FineGrainedFIGA
-from .fine_grained_ppo import FineGrainedPPO
-from .fine_grained_report import FineGrainedReport
-from .fine_grained_reward import FineGrainedRewardModel
-from .fine_grained_run import FineGrainedRun
-from .fine_grained_sft import FineGrainedSFT
-from .finetune import Finetune
-from .judge import JudgeCalibrate
-from .nlu import NLU
-from .nlu_report import NLUReport
-from .privacy import Privacy
-from .prompt import PromptRun
-from .prompt_compare import PromptCompare
-from .prompt_report import PromptReport
-from .query_accounting import QueryAccounting
-from .refine_af_bootstrap import RefineAFBootstrap
-from .refine_af_generate import RefineAFGenerate
-from .refine_af_run import RefineAFEvaluate, RefineAFFinetune, RefineAFReport, RefineAFRun
-from .refine_af_train import RefineAFTrain
-from .serve_check import ServeCheck
-from .tuna_candidates import TunaCandidates
-from .tuna_evaluate import TunaEvaluate
-from .tuna_ppo import TunaPPO
-from .tuna_rank import TunaRank
-from .tuna_report import TunaReport
-from .tuna_run import TunaRun
-from .tuna_train import TunaTrain
+from .evolve import compare as evolve_compare
+from .evolve import generate as evolve_generate
+from .evolve import queries as query_accounting
+from .evolve import run as evolve_run
+from .evolve import train as evolve_train
+from .evolve.compare import EvolveCompare
+from .evolve.generate import EvolveGenerate
+from .evolve.queries import QueryAccounting
+from .evolve.run import EvolveEvaluate, EvolveFinetune, EvolveReport, EvolveRun
+from .evolve.train import EvolveTrain
+from .fine_grained import edit as fine_grained_edit
+from .fine_grained import evaluate as fine_grained_evaluate
+from .fine_grained import figa as fine_grained_figa
+from .fine_grained import ppo as fine_grained_ppo
+from .fine_grained import report as fine_grained_report
+from .fine_grained import reward as fine_grained_reward
+from .fine_grained import run as fine_grained_run
+from .fine_grained import sft as fine_grained_sft
+from .fine_grained.edit import FineGrainedEdit
+from .fine_grained.evaluate import FineGrainedEvaluate
+from .fine_grained.figa import FineGrainedFIGA
+from .fine_grained.ppo import FineGrainedPPO
+from .fine_grained.report import FineGrainedReport
+from .fine_grained.reward import FineGrainedRewardModel
+from .fine_grained.run import FineGrainedRun
+from .fine_grained.sft import FineGrainedSFT
+from .judging import calibrate as judge
+from .judging.calibrate import JudgeCalibrate
+from .nlu import report as nlu_report
+from .nlu import run as nlu
+from .nlu.report import NLUReport
+from .nlu.run import NLU
+from .prompt import compare as prompt_compare
+from .prompt import report as prompt_report
+from .prompt import run as prompt
+from .prompt.compare import PromptCompare
+from .prompt.report import PromptReport
+from .prompt.run import PromptRun
+from .refine_af import bootstrap as refine_af_bootstrap
+from .refine_af import generate as refine_af_generate
+from .refine_af import run as refine_af_run
+from .refine_af import train as refine_af_train
+from .refine_af.bootstrap import RefineAFBootstrap
+from .refine_af.generate import RefineAFGenerate
+from .refine_af.run import RefineAFEvaluate, RefineAFFinetune, RefineAFReport, RefineAFRun
+from .refine_af.train import RefineAFTrain
+from .runs.deadline import in_time
+from .serving import check as serve_check
+from .serving.check import ServeCheck
+from .teaching import evaluate, finetune, privacy
+from .teaching import run as teaching
+from .teaching.evaluate import Evaluate
+from .teaching.finetune import Finetune
+from .teaching.privacy import Privacy
+from .tuna import candidates as tuna_candidates
+from .tuna import evaluate as tuna_evaluate
+from .tuna import ppo as tuna_ppo
+from .tuna import rank as tuna_rank
+from .tuna import report as tuna_report
+from .tuna import run as tuna_run
+from .tuna import train as tuna_train
+from .tuna.candidates import TunaCandidates
+from .tuna.evaluate import TunaEvaluate
+from .tuna.ppo import TunaPPO
+from .tuna.rank import TunaRank
+from .tuna.report import TunaReport
+from .tuna.run import TunaRun
+from .tuna.train import TunaTrain
 
 if TYPE_CHECKING:
     EvolveCommand = (

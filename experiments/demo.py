@@ -10,8 +10,9 @@ from pathlib import Path
 from rich.console import Console
 
 from ..llm_backends.records import read_records
-from . import evolve_generate, evolve_train
 from .cli import guarded
+from .evolve import generate as evolve_generate
+from .evolve import train as evolve_train
 
 RUN = Path("runs") / "demo"
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instructgym.experiments.metrics import distinct_n, interval, mean_pairwise_distance
-from instructgym.experiments.plots import plot_comparison, plot_training, smooth
+from instructgym.experiments.runs.metrics import distinct_n, interval, mean_pairwise_distance
+from instructgym.experiments.runs.plots import plot_comparison, plot_training, smooth
 from instructgym.llm_backends import resolve
 
 

@@ -7,10 +7,12 @@ import pytest
 from fault_server import serving
 from rich.console import Console
 
-from instructgym.experiments import evolve_compare, evolve_generate, evolve_train
 from instructgym.experiments.benchmarks import edit_env
 from instructgym.experiments.cli import guarded, main
-from instructgym.experiments.options import parse_part, parse_reward
+from instructgym.experiments.evolve import compare as evolve_compare
+from instructgym.experiments.evolve import generate as evolve_generate
+from instructgym.experiments.evolve import train as evolve_train
+from instructgym.experiments.runs.options import parse_part, parse_reward
 from instructgym.llm_backends import Journal
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.records import read_records

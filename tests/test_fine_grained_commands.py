@@ -10,19 +10,17 @@ from rich.console import Console
 
 from instructgym.agents.policy.checkpoints import policy_from
 from instructgym.envs.tokens.examples import PromptExample
-from instructgym.experiments import (
-    fine_grained_edit,
-    fine_grained_evaluate,
-    fine_grained_ppo,
-    fine_grained_report,
-    fine_grained_reward,
-    fine_grained_run,
-    fine_grained_sft,
-    token_training,
-)
-from instructgym.experiments.fine_grained import ENV_ID, load_policy
-from instructgym.experiments.fine_grained_evaluate import win_rate
-from instructgym.experiments.responses import respond
+from instructgym.experiments.fine_grained import edit as fine_grained_edit
+from instructgym.experiments.fine_grained import evaluate as fine_grained_evaluate
+from instructgym.experiments.fine_grained import ppo as fine_grained_ppo
+from instructgym.experiments.fine_grained import report as fine_grained_report
+from instructgym.experiments.fine_grained import reward as fine_grained_reward
+from instructgym.experiments.fine_grained import run as fine_grained_run
+from instructgym.experiments.fine_grained import sft as fine_grained_sft
+from instructgym.experiments.fine_grained.common import ENV_ID, load_policy
+from instructgym.experiments.fine_grained.evaluate import win_rate
+from instructgym.experiments.runs import token_training
+from instructgym.experiments.runs.responses import respond
 from instructgym.llm_backends import request_seed
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.records import read_records

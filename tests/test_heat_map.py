@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instructgym.experiments.token_heat_map import (
+from instructgym.experiments.fine_grained.heat_map import (
     HIGH,
     LOW,
     MIDDLE,

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from instructgym.envs.tasks.instruction.data import InstructionExample, prompt_text, read_instruction_data, request_text
-from instructgym.experiments.evolve_generate import write_parquet
+from instructgym.experiments.evolve.generate import write_parquet
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.tokenization import LoadedTokenizer
 

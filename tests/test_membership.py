@@ -8,7 +8,7 @@ from sklearn.metrics import auc as area
 
 from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings
 from instructgym.agents.supervised.sft import Demonstration
-from instructgym.experiments.membership import attack_metrics, attack_scores, length_shift, roc, score_rows
+from instructgym.experiments.teaching.membership import attack_metrics, attack_scores, length_shift, roc, score_rows
 from instructgym.llm_backends.errors import InputError
 
 SCORES = st.lists(st.integers(-4, 4).map(float), min_size=1, max_size=12)

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from instructgym.experiments import nlu, nlu_report, token_training
 from instructgym.experiments.cli import main
-from instructgym.experiments.nlu import NLU
+from instructgym.experiments.nlu import report as nlu_report
+from instructgym.experiments.nlu import run as nlu
+from instructgym.experiments.nlu.run import NLU
+from instructgym.experiments.runs import token_training
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.records import read_records
 

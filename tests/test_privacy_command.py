@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings
-from instructgym.experiments import finetune, membership, privacy
+from instructgym.experiments.teaching import finetune, membership, privacy
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.records import read_records
 

@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from scipy import stats
 
-from instructgym.experiments.prompt_report import PromptReport
-from instructgym.experiments.prompt_report import run as report
-from instructgym.experiments.run_folder import write_json
+from instructgym.experiments.prompt.report import PromptReport
+from instructgym.experiments.prompt.report import run as report
+from instructgym.experiments.runs.folder import write_json
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.records import write_lines
 

@@ -8,15 +8,15 @@ from prompt_cases import likelihoods, task
 from rich.console import Console
 
 from instructgym.agents.reflective import PromptAdapter, reflective_search
-from instructgym.experiments import prompt
-from instructgym.experiments.prompt import PromptRun
-from instructgym.experiments.prompt_compare import PromptCompare
-from instructgym.experiments.prompt_compare import run as compare
-from instructgym.experiments.prompt_methods import METHODS, PromptSearch, best_prompts, run_search
-from instructgym.experiments.prompt_report import PromptReport
-from instructgym.experiments.prompt_report import run as report
-from instructgym.experiments.prompt_testing import incumbents
-from instructgym.experiments.run_folder import read_json
+from instructgym.experiments.prompt import run as prompt
+from instructgym.experiments.prompt.compare import PromptCompare
+from instructgym.experiments.prompt.compare import run as compare
+from instructgym.experiments.prompt.methods import METHODS, PromptSearch, best_prompts, run_search
+from instructgym.experiments.prompt.report import PromptReport
+from instructgym.experiments.prompt.report import run as report
+from instructgym.experiments.prompt.run import PromptRun
+from instructgym.experiments.prompt.testing import incumbents
+from instructgym.experiments.runs.folder import read_json
 from instructgym.llm_backends import BackendError, ContextLengthError, ScriptedBackend
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.records import read_records

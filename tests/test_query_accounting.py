@@ -6,8 +6,10 @@ import json
 import pytest
 from rich.console import Console
 
-from instructgym.experiments import evolve_generate, evolve_train, query_accounting
-from instructgym.experiments.query_accounting import accounting, accounting_table
+from instructgym.experiments.evolve import generate as evolve_generate
+from instructgym.experiments.evolve import queries as query_accounting
+from instructgym.experiments.evolve import train as evolve_train
+from instructgym.experiments.evolve.queries import accounting, accounting_table
 from instructgym.llm_backends import Journal
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.records import read_records

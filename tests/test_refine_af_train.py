@@ -7,12 +7,14 @@ import pytest
 from rich.console import Console
 
 from instructgym.envs.tasks.instruction.pool import held_out, load_tasks
-from instructgym.experiments import refine_af_generate, refine_af_train, token_training
-from instructgym.experiments.refine_af import ENV_ID
-from instructgym.experiments.refine_af_generate import RefineAFGenerate
-from instructgym.experiments.refine_af_train import RefineAFTrain, learned
-from instructgym.experiments.responses import Response
-from instructgym.experiments.token_training import TokenTraining
+from instructgym.experiments.refine_af import generate as refine_af_generate
+from instructgym.experiments.refine_af import train as refine_af_train
+from instructgym.experiments.refine_af.common import ENV_ID
+from instructgym.experiments.refine_af.generate import RefineAFGenerate
+from instructgym.experiments.refine_af.train import RefineAFTrain, learned
+from instructgym.experiments.runs import token_training
+from instructgym.experiments.runs.responses import Response
+from instructgym.experiments.runs.token_training import TokenTraining
 from instructgym.llm_backends import resolve
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.tokenization import EmbeddedTokenizer

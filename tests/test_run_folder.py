@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from instructgym.experiments.run_folder import RowWriter, RunFolder
+from instructgym.experiments.runs.folder import RowWriter, RunFolder
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.records import read_records
 

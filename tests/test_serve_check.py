@@ -10,10 +10,10 @@ from fault_server import serving
 from imitated_vllm import ImitatedVLLM
 from rich.console import Console
 
-from instructgym.experiments import serve_check
 from instructgym.experiments.cli import main
-from instructgym.experiments.serve_check import ServeCheck
-from instructgym.experiments.serve_settings import TITLES, suggest
+from instructgym.experiments.serving import check as serve_check
+from instructgym.experiments.serving.check import ServeCheck
+from instructgym.experiments.serving.settings import TITLES, suggest
 from instructgym.llm_backends import resolve
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.serving.findings import Capability

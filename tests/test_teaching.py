@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from instructgym.experiments import teaching
-from instructgym.experiments.deadline import in_time
-from instructgym.experiments.evolve_run import EvolveRun, make_data
-from instructgym.experiments.evolve_run import run as evolve
-from instructgym.experiments.refine_af_run import RefineAFFinetune, RefineAFReport, RefineAFRun, stages
-from instructgym.experiments.refine_af_run import run as refine_af
-from instructgym.experiments.run_folder import read_json
+from instructgym.experiments.evolve.run import EvolveRun, make_data
+from instructgym.experiments.evolve.run import run as evolve
+from instructgym.experiments.refine_af.run import RefineAFFinetune, RefineAFReport, RefineAFRun, stages
+from instructgym.experiments.refine_af.run import run as refine_af
+from instructgym.experiments.runs.deadline import in_time
+from instructgym.experiments.runs.folder import read_json
+from instructgym.experiments.teaching import run as teaching
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.records import append_lines, read_records
 

@@ -14,19 +14,22 @@ from instructgym.agents.policy.checkpoints import policy_from
 from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings
 from instructgym.agents.preferences.lists import rank_agreement, tokenize_lists
 from instructgym.envs.tasks.responses.candidates import RankedList, read_ranked_lists, write_ranked_lists
-from instructgym.experiments import tuna_candidates, tuna_evaluate, tuna_rank, tuna_train
-from instructgym.experiments.run_folder import read_json
-from instructgym.experiments.token_training import OutOfTimeError, TokenTraining
-from instructgym.experiments.tuna_candidates import TunaCandidates
-from instructgym.experiments.tuna_evaluate import TunaEvaluate
-from instructgym.experiments.tuna_ppo import TunaPPO, neighbour_pairs
-from instructgym.experiments.tuna_ppo import run as ppo
-from instructgym.experiments.tuna_rank import TunaRank, agreement
-from instructgym.experiments.tuna_report import TunaReport
-from instructgym.experiments.tuna_report import run as report
-from instructgym.experiments.tuna_run import TunaRun
-from instructgym.experiments.tuna_run import run as tuna
-from instructgym.experiments.tuna_train import TunaTrain
+from instructgym.experiments.runs.folder import read_json
+from instructgym.experiments.runs.token_training import OutOfTimeError, TokenTraining
+from instructgym.experiments.tuna import candidates as tuna_candidates
+from instructgym.experiments.tuna import evaluate as tuna_evaluate
+from instructgym.experiments.tuna import rank as tuna_rank
+from instructgym.experiments.tuna import train as tuna_train
+from instructgym.experiments.tuna.candidates import TunaCandidates
+from instructgym.experiments.tuna.evaluate import TunaEvaluate
+from instructgym.experiments.tuna.ppo import TunaPPO, neighbour_pairs
+from instructgym.experiments.tuna.ppo import run as ppo
+from instructgym.experiments.tuna.rank import TunaRank, agreement
+from instructgym.experiments.tuna.report import TunaReport
+from instructgym.experiments.tuna.report import run as report
+from instructgym.experiments.tuna.run import TunaRun
+from instructgym.experiments.tuna.run import run as tuna
+from instructgym.experiments.tuna.train import TunaTrain
 from instructgym.llm_backends import BackendError, ScriptedBackend, part_ids
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.tokenization import Tokenizer
@@ -413,7 +416,7 @@ def test_a_ranker_with_unknown_arguments_is_refused(drawn, tmp_path):
 @pytest.mark.parametrize("order", ["probabilistic,contextual", "contextual,probabilistic"])
 def test_both_orders_of_the_chain(order, tiny_model_path, tmp_path, monkeypatch):
     """On the tiny model: which stage starts from which, and from whose candidates."""
-    from instructgym.experiments import tuna_run
+    from instructgym.experiments.tuna import run as tuna_run
 
     monkeypatch.setitem(tuna_run.SIZES["smoke"], "evaluate", {"max_tokens": 4})
     teacher = json.dumps({"id": "transformers", "kwargs": {"model": tiny_model_path}})

@@ -18,8 +18,8 @@ from ...llm_backends import BackendError, Sampling
 from ...llm_backends.errors import InputError
 from ...llm_backends.replies.cache import Cached, ReplyStore
 from ...llm_backends.serving.openai_backend import NO_KEY, OpenAIBackend
-from ..options import check_output
-from ..run_folder import write_json
+from ..runs.folder import write_json
+from ..runs.options import check_output
 
 
 @dataclass

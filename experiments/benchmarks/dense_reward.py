@@ -28,8 +28,8 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.local.tokenization import WordTokenizer
 from ...rewards import Reward, Sample, Score
 from ...rewards.learned.edits import EditedPair
-from ..options import check_output
-from ..run_folder import write_json
+from ..runs.folder import write_json
+from ..runs.options import check_output
 from .tiny import tiny_llama
 
 if TYPE_CHECKING:

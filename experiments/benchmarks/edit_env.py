@@ -15,9 +15,9 @@ from rich.table import Table
 
 from ...llm_backends import resolve
 from ...llm_backends.errors import InputError
-from ..evolve import ENV_ID, load_seeds
-from ..options import check_output, input_errors, parse_part, parse_reward
-from ..run_folder import write_json
+from ..evolve.common import ENV_ID, load_seeds
+from ..runs.folder import write_json
+from ..runs.options import check_output, input_errors, parse_part, parse_reward
 
 
 @dataclass

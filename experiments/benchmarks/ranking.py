@@ -15,8 +15,8 @@ from rich.console import Console
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.causal_lm import load_tokenizer
 from ...llm_backends.training.adapters import training_dtype
-from ..options import check_counts, check_output
-from ..run_folder import write_json
+from ..runs.folder import write_json
+from ..runs.options import check_counts, check_output
 from .sides import Side, SidesOptions, check_context, compare, module_command, print_sides, script_command, settings_of
 from .tiny import WORDS, lora_targets, make_prompts, model_folder
 from .trl_environment import trl_python

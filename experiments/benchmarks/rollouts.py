@@ -22,8 +22,8 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.local.causal_lm import computes_in_bfloat16
 from ...llm_backends.serving.vllm_launch import vllm_server
 from ...llm_backends.serving.vllm_server import TokenSampling, VLLMServerBackend
-from ..options import check_counts, check_output
-from ..run_folder import write_json
+from ..runs.folder import write_json
+from ..runs.options import check_counts, check_output
 from .tiny import make_prompts, model_folder
 
 SIDES = ("in process", "vLLM, adapter", "vLLM, base model")

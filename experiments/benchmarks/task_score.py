@@ -31,8 +31,8 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.local.backend import TransformersBackend
 from ...llm_backends.local.kv_cache import PrefixCache
 from ...rewards.prompt_scoring.scorer import Demonstration, LabelledExample, TaskPrompt, TaskScorer
-from ..options import check_counts, check_output
-from ..run_folder import write_json
+from ..runs.folder import write_json
+from ..runs.options import check_counts, check_output
 from .tiny import model_folder
 
 MEASURE = "likelihoods_per_second"

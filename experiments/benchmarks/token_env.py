@@ -22,8 +22,8 @@ from ...envs.tokens.vector_env import TokenVectorEnv
 from ...llm_backends import Sampling, request_seed
 from ...llm_backends.local.causal_lm import CausalLM, quiet_loading, selective_log_softmax
 from ...llm_backends.local.sampling import generate
-from ..options import check_counts, check_output
-from ..run_folder import write_json
+from ..runs.folder import write_json
+from ..runs.options import check_counts, check_output
 from .tiny import EndlessTokenizer, endless_model, make_prompts, model_folder, share_of_e
 
 STEP_ENV = "instructgym/GenerateLabel-v0"

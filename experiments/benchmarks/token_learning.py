@@ -23,8 +23,8 @@ from rich.table import Table
 from ...envs.tokens.examples import PromptExample
 from ...llm_backends.errors import InputError
 from ...rewards import Reward, Sample, Score
-from ..options import check_output
-from ..run_folder import write_json
+from ..runs.folder import write_json
+from ..runs.options import check_output
 from .tiny import tiny_llama
 
 DIGITS, LENGTH, COPIES = 6, 4, 16

@@ -1,0 +1,1 @@
+"""TeaMs-RL: an agent picks edit operations that evolve instructions."""

@@ -1,0 +1,300 @@
+"""``instructgym evolve compare``: agents and baselines at equal LLM budget, training calls included.
+
+Every arm gets the same number of LLM calls per seed. A learner spends part of it on training; the rest, and all of a
+baseline's, goes into generation, which cycles over the seed instructions until the budget does not cover another chunk.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ...agents.sb3.callbacks import StepProgress
+from ...agents.sb3.factory import BASELINES, check_algorithm, make_agent
+from ...agents.sb3.policy_io import load_policy
+from ...envs.tasks.instruction.seeds import Instruction
+from ...llm_backends import Journal
+from ...llm_backends.errors import InputError
+from ...llm_backends.records import read_records
+from ..runs.folder import RowWriter, RunFolder, read_json, write_json
+from ..runs.metrics import interval
+from ..runs.options import input_errors
+from ..runs.plots import plot_comparison
+from ..runs.resumption import accounted
+from ..runs.tracking import Tracker
+from .common import EnvOptions, check_context, identity, load_seeds, make_env, roles_of
+from .generate import EvolveGenerate
+from .generator import GenerationSettings, InstructionGenerator, chunks, dataset_metrics, generation_env
+from .train import EvolveTrain
+from .train import run as train
+
+BUDGET = {"smoke": 700, "report": 2400}
+TRAINING_EPISODES = {"smoke": 20, "report": 80}
+
+COLUMNS = {
+    "mean_return": "return per episode",
+    "accepted": "accepted",
+    "calls_per_accepted": "calls / accepted",
+    "calls_per_accepted_generation": "calls / accepted, training excluded",
+    "embedding_distance": "cosine distance",
+    "distinct_2": "distinct-2",
+    "mean_words": "words",
+}
+
+
+@dataclass
+class EvolveCompare(EnvOptions):
+    """Compare agents and baselines at equal LLM budget."""
+
+    algorithms: str = "TRPO,PPO,random,schedule"
+    """Arms, separated by commas: learners and baselines as of 'evolve train'."""
+    repeats: int = 3
+    """Seeds per arm: --seed, --seed + 1, ..."""
+    calls: int = 0
+    """LLM calls per arm and seed, training included: rewrites, verdicts and answers. 0: by --scale."""
+    episodes: int = 0
+    """Training of each learner, in full episodes. 0: by --scale."""
+    n_steps: int = 6
+    """Steps of each copy per update in training."""
+    chunk: int = 16
+    """Seeds evolved together in generation."""
+    answer_tokens: int = 64
+    """Longest answer, in tokens."""
+    rouge_threshold: float = 0.7
+    """Drop an instruction whose ROUGE-L to a seed or an accepted one is above this."""
+
+    def check(self) -> None:
+        super().check()
+        if self.repeats < 1:
+            raise InputError(f"--repeats must be at least 1, got {self.repeats}")
+        arms = self.arms
+        if not arms or len(set(arms)) < len(arms):
+            raise InputError(f"--algorithms must name distinct arms, separated by commas, got {self.algorithms!r}")
+        for arm in arms:
+            self.training(arm, self.seed, self.run_dir).check()
+        EvolveGenerate(
+            run_dir=self.run_dir,
+            chunk=self.chunk,
+            answer_tokens=self.answer_tokens,
+            rouge_threshold=self.rouge_threshold,
+        ).check()
+
+    @property
+    def arms(self) -> list[str]:
+        """Names of the arms, in their own spelling."""
+        return [check_algorithm(name.strip()) for name in self.algorithms.split(",") if name.strip()]
+
+    @property
+    def budget(self) -> int:
+        """LLM calls per arm and seed."""
+        return self.calls or BUDGET[self.scale]
+
+    def training(self, arm: str, seed: int, run_dir: str) -> EvolveTrain:
+        """The options of one arm's training."""
+        mine = {k: v for k, v in vars(self).items() if k in EvolveTrain.__dataclass_fields__}
+        episodes = self.episodes or TRAINING_EPISODES[self.scale]
+        # The tracker gets the comparison as one entry, with its figure and table.
+        return EvolveTrain(
+            **mine | {"algorithm": arm, "seed": seed, "run_dir": run_dir, "episodes": episodes, "track": "none"}
+        )
+
+
+def run(options: EvolveCompare, console: Console | None = None) -> dict[str, Any]:
+    """Runs every arm under every seed, or those that are missing, and returns the table.
+
+    Raises:
+        InputError: for bad input, before anything heavy.
+    """
+    console = console or Console()
+    options.check()
+    instructions = load_seeds(options.seeds)
+    folder = RunFolder(options.run_dir, identity(options, instructions), "evolve compare")
+    with input_errors():
+        roles = roles_of(options, None)
+        env = make_env(options, roles, instructions)
+    check_context(roles.rewriter, instructions, options.seeds)
+    _check_budget(options, env.get_attr("reward")[0].calls_per_sample)
+    if options.dry_run:
+        console.print(f"would run {', '.join(options.arms)} on {options.repeats} seeds, {options.budget} calls each")
+        return {}
+    if folder.results is not None:
+        console.print(f"{folder.path} holds this comparison, finished: nothing to do")
+        return folder.results
+    deadline = time.monotonic() + 60 * options.minutes if options.minutes else math.inf
+    with folder.opened():
+        runs: dict[str, list[dict[str, Any]]] = {}
+        for repeat in range(options.repeats):
+            for arm in options.arms:
+                result = _arm(options, folder, arm, options.seed + repeat, instructions, deadline, console)
+                if result is None:
+                    console.print("stopped at the time limit: the same command goes on")
+                    return folder.finish({}, {}, status="stopped")
+                runs.setdefault(arm, []).append(result)
+        return _report(options, folder, runs, console)
+
+
+def _check_budget(options: EvolveCompare, verdicts: int) -> None:
+    """Refuses a budget that does not cover training and one chunk; ``verdicts`` are the judge's calls per edit."""
+    per_chunk = options.chunk * options.horizon * (2 + verdicts)
+    for arm in options.arms:
+        training = 0 if arm in BASELINES else options.training(arm, options.seed, "").timesteps * (1 + verdicts)
+        if options.budget < training + per_chunk:
+            raise InputError(
+                f"--calls {options.budget} does not cover the training of {arm} ({training} calls) and one chunk of "
+                f"generation ({per_chunk} calls): raise it, or lower --episodes or --chunk"
+            )
+
+
+def _arm(
+    options: EvolveCompare,
+    folder: RunFolder,
+    arm: str,
+    seed: int,
+    instructions: Sequence[Instruction],
+    deadline: float,
+    console: Console,
+) -> dict[str, Any] | None:
+    """One arm under one seed; None if time ran out."""
+    place = folder.path / "arms" / f"{arm}-seed{seed}"
+    done = read_json(place / "arm.json")
+    if done is not None:
+        return done
+    left = (deadline - time.monotonic()) / 60
+    if left <= 0:
+        return None
+    trained = replace(options.training(arm, seed, str(place)), minutes=left if math.isfinite(left) else 0.0)
+    training_calls = 0
+    if arm not in BASELINES:
+        results = train(trained, console)
+        if results["status"] != "finished":
+            return None
+        training_calls = results["counts"]["rewrite_calls"] + results["counts"]["judge_calls"]
+    result = _generate(options, trained, place, instructions, training_calls, deadline, console)
+    if result is None:
+        return None
+    curve = [(row["timesteps"], row["return"]) for row in read_records(place / "episodes.jsonl")]
+    result |= {"training": curve, "seed": seed}
+    write_json(place / "arm.json", result)
+    return result
+
+
+def _generate(
+    options: EvolveCompare,
+    trained: EvolveTrain,
+    place: Path,
+    instructions: Sequence[Instruction],
+    training_calls: int,
+    deadline: float,
+    console: Console,
+) -> dict[str, Any] | None:
+    """Generates until the budget does not cover another chunk; None if time ran out."""
+    roles = roles_of(trained, Journal(place / "generate.jsonl"))
+    env = generation_env(trained, roles, instructions, options.chunk)
+    if trained.algorithm in BASELINES:
+        agent = make_agent(trained.algorithm, env, trained.seed)
+    else:
+        agent = load_policy(place / "checkpoints", env, trained.seed)
+    settings = GenerationSettings(trained.seed, options.chunk, options.rouge_threshold, options.answer_tokens)
+    generator = InstructionGenerator(agent, env, roles, settings)
+    with accounted(vars(roles), place / "generate"):
+        return _generate_rows(options, trained, place, generator, len(instructions), training_calls, deadline, console)
+
+
+def _generate_rows(
+    options: EvolveCompare,
+    trained: EvolveTrain,
+    place: Path,
+    generator: InstructionGenerator,
+    seeds: int,
+    training_calls: int,
+    deadline: float,
+    console: Console,
+) -> dict[str, Any] | None:
+    rows = RowWriter(place / "data.jsonl")
+    texts: list[str] = []
+    returns: list[float] = []
+    calls: Counter[str] = Counter()
+    spent = training_calls
+    curve: list[tuple[int, int]] = [(spent, 0)]
+    with StepProgress(f"{trained.algorithm} seed {trained.seed} generates", options.budget, console) as progress:
+        for epoch, members in _rounds(seeds, options.chunk):
+            progress.update(spent, f"{len(texts)} accepted")
+            if spent + generator.max_chunk_calls > options.budget:
+                break
+            if time.monotonic() >= deadline:
+                return None
+            result = generator.chunk(members, epoch)
+            if not result.calls.total():
+                break  # a policy that only does nothing would never spend its budget
+            for row in result.accepted:
+                rows.write(row)
+            texts += [row["instruction"] for row in result.accepted]
+            returns += result.returns
+            calls.update(result.calls)
+            spent = training_calls + calls.total()
+            curve.append((spent, len(texts)))
+    return dataset_metrics(texts, calls, returns) | {
+        "accepted": len(texts),
+        "calls": dict(calls) | {"training": training_calls},
+        "calls_per_accepted": spent / len(texts) if texts else None,
+        "calls_per_accepted_generation": calls.total() / len(texts) if texts else None,
+        "curve": curve,
+    }
+
+
+def _rounds(count: int, size: int) -> Iterator[tuple[int, list[int]]]:
+    """Chunks of the seeds, round after round, with the number of the round."""
+    for epoch in itertools.count():
+        for members in chunks(count, size):
+            yield epoch, members
+
+
+def _report(
+    options: EvolveCompare, folder: RunFolder, runs: dict[str, list[dict[str, Any]]], console: Console
+) -> dict[str, Any]:
+    arms = {
+        arm: {
+            "results": results,
+            "curves": [result["curve"] for result in results],
+            "training": [result["training"] for result in results],
+        }
+        for arm, results in runs.items()
+    }
+    figure = plot_comparison(arms, options.budget, folder.file("figures", "comparison.png"))
+    table = Table(title=f"{options.repeats} seeds, {options.budget} LLM calls per arm and seed (mean ± 95% t-interval)")
+    table.add_column("arm")
+    markdown = ["| arm | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    metrics: dict[str, Any] = {}
+    for title in COLUMNS.values():
+        table.add_column(title, justify="right")
+    for arm, results in runs.items():
+        cells = []
+        metrics[arm] = {}
+        for key in COLUMNS:
+            values = [result[key] for result in results if result[key] is not None]
+            if not values:
+                metrics[arm][key] = None
+                cells.append("-")
+                continue
+            mean, half = interval(values)
+            metrics[arm][key] = {"mean": mean, "half_width": None if math.isnan(half) else half}
+            digits = 1 if mean >= 10 else 2
+            cells.append(f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}"))
+        table.add_row(arm, *cells)
+        markdown.append(f"| {arm} | " + " | ".join(cells) + " |")
+    console.print(table)
+    folder.file("table.md").write_text("\n".join(markdown) + "\n", "utf-8")
+    with Tracker(folder, options.track) as tracker:
+        tracker.image("comparison", figure)
+        tracker.summary(metrics)
+    console.print(f"figure: {figure}")
+    return folder.finish(metrics, {"arms": len(runs), "repeats": options.repeats, "calls_per_arm": options.budget})

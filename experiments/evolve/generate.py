@@ -1,0 +1,250 @@
+"""``instructgym evolve generate``: the trained policy evolves every seed, a model answers, filters drop the rest.
+
+Every intermediate text of an episode is a candidate, as in TeaMs-RL. A candidate is dropped by the four elimination
+rules (on the edit and on the answer) and by ROUGE-L above a threshold to any seed or accepted instruction.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ...agents.sb3.callbacks import StepProgress
+from ...agents.sb3.policy_io import load_policy
+from ...llm_backends import Journal, request_seed
+from ...llm_backends.errors import InputError
+from ...llm_backends.records import read_records
+from ..runs.folder import RowWriter, RunFolder, read_json
+from ..runs.options import RunOptions, check_output, input_errors
+from ..runs.resumption import TimeLimit, replayed
+from ..runs.tracking import Tracker
+from .common import Roles, check_context, describe, identity, load_seeds, roles_of
+from .generator import GenerationSettings, InstructionGenerator, chunks, dataset_metrics, generation_env
+from .train import EvolveTrain
+
+FORMATS = ("alpaca", "messages")
+
+
+@dataclass
+class EvolveGenerate(RunOptions):
+    """Make an instruction data set with a trained policy."""
+
+    backend: str = ""
+    """Who rewrites, judges and answers, written as for training; by default as the policy was trained."""
+    seeds: str = ""
+    """Seed instructions to evolve, in any of the formats of training. By default the package's own."""
+    out: str = ""
+    """The data set: .jsonl, or .parquet for Parquet. By default data.jsonl in the run folder."""
+    format: str = "alpaca"
+    """alpaca: instruction, input, output. messages: a chat of two messages."""
+    limit: int = 0
+    """Evolve only the first so many seeds. 0: all."""
+    chunk: int = 16
+    """Seeds evolved together in one batch."""
+    rouge_threshold: float = 0.7
+    """Drop an instruction whose ROUGE-L to a seed or an accepted one is above this."""
+    answer_tokens: int = 96
+    """Longest answer, in tokens; an answer that is cut there loses its unfinished sentence."""
+    responder_backend: str = ""
+    """Who answers, written like --backend; by default the rewriter."""
+    deterministic: bool = False
+    """Take the policy's most likely operation instead of sampling one."""
+
+    def check(self) -> None:
+        super().check()
+        if self.format not in FORMATS:
+            raise InputError(f"--format must be {' or '.join(FORMATS)}, got {self.format!r}")
+        if self.chunk < 1 or self.answer_tokens < 1:
+            raise InputError("--chunk and --answer-tokens must be at least 1")
+        if not 0 < self.rouge_threshold <= 1:
+            raise InputError(f"--rouge-threshold must be in (0, 1], got {self.rouge_threshold}")
+        if self.out and Path(self.out).suffix not in (".jsonl", ".parquet"):
+            raise InputError(f"--out must end in .jsonl or .parquet, got {self.out!r}")
+
+    @property
+    def settings(self) -> GenerationSettings:
+        """The options that concern the generator."""
+        return GenerationSettings(self.seed, self.chunk, self.rouge_threshold, self.answer_tokens, self.deterministic)
+
+
+def run(options: EvolveGenerate, console: Console | None = None) -> dict[str, Any]:
+    """Generates, or goes on generating, and returns the results.
+
+    Raises:
+        InputError: for bad input, before anything heavy.
+    """
+    console = console or Console()
+    options.check()
+    trained = trained_options(options)
+    instructions = load_seeds(options.seeds)
+    instructions = instructions[: options.limit or len(instructions)]
+    out = Path(options.out) if options.out else Path(options.run_dir) / "data.jsonl"
+    rows_path = out.with_suffix(".jsonl")
+    check_output(rows_path)
+    name = f"{out.stem}-{request_seed(str(out.resolve())) % 16**6:06x}"
+    config = identity(options, instructions) | {
+        "out": str(out.resolve()),
+        "policy": _fingerprint(Path(options.run_dir) / "checkpoints"),
+    }
+    folder = RunFolder(Path(options.run_dir) / "generate" / name, config, "evolve generate")
+    with input_errors():
+        probe = roles_of(trained, None, options.responder_backend)
+    check_context(probe.rewriter, instructions, options.seeds)
+    if options.dry_run:
+        console.print(f"would evolve {len(instructions)} seeds with the policy in {options.run_dir} into {out}")
+        console.print(describe(generation_env(trained, probe, instructions, options.chunk).env))
+        return {}
+    if folder.results is not None and out.exists():
+        console.print(f"{out} is finished: nothing to do (choose another --out to make a new one)")
+        return folder.results
+    if not (folder.path / "config.json").exists() and rows_path.exists():
+        raise InputError(f"{rows_path} exists and was not written by this command: choose another --out")
+    with replayed(folder, lambda journal: roles_of(trained, journal, options.responder_backend), console, out) as (
+        journal,
+        roles,
+    ):
+        env = generation_env(trained, roles, instructions, options.chunk)
+        agent = load_policy(Path(options.run_dir) / "checkpoints", env, options.seed)
+        generator = InstructionGenerator(agent, env, roles, options.settings)
+        return _generate(options, folder, generator, journal, out, console)
+
+
+def _generate(
+    options: EvolveGenerate,
+    folder: RunFolder,
+    generator: InstructionGenerator,
+    journal: Journal,
+    out: Path,
+    console: Console,
+) -> dict[str, Any]:
+    begun, limit = time.monotonic(), TimeLimit(options.minutes, journal)
+    rows = RowWriter(out.with_suffix(".jsonl"))
+    rejected = RowWriter(folder.file("rejected.jsonl"))
+    calls: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    returns: list[float] = []
+    accepted: list[dict[str, Any]] = []
+    count = len(generator.process.instructions)
+    done = 0
+    with (
+        Tracker(folder, options.track, step_name="seeds") as tracker,
+        StepProgress("seeds evolved", count, console) as progress,
+    ):
+        for members in chunks(count, options.chunk):
+            if limit.reached():
+                break
+            result = generator.chunk(members)
+            for row in result.accepted:
+                rows.write(formatted(row, options.format, generator.roles))
+            for row in result.rejected:
+                rejected.write(row)
+            accepted += result.accepted
+            calls.update(result.calls)
+            returns += result.returns
+            reasons.update(row["rejected_by"] for row in result.rejected)
+            done += len(members)
+            counters = {f"calls/{role}": spent for role, spent in calls.items()}
+            tracker.write(counters | {"accepted": len(accepted), "rejected": sum(reasons.values())}, {}, step=done)
+            progress.update(done, f"{len(accepted)} instructions accepted")
+    if out.suffix == ".parquet":
+        write_parquet(out.with_suffix(".jsonl"), out)
+    results = folder.finish(
+        metrics=dataset_metrics([row["instruction"] for row in accepted], calls, returns),
+        counts={
+            "seeds": done,
+            "accepted": len(accepted),
+            "rejected": sum(reasons.values()),
+            "calls": dict(calls),
+            "rejected_by": dict(reasons),
+            "seconds": round(time.monotonic() - begun, 1),
+        },
+        status="finished" if done == count else "stopped",
+    )
+    console.print(results_table(results, out))
+    if done < count:
+        console.print(f"stopped at the time limit after {done} of {count} seeds: the same command goes on")
+    return results
+
+
+def formatted(row: dict[str, Any], style: str, roles: Roles) -> dict[str, Any]:
+    """A row of the data set: the pair in the chosen format, then where it comes from."""
+    pair = in_format(row, style)
+    origin = {k: v for k, v in row.items() if k not in ("instruction", "input", "output", "seed_index", "epoch")}
+    return pair | origin | {"rewriter": roles.rewriter.name, "responder": roles.responder.name}
+
+
+def in_format(row: Mapping[str, Any], style: str) -> dict[str, Any]:
+    """Instruction, input and output of a row as one of :data:`FORMATS` has them."""
+    if style == "alpaca":
+        return {"instruction": row["instruction"], "input": row["input"], "output": row["output"]}
+    question = f"{row['instruction']}\n\n{row['input']}".strip()
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]}
+
+
+def write_parquet(source: Path, target: Path) -> None:
+    """Writes the rows of a JSONL file as Parquet, in one move."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    scratch = target.with_suffix(".parquet.part")
+    # The terms differ from reward to reward, and Parquet has no type for an object without fields.
+    rows = [row | {"reward_terms": json.dumps(row["reward_terms"])} for row in read_records(source)]
+    pq.write_table(pa.Table.from_pylist(rows), scratch)
+    scratch.replace(target)
+
+
+def results_table(results: dict[str, Any], out: Path) -> Table:
+    """The results as a table for the terminal."""
+    counts, metrics = results["counts"], results["metrics"]
+    table = Table(title=f"{out}", show_header=False)
+    for name, value in (
+        ("seeds evolved", counts["seeds"]),
+        ("instructions accepted", counts["accepted"]),
+        ("candidates dropped", ", ".join(f"{n} {k}" for k, n in sorted(counts["rejected_by"].items())) or "none"),
+        ("LLM calls", ", ".join(f"{n} {k}" for k, n in sorted(counts["calls"].items()))),
+        ("LLM calls per accepted instruction", _two(metrics["calls_per_accepted"])),
+        ("mean return per episode", _two(metrics["mean_return"])),
+        ("mean pairwise cosine distance", _two(metrics["embedding_distance"])),
+        ("distinct-2", _two(metrics["distinct_2"])),
+        ("mean words per instruction", _two(metrics["mean_words"])),
+    ):
+        table.add_row(name, str(value))
+    return table
+
+
+def _two(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def trained_options(options: EvolveGenerate) -> EvolveTrain:
+    """The options the policy was trained with, under the backend and model that generation names, if it names any.
+
+    Raises:
+        InputError: if the run folder holds no training run or no policy.
+    """
+    stored = read_json(Path(options.run_dir) / "config.json")
+    if stored is None or stored.get("command") != "evolve train":
+        raise InputError(f"{options.run_dir} holds no run of 'evolve train': train first, or name its --run-dir")
+    results = read_json(Path(options.run_dir) / "results.json")
+    if results is None or not (Path(options.run_dir) / "checkpoints" / "agent.json").exists():
+        raise InputError(f"the training in {options.run_dir} has not ended: repeat its 'evolve train' command first")
+    known = {f.name for f in fields(EvolveTrain)}
+    trained = EvolveTrain(**{k: v for k, v in stored["options"].items() if k in known})
+    if options.backend:
+        trained.backend, trained.model = options.backend, ""
+    trained.model = options.model or trained.model
+    return trained
+
+
+def _fingerprint(checkpoint: Path) -> str:
+    """Which policy: generation must not be resumed with another one."""
+    data = b"".join((checkpoint / name).read_bytes() for name in ("agent.json", "policy.safetensors"))
+    return f"{request_seed(data.hex()):016x}"

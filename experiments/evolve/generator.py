@@ -1,0 +1,228 @@
+"""Evolving chunks of seeds with a policy: what ``evolve generate`` and ``evolve compare`` have in common."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from gymnasium.utils import seeding
+from stable_baselines3.common.utils import set_random_seed
+from stable_baselines3.common.vec_env import VecNormalize, unwrap_vec_normalize
+
+from ...agents.sb3.baselines import BaselineAgent
+from ...envs.edit.operators import tidy
+from ...envs.edit.process import EditProcess, Transition
+from ...envs.sb3 import VectorToVecEnv
+from ...envs.tasks.instruction.seeds import Instruction
+from ...llm_backends import BackendError, Message, Sampling, request_seed, resolve
+from ...rewards import RougeGate, eliminated_by
+from ...rewards.elimination import STRING_RULES
+from ..runs.metrics import distinct_n, mean_pairwise_distance
+from .common import EnvOptions, Roles, make_env
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How instructions are made and filtered."""
+
+    seed: int = 0
+    chunk: int = 16
+    """Seeds evolved together in one batch."""
+    rouge_threshold: float = 0.7
+    """ROUGE-L to a seed or an earlier instruction above which one is dropped."""
+    answer_tokens: int = 96
+    deterministic: bool = False
+    """Take the policy's most likely operation instead of sampling one."""
+
+
+@dataclass
+class Generated:
+    """What one chunk of seeds gave."""
+
+    accepted: list[dict[str, Any]] = field(default_factory=list)
+    rejected: list[dict[str, Any]] = field(default_factory=list)
+    returns: list[float] = field(default_factory=list)
+    calls: Counter[str] = field(default_factory=Counter)
+
+
+class InstructionGenerator:
+    """Evolves chunks of seeds with a policy, filters the results and has them answered.
+
+    Args:
+        agent: the policy.
+        env: the env it acts in, with as many copies as a chunk has seeds; elimination must not end episodes.
+        roles: the language models.
+        settings: thresholds and sampling.
+    """
+
+    def __init__(self, agent: Any, env: VectorToVecEnv, roles: Roles, settings: GenerationSettings) -> None:
+        self.agent, self.roles, self.settings = agent, roles, settings
+        vector: Any = env.env.unwrapped
+        self.process: EditProcess = vector.process
+        self.observer = vector.observer
+        self.normalizer: VecNormalize | None = unwrap_vec_normalize(agent.get_env())
+        self.gate = RougeGate(settings.rouge_threshold, [instruction.text for instruction in self.process.instructions])
+
+    @property
+    def max_chunk_calls(self) -> int:
+        """LLM calls that one chunk takes at most, retries aside: rewrite, verdicts and answer of every step."""
+        return self.settings.chunk * self.process.settings.horizon * (2 + self.process.reward.calls_per_sample)
+
+    def chunk(self, rows: Sequence[int], epoch: int = 0) -> Generated:
+        """Evolves the instructions with the given indices.
+
+        Args:
+            rows: at most ``chunk`` indices.
+            epoch: another one gives other requests for the same rows.
+        """
+        episodes = self._evolve(rows, epoch)
+        result = Generated()
+        candidates: list[dict[str, Any]] = []
+        for row, transitions in zip(rows, episodes, strict=True):
+            result.returns.append(sum(t.reward for t in transitions))
+            candidates += self._filter(self.process.instructions[row], row, transitions, epoch, result)
+        self._answer(candidates, result)
+        return result
+
+    def _evolve(self, rows: Sequence[int], epoch: int) -> list[list[Transition]]:
+        copies = list(range(len(rows)))
+        indices = np.zeros(len(self.process.episodes), dtype=np.int64)
+        indices[: len(rows)] = rows
+        seed = self.settings.seed
+        for copy, row in zip(copies, rows, strict=True):
+            self.process.generators[copy], _ = seeding.np_random(request_seed(seed, "generate", epoch, row))
+        self._reseed(request_seed(seed, "policy", epoch, rows[0]))
+        self.process.begin(copies, {"index": indices})
+        episodes: list[list[Transition]] = [[] for _ in rows]
+        state, starts = None, np.ones(len(rows), dtype=bool)
+        for _ in range(self.process.settings.horizon):
+            observation = self._observe(copies)
+            actions, state = self._predict(observation, state, starts, copies)
+            starts[:] = False
+            for episode, transition in zip(episodes, self.process.step(list(actions), copies), strict=True):
+                episode.append(transition)
+        return episodes
+
+    def _observe(self, copies: Sequence[int]) -> Any:
+        rows = self.observer.encode([self.process.state(copy) for copy in copies])
+        batch = (
+            {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+            if isinstance(rows[0], dict)
+            else np.stack(rows)
+        )
+        return batch if self.normalizer is None else self.normalizer.normalize_obs(batch)
+
+    def _predict(self, observation: Any, state: Any, starts: np.ndarray, copies: Sequence[int]) -> tuple[Any, Any]:
+        masks = np.stack([self.process.mask(copy) for copy in copies]).astype(bool)
+        kwargs = {"state": state, "episode_start": starts, "deterministic": self.settings.deterministic}
+        if isinstance(self.agent, BaselineAgent) or type(self.agent).__name__ == "MaskablePPO":
+            kwargs["action_masks"] = masks
+        return self.agent.predict(observation, **kwargs)
+
+    def _reseed(self, seed: int) -> None:
+        if isinstance(self.agent, BaselineAgent):
+            self.agent.rng = np.random.default_rng(seed)
+        else:
+            set_random_seed(seed % 2**32)
+
+    def _filter(
+        self, instruction: Instruction, row: int, transitions: Sequence[Transition], epoch: int, result: Generated
+    ) -> list[dict[str, Any]]:
+        survivors = []
+        lineage: list[dict[str, Any]] = []
+        for step, transition in enumerate(transitions, start=1):
+            info = transition.info
+            calls = {"rewrite": info["rewrite_calls"], "judge": info["judge_calls"]}
+            result.calls.update(calls)
+            edit = {"operation": info["operation"], "text": info["edit"], "reward": round(transition.reward, 6)}
+            candidate = {
+                "instruction": info["edit"],
+                "input": instruction.input,
+                "seed_id": instruction.id,
+                "seed_index": row,
+                "epoch": epoch,
+                "step": step,
+                "reward": round(transition.reward, 6),
+                "reward_valid": info["reward_valid"],
+                "reward_terms": {name: round(value, 6) for name, value in info["reward_terms"].items()},
+                "lineage": [{"operation": "seed", "text": instruction.text}, *lineage, edit],
+                "calls": calls,
+            }
+            unchanged = info["edit"] == info["previous_text"]
+            if not unchanged and not info["eliminated_by"]:
+                lineage.append(edit)  # the text went on from here
+            reason = info["eliminated_by"] or ("no_information_gain" if unchanged else "")
+            if info["rewrite_failed"]:
+                reason = "rewriter_failed"
+            if not reason and not self.gate.accept(info["edit"]):
+                reason = "rouge"
+            if reason:
+                result.rejected.append(candidate | {"rejected_by": reason})
+            else:
+                survivors.append(candidate)
+        return survivors
+
+    def _answer(self, candidates: list[dict[str, Any]], result: Generated) -> None:
+        prompts: list[list[Message]] = [
+            [{"role": "user", "content": f"{c['instruction']}\n\n{c['input']}".strip()}] for c in candidates
+        ]
+        samplings = [
+            Sampling(
+                max_tokens=self.settings.answer_tokens,
+                temperature=0.7,
+                top_p=0.95,
+                seed=request_seed(self.settings.seed, "answer", c["epoch"], c["seed_index"], c["step"]),
+            )
+            for c in candidates
+        ]
+        for candidate, reply in zip(candidates, self.roles.responder.generate(prompts, samplings), strict=True):
+            candidate["calls"] = candidate["calls"] | {"answer": 1}
+            result.calls["answer"] += 1
+            if isinstance(reply, BackendError):
+                result.rejected.append(candidate | {"rejected_by": "responder_failed", "error": str(reply)})
+                continue
+            output = reply[0].text.strip()
+            if reply[0].finish_reason == "length":
+                output = tidy(output, cut=True)
+            rules = [rule for rule in STRING_RULES if rule != "no_information_gain"]
+            reason = eliminated_by(output, candidate["instruction"], rules) if output else "no_content"
+            if reason:
+                result.rejected.append(candidate | {"output": output, "rejected_by": f"answer_{reason}"})
+            else:
+                result.accepted.append(candidate | {"output": output})
+
+
+def generation_env(
+    trained: EnvOptions, roles: Roles, instructions: Sequence[Instruction], copies: int
+) -> VectorToVecEnv:
+    """The env for generation: each seed from its own text, all rules on, no rule ends an episode."""
+    return make_env(
+        trained,
+        roles,
+        instructions,
+        n_envs=copies,
+        carry_text=False,
+        elimination=tuple(STRING_RULES),
+        elimination_ends=False,
+    )
+
+
+def chunks(count: int, size: int) -> Iterator[list[int]]:
+    """Row numbers 0..count-1 in chunks: their composition depends on row numbers only."""
+    for start in range(0, count, size):
+        yield list(range(start, min(start + size, count)))
+
+
+def dataset_metrics(texts: Sequence[str], calls: Counter[str], returns: Sequence[float]) -> dict[str, Any]:
+    """What a set of accepted instructions is worth, and what it cost."""
+    spent = sum(calls.values())
+    return {
+        "mean_return": float(np.mean(returns)) if returns else 0.0,
+        "calls_per_accepted": spent / len(texts) if texts else None,
+        "embedding_distance": mean_pairwise_distance(texts, resolve("embedder", "minilm")),
+        "distinct_2": distinct_n(texts, 2),
+        "mean_words": float(np.mean([len(text.split()) for text in texts])) if texts else 0.0,
+    }

@@ -1,0 +1,153 @@
+"""``instructgym evolve run``: TeaMs-RL to its end. Does an agent's data teach more than that of random evolution?
+
+Both data sets cost the same number of LLM calls, the agent's training included; then one model is fine-tuned once on
+equally many rows of each, evaluated on held-out tasks and attacked by membership inference. Random evolution is
+Evol-Instruct with this library's operations, rules and filters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from rich.console import Console
+
+from ...agents.sb3.factory import BASELINES, check_algorithm
+from ...envs.tasks.instruction.pool import evaluation_split, load_tasks
+from ...llm_backends.errors import InputError
+from ..runs.deadline import in_time
+from ..runs.folder import read_json, write_once
+from ..runs.options import input_errors, parse_part, parse_reward
+from ..teaching.run import TeachingOptions, teach
+from .compare import EvolveCompare
+from .compare import run as compare
+from .queries import EVOL_INSTRUCT_CALLS
+
+RANDOM = "random"
+CALLS = {"smoke": 190, "report": 1600}
+EPISODES = {"smoke": 4, "report": 48}
+COPIES = {"smoke": 6, "report": 16}
+"""Episodes side by side in training, and seeds in generation: their requests share a batch."""
+ANSWER_TOKENS = {"smoke": 32, "report": 64}
+
+
+@dataclass
+class EvolveTeaching(TeachingOptions):
+    """Options of the stages behind the making of the data."""
+
+    name: ClassVar[str] = "evolve run"
+
+    algorithm: str = "TRPO"
+    """The agent, as of 'evolve train'."""
+
+    def check(self) -> None:
+        super().check()
+        self.algorithm = check_algorithm(self.algorithm)
+        if self.algorithm in BASELINES:
+            raise InputError(f"--algorithm must be a learner, {self.algorithm} is a baseline")
+
+    @property
+    def data(self) -> dict[str, Path]:
+        folder = self.root / "compare" / "arms"
+        return {arm: folder / f"{arm}-seed{self.seed}" / "data.jsonl" for arm in (RANDOM, self.algorithm)}
+
+    @property
+    def title(self) -> str:
+        return f"TeaMs-RL: {self.algorithm} against random evolution, {self.model}"
+
+    def costs(self) -> dict[str, dict[str, float]]:
+        return {arm: _cost(arm, path.parent) for arm, path in self.data.items()}
+
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | {"algorithm": self.algorithm}
+
+
+def _cost(arm: str, folder: Path) -> dict[str, float]:
+    """LLM calls of one data set by kind, and against Evol-Instruct's three for every edit."""
+    made = read_json(folder / "arm.json")
+    if made is None:
+        raise InputError(f"the data of {arm} in {folder} are not finished: repeat 'evolve run'")
+    calls = {kind: float(made["calls"].get(kind, 0)) for kind in ("training", "rewrite", "judge", "answer")}
+    rows, total = float(made["accepted"]), sum(calls.values())
+    figures = calls | {"all": total, "of Evol-Instruct's": total / (EVOL_INSTRUCT_CALLS * calls["rewrite"])}
+    return figures | {"rows made": rows} | ({"calls per row": total / rows} if rows else {})
+
+
+@dataclass
+class EvolveFinetune(EvolveTeaching):
+    """Fine-tune the model on both data sets of 'evolve run', at equal size."""
+
+
+@dataclass
+class EvolveEvaluate(EvolveTeaching):
+    """Evaluate and attack the models that 'evolve finetune' left."""
+
+
+@dataclass
+class EvolveReport(EvolveTeaching):
+    """Gather the stages of 'evolve run' into tables and a figure."""
+
+
+@dataclass
+class EvolveRun(EvolveTeaching):
+    """Make data with an agent and at random for equally many LLM calls, fine-tune on both, evaluate, attack, report."""
+
+    backend: str = '{"id": "embedded", "kwargs": {"dtype": "auto"}}'
+    """Who rewrites, judges and answers, as of 'evolve train'."""
+    reward: str = "judge + diversity"
+    """What the agent is paid, as of 'evolve train'."""
+    calls: int = 0
+    """LLM calls per data set, training included. 0: by --scale, 190 or 1600."""
+    episodes: int = 0
+    """Training of the agent, in episodes. 0: by --scale, 4 or 48."""
+
+    def check(self) -> None:
+        super().check()
+        parse_reward(self.reward)
+        parse_part(self.backend)
+
+
+def run(options: EvolveRun, console: Console | None = None) -> dict[str, Any]:
+    """Runs the stages that are not finished and returns the report's figures.
+
+    Raises:
+        InputError: for bad input.
+    """
+    return in_time(_run)(options, console or Console())
+
+
+def _run(options: EvolveRun, console: Console) -> dict[str, Any]:
+    options.check()
+    if options.dry_run:
+        console.print(f"would make data with {options.algorithm} and at random, and compare them in {options.root}")
+        return {}
+    with options.opened():
+        options.deadline.run(compare, make_data(options), console)
+    return teach(options, console)
+
+
+def make_data(options: EvolveRun) -> EvolveCompare:
+    """The options of the comparison that makes both data sets; its seeds, those not held out, are written to a file."""
+    tasks = load_tasks(options.seeds or None)
+    with input_errors():
+        shown, _ = evaluation_split(tasks, 0 if options.tasks else options.held_out)
+    seeds = options.root / "seeds.jsonl"
+    write_once(seeds, [task.row() for task in shown])
+    return EvolveCompare(
+        run_dir=str(options.root / "compare"),
+        scale=options.scale,
+        backend=options.backend,
+        seeds=str(seeds),
+        algorithms=f"{options.algorithm},{RANDOM}",
+        repeats=1,
+        seed=options.seed,
+        num_envs=COPIES[options.scale],
+        n_steps=3,
+        chunk=COPIES[options.scale],
+        answer_tokens=ANSWER_TOKENS[options.scale],
+        calls=options.calls or CALLS[options.scale],
+        episodes=options.episodes or EPISODES[options.scale],
+        reward=options.reward,
+        track=options.track,
+    )

@@ -1,0 +1,194 @@
+"""``instructgym fine-grained edit``: pairs of responses ranked by an annotator, and minimal edits of the worse ones."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from ...agents.policy.checkpoints import read_state
+from ...agents.policy.language_model import SETTINGS, LanguageModelPolicy
+from ...envs.tasks.responses.editors import EditBounds, Editor, EditRequest, edit_responses
+from ...envs.tokens.examples import PromptExample
+from ...llm_backends import Backend, Journal, Journaled, request_seed, resolve
+from ...llm_backends.errors import InputError
+from ...llm_backends.local.tokenization import Tokenizer
+from ...rewards import Reward
+from ...rewards.learned.edits import EditedPair, edit_statistics, write_pairs
+from ..runs.folder import RunFolder, chunked_rows
+from ..runs.options import input_errors, parse_part, parse_reward
+from ..runs.responses import respond
+from ..runs.resumption import accounted
+from ..runs.stages import policy_folder, stage, tokenizer_of
+from .common import ENV_ID, StageOptions, check_lengths, load_policy
+
+CHUNK = 64
+
+
+@dataclass
+class FineGrainedEdit(StageOptions):
+    """Sample responses, rank them by an annotator, and edit the worse ones minimally."""
+
+    policy: str = ""
+    """Run folder of the policy whose responses are edited: that of 'fine-grained sft'."""
+    limit: int = 1500
+    """Prompts at most; 0 for all of this stage's share. Two responses are sampled for each."""
+    annotator: str = "vader"
+    """Who says which response is better, and whether an edit is an improvement: a reward, as of 'evolve train'."""
+    editor: str = "sentiment-swaps"
+    """Who edits: sentiment-swaps (a rule that swaps words), llm, 'module:factory', or JSON {"id": ..., "kwargs":
+    {...}}."""
+    backend: str = "embedded"
+    """The LLM of the editor llm, written likewise."""
+    max_changed: float = 0.4
+    """Share of words that a minimal edit may change."""
+
+
+@dataclass(frozen=True)
+class Editing:
+    """Who ranks and edits, and what counts as an edit."""
+
+    annotator: Reward
+    editor: Editor
+    backend: Backend
+    bounds: EditBounds
+
+    @classmethod
+    def of(cls, options: FineGrainedEdit) -> Editing:
+        """What the options describe.
+
+        Raises:
+            InputError: for what is unknown or out of range.
+        """
+        with input_errors():
+            backend = resolve("backend", parse_part(options.backend))
+            return cls(
+                resolve("reward", parse_reward(options.annotator)),
+                resolve("editor", parse_part(options.editor), backend=backend),
+                backend,
+                EditBounds(max_changed=options.max_changed),
+            )
+
+
+def run(options: FineGrainedEdit, console: Console | None = None) -> dict[str, Any]:
+    """Makes the pairs (or goes on making them) and returns the counts.
+
+    The run folder gets ``preferences.jsonl`` (the better response as the edit of the worse one) and ``edits.jsonl``.
+
+    Raises:
+        InputError: for bad input, before a model is loaded.
+    """
+    console = console or Console()
+    options.check()
+    folder = policy_folder(options.policy, "--policy")
+    model = read_state(folder / SETTINGS)["model"]
+    examples = options.prompts("preferences", model, options.limit)
+    check_lengths(options, examples, tokenizer_of(model))
+    editing = Editing.of(options)
+    if options.dry_run:
+        console.print(f"would sample 2 responses to each of {len(examples)} prompts, in {options.run_dir}")
+        return {}
+    with stage(options, "fine-grained edit", console, distributed=False) as opened:
+        if isinstance(opened, dict):
+            return opened
+        backend = Journaled(editing.backend, Journal(opened.folder.file("journal.jsonl")))
+        editing = replace(editing, editor=resolve("editor", parse_part(options.editor), backend=backend))
+        policy = load_policy(options, folder)
+        with accounted({"editor": backend}, opened.folder.path):
+            rows = chunked_rows(
+                opened.folder.file("responses.jsonl"),
+                len(examples),
+                CHUNK,
+                lambda start: _chunk(options, policy, examples[start : start + CHUNK], start, editing),
+                "responses ranked and edited",
+                console,
+            )
+        return _finish(opened.folder, rows, policy.tokenizer, opened.seconds)
+
+
+def _chunk(
+    options: FineGrainedEdit,
+    policy: LanguageModelPolicy,
+    examples: Sequence[PromptExample],
+    start: int,
+    editing: Editing,
+) -> list[dict[str, Any]]:
+    seed = request_seed(options.seed, "pairs", start)
+    drawn = [
+        respond(
+            policy,
+            ENV_ID,
+            examples,
+            options.temperature,
+            request_seed(seed, k),
+            reward=editing.annotator,
+            **options.env_options(),
+        )
+        for k in range(2)
+    ]
+    rows: list[dict[str, Any]] = []
+    for example, *pair in zip(examples, *drawn, strict=True):
+        worse, better = sorted(pair, key=lambda response: response.reward)
+        ranked = worse.valid and better.valid
+        rows.append(
+            {
+                "id": example.id,
+                "prompt": example.prompt,
+                "worse": worse.text,
+                "better": better.text,
+                "scores": [worse.reward, better.reward] if ranked else None,
+                "finished": [one.finish_reason != "length" for one in (worse, better)],
+                "edited": None,
+            }
+        )
+    requests = [
+        EditRequest(
+            row["prompt"], row["worse"], row["id"], request_seed(seed, "edit", i), row["better"], row["finished"][0]
+        )
+        for i, row in enumerate(rows)
+        if row["scores"] is not None
+    ]
+    outcome = edit_responses(editing.editor, requests, editing.bounds, editing.annotator)
+    edited = {pair.id: pair.edited for pair in outcome.pairs}
+    for row in rows:
+        row["edited"] = edited.get(row["id"])
+    rows[0]["dropped"] = dict(outcome.dropped)  # of the chunk
+    return rows
+
+
+def _finish(folder: RunFolder, rows: Sequence[dict[str, Any]], tokenizer: Tokenizer, seconds: float) -> dict[str, Any]:
+    """Writes both kinds of pairs and the results."""
+    preferences, edits, dropped = [], [], Counter[str]()
+    for row in rows:
+        dropped.update({f"edit: {reason}": count for reason, count in row.get("dropped", {}).items()})
+        finished = row["finished"]
+        if row["edited"] is not None:
+            edits.append(EditedPair(row["prompt"], row["worse"], row["edited"], row["id"], finished[0]))
+        if row["scores"] is None:
+            dropped["no verdict of the annotator"] += 1
+        elif row["scores"][0] == row["scores"][1]:
+            dropped["preference: equal scores"] += 1
+        elif finished[0] != finished[1]:  # else the reward model would learn of the token limit
+            dropped["preference: only one was finished"] += 1
+        else:
+            preferences.append(EditedPair(row["prompt"], row["worse"], row["better"], row["id"], finished[0]))
+    if not edits:
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in dropped.most_common())
+        raise InputError(f"none of {len(rows)} responses was edited: {reasons}; take another --editor or more prompts")
+    write_pairs(folder.file("preferences.jsonl"), preferences)
+    write_pairs(folder.file("edits.jsonl"), edits)
+    return folder.finish(
+        {f"edits/{name}": value for name, value in edit_statistics(edits, tokenizer).items()}
+        | {"annotator_mean": float(np.mean([row["scores"] for row in rows if row["scores"] is not None]))},
+        {
+            "prompts": len(rows),
+            "preferences": len(preferences),
+            "edits": len(edits),
+            "dropped": dict(dropped),
+            "seconds": seconds,
+        },
+    )

@@ -1,0 +1,219 @@
+"""``instructgym fine-grained evaluate``: responses to held-out prompts, judged against those of a reference policy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from ...agents.policy.checkpoints import read_state
+from ...agents.policy.language_model import SETTINGS, LanguageModelPolicy
+from ...envs.tasks.responses.openings import response_prompts
+from ...envs.tokens.examples import PromptExample
+from ...llm_backends import request_seed, resolve
+from ...llm_backends.errors import InputError
+from ...llm_backends.records import read_records
+from ...rewards import Reward, Sample, Score, score_with_retries
+from ..runs.folder import chunked_rows, read_json
+from ..runs.metrics import distinct_n, wilson
+from ..runs.options import input_errors, parse_part, parse_reward
+from ..runs.responses import Response, respond
+from ..runs.stages import policy_folder, stage, tokenizer_of
+from .common import ENV_ID, StageOptions, check_lengths, load_policy
+
+CHUNK = 64
+RESPONSES = "responses.jsonl"
+
+RESERVED = ("id", "prompt", "response", "finish_reason", "tokens", "win", "kl")
+"""Columns of the responses that are no measures."""
+
+
+@dataclass
+class FineGrainedEvaluate(StageOptions):
+    """Have a policy answer held-out prompts and judge its responses, alone and against a reference."""
+
+    policy: str = ""
+    """Run folder of the policy."""
+    against: str = ""
+    """Run folder of the reference policy's evaluation; empty: this policy is the reference of others."""
+    arm: str = ""
+    """Name in reports."""
+    judge: str = '{"id": "scored-comparison", "kwargs": {"scorer": "reviews"}}'
+    """Who compares a response with the reference's, in both orders: scored-comparison by a scoring reward, or
+    pairwise-judge with a backend."""
+    measures: str = "reviews,vader"
+    """Rewards whose means over the responses are reported, separated by commas."""
+    split: Literal["validation", "test"] = "test"
+    """validation: for tuning; test: once."""
+    limit: int = 400
+    """Prompts at most; 0 for all."""
+
+    def check(self) -> None:
+        super().check()
+        for name in self.measured:
+            if name in RESERVED or not re.fullmatch(r"[\w.:-]+", name):
+                raise InputError(f"--measures are ids of rewards, separated by commas, got {name!r}")
+
+    @property
+    def measured(self) -> list[str]:
+        """The names of the measures."""
+        return [name.strip() for name in self.measures.split(",") if name.strip()]
+
+
+def run(options: FineGrainedEvaluate, console: Console | None = None) -> dict[str, Any]:
+    """Writes ``responses.jsonl`` and returns win rate, measures, KL and lengths.
+
+    Raises:
+        InputError: for bad input, before a model is loaded, and for a reference that answered other prompts.
+    """
+    console = console or Console()
+    options.check()
+    folder = policy_folder(options.policy, "--policy")
+    tokenizer = tokenizer_of(read_state(folder / SETTINGS)["model"])
+    examples = response_prompts(
+        options.data, options.split, options.limit or None, options.layout, options.data_seed, tokenizer
+    )
+    check_lengths(options, examples, tokenizer)
+    with input_errors():
+        measures = {name: resolve("reward", parse_reward(name)) for name in options.measured}
+        judge = resolve("reward", parse_part(options.judge)) if options.against else None
+    reference = _reference(options, examples) if options.against else None
+    if options.dry_run:
+        console.print(f"would answer {len(examples)} prompts, in {options.run_dir}")
+        return {}
+    with stage(options, "fine-grained evaluate", console, distributed=False) as opened:
+        if isinstance(opened, dict):
+            return opened
+        policy = load_policy(options, folder)
+        same_start = _started_from_reference(options)
+
+        def rows(start: int) -> list[dict[str, Any]]:
+            chunk = examples[start : start + CHUNK]
+            seed = request_seed(options.seed, "responses", start)
+            responses = respond(
+                policy, ENV_ID, chunk, options.temperature, seed, reward=_no_reward, **options.env_options()
+            )
+            samples = [
+                Sample(
+                    response=response.text.strip(),
+                    prompt=example.prompt,
+                    reference=None if reference is None else reference[example.id].strip(),
+                    token_ids=response.token_ids,
+                    episode_id=example.id,
+                    seed=request_seed(seed, "judge", i),
+                )
+                for i, (example, response) in enumerate(zip(chunk, responses, strict=True))
+            ]
+            columns = {name: _scored(measure, samples) for name, measure in measures.items()}
+            columns |= {"win": _scored(judge, samples)} if judge is not None else {}
+            columns |= {"kl": _kl(policy, responses)} if same_start else {}
+            return [
+                {
+                    "id": example.id,
+                    "prompt": example.prompt,
+                    "response": response.text,
+                    "finish_reason": response.finish_reason,
+                    "tokens": len(response.token_ids),
+                    **{name: column[i] for name, column in columns.items()},
+                }
+                for i, (example, response) in enumerate(zip(chunk, responses, strict=True))
+            ]
+
+        path = opened.folder.file(RESPONSES)
+        found = chunked_rows(path, len(examples), CHUNK, rows, "responses judged", console)
+        metrics: dict[str, float | None] = {f"mean/{name}": _mean(found, name) for name in options.measured}
+        if judge is not None:
+            metrics |= win_rate([row["win"] for row in found])
+        metrics |= {"kl": _mean(found, "kl")} if same_start else {}
+        metrics |= {
+            "tokens": _mean(found, "tokens"),
+            "finished": float(np.mean([row["finish_reason"] != "length" for row in found])),
+            "distinct_2": distinct_n([row["response"] for row in found]),
+        }
+        results = opened.folder.finish(metrics, {"prompts": len(examples), "seconds": opened.seconds})
+        opened.tracker.summary(results)
+        opened.tracker.table("responses", found[:50])
+        shown = (f"{name} {value:.3f}" for name, value in metrics.items() if value is not None)
+        console.print("  ".join(shown), highlight=False)
+        return results
+
+
+def win_rate(wins: Sequence[float | None]) -> dict[str, float | None]:
+    """Mean of 1 (won), 1/2 (tie) and 0 over the prompts that were judged.
+
+    ``win_rate_low`` and ``win_rate_high`` are Wilson's 95% interval over prompts, as if there were no ties: too wide
+    rather than too narrow.
+
+    Raises:
+        InputError: if nothing was judged.
+    """
+    known = np.array([win for win in wins if win is not None])
+    if not len(known):
+        raise InputError("the judge gave no verdict on any response")
+    low, high = wilson(float(known.sum()), len(known))
+    return {
+        "win_rate": float(known.mean()),
+        "win_rate_low": low,
+        "win_rate_high": high,
+        "ties": float((known == 0.5).mean()),
+        "judged": float(len(known) / len(wins)),
+    }
+
+
+def _no_reward(samples: Sequence[Sample]) -> list[Score]:
+    return [Score(0.0) for _ in samples]
+
+
+def _scored(reward: Reward, samples: Sequence[Sample]) -> list[float | None]:
+    scores = score_with_retries(reward, samples)
+    return [score.value if score.valid else None for score in scores]
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    known = [row[name] for row in rows if row[name] is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _reference(options: FineGrainedEvaluate, examples: Sequence[PromptExample]) -> dict[str, str]:
+    """The reference's responses by prompt."""
+    config = read_json(Path(options.against) / "config.json")
+    if config is None or config.get("command") != "fine-grained evaluate":
+        raise InputError(f"--against {options.against} is no run of 'fine-grained evaluate'")
+    for name in ("temperature", "max_tokens", "layout", "data_seed", "split"):
+        mine, theirs = getattr(options, name), config["options"].get(name)
+        if mine != theirs:
+            option = name.replace("_", "-")
+            raise InputError(f"--against {options.against} was evaluated with --{option} {theirs}, not {mine}")
+    rows = {row["id"]: row for row in read_records(Path(options.against) / RESPONSES)}
+    missing = [e.id for e in examples if e.id not in rows or rows[e.id]["prompt"] != e.prompt]
+    if missing:
+        raise InputError(
+            f"--against {options.against} has no response to {missing[0]} and {len(missing) - 1} more prompts: "
+            "evaluate it with the same --data and --limit"
+        )
+    return {name: row["response"] for name, row in rows.items()}
+
+
+def _started_from_reference(options: FineGrainedEvaluate) -> bool:
+    """Whether the policy was trained from the one it is compared with, whose copy it then holds for the KL."""
+    ours = read_json(Path(options.policy) / "config.json") or {}
+    theirs = read_json(Path(options.against) / "config.json") if options.against else None
+    if theirs is None or ours.get("command") not in ("fine-grained ppo", "fine-grained figa"):
+        return False
+    start, reference = ours["options"]["policy"], theirs["options"]["policy"]
+    return policy_folder(start, "--policy").resolve() == policy_folder(reference, "--policy").resolve()
+
+
+@torch.no_grad()
+def _kl(policy: LanguageModelPolicy, responses: Sequence[Response]) -> list[float | None]:
+    """For each response an estimate of KL(policy || reference), in nats: its log-prob less that by the reference."""
+    arguments = [r.prompt_ids for r in responses], [r.token_ids for r in responses], [None] * len(responses)
+    ours = policy.score(*arguments, values=False).logprobs
+    gaps = (ours - policy.reference_logprobs(*arguments)).split([len(r.token_ids) for r in responses])
+    return [float(gap.sum()) for gap in gaps]

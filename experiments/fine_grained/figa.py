@@ -1,0 +1,85 @@
+"""``instructgym fine-grained figa``: imitation of minimal edits by weighted cross-entropy, without a reward model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+
+from ...agents.policy.checkpoints import read_state
+from ...agents.policy.language_model import SETTINGS
+from ...agents.reward_modelling.trainer import tokenize_pairs
+from ...agents.supervised.figa import FIGA
+from ...llm_backends.errors import InputError
+from ...rewards.learned.edits import read_pairs
+from ..runs.options import check_counts
+from ..runs.stages import policy_folder, stage, tokenizer_of
+from .common import StageOptions, load_policy
+
+
+@dataclass
+class FineGrainedFIGA(StageOptions):
+    """Train a policy on edited pairs directly (FIGA)."""
+
+    policy: str = ""
+    """Run folder of the policy to start from."""
+    pairs: str = ""
+    """JSONL with 'prompt', 'original' and 'edited', e.g. edits.jsonl of 'fine-grained edit'."""
+    epochs: int = 5
+    """Passes over the pairs."""
+    batch_size: int = 32
+    """Pairs per optimiser step."""
+    learning_rate: float = 1e-4
+    """Constant. FIGA's code has 1e-5, for all weights of a model; this trains an adapter."""
+
+    def check(self) -> None:
+        super().check()
+        check_counts(self, "epochs", "batch_size")
+        if not self.pairs:
+            raise InputError("--pairs is missing: name a JSONL file of edited pairs")
+
+
+def run(options: FineGrainedFIGA, console: Console | None = None) -> dict[str, Any]:
+    """Trains (or resumes), saves the policy and returns the results.
+
+    Raises:
+        InputError: for bad input, before a model is loaded.
+    """
+    console = console or Console()
+    options.check()
+    start = policy_folder(options.policy, "--policy")
+    read = read_pairs(options.pairs)
+    pairs, dropped = tokenize_pairs(read, tokenizer_of(read_state(start / SETTINGS)["model"]), options.context_length)
+    if not pairs:
+        raise InputError(f"{options.pairs} has no pair that can be used: {dropped}")
+    if options.dry_run:
+        console.print(f"would train on {len(pairs)} pairs, in {options.run_dir}")
+        return {}
+    with stage(options, "fine-grained figa", console) as opened:
+        if isinstance(opened, dict):
+            return opened
+        policy = load_policy(options, start)
+        if opened.saved is None:
+            policy.freeze_reference("sft")  # not used in training; evaluation measures the KL to it
+        trainer = FIGA(
+            policy,
+            options.seed,
+            learning_rate=options.learning_rate,
+            batch_size=options.batch_size,
+            epochs=options.epochs,
+            token_budget=options.token_budget,
+        )
+        done = opened.supervised(trainer, pairs, f"figa on {len(pairs)} pairs")
+        if (results := opened.unfinished(done)) is not None:
+            return results
+        policy.save(opened.folder.file("policy", "policy.json").parent)
+        return opened.folder.finish(
+            {"loss": trainer.loss},
+            {
+                "pairs": len(pairs),
+                "dropped": dict(dropped) | dict(read.dropped),
+                "steps": trainer.steps,
+                "seconds": opened.seconds,
+            },
+        )

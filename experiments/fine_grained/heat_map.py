@@ -1,0 +1,263 @@
+"""Heat maps of token rewards over the text they are of: a page of HTML, or a picture."""
+
+from __future__ import annotations
+
+import html
+import unicodedata
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...llm_backends.errors import InputError
+from ...llm_backends.local.tokenization import Tokenizer
+
+LOW, MIDDLE, HIGH = "#B2182B", "#F7F7F7", "#2166AC"
+"""Ends and middle of the colour map: red below 0, blue above (ColorBrewer's RdBu, which colour-blind readers can tell
+apart)."""
+
+WIDTH = 96
+"""Characters of a line in a picture."""
+
+LONGEST = 400
+"""Lines of a picture at most."""
+
+
+@dataclass(frozen=True)
+class HeatRow:
+    """One response and what its tokens are worth."""
+
+    tokens: Sequence[str]
+    """The text of each token."""
+    values: Sequence[float]
+    """Its reward; as many."""
+    title: str = ""
+    """A line above the response, e.g. its prompt or ``original``."""
+
+
+def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
+    """The text of each token, such that joined they are the text of all of them; special tokens by their names.
+
+    A character that several tokens make together is the last one's; the others show as ``·``.
+
+    Args:
+        ids: tokens of a response.
+        tokenizer: theirs.
+    """
+    special = set(tokenizer.hf.all_special_ids)
+    texts: list[str] = []
+    start, shown = 0, ""  # of the run of ordinary tokens, and its text so far
+    for position, token in enumerate(map(int, ids)):
+        if token in special:
+            texts.append(str(tokenizer.hf.convert_ids_to_tokens(token)))
+            start, shown = position + 1, ""
+            continue
+        text = tokenizer.decode([int(t) for t in ids[start : position + 1]])
+        whole = not text.endswith("\ufffd")
+        texts.append(text[len(shown) :] if whole else "·")
+        shown = text if whole else shown
+    return texts
+
+
+def color_scale(rows: Sequence[HeatRow], limit: float | None = None) -> float:
+    """The absolute value that gets the strongest colour: the 98th percentile of all, so that one outlier pales none.
+
+    Args:
+        rows: what is drawn.
+        limit: a value chosen by hand.
+
+    Raises:
+        InputError: for no rows, a row with another number of values than tokens, or a value that is not finite.
+    """
+    if not rows:
+        raise InputError("a heat map needs at least one row of tokens")
+    for number, row in enumerate(rows):
+        if len(row.tokens) != len(row.values):
+            raise InputError(f"row {number} of the heat map has {len(row.tokens)} tokens and {len(row.values)} values")
+        if not np.isfinite(np.asarray(row.values, np.float64)).all():
+            raise InputError(f"row {number} of the heat map has values that are not finite")
+    if limit is not None:
+        if not limit > 0:
+            raise InputError(f"limit must be above 0, got {limit}")
+        return float(limit)
+    values = np.abs(np.concatenate([np.asarray(row.values, np.float64) for row in rows]))
+    return float(np.percentile(values, 98)) or 1.0 if len(values) else 1.0
+
+
+def color(value: float, limit: float) -> tuple[str, str]:
+    """Background and text colour, as ``#rrggbb``, of a value on a map that is centred at 0 and ends at +-``limit``."""
+    share = float(np.clip(value / limit, -1.0, 1.0))
+    middle, end = (_rgb(name) for name in (MIDDLE, HIGH if share > 0 else LOW))
+    mixed = middle + abs(share) * (end - middle)
+    # Relative luminance (WCAG 2): white letters where the ground is dark.
+    linear = np.where(mixed <= 0.04045, mixed / 12.92, ((mixed + 0.055) / 1.055) ** 2.4)
+    dark = float(linear @ [0.2126, 0.7152, 0.0722]) < 0.18
+    return "#" + "".join(f"{round(255 * part):02x}" for part in mixed), "#ffffff" if dark else "#1a1a1a"
+
+
+def _rgb(name: str) -> np.ndarray:
+    return np.array([int(name[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+
+
+def write_html(
+    rows: Sequence[HeatRow], path: str | Path, title: str = "Token rewards", limit: float | None = None
+) -> Path:
+    """Writes a page that needs no other file; the reward of a token shows when one points at it.
+
+    Args:
+        rows: the responses.
+        path: the file.
+        title: of the page.
+        limit: see :func:`color_scale`.
+
+    Raises:
+        InputError: as :func:`color_scale`.
+    """
+    limit = color_scale(rows, limit)
+    body = "\n".join(_html_row(row, limit) for row in rows)
+    page = PAGE.format(title=html.escape(title), low=LOW, middle=MIDDLE, high=HIGH, limit=f"{limit:.3g}", body=body)
+    Path(path).write_text(page, "utf-8")
+    return Path(path)
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>{title}</title>
+<style>
+body {{ font-family: system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 62rem; margin: 2rem auto; }}
+h1 {{ font-size: 1.3rem; }}
+section {{ margin: 1.2rem 0; }}
+h2 {{ font-size: 0.9rem; font-weight: 600; color: #555; margin: 0 0 0.3rem; white-space: pre-wrap; }}
+p {{ font-family: ui-monospace, "DejaVu Sans Mono", monospace; line-height: 1.75; margin: 0; white-space: pre-wrap; }}
+span {{ border-radius: 3px; padding: 0.1em 0; box-shadow: inset 0 0 0 1px rgba(0, 0, 0, 0.08); }}
+.legend {{ display: flex; align-items: center; gap: 0.6rem; font-size: 0.85rem; color: #555; }}
+.legend i {{ width: 14rem; height: 0.9rem; border-radius: 3px;
+  background: linear-gradient(to right, {low}, {middle}, {high}); }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<div class="legend">&minus;{limit} <i></i> +{limit} <span style="box-shadow: none">reward of a token</span></div>
+{body}
+</body>
+</html>
+"""
+
+
+def _html_row(row: HeatRow, limit: float) -> str:
+    spans = []
+    for token, value in zip(row.tokens, row.values, strict=True):
+        ground, letters = color(value, limit)
+        text = html.escape(_visible(token)) + ("\n" if token.endswith("\n") else "")
+        spans.append(f'<span style="background:{ground};color:{letters}" title="{value:+.3f}">{text}</span>')
+    heading = f"<h2>{html.escape(row.title)}</h2>" if row.title else ""
+    return f"<section>{heading}<p>{''.join(spans)}</p></section>"
+
+
+def _visible(token: str) -> str:
+    """The token with line ends and tabs as signs, so that they have a ground to colour."""
+    text = token.replace("\r", "").replace("\n", "⏎").replace("\t", "→")
+    return "".join(c if unicodedata.category(c) != "Cc" else "·" for c in text)
+
+
+def plot_heat_map(
+    rows: Sequence[HeatRow], path: str | Path, title: str = "Token rewards", limit: float | None = None
+) -> Path:
+    """Draws the same: tokens in a fixed-width font on coloured boxes, 96 characters a line, and a colour bar.
+
+    Characters that DejaVu Sans Mono lacks, Chinese ones for instance, show as boxes; a page of HTML has them all.
+
+    Args:
+        rows: the responses.
+        path: the PNG.
+        title: of the figure.
+        limit: see :func:`color_scale`.
+
+    Raises:
+        InputError: as :func:`color_scale`, and for more than 400 lines.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    limit = color_scale(rows, limit)
+    boxes, height = _layout(rows)
+    if height > LONGEST:
+        raise InputError(f"this heat map has {height} lines, {LONGEST} at most: draw fewer rows, or write HTML")
+    size, step, margin = 9.0, 0.21, 0.25  # points, inches per line, inches
+    character = 0.602 * size / 72  # advance width of DejaVu Sans Mono, in inches
+    across, down = WIDTH * character, height * step
+    figure = Figure(figsize=(across + 2 * margin, down + 2 * margin + 0.4), facecolor="white")
+    FigureCanvasAgg(figure)
+    width, tall = figure.get_size_inches()
+    axis = figure.add_axes((margin / width, margin / tall, across / width, down / tall))
+    axis.set(xlim=(0, WIDTH), ylim=(height, 0))
+    axis.axis("off")
+    for line, column, text, value in boxes:
+        if value is None:
+            axis.text(column, line + 0.62, text, fontsize=size - 1, color="#555555", va="center", parse_math=False)
+            continue
+        ground, letters = color(value, limit)
+        axis.add_patch(
+            Rectangle(
+                (column, line + 0.06), _columns(text), 0.88, facecolor=ground, edgecolor="#00000022", linewidth=0.5
+            )
+        )
+        style: dict[str, Any] = {"fontsize": size, "family": "DejaVu Sans Mono", "color": letters, "va": "center"}
+        axis.text(column, line + 0.53, text, parse_math=False, **style)
+    bar = figure.add_axes((margin / width + 0.62 * across / width, 1 - 0.4 / tall, 0.38 * across / width, 0.12 / tall))
+    scale = LinearSegmentedColormap.from_list("reward", [LOW, MIDDLE, HIGH])
+    figure.colorbar(ScalarMappable(Normalize(-limit, limit), scale), cax=bar, orientation="horizontal")
+    bar.set_xticks([-limit, 0, limit], [f"−{limit:.2g}", "0", f"+{limit:.2g}"], fontsize=7)
+    bar.set_title("reward of a token", fontsize=7, color="#555555", pad=3)
+    bar.tick_params(length=2)
+    bar.spines[:].set_visible(False)
+    figure.text(margin / width, 1 - 0.34 / tall, title, fontsize=12, fontweight="bold", va="center", parse_math=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # they show as boxes, as documented
+        figure.savefig(path, dpi=150)
+    return Path(path)
+
+
+def _layout(rows: Sequence[HeatRow]) -> tuple[list[tuple[float, int, str, float | None]], float]:
+    """Where each piece of text goes: line, column, text, value (None for titles); and the number of lines."""
+    boxes: list[tuple[float, int, str, float | None]] = []
+    line = 0.0
+    for row in rows:
+        if row.title:
+            title = " ".join(row.title.split())
+            boxes.append((line, 0, title if len(title) <= WIDTH else title[: WIDTH - 1] + "…", None))
+            line += 1
+        column = 0
+        for token, value in zip(row.tokens, row.values, strict=True):
+            text = _visible(token)
+            while text:
+                if column and column + _columns(text) > WIDTH:
+                    line, column = line + 1, 0
+                piece = _fitting(text)
+                boxes.append((line, column, piece, value))
+                column, text = column + _columns(piece), text[len(piece) :]
+            if token.endswith("\n"):
+                line, column = line + 1, 0
+        line += 1.5 if column else 0.5
+    return boxes, line - 0.5
+
+
+def _columns(text: str) -> int:
+    """Columns that a text takes in a fixed-width font: wide characters two, combining ones none."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def _fitting(text: str) -> str:
+    """As much of a text as fits into one line."""
+    end = len(text)
+    while _columns(text[:end]) > WIDTH:
+        end -= 1
+    return text[:end]

@@ -1,0 +1,181 @@
+"""``instructgym fine-grained ppo``: token-level PPO from the supervised policy, rewarded by a reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+from rich.console import Console
+
+from ...agents.policy.checkpoints import read_state
+from ...agents.policy.language_model import SETTINGS, LanguageModelPolicy
+from ...agents.policy_gradient.ppo import TokenPPO
+from ...envs.tokens.examples import PromptExample
+from ...llm_backends import resolve
+from ...llm_backends.errors import InputError
+from ...rewards import Reward, WeightedSum
+from ...rewards.learned.reward_model import RewardModel, read_settings
+from ...rewards.learned.token_reward import SequenceReward, TokenReward
+from ..runs.folder import RunFolder, read_json, write_json
+from ..runs.options import check_counts, input_errors, parse_reward
+from ..runs.responses import respond
+from ..runs.stages import policy_folder, stage, tokenizer_of
+from .common import ENV_ID, StageOptions, check_lengths, load_policy
+
+Form = Literal["auto", "causal", "whole", "terminal"]
+
+
+@dataclass
+class FineGrainedPPO(StageOptions):
+    """Train a policy by token-level PPO on the rewards of a reward model."""
+
+    policy: str = ""
+    """Run folder of the policy to start from, which is also the KL reference."""
+    reward_model: str = ""
+    """Run folder of 'fine-grained reward-model'."""
+    arm: str = ""
+    """Name in reports; by default what the reward model is."""
+    form: Form = "auto"
+    """Of a token-level model. causal (auto): each token is paid its own reward; whole: its share of the mean, paid
+    when the response is complete; terminal: the mean, at the last token. A sequence-level model pays there anyway."""
+    judge: str = "reviews"
+    """Held-out reward that is logged and not paid, as of 'evolve train'; empty: none."""
+    updates: int = 32
+    """Updates."""
+    batch_size: int = 48
+    """Responses per update."""
+    epochs: int = 1
+    """Passes over the responses of an update."""
+    learning_rate: float = 5e-4
+    """Peak learning rate (cosine, 10% warm-up)."""
+    kl_coefficient: float = 0.05
+    """Weight of the KL penalty against the start, where the return of the start's responses has deviation 1."""
+    lam: float = 0.95
+    """GAE's lambda."""
+    calibration: int = 128
+    """Responses of the start by which the reward is put on a common scale."""
+
+    def check(self) -> None:
+        super().check()
+        check_counts(self, "updates", "batch_size", "epochs", "calibration")
+        if not self.reward_model:
+            raise InputError("--reward-model is missing: name the run folder of 'fine-grained reward-model'")
+        if self.lam > 1:
+            raise InputError(f"--lam must be in [0, 1], got {self.lam}")
+
+
+def run(options: FineGrainedPPO, console: Console | None = None) -> dict[str, Any]:
+    """Trains (or resumes), saves the policy, and returns the results.
+
+    Raises:
+        InputError: for bad input, before a model is loaded where that can be seen.
+    """
+    console = console or Console()
+    options.check()
+    start = policy_folder(options.policy, "--policy")
+    learned = Path(options.reward_model) / "model"
+    if not learned.is_dir():
+        raise InputError(f"--reward-model {options.reward_model} holds no reward model: has that stage finished?")
+    settings, base = read_settings(learned), read_state(start / SETTINGS)["model"]
+    level = settings["level"]
+    if level == "sequence" and options.form not in ("auto", "terminal"):
+        raise InputError(
+            f"--form {options.form} needs a token-level model, {options.reward_model} is of level sequence"
+        )
+    examples = options.prompts("unlabelled", base)
+    check_lengths(options, examples, tokenizer_of(base))
+    with input_errors():
+        judge = resolve("reward", parse_reward(options.judge)) if options.judge else None
+    if options.dry_run:
+        console.print(f"would train {options.updates} updates on {len(examples)} prompts, in {options.run_dir}")
+        return {}
+    with stage(options, "fine-grained ppo", console) as opened:
+        if isinstance(opened, dict):
+            return opened
+        policy = load_policy(options, start)
+        if opened.saved is None:
+            policy.freeze_reference("sft")
+        # One trunk for both, unless the reward model was trained on another one than the policy's.
+        shared = policy.trunk if settings["model"] == base else None
+        model = RewardModel.load(learned, shared, dtype=options.dtype)
+        reward = _calibrated(options, opened.folder, model, policy, examples)
+        terms = {"proxy": reward} | ({"judge": judge} if judge is not None else {})
+        env = gym.make_vec(
+            ENV_ID,
+            num_envs=min(options.batch_size, len(examples)),
+            examples=examples,
+            tokenizer=policy.tokenizer,
+            reward=WeightedSum(terms, {"judge": 0.0} if judge is not None else {}),
+            **options.env_options(),
+        )
+        agent = TokenPPO(
+            env,
+            policy,
+            options.seed,
+            learning_rate=options.learning_rate,
+            schedule="cosine",
+            warmup=0.1,
+            epochs=options.epochs,
+            kl_coefficient=options.kl_coefficient,
+            lam=options.lam,
+            token_budget=options.token_budget,
+        )
+        done = opened.learn(agent, options.updates, options.arm or f"ppo, {level}")
+        if (results := opened.unfinished(done)) is not None:
+            return results
+        policy.save(opened.folder.file("policy", "policy.json").parent)
+        return opened.folder.finish(
+            {},
+            {
+                "updates": agent.updates,
+                "tokens": agent.num_timesteps,
+                "episodes": agent.episodes,
+                "seconds": opened.seconds,
+            },
+        )
+
+
+def _calibrated(
+    options: FineGrainedPPO,
+    folder: RunFolder,
+    model: RewardModel,
+    policy: LanguageModelPolicy,
+    examples: Sequence[PromptExample],
+) -> Reward:
+    """The reward on a scale on which returns of the start's responses have mean 0 and deviation 1.
+
+    Bradley-Terry fixes a reward model's differences only, and the sum of token rewards grows with the length: so the
+    mean of a token is subtracted from each, or that of a response from a reward for the whole response.
+    """
+    stored = read_json(folder.path / "scale.json")
+    if stored is None:
+        some = examples[: options.calibration]
+        raw = _reward(options, model, 1.0, 0.0)
+        responses = respond(
+            policy, ENV_ID, some, options.temperature, options.data_seed, reward=raw, **options.env_options()
+        )
+        returns = np.array([response.reward for response in responses])
+        units = np.array([len(r.token_ids) if _per_token(options, model) else 1 for r in responses])
+        center = float(returns.sum() / units.sum())
+        spread = float((returns - center * units).std())
+        if not spread > 0:
+            raise InputError(f"{options.reward_model} gives all responses of the start the same reward")
+        stored = {"center": center, "scale": 1.0 / spread}
+        write_json(folder.file("scale.json"), stored)
+    return _reward(options, model, stored["scale"], stored["center"])
+
+
+def _per_token(options: FineGrainedPPO, model: RewardModel) -> bool:
+    """Whether the mean of a token, not that of a response, is what a return is measured from."""
+    return model.level == "token" and options.form in ("auto", "causal")
+
+
+def _reward(options: FineGrainedPPO, model: RewardModel, scale: float, center: float) -> Reward:
+    form = "causal" if options.form == "auto" else options.form
+    if model.level == "sequence" or form == "terminal":
+        return SequenceReward(model, scale=scale, center=center)
+    return TokenReward(model, form=form, scale=scale, center=center)

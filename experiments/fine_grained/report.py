@@ -1,0 +1,170 @@
+"""``instructgym fine-grained report``: the arms of an experiment side by side, with curves and over-optimisation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from ...llm_backends.errors import InputError
+from ...llm_backends.records import read_records
+from ..runs.folder import read_json
+from ..runs.options import check_output
+from ..runs.plots import plot_fine_grained
+from ..runs.tables import markdown, rich_table
+from .evaluate import RESPONSES, win_rate
+
+COMMAND = "fine-grained "
+
+
+@dataclass
+class FineGrainedReport:
+    """Gather the finished stages of an experiment into tables and figures."""
+
+    runs: str = "runs/fine-grained"
+    """Folder that holds the run folders of all stages."""
+    out: str = ""
+    """Folder for report.md and curves.png; by default 'report' within --runs."""
+
+
+HOW = ("split", "judge", "against", "temperature", "limit", "data", "data_seed")
+"""Options in which the evaluations of one arm may not differ if they are to be taken for its seeds."""
+
+
+@dataclass
+class _Arm:
+    """One arm: the evaluations of its seeds, and the training behind them."""
+
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    wins: list[dict[str, float]] = field(default_factory=list)
+    curves: list[list[dict[str, Any]]] = field(default_factory=list)
+    how: dict[str, Any] = field(default_factory=dict)
+
+    def mean(self, name: str) -> float | None:
+        """Over seeds."""
+        values = [results["metrics"].get(name) for results in self.evaluations]
+        known = [value for value in values if value is not None]
+        return float(np.mean(known)) if known else None
+
+    def figures(self) -> dict[str, Any]:
+        """Means over seeds, and the win rate over prompts, each of which is taken as the mean of its seeds."""
+        names = sorted({name for results in self.evaluations for name in results["metrics"]})
+        figures = {name: self.mean(name) for name in names} | {"seeds": len(self.evaluations)}
+        prompts = set.intersection(*(set(wins) for wins in self.wins)) if self.wins else set()
+        if prompts:
+            pooled = win_rate([float(np.mean([wins[prompt] for wins in self.wins])) for prompt in sorted(prompts)])
+            figures |= {name: value for name, value in pooled.items() if name.startswith("win_rate")}
+        return figures
+
+
+def run(options: FineGrainedReport, console: Console | None = None) -> dict[str, Any]:
+    """Writes ``report.md`` and ``curves.png`` and returns the tables' figures.
+
+    Raises:
+        InputError: if there is no finished evaluation.
+    """
+    console = console or Console()
+    arms, reward_models = _gather(Path(options.runs))
+    if not any(arm.evaluations for arm in arms.values()):
+        raise InputError(f"no finished run of 'fine-grained evaluate' in {options.runs}")
+    out = Path(options.out) if options.out else Path(options.runs) / "report"
+    check_output(out / "report.md")
+    out.mkdir(parents=True, exist_ok=True)
+    figures = {name: arm.figures() for name, arm in arms.items() if arm.evaluations}
+    tables = [_arm_rows(figures), _reward_rows(reward_models)]
+    (out / "report.md").write_text("\n".join(markdown(rows) for rows in tables if len(rows) > 1), "utf-8")
+    curves = {name: arms[name].curves for name in figures if arms[name].curves}
+    if curves:
+        plot_fine_grained(curves, figures, out / "curves.png")
+    for rows in tables:
+        if len(rows) > 1:
+            console.print(rich_table(rows))
+    console.print(f"wrote {out / 'report.md'}" + (f" and {out / 'curves.png'}" if curves else ""))
+    return {"arms": figures, "reward_models": reward_models}
+
+
+def _gather(root: Path) -> tuple[dict[str, _Arm], dict[str, dict[str, Any]]]:
+    arms: dict[str, _Arm] = {}
+    reward_models: dict[str, dict[str, Any]] = {}
+    for path in sorted(root.rglob("results.json")):
+        config, results = read_json(path.parent / "config.json"), read_json(path)
+        command = str((config or {}).get("command", ""))
+        if config is None or results is None or results.get("status") != "finished" or not command.startswith(COMMAND):
+            continue
+        options = config["options"]
+        if command == COMMAND + "reward-model":
+            reward_models[str(path.parent.relative_to(root))] = results["metrics"] | {
+                "pairs_from": Path(options["pairs"]).stem,
+                "level": options["level"],
+                "loss": options["loss"],
+                "pairs": results["counts"]["pairs"],
+                "held_out": results["counts"]["held_out"],
+            }
+        elif command == COMMAND + "ppo":
+            rows = [row for row in read_records(path.parent / "metrics.jsonl") if "train/kl" in row]
+            if rows:
+                arms.setdefault(options["arm"] or path.parent.name, _Arm()).curves.append(rows)
+        elif command == COMMAND + "evaluate":
+            name, how = options["arm"] or path.parent.name, {key: options.get(key) for key in HOW}
+            arm = arms.setdefault(name, _Arm())
+            arm.how = arm.how or how
+            if arm.how != how:
+                differing = ", ".join(key for key in HOW if arm.how[key] != how[key])
+                raise InputError(
+                    f"the evaluations of {name} differ in {differing}, so they are no seeds of one arm: give them "
+                    f"other names by --arm, or move {path.parent} out of {root}"
+                )
+            arm.evaluations.append(results)
+            rows = read_records(path.parent / RESPONSES)
+            if wins := {row["id"]: row["win"] for row in rows if row.get("win") is not None}:
+                arm.wins.append(wins)
+    return arms, reward_models
+
+
+def _arm_rows(figures: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    measures = sorted({name for row in figures.values() for name in row if name.startswith("mean/")})
+    titles = [
+        "arm",
+        "win rate, % (95%)",
+        *(f"mean {name[5:]}" for name in measures),
+        "KL, nats",
+        "tokens",
+        "distinct-2",
+    ]
+    rows = [[*titles, "seeds"]]
+    for name, row in sorted(figures.items(), key=lambda item: item[1].get("win_rate", -1.0)):
+        won = ""
+        if "win_rate" in row:
+            won = "{:.1f} ({:.1f} to {:.1f})".format(*(100 * row[f"win_rate{end}"] for end in ("", "_low", "_high")))
+        rows.append(
+            [
+                name,
+                won,
+                *(_number(row.get(measure), 3) for measure in measures),
+                _number(row.get("kl"), 1),
+                _number(row["tokens"], 1),
+                _number(row["distinct_2"], 2),
+                str(row["seeds"]),
+            ]
+        )
+    return rows
+
+
+def _reward_rows(models: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    titles = ["reward model", "pairs", "loss", "trained on", "held out", "pair accuracy", "AUC removed", "AUC written"]
+    rows = [titles]
+    for name, row in models.items():
+        measured = [row.get(key) for key in ("accuracy", "removed_auc", "written_auc")]
+        rows.append(
+            [name, str(row["pairs_from"]), str(row["loss"]), str(row["pairs"]), str(row["held_out"])]
+            + [_number(value, 3) for value in measured]
+        )
+    return rows
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,99 @@
+"""``instructgym fine-grained sft``: the supervised policy from which all arms start, and which is their reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+
+from ...agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from ...agents.supervised.sft import SFT, Demonstration
+from ...llm_backends.errors import InputError
+from ..runs.options import check_counts
+from ..runs.stages import stage, tokenizer_of
+from .common import StageOptions
+
+
+@dataclass
+class FineGrainedSFT(StageOptions):
+    """Train the start of all arms on given responses."""
+
+    model: str = "embedded"
+    """embedded, or a local path or hub id of a causal language model."""
+    demonstrations: int = 2000
+    """Prompts with their responses at most; 0 for all of this stage's share."""
+    epochs: int = 1
+    """Passes over them."""
+    batch_size: int = 32
+    """Demonstrations per optimiser step."""
+    learning_rate: float = 5e-4
+    """Peak learning rate (cosine, 10% warm-up)."""
+    lora_rank: int = 8
+    """Rank of the policy's adapter, here and in PPO."""
+
+    def check(self) -> None:
+        super().check()
+        check_counts(self, "epochs", "batch_size", "lora_rank")
+
+
+def run(options: FineGrainedSFT, console: Console | None = None) -> dict[str, Any]:
+    """Trains (or resumes), saves the policy and returns the results.
+
+    Raises:
+        InputError: for bad input, before a model is loaded.
+    """
+    console = console or Console()
+    options.check()
+    examples = [e for e in options.prompts("sft", options.model) if e.reference][: options.demonstrations or None]
+    if not examples:
+        raise InputError(f"{options.data} has no responses to imitate")
+    if not tokenizer_of(options.model).eos_ids:
+        raise InputError(f"the tokenizer of {options.model} has no EOS token, by which responses could end")
+    if options.dry_run:
+        console.print(f"would train on {len(examples)} demonstrations of {options.data}, in {options.run_dir}")
+        return {}
+    with stage(options, "fine-grained sft", console) as opened:
+        if isinstance(opened, dict):
+            return opened
+        policy = LanguageModelPolicy(
+            options.model, LoraSettings(rank=options.lora_rank), value="shared", dtype=options.dtype, seed=options.seed
+        )
+        if policy.lm.context_length < options.context_length:
+            raise InputError(
+                f"{options.model} reads {policy.lm.context_length} tokens: set --context-length to that or less"
+            )
+        trainer = SFT(
+            policy,
+            options.seed,
+            learning_rate=options.learning_rate,
+            schedule="cosine",
+            warmup=0.1,
+            batch_size=options.batch_size,
+            epochs=options.epochs,
+            token_budget=options.token_budget,
+        )
+        tokenizer, end = policy.tokenizer, min(policy.tokenizer.eos_ids)
+        blank = "" if options.layout == "chat" else " "  # a chat template ends where the answer begins
+        shown = [
+            Demonstration(
+                tokenizer.encode(example.prompt), [*tokenizer.encode_continuation(f"{blank}{example.reference}"), end]
+            )
+            for example in examples
+        ]
+        fitting = [one for one in shown if len(one.prompt) + len(one.response) <= options.context_length]
+        if not fitting:
+            raise InputError(f"no demonstration fits --context-length {options.context_length}")
+        done = opened.supervised(trainer, fitting, f"sft on {options.data}")
+        if (results := opened.unfinished(done)) is not None:
+            return results
+        policy.save(opened.folder.file("policy", "policy.json").parent)
+        return opened.folder.finish(
+            {"loss": trainer.loss},
+            {
+                "demonstrations": len(fitting),
+                "dropped": {"too long": len(shown) - len(fitting)},
+                "steps": trainer.steps,
+                "seconds": opened.seconds,
+            },
+        )

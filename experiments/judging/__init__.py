@@ -1,0 +1,1 @@
+"""Judges measured on pairs with known answers."""

@@ -1,0 +1,295 @@
+"""``instructgym judge calibrate``: a judge is measured on pairs with known answers before it is trusted with rewards.
+
+Every pair is asked in both orders. Generated verdicts are also sampled a few times, to see how often the judge agrees
+with itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ...agents.sb3.callbacks import StepProgress
+from ...llm_backends import Backend, Journaled, request_seed, resolve
+from ...llm_backends.errors import InputError
+from ...rewards.judges.equality import equality_prompt
+from ...rewards.judges.pairwise import Pair, both_orders, compare, pair_question, pairwise_prompt
+from ...rewards.judges.verdict import (
+    RETRY_TEMPERATURE,
+    VerdictMode,
+    check_mode,
+    judge_verdicts,
+    reads_likelihood,
+    sigmoid,
+)
+from ..runs.folder import RowWriter, RunFolder
+from ..runs.options import RunOptions, input_errors, parse_part
+from ..runs.plots import plot_calibration
+from ..runs.resumption import TimeLimit, replayed
+from ..runs.tracking import Tracker
+from .measures import Judgement, count, measure
+from .pairs import LABELS, LabelledPair, PairKind, read_pairs
+
+CHUNK = 32
+"""Pairs asked together."""
+SMOKE_LIMIT = 32
+
+
+@dataclass
+class JudgeCalibrate(RunOptions):
+    """Measure a judge on labelled pairs: accuracy, position bias, self-consistency, invalid rate."""
+
+    backend: str = "embedded"
+    """The judge: embedded, transformers, openai, scripted, 'module:factory', or JSON {"id": ..., "kwargs": {...}}."""
+    data: str = ""
+    """JSONL with {"prompt", "first", "second", "better": "first" | "second" | "tie"} for the pairwise judge, or
+    {"first", "second", "verdict": "Equal" | "Not Equal"} for the equality judge."""
+    mode: VerdictMode = "auto"
+    """verdict: generate and parse. likelihood: compare the log-probs of both answers. auto: likelihood for backends
+    with few-shot prompts that report log-probs."""
+    repeats: int = 3
+    """Verdicts sampled per pair, at temperature 0.7, for self-consistency; verdict mode only. 0: none."""
+    limit: int = 0
+    """Only the first so many pairs. 0: all, or 32 with --scale smoke."""
+    scale: str = "report"
+    """Size of the run where --limit is 0: smoke (32 pairs) or report (all of them)."""
+
+    def check(self) -> None:
+        super().check()
+        with input_errors():
+            check_mode(self.mode)
+        if not self.data:
+            raise InputError("--data is missing: name a JSONL file of labelled pairs")
+        if self.repeats == 1:
+            raise InputError("--repeats must be at least 2, for one verdict agrees with nothing; or 0 for none")
+
+
+def run(options: JudgeCalibrate, console: Console | None = None) -> dict[str, Any]:
+    """Measures, or goes on measuring, and returns the results.
+
+    Raises:
+        InputError: for bad input, before a model is loaded.
+    """
+    console = console or Console()
+    options.check()
+    kind, pairs = read_pairs(options.data)
+    pairs = pairs[: options.limit or (SMOKE_LIMIT if options.scale == "smoke" else len(pairs))]
+    with input_errors():
+        backend = resolve("backend", parse_part(options.backend, options.model))
+    if options.mode == "likelihood" and not backend.supports_logprobs:
+        raise InputError(f"--mode likelihood needs log-probs, which backend {backend.name!r} does not report")
+    digest = hashlib.sha256(json.dumps([kind, *map(asdict, pairs)]).encode()).hexdigest()[:16]
+    folder = RunFolder(options.run_dir, asdict(options) | {"pairs": digest}, "judge calibrate")
+    likelihood = reads_likelihood(backend, options.mode)
+    if options.dry_run:
+        console.print(
+            f"would ask {backend.name} about {len(pairs)} {kind} pairs in both orders, "
+            f"{'by likelihood' if likelihood else f'and {options.repeats} times more each'}, in {folder.path}"
+        )
+        return {}
+    if (results := folder.finished(console)) is not None:
+        return results
+    with replayed(folder, lambda journal: {"judge": Journaled(backend, journal)}, console) as (_, roles):
+        return _calibrate(options, folder, kind, pairs, roles["judge"], console)
+
+
+def _calibrate(
+    options: JudgeCalibrate,
+    folder: RunFolder,
+    kind: PairKind,
+    pairs: Sequence[LabelledPair],
+    backend: Journaled,
+    console: Console,
+) -> dict[str, Any]:
+    begun, limit = time.monotonic(), TimeLimit(options.minutes, backend.journal)
+    rows = RowWriter(folder.file("judgements.jsonl"))
+    likelihood = reads_likelihood(backend, options.mode)
+    judgements: list[Judgement] = []
+    with (
+        Tracker(folder, options.track, step_name="pairs") as tracker,
+        StepProgress("pairs judged", len(pairs), console) as progress,
+    ):
+        for start in range(0, len(pairs), CHUNK):
+            if limit.reached():
+                break
+            found = ask_judge(
+                backend,
+                kind,
+                pairs[start : start + CHUNK],
+                [request_seed(options.seed, "pair", start + i) for i in range(len(pairs[start : start + CHUNK]))],
+                options.mode,
+                0 if likelihood else options.repeats,
+            )
+            for number, judgement in enumerate(found, start=start + 1):
+                rows.write(judgement_row(kind, number, judgement))
+            judgements += found
+            counts = count(judgements)
+            tracker.write({name: counts[name] for name in ("right", "wrong", "ties", "invalid")}, {}, len(judgements))
+            progress.update(len(judgements), f"{counts['right']} right")
+        done = len(judgements) == len(pairs)
+        usage = backend.usage
+        results = folder.finish(
+            metrics={"kind": kind, "mode": "likelihood" if likelihood else "verdict"} | measure(kind, judgements),
+            counts=count(judgements)
+            | {
+                "requests": usage.requests,
+                "replayed_replies": usage.cache_hits,
+                "failed_requests": usage.errors,
+                "prompt_tokens": usage.prompt_tokens,
+                "completion_tokens": usage.completion_tokens,
+                "cost": usage.cost,
+                "seconds": round(time.monotonic() - begun, 1),
+            },
+            status="finished" if done else "stopped",
+        )
+        tracker.image("calibration", _figure(kind, judgements, results["metrics"], folder))
+        tracker.summary(results["metrics"])
+    console.print(results_table(results, backend.name))
+    if not done:
+        console.print(
+            f"stopped at the time limit after {len(judgements)} of {len(pairs)} pairs: the same command goes on"
+        )
+    return results
+
+
+def ask_judge(
+    backend: Backend,
+    kind: PairKind,
+    pairs: Sequence[LabelledPair],
+    seeds: Sequence[int],
+    mode: VerdictMode = "auto",
+    repeats: int = 0,
+) -> list[Judgement]:
+    """Asks the judge about labelled pairs in both orders, and again at a temperature.
+
+    Args:
+        backend: the judge.
+        kind: of the pairs.
+        pairs: n pairs.
+        seeds: n request seeds.
+        mode: see :data:`~instructgym.rewards.judges.verdict.VerdictMode`.
+        repeats: sampled verdicts per pair.
+
+    Returns:
+        n judgements, in order.
+    """
+    asked = [Pair(pair.first, pair.second, pair.prompt, seed) for pair, seed in zip(pairs, seeds, strict=True)]
+    judgements = _compare_equal(backend, pairs, asked, mode) if kind == "equality" else []
+    if kind == "pairwise":
+        for pair, found in zip(pairs, compare(backend, asked, mode), strict=True):
+            judgements.append(Judgement(pair, found.outcome, found.verdicts, found.probability))
+    prompt = equality_prompt() if kind == "equality" else pairwise_prompt()
+    again = [
+        pair_question(prompt, Pair(pair.first, pair.second, pair.prompt, request_seed(pair.seed, "repeat", number)))
+        for pair, judgement in zip(asked, judgements, strict=True)
+        for number in range(repeats if judgement.verdicts else 0)
+    ]
+    answers = iter(judge_verdicts(backend, again, mode, RETRY_TEMPERATURE))
+    return [
+        Judgement(j.pair, j.outcome, j.verdicts, j.probability, tuple(next(answers).answer for _ in range(repeats)))
+        if j.verdicts
+        else j
+        for j in judgements
+    ]
+
+
+def _compare_equal(
+    backend: Backend, pairs: Sequence[LabelledPair], asked: Sequence[Pair], mode: VerdictMode
+) -> list[Judgement]:
+    """Do the texts ask for the same? As the reward, it asks nobody about texts that differ at most in white space."""
+    same = [pair.first.split() == pair.second.split() for pair in asked]
+    verdicts = iter(
+        both_orders(backend, equality_prompt(), [p for p, s in zip(asked, same, strict=True) if not s], mode)
+    )
+    judgements = []
+    for pair, is_same in zip(pairs, same, strict=True):
+        if is_same:
+            judgements.append(Judgement(pair, "Equal"))
+            continue
+        given, swapped = next(verdicts)
+        outcome: str | None = None
+        if given.answer is not None and swapped.answer is not None:
+            outcome = "tie" if given.answer != swapped.answer else LABELS["equality"][0 if given.answer else 1]
+        probability = None
+        if given.log_odds is not None and swapped.log_odds is not None:
+            probability = sigmoid((given.log_odds + swapped.log_odds) / 2)
+        judgements.append(Judgement(pair, outcome, (given, swapped), probability))
+    return judgements
+
+
+def judgement_row(kind: PairKind, number: int, judgement: Judgement) -> dict[str, Any]:
+    """A row of ``judgements.jsonl``: the judge's words on a pair, by its row number among the pairs."""
+    prompt = equality_prompt() if kind == "equality" else pairwise_prompt()
+    words = {True: prompt.positive, False: prompt.negative, None: None}
+    verdicts = judgement.verdicts or ()
+    return {
+        "pair": number,
+        "label": judgement.pair.label,
+        "outcome": judgement.outcome,
+        "verdicts": [words[verdict.answer] for verdict in verdicts],
+        "log_odds": [verdict.log_odds for verdict in verdicts],
+        "probability": judgement.probability,
+        "repeats": [words[answer] for answer in judgement.repeats],
+        "why": next((verdict.why for verdict in verdicts if verdict.answer is None), ""),
+    }
+
+
+def _figure(kind: PairKind, judgements: Sequence[Judgement], metrics: dict[str, Any], folder: RunFolder) -> Any:
+    measured = {
+        "judge": metrics["accuracy"],
+        "judge, where it decides": metrics["accuracy_decided"],
+        "judge, by probability": metrics.get("accuracy_by_probability"),
+    } | metrics["baselines"]
+    bars = {
+        f"{name} ({row['of']})": (row["share"], *row["interval"])
+        for name, row in measured.items()
+        if row is not None and row["share"] is not None
+    }
+    probabilities = [
+        (j.probability, j.pair.label == LABELS[kind][0])
+        for j in judgements
+        if j.probability is not None and j.pair.label != "tie"
+    ]
+    return plot_calibration(bars, probabilities, folder.file("figures", "calibration.png"))
+
+
+def results_table(results: dict[str, Any], name: str) -> Table:
+    """The results as a table for the terminal."""
+    metrics, counts = results["metrics"], results["counts"]
+
+    def accuracy(row: dict[str, Any] | None) -> str:
+        if row is None or row["share"] is None:
+            return "-"
+        low, high = row["interval"]
+        return f"{100 * row['share']:.1f} % [{100 * low:.1f}, {100 * high:.1f}] of {row['of']}"
+
+    def share(key: str) -> str:
+        value = metrics.get(key)
+        return "-" if value is None else f"{value:.3f}"
+
+    table = Table(title=f"{metrics['kind']} judge, {metrics['mode']} mode: {name}", show_header=False)
+    table.add_row("accuracy (ties and invalid ones are not right)", accuracy(metrics["accuracy"]))
+    table.add_row("accuracy where it decides", accuracy(metrics["accuracy_decided"]))
+    table.add_row("accuracy by the mean probability", accuracy(metrics.get("accuracy_by_probability")))
+    for baseline, row in metrics["baselines"].items():
+        table.add_row(f"baseline: {baseline}", accuracy(row))
+    table.add_row("AUC of the probability", share("auc"))
+    table.add_row("position bias, -1 to 1", share("position_bias"))
+    table.add_row("orders disagree", share("order_disagreement"))
+    table.add_row("self-consistency of sampled verdicts", share("self_consistency"))
+    table.add_row("invalid rate", share("invalid_rate"))
+    table.add_row(
+        "right, wrong, ties, invalid", ", ".join(str(counts[k]) for k in ("right", "wrong", "ties", "invalid"))
+    )
+    table.add_row(
+        "requests, tokens read, tokens written",
+        ", ".join(str(counts[k]) for k in ("requests", "prompt_tokens", "completion_tokens")),
+    )
+    return table

@@ -1,0 +1,1 @@
+"""RL for language understanding."""

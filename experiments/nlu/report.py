@@ -1,0 +1,208 @@
+"""``instructgym nlu report``: run folders gathered into the paper's table (tasks by methods) and learning curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from ...llm_backends.errors import InputError
+from ...llm_backends.records import read_records
+from ..runs.folder import read_json
+from ..runs.metrics import interval
+from ..runs.options import check_output
+from ..runs.plots import plot_nlu
+from .run import NLU
+
+UNTRAINED = ("majority", "zero-shot", "few-shot")
+NEUTRAL = set("seed run_dir data_dir eval_data_dir minutes save_every track dry_run token_budget".split())
+NEUTRAL |= {"servers", "adapter_dir"}
+TRAINING = {"labels", "passes", "batch_size", "group_size", "learning_rate", "schedule", "optimizer", "epochs"} | {
+    "kl_coefficient",
+    "lora_rank",
+    "rollouts",
+}
+"""Options that say nothing of a method that is not trained."""
+
+ORDER = ("majority", "zero-shot", "few-shot", "sft", "ppo", "grpo", "rloo")
+
+
+@dataclass
+class NLUReport:
+    """Gather finished runs of 'nlu' into a table and a figure."""
+
+    runs: tuple[str, ...] = ("runs/nlu",)
+    """Run folders, or folders of run folders."""
+    out: str = "runs/nlu-report"
+    """Folder for report.md and curves.png."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run."""
+
+    options: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    counts: Mapping[str, Any]
+    curve: list[tuple[float, float, float]]
+    """Of each update: labels seen, share of right answers, share of well-formed ones."""
+
+    @property
+    def arm(self) -> str:
+        """The method and, where it matters, how it starts."""
+        method, start, shots = (self.options[key] for key in ("method", "start", "shots"))
+        if method == "majority":
+            return "majority"
+        return f"{shots}-shot, {start}" if method == "few-shot" else f"{method}, {start}"
+
+    @property
+    def differences(self) -> dict[str, str]:
+        """Options in which runs of one arm may not differ if they are to be taken for its seeds."""
+        left_out = NEUTRAL | (TRAINING if self.options["method"] in UNTRAINED else set())
+        left_out -= {"labels"} if self.options["method"] == "majority" else set()
+        return {key: str(value) for key, value in self.options.items() if key not in left_out}
+
+
+def run(options: NLUReport, console: Console | None = None) -> dict[str, Any]:
+    """Writes ``report.md`` and ``curves.png`` and returns the table's figures, by task and arm.
+
+    Raises:
+        InputError: if there is no finished run.
+    """
+    console = console or Console()
+    folders = dict.fromkeys(
+        path.parent for folder in options.runs for path in sorted(Path(folder).rglob("results.json"))
+    )
+    runs = [found for folder in folders if (found := _read(folder))]
+    if not runs:
+        raise InputError(f"no finished run of 'nlu' in {', '.join(options.runs)}")
+    out = Path(options.out)
+    check_output(out / "report.md")
+    out.mkdir(parents=True, exist_ok=True)
+    figures = _figures(runs)
+    (out / "report.md").write_text(markdown(figures), "utf-8")
+    plot_nlu(_curves(runs), figures, out / "curves.png")
+    console.print(_table(figures))
+    console.print(f"wrote {out / 'report.md'} and {out / 'curves.png'}")
+    return figures
+
+
+def _read(folder: Path) -> Run | None:
+    config, results = read_json(folder / "config.json"), read_json(folder / "results.json")
+    if config is None or config.get("command") != "nlu" or results is None or results.get("status") != "finished":
+        return None
+    metrics = folder / "metrics.jsonl"
+    rows = read_records(metrics) if metrics.exists() else []
+    curve = [
+        (row["rollout/labels"], row.get("rollout/terms/correct") or 0.0, row.get("rollout/terms/format") or 0.0)
+        for row in rows
+        if "rollout/labels" in row
+    ]
+    options = asdict(NLU()) | config["options"]  # an option that an older run did not know had its default's effect
+    return Run(options, results["metrics"], results["counts"], curve)
+
+
+def _named(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs by the name of their arm: its seeds together; what else they differ in becomes part of the name."""
+    groups: dict[str, dict[tuple[tuple[str, str], ...], list[Run]]] = {}
+    for run in runs:
+        groups.setdefault(run.arm, {}).setdefault(tuple(sorted(run.differences.items())), []).append(run)
+    named: dict[str, list[Run]] = {}
+    for arm in sorted(groups, key=lambda arm: (_rank(arm), arm)):
+        options = [dict(key) for key in groups[arm]]
+        keys = sorted(set().union(*options))
+        differing = [key for key in keys if len({option.get(key) for option in options}) > 1]
+        for option, members in zip(options, groups[arm].values(), strict=True):
+            seeds = [run.options["seed"] for run in members]
+            if len(set(seeds)) < len(seeds):
+                raise InputError(f"{arm}: two runs with seed {max(seeds, key=seeds.count)} are alike: leave one out")
+            named["".join([arm, *(f", {key.replace('_', ' ')} {option.get(key)}" for key in differing)])] = members
+    return named
+
+
+def _figures(runs: Sequence[Run]) -> dict[str, dict[str, dict[str, Any]]]:
+    """By task and arm: the main metric greedy and sampled, format rates, labels, minutes; means over seeds."""
+    tasks = dict.fromkeys(task for run in runs for task in run.metrics["greedy"])
+    return {task: {arm: _row(members, task) for arm, members in _on(task, runs).items()} for task in tasks}
+
+
+def _on(task: str, runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The arms that were evaluated on a task."""
+    return _named([run for run in runs if task in run.metrics["greedy"]])
+
+
+def _rank(arm: str) -> int:
+    name = arm.partition(",")[0]
+    return ORDER.index("few-shot" if name.endswith("-shot") and name[0].isdigit() else name)
+
+
+def _row(runs: Sequence[Run], task: str) -> dict[str, Any]:
+    main = next(iter(runs[0].metrics["greedy"][task]))
+    row: dict[str, Any] = {"metric": main, "seeds": len(runs), "labels": runs[0].counts["labels"]}
+    for how in ("greedy", "sampled"):
+        measured = [run.metrics[how][task] for run in runs if how in run.metrics]
+        if measured:
+            row[how] = interval([values[main] for values in measured])
+            row[f"{how}_format"] = float(np.mean([values["format_rate"] for values in measured]))
+    row["minutes"] = float(np.mean([run.counts["seconds"] for run in runs])) / 60
+    trains = runs[0].options["method"] not in UNTRAINED
+    row["labels"] = row["labels"] if trains else 0
+    row["examples"] = runs[0].counts["evaluated"]
+    return row
+
+
+def _curves(runs: Sequence[Run]) -> dict[str, dict[str, list[list[tuple[float, float, float]]]]]:
+    """By task of the evaluation and arm, the learning curves of its runs."""
+    tasks = dict.fromkeys(task for run in runs for task in run.metrics["greedy"])
+    curves = {
+        task: {
+            arm: kept
+            for arm, members in _on(task, runs).items()
+            if (kept := [run.curve for run in members if run.curve])
+        }
+        for task in tasks
+    }
+    return {task: by_arm for task, by_arm in curves.items() if by_arm}
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    def figure(pair: Any) -> str:
+        mean, half = pair
+        return f"{100 * mean:.1f}" + ("" if np.isnan(half) else f" ± {100 * half:.1f}")
+
+    return [
+        row["metric"],
+        figure(row["greedy"]),
+        figure(row["sampled"]) if "sampled" in row else "",
+        f"{100 * row['greedy_format']:.1f}",
+        f"{100 * row['sampled_format']:.1f}" if "sampled" in row else "",
+        str(row["labels"]),
+        str(row["seeds"]),
+        f"{row['minutes']:.1f}",
+    ]
+
+
+TITLES = ("metric", "greedy", "T = 1", "format, greedy", "format, T = 1", "labels", "seeds", "minutes")
+
+
+def markdown(figures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """The table in Markdown; percentages, with 95% t-intervals where there are several seeds."""
+    lines = ["| task | method, start | " + " | ".join(TITLES) + " |", "|" + "---|" * (len(TITLES) + 2)]
+    for task, arms in figures.items():
+        lines += [f"| {task} | {arm} | " + " | ".join(_cells(row)) + " |" for arm, row in arms.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _table(figures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
+    table = Table(title="Main metric in percent; malformed answers are wrong")
+    for title in ("task", "method, start", *TITLES):
+        table.add_column(title)
+    for task, arms in figures.items():
+        for arm, row in arms.items():
+            table.add_row(task, arm, *_cells(row))
+    return table

@@ -1,0 +1,256 @@
+"""``instructgym prompt report``: test scores of all methods against the task-model calls that they made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from ...llm_backends.errors import InputError
+from ...llm_backends.records import read_records
+from ..runs.folder import read_json, write_json
+from ..runs.metrics import interval
+from ..runs.options import check_output
+from ..runs.plots import COLOURS, panels
+from ..runs.tables import markdown, rich_table
+from .methods import LEARNING, METHODS
+from .run import PROMPTS
+from .testing import CURVE_EXAMPLES, KINDS, TESTED
+
+COMMAND = "prompt run"
+SAME = "task data_seed calls validation train minibatch backend backend_dtype rewriter calibrate data_dir".split()
+"""Options in which the runs of one task may not differ."""
+OWN = ("run_dir", "seed", "test", "scale", "track", "dry_run")
+"""Options in which the runs of one method may."""
+BEST = "best learned"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run of 'prompt run'."""
+
+    options: dict[str, Any]
+    results: dict[str, Any]
+    folder: Path
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Of its results."""
+        metrics: dict[str, Any] = self.results["metrics"]
+        return metrics
+
+    @cached_property
+    def tested(self) -> list[dict[str, Any]]:
+        """A row per test example.
+
+        Raises:
+            InputError: if they are missing.
+        """
+        rows = read_records(self.folder / TESTED)
+        if len(rows) != self.results["counts"]["test"]:
+            raise InputError(f"{self.folder} has no whole {TESTED}: delete the folder and repeat the search")
+        return rows
+
+    @cached_property
+    def validated(self) -> tuple[float, float]:
+        """Accuracy of the best prompt on the validation examples, and its mean gap, which decides between equals."""
+        best = [row for row in read_records(self.folder / PROMPTS) if row["best"]][-1]
+        return best["accuracy"], best["gap"]
+
+
+@dataclass
+class PromptReport:
+    """Gather runs of 'prompt run' into tables and a figure."""
+
+    runs: str = "runs/prompt"
+    """Folder under which the run folders lie."""
+    out: str = ""
+    """Folder for report.md and methods.png. By default report in --runs."""
+
+
+def run(options: PromptReport, console: Console | None = None) -> dict[str, Any]:
+    """Writes ``report.md``, ``methods.png`` and ``results.json`` and returns the latter.
+
+    Raises:
+        InputError: without finished runs, and for runs of one task that cannot be compared.
+    """
+    folders = sorted(path.parent for path in Path(options.runs).rglob("results.json"))
+    out = Path(options.out) if options.out else Path(options.runs) / "report"
+    return write_report(folders, out, console or Console())
+
+
+def write_report(folders: Sequence[Path], out: Path, console: Console) -> dict[str, Any]:
+    """The report of the runs in these folders; others than finished runs of 'prompt run' are passed over.
+
+    Raises:
+        InputError: as :func:`run`.
+    """
+    runs = _gather(folders)
+    if not runs:
+        raise InputError(f"no finished run of 'prompt run' for {out}: name a folder with run folders")
+    check_output(out / "report.md")
+    figures: dict[str, dict[str, Any]] = {}
+    for task, arms in runs.items():
+        compared = arms | ({BEST: best} if (best := _best_learned(arms)) else {})
+        figures[task] = {name: _figures(found, arms.get("manual", ())) for name, found in compared.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    lines = ["# Prompts for a frozen model", "", *_notes(), ""]
+    tables = {task: _rows(arms) for task, arms in figures.items()}
+    for task, rows in tables.items():
+        lines += [f"## {task}", "", markdown(rows)]
+    (out / "report.md").write_text("\n".join(lines), "utf-8")
+    plot_methods(figures, out / "methods.png")
+    write_json(out / "results.json", figures)
+    for rows in tables.values():
+        console.print(rich_table(rows))
+    console.print(f"wrote {out / 'report.md'} and {out / 'methods.png'}")
+    return figures
+
+
+def _gather(folders: Sequence[Path]) -> dict[str, dict[str, list[Run]]]:
+    """The finished runs, by task and method."""
+    found: dict[str, dict[str, list[Run]]] = {}
+    for folder in folders:
+        config, results = read_json(folder / "config.json"), read_json(folder / "results.json")
+        if config is None or config.get("command") != COMMAND or results is None:
+            continue
+        if results.get("status") != "finished":
+            continue
+        run = Run(config["options"], results, folder)
+        arms = found.setdefault(run.options["task"], {})
+        mine = arms.setdefault(run.options["method"], [])
+        for other in next(iter(arms.values()))[:1]:
+            _refuse_differing(run, other, SAME)
+        for other in mine[:1]:
+            _refuse_differing(run, other, sorted({*run.options, *other.options} - {*OWN}))
+        for other in mine:
+            if run.options["seed"] == other.options["seed"]:
+                raise InputError(f"{folder} and {other.folder} are one search: gather them apart")
+        mine.append(run)
+    return {task: {name: arms[name] for name in METHODS if name in arms} for task, arms in sorted(found.items())}
+
+
+def _refuse_differing(run: Run, other: Run, names: Sequence[str]) -> None:
+    if differing := [name for name in names if run.options.get(name) != other.options.get(name)]:
+        raise InputError(f"{run.folder} and {other.folder} differ in {', '.join(differing)}: gather them apart")
+
+
+def _best_learned(arms: Mapping[str, Sequence[Run]]) -> list[Run]:
+    """The one search by a learning method whose prompt did best on the validation examples."""
+    learned = [run for name in LEARNING for run in arms.get(name, ())]
+    return [max(learned, key=lambda run: run.validated)] if learned else []
+
+
+def _figures(runs: Sequence[Run], manual: Sequence[Run]) -> dict[str, Any]:
+    """Of one method on one task: test accuracies, raw and calibrated, and their difference to the manual prompts'."""
+    figures: dict[str, Any] = {"seeds": sorted(run.options["seed"] for run in runs)}
+    base = _right(manual, runs[0]) if manual else None
+    for kind in KINDS:
+        right = _right(runs, runs[0])[kind]
+        mean, half = _interval(right)
+        figures[kind] = {"mean": mean, "half": half, "values": right.mean(axis=1).tolist()}
+        if base is not None:
+            mean, half = _interval(right - base[kind].mean(axis=0))
+            figures[kind]["over_manual"] = {"mean": mean, "half": half}
+    curves = [{row["calls"]: row for row in run.metrics["curve"]} for run in runs]
+    shared = sorted(set.intersection(*(set(curve) for curve in curves)))
+    figures["curve"] = [
+        {"calls": calls} | {kind: float(np.mean([curve[calls][kind] for curve in curves])) for kind in KINDS}
+        for calls in shared
+    ]
+    for name in ("calls", "prompts", "rewriter_requests"):
+        figures[name] = float(np.mean([run.results["counts"][name] for run in runs]))
+    figures["validation"] = float(np.mean([run.validated[0] for run in runs]))
+    figures["methods"] = [run.options["method"] for run in runs]
+    figures["example"] = max(runs, key=lambda run: run.validated).metrics["prompt"]
+    return figures
+
+
+def _right(runs: Sequence[Run], first: Run) -> dict[str, np.ndarray]:
+    """Which test examples each run gets right: float64, shape (runs, examples), by kind."""
+    ids = [row["id"] for row in first.tested]
+    for run in runs:
+        if [row["id"] for row in run.tested] != ids:
+            raise InputError(f"{run.folder} and {first.folder} were tested on different examples: gather them apart")
+    return {
+        kind: np.array([[row[kind] == row["label"] for row in run.tested] for run in runs], dtype=np.float64)
+        for kind in KINDS
+    }
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    """Mean of shape (seeds, examples) and half-width of its 95% interval.
+
+    Examples are drawn and so is the search: the two t-intervals, over examples and over seeds, are added as independent
+    errors. A single seed has the first one alone.
+    """
+    mean, half = interval(values.mean(axis=0))
+    return mean, float(np.hypot(half, interval(values.mean(axis=1))[1])) if len(values) > 1 else half
+
+
+def _notes() -> list[str]:
+    return [
+        "Test accuracy, in percent, of the prompt that was best on the validation examples: mean over seeds, with a "
+        "95% interval for the draw of the test examples and of the search (seeds change the search, not the examples). "
+        "Over manual: the difference to `manual` on the same test examples.",
+        "A call is one label of one example, validation included; `manual` stops when all instructions are validated. "
+        "Requests are those to the rewriter; `ppo`, `grpo` and `soft-q` write with a policy of their own instead, and "
+        "train it.",
+        "Calibrated: less the label bias on content-free inputs. What is left of a gain there is not a matter of bias.",
+        f"{BEST.capitalize()}: the one prompt of all searches by {', '.join(LEARNING)} that did best on the validation "
+        "examples; it stands for the calls of all of them, and its interval is for the draw of the test examples.",
+        f"The curves are of the first {CURVE_EXAMPLES} test examples, tables and bars of all.",
+    ]
+
+
+def _rows(arms: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    kinds = [title for kind in KINDS for title in (kind, "over manual")]
+    rows = [["method", "validation", *kinds, "calls", "requests", "validated", "seeds", "best prompt"]]
+    for name, figures in arms.items():
+        cells = [f"{100 * figures['validation']:.1f}"]
+        for kind in KINDS:
+            over = None if name == "manual" else figures[kind].get("over_manual")
+            cells += [_share(figures[kind]), _share(over, "+") if over else ""]
+        prompt = figures["example"].replace("\n", " / ").replace("|", "\\|")
+        counts = [f"{figures[count]:,.0f}" for count in ("calls", "rewriter_requests", "prompts")]
+        counts = ["", "", ""] if name == BEST else counts
+        rows.append(
+            [name, *cells, *counts, str(len(figures["seeds"])), prompt if len(prompt) < 160 else prompt[:157] + "..."]
+        )
+    return rows
+
+
+def _share(figures: Mapping[str, float], sign: str = "") -> str:
+    return f"{100 * figures['mean']:{sign}.1f} ± {100 * figures['half']:.1f}"
+
+
+def plot_methods(figures: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> Path:
+    """Test accuracy against task-model calls, a row of panels per task: raw and calibrated.
+
+    Args:
+        figures: by task and method.
+        path: the PNG.
+    """
+    figure, axes = panels(2, len(figures))
+    for row, (task, arms) in zip(axes, figures.items(), strict=True):
+        methods = [(name, mine) for name, mine in arms.items() if name != BEST]
+        for axis, kind in zip(row, KINDS, strict=True):
+            for place, (name, mine) in enumerate(methods):
+                colour, curve = COLOURS[list(METHODS).index(name)], mine["curve"]
+                axis.plot([c["calls"] for c in curve], [100 * c[kind] for c in curve], "o-", color=colour, label=name)
+                end = curve[-1]["calls"] * (1 + 0.02 * (place + 1))  # beside each other
+                mean, half = (100 * mine[kind][part] for part in ("mean", "half"))
+                axis.errorbar(end, mean, yerr=half, color=colour, capsize=4, marker="s", markersize=5)
+            axis.set(title=f"{task}, {kind}", xlabel="task-model calls", ylabel="test accuracy, percent")
+    handles = {one.get_label(): one for axis in axes[:, 0] for one in axis.get_lines() if one.get_label()[0] != "_"}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
+    figure.suptitle(
+        "squares: all test examples, 95% intervals over examples and seeds; curves: the first of them", fontsize=9
+    )
+    figure.savefig(path, dpi=130)
+    return path

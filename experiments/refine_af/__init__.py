@@ -1,0 +1,1 @@
+"""REFINE-AF: a small model bootstraps instructions and learns from automated feedback."""

@@ -1,0 +1,264 @@
+"""``instructgym refine-af generate``: a policy writes instances of instructions, and rules drop some of them.
+
+Stage 3 of REFINE-AF (Roy et al., arXiv 2505.06548), by the policy of 'refine-af train' or by the model as it is.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from ...agents.policy.checkpoints import policy_from, read_state
+from ...agents.policy.language_model import SETTINGS, LanguageModelPolicy
+from ...envs.tasks.instruction.instance_prompts import read_response
+from ...envs.tasks.instruction.instances import clean
+from ...envs.tasks.instruction.pool import Task, evaluation_split, load_tasks
+from ...envs.tokens.examples import PromptExample
+from ...llm_backends import request_seed, resolve
+from ...llm_backends.errors import InputError
+from ...llm_backends.records import read_records, write_lines
+from ...rewards import Reward, Sample
+from ...rewards.quality.instance_format import Instance
+from ..evolve.generate import FORMATS, in_format
+from ..runs.folder import chunked_rows, read_json
+from ..runs.metrics import distinct_n
+from ..runs.options import check_counts, check_output, input_errors
+from ..runs.responses import respond
+from ..runs.stages import policy_folder, stage, tokenizer_of, weights_digest
+from ..runs.token_training import OutOfTimeError
+from .common import ENV_ID, REMEMBERING, InstanceOptions, prompts_digest
+
+CHUNK = 64
+"""Responses written together: a chunk is kept whole or made again."""
+RESPONSES = "responses.jsonl"
+
+
+@dataclass
+class RefineAFGenerate(InstanceOptions):
+    """Make a data set: instances of instructions by a trained policy, or by a model as it is."""
+
+    policy: str = ""
+    """Run folder of 'refine-af train'; empty: the model as it is."""
+    model: str = ""
+    """embedded (by default), or a local path or hub id, for a model as it is; a policy has its own."""
+    samples: int = 1
+    """Draws per instruction. If two of them answer one input differently, all are dropped."""
+    reward: str = ""
+    """Score every instance, by quality or other rewards as of 'evolve train'; empty: none."""
+    seeds: str = ""
+    """File of seed tasks whose own instances are added to the data set, those held out left out."""
+    limit: int = 0
+    """Take only the first so many instructions. 0: all."""
+    format: str = "alpaca"
+    """alpaca: instruction, input, output. messages: a chat of two messages."""
+    out: str = ""
+    """The data set, .jsonl. By default data.jsonl in the run folder."""
+
+    def check(self) -> None:
+        super().check()
+        check_counts(self, "samples")
+        if self.policy and self.model:
+            raise InputError("--policy and --model exclude each other: a policy brings the model it was trained on")
+        if self.reward and self.reward_preset == REMEMBERING:
+            raise InputError(f"--reward-preset {REMEMBERING} compares with earlier texts, which chunks do not share")
+        if self.format not in FORMATS:
+            raise InputError(f"--format must be {' or '.join(FORMATS)}, got {self.format!r}")
+        if self.out and Path(self.out).suffix != ".jsonl":
+            raise InputError(f"--out must end in .jsonl, got {self.out!r}")
+
+    @property
+    def target(self) -> Path:
+        """The file of the data set."""
+        return Path(self.out) if self.out else Path(self.run_dir) / "data.jsonl"
+
+
+def run(options: RefineAFGenerate, console: Console | None = None) -> dict[str, Any]:
+    """Generates, or goes on, and returns the results. The run folder gets ``responses.jsonl`` and ``rejected.jsonl``.
+
+    Raises:
+        InputError: for bad input, before a model is loaded.
+    """
+    console = console or Console()
+    options.check()
+    start = policy_folder(options.policy, "--policy") if options.policy else None
+    _check_training(options)
+    model = read_state(start / SETTINGS)["model"] if start is not None else options.model or "embedded"
+    examples = options.prompts(None, tokenizer_of(model))
+    examples = examples[: options.limit or None]
+    seeds = _seed_rows(options)
+    check_output(options.target)
+    if options.target.exists() and read_json(Path(options.run_dir) / "config.json") is None:
+        raise InputError(f"{options.target} exists and was not written by this run: choose another --out")
+    with input_errors():
+        reward = resolve("reward", options.reward_part() if options.reward else _unpaid)
+    total = len(examples) * options.samples
+    if options.dry_run:
+        console.print(f"would write {total} instances of {len(examples)} instructions into {options.target}")
+        return {}
+    made_by = {"weights": weights_digest(start)} if start is not None else {}
+    with stage(options, "refine-af generate", console, False, prompts=prompts_digest(examples), **made_by) as opened:
+        if isinstance(opened, dict):
+            return opened
+        if start is None:
+            policy = LanguageModelPolicy(model, value="none", reference="none", dtype=options.dtype)
+        else:
+            policy = policy_from(start, dtype=options.dtype)
+
+        def rows(first: int) -> list[dict[str, Any]]:
+            opened.check_time()
+            numbers = range(first, min(first + CHUNK, total))
+            return _written(options, policy, reward, [examples[i // options.samples] for i in numbers], first)
+
+        path = opened.folder.file(RESPONSES)
+        try:
+            written = chunked_rows(path, total, CHUNK, rows, "instances", console)
+        except OutOfTimeError:
+            done = len(read_records(path))
+            console.print(f"stopped at the time limit after {done} of {total} instances: the same command goes on")
+            return opened.folder.finish({}, {"responses": done}, status="stopped")
+        accepted, rejected = _cleaned(written, options.samples)
+        exported = [in_format(row, options.format) | _origin(row) for row in [*seeds, *accepted]]
+        write_lines(opened.folder.file("rejected.jsonl"), rejected)
+        write_lines(options.target, exported)
+        results = opened.folder.finish(
+            _metrics(options, written, accepted, rejected),
+            {
+                "instructions": len(examples),
+                "responses": total,
+                "accepted": len(accepted),
+                "rejected": len(rejected),
+                "rejected_by": dict(Counter(row["rejected_by"] for row in rejected)),
+                "seed_instances": len(seeds),
+                "rows": len(exported),
+                "seconds": opened.seconds,
+            },
+        )
+        opened.tracker.summary(results["metrics"])
+        opened.tracker.table("instances", exported[:50])
+        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(results["counts"]["rejected_by"].items())) or "none"
+        console.print(f"{options.target}: {len(accepted)} of {total} instances kept; dropped: {reasons}")
+        return results
+
+
+def _check_training(options: RefineAFGenerate) -> None:
+    """Refuses to ask a policy in another way than it was trained."""
+    config = read_json(Path(options.policy) / "config.json") if options.policy else None
+    if config is None or config.get("command") != "refine-af train":
+        return
+    for name in ("layout", "max_tokens"):
+        mine, theirs = getattr(options, name), config["options"][name]
+        if mine != theirs:
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(f"{options.policy} was trained with {option} {theirs}, not {mine}: give it here too")
+
+
+def _unpaid(samples: Sequence[Sample]) -> list[float]:
+    return [0.0] * len(samples)
+
+
+def _written(
+    options: RefineAFGenerate,
+    policy: LanguageModelPolicy,
+    reward: Reward,
+    examples: Sequence[PromptExample],
+    first: int,
+) -> list[dict[str, Any]]:
+    """One response per example; what it is depends on the number of its row, and the run's seed."""
+    seed = request_seed(options.seed, "instances", first)
+    responses = respond(policy, ENV_ID, examples, options.temperature, seed, reward=reward, **options.env_options())
+    return [
+        {
+            "number": first + i,
+            "id": example.id,
+            **{name: example.metadata[name] for name in ("instruction", "order", "opening")},
+            "text": response.text,
+            "finish_reason": response.finish_reason,
+            "reward": response.reward if options.reward and response.valid else None,
+        }
+        for i, (example, response) in enumerate(zip(examples, responses, strict=True))
+    ]
+
+
+def _cleaned(rows: Sequence[Mapping[str, Any]], samples: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of instances that are kept, and of responses that are not, each with the reason.
+
+    Args:
+        rows: of ``responses.jsonl``, the draws of an instruction one after the other.
+        samples: draws of each.
+    """
+    accepted, rejected = [], []
+    for start in range(0, len(rows), samples):
+        drawn = rows[start : start + samples]
+        read = [read_response(row["text"], row) for row in drawn]
+        found = [(row, piece) for row, piece in zip(drawn, read, strict=True) if isinstance(piece, Instance)]
+        rejected += [
+            dict(row) | {"rejected_by": piece} for row, piece in zip(drawn, read, strict=True) if isinstance(piece, str)
+        ]
+        cleaned = clean([piece for _, piece in found], limit=samples, instruction=drawn[0]["instruction"])
+        left, reasons = list(cleaned.kept), dict(cleaned.dropped)
+        for row, piece in found:
+            if piece in left:  # of equal ones the first is kept
+                left.remove(piece)
+                accepted.append(dict(row) | asdict(piece))
+            else:
+                rejected.append(dict(row) | {"rejected_by": reasons[piece]})
+    return accepted, rejected
+
+
+def _seed_rows(options: RefineAFGenerate) -> list[dict[str, Any]]:
+    """The instances of the seed tasks that are not held out.
+
+    Raises:
+        InputError: for a file that cannot be used, or without any.
+    """
+    if not options.seeds:
+        return []
+    tasks = load_tasks(options.seeds)
+    with input_errors():
+        shown, _ = evaluation_split(tasks, options.held_out)
+    rows = [row for task in shown for row in _instances(task)]
+    if not rows:
+        raise InputError(f"--seeds {options.seeds} has no instances: give tasks with 'instances', or leave it out")
+    return rows
+
+
+def _instances(task: Task) -> Iterator[dict[str, Any]]:
+    for instance in task.instances:
+        yield {"id": task.id, "instruction": task.instruction, "source": "seed"} | asdict(instance)
+
+
+def _origin(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a row of the data set comes from."""
+    return {"id": row["id"], "source": row.get("source", "generated"), "reward": row.get("reward")}
+
+
+def _metrics(
+    options: RefineAFGenerate,
+    written: Sequence[Mapping[str, Any]],
+    accepted: Sequence[Mapping[str, Any]],
+    rejected: Sequence[Mapping[str, Any]],
+) -> dict[str, float | None]:
+    """What the responses are worth; None where there is nothing to take a mean of."""
+    malformed = sum(row["rejected_by"] not in ("contradiction", "duplicate") for row in rejected)
+    outputs = [row["output"] for row in accepted]
+    return {
+        "acceptance_rate": len(accepted) / len(written),
+        "format_rate": 1 - malformed / len(written),
+        "mean_reward": _mean([row["reward"] for row in written]),
+        "mean_reward_accepted": _mean([row["reward"] for row in accepted]),
+        "with_instances": len({row["id"] for row in accepted}) * options.samples / len(written),
+        "with_input": _mean([float(bool(row["input"])) for row in accepted]),
+        "output_words": _mean([float(len(text.split())) for text in outputs]),
+        "distinct_2": distinct_n(outputs, 2),
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None

@@ -1,0 +1,198 @@
+"""``instructgym refine-af run``: all stages of REFINE-AF. Do the instances of a model trained by feedback teach more?
+
+A model bootstraps instructions from seed tasks. Instances of the same instructions are then written twice: by the model
+as it is, which makes Self-Instruct's data, and by the one that was trained on automated feedback. One model is
+fine-tuned on equally many rows of each and evaluated on held-out tasks.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from rich.console import Console
+
+from ...llm_backends.errors import InputError
+from ...rewards.quality.linear import PRESETS
+from ..runs.deadline import in_time
+from ..runs.folder import read_json
+from ..runs.options import check_counts
+from ..teaching.run import TeachingOptions, teach
+from .bootstrap import RefineAFBootstrap
+from .bootstrap import run as bootstrap
+from .generate import RefineAFGenerate
+from .generate import run as generate
+from .train import RefineAFTrain
+from .train import run as train
+
+SELF_INSTRUCT, REFINE_AF = "self-instruct", "refine-af"
+TARGET = {"smoke": 12, "report": 300}
+REQUESTS = {"smoke": (4, 128), "report": (16, 200)}
+"""For instructions, sent together, and the tokens of each."""
+UPDATES = {"smoke": (2, 8), "report": (20, 48)}
+SAMPLES = 2
+LEARNING_RATE = 5e-4
+"""Of the training by feedback, which makes few updates."""
+INSTANCE_TOKENS = {"smoke": 48, "report": 64}
+
+
+@dataclass
+class RefineAFTeaching(TeachingOptions):
+    """Options of the stages behind the making of the data."""
+
+    name: ClassVar[str] = "refine-af run"
+
+    @property
+    def data(self) -> dict[str, Path]:
+        return {arm: self.root / arm / "data.jsonl" for arm in (SELF_INSTRUCT, REFINE_AF)}
+
+    @property
+    def title(self) -> str:
+        return f"REFINE-AF against Self-Instruct, {self.model}"
+
+    def costs(self) -> dict[str, dict[str, float]]:
+        _counts(self.root / "bootstrap")
+        with (self.root / "bootstrap" / "journal.jsonl").open("rb") as replies:
+            asked = sum(1 for _ in replies)
+        trained = _counts(self.root / "train")["episodes"]
+        return {
+            arm: {
+                "for instructions": float(asked),
+                "training episodes": float(trained if arm == REFINE_AF else 0),
+                "instances drawn": float(_counts(path.parent)["responses"]),
+                "rows made": float(_counts(path.parent)["rows"]),
+            }
+            for arm, path in self.data.items()
+        }
+
+
+def _counts(folder: Path) -> dict[str, Any]:
+    results = read_json(folder / "results.json") or {}
+    if results.get("status") != "finished":
+        raise InputError(f"the stage in {folder} is not finished: repeat 'refine-af run'")
+    return results["counts"]
+
+
+@dataclass
+class RefineAFFinetune(RefineAFTeaching):
+    """Fine-tune the model on both data sets of 'refine-af run', at equal size."""
+
+
+@dataclass
+class RefineAFEvaluate(RefineAFTeaching):
+    """Evaluate and attack the models that 'refine-af finetune' left."""
+
+
+@dataclass
+class RefineAFReport(RefineAFTeaching):
+    """Gather the stages of 'refine-af run' into tables and a figure."""
+
+
+@dataclass
+class RefineAFRun(RefineAFTeaching):
+    """Bootstrap, train by feedback, generate with and without that training, fine-tune, evaluate, attack, report."""
+
+    target: int = 0
+    """New instructions to accept. 0: by --scale, 12 or 300."""
+    updates: int = 0
+    """Updates of the training by feedback. 0: by --scale, 2 or 20."""
+    samples: int = SAMPLES
+    """Instances drawn per instruction."""
+    reward_preset: str = "no_und"
+    """Weights of the quality reward, by name. no_und: Instruction Mining's rule without what it pays for being hard to
+    understand."""
+
+    def check(self) -> None:
+        super().check()
+        check_counts(self, "samples")
+        if self.reward_preset not in PRESETS:
+            raise InputError(f"--reward-preset must be one of {', '.join(sorted(PRESETS))}, got {self.reward_preset!r}")
+        for name in ("target", "updates"):
+            if getattr(self, name):
+                check_counts(self, name)
+
+
+def run(options: RefineAFRun, console: Console | None = None) -> dict[str, Any]:
+    """Runs the stages that are not finished and returns the report's figures.
+
+    Raises:
+        InputError: for bad input.
+    """
+    return in_time(_run)(options, console or Console())
+
+
+def _run(options: RefineAFRun, console: Console) -> dict[str, Any]:
+    options.check()
+    first, second, generations = stages(options)
+    second.check()
+    if options.dry_run:
+        bootstrap(replace(first, dry_run=True), console)
+        console.print(f"then training, two data sets, fine-tuning and evaluation, in {options.root}")
+        return {}
+    with options.opened():
+        options.deadline.run(bootstrap, first, console)
+        options.deadline.run(train, second, console)
+        for one in generations:
+            options.deadline.run(generate, one, console)
+    return teach(options, console)
+
+
+def stages(options: RefineAFRun) -> tuple[RefineAFBootstrap, RefineAFTrain, list[RefineAFGenerate]]:
+    """The options of the stages that make the data."""
+    root, scale = options.root, options.scale
+    made = str(root / "bootstrap" / "instructions.jsonl")
+    updates, batch = UPDATES[scale]
+    requests, tokens = REQUESTS[scale]
+    kind = "embedded" if options.model == "embedded" else "transformers"
+    model = {} if options.model == "embedded" else {"model": options.model}
+    shared: dict[str, Any] = {
+        "instructions": made,
+        "dtype": options.dtype,
+        "seed": options.seed,
+        "track": options.track,
+        "max_tokens": INSTANCE_TOKENS[scale],
+    }
+    writer = {"id": kind, "kwargs": model | {"dtype": options.dtype}}
+    return (
+        RefineAFBootstrap(
+            run_dir=str(root / "bootstrap"),
+            scale=scale,
+            backend=json.dumps(writer),
+            seeds=options.seeds,
+            held_out=options.held_out,
+            target=options.target or TARGET[scale],
+            batch=requests,
+            instruction_tokens=tokens,
+            keep_cut=True,
+            instances=False,
+            seed=options.seed,
+            track=options.track,
+        ),
+        RefineAFTrain(
+            run_dir=str(root / "train"),
+            scale=scale,
+            model=options.model,
+            updates=options.updates or updates,
+            batch_size=batch,
+            epochs=1,
+            learning_rate=LEARNING_RATE,
+            reward_preset=options.reward_preset,
+            **shared,
+        ),
+        [
+            RefineAFGenerate(
+                run_dir=str(root / SELF_INSTRUCT),
+                model=options.model,
+                samples=options.samples,
+                **shared,
+            ),
+            RefineAFGenerate(
+                run_dir=str(root / REFINE_AF),
+                policy=str(root / "train"),
+                samples=options.samples,
+                **shared,
+            ),
+        ],
+    )

@@ -1,0 +1,163 @@
+"""``instructgym refine-af train``: token-level PPO on the quality of instances, with a KL penalty from the base model.
+
+Stage 2 of REFINE-AF (Roy et al., arXiv 2505.06548). The paper does not give optimiser, KL weight and sizes: they are
+ours.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from rich.console import Console
+
+from ...agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from ...agents.policy_gradient.ppo import TokenPPO
+from ...llm_backends import resolve
+from ...llm_backends.errors import InputError
+from ...llm_backends.records import read_records
+from ...rewards import FunctionReward, WeightedSum
+from ..runs.options import SCALES, check_counts, input_errors, parse_reward
+from ..runs.plots import plot_instance_training
+from ..runs.stages import stage, tokenizer_of
+from ..runs.token_training import TokenTraining
+from .common import ENV_ID, QUALITY, InstanceOptions, prompts_digest, well_formed
+
+SIZES = {"smoke": (4, 16), "report": (80, 48)}
+"""Updates, and instances per update."""
+ENDS = 3
+"""Updates over which the results average at both ends of the training, or half of all."""
+FORMAT = "well_formed"
+
+
+@dataclass
+class RefineAFTrain(InstanceOptions):
+    """Train a model by token-level PPO to write instances of instructions."""
+
+    model: str = "embedded"
+    """embedded, or a local path or hub id of a causal language model; also the KL reference."""
+    metrics: str = ""
+    """Rewards that are logged and not paid, separated by commas: ids or 'module:factory'."""
+    scale: str = "smoke"
+    """Size of the run where a count is left at 0: smoke (minutes) or report (up to two hours)."""
+    updates: int = 0
+    """Updates. 0: by --scale, 4 or 80."""
+    batch_size: int = 0
+    """Instances per update. 0: by --scale, 16 or 48."""
+    epochs: int = 2
+    """Passes over the instances of an update."""
+    learning_rate: float = 3e-4
+    """Peak learning rate (cosine, 10% warm-up)."""
+    kl_coefficient: float = 0.01
+    """Weight of the KL penalty against the base model. The quality reward is of the order of 0.1: so is what a few nats
+    cost."""
+    lora_rank: int = 16
+    """Rank of the adapters."""
+
+    def check(self) -> None:
+        super().check()
+        check_counts(self, "epochs", "lora_rank")
+        if self.scale not in SCALES:
+            raise InputError(f"--scale must be {' or '.join(SCALES)}, got {self.scale!r}")
+        for name in self.logged:
+            if name in (QUALITY, FORMAT) or not re.fullmatch(r"[\w.:-]+", name):
+                raise InputError(f"--metrics are ids of other rewards, separated by commas, got {name!r}")
+
+    @property
+    def logged(self) -> list[str]:
+        """Names of the rewards that are not paid."""
+        return list(dict.fromkeys(name.strip() for name in self.metrics.split(",") if name.strip()))
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Updates, and instances per update."""
+        updates, batch = SIZES[self.scale]
+        return self.updates or updates, self.batch_size or batch
+
+    def rewards(self) -> WeightedSum:
+        """What is paid, the format rate and the metrics beside it with weight 0."""
+        metrics: dict[str, Any] = {FORMAT: FunctionReward(well_formed)}
+        metrics |= {name: resolve("reward", parse_reward(name)) for name in self.logged}
+        return WeightedSum({QUALITY: self.reward_part()} | metrics, dict.fromkeys(metrics, 0.0))
+
+
+def run(options: RefineAFTrain, console: Console | None = None) -> dict[str, Any]:
+    """Trains (or resumes), saves the policy, and returns the results.
+
+    Raises:
+        InputError: for bad input, before a model is loaded.
+    """
+    console = console or Console()
+    options.check()
+    updates, batch = options.sizes
+    examples = options.prompts("train", tokenizer_of(options.model))
+    with input_errors():
+        reward = options.rewards()
+    if options.dry_run:
+        console.print(f"would train {updates} updates of {batch} on {len(examples)} instructions, in {options.run_dir}")
+        return {}
+    with stage(options, "refine-af train", console, prompts=prompts_digest(examples)) as opened:
+        if isinstance(opened, dict):
+            return opened
+        policy = LanguageModelPolicy(
+            options.model,
+            LoraSettings(rank=options.lora_rank),
+            temperature=options.temperature,
+            dtype=options.dtype,
+            seed=options.seed,
+        )
+        env = gym.make_vec(
+            ENV_ID,
+            num_envs=batch,
+            examples=examples,
+            tokenizer=policy.tokenizer,
+            reward=reward,
+            **options.env_options(),
+        )
+        agent = TokenPPO(
+            env,
+            policy,
+            options.seed,
+            learning_rate=options.learning_rate,
+            schedule="cosine",
+            warmup=0.1,
+            epochs=options.epochs,
+            kl_coefficient=options.kl_coefficient,
+            token_budget=options.token_budget,
+        )
+        done = opened.learn(agent, updates, "ppo on instances")
+        if (results := opened.unfinished(done)) is not None:
+            return results
+        policy.save(opened.folder.file("policy", "policy.json").parent)
+        return _finish(opened, agent, console)
+
+
+def _finish(opened: TokenTraining, agent: TokenPPO, console: Console) -> dict[str, Any]:
+    rows = read_records(opened.folder.path / "metrics.jsonl")
+    opened.tracker.image("training", plot_instance_training(rows, opened.folder.file("figures", "training.png")))
+    counts = {"updates": agent.updates, "tokens": agent.num_timesteps, "episodes": agent.episodes}
+    results = opened.folder.finish(learned(rows), counts | {"seconds": opened.seconds})
+    opened.tracker.summary(results["metrics"])
+    shown = (f"{name} {value:.3f}" for name, value in results["metrics"].items() if value is not None)
+    console.print("  ".join(shown), highlight=False)
+    return results
+
+
+def learned(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Means over the first and the last updates of reward, format rate and KL, by name and ``_first`` or ``_last``.
+
+    Args:
+        rows: of ``metrics.jsonl``, one per update; None where none of them has a figure.
+    """
+    keys = {"reward": "rollout/reward", "format_rate": f"rollout/terms/{FORMAT}", "kl": "train/kl"}
+    found: dict[str, float | None] = {}
+    count = min(ENDS, len(rows) // 2)
+    for name, key in keys.items():
+        for end, part in (("first", rows[:count]), ("last", rows[len(rows) - count :])):
+            values = [row[key] for row in part if row.get(key) is not None]
+            found[f"{name}_{end}"] = float(np.mean(values)) if values else None
+    return found

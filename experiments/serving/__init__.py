@@ -1,0 +1,1 @@
+"""What an LLM server can do, and what to set."""

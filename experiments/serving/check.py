@@ -1,0 +1,178 @@
+"""``instructgym serve-check``: what an LLM server can do, how fast it is, and what to set for it, on one screen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.markup import escape
+from rich.status import Status
+from rich.table import Table
+
+from ...llm_backends.errors import InputError
+from ...llm_backends.serving.findings import Findings
+from ...llm_backends.serving.probe import ServerProbe
+from ...llm_backends.serving.speed import Speed, measure
+from ..runs.folder import write_json
+from ..runs.options import check_output
+from .settings import TITLES, Settings, suggest
+
+COLOURS = {"yes": "green", "no": "red", "unknown": "yellow"}
+LONGEST_REASON = 110
+"""Characters of a server's reply in the table; the JSON file has all of them."""
+
+
+@dataclass
+class ServeCheck:
+    """Say what an LLM server can do, how fast it is at which concurrency, and what to set."""
+
+    base_url: str
+    """Base URL of a server that speaks OpenAI's API, http://host:port/v1."""
+    model: str = ""
+    """Name of a model on the server; by default its only base model."""
+    style: Literal["auto", "chat", "completion"] = "auto"
+    """Form of request to measure and recommend. auto: chat where the server answers it."""
+    concurrency: str = "1,4,16"
+    """Numbers of requests in flight to measure, separated by commas."""
+    requests: int = 16
+    """Prompts at each concurrency. 0: speed is not measured."""
+    prompt_tokens: int = 64
+    """Tokens of each prompt, about."""
+    max_tokens: int = 32
+    """Tokens of each completion."""
+    json: str = ""
+    """File for all findings, as JSON."""
+    key_variable: str = "OPENAI_API_KEY"
+    """Environment variable with the key; a server of one's own may need none."""
+    timeout: float = 60.0
+    """Seconds for one request."""
+
+    @property
+    def levels(self) -> list[int]:
+        """The numbers of requests in flight.
+
+        Raises:
+            InputError: for anything else than positive integers, or more than there are requests.
+        """
+        try:
+            levels = sorted({int(part) for part in self.concurrency.split(",")})
+        except ValueError:
+            levels = [0]
+        if min(levels) < 1:
+            raise InputError(f"--concurrency must be positive integers like 1,4,16, got {self.concurrency!r}")
+        if self.requests and max(levels) > self.requests:
+            raise InputError(
+                f"--requests {self.requests} cannot fill --concurrency {max(levels)}: raise the one or lower the other"
+            )
+        return levels
+
+
+def run(options: ServeCheck, console: Console | None = None) -> dict[str, Any]:
+    """Asks, measures, prints, and returns ``{"server": ..., "speed": ..., "settings": ...}``.
+
+    Raises:
+        InputError: for bad options, or if there is no server or it refuses the key.
+    """
+    console = console or Console()
+    if options.requests < 0 or min(options.prompt_tokens, options.max_tokens) < 1:
+        raise InputError("--prompt-tokens and --max-tokens must be at least 1, --requests at least 0")
+    levels = options.levels
+    if options.json:
+        check_output(Path(options.json))
+    with console.status("asking for the models") as status:
+        probe = ServerProbe(
+            options.base_url,
+            options.model,
+            options.style,
+            options.key_variable,
+            options.timeout,
+            lambda name: status.update(f"asking: {TITLES.get(name, name)}"),
+        )
+        found = probe.run()
+        speeds = _measured(options, probe, levels, status) if options.requests else []
+    settings = suggest(found, speeds, options.key_variable)
+    _show(console, found, speeds, settings)
+    findings = {
+        "server": asdict(found),
+        "speed": [
+            asdict(speed)
+            | {"tokens_per_second": speed.tokens_per_second, "requests_per_second": speed.requests_per_second}
+            for speed in speeds
+        ],
+        "settings": asdict(settings),
+    }
+    if options.json:
+        write_json(Path(options.json), findings)
+    return findings
+
+
+def _measured(options: ServeCheck, probe: ServerProbe, levels: Sequence[int], status: Status) -> list[Speed]:
+    found, needed = probe.found, options.prompt_tokens + options.max_tokens
+    if found.context_length and needed > found.context_length:
+        raise InputError(
+            f"--prompt-tokens and --max-tokens make {needed} tokens, more than the {found.context_length} of "
+            f"{found.model!r}: lower them"
+        )
+    extra = {"ignore_eos": True} if found.software == "vllm" else {}
+    return measure(
+        lambda level: probe.openai(found.style, concurrency=level, extra_body=extra),
+        levels,
+        options.requests,
+        options.prompt_tokens,
+        options.max_tokens,
+        lambda level: status.update(f"measuring {options.requests} requests, {level} in flight"),
+    )
+
+
+def _show(console: Console, found: Findings, speeds: Sequence[Speed], settings: Settings) -> None:
+    def line(text: str) -> None:
+        console.print(text, highlight=False, markup=False)
+
+    line(f"{found.base_url}, {found.software or 'unknown software'}, asked in {found.style} form")
+    for model in found.models[:4]:
+        kind = (
+            f"adapter of {model.parent}" if model.parent else f"context of {model.context_length or 'unknown'} tokens"
+        )
+        line(f"  {model.name}: {kind}{' (asked)' if model.name == found.model else ''}")
+    if len(found.models) > 4:
+        line(f"  and {len(found.models) - 4} more models")
+    console.print(_capability_table(found))
+    if speeds:
+        console.print(_speed_table(speeds))
+    line("what to set")
+    line(f"backend: {json.dumps(settings.backend)}")
+    line(f"judge: --mode {settings.judge_mode}")
+    if settings.rollouts:
+        line(f"rollouts: {settings.rollouts}")
+    else:
+        line(f"rollouts: not on this server, which lacks {'; '.join(settings.rollouts_lack)}")
+    if settings.concurrency:
+        line(f"concurrency: {settings.concurrency}, the smallest within 10% of the best throughput")
+    elif speeds:
+        line(f"concurrency: every level had errors, the first: {speeds[0].error[:LONGEST_REASON]}")
+
+
+def _capability_table(found: Findings) -> Table:
+    table = Table()
+    for title in ("capability", "", "what the reply showed"):
+        table.add_column(title)
+    for name, capability in found.capabilities.items():
+        answer = f"[{COLOURS[capability.answer]}]{capability.answer}[/]"
+        table.add_row(TITLES[name], answer, escape(capability.why[:LONGEST_REASON]))
+    return table
+
+
+def _speed_table(speeds: Sequence[Speed]) -> Table:
+    table = Table()
+    for title in ("in flight", "seconds", "tokens/s", "requests/s", "median latency", "95th percentile", "errors"):
+        table.add_column(title, justify="right")
+    for speed in speeds:
+        latencies = ["" if value is None else f"{value:.2f} s" for value in (speed.median_latency, speed.p95_latency)]
+        tokens = f"{speed.tokens_per_second:.1f}" if speed.completion_tokens else "not told"
+        requests = f"{speed.requests_per_second:.2f}"
+        table.add_row(str(speed.concurrency), f"{speed.seconds:.2f}", tokens, requests, *latencies, str(speed.errors))
+    return table

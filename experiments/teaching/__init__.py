@@ -1,0 +1,1 @@
+"""Fine-tuning on made data, evaluation on held-out tasks, membership inference."""

@@ -1,0 +1,215 @@
+"""``instructgym finetune``: supervised fine-tuning of a language model on a data set of instructions.
+
+What the data teach is then measured by ``instructgym evaluate``, what they give away by ``instructgym privacy``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rich.console import Console
+
+from ...agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from ...agents.supervised.sft import SFT, Demonstration
+from ...envs.tasks.instruction.data import (
+    OPENINGS,
+    DataLayout,
+    InstructionData,
+    InstructionExample,
+    prompt_text,
+    read_instruction_data,
+)
+from ...llm_backends import request_seed
+from ...llm_backends.errors import InputError
+from ...llm_backends.local.tokenization import Tokenizer
+from ..runs.folder import write_once
+from ..runs.options import check_counts
+from ..runs.stages import TrainingOptions, stage, tokenizer_of
+
+TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
+
+
+@dataclass
+class Finetune(TrainingOptions):
+    """Fine-tune a language model on instruction data; the loss is on the responses alone."""
+
+    data: str = ""
+    """Data set: JSONL, JSON or Parquet with instruction, input, output (or messages, or Self-Instruct's instances)."""
+    model: str = "embedded"
+    """embedded, or a local path or hub id of a causal language model."""
+    limit: int = 0
+    """Train on exactly so many rows, drawn by the seed: equal sizes for data sets to be compared. 0: on all."""
+    holdout: float = 0.0
+    """Rows withheld from training, for membership inference: a share if below 1, else a number."""
+    layout: Literal["chat", "plain", "alpaca"] = "chat"
+    """How a request is written: in the model's chat template, as a text to continue, or as Stanford Alpaca did."""
+    epochs: int = 3
+    """Passes over the data."""
+    batch_size: int = 16
+    """Rows per optimiser step."""
+    learning_rate: float = 2e-4
+    """Peak learning rate (cosine, 10% warm-up)."""
+    lora_rank: int = 16
+    """Rank of the adapter; 0 trains all weights."""
+    context_length: int = 512
+    """Tokens of request and response at most; longer rows are dropped and counted."""
+
+    def check(self) -> None:
+        super().check()
+        check_counts(self, "epochs", "batch_size", "context_length")
+        if not self.data:
+            raise InputError("--data is missing: name a data set (JSONL, JSON or Parquet)")
+        if not self.learning_rate:
+            raise InputError("--learning-rate must be above 0")
+        if self.holdout > 1 and self.holdout % 1:
+            raise InputError(f"--holdout must be a share below 1 or a whole number, got {self.holdout}")
+
+
+def demonstrations(
+    examples: Sequence[InstructionExample], layout: DataLayout, tokenizer: Tokenizer
+) -> list[Demonstration]:
+    """Token ids of prompts and responses as fine-tuning sees them, each response with an end-of-sequence token.
+
+    Args:
+        examples: what is asked and answered.
+        layout: how the request is written.
+        tokenizer: of the model.
+
+    Raises:
+        InputError: if the tokenizer has no end-of-sequence token or, for the layout ``chat``, no chat template.
+    """
+    if not tokenizer.eos_ids:
+        raise InputError(f"the tokenizer of {tokenizer.name} has no EOS token, by which responses could end")
+    end = min(tokenizer.eos_ids)
+    prompts = tokenizer.encode_batch([prompt_text(example, layout, tokenizer) for example in examples])
+    return [
+        Demonstration(ids, [*tokenizer.encode_continuation(f"{OPENINGS[layout]}{example.output}"), end])
+        for ids, example in zip(prompts, examples, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What becomes of the rows of a data set."""
+
+    train: list[int]
+    """Numbers of the rows to train on."""
+    held_out: list[int]
+    """Of those that are withheld."""
+    too_long: int
+    unused: int
+    """Beyond the limit."""
+
+
+def split_rows(lengths: Sequence[int], options: Finetune) -> Rows:
+    """Decides which rows are trained on, which withheld: at random by the seed, among those that are short enough.
+
+    Args:
+        lengths: tokens of each row.
+        options: with limit, holdout, context length and seed.
+
+    Raises:
+        InputError: if too few rows are left to train on, naming the option.
+    """
+    fitting = [i for i, length in enumerate(lengths) if length <= options.context_length]
+    if not fitting:
+        raise InputError(f"no row of {options.data} fits --context-length {options.context_length}")
+    rng = np.random.default_rng(request_seed(options.seed, "finetune rows"))
+    order = [fitting[i] for i in rng.permutation(len(fitting))]
+    withheld = round(options.holdout * len(order)) if options.holdout < 1 else int(options.holdout)
+    left = len(order) - withheld
+    if left < max(options.limit, 1):
+        asked = f"--limit {options.limit} needs as many" if options.limit else "none may be withheld"
+        raise InputError(
+            f"{options.data} has {len(order)} usable rows of {len(lengths)}; --holdout {options.holdout:g} withholds "
+            f"{withheld} and leaves {max(left, 0)}, but {asked}"
+            if withheld
+            else f"{options.data} has {len(order)} usable rows of {len(lengths)}, but {asked}: lower it, or make more"
+        )
+    train = sorted(order[withheld:][: options.limit or None])
+    return Rows(train, sorted(order[:withheld]), len(lengths) - len(order), left - len(train))
+
+
+def usable_rows(options: Finetune) -> int:
+    """How many rows of the data set could be trained on: those that fit the context, duplicates counted once.
+
+    Raises:
+        InputError: for data that cannot be used.
+    """
+    return sum(length <= options.context_length for length in _lengths(_read(options)[1]))
+
+
+def _read(options: Finetune) -> tuple[InstructionData, list[Demonstration]]:
+    data = read_instruction_data(options.data, "--data")
+    tokenizer = tokenizer_of(options.model)
+    if tokenizer.context_length < options.context_length:
+        raise InputError(
+            f"{options.model} reads {tokenizer.context_length} tokens: set --context-length to that or less"
+        )
+    return data, demonstrations(data.examples, options.layout, tokenizer)
+
+
+def _lengths(shown: Sequence[Demonstration]) -> list[int]:
+    return [len(one.prompt) + len(one.response) for one in shown]
+
+
+def run(options: Finetune, console: Console | None = None) -> dict[str, Any]:
+    """Trains (or resumes), saves the policy and returns the results.
+
+    The run folder holds ``policy/``, and the rows trained on and withheld in ``train.jsonl`` and ``held_out.jsonl``.
+
+    Raises:
+        InputError: for bad input, before a model is loaded.
+    """
+    console = console or Console()
+    options.check()
+    data, shown = _read(options)
+    rows = split_rows(_lengths(shown), options)
+    if options.dry_run:
+        console.print(
+            f"would train on {len(rows.train)} rows of {options.data} and withhold {len(rows.held_out)}, in "
+            f"{options.run_dir}"
+        )
+        return {}
+    with stage(options, "finetune", console) as opened:
+        if isinstance(opened, dict):
+            return opened
+        for name, numbers in ((TRAIN, rows.train), (HELD_OUT, rows.held_out)):
+            write_once(opened.folder.file(name), [data.examples[i].row() for i in numbers])
+        policy = LanguageModelPolicy(
+            options.model, LoraSettings(rank=options.lora_rank), value="shared", dtype=options.dtype, seed=options.seed
+        )
+        trainer = SFT(
+            policy,
+            options.seed,
+            learning_rate=options.learning_rate,
+            schedule="cosine",
+            warmup=0.1,
+            batch_size=options.batch_size,
+            epochs=options.epochs,
+            token_budget=options.token_budget,
+        )
+        chosen = [shown[i] for i in rows.train]
+        done = opened.supervised(trainer, chosen, f"fine-tuning on {Path(options.data).name}")
+        if (results := opened.unfinished(done)) is not None:
+            return results
+        policy.save(opened.folder.file("policy", "policy.json").parent)
+        results = opened.folder.finish(
+            {"loss": trainer.loss},
+            {
+                "train": len(rows.train),
+                "held_out": len(rows.held_out),
+                "unused": rows.unused,
+                "dropped": {"too long": rows.too_long, "duplicates": data.duplicates},
+                "response_tokens": sum(len(one.response) for one in chosen),
+                "steps": trainer.steps,
+                "seconds": opened.seconds,
+            },
+        )
+        opened.tracker.summary(results["metrics"])
+        console.print(f"trained on {len(chosen)} rows in {opened.seconds:.0f} s, loss {trainer.loss:.3f}")
+        return results

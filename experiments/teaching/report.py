@@ -1,0 +1,212 @@
+"""What the data sets of an experiment taught, side by side: a table, figures, and what each data set cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from ...llm_backends.errors import InputError
+from ...llm_backends.records import read_records
+from ..runs.folder import read_json, write_json
+from ..runs.plots import COLOURS, panels
+from ..runs.rouge_evaluation import Comparison, compare, macro_interval
+from ..runs.tables import markdown, rich_table
+from .arms import BASE
+
+ATTACK = "calibrated"
+"""The attack that the table shows: the loss less that of the base model."""
+
+
+@dataclass
+class TaughtArm:
+    """The base model, or one data set: its fine-tuned models, one per seed."""
+
+    name: str
+    tasks: dict[str, float] = field(default_factory=dict)
+    """ROUGE-L by task, the mean over seeds."""
+    exact_match: float = 0.0
+    seeds: list[float] = field(default_factory=list)
+    """Macro ROUGE-L of each seed."""
+    rows: int = 0
+    """Trained on."""
+    attacks: list[Mapping[str, Any]] = field(default_factory=list)
+    """Of each seed: the metrics of every attack."""
+
+    @property
+    def auc(self) -> tuple[float, float, float] | None:
+        """AUC of the calibrated attack with its interval: the mean over seeds of all three."""
+        found = [attack[ATTACK] for attack in self.attacks]
+        if not found:
+            return None
+        area, low, high = (float(np.mean([one[key] for one in found])) for key in ("auc", "auc_low", "auc_high"))
+        return area, low, high
+
+
+def report(
+    root: Path,
+    arms: Sequence[str],
+    models: Sequence[str],
+    costs: Mapping[str, Mapping[str, float]],
+    title: str,
+    console: Console,
+) -> dict[str, Any]:
+    """Writes ``report/report.md``, ``report/results.json`` and ``report/taught.png``, and returns the figures.
+
+    Args:
+        root: folder of the experiment.
+        arms: names of the data sets, the one to be compared with first.
+        models: names of the fine-tuned models: that of the data set, a hyphen and the seed.
+        costs: of each data set, LLM calls by kind; a row of the table each.
+        title: heading.
+        console: where the table goes.
+
+    Raises:
+        InputError: if the evaluation or the attacks have not finished.
+    """
+    taught = _gather(root, arms, models)
+    base = taught[0]
+    macro = {arm.name: macro_interval(arm.tasks) for arm in taught}
+    pairs = {(arm.name, BASE): compare(arm.tasks, base.tasks) for arm in taught[1:]}
+    pairs |= {(arm.name, taught[1].name): compare(arm.tasks, taught[1].tasks) for arm in taught[2:]}
+    out = root / "report"
+    out.mkdir(parents=True, exist_ok=True)
+    tables = [_score_rows(taught, macro, pairs), _pair_rows(pairs)]
+    if costs:
+        tables.append(_cost_rows(costs))
+    lines = [f"# {title}", "", *_notes(taught), ""]
+    (out / "report.md").write_text("\n".join([*lines, *map(markdown, tables)]), "utf-8")
+    plot_taught(taught, macro, out / "taught.png")
+    results = {
+        "arms": {
+            arm.name: {
+                "rouge_l": macro[arm.name],
+                "seeds": arm.seeds,
+                "exact_match": arm.exact_match,
+                "rows": arm.rows,
+                "auc": arm.auc,
+            }
+            for arm in taught
+        },
+        "comparisons": {f"{one} vs {other}": asdict(pair) | pair.shares for (one, other), pair in pairs.items()},
+        "costs": {name: dict(cost) for name, cost in costs.items()},
+    }
+    write_json(out / "results.json", results)
+    for rows in tables:
+        console.print(rich_table(rows))
+    console.print(f"wrote {out / 'report.md'} and {out / 'taught.png'}")
+    return results
+
+
+def _gather(root: Path, names: Sequence[str], models: Sequence[str]) -> list[TaughtArm]:
+    evaluated = _finished(root / "evaluate")
+    attacked = _finished(root / "privacy")["metrics"] if (root / "privacy").exists() else {}
+    tasks = read_json(root / "evaluate" / "tasks.json") or {}
+    metrics = evaluated["metrics"]["arms"]
+    base = TaughtArm(BASE, dict(tasks[BASE]), metrics[BASE]["exact_match"], [metrics[BASE]["rouge_l"]])
+    arms = [base]
+    for name in names:
+        seeds = [model for model in models if model.rpartition("-")[0] == name]
+        if missing := [seed for seed in seeds if seed not in metrics]:
+            raise InputError(f"{root / 'evaluate'} did not evaluate {missing[0]}: repeat that stage in a new folder")
+        arms.append(
+            TaughtArm(
+                name,
+                {task: float(np.mean([tasks[seed][task] for seed in seeds])) for task in tasks[seeds[0]]},
+                float(np.mean([metrics[seed]["exact_match"] for seed in seeds])),
+                [metrics[seed]["rouge_l"] for seed in seeds],
+                len(read_records(root / "finetune" / seeds[0] / "train.jsonl")),
+                [attacked[seed]["attacks"] for seed in seeds if seed in attacked],
+            )
+        )
+    return arms
+
+
+def _finished(folder: Path) -> dict[str, Any]:
+    results = read_json(folder / "results.json")
+    if results is None or results.get("status") != "finished":
+        raise InputError(f"{folder} holds no finished run: run that stage first")
+    return results
+
+
+def _notes(arms: Sequence[TaughtArm]) -> list[str]:
+    seeds = max(len(arm.seeds) for arm in arms)
+    return [
+        f"Zero-shot ROUGE-L (percent) on {len(arms[0].tasks)} held-out tasks, greedy; of fine-tuned models the mean "
+        f"over {seeds} seed{'s' * (seeds > 1)}. Intervals: 95%, bootstrap over tasks; not over seeds.",
+        "AUC: membership inference by the loss less the base model's, bootstrap over rows; 0.5 is guessing. Of several "
+        "seeds it is the mean, and so are the ends of its interval, which is none for the mean.",
+    ]
+
+
+def _score_rows(
+    arms: Sequence[TaughtArm], macro: Mapping[str, tuple[float, float, float]], pairs: Mapping[Any, Comparison]
+) -> list[list[str]]:
+    rows = [["trained on", "rows", "ROUGE-L (95%)", "by seed", "exact match", "AUC (95%)"]]
+    for arm in arms:
+        mean, low, high = (100 * value for value in macro[arm.name])
+        auc = arm.auc
+        rows.append(
+            [
+                arm.name if arm.name != BASE else "nothing (base)",
+                str(arm.rows or ""),
+                f"{mean:.1f} ({low:.1f} to {high:.1f})",
+                ", ".join(f"{100 * seed:.1f}" for seed in arm.seeds) if len(arm.seeds) > 1 else "",
+                f"{100 * arm.exact_match:.1f}",
+                "" if auc is None else f"{auc[0]:.2f} ({auc[1]:.2f} to {auc[2]:.2f})",
+            ]
+        )
+    return rows
+
+
+def _pair_rows(pairs: Mapping[tuple[str, str], Comparison]) -> list[list[str]]:
+    rows = [["task by task", "won", "tied", "lost", "difference (95%)"]]
+    for (one, other), pair in pairs.items():
+        shares = [f"{100 * share:.0f}%" for share in pair.shares.values()]
+        gap = f"{100 * pair.difference:+.1f} ({100 * pair.low:+.1f} to {100 * pair.high:+.1f})"
+        rows.append([f"{one} against {other}", *shares, gap])
+    return rows
+
+
+def _cost_rows(costs: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
+    kinds = list(dict.fromkeys(kind for cost in costs.values() for kind in cost))
+    rows = [["LLM calls", *kinds]]
+    for name, cost in costs.items():
+        rows.append([name, *(_count(cost[kind]) if kind in cost else "" for kind in kinds)])
+    return rows
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.2f}"
+
+
+def plot_taught(arms: Sequence[TaughtArm], macro: Mapping[str, tuple[float, float, float]], path: Path) -> Path:
+    """ROUGE-L of all arms, and how well members are told from others, with 95% intervals; dots are seeds.
+
+    Args:
+        arms: the base model first.
+        macro: by arm: mean, low and high.
+        path: the PNG.
+    """
+    figure, axes = panels(2)
+    left, right = axes[0]
+    for k, arm in enumerate(arms):
+        mean, low, high = (100 * value for value in macro[arm.name])
+        left.bar(k, mean, yerr=[[mean - low], [high - mean]], color=COLOURS[k], alpha=0.75, capsize=4, width=0.6)
+        left.scatter([k] * len(arm.seeds), [100 * seed for seed in arm.seeds], s=16, color="#000000", zorder=3)
+    left.set_xticks(range(len(arms)), [arm.name for arm in arms])
+    left.set(title=f"Zero-shot on {len(arms[0].tasks)} held-out tasks", ylabel="ROUGE-L, percent")
+    attacked = [(k, arm) for k, arm in enumerate(arms) if arm.attacks]
+    for place, (k, arm) in enumerate(attacked):
+        assert arm.auc is not None
+        area, low, high = arm.auc
+        right.errorbar(place, area, yerr=[[area - low], [high - area]], fmt="o", color=COLOURS[k], capsize=4)
+    right.axhline(0.5, color="#555555", linewidth=1, linestyle="--")
+    right.set_xticks(range(len(attacked)), [arm.name for _, arm in attacked])
+    right.set(title="Membership inference", ylabel="AUC (0.5: guessing)", xlim=(-0.5, max(len(attacked), 1) - 0.5))
+    figure.savefig(path, dpi=130)
+    return path

@@ -1,0 +1,167 @@
+"""``instructgym tuna evaluate``: policies on held-out tasks, by ROUGE-L and by a judge's comparisons in both orders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from ...envs.tasks.instruction.data import InstructionExample, request_text
+from ...llm_backends import Journal, request_seed
+from ...llm_backends.errors import InputError
+from ...llm_backends.records import read_records
+from ...rewards import Reward, Sample, score_with_retries
+from ..runs.deadline import Deadline
+from ..runs.folder import chunked_rows
+from ..runs.options import build_judge, input_errors, parse_part
+from ..runs.resumption import accounted, journaled_roles
+from ..runs.rouge_evaluation import macro_interval, task_scores
+from ..runs.stages import digest, stage
+from ..runs.token_training import OutOfTimeError
+from ..teaching.arms import BASE, find_arms
+from ..teaching.evaluate import PREDICTIONS, Evaluate
+from ..teaching.evaluate import run as evaluate
+
+CHUNK = 8
+"""Instances that are judged together."""
+JUDGED = "judged.jsonl"
+JUDGE = '{"id": "pairwise-judge", "kwargs": {"graded": true}}'
+
+
+@dataclass
+class TunaEvaluate(Evaluate):
+    """Answer held-out tasks with several policies; compare ROUGE-L, and have a judge compare them with one of them."""
+
+    judge: str = JUDGE
+    """Who compares a response with the reference policy's: pairwise-judge, which is asked in both orders, or
+    scored-comparison, as an id or JSON. Graded, a judge whose log-probs are known gives the probability that a response
+    is better, the mean of both orders' log-odds, in place of win, tie or loss."""
+    backend: str = "embedded"
+    """The judge's language model, as of 'tuna candidates'."""
+    against: str = BASE
+    """Name of the policy with which the others are compared."""
+
+    def check(self) -> None:
+        super().check()
+        names = [arm.name for arm in find_arms(self.policy, self.model)]
+        if self.against not in names:
+            raise InputError(f"--against {self.against} is none of the policies: use one of {', '.join(names)}")
+
+    def build(self, backend: Any) -> Reward:
+        """The judge on a backend.
+
+        Raises:
+            InputError: if there is none of that id, or its arguments are wrong.
+        """
+        return build_judge("reward", self.judge, "--judge", backend)
+
+
+def run(options: TunaEvaluate, console: Console | None = None) -> dict[str, Any]:
+    """Answers, scores and judges, and returns win rates with what 'evaluate' returns.
+
+    The run folder gets the run folders ``rouge`` (that of 'evaluate') and ``judged``, whose ``judged.jsonl`` has for
+    each instance every policy's outcome: 1 won, 0 lost.
+
+    Raises:
+        InputError: for bad input, before a model is loaded.
+    """
+    console = console or Console()
+    options.check()
+    parts = {"judge": parse_part(options.backend)}
+    with input_errors():
+        options.build(journaled_roles(parts, None)["judge"])
+    root = Path(options.run_dir)
+    given = {field.name: getattr(options, field.name) for field in fields(Evaluate)}
+    deadline = Deadline(options.minutes)
+    try:
+        answered = deadline.run(evaluate, Evaluate(**given | {"run_dir": str(root / "rouge")}), console)
+        mine = replace(options, run_dir=str(root / "judged"), minutes=deadline.left)
+    except OutOfTimeError:
+        return {"status": "stopped"}
+    if options.dry_run:
+        return answered
+    rows = read_records(root / "rouge" / PREDICTIONS)
+    with stage(mine, "tuna evaluate", console, distributed=False, predictions=digest(rows)) as opened:
+        if isinstance(opened, dict):
+            return opened
+        roles = journaled_roles(parts, Journal(opened.folder.file("journal.jsonl")))
+        with accounted(roles, opened.folder.path):
+            judge = options.build(roles["judge"])
+
+            def judged(first: int) -> list[dict[str, Any]]:
+                opened.check_time()
+                return _judged(judge, rows[first : first + CHUNK], options)
+
+            path = opened.folder.file(JUDGED)
+            try:
+                found = chunked_rows(path, len(rows), CHUNK, judged, "instances judged", console)
+            except OutOfTimeError:
+                return opened.stopped({"judged": len(read_records(path))})
+        names = [name for name in rows[0]["arms"] if name != options.against]
+        metrics = {name: win_rate(found, name, options.seed) for name in names}
+        results = opened.folder.finish(
+            {"against": options.against, "win_rates": metrics, "arms": answered["metrics"]["arms"]},
+            {"instances": len(rows), "seconds": opened.seconds},
+        )
+        opened.tracker.summary({name: figures["win_rate"] for name, figures in metrics.items()})
+        for name, figures in metrics.items():
+            if figures["win_rate"] is None:
+                console.print(f"{name}: the judge gave no verdict", highlight=False)
+            else:
+                low, high = (100 * figures[end] for end in ("win_rate_low", "win_rate_high"))
+                console.print(
+                    f"{name} against {options.against}: win rate {100 * figures['win_rate']:.0f}% "
+                    f"({low:.0f} to {high:.0f}), the same response on {100 * figures['same']:.0f}%",
+                    highlight=False,
+                )
+        return results
+
+
+def _judged(judge: Reward, rows: Sequence[Mapping[str, Any]], options: TunaEvaluate) -> list[dict[str, Any]]:
+    """For each instance what the judge says of every policy's response; None without a verdict."""
+    places, samples = [], []
+    for number, row in enumerate(rows):
+        request = request_text(InstructionExample(row["instruction"], row["input"], ""))
+        reference = row["arms"][options.against]["response"]
+        for name, answer in row["arms"].items():
+            if name != options.against:
+                places.append((number, name))
+                seed = request_seed(options.seed, "judge", row["id"], name)
+                samples.append(Sample(answer["response"], request, reference, episode_id=row["id"], seed=seed))
+    outcomes: list[dict[str, Any]] = [
+        {"id": row["id"], "task": row["task"], "wins": {}, "agreed": {}, "same": {}} for row in rows
+    ]
+    for (number, name), sample, score in zip(places, samples, score_with_retries(judge, samples), strict=True):
+        asked = sample.response.split() != str(sample.reference).split()  # nobody is asked about two of the same
+        outcomes[number]["wins"][name] = score.value if score.valid else None
+        outcomes[number]["agreed"][name] = score.terms.get("agreement") if score.valid and asked else None
+        outcomes[number]["same"][name] = not asked
+    return outcomes
+
+
+def win_rate(rows: Sequence[Mapping[str, Any]], name: str, seed: int = 0) -> dict[str, Any]:
+    """A policy's mean outcome over tasks, with its 95% bootstrap interval over tasks, as ROUGE-L is averaged.
+
+    Args:
+        rows: of ``judged.jsonl``.
+        name: of the policy.
+        seed: of the bootstrap.
+
+    Returns:
+        ``win_rate``, ``win_rate_low``, ``win_rate_high``, None without a verdict; ``agreement``: the share of different
+            responses of which both orders preferred the same one, None without any; ``same``: the share of instances
+            where both responses are the same, which is a tie; ``judged``: the share with a verdict.
+    """
+    known = [row for row in rows if row["wins"][name] is not None]
+    figures: dict[str, Any] = dict.fromkeys(("win_rate", "win_rate_low", "win_rate_high", "agreement"))
+    if known:
+        by_task = task_scores([row["task"] for row in known], [row["wins"][name] for row in known])
+        figures["win_rate"], figures["win_rate_low"], figures["win_rate_high"] = macro_interval(by_task, seed)
+    if agreed := [row["agreed"][name] for row in known if row["agreed"][name] is not None]:
+        figures["agreement"] = float(np.mean(agreed))
+    same = float(np.mean([row["same"][name] for row in rows]))
+    return figures | {"same": same, "judged": len(known) / len(rows)}

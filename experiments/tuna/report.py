@@ -1,0 +1,162 @@
+"""``instructgym tuna report``: what each arm learned from the rankings, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ...llm_backends.errors import InputError
+from ..runs.folder import read_json, write_json
+from ..runs.options import check_output
+from ..runs.plots import COLOURS, panels
+from ..runs.rouge_evaluation import compare
+from ..runs.tables import markdown, rich_table
+from ..teaching.arms import BASE
+
+EVALUATION, RANKINGS, POLICIES = "evaluate", "rank", "train"
+"""Folders of the stages in an experiment's."""
+
+
+@dataclass
+class TunaReport:
+    """Gather the stages of 'tuna run' into tables and a figure."""
+
+    run_dir: str = ""
+    """Folder of the experiment."""
+
+
+def run(options: TunaReport, console: Console | None = None) -> dict[str, Any]:
+    """Writes ``report/report.md``, ``report/arms.png`` and ``report/results.json``, and returns the latter.
+
+    Raises:
+        InputError: if the evaluation is not finished.
+    """
+    console = console or Console()
+    if not options.run_dir:
+        raise InputError("--run-dir is missing: name the folder of 'tuna run'")
+    root = Path(options.run_dir)
+    judged = read_json(root / EVALUATION / "judged" / "results.json") or {}
+    tasks = read_json(root / EVALUATION / "rouge" / "tasks.json")
+    if judged.get("status") != "finished" or tasks is None:
+        raise InputError(f"{root / EVALUATION} holds no finished evaluation: run 'tuna run' or 'tuna evaluate' first")
+    out = root / "report"
+    check_output(out / "report.md")
+    figures = judged["metrics"]
+    trained = _finished(root / POLICIES)
+    rankings = _finished(root / RANKINGS)
+    seed = int(((read_json(root / EVALUATION / "judged" / "config.json") or {}).get("options") or {}).get("seed", 0))
+    others = [name for name in tasks if name != figures["against"]]
+    gaps = {name: compare(tasks[name], tasks[figures["against"]], seed) for name in others}
+    tables = [_arm_rows(figures, gaps, trained), _ranking_rows(rankings)]
+    out.mkdir(parents=True, exist_ok=True)
+    count = len(tasks[BASE])
+    lines = [f"# Learning from rankings, {count} held-out tasks", "", *_notes(figures["against"]), ""]
+    (out / "report.md").write_text("\n".join([*lines, *map(markdown, tables)]), "utf-8")
+    plot_arms(figures, count, out / "arms.png")
+    results = {
+        "arms": figures["arms"],
+        "against": figures["against"],
+        "win_rates": figures["win_rates"],
+        "comparisons": {name: asdict(pair) | pair.shares for name, pair in gaps.items()},
+        "training": {name: found["metrics"] for name, found in trained.items()},
+        "rankings": {name: found["metrics"] | found["counts"] for name, found in rankings.items()},
+    }
+    write_json(out / "results.json", results)
+    for rows in tables:
+        console.print(rich_table(rows))
+    console.print(f"wrote {out / 'report.md'} and {out / 'arms.png'}")
+    return results
+
+
+def _finished(folder: Path) -> dict[str, dict[str, Any]]:
+    """The results of the finished runs in a folder, by their names."""
+    found = {path.parent.name: read_json(path) for path in sorted(folder.glob("*/results.json"))}
+    return {name: results for name, results in found.items() if results and results.get("status") == "finished"}
+
+
+def _notes(against: str) -> list[str]:
+    return [
+        "ROUGE-L (percent) of greedy answers, the mean over tasks. Win rate: the judge's mean outcome against "
+        f"{against}, each pair in both orders. Intervals: 95%, bootstrap over tasks; one training seed, of which they "
+        "know nothing.",
+        "Same: instances with the same response from both, a tie. Orders agree: of the others, those where both orders "
+        "preferred the same response.",
+        "Tau: Kendall's, between the order of candidates by the policy's log-probs per token and the ranking that it "
+        "was trained on, on lists that were withheld, before and after training.",
+    ]
+
+
+def _arm_rows(
+    figures: Mapping[str, Any], gaps: Mapping[str, Any], trained: Mapping[str, Mapping[str, Any]]
+) -> list[list[str]]:
+    against = figures["against"]
+    rows = [
+        ["arm", "ROUGE-L (95%)", f"against {against} (95%)", "win rate (95%)", "same", "orders agree", "tokens", "tau"]
+    ]
+    for name, arm in figures["arms"].items():
+        row = [name, _percent(arm["rouge_l"], arm["rouge_l_low"], arm["rouge_l_high"])]
+        row.append(_percent(gap.difference, gap.low, gap.high, "+.1f") if (gap := gaps.get(name)) else "")
+        wins = figures["win_rates"].get(name)
+        row += _judged(wins) if wins and wins["win_rate"] is not None else [""] * 3
+        row += [f"{arm['tokens']:.0f}", _taus(trained.get(name, {}).get("metrics", {}))]
+        rows.append(row)
+    return rows
+
+
+def _judged(wins: Mapping[str, float]) -> list[str]:
+    agreed = "" if wins["agreement"] is None else f"{100 * wins['agreement']:.0f}%"
+    rate = _percent(wins["win_rate"], wins["win_rate_low"], wins["win_rate_high"], ".0f")
+    return [rate, f"{100 * wins['same']:.0f}%", agreed]
+
+
+def _taus(metrics: Mapping[str, Any]) -> str:
+    before, after = (metrics.get(f"tau, held out {when}") for when in ("before", "after"))
+    return "" if before is None or after is None else f"{before:.2f} to {after:.2f}"
+
+
+def _ranking_rows(rankings: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    rows = [["ranking", "lists", "candidates", "no ranking", "all tied", "tau with ROUGE-L", "ROUGE-L: best", "mean"]]
+    for name, found in rankings.items():
+        metrics, counts = found["metrics"], found["counts"]
+        keys = ("lists", "candidates", "without a ranking", "all tied")
+        shown = ("kendall_tau", "rouge_l_best", "rouge_l_mean")
+        cells = ["" if metrics[key] is None else f"{metrics[key]:.2f}" for key in shown]
+        rows.append([name, *(str(counts[key]) for key in keys), *cells])
+    return rows
+
+
+def _percent(value: float, low: float, high: float, form: str = ".1f") -> str:
+    return f"{100 * value:{form}} ({100 * low:{form}} to {100 * high:{form}})"
+
+
+def plot_arms(figures: Mapping[str, Any], tasks: int, path: Path) -> Path:
+    """ROUGE-L of every arm and its win rate against the reference policy, with 95% intervals over tasks.
+
+    Args:
+        figures: ``arms``, ``win_rates`` and ``against`` of the evaluation.
+        tasks: how many there are.
+        path: the PNG.
+    """
+    figure, axes = panels(2)
+    left, right = axes[0]
+    names = list(figures["arms"])
+    for k, name in enumerate(names):
+        colour, arm = COLOURS[k % len(COLOURS)], figures["arms"][name]
+        mean, low, high = (100 * arm[key] for key in ("rouge_l", "rouge_l_low", "rouge_l_high"))
+        left.bar(k, mean, yerr=[[mean - low], [high - mean]], color=colour, alpha=0.75, capsize=4, width=0.6)
+        wins = figures["win_rates"].get(name)
+        if wins and wins["win_rate"] is not None:
+            mean, low, high = (100 * wins[key] for key in ("win_rate", "win_rate_low", "win_rate_high"))
+            right.errorbar(k, mean, yerr=[[mean - low], [high - mean]], fmt="o", color=colour, capsize=4)
+    right.axhline(50, color="#555555", linewidth=1, linestyle="--")
+    for axis in (left, right):
+        axis.set_xticks(range(len(names)), names, fontsize=8)
+        axis.set_xlim(-0.6, len(names) - 0.4)
+    left.set(title=f"Zero-shot on {tasks} held-out tasks", ylabel="ROUGE-L, percent")
+    right.set(title=f"Judged against {figures['against']}, both orders", ylabel="win rate, percent")
+    figure.savefig(path, dpi=130)
+    return path
