@@ -110,7 +110,7 @@ class PromptAdapter:
             f"{one_line(record['Inputs']['text'])} -> {record['Generated Outputs']}. {record['Feedback']}"
             for record in records
         )
-        texts = load_prompts("agents", "reflection")
+        texts = load_prompts(__package__, "reflection")
         shots = [(shot["before"], shot["failures"], shot["after"]) for shot in texts["demonstrations"]]
         completion = few_shot(
             texts["header"],

@@ -9,7 +9,6 @@ from gymnasium.vector import AutoresetMode
 
 from ..llm_backends import resolve
 from ..llm_backends.errors import InputError
-from ..llm_backends.prompting import load_prompts
 from ..rewards.elimination import check_rules
 from ..rewards.prompt_scoring.scorer import TaskPrompt, TaskScorer
 from ..rewards.prompt_scoring.task_gain import TaskGain
@@ -18,7 +17,7 @@ from .edit.observations import EditObservation, make_observation
 from .edit.process import EditSettings
 from .process.core import check_on_invalid
 from .process.faces import check_copies
-from .prompt_edit.operators import FILE, PromptOperator
+from .prompt_edit.operators import PromptOperator, verbalizer_sets
 from .prompt_edit.process import PromptData, PromptProcess
 from .tasks.prompt_search.tasks import PromptTask, load_prompt_task
 
@@ -86,17 +85,6 @@ def _sets(verbalizers: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
     return tuple(dict.fromkeys(tuple(words) for words in verbalizers))
 
 
-def verbalizer_sets(task: PromptTask) -> tuple[tuple[str, ...], ...]:
-    """The task's verbalizers, then the packaged alternatives for labels of these names."""
-    names = [label.casefold() for label in task.labels]
-    sets = [task.verbalizers]
-    for table in load_prompts("envs.tasks", FILE)["verbalizers"]:
-        if sorted(table["labels"]) == sorted(names):
-            places = [table["labels"].index(name) for name in names]
-            sets += [tuple(words[place] for place in places) for words in table["sets"]]
-    return tuple(dict.fromkeys(sets))
-
-
 class EditPromptEnv(TextEditEnv):
     """``instructgym/EditPrompt-v0``: an episode edits a prompt for a frozen model and is paid by the labelled task.
 
@@ -133,8 +121,8 @@ class EditPromptEnv(TextEditEnv):
 
     Args:
         task: a name (``rotten-tomatoes`` is offline), the path of a TOML file, or a
-            :class:`~instructgym.envs.tasks.prompt_search.tasks.PromptTask`, which is taken as it is: ``data_dir``, ``limit``
-            and ``data_seed`` then do nothing.
+            :class:`~instructgym.envs.tasks.prompt_search.tasks.PromptTask`, which is taken as it is: ``data_dir``,
+            ``limit`` and ``data_seed`` then do nothing.
         data_dir: folder of a named task's files.
         limit: training examples at most, drawn by ``data_seed``; None for all.
         data_seed: of that choice.

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..llm_backends import resolve
-from ..llm_backends.parts import register_kind
 from ..rewards.elimination import STRING_RULES, check_rules
 from .edit.env import TextEditEnv, TextEditVectorEnv
-from .edit.operators import LLMOperator, Operator
+from .edit.operators import LLMOperator
 from .edit.process import EditSettings
 from .tasks.instruction.seeds import Instruction, load_instructions
 
@@ -23,13 +22,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """``published``: one seed whose text is never reset, nothing eliminated (the released code). ``corrected``: a seed
 per episode, the text reset, all four elimination rules active."""
-
-
-def _not_a_function(function: Any) -> Operator:
-    raise TypeError(f"an operator is an Operator, not the function {function!r}")
-
-
-register_kind("operator", Operator, _not_a_function)
 
 
 def _arguments(

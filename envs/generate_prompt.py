@@ -118,9 +118,10 @@ def generate_prompt(**kwargs: Any) -> TokenEnv:
     a hint for it, and the model's answer to this input is scored.
 
     ``gap`` is RLPrompt's margin reward, in [-180, 200], of which agents take z-scores; ``accuracy`` is in [0, 1]. Both
-    come from label likelihoods (:class:`~instructgym.rewards.prompt_scoring.task_reward.TaskReward`), nothing is generated; an empty
-    instruction or hint is worth the least, -180 or 0. ``rouge`` has the model answer and compares with the reference
-    (:class:`~instructgym.rewards.prompt_scoring.hinted_response.HintedResponse`); an empty hint is worth the answer without any.
+    come from label likelihoods (:class:`~instructgym.rewards.prompt_scoring.task_reward.TaskReward`), nothing is
+    generated; an empty instruction or hint is worth the least, -180 or 0. ``rouge`` has the model answer and compares
+    with the reference (:class:`~instructgym.rewards.prompt_scoring.hinted_response.HintedResponse`); an empty hint is
+    worth the answer without any.
     The same prompt on the same minibatch or input always gets the same score: to the last digit while the label
     likelihoods are remembered, else up to the rounding of a model that reads it in another batch (in float32 some 1e-5
     nats of a likelihood, and by RLPrompt's factors some 1e-3 of a ``gap``).

@@ -1,63 +1,50 @@
-"""Who writes text: language models behind one batched contract, and sentence embeddings."""
+"""Who writes text: language models behind one batched contract, and sentence embeddings.
 
-from .base import (
-    Backend,
-    BackendError,
-    Completion,
-    ContextLengthError,
-    Message,
-    Prompt,
-    Sampling,
-    UnsupportedRequestError,
-    Usage,
-    request_seed,
+``__init__.pyi`` says what can be imported from here; each name is loaded when it is asked for. The tables below give
+the ids that ``backend=``, ``embedder=`` and ``tokenizer=`` take.
+"""
+
+import lazy_loader
+
+from .parts import register_kind, register_parts
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+register_kind("backend", "instructgym.llm_backends.base:Backend", "instructgym.llm_backends.scripted:FunctionBackend")
+register_parts(
+    "backend",
+    {
+        "embedded": "instructgym.llm_backends.local.embedded:EmbeddedBackend",
+        "transformers": "instructgym.llm_backends.local.backend:TransformersBackend",
+        "openai": "instructgym.llm_backends.serving.openai_backend:OpenAIBackend",
+        "vllm": "instructgym.llm_backends.serving.vllm_backend:VLLMBackend",
+        "vllm-server": "instructgym.llm_backends.serving.vllm_server:VLLMServerBackend",
+        "cached": "instructgym.llm_backends.replies.cache:cached",
+        "scripted": "instructgym.llm_backends.scripted:ScriptedBackend",
+    },
 )
-from .local.embeddings import Embedder, FunctionEmbedder
-from .local.tokenization import Tokenizer, not_a_function
-from .parts import UnknownPartError, part_ids, register_kind, register_part, resolve
-from .replies.journal import Journal, Journaled
-from .scripted import FunctionBackend, ScriptedBackend
 
-__all__ = [
-    "Backend",
-    "BackendError",
-    "Completion",
-    "ContextLengthError",
-    "Embedder",
-    "Journal",
-    "Journaled",
-    "Message",
-    "Prompt",
-    "Sampling",
-    "ScriptedBackend",
-    "Tokenizer",
-    "UnknownPartError",
-    "UnsupportedRequestError",
-    "Usage",
-    "part_ids",
-    "register_part",
-    "request_seed",
-    "resolve",
-]
-
-register_kind("backend", Backend, FunctionBackend)
-register_part("backend", "embedded", "instructgym.llm_backends.local.embedded:EmbeddedBackend")
-register_part("backend", "transformers", "instructgym.llm_backends.local.backend:TransformersBackend")
-register_part("backend", "openai", "instructgym.llm_backends.serving.openai_backend:OpenAIBackend")
-register_part("backend", "vllm", "instructgym.llm_backends.serving.vllm_backend:VLLMBackend")
-register_part("backend", "vllm-server", "instructgym.llm_backends.serving.vllm_server:VLLMServerBackend")
-register_part("backend", "cached", "instructgym.llm_backends.replies.cache:cached")
-register_part("backend", "scripted", "instructgym.llm_backends.scripted:ScriptedBackend")
-
-register_kind("embedder", Embedder, FunctionEmbedder)
-register_part("embedder", "minilm", "instructgym.llm_backends.local.embeddings:SentenceTransformerEmbedder")
-register_part(
-    "embedder", "sentence-transformers", "instructgym.llm_backends.local.embeddings:SentenceTransformerEmbedder"
+register_kind(
+    "embedder",
+    "instructgym.llm_backends.local.embeddings:Embedder",
+    "instructgym.llm_backends.local.embeddings:FunctionEmbedder",
 )
-register_part("embedder", "hashing", "instructgym.llm_backends.local.embeddings:HashingEmbedder")
+register_parts(
+    "embedder",
+    {
+        "minilm": "instructgym.llm_backends.local.embeddings:SentenceTransformerEmbedder",
+        "sentence-transformers": "instructgym.llm_backends.local.embeddings:SentenceTransformerEmbedder",
+        "hashing": "instructgym.llm_backends.local.embeddings:HashingEmbedder",
+    },
+)
 
-register_kind("tokenizer", Tokenizer, not_a_function)
-register_part("tokenizer", "embedded", "instructgym.llm_backends.local.tokenization:EmbeddedTokenizer")
-register_part("tokenizer", "transformers", "instructgym.llm_backends.local.tokenization:Tokenizer")
-register_part("tokenizer", "words", "instructgym.llm_backends.local.tokenization:WordTokenizer")
-register_part("tokenizer", "bytes", "instructgym.llm_backends.local.tokenization:ByteTokenizer")
+register_kind("tokenizer", "instructgym.llm_backends.local.tokenization:Tokenizer")
+register_parts(
+    "tokenizer",
+    {
+        "embedded": "instructgym.llm_backends.local.tokenization:EmbeddedTokenizer",
+        "transformers": "instructgym.llm_backends.local.tokenization:Tokenizer",
+        "words": "instructgym.llm_backends.local.tokenization:WordTokenizer",
+        "bytes": "instructgym.llm_backends.local.tokenization:ByteTokenizer",
+    },
+)

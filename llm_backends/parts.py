@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from .errors import InputError
 
 _ENTRY_POINTS: dict[str, dict[str, str]] = {}
-_WRAPPERS: dict[str, tuple[type, Callable[[Callable[..., Any]], Any]]] = {}
+_KINDS: dict[str, tuple[Any, Any]] = {}
+"""For each kind its base class, and what makes a part of a function; either may still be ``"module:attribute"``."""
 
 PartT = TypeVar("PartT")
 
@@ -34,9 +35,32 @@ def register_part(kind: str, part_id: str, entry_point: str) -> None:
     _ENTRY_POINTS.setdefault(kind, {})[part_id] = entry_point
 
 
-def register_kind(kind: str, base: type, from_callable: Callable[[Callable[..., Any]], Any]) -> None:
-    """Declares a kind of part: its base class, and how a plain function is wrapped into one."""
-    _WRAPPERS[kind] = (base, from_callable)
+def register_parts(kind: str, entry_points: Mapping[str, str]) -> None:
+    """Registers several parts of one kind: id to ``"module:factory"``."""
+    for part_id, entry_point in entry_points.items():
+        register_part(kind, part_id, entry_point)
+
+
+def register_kind(kind: str, base: type | str, from_callable: Callable[..., Any] | str | None = None) -> None:
+    """Declares a kind of part.
+
+    Args:
+        kind: its name.
+        base: the class of its parts, or ``"module:Class"``, which is imported when the first part is asked for.
+        from_callable: what wraps a plain function into a part, or ``"module:attribute"``; None: functions are refused.
+    """
+    _KINDS[kind] = (base, from_callable)
+
+
+def _kind(kind: str) -> tuple[type, Callable[..., Any] | None]:
+    base, from_callable = (_load(item) if isinstance(item, str) else item for item in _KINDS[kind])
+    _KINDS[kind] = (base, from_callable)
+    return base, from_callable
+
+
+def _load(entry_point: str) -> Any:
+    module, _, attribute = entry_point.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def part_ids(kind: str) -> list[str]:
@@ -55,7 +79,7 @@ def resolve(kind: str, value: Any, **defaults: Any) -> Any:
     Raises:
         UnknownPartError: if there is no such id, module or factory, or the factory returns something of another kind.
     """
-    base, from_callable = _WRAPPERS[kind]
+    base, from_callable = _kind(kind)
     if isinstance(value, base):
         return value
     if isinstance(value, Mapping):
@@ -65,22 +89,21 @@ def resolve(kind: str, value: Any, **defaults: Any) -> Any:
         return _build(kind, part_id, dict(kwargs), defaults)
     if isinstance(value, str):
         return _build(kind, value, {}, defaults)
-    if callable(value):
+    if callable(value) and from_callable is not None:
         return from_callable(value)
     raise UnknownPartError(
         f"{value!r} is no {kind}: pass one of {part_ids(kind)}, 'module:factory', "
-        f'{{"id": ..., "kwargs": {{...}}}}, a {base.__name__} or a callable'
+        f'{{"id": ..., "kwargs": {{...}}}}, or a {base.__name__}' + (" or a callable" if from_callable else "")
     )
 
 
 def _build(kind: str, name: str, kwargs: dict[str, Any], defaults: dict[str, Any]) -> Any:
-    base, from_callable = _WRAPPERS[kind]
+    base, from_callable = _kind(kind)
     entry_point = _ENTRY_POINTS.get(kind, {}).get(name, name)
-    module_name, _, attribute = entry_point.partition(":")
-    if not (module_name and attribute):
+    if not all(entry_point.partition(":")):
         raise UnknownPartError(f"unknown {kind} {name!r}: use one of {part_ids(kind)} or 'module:factory'")
     try:
-        factory = getattr(importlib.import_module(module_name), attribute)
+        factory = _load(entry_point)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UnknownPartError(f"cannot load {kind} {name!r}: {error}") from error
     if isinstance(factory, base):  # "module:object"
@@ -94,6 +117,6 @@ def _build(kind: str, name: str, kwargs: dict[str, Any], defaults: dict[str, Any
         raise UnknownPartError(f"cannot build {kind} {name!r}: {error}") from error
     if isinstance(part, base):
         return part
-    if callable(part):
+    if callable(part) and from_callable is not None:
         return from_callable(part)
     raise UnknownPartError(f"{kind} {name!r} returned a {type(part).__name__}, expected a {base.__name__}")

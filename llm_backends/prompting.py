@@ -14,9 +14,8 @@ from .base import Prompt, PromptStyle
 
 @cache
 def load_prompts(package: str, name: str) -> dict[str, Any]:
-    """The prompt file ``prompts/NAME.toml`` of a subpackage, e.g. ``load_prompts("rewards", "equality")``."""
-    root = __package__.rsplit(".", 1)[0]
-    return tomllib.loads(files(f"{root}.{package}").joinpath("prompts", f"{name}.toml").read_text("utf-8"))
+    """The prompt file ``prompts/NAME.toml`` beside the caller: ``load_prompts(__package__, "equality")``."""
+    return tomllib.loads(files(package).joinpath("prompts", f"{name}.toml").read_text("utf-8"))
 
 
 def one_line(text: str) -> str:

@@ -113,7 +113,7 @@ def elimination_prompt(rule: str) -> VerdictPrompt:
     """The judge's form of a rule; the positive answer means that the text survives."""
     if rule == "no_information_gain":
         return equality_prompt()
-    data = load_prompts("rewards", "elimination")[rule]
+    data = load_prompts(__package__, "elimination")[rule]
     return VerdictPrompt.from_file(data, ("Text", "Verdict"), ("text",))
 
 

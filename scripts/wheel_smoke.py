@@ -41,7 +41,7 @@ def check_installed_package(checkout: Path) -> None:
     files = importlib.resources.files("instructgym")
     assert (files / "py.typed").is_file()
     subpackages = [init.parent for init in checkout.glob("*/__init__.py")]
-    patterns = ("*.py", "prompts/*.toml", "seeds/*.jsonl")
+    patterns = ("*.py", "prompts/*.toml", "seed_data/*.jsonl")
     found = [
         path.relative_to(checkout) for folder in subpackages for pattern in patterns for path in folder.rglob(pattern)
     ]

@@ -21,7 +21,7 @@ FILES = sorted([*ROOT.glob("*.py"), *(path for layer in LAYERS for path in (ROOT
 def imported_modules(path: Path) -> Iterator[tuple[int, str]]:
     """All modules that a file names, with line numbers: imports at any depth, and names resolved at run time.
 
-    A string such as "instructgym.agents.policy_gradient.ppo:PPO" counts, because a registry that holds it will import it.
+    A string such as "instructgym.agents.sb3.baselines:Random" counts, because a registry that holds it will import it.
     """
     package = ("instructgym", *path.relative_to(ROOT).parent.parts)
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -162,7 +162,7 @@ def test_a_small_models_few_shot_form_and_its_chat_form(tiny_model_path):
     """By default the form is the backend's own; a teacher that drew candidates as a chat model is asked as one."""
     backend = TransformersBackend(str(tiny_model_path), prompt_style="completion")
     [few_shot], [chat] = (ProbabilisticRanker(backend, form=form).rank(["Tell"], [["a b"]]) for form in FORMS)
-    own = load_prompts("rewards", "quality")["likelihood"]["completion"].replace("{prompt}", "Tell")
+    own = load_prompts("instructgym.rewards.quality", "quality")["likelihood"]["completion"].replace("{prompt}", "Tell")
     [row] = backend.logprobs([own], [" a b"])
     assert few_shot.scores[0] == pytest.approx(row.sum() / len(row) ** 1.3, rel=1e-5) != chat.scores[0]
     with pytest.raises(ValueError, match="form must be one of"):

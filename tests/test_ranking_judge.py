@@ -222,7 +222,7 @@ def test_few_shot_form_has_as_many_candidates_everywhere(count):
     [found] = rank(backend, [RankingQuestion("Do it.", tuple(f"t{i}" for i in range(count)))])
     assert sorted(found.ranks) == list(range(count))
     blocks = seen[0].split("\n\n")[1:]
-    assert len(blocks) == 1 + len(load_prompts("rewards", "ranking")["demonstrations"])
+    assert len(blocks) == 1 + len(load_prompts("instructgym.rewards.judges", "ranking")["demonstrations"])
     for block in blocks:
         assert [line.partition(":")[0] for line in block.split("\n")] == ["Request", *letters, "Ranking"]
     for block in blocks[:-1]:
@@ -250,7 +250,7 @@ def test_texts_stay_within_their_fences(attack, field):
             assert text.count(f"<{tag}>") == text.count(f"</{tag}>") == 1
         assert list(shown(text)) == list("ABCD")
         assert {value.replace("< ", "<") for value in shown(text).values()} == set(texts)
-    shots = len(load_prompts("rewards", "ranking")["demonstrations"])
+    shots = len(load_prompts("instructgym.rewards.judges", "ranking")["demonstrations"])
     for text in few:
         for label in ("Request", "A", "B", "C", "D", "Ranking"):
             assert sum(line.startswith(f"{label}:") for line in text.split("\n")) == shots + 1

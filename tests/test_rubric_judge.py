@@ -257,7 +257,7 @@ def test_texts_stay_within_their_fences(attack, field):
         assert seen[0].count(tag) == 1
     inside = seen[0].split(f"<{'request' if field == 'prompt' else field}>\n")[1].split("\n</re")[0]
     assert inside.replace("< ", "<") == attack  # nothing of it is outside
-    shots = len(load_prompts("rewards", "rubric")["demonstrations"])
+    shots = len(load_prompts("instructgym.rewards.judges", "rubric")["demonstrations"])
     for text in seen[1:]:
         for label in ("Request", "Response", "Criterion", "Grade"):
             assert sum(line.startswith(f"{label}:") for line in text.split("\n")) == shots + 1

@@ -88,10 +88,10 @@ class SoftQ(RolloutAgent):
     """Soft Q-learning: the logits are action values, their logsumexp is the state's, and softmax of them is the policy.
 
     Each token's loss asks for consistency with the next state, or with all that follows up to the end
-    (:mod:`~instructgym.agents.soft_q.path_consistency`), with V of a target network that follows the policy slowly. Sums over
-    the tokens of an episode, means over episodes. The optimum is consistent on every episode, whoever wrote it: under
-    ``top_k`` sampling, by an earlier policy, by others. :attr:`replay` keeps past ones, where ``replay_ratio`` is above
-    0, and takes those of others.
+    (:mod:`~instructgym.agents.soft_q.path_consistency`), with V of a target network that follows the policy slowly.
+    Sums over the tokens of an episode, means over episodes. The optimum is consistent on every episode, whoever wrote
+    it: under ``top_k`` sampling, by an earlier policy, by others. :attr:`replay` keeps past ones, where
+    ``replay_ratio`` is above 0, and takes those of others.
 
     The return of an episode, z-scored and mapped onto a range, is paid with its last token. What is learned balances
     this against the KL divergence to the reference policy, or against the entropy where there is no ``prior``: it is

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from typing import Any
 
 from ...llm_backends.base import Prompt, PromptStyle
 from ...llm_backends.prompting import build_prompt, few_shot, fill, load_prompts
@@ -31,9 +31,7 @@ class Operation:
         return build_prompt(style, fill(self.chat, {"text": text}), shots)
 
 
-@cache
-def _all_operations(file: str = "operations") -> dict[str, Operation]:
-    tables = load_prompts("envs.tasks", file)["operation"]
+def _by_name(tables: Sequence[Mapping[str, Any]]) -> dict[str, Operation]:
     return {
         table["name"]: Operation(
             **{k: v for k, v in table.items() if k != "demonstrations"},
@@ -45,23 +43,23 @@ def _all_operations(file: str = "operations") -> dict[str, Operation]:
 
 def operation_names() -> tuple[str, ...]:
     """The six operations of the paper, in action order."""
-    return tuple(name for name in _all_operations() if name != NO_OP)
+    return tuple(operation.name for operation in load_operations())
 
 
 def load_operations(
-    names: Sequence[str] | None = None, no_op: bool = False, file: str = "operations"
+    names: Sequence[str] | None = None, no_op: bool = False, tables: Sequence[Mapping[str, Any]] | None = None
 ) -> tuple[Operation, ...]:
     """Operations by name.
 
     Args:
-        names: which, and in which order; None for all of the file, the no-op aside.
+        names: which, and in which order; None for all of them, the no-op aside.
         no_op: append the operation that does nothing.
-        file: the prompt file that holds them: ``operations`` (the paper's six) or ``prompt_edits``.
+        tables: where they are described, the ``operation`` tables of a prompt file; None for TeaMs-RL's six.
 
     Raises:
         ValueError: for an unknown or repeated name, or no names at all.
     """
-    known = _all_operations(file)
+    known = _by_name(load_prompts(__package__, "operations")["operation"] if tables is None else tables)
     chosen = [name for name in known if name != NO_OP] if names is None else list(names)
     if no_op and NO_OP not in chosen:
         chosen.append(NO_OP)

@@ -12,12 +12,12 @@ from gymnasium import spaces
 from ...llm_backends import Completion
 from ...llm_backends.base import PromptStyle
 from ...llm_backends.errors import InputError
-from ...llm_backends.parts import register_kind, register_part
 from ...llm_backends.prompting import build_prompt, few_shot, fill, load_prompts
 from ...rewards.prompt_scoring.task_prompt import encodable
 from ..edit.operations import NO_OP, load_operations
 from ..edit.operators import Edit, Operator, RewriteRequests, best_reply
 from ..process.spaces import Unicode
+from ..tasks.prompt_search.tasks import PromptTask
 from .drafts import PromptDraft
 
 FILE = "prompt_edits"
@@ -67,7 +67,7 @@ class PromptEdits(PromptOperator):
     ) -> None:
         if candidates < 1:
             raise InputError(f"candidates must be at least 1, got {candidates}")
-        self._operations = load_operations(operations, no_op=True, file=FILE)
+        self._operations = load_operations(operations, no_op=True, tables=load_prompts(__package__, FILE)["operation"])
         self.operations = tuple(operation.name for operation in self._operations)
         self.action_space = spaces.Discrete(len(self.operations))
         self._requests = RewriteRequests(candidates, sampling)
@@ -200,7 +200,7 @@ class FreeText(PromptOperator):
     def plan(self, action: Any, text: PromptDraft, style: PromptStyle) -> Edit:
         if self.by == "caller":
             return Edit(0, result=text.with_prompt(instruction=action.strip()))
-        texts = load_prompts("envs.tasks", FILE)["rewrite"]
+        texts = load_prompts(__package__, FILE)["rewrite"]
         request = action.strip() or texts["default"]
         labels = ("Instruction", "Change", "New instruction")
         shots = [(shot["before"], shot["change"], shot["after"]) for shot in texts["demonstrations"]]
@@ -213,11 +213,12 @@ class FreeText(PromptOperator):
         return encodable(action) and (self.by == "llm" or any(letter.isalnum() for letter in action))
 
 
-def _not_a_function(function: Any) -> PromptOperator:
-    raise TypeError(f"a prompt-operator is a PromptOperator, not the function {function!r}")
-
-
-register_kind("prompt-operator", PromptOperator, _not_a_function)
-register_part("prompt-operator", "edits", "instructgym.envs.prompt_edit.operators:PromptEdits")
-register_part("prompt-operator", "phrases", "instructgym.envs.prompt_edit.operators:PhraseEdits")
-register_part("prompt-operator", "free-text", "instructgym.envs.prompt_edit.operators:FreeText")
+def verbalizer_sets(task: PromptTask) -> tuple[tuple[str, ...], ...]:
+    """The task's verbalizers, then the packaged alternatives for labels of these names."""
+    names = [label.casefold() for label in task.labels]
+    sets = [task.verbalizers]
+    for table in load_prompts(__package__, FILE)["verbalizers"]:
+        if sorted(table["labels"]) == sorted(names):
+            places = [table["labels"].index(name) for name in names]
+            sets += [tuple(words[place] for place in places) for words in table["sets"]]
+    return tuple(dict.fromkeys(sets))

@@ -105,12 +105,12 @@ def run(options: BenchRanking, console: Console | None = None) -> dict[str, Any]
         }
         if options.against == "floor":
             dtype = training_dtype("auto" if options.dtype == "default" else options.dtype, "cpu")
-            theirs = Side("floor", module_command("dpo_floor_worker"), spec | {"dtype": dtype})
+            theirs = Side("floor", module_command("floor_dpo"), spec | {"dtype": dtype})
             theirs = replace(theirs, spec=theirs.spec | theirs.work())  # the best micro-batch
         else:
             more = {"micro": min(options.trl_pairs, options.batch), "checkpointing": options.checkpointing}
-            theirs = Side("trl", script_command(python, "trl_dpo_worker"), spec | more)
-        figures = compare(Side("ours", module_command("dpo_worker"), spec), theirs, options.rounds)
+            theirs = Side("trl", script_command(python, "trl_dpo"), spec | more)
+        figures = compare(Side("ours", module_command("dpo"), spec), theirs, options.rounds)
     figures["settings"] = settings_of(options, python, NOTES[options.against])
     title = f"DPO on {options.model}, {options.batch} pairs of {sizes[0]} + up to {sizes[1]} tokens"
     print_sides(f"{title}, threads: {options.threads}", options.against, figures, console)

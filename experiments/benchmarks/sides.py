@@ -20,7 +20,7 @@ from ...llm_backends import Tokenizer
 from ...llm_backends.errors import InputError
 from .trl_environment import SHARED, clean_environment, installed
 
-HERE = Path(__file__).resolve().parent
+WORKERS = Path(__file__).resolve().parent / "workers"
 
 MEASURES = {
     "tokens_per_cpu_second": "response tokens per CPU-second",
@@ -52,13 +52,13 @@ class SidesOptions:
 
 
 def module_command(name: str) -> list[str]:
-    """Runs a module of this folder by this interpreter."""
-    return [sys.executable, "-m", f"{__package__}.{name}"]
+    """The command that runs a module of ``workers/`` in this interpreter."""
+    return [sys.executable, "-m", f"{__package__}.workers.{name}"]
 
 
 def script_command(python: str, name: str) -> list[str]:
-    """Runs a file of this folder, which imports nothing of this library, by some interpreter."""
-    return [python, str(HERE / f"{name}.py")]
+    """The command that runs a file of ``workers/``, which imports nothing of this library, in any interpreter."""
+    return [python, str(WORKERS / f"{name}.py")]
 
 
 @dataclass(frozen=True)

@@ -65,12 +65,12 @@ def run(options: BenchTokenPPO, console: Console | None = None) -> dict[str, Any
             "alpha": 2 * options.lora_rank,
             "targets": lora_targets(folder),
         }
-        theirs = Side(options.against, script_command(python, f"{options.against}_worker"), spec)
+        theirs = Side(options.against, script_command(python, f"{options.against}_ppo"), spec)
         if options.against == "floor":
             dtype = training_dtype("auto" if options.dtype == "default" else options.dtype, "cpu")
             theirs = replace(theirs, spec=spec | {"dtype": dtype})
             theirs = replace(theirs, spec=theirs.spec | theirs.work())  # the best micro-batch
-        figures = compare(Side("ours", module_command("ppo_worker"), spec), theirs, options.rounds)
+        figures = compare(Side("ours", module_command("ppo"), spec), theirs, options.rounds)
     figures["settings"] = settings_of(options, python, NOTES[options.against])
     title = f"PPO on {options.model}, {options.batch} x {options.response_tokens} tokens, threads: {options.threads}"
     print_sides(title, options.against, figures, console)

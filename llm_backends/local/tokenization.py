@@ -259,8 +259,3 @@ class ByteTokenizer(Tokenizer):
     @cached_property
     def context_length(self) -> int:
         return self.positions
-
-
-def not_a_function(function: Any) -> Tokenizer:
-    """Refuses a function in a tokenizer's place."""
-    raise TypeError(f"a tokenizer is a Tokenizer, not the function {function!r}")

@@ -13,7 +13,7 @@ from .verdict import Question, VerdictMode, VerdictPrompt, check_mode, judge_ver
 
 def equality_prompt() -> VerdictPrompt:
     """Do two instructions ask for the same, by constraints and requirements, and by depth and breadth?"""
-    data = {"positive": "Not Equal", "negative": "Equal"} | load_prompts("rewards", "equality")
+    data = {"positive": "Not Equal", "negative": "Equal"} | load_prompts(__package__, "equality")
     return VerdictPrompt.from_file(data, ("First", "Second", "Verdict"), ("first", "second"))
 
 

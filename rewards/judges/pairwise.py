@@ -60,7 +60,7 @@ class Comparison:
 
 def pairwise_prompt() -> VerdictPrompt:
     """Which of two responses, A or B, is better? The positive answer is A."""
-    data = load_prompts("rewards", "pairwise")
+    data = load_prompts(__package__, "pairwise")
     return VerdictPrompt.from_file(data, ("Request", "A", "B", "Better"), ("prompt", "first", "second"))
 
 

@@ -60,7 +60,7 @@ def parse_ranking(reply: str, letters: Sequence[str]) -> list[int] | None:
 
 def check_count(style: str, count: int) -> None:
     """Refuses, with an InputError, more candidates than there are letters, or than the few-shot form shows."""
-    shown = min(len(shot["candidates"]) for shot in load_prompts("rewards", "ranking")["demonstrations"])
+    shown = min(len(shot["candidates"]) for shot in load_prompts(__package__, "ranking")["demonstrations"])
     most = len(ascii_uppercase) if style == "chat" else shown
     if count > most:
         raise InputError(f"a ranking in {style} form takes at most {most} different candidates, got {count}")
@@ -81,7 +81,7 @@ def ranking_prompt(style: str, prompt: str, candidates: Sequence[str], kind: Req
     """
     check_kind(kind)
     check_count(style, len(candidates))
-    data = load_prompts("rewards", "ranking")
+    data = load_prompts(__package__, "ranking")
     criteria = data["criteria"][kind]
     count = len(candidates)
     letters = ascii_uppercase[:count]

@@ -93,7 +93,7 @@ class Rubric:
 
     def prompt(self, style: str, sample: Sample, names: Sequence[str]) -> Prompt:
         """The request to grade a sample on some criteria; few-shot text holds only one."""
-        data = load_prompts("rewards", "rubric")
+        data = load_prompts(__package__, "rubric")
         scale = {"low": str(self.low), "high": str(self.high)}
         if style == "chat":
             texts = {
@@ -146,7 +146,8 @@ def grade(
         backend: the judge.
         rubric: criteria and scale.
         samples: n samples with ``prompt``, ``response`` and ``seed``.
-        mode: see :data:`~instructgym.rewards.judges.verdict.VerdictMode`; ``auto`` generates where a grade has two digits.
+        mode: see :data:`~instructgym.rewards.judges.verdict.VerdictMode`; ``auto`` generates where a grade has two
+            digits.
         temperature: of generated grades.
 
     Returns:

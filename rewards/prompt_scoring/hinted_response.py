@@ -58,7 +58,7 @@ class HintedResponse(Reward):
         hint = one_line(sample.response)
         if not hint:
             return build_prompt(self.backend.prompt_style, request, plain)
-        forms = load_prompts("rewards", "hinted_response")
+        forms = load_prompts(__package__, "hinted_response")
         values = {"hint": hint, "prompt": plain, "request": request}
         return build_prompt(self.backend.prompt_style, fill(forms["chat"], values), fill(forms["completion"], values))
 

@@ -78,7 +78,7 @@ class UniEval(Reward):
         model: str = "MingZhong/unieval-dialog",
         device: str = "auto",
     ) -> None:
-        templates = load_prompts("rewards", "quality")["unieval"]
+        templates = load_prompts(__package__, "quality")["unieval"]
         if aspect not in templates:
             raise ValueError(f"aspect must be one of {sorted(templates)}, got {aspect!r}")
         self.template, self.aspect, self.path, self.device = templates[aspect], aspect, model, device

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ...llm_backends import Backend, BackendError, Prompt, UnsupportedRequestError, resolve
+from ...llm_backends.base import PromptStyle
 from ...llm_backends.prompting import build_prompt, fill, load_prompts, one_line
 from ..base import Reward, Sample, Score
 from ..judges.verdict import lead, sigmoid
@@ -88,11 +89,17 @@ class Likelihoods:
         return [found[key] for key in keys]
 
     def _prompt(self, prompt: str | None) -> Prompt:
-        data = load_prompts("rewards", "quality")["likelihood"]
-        if prompt is None:
-            return build_prompt(self.backend.prompt_style, data["neutral_chat"], data["neutral"])
-        completion = fill(data["completion"], {"prompt": one_line(prompt)})
-        return build_prompt(self.backend.prompt_style, prompt or data["neutral_chat"], completion)
+        style = self.backend.prompt_style
+        if prompt is not None:
+            return request_prompt(style, prompt)
+        data = load_prompts(__package__, "quality")["likelihood"]
+        return build_prompt(style, data["neutral_chat"], data["neutral"])
+
+
+def request_prompt(style: PromptStyle, request: str) -> Prompt:
+    """A request in the form that a backend asks for, such that what it writes next is a response to it."""
+    data = load_prompts(__package__, "quality")["likelihood"]
+    return build_prompt(style, request or data["neutral_chat"], fill(data["completion"], {"prompt": one_line(request)}))
 
 
 class LikelihoodRatio(Reward):

@@ -24,7 +24,7 @@ def quality_prompt(aspect: Aspect) -> VerdictPrompt:
     """
     if aspect not in ("natural", "understandable", "coherent"):
         raise ValueError(f"aspect must be natural, understandable or coherent, got {aspect!r}")
-    data = {"positive": "Yes", "negative": "No"} | load_prompts("rewards", "quality")[aspect]
+    data = {"positive": "Yes", "negative": "No"} | load_prompts(__package__, "quality")[aspect]
     if aspect == "coherent":
         return VerdictPrompt.from_file(data, ("Request", "Response", "Answer"), ("prompt", "response"))
     return VerdictPrompt.from_file(data, ("Response", "Answer"), ("response",))

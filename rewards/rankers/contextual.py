@@ -8,19 +8,19 @@ from typing import Any
 import numpy as np
 
 from ...llm_backends import Backend, BackendError, Sampling, request_seed, resolve
-from ...llm_backends.prompting import build_prompt, fill, load_prompts, one_line
 from ..base import Sample
 from ..judges.ranking import RankingQuestion, RequestKind, check_count, check_kind, distinct_texts, rank
 from ..judges.verdict import temperature_for
+from ..quality.likelihood import request_prompt
 from .base import CandidateScores, Ranker
 
 
 class ContextualRanker(Ranker):
     """A judge puts all candidates in order in one reply.
 
-    Builds on :func:`~instructgym.rewards.judges.ranking.rank`: candidates are shown in an order drawn from the seed, those
-    that differ at most in white space once. The score is minus the mean rank over the rounds, 0 for one that was the
-    best in all of them; duplicates share theirs. Where no round gives a ranking, there is none.
+    Builds on :func:`~instructgym.rewards.judges.ranking.rank`: candidates are shown in an order drawn from the seed,
+    those that differ at most in white space once. The score is minus the mean rank over the rounds, 0 for one that was
+    the best in all of them; duplicates share theirs. Where no round gives a ranking, there is none.
 
     Args:
         backend: the judge.
@@ -91,8 +91,7 @@ class ContextualRanker(Ranker):
     def _answers(self, samples: Sequence[Sample], temperature: float) -> list[str | BackendError]:
         """The judge's own answer to each sample's prompt."""
         style = self.backend.prompt_style
-        form = load_prompts("rewards", "quality")["likelihood"]["completion"]
-        prompts = [build_prompt(style, s.prompt, fill(form, {"prompt": one_line(s.prompt)})) for s in samples]
+        prompts = [request_prompt(style, sample.prompt) for sample in samples]
         stop = () if style == "chat" else ("\nRequest:",)
         samplings = [
             Sampling(self.answer_tokens, temperature, stop=stop, seed=request_seed(sample.seed, "own answer"))

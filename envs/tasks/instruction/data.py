@@ -62,7 +62,7 @@ class InstructionData:
 
 def request_text(example: InstructionExample) -> str:
     """The user's message: the instruction and, behind a blank line, its input."""
-    return _form(example, "chat")
+    return instruction_form(example.instruction, example.input, "chat")
 
 
 def prompt_text(example: InstructionExample, layout: DataLayout, tokenizer: Tokenizer | None = None) -> str:
@@ -79,15 +79,16 @@ def prompt_text(example: InstructionExample, layout: DataLayout, tokenizer: Toke
     if layout not in DATA_LAYOUTS:
         raise InputError(f"unknown layout {layout!r}: use {', '.join(DATA_LAYOUTS)}")
     if layout != "chat":
-        return _form(example, layout)
+        return instruction_form(example.instruction, example.input, layout)
     if tokenizer is None:
         raise InputError("layout 'chat' needs a tokenizer: pass that of the model")
     return tokenizer.chat_text([{"role": "user", "content": request_text(example)}])
 
 
-def _form(example: InstructionExample, layout: DataLayout) -> str:
-    templates = load_prompts("envs.tasks", "responses")["instruction_with_input" if example.input else "instruction"]
-    return fill(templates[layout], {"instruction": example.instruction, "input": example.input})
+def instruction_form(instruction: str, given: str, layout: str) -> str:
+    """An instruction and its input (may be empty) as text: ``plain`` to continue, ``chat`` to answer, or ``alpaca``."""
+    templates = load_prompts(__package__, "layouts")["instruction_with_input" if given else "instruction"]
+    return fill(templates[layout], {"instruction": instruction, "input": given})
 
 
 def read_instruction_data(path: str | Path, option: str = "") -> InstructionData:

@@ -138,5 +138,5 @@ def _line(name: str, value: str) -> str:
 
 
 def _table(order: Order) -> Mapping[str, Any]:
-    table: Mapping[str, Any] = load_prompts("envs.tasks", "refine_af")["instance"][order]
+    table: Mapping[str, Any] = load_prompts(__package__, "refine_af")["instance"][order]
     return table

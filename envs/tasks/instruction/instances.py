@@ -50,7 +50,7 @@ def order_for(is_classification: bool) -> Order:
 
 def instance_prompt(style: PromptStyle, instruction: str, order: Order) -> Prompt:
     """The request for instances of an instruction, in the form that a backend asks for."""
-    table = load_prompts("envs.tasks", "refine_af")[order]
+    table = load_prompts(__package__, "refine_af")[order]
     chat = fill(table["chat"], {"instruction": instruction, "limit": str(MAX_INSTANCES)})
     shots = [f"Task: {one_line(task['instruction'])}\n{_written(task['instances'], order)}" for task in table["tasks"]]
     asked = f"Task: {one_line(instruction)}\n{'Class label:' if order == 'output_first' else ''}"

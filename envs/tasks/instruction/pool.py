@@ -72,7 +72,7 @@ class Considered:
 
 def packaged_tasks() -> Path:
     """The file of the package's own seed tasks, in Self-Instruct's format."""
-    return Path(str(files(__package__).joinpath("seeds", "tasks.jsonl")))
+    return Path(str(files(__package__).joinpath("seed_data", "tasks.jsonl")))
 
 
 def load_tasks(seeds: str | Path | None = None) -> list[Task]:
@@ -218,7 +218,7 @@ def instruction_prompt(style: PromptStyle, demonstrations: Sequence[Task]) -> Pr
     The few-shot form ends in the number of the first new task: read the reply with
     ``parse_numbered(reply, first=len(demonstrations) + 1, continues=True)``.
     """
-    table = load_prompts("envs.tasks", "refine_af")["instructions"]
+    table = load_prompts(__package__, "refine_af")["instructions"]
     first = len(demonstrations) + 1
     # A colon at the end asks a small model for the input, where the next task is wanted.
     items = [f"{n}. {one_line(task.instruction).rstrip(':')}" for n, task in enumerate(demonstrations, start=1)]
@@ -232,5 +232,5 @@ def task_type_prompt() -> VerdictPrompt:
 
     :func:`~instructgym.rewards.judges.verdict.judge_verdicts` asks it.
     """
-    table = load_prompts("envs.tasks", "refine_af")["task_type"]
+    table = load_prompts(__package__, "refine_af")["task_type"]
     return VerdictPrompt.from_file(table, ("Instruction", "Classification"), ("instruction",))

@@ -35,7 +35,7 @@ class Instruction:
 
 def packaged_seeds() -> Path:
     """The file of the package's own seeds."""
-    return Path(str(files(__package__).joinpath("seeds", "instructions.jsonl")))
+    return Path(str(files(__package__).joinpath("seed_data", "instructions.jsonl")))
 
 
 def load_instructions(

@@ -65,17 +65,17 @@ class NLUTask:
     @property
     def template(self) -> str:
         """The filled input, with a place for every field."""
-        return load_prompts("envs.tasks", "nlu")[self.wording]["input"]
+        return load_prompts(__package__, "nlu")[self.wording]["input"]
 
     @property
     def cue(self) -> str:
         """What the plain layout puts before the answer."""
-        return load_prompts("envs.tasks", "nlu")[self.wording]["cue"]
+        return load_prompts(__package__, "nlu")[self.wording]["cue"]
 
     @property
     def description(self) -> str:
         """What to decide, in one sentence."""
-        return load_prompts("envs.tasks", "nlu")[self.wording]["description"]
+        return load_prompts(__package__, "nlu")[self.wording]["description"]
 
     @property
     def fields(self) -> tuple[str, ...]:

@@ -124,7 +124,7 @@ def scored_prompt(task: PromptTask, level: Level, instruction: str | None = None
 
 
 def _forms(kind: str) -> dict[str, str]:
-    return load_prompts("envs.tasks", "generated_prompts")[kind]
+    return load_prompts(__package__, "generated_prompts")[kind]
 
 
 def _labels(task: PromptTask) -> str:

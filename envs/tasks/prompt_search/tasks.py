@@ -93,7 +93,7 @@ def load_prompt_task(
     examples: dict[str, Any] = {
         part: _examples(task, load_rows(task, part, data_dir, limit, seed), part, seed) for part in wanted
     }
-    written = load_prompts("envs.tasks", "prompt_tasks").get(task.wording, {}).get("instructions", [])
+    written = load_prompts(__package__, "prompt_tasks").get(task.wording, {}).get("instructions", [])
     instructions = (task.description, *written)
     # The name of a single field belongs to the block: an input that says nothing then stands behind it as well.
     single = len(task.fields) == 1

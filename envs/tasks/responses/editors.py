@@ -16,7 +16,7 @@ from typing import Any, Literal
 from ....llm_backends import BackendError, Completion, Sampling, request_seed, resolve
 from ....llm_backends.base import PromptStyle
 from ....llm_backends.errors import InputError
-from ....llm_backends.parts import Part, register_kind, register_part
+from ....llm_backends.parts import Part
 from ....llm_backends.prompting import build_prompt, few_shot, fill, load_prompts
 from ....rewards import EditedPair, Pairs, Reward, Sample, edit_labels
 from .respacing import respaced
@@ -97,7 +97,7 @@ class LLMEditor(Editor):
         goal: Literal["helpful", "positive"] = "helpful",
         temperature: float = 0.7,
     ) -> None:
-        tables = load_prompts("envs.tasks", "editing")
+        tables = load_prompts(__package__, "editing")
         if style not in ("auto", "chat", "completion"):
             raise InputError(f"unknown style {style!r}: use auto, chat or completion")
         if goal not in tables:
@@ -304,8 +304,3 @@ def _not_better(
 def _pair(request: EditRequest, edited: str, attempt: int, editor: str) -> EditedPair:
     metadata = {"editor": editor, "attempt": attempt}
     return EditedPair(request.prompt, request.response, edited, request.id, request.finished, metadata)
-
-
-register_kind("editor", Editor, FunctionEditor)
-register_part("editor", "llm", "instructgym.envs.tasks.responses.editors:LLMEditor")
-register_part("editor", "sentiment-swaps", "instructgym.envs.tasks.responses.sentiment_editor:SentimentEditor")

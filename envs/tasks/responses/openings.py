@@ -19,6 +19,7 @@ from ....llm_backends.prompting import fill, load_prompts
 from ....llm_backends.records import read_user_rows, user_text
 from ....rewards.texts.review_corpus import text_hash
 from ...tokens.examples import PromptExample
+from ..instruction.data import instruction_form
 from ..instruction.seeds import SPLITS, load_instructions
 from ..nlu.data import OFFLINE_TASK, load_rows
 
@@ -111,27 +112,22 @@ def response_requests(
 
 
 def _openings(split: str, seed: int) -> list[Request]:
-    requests = []
+    requests, templates = [], load_prompts(__package__, "responses")["review"]
     for row in load_rows(OFFLINE_TASK, split):
         words = row["sentence"].split()
         if len(words) < LEAST_WORDS:
             continue
         count = random.Random(f"{seed}/{row['id']}").randint(*OPENING_WORDS)
-        plain, chat = _filled("review", {"opening": " ".join(words[:count])})
+        opening = {"opening": " ".join(words[:count])}
+        plain, chat = (fill(template, opening) for template in (templates["plain"], templates["chat"]))
         metadata = {"task": "reviews", "label": row["label"]}
         requests.append(Request(f"reviews/{row['id']}", plain, chat, " ".join(words[count:]), metadata))
     return requests
 
 
 def _instruction(row_id: str, text: str, given: str, reference: str | None, task: str) -> Request:
-    form = "instruction_with_input" if given else "instruction"
-    plain, chat = _filled(form, {"instruction": text, "input": given})
+    plain, chat = (instruction_form(text, given, layout) for layout in LAYOUTS)
     return Request(row_id, plain, chat, reference, {"task": task})
-
-
-def _filled(form: str, values: Mapping[str, str]) -> tuple[str, str]:
-    templates = load_prompts("envs.tasks", "responses")[form]
-    return fill(templates["plain"], values), fill(templates["chat"], values)
 
 
 def _file_requests(path: Path, split: str) -> list[Request]:

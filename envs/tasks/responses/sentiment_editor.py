@@ -160,7 +160,7 @@ def _vowel(text: str) -> bool:
 
 @cache
 def _table(name: str) -> dict[str, tuple[str, ...]]:
-    entries = load_prompts("envs.tasks", "sentiment_swaps")[name]
+    entries = load_prompts(__package__, "sentiment_swaps")[name]
     return {key: (value,) if isinstance(value, str) else tuple(value) for key, value in entries.items()}
 
 
@@ -177,7 +177,7 @@ def _praise() -> frozenset[str]:
 
 @cache
 def _lists(name: str) -> frozenset[str]:
-    return frozenset(load_prompts("envs.tasks", "sentiment_swaps")["lists"][name].split())
+    return frozenset(load_prompts(__package__, "sentiment_swaps")["lists"][name].split())
 
 
 @cache

@@ -1,6 +1,6 @@
 """One measurement of this library's PPO, in a process of its own: prints a line of JSON.
 
-``python -m instructgym.experiments.benchmarks.ppo_worker JSON``, with the JSON of :func:`.token_ppo.run`.
+``python -m instructgym.experiments.benchmarks.workers.ppo JSON``, with the JSON of :func:`.token_ppo.run`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from ...agents.policy.language_model import LanguageModelPolicy, LoraSettings
-from ...agents.policy_gradient.ppo import TokenPPO
-from ...envs.tokens.examples import PromptExample
-from ...envs.tokens.process import TokenSettings
-from ...envs.tokens.vector_env import TokenVectorEnv
-from ...llm_backends.local.causal_lm import computes_in_bfloat16
-from .tiny import EndlessTokenizer, endless_model, peak_mb, share_of_e
+from ....agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from ....agents.policy_gradient.ppo import TokenPPO
+from ....envs.tokens.examples import PromptExample
+from ....envs.tokens.process import TokenSettings
+from ....envs.tokens.vector_env import TokenVectorEnv
+from ....llm_backends.local.causal_lm import computes_in_bfloat16
+from ..tiny import EndlessTokenizer, endless_model, peak_mb, share_of_e
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:

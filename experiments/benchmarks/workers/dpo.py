@@ -1,6 +1,6 @@
 """One measurement of this library's DPO, in a process of its own: prints a line of JSON.
 
-``python -m instructgym.experiments.benchmarks.dpo_worker JSON``, with the JSON of :func:`.ranking.run`.
+``python -m instructgym.experiments.benchmarks.workers.dpo JSON``, with the JSON of :func:`.ranking.run`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...agents.policy.language_model import LanguageModelPolicy, LoraSettings
-from ...agents.preferences.trainer import RankedCandidates, RankingTrainer
-from ...llm_backends.local.causal_lm import CausalLM
-from ...llm_backends.training.adapters import training_dtype
-from .tiny import peak_mb
+from ....agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from ....agents.preferences.trainer import RankedCandidates, RankingTrainer
+from ....llm_backends.local.causal_lm import CausalLM
+from ....llm_backends.training.adapters import training_dtype
+from ..tiny import peak_mb
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The forwards and backwards that one PPO update cannot avoid, in plain transformers calls: prints a line of JSON.
 
-``python floor_worker.py JSON``. An update is a sampled ``generate``, a pass of the policy (old log-probs and values)
+``python floor_ppo.py JSON``. An update is a sampled ``generate``, a pass of the policy (old log-probs and values)
 and one of the reference without gradients, and ``epochs`` of forward and backward: no reward, no env, no advantages.
 """
 

@@ -1,6 +1,6 @@
 """One measurement of TRL's DPO, in a process of its own and in TRL's environment: prints a line of JSON.
 
-``python trl_dpo_worker.py JSON``. Nothing of this library is imported, for it is not installed there.
+``python trl_dpo.py JSON``. Nothing of this library is imported, for it is not installed there.
 
 TRL computes the reference log-probs of every pair on the way, as it does by default.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # last: its neighbours must not hide installed modules
 
-from trl_worker import adapters, peak_mb, set_surroundings  # type: ignore[import-not-found]
+from trl_ppo import adapters, peak_mb, set_surroundings  # type: ignore[import-not-found]
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """One measurement of TRL's PPO, in a process of its own and in TRL's environment: prints a line of JSON.
 
-``python trl_worker.py JSON``. Nothing of this library is imported, for it is not installed there.
+``python trl_ppo.py JSON``. Nothing of this library is imported, for it is not installed there.
 
 TRL has no other way than models for values and rewards: both are sequence classifiers on the same weights.
 """

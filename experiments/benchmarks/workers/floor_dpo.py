@@ -1,6 +1,6 @@
 """The forwards and backwards that one DPO step cannot avoid, in plain transformers calls: prints a line of JSON.
 
-``python -m instructgym.experiments.benchmarks.dpo_floor_worker JSON``. A step is, for every pair, a pass of the
+``python -m instructgym.experiments.benchmarks.workers.floor_dpo JSON``. A step is, for every pair, a pass of the
 reference without gradients and a forward and backward pass of the policy. Pairs are sorted by length, rows padded to
 the longest of their micro-batch, logits computed from the first response token on.
 """
@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import logsigmoid
 from torch.nn.utils.rnn import pad_sequence
 
-from .floor_worker import adapted, peak_mb
+from .floor_ppo import adapted, peak_mb
 
 MICRO_BATCHES = (2, 4, 8, 16)
 """Pairs."""
