@@ -8,6 +8,7 @@ from .base import Sampling as Sampling
 from .base import UnsupportedRequestError as UnsupportedRequestError
 from .base import Usage as Usage
 from .base import request_seed as request_seed
+from .errors import InputError as InputError
 from .local.embeddings import Embedder as Embedder
 from .local.tokenization import Tokenizer as Tokenizer
 from .parts import UnknownPartError as UnknownPartError
@@ -16,4 +17,5 @@ from .parts import register_part as register_part
 from .parts import resolve as resolve
 from .replies.journal import Journal as Journal
 from .replies.journal import Journaled as Journaled
+from .scripted import FunctionBackend as FunctionBackend
 from .scripted import ScriptedBackend as ScriptedBackend
