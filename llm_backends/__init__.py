@@ -14,7 +14,7 @@ register_kind("backend", "instructgym.llm_backends.base:Backend", "instructgym.l
 register_parts(
     "backend",
     {
-        "embedded": "instructgym.llm_backends.local.embedded:EmbeddedBackend",
+        "embedded": "instructgym.llm_backends.local.backend:EmbeddedBackend",
         "transformers": "instructgym.llm_backends.local.backend:TransformersBackend",
         "openai": "instructgym.llm_backends.serving.openai_backend:OpenAIBackend",
         "vllm": "instructgym.llm_backends.serving.vllm_backend:VLLMBackend",

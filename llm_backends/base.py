@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import random
+import sys
 from abc import ABC
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
@@ -333,3 +336,22 @@ class Backend(Part, ABC):
         if any(one.choices for one in samplings) and not self.supports_choices:
             raise UnsupportedRequestError(f"backend {self.name!r} cannot hold a completion to given choices")
         return samplings
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Leaves the global generators of Python, NumPy and torch as they were.
+
+    A run that is resumed takes replies from its journal where it asked a model before; were models to draw from the
+    generators that the learner draws from, the learner would then go another way. torch is touched only if imported.
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    torch = sys.modules.get("torch")
+    torch_state = torch.random.get_rng_state() if torch is not None else None
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        if torch is not None:
+            torch.random.set_rng_state(torch_state)

@@ -91,10 +91,9 @@ def resolve(kind: str, value: Any, **defaults: Any) -> Any:
         return _build(kind, value, {}, defaults)
     if callable(value) and from_callable is not None:
         return from_callable(value)
-    raise UnknownPartError(
-        f"{value!r} is no {kind}: pass one of {part_ids(kind)}, 'module:factory', "
-        f'{{"id": ..., "kwargs": {{...}}}}, or a {base.__name__}' + (" or a callable" if from_callable else "")
-    )
+    choices = [*map(repr, part_ids(kind)), "'module:factory'", '{"id": ..., "kwargs": {...}}', f"a {base.__name__}"]
+    choices += ["a callable"] if from_callable is not None else []
+    raise UnknownPartError(f"{value!r} is no {kind}: pass {', '.join(choices[:-1])} or {choices[-1]}")
 
 
 def _build(kind: str, name: str, kwargs: dict[str, Any], defaults: dict[str, Any]) -> Any:

@@ -163,7 +163,7 @@ def vllm_url(tmp_path_factory):
     python = Path(named or Path(__file__).parent.parent / ".venv-server" / "bin" / "python")
     if not named and not python.exists():
         pytest.skip("no .venv-server: make venv-server")
-    from instructgym.llm_backends.local.embedded import embedded_model_path
+    from instructgym.llm_backends.local.loading import embedded_model_path
     from instructgym.llm_backends.serving.vllm_launch import vllm_server
 
     log = tmp_path_factory.mktemp("vllm") / "server.log"

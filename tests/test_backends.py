@@ -28,7 +28,7 @@ from instructgym.llm_backends import (
     request_seed,
     resolve,
 )
-from instructgym.llm_backends.local import embedded
+from instructgym.llm_backends.local import loading as embedded
 from instructgym.llm_backends.local.backend import TransformersBackend
 
 SCORES = ["transformers", "scripted", "journaled", pytest.param("embedded", marks=pytest.mark.slow)]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import instructgym
 from instructgym.envs.process.spaces import Unicode
-from instructgym.llm_backends import ScriptedBackend
+from instructgym.llm_backends import ScriptedBackend, UnknownPartError
 from instructgym.llm_backends.local.embeddings import HashingEmbedder
 from instructgym.rewards import DiversityReward, FunctionReward
 
@@ -329,7 +329,7 @@ def test_bad_arguments_are_refused_with_a_clear_message(kwargs, message):
 def test_unknown_arguments_and_functions_as_operators_are_refused():
     with pytest.raises(TypeError, match="temprature"):
         make(temprature=1.0)
-    with pytest.raises(TypeError, match="operator"):
+    with pytest.raises(UnknownPartError, match="is no operator"):
         make(operator=lambda text: text)
 
 

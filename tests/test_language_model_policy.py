@@ -11,7 +11,7 @@ from instructgym.agents.policy.language_model import POLICY, VALUE, LanguageMode
 from instructgym.llm_backends.base import Sampling
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.causal_lm import CausalLM
-from instructgym.llm_backends.local.choices import Choices
+from instructgym.llm_backends.local.sampling import Choices
 from instructgym.llm_backends.local.tokenization import WordTokenizer
 from tests.conftest import build_model
 

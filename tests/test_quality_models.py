@@ -5,7 +5,7 @@ import torch
 from conftest import CORPUS, build_tokenizer
 
 from instructgym.llm_backends.errors import InputError
-from instructgym.llm_backends.local.causal_lm import ModelLoadError
+from instructgym.llm_backends.local.loading import ModelLoadError
 from instructgym.rewards import HubRewardModel, Sample, UniEval
 
 

@@ -15,8 +15,7 @@ from instructgym.envs.tokens.process import TokenSettings
 from instructgym.envs.tokens.vector_env import TokenVectorEnv
 from instructgym.llm_backends import BackendError, Sampling
 from instructgym.llm_backends.errors import InputError
-from instructgym.llm_backends.local.choices import Choices
-from instructgym.llm_backends.local.sampling import generate
+from instructgym.llm_backends.local.sampling import Choices, generate
 from instructgym.rewards import FunctionReward
 
 NOWHERE = "http://127.0.0.1:9/v1"

@@ -394,7 +394,7 @@ def test_floating_point_noise_hardly_ever_decides_a_draw():
 
 @pytest.mark.slow
 def test_the_embedded_model_decodes_like_transformers():
-    from instructgym.llm_backends.local.embedded import EmbeddedBackend
+    from instructgym.llm_backends.local.backend import EmbeddedBackend
 
     lm = EmbeddedBackend().lm
     prompts = encode(lm, ["The capital of France is", "Instruction: Name a colour.\nAnswer:"])

@@ -16,9 +16,8 @@ from instructgym.experiments.serving.check import ServeCheck
 from instructgym.experiments.serving.settings import TITLES, suggest
 from instructgym.llm_backends import resolve
 from instructgym.llm_backends.errors import InputError
-from instructgym.llm_backends.serving.findings import Capability
 from instructgym.llm_backends.serving.openai_backend import OpenAIBackend
-from instructgym.llm_backends.serving.probe import CAPABILITIES, ServerProbe
+from instructgym.llm_backends.serving.probe import CAPABILITIES, Capability, ServerProbe
 from instructgym.llm_backends.serving.speed import Speed, make_prompts, measure, recommended
 from instructgym.llm_backends.serving.vllm_server import VLLMServerBackend
 

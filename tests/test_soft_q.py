@@ -19,7 +19,7 @@ from instructgym.envs.tokens.examples import PromptExample
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.causal_lm import CausalLM
 from instructgym.llm_backends.local.tokenization import WordTokenizer
-from instructgym.llm_backends.training.token_logits import ChosenLogits
+from instructgym.llm_backends.training.output_layer import ChosenLogits
 from tests.conftest import build_model
 
 TOKENIZER = WordTokenizer(words=("red", "blue", "sea", "sky", "end"), positions=64)

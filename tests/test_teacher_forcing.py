@@ -8,8 +8,9 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from instructgym.llm_backends.local.causal_lm import CausalLM
-from instructgym.llm_backends.training import kernels as training_kernels
-from instructgym.llm_backends.training import token_logprobs
+from instructgym.llm_backends.training import output_layer
+from instructgym.llm_backends.training import teacher_forcing as training_kernels
+from instructgym.llm_backends.training.output_layer import OutputLayer
 from instructgym.llm_backends.training.teacher_forcing import SHARED_PREFIX, common_prefix, response_hidden
 
 HEADER = [5 + i * 7 % 300 for i in range(SHARED_PREFIX + 4)]
@@ -108,8 +109,8 @@ def layer(bias=True, trained=False, n=7, vocabulary=13, dim=5):
     return hidden, weight, offset, torch.randint(vocabulary, (n,), generator=generator)
 
 
-def full(hidden, weight, bias, ids, scale):
-    logits = (torch.nn.functional.linear(hidden, weight, bias) * scale).log_softmax(dim=-1)
+def full(hidden, head, ids, scale):
+    logits = (torch.nn.functional.linear(hidden, *head) * scale).log_softmax(dim=-1)
     return logits.gather(1, ids[:, None]).squeeze(1), -(logits.exp() * logits).sum(dim=-1)
 
 
@@ -118,13 +119,13 @@ def full(hidden, weight, bias, ids, scale):
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_log_probs_and_gradients_are_those_of_the_full_softmax(monkeypatch, bias, trained, scale, chunk):
-    monkeypatch.setattr(token_logprobs, "CHUNK_LOGITS", chunk)
+    monkeypatch.setattr(output_layer, "CHUNK_LOGITS", chunk)
     weights, others = torch.linspace(-1, 2, 7), torch.linspace(3, -1, 7)
     outcomes = []
-    for function in (token_logprobs.token_logprobs, full):
+    for function in (output_layer.token_logprobs, full):
         hidden, weight, offset, ids = layer(bias, trained)
         extra = {"entropy_gradient": True} if function is not full else {}
-        logprobs, entropies = function(hidden, weight, offset, ids, scale=scale, **extra)
+        logprobs, entropies = function(hidden, OutputLayer(weight, offset), ids, scale=scale, **extra)
         (logprobs * weights + entropies * others).sum().backward()
         gradients = [t.grad for t in (hidden, weight, offset) if t is not None and t.grad is not None]
         outcomes.append([logprobs.detach(), entropies.detach(), *gradients])
@@ -136,16 +137,16 @@ def test_log_probs_and_gradients_are_those_of_the_full_softmax(monkeypatch, bias
 @pytest.mark.parametrize("trained", [False, True])
 def test_entropies_carry_no_gradient_unless_asked_to(trained):
     hidden, weight, bias, ids = layer(trained=trained)
-    logprobs, entropies = token_logprobs.token_logprobs(hidden, weight, bias, ids)
+    logprobs, entropies = output_layer.token_logprobs(hidden, OutputLayer(weight, bias), ids)
     (0.0 * logprobs + entropies).sum().backward()
     assert not hidden.grad.any()
 
 
 def test_log_probs_in_bfloat16_are_close():
     hidden, weight, bias, ids = layer()
-    exact, entropy = token_logprobs.token_logprobs(hidden, weight, bias, ids)
+    exact, entropy = output_layer.token_logprobs(hidden, OutputLayer(weight, bias), ids)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rough, rough_entropy = token_logprobs.token_logprobs(hidden, weight, bias, ids)
+        rough, rough_entropy = output_layer.token_logprobs(hidden, OutputLayer(weight, bias), ids)
     assert rough.dtype == rough_entropy.dtype == torch.float32
     assert 0 < (rough - exact).abs().max() < 0.2 and (entropy - rough_entropy).abs().max() < 0.1
     rough.sum().backward()
@@ -164,7 +165,9 @@ def test_allowed_log_probs_are_a_masked_softmax(bias):
         hidden, weight, offset, ids = layer(bias)
         allowed = allowed_sets(ids)
         if mine:
-            logprobs, entropies = token_logprobs.allowed_logprobs(hidden, weight, offset, ids, allowed, scale=0.7)
+            logprobs, entropies = output_layer.allowed_logprobs(
+                hidden, OutputLayer(weight, offset), ids, allowed, scale=0.7
+            )
         else:
             mask = torch.full((7, 13), float("-inf"))
             for row, tokens in enumerate(allowed):
@@ -181,7 +184,9 @@ def test_allowed_log_probs_are_a_masked_softmax(bias):
 
 def test_a_single_allowed_token_is_certain():
     hidden, weight, bias, ids = layer()
-    logprobs, entropies = token_logprobs.allowed_logprobs(hidden, weight, bias, ids, [np.array([i]) for i in ids])
+    logprobs, entropies = output_layer.allowed_logprobs(
+        hidden, OutputLayer(weight, bias), ids, [np.array([i]) for i in ids]
+    )
     assert not logprobs.any() and not entropies.any()
     logprobs.sum().backward()
     assert not hidden.grad.any()
@@ -192,11 +197,11 @@ def test_a_token_that_is_not_allowed_is_refused():
     allowed = allowed_sets(ids)
     allowed[3] = np.array([(int(ids[3]) + 1) % 13, (int(ids[3]) + 2) % 13])
     with pytest.raises(ValueError, match="not among the allowed"):
-        token_logprobs.allowed_logprobs(hidden, weight, bias, ids, allowed)
+        output_layer.allowed_logprobs(hidden, OutputLayer(weight, bias), ids, allowed)
     ids[3] = 0  # what shorter rows of the table are padded with is not allowed either
     allowed[3] = np.array([5])
     with pytest.raises(ValueError, match="not among the allowed"):
-        token_logprobs.allowed_logprobs(hidden, weight, bias, ids, allowed)
+        output_layer.allowed_logprobs(hidden, OutputLayer(weight, bias), ids, allowed)
 
 
 # --- attention ---------------------------------------------------------------------------------------------------

@@ -112,8 +112,8 @@ def test_seeds_are_averaged_task_by_task(taught, tmp_path):
 def test_a_finished_stage_is_kept(taught, monkeypatch):
     options, _ = taught
     for module in ("finetune", "evaluate", "privacy"):
-        monkeypatch.setattr(f"instructgym.experiments.{module}.LanguageModelPolicy", None)
-        monkeypatch.setattr(f"instructgym.experiments.{module}.policy_from", None, raising=False)
+        monkeypatch.setattr(f"instructgym.experiments.teaching.{module}.LanguageModelPolicy", None)
+        monkeypatch.setattr(f"instructgym.experiments.teaching.{module}.policy_from", None, raising=False)
     teaching.finetune_arms(options, QUIET)
     teaching.evaluate_arms(options, QUIET)
 

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from instructgym.llm_backends.training import token_logprobs
-from instructgym.llm_backends.training.token_kl import OutputLayer
-from instructgym.llm_backends.training.token_logits import chosen_logits
+from instructgym.llm_backends.training import output_layer
+from instructgym.llm_backends.training.output_layer import OutputLayer, chosen_logits
 
 ROWS, VOCABULARY, DIM = 7, 13, 5
 
@@ -26,7 +25,7 @@ def layer(bias=True, trained=False, dtype=torch.float64):
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_chosen_logits_and_gradients_are_those_of_full_logits(monkeypatch, bias, trained, scale, chunk):
-    monkeypatch.setattr(token_logprobs, "CHUNK_LOGITS", chunk)
+    monkeypatch.setattr(output_layer, "CHUNK_LOGITS", chunk)
     weights, others = torch.linspace(-1, 2, ROWS), torch.linspace(3, -1, ROWS)
     outcomes = []
     for whole in (False, True):

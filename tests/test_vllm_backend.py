@@ -7,7 +7,7 @@ pytest.importorskip("vllm", reason="vLLM lives in .venv-server: make venv-server
 
 from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings
 from instructgym.llm_backends import BackendError, ContextLengthError, Sampling, resolve
-from instructgym.llm_backends.local.embedded import embedded_model_path
+from instructgym.llm_backends.local.loading import embedded_model_path
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 

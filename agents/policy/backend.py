@@ -10,7 +10,7 @@ from ...llm_backends import BackendError, Prompt, Sampling
 from ...llm_backends.base import Result
 from ...llm_backends.local.backend import TransformersBackend
 from ...llm_backends.local.causal_lm import CausalLM
-from ...llm_backends.local.embedded import embedded_model_path
+from ...llm_backends.local.loading import embedded_model_path
 from ...llm_backends.training.adapters import autocast
 from .language_model import POLICY, LanguageModelPolicy
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from ...llm_backends import Completion, Sampling
 from ...llm_backends.errors import InputError
-from ...llm_backends.local.causal_lm import CausalLM, quiet_loading
-from ...llm_backends.local.choices import Choices
-from ...llm_backends.local.sampling import generate
+from ...llm_backends.local.causal_lm import CausalLM
+from ...llm_backends.local.loading import quiet_loading
+from ...llm_backends.local.sampling import Choices, generate
 from ...llm_backends.local.tokenization import LoadedTokenizer, Tokenizer
 from ...llm_backends.training.adapters import (
     DEFAULT_LORA,
@@ -30,9 +30,14 @@ from ...llm_backends.training.adapters import (
     open_model,
     training_dtype,
 )
+from ...llm_backends.training.output_layer import (
+    ComparedTokens,
+    OutputLayer,
+    allowed_logprobs,
+    compared_tokens,
+    token_logprobs,
+)
 from ...llm_backends.training.teacher_forcing import response_hidden
-from ...llm_backends.training.token_kl import ComparedTokens, OutputLayer, compared_tokens
-from ...llm_backends.training.token_logprobs import allowed_logprobs, token_logprobs
 
 __all__ = ["POLICY", "SETTINGS", "VALUE", "LanguageModelPolicy", "LoraSettings", "TokenScores", "ValueFunction"]
 
@@ -275,17 +280,17 @@ class LanguageModelPolicy:
         entropy_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ids, scale = _ids(responses, hidden.device), lm.logit_scale / self.temperature
-        weight, bias = OutputLayer.of(lm)
+        head = OutputLayer.of(lm)
         free = [tokens is None for tokens in allowed]
         if all(free):
-            return token_logprobs(hidden, weight, bias, ids, scale, entropy_gradient)
+            return token_logprobs(hidden, head, ids, scale, entropy_gradient)
         if not any(free):
             sets = [a for tokens in allowed for a in tokens]  # type: ignore[union-attr]
-            return allowed_logprobs(hidden, weight, bias, ids, sets, scale)
+            return allowed_logprobs(hidden, head, ids, sets, scale)
         mask = torch.from_numpy(np.repeat(free, [len(r) for r in responses])).to(hidden.device)
         sets = [a for tokens in allowed if tokens is not None for a in tokens]
-        one = token_logprobs(hidden[mask], weight, bias, ids[mask], scale, entropy_gradient)
-        two = allowed_logprobs(hidden[~mask], weight, bias, ids[~mask], sets, scale)
+        one = token_logprobs(hidden[mask], head, ids[mask], scale, entropy_gradient)
+        two = allowed_logprobs(hidden[~mask], head, ids[~mask], sets, scale)
         order = torch.cat([mask.nonzero().squeeze(1), (~mask).nonzero().squeeze(1)]).argsort()
         return torch.cat([one[0], two[0]])[order], torch.cat([one[1], two[1]])[order]
 

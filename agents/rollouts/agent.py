@@ -16,7 +16,7 @@ from stable_baselines3.common.logger import Logger
 
 from ...llm_backends import Completion, Sampling, request_seed
 from ...llm_backends.errors import InputError
-from ...llm_backends.local.choices import Choices
+from ...llm_backends.local.sampling import Choices
 from ..policy.checkpoints import POLICY_FOLDER, STATE, policy_from, read_checkpoint, read_state, write_checkpoint
 from ..policy.distributed import Processes
 from ..policy.language_model import LanguageModelPolicy

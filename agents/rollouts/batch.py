@@ -11,7 +11,7 @@ import numpy as np
 
 from ...llm_backends import Sampling, request_seed
 from ...llm_backends.local.causal_lm import token_budget_chunks
-from ...llm_backends.local.choices import Choices
+from ...llm_backends.local.sampling import Choices
 from ...llm_backends.training.teacher_forcing import common_prefix
 from ..policy.language_model import LanguageModelPolicy
 from .engine import RolloutEngine

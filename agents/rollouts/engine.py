@@ -16,7 +16,7 @@ import numpy as np
 
 from ...llm_backends import BackendError, Completion, Sampling, request_seed
 from ...llm_backends.errors import InputError
-from ...llm_backends.local.choices import Choices
+from ...llm_backends.local.sampling import Choices
 from ...llm_backends.serving.vllm_server import TokenSampling, VLLMServerBackend
 from ..policy.distributed import Processes
 from ..policy.language_model import POLICY, LanguageModelPolicy

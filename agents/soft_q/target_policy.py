@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from ...llm_backends.errors import InputError
-from ...llm_backends.local.causal_lm import CausalLM, quiet_loading
+from ...llm_backends.local.causal_lm import CausalLM
+from ...llm_backends.local.loading import quiet_loading
 from ...llm_backends.training.adapters import autocast, load_whole
+from ...llm_backends.training.output_layer import ChosenLogits, OutputLayer, chosen_logits
 from ...llm_backends.training.teacher_forcing import response_hidden
-from ...llm_backends.training.token_kl import OutputLayer
-from ...llm_backends.training.token_logits import ChosenLogits, chosen_logits
 from ..policy.language_model import POLICY, LanguageModelPolicy, frozen_copy
 
 TARGET = "target"

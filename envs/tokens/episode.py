@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ...llm_backends import Tokenizer
-from ...llm_backends.local.choices import Choices
+from ...llm_backends.local.sampling import Choices
 from ...llm_backends.local.tokenization import stopped_text
 from .examples import PromptExample
 

@@ -14,7 +14,7 @@ from gymnasium.spaces import Discrete
 
 from ...llm_backends import Tokenizer
 from ...llm_backends.errors import InputError
-from ...llm_backends.local.choices import Choices
+from ...llm_backends.local.sampling import Choices
 from ...rewards import Reward
 from ..process.core import Transition, check_index, check_on_invalid, check_options, copy_option
 from ..process.episodes import EpisodeSource

@@ -11,7 +11,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from ...llm_backends.errors import InputError
-from ...llm_backends.local.choices import Choices
+from ...llm_backends.local.sampling import Choices
 from ...rewards import Sample, Score
 from ..process.faces import ProcessVectorEnv, check_copies, check_mask, unbatch
 from .env import DEFAULT_SETTINGS, TokenParts

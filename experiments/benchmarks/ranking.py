@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from ...llm_backends.errors import InputError
-from ...llm_backends.local.causal_lm import load_tokenizer
+from ...llm_backends.local.loading import load_tokenizer
 from ...llm_backends.training.adapters import training_dtype
 from ..runs.folder import write_json
 from ..runs.options import check_counts, check_output

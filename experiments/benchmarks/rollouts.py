@@ -19,7 +19,7 @@ from ...agents.policy.language_model import LanguageModelPolicy, LoraSettings
 from ...agents.rollouts.engine import VLLMEngine
 from ...llm_backends import BackendError, Sampling, request_seed
 from ...llm_backends.errors import InputError
-from ...llm_backends.local.causal_lm import computes_in_bfloat16
+from ...llm_backends.local.loading import computes_in_bfloat16
 from ...llm_backends.serving.vllm_launch import vllm_server
 from ...llm_backends.serving.vllm_server import TokenSampling, VLLMServerBackend
 from ..runs.folder import write_json

@@ -29,7 +29,7 @@ from ...envs.tasks.prompt_search.tasks import PromptTask, load_prompt_task
 from ...llm_backends import BackendError
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.backend import TransformersBackend
-from ...llm_backends.local.kv_cache import PrefixCache
+from ...llm_backends.local.causal_lm import PrefixCache
 from ...rewards.prompt_scoring.scorer import Demonstration, LabelledExample, TaskPrompt, TaskScorer
 from ..runs.folder import write_json
 from ..runs.options import check_counts, check_output

@@ -12,8 +12,8 @@ from typing import Any
 
 from ...llm_backends import Tokenizer
 from ...llm_backends.errors import InputError
-from ...llm_backends.local.causal_lm import CausalLM, load_tokenizer, quiet_loading
-from ...llm_backends.local.embedded import embedded_model_path
+from ...llm_backends.local.causal_lm import CausalLM
+from ...llm_backends.local.loading import embedded_model_path, load_tokenizer, quiet_loading
 from ...rewards import Sample
 
 WORDS = "river stone light bread winter garden paper music silver window harbor engine forest letter market".split()

@@ -20,7 +20,8 @@ from ...envs.generate_label import generate_label_vector
 from ...envs.tokens.examples import PromptExample
 from ...envs.tokens.vector_env import TokenVectorEnv
 from ...llm_backends import Sampling, request_seed
-from ...llm_backends.local.causal_lm import CausalLM, quiet_loading, selective_log_softmax
+from ...llm_backends.local.causal_lm import CausalLM, selective_log_softmax
+from ...llm_backends.local.loading import quiet_loading
 from ...llm_backends.local.sampling import generate
 from ..runs.folder import write_json
 from ..runs.options import check_counts, check_output

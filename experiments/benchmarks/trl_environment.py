@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ...llm_backends.errors import InputError
-from ...llm_backends.local.embedded import cache_folder
+from ...llm_backends.local.loading import cache_folder
 
 TRL_VERSION = "1.12.0"
 

@@ -22,7 +22,7 @@ from ...envs.tasks.nlu.data import load_examples
 from ...envs.tasks.nlu.tasks import get_task, response_text
 from ...envs.tokens.examples import PromptExample
 from ...llm_backends.errors import InputError
-from ...llm_backends.local.choices import Choices
+from ...llm_backends.local.sampling import Choices
 from ..runs.folder import RunFolder
 from ..runs.options import check_counts
 from ..runs.plots import plot_token_training

@@ -14,8 +14,7 @@ from rich.status import Status
 from rich.table import Table
 
 from ...llm_backends.errors import InputError
-from ...llm_backends.serving.findings import Findings
-from ...llm_backends.serving.probe import ServerProbe
+from ...llm_backends.serving.probe import Findings, ServerProbe
 from ...llm_backends.serving.speed import Speed, measure
 from ..runs.folder import write_json
 from ..runs.options import check_output

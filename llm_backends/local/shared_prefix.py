@@ -15,8 +15,7 @@ import numpy as np
 import torch
 
 from ..base import Prompt
-from .causal_lm import GROUP_TOKENS, PREFILL_TOKENS, Prefilled, token_budget_chunks
-from .kv_cache import BatchCache, PrefixCache
+from .causal_lm import GROUP_TOKENS, PREFILL_TOKENS, BatchCache, Prefilled, PrefixCache, token_budget_chunks
 
 if TYPE_CHECKING:
     from .causal_lm import CausalLM

@@ -14,6 +14,7 @@ import numpy as np
 from ..base import Message, Prompt
 from ..errors import InputError
 from ..parts import Part
+from .loading import context_length, embedded_model_path, load_tokenizer
 
 PROBE = "A probe: naïve  café, 12.5%\n\tend"
 """A text that tokenizers of one vocabulary split alike only if they agree on blanks, digits and special tokens."""
@@ -85,8 +86,6 @@ class Tokenizer(Part):
     @cached_property
     def hf(self) -> Any:
         """The tokenizer itself."""
-        from .causal_lm import load_tokenizer
-
         return load_tokenizer(self._path())
 
     @cached_property
@@ -111,8 +110,6 @@ class Tokenizer(Part):
     @cached_property
     def context_length(self) -> int:
         """Positions that the model of this name reads."""
-        from .backend import context_length
-
         return context_length(self._path())
 
     def encode(self, text: str) -> list[int]:
@@ -184,8 +181,6 @@ class EmbeddedTokenizer(Tokenizer):
         return "embedded"
 
     def _path(self) -> str:
-        from .embedded import embedded_model_path
-
         return embedded_model_path()
 
 

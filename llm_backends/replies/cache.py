@@ -20,8 +20,7 @@ import numpy as np
 from ..base import BackendError, Completion, Prompt, Result, Sampling, Usage
 from ..errors import InputError
 from ..parts import resolve
-from .journal import request_key
-from .wrapped import Wrapped
+from .journal import Wrapped, request_key
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS replies

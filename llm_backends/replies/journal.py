@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import monotonic
@@ -13,10 +13,56 @@ from typing import Any
 
 import numpy as np
 
-from ..base import BackendError, Completion, ContextLengthError, Prompt, Result, Sampling, UnsupportedRequestError
+from ..base import (
+    Backend,
+    BackendError,
+    Completion,
+    ContextLengthError,
+    Prompt,
+    Result,
+    Sampling,
+    UnsupportedRequestError,
+    preserved_rng,
+)
 from ..records import RecordError, append_lines, read_records
-from ..rng import preserved_rng
-from .wrapped import Wrapped
+
+
+@dataclass(eq=False)
+class Wrapped(Backend):
+    """What a backend that keeps another one's replies has in common with it: everything but how it answers.
+
+    Args:
+        inner: the backend that answers what is not kept.
+    """
+
+    inner: Backend
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Name of the inner backend."""
+        return self.inner.name
+
+    @property
+    def prompt_style(self) -> str:  # type: ignore[override]
+        """Prompt style of the inner backend."""
+        return self.inner.prompt_style
+
+    @property
+    def supports_logprobs(self) -> bool:
+        """As the inner backend."""
+        return self.inner.supports_logprobs
+
+    @property
+    def supports_choices(self) -> bool:
+        """As the inner backend."""
+        return self.inner.supports_choices
+
+    def context_error(self, prompt: Prompt, max_tokens: int) -> ContextLengthError | None:
+        return self.inner.context_error(prompt, max_tokens)
+
+    def completion_ids(self, texts: Sequence[str]) -> list[list[int]] | None:
+        return self.inner.completion_ids(texts)
+
 
 STORE_EVERY = 0.2
 """Seconds between two writes while the replies of a long call come in."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..base import Backend, BackendError, Completion, ContextLengthError, Prompt, PromptStyle, Result, Sampling
 from ..errors import InputError
-from ..local.backend import tokenizer_at
+from ..local.loading import tokenizer_at
 from .vllm_launch import CPU_LORA_MODULES
 
 

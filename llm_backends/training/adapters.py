@@ -6,18 +6,74 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
+from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import InputError
-from ..local.causal_lm import CausalLM, computes_in_bfloat16
-from .kernels import use_training_kernels
-from .lora_kernel import use_lora_kernel
+from ..local.causal_lm import CausalLM
+from ..local.loading import computes_in_bfloat16
+from .teacher_forcing import use_training_kernels
+
+
+class _LoraLinear(torch.autograd.Function):
+    """x W' + bias + (x A') B' of a frozen W; ``scale`` is part of B's product."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        low = linear(rows, a) * scale
+        ctx.save_for_backward(rows, weight, a, b, low)
+        ctx.scale = scale
+        return linear(rows, weight, bias).addmm_(low, b.t()).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        rows, weight, a, b, low = ctx.saved_tensors
+        gradient = gradients[0].reshape(-1, gradients[0].shape[-1])
+        behind = (gradient @ b) * ctx.scale
+        x_gradient = None
+        if ctx.needs_input_grad[0]:
+            x_gradient = (gradient @ weight).addmm_(behind, a).view(*gradients[0].shape[:-1], -1)
+        return x_gradient, None, None, behind.t() @ rows, (low.t() @ gradient).t(), None
+
+
+def _forward(layer: Linear, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    base, active = layer.get_base_layer(), layer.active_adapters
+    others = args or kwargs or layer.disable_adapters or layer.merged or layer.lora_variant
+    if others or len(active) != 1 or active[0] not in layer.lora_A:
+        return type(layer).forward(layer, x, *args, **kwargs)
+    a, b, dropout = (part[active[0]] for part in (layer.lora_A, layer.lora_B, layer.lora_dropout))
+    if a.bias is not None or b.bias is not None or (dropout.training and not isinstance(dropout, torch.nn.Identity)):
+        return type(layer).forward(layer, x)
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
+    parts = (None if part is None else part.to(dtype) for part in (x, weight, base.bias, a.weight, b.weight))
+    return _LoraLinear.apply(*parts, layer.scaling[active[0]])
+
+
+def use_lora_kernel(model: torch.nn.Module) -> None:
+    """Gives every linear LoRA layer of a model with frozen weights this pass; dropout and variants stay peft's."""
+    for layer in model.modules():
+        if type(layer) is Linear and type(layer.get_base_layer()) in (torch.nn.Linear, Conv1D):
+            layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)
@@ -226,7 +282,7 @@ def open_model(
         return lm, lm.name
     path = model
     if model == "embedded":
-        from ..local.embedded import embedded_model_path
+        from ..local.loading import embedded_model_path
 
         path = embedded_model_path()
     return CausalLM.from_pretrained(path, dtype if lora.rank else "float32", device), model

@@ -18,14 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ...llm_backends.errors import InputError
-from ...llm_backends.local.causal_lm import (
-    GROUP_TOKENS,
-    PREFILL_TOKENS,
-    CausalLM,
-    ModelLoadError,
-    quiet_loading,
-    token_budget_chunks,
-)
+from ...llm_backends.local.causal_lm import GROUP_TOKENS, PREFILL_TOKENS, CausalLM, token_budget_chunks
+from ...llm_backends.local.loading import ModelLoadError, quiet_loading
 from ...llm_backends.local.tokenization import LoadedTokenizer, Tokenizer
 from ...llm_backends.training.adapters import (
     AdaptedTrunk,

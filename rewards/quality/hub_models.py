@@ -11,13 +11,8 @@ from typing import Any, Literal
 import torch
 
 from ...llm_backends.errors import InputError
-from ...llm_backends.local.causal_lm import (
-    ModelLoadError,
-    load_config,
-    load_tokenizer,
-    quiet_loading,
-    token_budget_chunks,
-)
+from ...llm_backends.local.causal_lm import token_budget_chunks
+from ...llm_backends.local.loading import ModelLoadError, load_config, load_tokenizer, quiet_loading
 from ...llm_backends.prompting import fill, load_prompts
 from ..base import Reward, Sample, Score
 

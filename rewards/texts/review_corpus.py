@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...llm_backends.errors import InputError
-from ...llm_backends.local.embedded import package_folder
+from ...llm_backends.local.loading import package_folder
 
 HELD_OUT_FROM = 0.8
 """Sentences whose :func:`text_hash` is at least this are never trained on: the splits ``validation`` and ``test`` of

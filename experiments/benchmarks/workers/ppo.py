@@ -17,7 +17,7 @@ from ....agents.policy_gradient.ppo import TokenPPO
 from ....envs.tokens.examples import PromptExample
 from ....envs.tokens.process import TokenSettings
 from ....envs.tokens.vector_env import TokenVectorEnv
-from ....llm_backends.local.causal_lm import computes_in_bfloat16
+from ....llm_backends.local.loading import computes_in_bfloat16
 from ..tiny import EndlessTokenizer, endless_model, peak_mb, share_of_e
 
 

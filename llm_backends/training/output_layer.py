@@ -1,0 +1,324 @@
+"""The output layer in training: what it says of chosen tokens, without keeping a row of logits per token.
+
+Logits are computed for as many rows at once as :data:`CHUNK_LOGITS` allows, and dropped. Under a frozen output layer
+(LoRA) the forward pass also takes the gradients by the hidden states, while it has the probabilities at hand: nothing
+is computed twice. A trained one is read again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from ..local.causal_lm import CausalLM
+
+CHUNK_LOGITS = 8_388_608
+"""Logits (rows x vocabulary) in memory at once."""
+
+
+class OutputLayer(NamedTuple):
+    """A linear map from last hidden states to logits."""
+
+    weight: torch.Tensor
+    """Shape (vocabulary, d)."""
+    bias: torch.Tensor | None = None
+    """Shape (vocabulary,)."""
+
+    @classmethod
+    def of(cls, lm: CausalLM) -> OutputLayer:
+        """Returns a model's own, without what pads it beyond the tokenizer: the sampler leaves that out as well."""
+        vocabulary, bias = len(lm.tokenizer), getattr(lm.head, "bias", None)
+        return cls(lm.head.weight[:vocabulary], None if bias is None else bias[:vocabulary])
+
+    @property
+    def trained(self) -> bool:
+        """Whether it takes a gradient."""
+        return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+
+    def to(self, dtype: torch.dtype) -> OutputLayer:
+        """Returns the same layer in another dtype."""
+        return OutputLayer(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+
+    def product_dtype(self, hidden: torch.Tensor) -> torch.dtype:
+        """Returns the dtype of its product with hidden states, which autocast does not see in a custom function."""
+        device = hidden.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
+
+    def logits(self, hidden: torch.Tensor, scale: float) -> torch.Tensor:
+        """Returns the logits of all tokens, shape (n, vocabulary), times ``scale``, in float32 at least."""
+        logits = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
+
+    def logprobs(self, hidden: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the log-probs of all tokens, shape (n, vocabulary), and the logsumexps, (n,), in float32 at least."""
+        logits = self.logits(hidden, scale)
+        # Not log_softmax, whose last bits differ: equal models must have a divergence of exactly 0.
+        logsumexps = logits.logsumexp(dim=-1)
+        return logits - logsumexps[:, None] if logits.requires_grad else logits.sub_(logsumexps[:, None]), logsumexps
+
+
+class _Statistic(Protocol):
+    """A number that each row of log-probs has, besides the log-prob of its chosen token."""
+
+    differentiable: bool
+    logits_per_token: int
+    """Rows of logits that one token takes while it is read."""
+
+    def values(
+        self, logprobs: torch.Tensor, probabilities: torch.Tensor, logsumexps: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor:
+        """Returns the number of each row, shape (rows,); differentiable where gradients are on."""
+
+    def slopes(self, logprobs: torch.Tensor, probabilities: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Returns its derivatives by the logits, shape (rows, vocabulary); may overwrite ``logprobs``."""
+
+
+class _Entropy:
+    """H = -sum p log p; its derivative by the logits is -p (log p + H)."""
+
+    logits_per_token = 1
+
+    def __init__(self, differentiable: bool) -> None:
+        self.differentiable = differentiable
+
+    def values(
+        self, logprobs: torch.Tensor, probabilities: torch.Tensor, logsumexps: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor:
+        return -torch.einsum("nv,nv->n", probabilities, logprobs)
+
+    def slopes(self, logprobs: torch.Tensor, probabilities: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return -(probabilities * logprobs.add_(values[:, None]))
+
+
+class _LogSumExp:
+    """log sum exp of the logits; its derivative by the logits is p."""
+
+    differentiable = True
+    logits_per_token = 1
+
+    def values(
+        self, logprobs: torch.Tensor, probabilities: torch.Tensor, logsumexps: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor:
+        return logsumexps
+
+    def slopes(self, logprobs: torch.Tensor, probabilities: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return probabilities
+
+
+class _Divergence:
+    """KL(q || p) with q the probabilities of a reference; its derivative by the logits is p - q.
+
+    Args:
+        hidden: the reference's last hidden states, shape (n, any).
+        head: its output layer, over the same vocabulary.
+        ids: int64, shape (n,): the chosen tokens.
+        scale: what its logits are multiplied by.
+    """
+
+    differentiable = True
+    logits_per_token = 2
+
+    def __init__(self, hidden: torch.Tensor, head: OutputLayer, ids: torch.Tensor, scale: float) -> None:
+        self.hidden, self.head, self.ids, self.scale = hidden, head, ids, scale
+        self.chosen = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        """Log-probs of the chosen tokens by the reference, filled in as the rows are read."""
+
+    def values(
+        self, logprobs: torch.Tensor, probabilities: torch.Tensor, logsumexps: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor:
+        with torch.no_grad():
+            references, _ = self.head.logprobs(self.hidden[rows], self.scale)
+            self.chosen[rows] = references.gather(1, self.ids[rows, None]).squeeze(1).to(self.chosen.dtype)
+            self._targets = references.exp()
+        return (self._targets * (references - logprobs)).sum(dim=-1)
+
+    def slopes(self, logprobs: torch.Tensor, probabilities: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        # A difference of two products would lose in bfloat16 what is left of it while p is close to q.
+        return probabilities - self._targets
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Log-probs of chosen tokens, and a statistic of their rows, under an output layer without a gradient.
+
+    With W the weight, the gradient of log p(y) by the hidden state is scale (W[y] - p W), that of a statistic with
+    derivatives s by the logits scale s W.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, head: OutputLayer, ids: torch.Tensor, scale: float, statistic: _Statistic
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        weight, dtype = head.weight, torch.promote_types(hidden.dtype, torch.float32)
+        chosen, values = (hidden.new_empty(len(hidden), dtype=dtype) for _ in range(2))
+        needs_gradient = ctx.needs_input_grad[0]
+        slopes = hidden.new_empty((1 + statistic.differentiable, *hidden.shape)) if needs_gradient else None
+        for rows in _row_chunks(hidden, statistic.logits_per_token * len(weight)):
+            logprobs, logsumexps = head.logprobs(hidden[rows], scale)
+            probabilities = logprobs.exp()
+            chosen[rows] = logprobs.gather(1, ids[rows, None]).squeeze(1)
+            values[rows] = statistic.values(logprobs, probabilities, logsumexps, rows).to(dtype)
+            if slopes is None:
+                continue
+            mean = probabilities.to(weight.dtype) @ weight
+            slopes[0, rows] = ((weight[ids[rows]] - mean) * scale).to(slopes.dtype)
+            if statistic.differentiable:
+                by_logits = statistic.slopes(logprobs, probabilities, values[rows])
+                # The logsumexp's derivatives are the probabilities, whose product is there already.
+                product = mean if by_logits is probabilities else by_logits.to(weight.dtype) @ weight
+                slopes[1, rows] = (product * scale).to(slopes.dtype)
+        ctx.save_for_backward(slopes)
+        if not statistic.differentiable:
+            ctx.mark_non_differentiable(values)
+        return chosen, values
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (slopes,) = ctx.saved_tensors
+        total = slopes[0] * gradients[0].unsqueeze(1).to(slopes.dtype)
+        if len(slopes) > 1:
+            total = total + slopes[1] * gradients[1].unsqueeze(1).to(slopes.dtype)
+        return total, None, None, None, None
+
+
+def _read(
+    hidden: torch.Tensor, head: OutputLayer, ids: torch.Tensor, scale: float, statistic: _Statistic
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs of the chosen tokens and a statistic of their rows, each of shape (n,), in float32 at least."""
+    if not head.trained:
+        dtype = head.product_dtype(hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return _FrozenHead.apply(hidden.to(dtype), head.to(dtype), ids, scale, statistic)
+
+    def plain(hidden: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logprobs, logsumexps = head.logprobs(hidden, scale)
+        with torch.autocast(hidden.device.type, enabled=False):  # which would sum in bfloat16
+            values = statistic.values(logprobs, logprobs.exp(), logsumexps, rows)
+        chosen = logprobs.gather(1, ids[rows, None]).squeeze(1)
+        return chosen, values if statistic.differentiable else values.detach()
+
+    size = statistic.logits_per_token * len(head.weight)
+    chunks = [checkpoint(plain, hidden[rows], rows, use_reentrant=False) for rows in _row_chunks(hidden, size)]
+    chosen, values = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    return chosen, values
+
+
+def _row_chunks(hidden: torch.Tensor, logits: int) -> Iterator[torch.Tensor]:
+    """Row numbers of hidden states, int64, as many at once as :data:`CHUNK_LOGITS` allows for ``logits`` a row."""
+    return iter(torch.arange(len(hidden), device=hidden.device).split(max(CHUNK_LOGITS // logits, 1)))
+
+
+def token_logprobs(
+    hidden: torch.Tensor, head: OutputLayer, ids: torch.Tensor, scale: float = 1.0, entropy_gradient: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns log-probs of chosen tokens and entropies of their distributions.
+
+    Args:
+        hidden: last hidden states, shape (n, d).
+        head: the output layer; takes a gradient where it is trained.
+        ids: int64, shape (n,): the chosen tokens.
+        scale: what the logits are multiplied by, 1 / temperature.
+        entropy_gradient: whether the entropies are differentiable.
+
+    Returns:
+        float32 (float64 of float64) log-probs and entropies in nats, each of shape (n,).
+    """
+    return _read(hidden, head, ids, scale, _Entropy(entropy_gradient))
+
+
+class ChosenLogits(NamedTuple):
+    """What an output layer says of chosen tokens; each float32 (float64 of float64), shape (n,).
+
+    In soft Q-learning the logit is the action value Q(s, a) and the logsumexp the state value V(s).
+    """
+
+    logprobs: torch.Tensor
+    """In nats: the logit less the logsumexp, A(s, a) = Q(s, a) - V(s)."""
+    logsumexps: torch.Tensor
+    """Of all logits of the row, V(s) = log sum_a exp Q(s, a)."""
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """Of the chosen tokens, Q(s, a)."""
+        return self.logprobs + self.logsumexps
+
+
+def chosen_logits(hidden: torch.Tensor, head: OutputLayer, ids: torch.Tensor, scale: float = 1.0) -> ChosenLogits:
+    """Returns log-probs of chosen tokens and the logsumexp of the logits; arguments as of :func:`token_logprobs`."""
+    return ChosenLogits(*_read(hidden, head, ids, scale, _LogSumExp()))
+
+
+class ComparedTokens(NamedTuple):
+    """What a model and a reference say of the same tokens; each float32 (float64 of float64), shape (n,), in nats."""
+
+    logprobs: torch.Tensor
+    """Of the chosen tokens."""
+    reference_logprobs: torch.Tensor
+    """Of the chosen tokens by the reference; without a gradient."""
+    kls: torch.Tensor
+    """KL(reference || model) over the whole vocabulary, where the token is chosen."""
+
+
+def compared_tokens(
+    hidden: torch.Tensor,
+    head: OutputLayer,
+    reference_hidden: torch.Tensor,
+    reference_head: OutputLayer,
+    ids: torch.Tensor,
+    scale: float = 1.0,
+) -> ComparedTokens:
+    """Compares the predictions of a model with those of a reference.
+
+    Args:
+        hidden: last hidden states of the model, shape (n, d), which take a gradient.
+        head: the model's output layer; takes a gradient where it is trained.
+        reference_hidden: shape (n, any), of the reference, at the same tokens.
+        reference_head: the reference's output layer, over the same vocabulary; neither takes a gradient.
+        ids: int64, shape (n,): the chosen tokens.
+        scale: what both models' logits are multiplied by, 1 / temperature.
+    """
+    reference_head = reference_head.to(reference_head.product_dtype(reference_hidden))
+    divergence = _Divergence(reference_hidden.detach(), reference_head, ids, scale)
+    logprobs, kls = _read(hidden, head, ids, scale, divergence)
+    # A copy: rows that are read again in the backward pass are filled in again.
+    return ComparedTokens(logprobs, divergence.chosen.clone(), kls)
+
+
+def allowed_logprobs(
+    hidden: torch.Tensor, head: OutputLayer, ids: torch.Tensor, allowed: Sequence[np.ndarray], scale: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns log-probs and entropies under constrained decoding: probabilities are those among the allowed tokens.
+
+    Args:
+        hidden: last hidden states, shape (n, d).
+        head: the output layer.
+        ids: int64, shape (n,): the chosen tokens.
+        allowed: n int64 arrays, the allowed tokens at each position; each holds its chosen token.
+        scale: what the logits are multiplied by, 1 / temperature.
+
+    Returns:
+        float32 log-probs and entropies in nats, each of shape (n,), both differentiable.
+
+    Raises:
+        ValueError: if a chosen token is not allowed.
+    """
+    width = max(map(len, allowed))
+    table = torch.zeros((len(allowed), width), dtype=torch.long)
+    real = torch.zeros((len(allowed), width), dtype=torch.bool)
+    for row, tokens in enumerate(allowed):
+        table[row, : len(tokens)] = torch.as_tensor(tokens)
+        real[row, : len(tokens)] = True
+    table, real = table.to(hidden.device), real.to(hidden.device)
+    chosen = (table == ids[:, None]) & real
+    if not bool(chosen.any(dim=1).all()):
+        raise ValueError("a chosen token is not among the allowed ones of its position")
+    with torch.autocast(hidden.device.type, enabled=False):  # few tokens: float32 costs nothing
+        logits = torch.einsum("nd,nkd->nk", hidden.float(), head.weight[table].float())
+        if head.bias is not None:
+            logits = logits + head.bias[table].float()
+        logprobs = (logits * scale).masked_fill(~real, float("-inf")).log_softmax(dim=-1)
+        entropies = -(logprobs.exp() * logprobs.masked_fill(~real, 0.0)).sum(dim=-1)
+        return logprobs.gather(1, chosen.int().argmax(dim=1, keepdim=True)).squeeze(1), entropies
