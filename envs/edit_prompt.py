@@ -10,8 +10,8 @@ from gymnasium.vector import AutoresetMode
 from ..llm_backends import resolve
 from ..llm_backends.errors import InputError
 from ..rewards.elimination import check_rules
+from ..rewards.prompt_scoring.rewards import TaskGain
 from ..rewards.prompt_scoring.scorer import TaskPrompt, TaskScorer
-from ..rewards.prompt_scoring.task_gain import TaskGain
 from .edit.env import TextEditEnv, TextEditVectorEnv
 from .edit.observations import EditObservation, make_observation
 from .edit.process import EditSettings

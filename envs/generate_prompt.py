@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 from ..llm_backends import resolve
 from ..llm_backends.errors import InputError
-from ..rewards.prompt_scoring.hinted_response import HintedResponse
+from ..rewards.prompt_scoring.rewards import HintedResponse, TaskReward
 from ..rewards.prompt_scoring.scorer import TaskScorer
-from ..rewards.prompt_scoring.task_reward import TaskReward
 from .tasks.prompt_search.generated import (
     LEVELS,
     Level,
@@ -118,9 +117,9 @@ def generate_prompt(**kwargs: Any) -> TokenEnv:
     a hint for it, and the model's answer to this input is scored.
 
     ``gap`` is RLPrompt's margin reward, in [-180, 200], of which agents take z-scores; ``accuracy`` is in [0, 1]. Both
-    come from label likelihoods (:class:`~instructgym.rewards.prompt_scoring.task_reward.TaskReward`), nothing is
+    come from label likelihoods (:class:`~instructgym.rewards.prompt_scoring.rewards.TaskReward`), nothing is
     generated; an empty instruction or hint is worth the least, -180 or 0. ``rouge`` has the model answer and compares
-    with the reference (:class:`~instructgym.rewards.prompt_scoring.hinted_response.HintedResponse`); an empty hint is
+    with the reference (:class:`~instructgym.rewards.prompt_scoring.rewards.HintedResponse`); an empty hint is
     worth the answer without any.
     The same prompt on the same minibatch or input always gets the same score: to the last digit while the label
     likelihoods are remembered, else up to the rounding of a model that reads it in another batch (in float32 some 1e-5

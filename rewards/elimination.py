@@ -15,8 +15,15 @@ from typing import Any
 from ..llm_backends import resolve
 from ..llm_backends.prompting import load_prompts
 from .base import Reward, Sample, Score
-from .judges.equality import equality_prompt
-from .judges.verdict import Question, VerdictMode, VerdictPrompt, check_mode, judge_verdicts, temperature_for
+from .judges.verdict import (
+    Question,
+    VerdictMode,
+    VerdictPrompt,
+    check_mode,
+    equality_prompt,
+    judge_verdicts,
+    temperature_for,
+)
 
 REFUSAL_WORDS = 80
 
@@ -123,7 +130,7 @@ class JudgedElimination(Reward):
     Args:
         backend: the judge LLM.
         rules: names of the rules to apply.
-        mode: as of :class:`~instructgym.rewards.judges.equality.EqualityJudge`.
+        mode: as of :class:`~instructgym.rewards.judges.verdict.EqualityJudge`.
     """
 
     name = "judged_elimination"

@@ -41,7 +41,7 @@ from instructgym.llm_backends import BackendError, ContextLengthError, ScriptedB
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.backend import TransformersBackend
 from instructgym.rewards import Demonstration, Sample, TaskGain, TaskPrompt, TaskScorer
-from instructgym.rewards.prompt_scoring.call_limit import CallLimitError, LimitedScorer
+from instructgym.rewards.prompt_scoring.scorer import CallLimitError, LimitedScorer
 
 # --- the contract ------------------------------------------------------------------------------------------------
 

@@ -12,8 +12,7 @@ from instructgym.llm_backends import BackendError, FunctionBackend, ScriptedBack
 from instructgym.llm_backends.records import read_records
 from instructgym.rewards import EqualityJudge, JudgedElimination, Sample, score_with_retries
 from instructgym.rewards.elimination import STRING_RULES, elimination_prompt
-from instructgym.rewards.judges.equality import equality_prompt
-from instructgym.rewards.judges.verdict import Question, judge_verdicts
+from instructgym.rewards.judges.verdict import Question, equality_prompt, judge_verdicts
 
 BEFORE, AFTER = "Name a bird.", "Name a bird that cannot fly."
 EDIT = Sample(AFTER, previous=BEFORE)

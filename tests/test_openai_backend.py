@@ -19,7 +19,7 @@ from instructgym.llm_backends.serving.openai_backend import OpenAIBackend, promp
 from instructgym.llm_backends.serving.sending import retry_after
 from instructgym.llm_backends.serving.vllm_server import VLLMServerBackend
 from instructgym.rewards import Sample
-from instructgym.rewards.judges.equality import EqualityJudge
+from instructgym.rewards.judges.verdict import EqualityJudge
 
 KEY = "sk-secret-of-the-tests"
 

@@ -20,7 +20,7 @@ from instructgym.experiments.runs.folder import read_json
 from instructgym.llm_backends import BackendError, ContextLengthError, ScriptedBackend
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.records import read_records
-from instructgym.rewards.prompt_scoring.call_limit import CallLimitError, LimitedScorer
+from instructgym.rewards.prompt_scoring.scorer import CallLimitError, LimitedScorer
 from instructgym.rewards.prompt_scoring.task_prompt import TaskPrompt
 
 QUIET = Console(quiet=True)

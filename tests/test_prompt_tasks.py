@@ -47,7 +47,7 @@ def test_splits_are_kept_apart_and_full_of_both_labels():
 
 @needs_reviews
 def test_labels_are_the_reviewers():
-    from instructgym.rewards.texts.review_corpus import packaged_reviews
+    from instructgym.rewards.texts.sentiment import packaged_reviews
 
     verdicts = {" ".join(row["text"].split()): row["category"] for _, row in packaged_reviews()}
     task = load_prompt_task("rotten-tomatoes", "validation", limit=50)

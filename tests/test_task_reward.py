@@ -11,7 +11,7 @@ from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.backend import TransformersBackend
 from instructgym.llm_backends.scripted import ScriptedBackend
 from instructgym.rewards import Demonstration, Sample, TaskGain, TaskPrompt, TaskReward, TaskScorer
-from instructgym.rewards.prompt_scoring.call_limit import CallLimitError, LimitedScorer
+from instructgym.rewards.prompt_scoring.scorer import CallLimitError, LimitedScorer
 
 BLANK = TaskPrompt("", verbalizers=WORDS)
 TABLE = {"warm": {"good": np.log(0.3), "bad": np.log(0.1)}, "dull": {"good": np.log(0.06), "bad": np.log(0.04)}}

@@ -13,7 +13,7 @@ from instructgym.llm_backends.local.shared_prefix import choice_logprobs, shared
 from instructgym.llm_backends.replies.journal import Journal, Journaled
 from instructgym.llm_backends.scripted import FunctionBackend
 from instructgym.rewards import Demonstration, LabelledExample, TaskPrompt, TaskScorer
-from instructgym.rewards.prompt_scoring.calibration import normalised, without_bias
+from instructgym.rewards.prompt_scoring.scorer import normalised, without_bias
 from instructgym.rewards.prompt_scoring.task_prompt import longest
 
 PROMPTS = [

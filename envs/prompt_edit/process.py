@@ -10,8 +10,8 @@ from typing import Any
 from ...llm_backends import Backend, request_seed
 from ...llm_backends.errors import InputError
 from ...rewards.base import Sample, Score
-from ...rewards.prompt_scoring.calibration import check_batch
-from ...rewards.prompt_scoring.task_gain import TaskGain
+from ...rewards.prompt_scoring.rewards import TaskGain
+from ...rewards.prompt_scoring.scorer import check_batch
 from ...rewards.prompt_scoring.task_prompt import Demonstration, LabelledExample, TaskPrompt, longest
 from ..edit.observations import EditState
 from ..edit.process import EditProcess, EditSettings, EditStep, Episode

@@ -19,12 +19,12 @@ from rich.table import Table
 from ...agents.sb3.callbacks import StepProgress
 from ...llm_backends import Backend, Journaled, request_seed, resolve
 from ...llm_backends.errors import InputError
-from ...rewards.judges.equality import equality_prompt
 from ...rewards.judges.pairwise import Pair, both_orders, compare, pair_question, pairwise_prompt
 from ...rewards.judges.verdict import (
     RETRY_TEMPERATURE,
     VerdictMode,
     check_mode,
+    equality_prompt,
     judge_verdicts,
     reads_likelihood,
     sigmoid,

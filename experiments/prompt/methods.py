@@ -21,8 +21,7 @@ from ...envs.tasks.prompt_search.tasks import PromptTask, minibatch
 from ...llm_backends import Backend, ContextLengthError
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import append_lines
-from ...rewards.prompt_scoring.call_limit import CallLimitError, LimitedScorer
-from ...rewards.prompt_scoring.scorer import TaskResult
+from ...rewards.prompt_scoring.scorer import CallLimitError, LimitedScorer, TaskResult
 from ...rewards.prompt_scoring.task_prompt import LabelledExample, TaskPrompt
 
 PROPOSED = 2
@@ -320,7 +319,7 @@ def _edit_options(search: PromptSearch) -> dict[str, Any]:
 def _write(search: PromptSearch, agent_class: Any, value: str, options: Mapping[str, Any]) -> None:
     """Rounds of an agent that writes instructions; those of a round are scored on one minibatch."""
     from ...agents.policy.language_model import LanguageModelPolicy
-    from ...rewards.prompt_scoring.task_reward import TaskReward
+    from ...rewards.prompt_scoring.rewards import TaskReward
 
     settings, task = search.settings, search.task
     policy = LanguageModelPolicy(search.model, value=value, dtype=settings["dtype"], seed=search.seed)  # type: ignore[arg-type]

@@ -14,9 +14,7 @@ from ...llm_backends import Backend, Journal, Journaled
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.backend import TransformersBackend
 from ...llm_backends.records import read_records, write_lines
-from ...rewards.prompt_scoring.calibration import calibration_method, check_batch
-from ...rewards.prompt_scoring.call_limit import LimitedScorer
-from ...rewards.prompt_scoring.scorer import TaskScorer
+from ...rewards.prompt_scoring.scorer import LimitedScorer, TaskScorer, calibration_method, check_batch
 from ..runs.folder import RunFolder, read_json
 from ..runs.options import SCALES, check_counts, check_run, input_errors, parse_part
 from ..runs.resumption import accounted, journaled_roles

@@ -8,7 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
@@ -17,7 +17,6 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.parts import Part
 from ...llm_backends.prompting import build_prompt, one_line
 from ..base import Score
-from .calibration import CONTENT_FREE, Calibration, calibration_method, check_batch, normalised, without_bias
 from .task_prompt import (
     BLOCK,
     TEMPLATE,
@@ -28,6 +27,60 @@ from .task_prompt import (
     check_prompt,
     longest,
 )
+
+Calibration: TypeAlias = Literal["none", "contextual", "batch"]
+
+CONTENT_FREE = ("N/A", "[MASK]", "")
+"""The inputs that say nothing."""
+
+
+def calibration_method(calibrate: bool | str) -> Calibration:
+    """The method of a flag: True is ``contextual``, False ``none``.
+
+    Raises:
+        InputError: for an unknown name.
+    """
+    if isinstance(calibrate, bool):
+        return "contextual" if calibrate else "none"
+    if calibrate not in get_args(Calibration):
+        raise InputError(f"unknown calibration {calibrate!r}: use {', '.join(get_args(Calibration))}")
+    return calibrate  # type: ignore[return-value]
+
+
+def check_batch(method: Calibration, examples: int) -> None:
+    """Refuses ``batch`` for fewer than two examples with an InputError: their mean is all that there is of the one."""
+    if method == "batch" and examples < 2:
+        raise InputError("batch calibration of one example leaves no signal: score more, or use 'contextual'")
+
+
+def normalised(logprobs: np.ndarray) -> np.ndarray:
+    """Log-probs over the labels: float64, of the shape of ``logprobs`` (..., labels), their exponentials summing to 1.
+
+    Raises nothing: a label of probability 0 (``-inf``) keeps it as long as another has more.
+    """
+    values = np.asarray(logprobs, dtype=np.float64)
+    highest = values.max(axis=-1, keepdims=True)
+    return values - highest - np.log(np.exp(values - highest).sum(axis=-1, keepdims=True))
+
+
+def without_bias(logprobs: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Label log-probs with the bias of a prompt removed.
+
+    Args:
+        logprobs: shape (examples, labels), in nats.
+        reference: shape (inputs, labels): those of content-free inputs, or of the batch.
+
+    Returns:
+        Normalised over the labels, float64, shape (examples, labels).
+
+    Raises:
+        InputError: without a reference.
+    """
+    if not len(reference):
+        raise InputError("calibration needs at least one reference input")
+    bias = np.log(np.maximum(np.exp(normalised(reference)).mean(axis=0), np.finfo(np.float64).tiny))
+    return normalised(normalised(logprobs) - bias)
+
 
 __all__ = [
     "BLOCK",
@@ -387,3 +440,45 @@ def _result(
         examples=examples,
         calls=(len(rows) + len(content_free)) * rows.shape[1],
     )
+
+
+class CallLimitError(Exception):
+    """The next request would need more task-model calls than are left."""
+
+
+class LimitedScorer(TaskScorer):
+    """As :class:`~.task_score.TaskScorer`, up to a number of task-model calls.
+
+    A call is one label of one example after one prompt; what the cache answers counts as well, so that the number says
+    what a method asked for, not in which order. Requests that fail do not count.
+
+    Args:
+        limit: calls at most.
+        *args, **kwargs: as of :class:`~.task_score.TaskScorer`.
+
+    Raises:
+        InputError: for a limit below 1.
+        CallLimitError: when scoring, before anything is asked that would go beyond the limit.
+    """
+
+    def __init__(self, limit: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if limit < 1:
+            raise InputError(f"a limit of task-model calls must be at least 1, got {limit}")
+        self.limit, self.calls = limit, 0
+
+    @property
+    def left(self) -> int:
+        """Calls until the limit."""
+        return self.limit - self.calls
+
+    def _ask_pairs(self, pairs: Sequence[tuple[TaskPrompt, str]]) -> list[np.ndarray]:
+        needed = sum(len(prompt.verbalizers) for prompt, _ in pairs)
+        if needed > self.left:
+            raise CallLimitError(f"{needed} task-model calls are needed, {self.left} of {self.limit} are left")
+        self.calls += needed
+        try:
+            return super()._ask_pairs(pairs)
+        except (BackendError, InputError):
+            self.calls -= needed  # what was answered is counted when it is asked for again
+            raise

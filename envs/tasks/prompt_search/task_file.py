@@ -9,7 +9,7 @@ from typing import Any
 from ....llm_backends.errors import InputError
 from ....llm_backends.records import read_user_rows, read_user_text, user_text
 from ....rewards.prompt_scoring.task_prompt import BLOCK, TEMPLATE, LabelledExample
-from ....rewards.texts.review_corpus import text_hash
+from ....rewards.texts.sentiment import text_hash
 from ..instruction.seeds import SPLITS
 
 FIELDS = {"name", "labels", "verbalizers", "instructions", "template", "block", "data", *SPLITS}

@@ -13,7 +13,7 @@ import numpy as np
 from ....llm_backends import request_seed
 from ....llm_backends.errors import InputError
 from ....llm_backends.prompting import fill, load_prompts, one_line
-from ....rewards.prompt_scoring.calibration import CONTENT_FREE
+from ....rewards.prompt_scoring.scorer import CONTENT_FREE
 from ....rewards.prompt_scoring.task_prompt import BLOCK, TEMPLATE, Demonstration, LabelledExample, TaskPrompt
 from ..instruction.seeds import SPLITS
 from ..nlu.data import load_rows, record_candidates

@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ...llm_backends import request_seed
+from ...llm_backends import Backend, BackendError, Prompt, Sampling, request_seed, resolve
 from ...llm_backends.errors import InputError
+from ...llm_backends.prompting import build_prompt, fill, load_prompts, one_line
 from ..base import Reward, Sample, Score
-from .calibration import check_batch
-from .scorer import TaskResult, TaskScorer, make_scorer
+from ..texts.rouge import rouge_l
+from .scorer import TaskResult, TaskScorer, check_batch, make_scorer
 from .task_prompt import Demonstration, LabelledExample, TaskPrompt
 
 Measure = Literal["gap", "accuracy"]
@@ -137,3 +138,124 @@ def _example(value: LabelledExample | Mapping[str, Any]) -> LabelledExample:
         return LabelledExample(**value)
     except TypeError:
         raise InputError(f"an example of a task reward needs id, text and label, got {value!r}") from None
+
+
+class HintedResponse(Reward):
+    """ROUGE-L between the sample's reference and the answer of a frozen model that reads the response as a hint.
+
+    The reward of Directional Stimulus prompting for free text (Li et al. 2023, arXiv 2302.11520): the response is a
+    hint, such as keywords, for one input. The model answers greedily, so a hint has one value, in [0, 1]; an empty hint
+    is worth the answer without any.
+
+    ``sample.reference`` is the reference; ``sample.metadata`` has the input, as ``plain`` (the text that an answer
+    continues) and as ``request`` (what a user asks). The feedback of a score is the answer.
+
+    Args:
+        backend: the frozen model.
+        max_tokens: of an answer.
+        stop: texts that end an answer.
+
+    Raises:
+        InputError: when scoring, for a sample without reference or input.
+    """
+
+    name = "rouge"
+    calls_per_sample = 1
+
+    def __init__(self, backend: Any = "embedded", max_tokens: int = 48, stop: Sequence[str] = ()) -> None:
+        self.backend: Backend = resolve("backend", backend)
+        ends = (stop,) if isinstance(stop, str) else tuple(stop)
+        self.sampling = Sampling(max_tokens=max_tokens, temperature=0.0, stop=ends)
+
+    def reward(self, samples: Sequence[Sample]) -> list[Score]:
+        results = self.backend.generate([self.prompt_of(sample) for sample in samples], self.sampling)
+        return [
+            Score.invalid(str(result), calls=1)
+            if isinstance(result, BackendError)
+            else self._score(str(sample.reference), result[0].text)
+            for sample, result in zip(samples, results, strict=True)
+        ]
+
+    def prompt_of(self, sample: Sample) -> Prompt:
+        """What the frozen model reads."""
+        plain, request = sample.metadata.get("plain"), sample.metadata.get("request")
+        if sample.reference is None or not plain or not request:
+            raise InputError(
+                f"sample {sample.episode_id!r} needs a reference and metadata['plain'] and ['request'] to score a hint"
+            )
+        hint = one_line(sample.response)
+        if not hint:
+            return build_prompt(self.backend.prompt_style, request, plain)
+        forms = load_prompts(__package__, "hinted_response")
+        values = {"hint": hint, "prompt": plain, "request": request}
+        return build_prompt(self.backend.prompt_style, fill(forms["chat"], values), fill(forms["completion"], values))
+
+    def _score(self, reference: str, answer: str) -> Score:
+        value = rouge_l(answer, reference)
+        return Score(value, terms={self.name: value}, feedback=f"The answer was: {one_line(answer)}", calls=1)
+
+
+METRICS = ("gap", "accuracy")
+
+
+class TaskGain(Reward):
+    """Task score after the edit minus task score before it, on the same examples.
+
+    TEMPERA's reward (Zhang et al. 2023, arXiv 2211.11890) without its scale, which is the agent's. The
+    task score is the mean gap, p(right label) - the highest p of another label, in [-1, 1], or the accuracy, in [0, 1].
+
+    A sample's metadata holds ``prompt`` (the new :class:`~.task_prompt.TaskPrompt`), ``examples`` (labelled) and
+    ``previous_score``. The score's terms are ``task-gain``, ``score``, ``accuracy`` and ``gap``; its feedback is the
+    new prompt's failures.
+
+    Args:
+        scorer: a :class:`~.task_score.TaskScorer`, or the arguments of one as a mapping.
+        metric: ``gap`` or ``accuracy``.
+        failures: wrong answers that the feedback tells at most.
+
+    Raises:
+        InputError: for an unknown metric, a negative count, and as :func:`~.task_score.make_scorer`.
+    """
+
+    name = "task-gain"
+
+    def __init__(
+        self, scorer: TaskScorer | Mapping[str, Any] | None = None, metric: str = "gap", failures: int = 4
+    ) -> None:
+        if metric not in METRICS:
+            raise InputError(f"unknown metric {metric!r}: use {', '.join(METRICS)}")
+        if failures < 0:
+            raise InputError(f"failures must be at least 0, got {failures}")
+        self.scorer = make_scorer(scorer)
+        self.metric, self.failures = metric, failures
+
+    def reward(self, samples: Sequence[Sample]) -> list[Score]:
+        scores = self.evaluate(
+            [sample.metadata["prompt"] for sample in samples], [sample.metadata["examples"] for sample in samples]
+        )
+        return [
+            self._gain(score, float(sample.metadata["previous_score"])) if score.valid else score
+            for score, sample in zip(scores, samples, strict=True)
+        ]
+
+    def evaluate(self, prompts: Sequence[TaskPrompt], examples: Sequence[Sequence[LabelledExample]]) -> list[Score]:
+        """The task scores themselves, all asked for in one batch.
+
+        Args:
+            prompts: n prompts.
+            examples: for each prompt its examples.
+
+        Returns:
+            For each prompt a score whose value is the task score, with the terms ``accuracy`` and ``gap`` and the
+            failures as feedback; an invalid one where the model could not serve a request.
+        """
+        return self.scorer.reward_each(prompts, examples, self._score)
+
+    def _score(self, result: TaskResult) -> Score:
+        terms = {"accuracy": float(result.accuracy), "gap": float(result.gaps.mean())}
+        return Score(terms[self.metric], terms=terms, feedback=result.failures(self.failures), calls=result.calls)
+
+    def _gain(self, score: Score, previous: float) -> Score:
+        gain = score.value - previous
+        terms = {self.name: gain, "score": score.value} | score.terms
+        return Score(gain, terms=terms, feedback=score.feedback, calls=score.calls)
