@@ -13,10 +13,8 @@ from ..rewards.elimination import check_rules
 from ..rewards.prompt_scoring.rewards import TaskGain
 from ..rewards.prompt_scoring.scorer import TaskPrompt, TaskScorer
 from .edit.env import TextEditEnv, TextEditVectorEnv
-from .edit.observations import EditObservation, make_observation
-from .edit.process import EditSettings
-from .process.core import check_on_invalid
-from .process.faces import check_copies
+from .edit.process import EditObservation, EditSettings, make_observation
+from .process import check_copies, check_on_invalid
 from .prompt_edit.operators import PromptOperator, verbalizer_sets
 from .prompt_edit.process import PromptData, PromptProcess
 from .tasks.prompt_search.tasks import PromptTask, load_prompt_task

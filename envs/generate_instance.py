@@ -7,10 +7,9 @@ from typing import Any
 
 from ..llm_backends import resolve
 from .tasks.instruction.instance_prompts import STOPS, instance_prompts
-from .tokens.env import TokenEnv
-from .tokens.examples import PromptExample
+from .tokens.env import TokenEnv, TokenVectorEnv
+from .tokens.episode import PromptExample
 from .tokens.process import TokenSettings
-from .tokens.vector_env import TokenVectorEnv
 
 MAX_TOKENS = 96
 """Of a response: an input and an output of two or three sentences each."""

@@ -7,10 +7,9 @@ from typing import Any
 
 from .tasks.nlu.data import load_examples
 from .tasks.nlu.tasks import STOPS, check_layout
-from .tokens.env import TokenEnv
-from .tokens.examples import PromptExample
+from .tokens.env import TokenEnv, TokenVectorEnv
+from .tokens.episode import PromptExample
 from .tokens.process import TokenSettings
-from .tokens.vector_env import TokenVectorEnv
 
 MAX_TOKENS = 12
 """Of a response: an answer and the closing tag take at most nine with SmolLM2's tokenizer."""

@@ -21,10 +21,9 @@ from .tasks.prompt_search.generated import (
 )
 from .tasks.prompt_search.tasks import load_prompt_task
 from .tasks.responses.openings import Layout, response_requests
-from .tokens.env import TokenEnv
-from .tokens.examples import PromptExample
+from .tokens.env import TokenEnv, TokenVectorEnv
+from .tokens.episode import PromptExample
 from .tokens.process import TokenSettings
-from .tokens.vector_env import TokenVectorEnv
 
 Measure = Literal["gap", "accuracy", "rouge"]
 MEASURES: tuple[Measure, ...] = ("gap", "accuracy", "rouge")

@@ -399,7 +399,7 @@ def list_judges(console: Console) -> None:
 
 def list_filters(console: Console) -> None:
     """Prints every filter of instructions, in the order in which they are asked, with its reason."""
-    from ..envs.tasks.instruction.filters import FILTERS
+    from ..envs.tasks.instruction.pool import FILTERS
 
     for rule in FILTERS:
         console.print(f"{rule.name:20} {rule.reason}", highlight=False, markup=False)

@@ -14,7 +14,6 @@ from .ground_truth import RegressionReward as RegressionReward
 from .ground_truth import SpanReward as SpanReward
 from .ground_truth import parse_label as parse_label
 from .ground_truth import parse_number as parse_number
-from .judges.equality import EqualityJudge as EqualityJudge
 from .judges.pairwise import Comparison as Comparison
 from .judges.pairwise import Pair as Pair
 from .judges.pairwise import PairwiseJudge as PairwiseJudge
@@ -28,6 +27,7 @@ from .judges.rubric import Grades as Grades
 from .judges.rubric import Rubric as Rubric
 from .judges.rubric import RubricJudge as RubricJudge
 from .judges.rubric import grade as grade
+from .judges.verdict import EqualityJudge as EqualityJudge
 from .learned.edits import EditedPair as EditedPair
 from .learned.edits import EditLabels as EditLabels
 from .learned.edits import Pairs as Pairs
@@ -38,14 +38,14 @@ from .learned.edits import write_pairs as write_pairs
 from .learned.token_reward import RewardModel as RewardModel
 from .learned.token_reward import SequenceReward as SequenceReward
 from .learned.token_reward import TokenReward as TokenReward
-from .prompt_scoring.hinted_response import HintedResponse as HintedResponse
+from .prompt_scoring.rewards import HintedResponse as HintedResponse
+from .prompt_scoring.rewards import TaskGain as TaskGain
+from .prompt_scoring.rewards import TaskReward as TaskReward
 from .prompt_scoring.scorer import TaskResult as TaskResult
 from .prompt_scoring.scorer import TaskScorer as TaskScorer
-from .prompt_scoring.task_gain import TaskGain as TaskGain
 from .prompt_scoring.task_prompt import Demonstration as Demonstration
 from .prompt_scoring.task_prompt import LabelledExample as LabelledExample
 from .prompt_scoring.task_prompt import TaskPrompt as TaskPrompt
-from .prompt_scoring.task_reward import TaskReward as TaskReward
 from .quality.hub_models import HubRewardModel as HubRewardModel
 from .quality.hub_models import UniEval as UniEval
 from .quality.instance_format import Instance as Instance
@@ -64,9 +64,9 @@ from .rankers.base import FunctionRanker as FunctionRanker
 from .rankers.base import GroundTruthRanker as GroundTruthRanker
 from .rankers.base import ProbabilisticRanker as ProbabilisticRanker
 from .rankers.base import Ranker as Ranker
+from .rankers.base import RankReward as RankReward
 from .rankers.contextual import ContextualRanker as ContextualRanker
 from .rankers.pairwise import PairwiseRanker as PairwiseRanker
-from .rankers.reward import RankReward as RankReward
 from .texts.diversity import DiversityReward as DiversityReward
 from .texts.rouge import RougeGate as RougeGate
 from .texts.rouge import RougePool as RougePool

@@ -4,7 +4,7 @@ import gymnasium as gym
 import numpy as np
 
 import instructgym  # noqa: F401 - registers the ids
-from instructgym.envs.process.spaces import Unicode
+from instructgym.envs.process import Unicode
 from instructgym.envs.tasks.prompt_search.tasks import PromptTask
 from instructgym.llm_backends import ScriptedBackend
 from instructgym.rewards import LabelledExample, TaskScorer

@@ -22,7 +22,7 @@ from instructgym.agents import (
 )
 from instructgym.agents.sb3.callbacks import EpisodeRows, InvalidRewardGuard, InvalidRewardRateError, StopAtDeadline
 from instructgym.agents.sb3.policy_io import PolicyFileError
-from instructgym.envs.edit.operations import load_operations
+from instructgym.envs.edit.operators import load_operations
 from instructgym.envs.sb3 import make_sb3_env
 from instructgym.llm_backends import BackendError, ScriptedBackend
 

@@ -22,9 +22,9 @@ from instructgym.agents.preferences.trainer import RankedCandidates, RankingTrai
 from instructgym.agents.reward_modelling.trainer import RewardTrainer, tokenize_pairs
 from instructgym.agents.soft_q.agent import SoftQ
 from instructgym.agents.supervised.sft import SFT, Demonstration
-from instructgym.envs.tokens.examples import PromptExample
+from instructgym.envs.tokens.env import TokenVectorEnv
+from instructgym.envs.tokens.episode import PromptExample
 from instructgym.envs.tokens.process import TokenSettings
-from instructgym.envs.tokens.vector_env import TokenVectorEnv
 from instructgym.llm_backends.errors import InputError
 from instructgym.rewards import Reward, Score
 from instructgym.rewards.learned.edits import EditedPair

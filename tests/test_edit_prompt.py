@@ -34,7 +34,7 @@ from prompt_cases import (
 
 import instructgym  # noqa: F401 - registers the ids
 from instructgym.agents.sb3.baselines import RandomAgent
-from instructgym.envs.process.core import InvalidRewardError
+from instructgym.envs.process import InvalidRewardError
 from instructgym.envs.sb3 import make_sb3_env
 from instructgym.envs.tasks.prompt_search.tasks import PromptTask
 from instructgym.llm_backends import BackendError, ContextLengthError, ScriptedBackend

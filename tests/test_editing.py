@@ -6,8 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instructgym.envs.tasks.responses.editors import EditBounds, EditRequest, FunctionEditor, LLMEditor, edit_responses
-from instructgym.envs.tasks.responses.respacing import respaced
+from instructgym.envs.tasks.responses.editors import (
+    EditBounds,
+    EditRequest,
+    FunctionEditor,
+    LLMEditor,
+    edit_responses,
+    respaced,
+)
 from instructgym.envs.tasks.responses.sentiment_editor import SentimentEditor, _table
 from instructgym.llm_backends import BackendError, ScriptedBackend, Usage, resolve
 from instructgym.llm_backends.errors import InputError

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import instructgym
-from instructgym.envs.process.spaces import Unicode
+from instructgym.envs.process import Unicode
 from instructgym.llm_backends import ScriptedBackend, UnknownPartError
 from instructgym.llm_backends.local.embeddings import HashingEmbedder
 from instructgym.rewards import DiversityReward, FunctionReward

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from instructgym.agents.policy.checkpoints import policy_from
-from instructgym.envs.tokens.examples import PromptExample
+from instructgym.envs.tokens.episode import PromptExample
 from instructgym.experiments.fine_grained import edit as fine_grained_edit
 from instructgym.experiments.fine_grained import evaluate as fine_grained_evaluate
 from instructgym.experiments.fine_grained import ppo as fine_grained_ppo

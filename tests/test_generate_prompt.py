@@ -10,7 +10,7 @@ from gymnasium.envs.registration import EnvSpec
 from token_cases import assert_equal, plain, stepped
 
 import instructgym  # noqa: F401
-from instructgym.envs.tokens.examples import PromptExample
+from instructgym.envs.tokens.episode import PromptExample
 from instructgym.llm_backends import BackendError, ScriptedBackend, UnsupportedRequestError
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.backend import TransformersBackend

@@ -8,7 +8,7 @@ import pytest
 
 import instructgym  # noqa: F401
 from instructgym.envs.tasks.responses.openings import response_prompts
-from instructgym.envs.tokens.examples import PromptExample
+from instructgym.envs.tokens.episode import PromptExample
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.tokenization import LoadedTokenizer
 from instructgym.rewards import FunctionReward, Reward, Score

@@ -6,14 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instructgym.envs.tasks.instruction.filters import FILTERS, dropped_by, normalized, parse_numbered
 from instructgym.envs.tasks.instruction.instances import Instance
 from instructgym.envs.tasks.instruction.pool import (
+    FILTERS,
     InstructionPool,
     Task,
+    dropped_by,
     held_out,
     instruction_prompt,
     load_tasks,
+    normalized,
+    parse_numbered,
     task_type_prompt,
 )
 from instructgym.envs.tasks.instruction.seeds import SeedFileError

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instructgym.envs.process.episodes import EpisodeSource
+from instructgym.envs.process import EpisodeSource
 from instructgym.envs.tasks.instruction.seeds import Instruction, SeedFileError, load_instructions
 
 TEXTS = ["Name a bird that sings.", "Erkläre den Regen. 雨はなぜ降る?", "Say \u201chi\u201d to the sea."]

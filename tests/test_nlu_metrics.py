@@ -5,7 +5,7 @@ from sklearn.metrics import f1_score, matthews_corrcoef
 
 from instructgym.envs.tasks.nlu.metrics import evaluate, format_rate
 from instructgym.envs.tasks.nlu.tasks import TASKS
-from instructgym.envs.tokens.examples import PromptExample
+from instructgym.envs.tokens.episode import PromptExample
 from instructgym.llm_backends.errors import InputError
 
 WORDS = {"E": "Entailment", "N": "Neutral", "C": "Contradiction", "Y": "Yes", "n": "No", "x": None, "?": "yes"}

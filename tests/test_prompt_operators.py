@@ -25,9 +25,8 @@ from prompt_cases import (
 )
 
 from instructgym.agents.sb3.baselines import random_actions
-from instructgym.envs.prompt_edit.drafts import DraftContext, PromptDraft
+from instructgym.envs.prompt_edit.drafts import DraftContext, PromptDraft, join_phrases, split_phrases
 from instructgym.envs.prompt_edit.operators import PhraseEdits, PromptEdits
-from instructgym.envs.prompt_edit.phrases import join_phrases, split_phrases
 from instructgym.llm_backends import ContextLengthError, ScriptedBackend
 from instructgym.rewards import Demonstration, LabelledExample, TaskPrompt, TaskScorer
 

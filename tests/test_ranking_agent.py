@@ -13,7 +13,7 @@ from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSe
 from instructgym.agents.policy_gradient.on_policy import TrainingDivergedError
 from instructgym.agents.preferences.agent import RankingAgent
 from instructgym.agents.preferences.trainer import RankedCandidates, RankingTrainer
-from instructgym.envs.tokens.examples import PromptExample
+from instructgym.envs.tokens.episode import PromptExample
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.causal_lm import CausalLM
 from instructgym.llm_backends.local.tokenization import WordTokenizer

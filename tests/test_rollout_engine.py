@@ -10,9 +10,9 @@ from instructgym.agents.policy.distributed import Processes
 from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings
 from instructgym.agents.policy_gradient.ppo import TokenPPO
 from instructgym.agents.rollouts.engine import VLLMEngine
-from instructgym.envs.tokens.examples import PromptExample
+from instructgym.envs.tokens.env import TokenVectorEnv
+from instructgym.envs.tokens.episode import PromptExample
 from instructgym.envs.tokens.process import TokenSettings
-from instructgym.envs.tokens.vector_env import TokenVectorEnv
 from instructgym.llm_backends import BackendError, Sampling
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.sampling import Choices, generate

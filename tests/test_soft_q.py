@@ -15,7 +15,7 @@ from instructgym.agents.soft_q.agent import _batch
 from instructgym.agents.soft_q.path_consistency import multi_step, path_consistency, single_step
 from instructgym.agents.soft_q.replay import Episode, ReplayBuffer
 from instructgym.agents.soft_q.target_policy import TARGET, TargetPolicy, policy_logits, reference_logits
-from instructgym.envs.tokens.examples import PromptExample
+from instructgym.envs.tokens.episode import PromptExample
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.causal_lm import CausalLM
 from instructgym.llm_backends.local.tokenization import WordTokenizer

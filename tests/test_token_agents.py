@@ -14,9 +14,9 @@ from instructgym.agents.policy_gradient.on_policy import TrainingDivergedError
 from instructgym.agents.policy_gradient.ppo import TokenPPO
 from instructgym.agents.rollouts.batch import TokenBatch, collect
 from instructgym.agents.sb3.callbacks import InvalidRewardRateError
-from instructgym.envs.tokens.examples import PromptExample
+from instructgym.envs.tokens.env import TokenVectorEnv
+from instructgym.envs.tokens.episode import PromptExample
 from instructgym.envs.tokens.process import TokenSettings
-from instructgym.envs.tokens.vector_env import TokenVectorEnv
 from instructgym.llm_backends.base import Completion, Sampling
 from instructgym.llm_backends.local.causal_lm import CausalLM
 from instructgym.llm_backends.local.tokenization import WordTokenizer

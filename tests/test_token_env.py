@@ -12,9 +12,9 @@ import pytest
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env
 
-from instructgym.envs.process.core import InvalidRewardError
+from instructgym.envs.process import InvalidRewardError
 from instructgym.envs.tokens.env import TokenEnv
-from instructgym.envs.tokens.examples import PromptExample
+from instructgym.envs.tokens.episode import PromptExample
 from instructgym.envs.tokens.process import TokenSettings
 from instructgym.llm_backends import ScriptedBackend
 from instructgym.llm_backends.errors import InputError

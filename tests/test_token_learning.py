@@ -15,10 +15,9 @@ from instructgym.agents.policy_gradient.grpo import GRPO, RLOO
 from instructgym.agents.policy_gradient.on_policy import TrainingDivergedError
 from instructgym.agents.policy_gradient.ppo import TokenPPO
 from instructgym.agents.supervised.sft import SFT, Demonstration
-from instructgym.envs.tokens.env import TokenEnv
-from instructgym.envs.tokens.examples import PromptExample
+from instructgym.envs.tokens.env import TokenEnv, TokenVectorEnv
+from instructgym.envs.tokens.episode import PromptExample
 from instructgym.envs.tokens.process import TokenSettings
-from instructgym.envs.tokens.vector_env import TokenVectorEnv
 from instructgym.llm_backends.base import Sampling
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.causal_lm import CausalLM

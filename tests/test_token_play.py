@@ -28,10 +28,10 @@ from token_cases import (
     stepped,
 )
 
-from instructgym.envs.process.core import InvalidRewardError
-from instructgym.envs.tokens.examples import PromptExample
+from instructgym.envs.process import InvalidRewardError
+from instructgym.envs.tokens.env import TokenVectorEnv
+from instructgym.envs.tokens.episode import PromptExample
 from instructgym.envs.tokens.process import TokenSettings
-from instructgym.envs.tokens.vector_env import TokenVectorEnv
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.tokenization import ByteTokenizer
 from instructgym.rewards import WeightedSum

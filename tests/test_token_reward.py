@@ -9,10 +9,9 @@ import torch
 
 from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings
 from instructgym.agents.supervised.sft import SFT, Demonstration
-from instructgym.envs.tokens.env import TokenEnv
-from instructgym.envs.tokens.examples import PromptExample
+from instructgym.envs.tokens.env import TokenEnv, TokenVectorEnv
+from instructgym.envs.tokens.episode import PromptExample
 from instructgym.envs.tokens.process import TokenSettings
-from instructgym.envs.tokens.vector_env import TokenVectorEnv
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.causal_lm import CausalLM
 from instructgym.llm_backends.local.tokenization import ByteTokenizer, WordTokenizer

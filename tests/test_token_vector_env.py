@@ -6,9 +6,8 @@ import pytest
 from gymnasium.vector import AutoresetMode
 from token_cases import EOS, EXAMPLES, MODES, RED, REWARDS, SEA, WORDS, N, Terminal, make, plain, row
 
-from instructgym.envs.tokens.env import TokenEnv
+from instructgym.envs.tokens.env import TokenEnv, TokenVectorEnv
 from instructgym.envs.tokens.process import TokenSettings
-from instructgym.envs.tokens.vector_env import TokenVectorEnv
 from instructgym.llm_backends.local.tokenization import WordTokenizer
 
 # --- stepping ----------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import instructgym  # noqa: F401
 from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings
 from instructgym.agents.policy_gradient.ppo import TokenPPO
 from instructgym.agents.rollouts.engine import VLLMEngine
-from instructgym.envs.tokens.examples import PromptExample
+from instructgym.envs.tokens.episode import PromptExample
 from instructgym.llm_backends import BackendError, ContextLengthError, Sampling, resolve
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.serving.vllm_server import TokenSampling, VLLMServerBackend

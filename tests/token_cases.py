@@ -7,9 +7,9 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 from hypothesis import strategies as st
 
-from instructgym.envs.tokens.examples import PromptExample
+from instructgym.envs.tokens.env import TokenVectorEnv
+from instructgym.envs.tokens.episode import PromptExample
 from instructgym.envs.tokens.process import TokenSettings
-from instructgym.envs.tokens.vector_env import TokenVectorEnv
 from instructgym.llm_backends.local.tokenization import WordTokenizer
 from instructgym.rewards import Reward, Score
 

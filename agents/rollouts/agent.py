@@ -55,7 +55,7 @@ class RolloutAgent(ABC):
     """An agent that learns from its own episodes.
 
     Args:
-        env: a vector env with the fast path (:class:`~instructgym.envs.tokens.vector_env.TokenVectorEnv`), in autoreset
+        env: a vector env with the fast path (:class:`~instructgym.envs.tokens.env.TokenVectorEnv`), in autoreset
             mode ``DISABLED``; wrappers are looked through.
         policy: a :class:`LanguageModelPolicy`, or the name, path or hub id of a model.
         seed: of everything that is drawn: episodes' order, tokens, minibatches.

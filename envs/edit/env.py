@@ -9,12 +9,10 @@ from gymnasium.vector import AutoresetMode
 
 from ...llm_backends import Backend, resolve
 from ...rewards import Reward
-from ..process.core import check_on_invalid
-from ..process.faces import ProcessEnv, ProcessVectorEnv, check_copies
+from ..process import ProcessEnv, ProcessVectorEnv, check_copies, check_on_invalid
 from ..tasks.instruction.seeds import Instruction
-from .observations import EditObservation, make_observation
 from .operators import Operator
-from .process import EditProcess, EditSettings
+from .process import EditObservation, EditProcess, EditSettings, make_observation
 
 DEFAULT_SETTINGS = EditSettings()
 

@@ -14,9 +14,8 @@ from ...llm_backends.base import PromptStyle
 from ...llm_backends.errors import InputError
 from ...llm_backends.prompting import build_prompt, few_shot, fill, load_prompts
 from ...rewards.prompt_scoring.task_prompt import encodable
-from ..edit.operations import NO_OP, load_operations
-from ..edit.operators import Edit, Operator, RewriteRequests, best_reply
-from ..process.spaces import Unicode
+from ..edit.operators import NO_OP, Edit, Operator, RewriteRequests, best_reply, load_operations
+from ..process import Unicode
 from ..tasks.prompt_search.tasks import PromptTask
 from .drafts import PromptDraft
 
@@ -118,7 +117,7 @@ class PhraseEdits(PromptOperator):
     ``delete`` takes the phrase out, unless it is the only one; ``swap`` exchanges it with the next one, the last with
     the first; ``add_back`` puts the phrase that was deleted last behind it; ``no_op`` leaves the prompt alone. The
     edits of GrIPS (Prasad et al. 2023) and TEMPERA (Zhang et al. 2023); phrases are those of
-    :func:`~instructgym.envs.prompt_edit.phrases.split_phrases`.
+    :func:`~instructgym.envs.prompt_edit.drafts.split_phrases`.
 
     The mask has one entry per operation, then one per position, as MaskablePPO reads it. All positions of an
     instruction admit the same operations, so no pair that it lets through is impossible, with one exception: swapping

@@ -13,9 +13,8 @@ from ...rewards.base import Sample, Score
 from ...rewards.prompt_scoring.rewards import TaskGain
 from ...rewards.prompt_scoring.scorer import check_batch
 from ...rewards.prompt_scoring.task_prompt import Demonstration, LabelledExample, TaskPrompt, longest
-from ..edit.observations import EditState
-from ..edit.process import EditProcess, EditSettings, EditStep, Episode
-from ..process.core import InvalidRewardError, Transition
+from ..edit.process import EditProcess, EditSettings, EditState, EditStep, Episode
+from ..process import InvalidRewardError, Transition
 from ..tasks.instruction.seeds import Instruction
 from .drafts import DraftContext, PromptDraft
 from .operators import PromptOperator

@@ -16,11 +16,8 @@ from ...llm_backends import Tokenizer
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.sampling import Choices
 from ...rewards import Reward
-from ..process.core import Transition, check_index, check_on_invalid, check_options, copy_option
-from ..process.episodes import EpisodeSource
-from .episode import GenerationSpec, TokenEpisode
-from .examples import PromptExample
-from .scoring import Paid, TokenScorer, Turn
+from ..process import EpisodeSource, Transition, check_index, check_on_invalid, check_options, copy_option
+from .episode import GenerationSpec, Paid, PromptExample, TokenEpisode, TokenScorer, Turn
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ...envs.tokens.examples import PromptExample
+from ...envs.tokens.episode import PromptExample
 from ...llm_backends import Tokenizer
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.tokenization import WordTokenizer

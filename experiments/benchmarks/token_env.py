@@ -17,8 +17,8 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from ...envs.generate_label import generate_label_vector
-from ...envs.tokens.examples import PromptExample
-from ...envs.tokens.vector_env import TokenVectorEnv
+from ...envs.tokens.env import TokenVectorEnv
+from ...envs.tokens.episode import PromptExample
 from ...llm_backends import Sampling, request_seed
 from ...llm_backends.local.causal_lm import CausalLM, selective_log_softmax
 from ...llm_backends.local.loading import quiet_loading

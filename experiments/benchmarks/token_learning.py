@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ...envs.tokens.examples import PromptExample
+from ...envs.tokens.episode import PromptExample
 from ...llm_backends.errors import InputError
 from ...rewards import Reward, Sample, Score
 from ..runs.folder import write_json

@@ -13,7 +13,7 @@ import numpy as np
 from ...agents.policy.checkpoints import policy_from
 from ...agents.policy.language_model import LanguageModelPolicy
 from ...envs.tasks.responses.openings import response_prompts
-from ...envs.tokens.examples import PromptExample
+from ...envs.tokens.episode import PromptExample
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.tokenization import Tokenizer
 from ..runs.options import check_counts

@@ -13,7 +13,7 @@ from rich.console import Console
 from ...agents.policy.checkpoints import read_state
 from ...agents.policy.language_model import SETTINGS, LanguageModelPolicy
 from ...envs.tasks.responses.editors import EditBounds, Editor, EditRequest, edit_responses
-from ...envs.tokens.examples import PromptExample
+from ...envs.tokens.episode import PromptExample
 from ...llm_backends import Backend, Journal, Journaled, request_seed, resolve
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.tokenization import Tokenizer

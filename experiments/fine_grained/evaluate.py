@@ -15,7 +15,7 @@ from rich.console import Console
 from ...agents.policy.checkpoints import read_state
 from ...agents.policy.language_model import SETTINGS, LanguageModelPolicy
 from ...envs.tasks.responses.openings import response_prompts
-from ...envs.tokens.examples import PromptExample
+from ...envs.tokens.episode import PromptExample
 from ...llm_backends import request_seed, resolve
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records

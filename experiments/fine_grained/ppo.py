@@ -14,7 +14,7 @@ from rich.console import Console
 from ...agents.policy.checkpoints import read_state
 from ...agents.policy.language_model import SETTINGS, LanguageModelPolicy
 from ...agents.policy_gradient.ppo import TokenPPO
-from ...envs.tokens.examples import PromptExample
+from ...envs.tokens.episode import PromptExample
 from ...llm_backends import resolve
 from ...llm_backends.errors import InputError
 from ...rewards import Reward, WeightedSum

@@ -10,7 +10,7 @@ import numpy as np
 
 from ...agents.policy.language_model import LanguageModelPolicy
 from ...envs.tasks.nlu.metrics import evaluate
-from ...envs.tokens.examples import PromptExample
+from ...envs.tokens.episode import PromptExample
 from ...rewards.ground_truth import parse_answer
 from ..runs.responses import respond
 

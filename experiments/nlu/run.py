@@ -20,7 +20,7 @@ from ...agents.rollouts.engine import VLLMEngine
 from ...agents.supervised.sft import SFT, Demonstration
 from ...envs.tasks.nlu.data import load_examples
 from ...envs.tasks.nlu.tasks import get_task, response_text
-from ...envs.tokens.examples import PromptExample
+from ...envs.tokens.episode import PromptExample
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.sampling import Choices
 from ..runs.folder import RunFolder

@@ -10,7 +10,7 @@ import gymnasium as gym
 
 from ...envs.tasks.instruction.instance_prompts import OWN, instance_prompts, read_response
 from ...envs.tasks.instruction.pool import DEMONSTRATIONS, evaluation_split, load_tasks
-from ...envs.tokens.examples import PromptExample
+from ...envs.tokens.episode import PromptExample
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.tokenization import Tokenizer
 from ...rewards import Sample

@@ -19,7 +19,7 @@ from ...agents.policy.language_model import SETTINGS, LanguageModelPolicy
 from ...envs.tasks.instruction.instance_prompts import read_response
 from ...envs.tasks.instruction.instances import clean
 from ...envs.tasks.instruction.pool import Task, evaluation_split, load_tasks
-from ...envs.tokens.examples import PromptExample
+from ...envs.tokens.episode import PromptExample
 from ...llm_backends import request_seed, resolve
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records, write_lines

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ...envs.tasks.instruction.filters import parse_numbered
 from ...envs.tasks.instruction.instances import STOPS, Instance, clean, instance_prompt, order_for, parse_instances
 from ...envs.tasks.instruction.pool import (
     DEMONSTRATIONS,
@@ -17,6 +16,7 @@ from ...envs.tasks.instruction.pool import (
     InstructionPool,
     Task,
     instruction_prompt,
+    parse_numbered,
     task_type_prompt,
 )
 from ...llm_backends import Backend, BackendError, Sampling, request_seed

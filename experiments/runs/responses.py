@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 
 from ...agents.policy.language_model import LanguageModelPolicy
-from ...envs.tokens.examples import PromptExample
+from ...envs.tokens.episode import PromptExample
 from ...llm_backends import (Sampling, request_seed)
 
 COPIES = 64

@@ -19,7 +19,7 @@ from ...agents.policy.checkpoints import policy_from
 from ...agents.policy.language_model import LanguageModelPolicy
 from ...envs.tasks.instruction.data import DataLayout, InstructionExample, prompt_text
 from ...envs.tasks.instruction.evaluation import HELD_OUT, EvaluationTask, load_evaluation_tasks
-from ...envs.tokens.examples import PromptExample
+from ...envs.tokens.episode import PromptExample
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records, write_lines
 from ...rewards import Sample, Score

@@ -15,7 +15,7 @@ from ...agents.policy.language_model import SETTINGS
 from ...agents.preferences.lists import finished_flags, request_of
 from ...envs.tasks.instruction.data import OPENINGS, DataLayout, prompt_text
 from ...envs.tasks.responses.candidates import RankedList, ranked_row, read_ranked_lists
-from ...envs.tokens.examples import PromptExample
+from ...envs.tokens.episode import PromptExample
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.tokenization import Tokenizer
 from ...rewards.learned.edits import EditedPair

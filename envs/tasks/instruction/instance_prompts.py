@@ -16,7 +16,7 @@ from ....llm_backends import Tokenizer
 from ....llm_backends.errors import InputError
 from ....llm_backends.prompting import fill, load_prompts, one_line
 from ....rewards.quality.instance_format import FIELDS, Instance, Order, read_pair
-from ...tokens.examples import PromptExample
+from ...tokens.episode import PromptExample
 from ..responses.openings import LAYOUTS
 from .instances import order_for
 from .pool import Task, load_tasks

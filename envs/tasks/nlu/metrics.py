@@ -15,7 +15,7 @@ from scipy import stats
 
 from ....llm_backends.errors import InputError
 from ....rewards.ground_truth import HIGH, LOW, clamp, exact_match, parse_label, parse_number, token_f1
-from ...tokens.examples import PromptExample
+from ...tokens.episode import PromptExample
 from .data import scored_with
 from .tasks import NLUTask, get_task
 

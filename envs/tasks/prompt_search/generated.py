@@ -11,7 +11,7 @@ from ....llm_backends.errors import InputError
 from ....llm_backends.prompting import fill, load_prompts
 from ....rewards.prompt_scoring.task_prompt import TaskPrompt
 from ....rewards.texts.rouge import rouge_l
-from ...tokens.examples import PromptExample
+from ...tokens.episode import PromptExample
 from ..responses.openings import LAYOUTS, Layout, Request
 from .tasks import PromptTask
 

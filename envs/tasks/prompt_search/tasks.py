@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,12 +14,83 @@ import numpy as np
 from ....llm_backends import request_seed
 from ....llm_backends.errors import InputError
 from ....llm_backends.prompting import fill, load_prompts, one_line
+from ....llm_backends.records import read_user_rows, read_user_text, user_text
 from ....rewards.prompt_scoring.scorer import CONTENT_FREE
 from ....rewards.prompt_scoring.task_prompt import BLOCK, TEMPLATE, Demonstration, LabelledExample, TaskPrompt
+from ....rewards.texts.sentiment import text_hash
 from ..instruction.seeds import SPLITS
 from ..nlu.data import load_rows, record_candidates
 from ..nlu.tasks import NLUTask, get_task
-from .task_file import read_prompt_task
+
+FIELDS = {"name", "labels", "verbalizers", "instructions", "template", "block", "data", *SPLITS}
+
+
+def read_prompt_task(path: Path) -> tuple[dict[str, Any], dict[str, list[LabelledExample]]]:
+    """A task and its examples by split.
+
+    The file has ``labels`` (a list of names), ``instructions`` (a list, not empty), and where they differ from the
+    defaults ``name``, ``verbalizers`` (one per label), ``template`` and ``block``. Examples are JSONL files, named
+    relative to the TOML file: ``train``, ``validation`` and ``test``, or one file ``data``, which is split
+    80 / 10 / 10 % by a hash of the texts. A row has ``text``, ``label`` (a name, or, where no name is a number, its
+    number from 0), and perhaps ``id``.
+
+    Raises:
+        InputError: for a file that is no such description or has no instruction, rows without text or with an unknown
+            label, and a text that stands in two splits.
+    """
+    try:
+        task = tomllib.loads(read_user_text(path))
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path} is no TOML file: {error}") from error
+    if unknown := sorted(set(task) - FIELDS):
+        raise InputError(f"{path} has the unknown field {unknown[0]!r}: use {', '.join(sorted(FIELDS))}")
+    for name, default in (("labels", []), ("verbalizers", task.get("labels", [])), ("instructions", [])):
+        value = task.setdefault(name, default)
+        if not isinstance(value, list) or not all(isinstance(one, str) and one.strip() for one in value):
+            raise InputError(f"{path}: the field {name!r} must be a list of texts, got {value!r}")
+        task[name] = [one.strip() for one in value]
+    for name, default in (("name", path.stem), ("template", TEMPLATE), ("block", BLOCK)):
+        if not isinstance(task.setdefault(name, default), str):
+            raise InputError(f"{path}: the field {name!r} must be a text, got {task[name]!r}")
+    if len(set(task["labels"])) < max(2, len(task["labels"])):
+        raise InputError(f"{path}: a task needs at least 2 different labels, got {task['labels']}")
+    if len(task["verbalizers"]) != len(task["labels"]):
+        raise InputError(
+            f"{path} has {len(task['verbalizers'])} verbalizers for {len(task['labels'])} labels: match them"
+        )
+    if not task["instructions"]:
+        raise InputError(f"{path}: the field 'instructions' must have at least one text, what a person would write")
+    given = [name for name in ("data", *SPLITS) if name in task]
+    if not given or ("data" in given and len(given) > 1):
+        raise InputError(f"{path} must name its examples: either 'data', or files by split: {', '.join(SPLITS)}")
+    splits: dict[str, list[LabelledExample]] = {name: [] for name in SPLITS}
+    seen: dict[str, str] = {}
+    for name in given:
+        for example, where in _file_examples(path.parent / str(task.pop(name)), task):
+            split = name if name != "data" else _file_split(example.text)
+            if seen.setdefault(example.text, split) != split:
+                raise InputError(f"{where}: the text stands in the split {seen[example.text]!r} as well: keep one")
+            splits[split].append(example)
+    return task, splits
+
+
+def _file_split(text: str) -> str:
+    return next(name for name, part in SPLITS.items() if int(text_hash(text) * 10) in part)
+
+
+def _file_examples(path: Path, task: dict[str, Any]) -> list[tuple[LabelledExample, str]]:
+    labels, found = task["labels"], []
+    numbered = not any(name.lstrip("-").isdigit() for name in labels)  # a digit that is a name is not a number
+    for number, (where, row) in enumerate(read_user_rows(path)):
+        label = row.get("label")
+        if str(label) in labels and isinstance(label, str | int):
+            label = labels.index(str(label))
+        elif not numbered or isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(labels):
+            raise InputError(f"{where}: the label {row.get('label')!r} is none of {', '.join(labels)}: use one of them")
+        example_id = f"{task['name']}/{path.stem}-{row.get('id', number)}"
+        found.append((LabelledExample(example_id, user_text(where, row, "text").strip(), label), where))
+    return found
+
 
 ALL_SPLITS = tuple(SPLITS)
 
@@ -91,7 +163,7 @@ def load_prompt_task(
     if task.kind != "label" or not task.labelled:
         raise InputError(f"{task.name} has no labels to predict: use a task with labels")
     examples: dict[str, Any] = {
-        part: _examples(task, load_rows(task, part, data_dir, limit, seed), part, seed) for part in wanted
+        part: _nlu_examples(task, load_rows(task, part, data_dir, limit, seed), part, seed) for part in wanted
     }
     written = load_prompts(__package__, "prompt_tasks").get(task.wording, {}).get("instructions", [])
     instructions = (task.description, *written)
@@ -110,7 +182,7 @@ def load_prompt_task(
     )
 
 
-def _examples(task: NLUTask, rows: Sequence[dict[str, Any]], split: str, seed: int) -> tuple[LabelledExample, ...]:
+def _nlu_examples(task: NLUTask, rows: Sequence[dict[str, Any]], split: str, seed: int) -> tuple[LabelledExample, ...]:
     examples = []
     for row in rows:
         rng = random.Random(f"{seed}/{row['id']}") if split == "train" else None

@@ -18,7 +18,7 @@ from ....llm_backends.errors import InputError
 from ....llm_backends.prompting import fill, load_prompts
 from ....llm_backends.records import read_user_rows, user_text
 from ....rewards.texts.sentiment import text_hash
-from ...tokens.examples import PromptExample
+from ...tokens.episode import PromptExample
 from ..instruction.data import instruction_form
 from ..instruction.seeds import SPLITS, load_instructions
 from ..nlu.data import OFFLINE_TASK, load_rows

@@ -14,9 +14,9 @@ import torch
 
 from ....agents.policy.language_model import LanguageModelPolicy, LoraSettings
 from ....agents.policy_gradient.ppo import TokenPPO
-from ....envs.tokens.examples import PromptExample
+from ....envs.tokens.env import TokenVectorEnv
+from ....envs.tokens.episode import PromptExample
 from ....envs.tokens.process import TokenSettings
-from ....envs.tokens.vector_env import TokenVectorEnv
 from ....llm_backends.local.loading import computes_in_bfloat16
 from ..tiny import EndlessTokenizer, endless_model, peak_mb, share_of_e
 

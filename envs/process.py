@@ -2,18 +2,131 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Generic, Protocol, TypeVar
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.spaces import Space
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
 
-from .core import Transition, check_options
-from .specs import HasPartSpec
+
+class PartSpec(EnvSpec):
+    """An env's spec that, asked for JSON, names the argument that holds a live object."""
+
+    def to_json(self) -> str:
+        """The spec as JSON.
+
+        Raises:
+            ValueError: naming the argument and the form that can be saved.
+        """
+        for key, value in self.kwargs.items():
+            if not _is_json(value):
+                raise ValueError(
+                    f"{self.id} cannot be saved as JSON: argument {key!r} holds a live {type(value).__name__}; "
+                    f'pass {key}="id", {key}="module:factory" or {key}={{"id": ..., "kwargs": {{...}}}} instead'
+                )
+        return super().to_json()
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_json(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_json, value))
+    return value is None or isinstance(value, str | int | float | bool)
+
+
+class HasPartSpec:
+    """Makes the spec that Gymnasium hands to an env a :class:`PartSpec`."""
+
+    _spec: EnvSpec | None = None
+
+    @property
+    def spec(self) -> EnvSpec | None:
+        """The spec the env was made from."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: EnvSpec | None) -> None:
+        self._spec = (
+            spec
+            if spec is None or isinstance(spec, PartSpec)
+            else PartSpec(**{f.name: getattr(spec, f.name) for f in fields(spec) if f.init})
+        )
+
+
+ON_INVALID = ("retry", "raise")
+RESET_OPTIONS = frozenset({"index", "prefix", "reset_mask"})
+
+
+class InvalidRewardError(RuntimeError):
+    """The rewriter or the judge gave no usable answer, and the env was told to raise."""
+
+
+@dataclass(frozen=True)
+class Transition:
+    """What one copy's step gave."""
+
+    reward: float
+    terminated: bool
+    info: dict[str, Any]
+
+
+@dataclass
+class RunningMean:
+    """The mean of the valid rewards so far: what is paid where there is no verdict."""
+
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, value: float) -> None:
+        """Takes one more reward in."""
+        self.total, self.count = self.total + value, self.count + 1
+
+    @property
+    def value(self) -> float:
+        """The mean; 0 before any reward."""
+        return self.total / self.count if self.count else 0.0
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuses unknown reset options with a ValueError."""
+    unknown = set(options) - RESET_OPTIONS
+    if unknown:
+        raise ValueError(f"unknown reset option {sorted(unknown)[0]!r}: use {', '.join(sorted(RESET_OPTIONS))}")
+
+
+def check_on_invalid(on_invalid: str) -> None:
+    """Refuses anything but :data:`ON_INVALID` with a ValueError."""
+    if on_invalid not in ON_INVALID:
+        raise ValueError(f"on_invalid must be one of {', '.join(ON_INVALID)}, got {on_invalid!r}")
+
+
+def copy_option(options: Mapping[str, Any], key: str, copy: int, copies: int) -> Any:
+    """A reset option's value for one copy: its entry where a list, tuple or array holds one per copy.
+
+    Raises:
+        ValueError: if there are more or fewer entries than copies.
+    """
+    value = options.get(key)
+    if isinstance(value, list | tuple | np.ndarray):
+        if len(value) != copies:
+            raise ValueError(f"options[{key!r}] needs one entry per copy ({copies}), got {len(value)}")
+        return value[copy]
+    return value
+
+
+def check_index(index: Any, size: int) -> None:
+    """Refuses ``options["index"]`` outside the examples with a ValueError; None is no choice."""
+    if index is not None and not 0 <= int(index) < size:
+        raise ValueError(f"options['index'] must be in [0, {size}), got {index}")
 
 
 class Process(Protocol):
@@ -222,3 +335,84 @@ def unbatch(actions: Any, count: int) -> list[Any]:
     if len(taken) != count:
         raise ValueError(f"one action per copy is needed ({count}), got {len(taken)}")
     return taken
+
+
+class EpisodeSource:
+    """Draws indices of n examples in shuffled epochs: none comes twice before all have come once.
+
+    Args:
+        size: number of examples.
+
+    Raises:
+        ValueError: if there are none.
+    """
+
+    def __init__(self, size: int) -> None:
+        if size < 1:
+            raise ValueError("an episode source needs at least one example")
+        self.size = size
+        self.seed(0)
+
+    def seed(self, seed: int) -> None:
+        """Starts again, in the order that belongs to the seed."""
+        self._seed, self._epoch, self._position = int(seed), 0, 0
+        self._order = self._shuffled()
+
+    def draw(self) -> int:
+        """Index of the next example."""
+        if self._position == self.size:
+            self._epoch, self._position = self._epoch + 1, 0
+            self._order = self._shuffled()
+        self._position += 1
+        return int(self._order[self._position - 1])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the source stands, JSON-able."""
+        return {"seed": self._seed, "epoch": self._epoch, "position": self._position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from :meth:`state_dict`."""
+        self._seed, self._epoch, self._position = state["seed"], state["epoch"], state["position"]
+        self._order = self._shuffled()
+
+    def _shuffled(self) -> np.ndarray:
+        return np.random.default_rng([self._seed, self._epoch]).permutation(self.size)
+
+
+_ALPHABET = string.ascii_letters + string.digits + " .,?!'-\n"
+
+
+class Unicode(Space[str]):
+    """Any string. Gymnasium's ``Text`` refuses the empty string, blanks and letters outside its character set.
+
+    Args:
+        sample_length: longest string that ``sample`` returns.
+        seed: of ``sample``.
+    """
+
+    def __init__(self, sample_length: int = 32, seed: int | np.random.Generator | None = None) -> None:
+        if sample_length < 1:
+            raise ValueError(f"sample_length must be at least 1, got {sample_length}")
+        self.sample_length = sample_length
+        super().__init__(dtype=str, seed=seed)
+
+    @property
+    def is_np_flattenable(self) -> bool:
+        return False
+
+    def sample(self, mask: Any = None, probability: Any = None) -> str:
+        """A random string over letters, digits and some punctuation; takes no mask."""
+        length = int(self.np_random.integers(self.sample_length + 1))
+        return "".join(self.np_random.choice(list(_ALPHABET), size=length))
+
+    def contains(self, x: Any) -> bool:
+        return isinstance(x, str)
+
+    def __repr__(self) -> str:
+        return "Unicode()"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Unicode)
+
+    def __hash__(self) -> int:
+        return hash(Unicode)

@@ -1,1 +1,0 @@
-"""What both MDPs share: a batched process and its Gymnasium faces."""
