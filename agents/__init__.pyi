@@ -1,6 +1,6 @@
-from .policy.backend import PolicyBackend as PolicyBackend
 from .policy.language_model import LanguageModelPolicy as LanguageModelPolicy
 from .policy.language_model import LoraSettings as LoraSettings
+from .policy.language_model import PolicyBackend as PolicyBackend
 from .policy_gradient.grpo import GRPO as GRPO
 from .policy_gradient.grpo import RLOO as RLOO
 from .policy_gradient.ppo import TokenPPO as TokenPPO
@@ -9,10 +9,6 @@ from .preferences.lists import rank_agreement as rank_agreement
 from .preferences.lists import tokenize_lists as tokenize_lists
 from .preferences.trainer import RankedCandidates as RankedCandidates
 from .preferences.trainer import RankingTrainer as RankingTrainer
-from .reward_modelling.trainer import RewardTrainer as RewardTrainer
-from .reward_modelling.trainer import TokenizedPair as TokenizedPair
-from .reward_modelling.trainer import evaluate_reward_model as evaluate_reward_model
-from .reward_modelling.trainer import tokenize_pairs as tokenize_pairs
 from .sb3.baselines import BaselineAgent as BaselineAgent
 from .sb3.baselines import RandomAgent as RandomAgent
 from .sb3.baselines import RoundRobinAgent as RoundRobinAgent
@@ -25,5 +21,9 @@ from .sb3.policy_io import normalize_observations as normalize_observations
 from .sb3.policy_io import save_policy as save_policy
 from .soft_q.agent import SoftQ as SoftQ
 from .supervised.figa import FIGA as FIGA
+from .supervised.reward_modelling import RewardTrainer as RewardTrainer
+from .supervised.reward_modelling import TokenizedPair as TokenizedPair
+from .supervised.reward_modelling import evaluate_reward_model as evaluate_reward_model
+from .supervised.reward_modelling import tokenize_pairs as tokenize_pairs
 from .supervised.sft import SFT as SFT
 from .supervised.sft import Demonstration as Demonstration

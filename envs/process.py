@@ -416,3 +416,7 @@ class Unicode(Space[str]):
 
     def __hash__(self) -> int:
         return hash(Unicode)
+
+
+class InvalidRewardRateError(RuntimeError):
+    """Too many rewards were imputed for want of a verdict; the agent would learn from made-up numbers."""

@@ -486,9 +486,9 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def guarded(work: Any) -> int:
     """Runs ``work(console)`` and turns errors that a user can mend into one line on stderr and an exit code."""
-    from ..agents.policy_gradient.on_policy import TrainingDivergedError
-    from ..agents.sb3.callbacks import InvalidRewardRateError
+    from ..agents.policy.optimization import TrainingDivergedError
     from ..envs.edit.process import InvalidRewardError
+    from ..envs.process import InvalidRewardRateError
     from ..llm_backends.serving.budget import BudgetExceededError
 
     console = Console()

@@ -1,5 +1,20 @@
 """The base of every error that a user can mend by changing what was passed in."""
 
+from typing import Any
+
 
 class InputError(ValueError):
     """Bad input. The message is one line that says what is wrong, where, and what to do; commands exit with code 2."""
+
+
+def check_choice(settings: Any, name: str, values: tuple[str, ...]) -> None:
+    """Refuses a setting that is none of ``values``."""
+    if getattr(settings, name) not in values:
+        raise InputError(f"{name} must be one of {', '.join(values)}, got {getattr(settings, name)!r}")
+
+
+def check_at_least_zero(settings: Any, *names: str) -> None:
+    """Refuses settings below 0, NaN among them."""
+    for name in names:
+        if not getattr(settings, name) >= 0:
+            raise InputError(f"{name} must be at least 0, got {getattr(settings, name)}")

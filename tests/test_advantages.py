@@ -7,16 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instructgym.agents.policy_gradient.advantages import (
-    KLController,
-    discounted_gae,
-    effective_sample_size,
-    explained_variance,
-    group_advantages,
-    kl_estimate,
-    leave_one_out_advantages,
-    whiten,
-)
+from instructgym.agents.policy_gradient.grpo import group_advantages, leave_one_out_advantages
+from instructgym.agents.policy_gradient.on_policy import KLController, effective_sample_size, kl_estimate, whiten
+from instructgym.agents.policy_gradient.ppo import discounted_gae, explained_variance
 
 
 def f32(*values):

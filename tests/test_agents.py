@@ -20,10 +20,11 @@ from instructgym.agents import (
     normalize_observations,
     save_policy,
 )
-from instructgym.agents.sb3.callbacks import EpisodeRows, InvalidRewardGuard, InvalidRewardRateError, StopAtDeadline
+from instructgym.agents.sb3.callbacks import EpisodeRows, InvalidRewardGuard, StopAtDeadline
+from instructgym.agents.sb3.factory import make_sb3_env
 from instructgym.agents.sb3.policy_io import PolicyFileError
 from instructgym.envs.edit.operators import load_operations
-from instructgym.envs.sb3 import make_sb3_env
+from instructgym.envs.process import InvalidRewardRateError
 from instructgym.llm_backends import BackendError, ScriptedBackend
 
 SEEDS = ["Name a bird that sings.", "Explain how rain forms.", "Describe a deep sea.", "Count the old trees."]

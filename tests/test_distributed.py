@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from stable_baselines3.common.logger import KVWriter, Logger
 
-from instructgym.agents.policy.distributed import Processes
 from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from instructgym.agents.policy.optimization import Processes
 from instructgym.agents.policy_gradient.grpo import GRPO, RLOO
 from instructgym.agents.policy_gradient.ppo import TokenPPO
 from instructgym.agents.preferences.agent import RankingAgent
 from instructgym.agents.preferences.trainer import RankedCandidates, RankingTrainer
-from instructgym.agents.reward_modelling.trainer import RewardTrainer, tokenize_pairs
 from instructgym.agents.soft_q.agent import SoftQ
+from instructgym.agents.supervised.reward_modelling import RewardTrainer, tokenize_pairs
 from instructgym.agents.supervised.sft import SFT, Demonstration
 from instructgym.envs.tokens.env import TokenVectorEnv
 from instructgym.envs.tokens.episode import PromptExample

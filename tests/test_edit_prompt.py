@@ -34,8 +34,8 @@ from prompt_cases import (
 
 import instructgym  # noqa: F401 - registers the ids
 from instructgym.agents.sb3.baselines import RandomAgent
+from instructgym.agents.sb3.factory import make_sb3_env
 from instructgym.envs.process import InvalidRewardError
-from instructgym.envs.sb3 import make_sb3_env
 from instructgym.envs.tasks.prompt_search.tasks import PromptTask
 from instructgym.llm_backends import BackendError, ContextLengthError, ScriptedBackend
 from instructgym.llm_backends.errors import InputError

@@ -6,8 +6,8 @@ import torch
 from stable_baselines3.common.logger import KVWriter, Logger
 
 from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings
-from instructgym.agents.reward_modelling.trainer import TokenizedPair, tokenize_pairs
 from instructgym.agents.supervised.figa import FIGA, FIGASettings, figa_weights
+from instructgym.agents.supervised.reward_modelling import TokenizedPair, tokenize_pairs
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.causal_lm import CausalLM
 from instructgym.llm_backends.local.tokenization import WordTokenizer

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from instructgym.agents.policy_gradient.advantages import kl_estimate
-from instructgym.agents.policy_gradient.losses import clipped_policy_loss, clipped_value_loss, k3_penalty
+from instructgym.agents.policy_gradient.grpo import k3_penalty
+from instructgym.agents.policy_gradient.on_policy import clipped_policy_loss, kl_estimate
+from instructgym.agents.policy_gradient.ppo import clipped_value_loss
 
 
 def tokens(*values):

@@ -10,7 +10,7 @@ from agent_cases import logged, same, undisturbed_and_restored
 
 import instructgym  # noqa: F401  (registers the envs)
 from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings
-from instructgym.agents.policy_gradient.on_policy import TrainingDivergedError
+from instructgym.agents.policy.optimization import TrainingDivergedError
 from instructgym.agents.preferences.agent import RankingAgent
 from instructgym.agents.preferences.trainer import RankedCandidates, RankingTrainer
 from instructgym.envs.tokens.episode import PromptExample

@@ -12,17 +12,19 @@ from sklearn.metrics import roc_auc_score
 from stable_baselines3.common.logger import KVWriter, Logger
 
 from instructgym.agents.policy.language_model import LoraSettings
-from instructgym.agents.policy_gradient.on_policy import TrainingDivergedError
-from instructgym.agents.reward_modelling.losses import (
+from instructgym.agents.policy.optimization import TrainingDivergedError
+from instructgym.agents.supervised.reward_modelling import (
     LOSSES,
+    RewardTrainer,
     Side,
     edited_only_bt,
+    evaluate_reward_model,
     mean_bt,
     sequence_bt,
     tlcr_ce,
+    tokenize_pairs,
     unchanged_penalty,
 )
-from instructgym.agents.reward_modelling.trainer import RewardTrainer, evaluate_reward_model, tokenize_pairs
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.causal_lm import CausalLM
 from instructgym.llm_backends.local.tokenization import ByteTokenizer, WordTokenizer

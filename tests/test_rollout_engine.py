@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from instructgym.agents.policy.distributed import Processes
 from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from instructgym.agents.policy.optimization import Processes
 from instructgym.agents.policy_gradient.ppo import TokenPPO
 from instructgym.agents.rollouts.engine import VLLMEngine
 from instructgym.envs.tokens.env import TokenVectorEnv

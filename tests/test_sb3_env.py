@@ -8,7 +8,7 @@ import pytest
 from stable_baselines3.common.vec_env import VecMonitor, VecNormalize
 
 import instructgym  # noqa: F401 - registers the ids
-from instructgym.envs.sb3 import VectorToVecEnv, make_sb3_env
+from instructgym.agents.sb3.factory import VectorToVecEnv, make_sb3_env
 from instructgym.llm_backends import ScriptedBackend
 
 ENV_ID = "instructgym/EvolveInstruction-v0"

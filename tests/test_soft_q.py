@@ -11,9 +11,7 @@ from agent_cases import logged, same, undisturbed_and_restored
 import instructgym  # noqa: F401  (registers the envs)
 from instructgym.agents import SoftQ
 from instructgym.agents.policy.language_model import POLICY, LanguageModelPolicy, LoraSettings
-from instructgym.agents.soft_q.agent import _batch
-from instructgym.agents.soft_q.path_consistency import multi_step, path_consistency, single_step
-from instructgym.agents.soft_q.replay import Episode, ReplayBuffer
+from instructgym.agents.soft_q.agent import Episode, ReplayBuffer, _batch, multi_step, path_consistency, single_step
 from instructgym.agents.soft_q.target_policy import TARGET, TargetPolicy, policy_logits, reference_logits
 from instructgym.envs.tokens.episode import PromptExample
 from instructgym.llm_backends.errors import InputError

@@ -122,7 +122,7 @@ def test_choices_without_heads_are_those_of_logprobs(backend):
 
 def test_a_policy_scores_with_its_own_weights(tiny_model_path):
     from instructgym.agents import LanguageModelPolicy, LoraSettings
-    from instructgym.agents.policy.backend import PolicyBackend
+    from instructgym.agents.policy.language_model import PolicyBackend
     from instructgym.llm_backends.local.causal_lm import CausalLM
 
     lm = CausalLM.from_pretrained(tiny_model_path)

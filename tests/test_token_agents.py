@@ -9,11 +9,11 @@ import torch
 from stable_baselines3.common.logger import KVWriter, Logger
 
 from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from instructgym.agents.policy.optimization import TrainingDivergedError
 from instructgym.agents.policy_gradient.grpo import GRPO, RLOO
-from instructgym.agents.policy_gradient.on_policy import TrainingDivergedError
 from instructgym.agents.policy_gradient.ppo import TokenPPO
 from instructgym.agents.rollouts.batch import TokenBatch, collect
-from instructgym.agents.sb3.callbacks import InvalidRewardRateError
+from instructgym.envs.process import InvalidRewardRateError
 from instructgym.envs.tokens.env import TokenVectorEnv
 from instructgym.envs.tokens.episode import PromptExample
 from instructgym.envs.tokens.process import TokenSettings

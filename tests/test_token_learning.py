@@ -11,8 +11,8 @@ from stable_baselines3.common.logger import KVWriter, Logger
 
 from instructgym.agents.policy.checkpoints import policy_from
 from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from instructgym.agents.policy.optimization import TrainingDivergedError
 from instructgym.agents.policy_gradient.grpo import GRPO, RLOO
-from instructgym.agents.policy_gradient.on_policy import TrainingDivergedError
 from instructgym.agents.policy_gradient.ppo import TokenPPO
 from instructgym.agents.supervised.sft import SFT, Demonstration
 from instructgym.envs.tokens.env import TokenEnv, TokenVectorEnv

@@ -57,7 +57,7 @@ def test_copies_equal_single_envs(mode, timing, observation):
 def test_stable_baselines3_takes_the_vector_form():
     from stable_baselines3 import PPO
 
-    from instructgym.envs.sb3 import VectorToVecEnv
+    from instructgym.agents.sb3.factory import VectorToVecEnv
 
     env = VectorToVecEnv(make(mode=AutoresetMode.SAME_STEP, observation="onehot", max_tokens=4))
     PPO("MlpPolicy", env, n_steps=8, batch_size=8, n_epochs=1, seed=0).learn(48)

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from instructgym.agents.policy.backend import PolicyBackend
 from instructgym.agents.policy.checkpoints import policy_from
-from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings, PolicyBackend
 from instructgym.agents.preferences.lists import rank_agreement, tokenize_lists
 from instructgym.envs.tasks.responses.candidates import RankedList, read_ranked_lists, write_ranked_lists
 from instructgym.experiments.runs.folder import read_json

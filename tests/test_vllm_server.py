@@ -196,14 +196,14 @@ def test_ppo_with_rollouts_on_it(vllm_url, constrained):
 
 def test_a_server_of_another_model_is_refused(vllm_url, tiny_model_path):
     policy = LanguageModelPolicy(str(tiny_model_path), LoraSettings(rank=4), dtype="float32")
-    from instructgym.agents.policy.distributed import Processes
+    from instructgym.agents.policy.optimization import Processes
 
     with pytest.raises(InputError, match=r"load_lora_adapter|another tokenizer|adapters need"):
         VLLMEngine([vllm_url]).take(policy, Processes())
 
 
 def test_a_rank_above_the_servers_is_refused(vllm_url):
-    from instructgym.agents.policy.distributed import Processes
+    from instructgym.agents.policy.optimization import Processes
 
     policy = LanguageModelPolicy("embedded", LoraSettings(rank=32), dtype="float32")
     with pytest.raises(InputError, match="max-lora-rank"):

@@ -2,18 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 
+from ...llm_backends.errors import check_choice
 from ..policy.language_model import TokenScores
-from ..policy.optimization import check_choice
 from ..rollouts.batch import TokenBatch
-from .advantages import group_advantages, leave_one_out_advantages
-from .losses import clipped_policy_loss, k3_penalty
-from .on_policy import MicroBatch, OnPolicyAgent, OnPolicySettings
+from .on_policy import (
+    MicroBatch,
+    OnPolicyAgent,
+    OnPolicySettings,
+    clipped_policy_loss,
+)
+
+
+def k3_penalty(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """The differentiable k3 estimate of KL(policy || reference), per token: q/p - 1 - log(q/p)."""
+    difference = reference - logprobs
+    return difference.expm1() - difference
+
+
+def group_advantages(returns: np.ndarray, groups: Sequence[str], scale: bool = True) -> np.ndarray:
+    """GRPO's advantages: return less the mean of its group, over the group's deviation (Shao et al. 2024, section 4.1).
+
+    Args:
+        returns: shape (episodes,).
+        groups: a group id per episode; a group of one gets 0.
+        scale: False leaves the deviation out, as Dr. GRPO (Liu et al. 2025) does.
+    """
+    advantages = np.zeros(len(returns), dtype=np.float32)
+    for members in _members(groups):
+        mine = np.asarray(returns, dtype=np.float64)[members]
+        centred = mine - mine.mean()
+        if scale and len(members) > 1:
+            centred = centred / (mine.std(ddof=1) + 1e-6)
+        advantages[members] = centred
+    return advantages
+
+
+def leave_one_out_advantages(returns: np.ndarray, groups: Sequence[str]) -> np.ndarray:
+    """RLOO's advantages: return less the mean of the *other* samples of its group (Ahmadian et al. 2024, eq. 9).
+
+    Args:
+        returns: shape (episodes,).
+        groups: a group id per episode; a group of one gets 0.
+    """
+    advantages = np.zeros(len(returns), dtype=np.float32)
+    for members in _members(groups):
+        if len(members) > 1:
+            mine = np.asarray(returns, dtype=np.float64)[members]
+            advantages[members] = mine - (mine.sum() - mine) / (len(members) - 1)
+    return advantages
+
+
+def _members(groups: Sequence[str]) -> list[np.ndarray]:
+    _, inverse = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+    return [np.flatnonzero(inverse == k) for k in range(int(inverse.max(initial=-1)) + 1)]
 
 
 @dataclass(frozen=True)

@@ -4,24 +4,92 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 
 from ...llm_backends import request_seed
-from ...llm_backends.errors import InputError
+from ...llm_backends.errors import InputError, check_at_least_zero
 from ..policy.language_model import TokenScores
-from ..policy.optimization import check_at_least_zero
+from ..policy.optimization import TrainingDivergedError
 from ..rollouts.agent import RolloutAgent, RolloutSettings
 from ..rollouts.batch import TokenBatch
-from .advantages import KLController, KLEstimator, effective_sample_size, kl_estimate
+
+KLEstimator = Literal["k1", "k3"]
+
+Total = Callable[[np.ndarray], np.ndarray]
+"""Sums a small array over all processes; the identity in one."""
 
 
-class TrainingDivergedError(RuntimeError):
-    """Every optimiser step of an update had a non-finite gradient."""
+def kl_estimate(logprobs: np.ndarray, reference: np.ndarray, estimator: KLEstimator = "k1") -> np.ndarray:
+    """Per-token estimate of KL(policy || reference) from tokens of the policy (Schulman 2020, "Approximating KL").
+
+    Args:
+        logprobs: float, any shape: by the policy that wrote the tokens, in nats.
+        reference: the same shape: by the reference policy.
+        estimator: ``k1``: log p - log q, unbiased, may be negative; ``k3``: q/p - 1 - log(q/p), never negative.
+    """
+    difference = reference - logprobs
+    if estimator == "k1":
+        return -difference
+    if estimator == "k3":
+        return np.expm1(difference) - difference
+    raise ValueError(f"kl estimator must be 'k1' or 'k3', got {estimator!r}")
+
+
+def whiten(
+    values: np.ndarray, mask: np.ndarray, shift_mean: bool = True, total: Total = lambda sums: sums
+) -> np.ndarray:
+    """Values divided by their standard deviation over the masked-in entries, less their mean; masked-out ones are 0.
+
+    Args:
+        values: float32, shape (tokens,).
+        mask: bool, shape (tokens,).
+        shift_mean: False leaves the mean as it is.
+        total: sums the moments over processes.
+    """
+    kept = values[mask].astype(np.float64)
+    count, first, second = total(np.array([len(kept), kept.sum(), (kept * kept).sum()]))
+    mean = first / max(count, 1)
+    deviation = np.sqrt(max(second / max(count, 1) - mean * mean, 0.0))
+    whitened = (values - mean) / (deviation + 1e-8) + (0.0 if shift_mean else mean)
+    return np.where(mask, whitened, 0.0).astype(np.float32)
+
+
+def effective_sample_size(weights: np.ndarray, total: Total = lambda sums: sums) -> float:
+    """Kish's effective share of samples, (sum w)^2 / (n sum w^2): 1 where all weights are equal; NaN without any.
+
+    Args:
+        weights: shape (tokens,).
+        total: sums the moments over processes.
+    """
+    weights = np.asarray(weights, dtype=np.float64)
+    count, first, second = total(np.array([len(weights), weights.sum(), (weights**2).sum()]))
+    return float(first**2 / (count * second)) if count * second else float("nan")
+
+
+@dataclass
+class KLController:
+    """The KL coefficient: fixed, or adapted to a target (Ziegler et al. 2019, section 2.2).
+
+    Args:
+        coefficient: where it starts.
+        target: mean KL per episode in nats to steer to; None keeps the coefficient.
+        horizon: episodes over which it adapts.
+    """
+
+    coefficient: float
+    target: float | None = None
+    horizon: int = 10_000
+
+    def update(self, kl: float, episodes: int) -> None:
+        """Takes one update's mean KL per episode and its number of episodes into account."""
+        if self.target is not None:
+            error = float(np.clip(kl / self.target - 1.0, -0.2, 0.2))
+            self.coefficient *= 1.0 + error * episodes / self.horizon
 
 
 @dataclass(frozen=True)
@@ -219,3 +287,22 @@ def _arguments(batch: TokenBatch, episodes: np.ndarray) -> tuple[list[np.ndarray
         [batch.responses[i] for i in episodes],
         [batch.allowed[i] for i in episodes],
     )
+
+
+def clipped_policy_loss(
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, clip: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """PPO's clipped surrogate, negated (Schulman et al. 2017, eq. 7).
+
+    Args:
+        logprobs: by the policy in training, shape (tokens,), with a graph.
+        old_logprobs: by the policy that wrote the tokens.
+        advantages: shape (tokens,).
+        clip: epsilon.
+
+    Returns:
+        The loss of each token, and whether clipping took its gradient (bool).
+    """
+    ratio = (logprobs - old_logprobs).exp()
+    free, bounded = ratio * advantages, ratio.clamp(1.0 - clip, 1.0 + clip) * advantages
+    return -torch.minimum(free, bounded), bounded < free

@@ -2,19 +2,99 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from ...llm_backends.errors import InputError
+from ...llm_backends.errors import InputError, check_at_least_zero, check_choice
 from ..policy.language_model import TokenScores
-from ..policy.optimization import check_at_least_zero, check_choice
 from ..rollouts.batch import TokenBatch
-from .advantages import KLController, KLEstimator, discounted_gae, explained_variance, whiten
-from .losses import clipped_policy_loss, clipped_value_loss
-from .on_policy import MicroBatch, OnPolicyAgent, OnPolicySettings
+from .on_policy import (
+    KLController,
+    KLEstimator,
+    MicroBatch,
+    OnPolicyAgent,
+    OnPolicySettings,
+    Total,
+    clipped_policy_loss,
+    whiten,
+)
+
+
+def clipped_value_loss(
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Half the squared error of the value function, the larger of plain and clipped (as in OpenAI's PPO2 code).
+
+    Args:
+        values: in training, shape (tokens,), with a graph.
+        old_values: at the time of the rollout.
+        returns: the targets.
+        clip: largest change of a value that counts; 0 turns clipping off.
+
+    Returns:
+        The loss of each token, and whether clipping took its gradient (bool).
+    """
+    plain = (values - returns).square()
+    if not clip:
+        return 0.5 * plain, torch.zeros_like(plain, dtype=torch.bool)
+    bounded = (old_values + (values - old_values).clamp(-clip, clip) - returns).square()
+    return 0.5 * torch.maximum(plain, bounded), bounded > plain
+
+
+def discounted_gae(
+    rewards: np.ndarray,
+    values: np.ndarray,
+    lengths: Sequence[int],
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    bootstrap: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Generalised advantage estimation over episodes of unequal lengths (Schulman et al. 2016, eq. 16).
+
+    Args:
+        rewards: float32, shape (tokens,).
+        values: float32, shape (tokens,): V of the state in which each token was chosen.
+        lengths: tokens of each episode; their sum is ``tokens``.
+        gamma: discount.
+        lam: lambda.
+        bootstrap: shape (episodes,): V of the state after the last token, for truncated episodes; zeros by default.
+
+    Returns:
+        advantages and returns (advantages + values), float32, shape (tokens,).
+    """
+    advantages = np.zeros_like(rewards, dtype=np.float64)
+    sizes = np.asarray(lengths, dtype=np.int64)
+    ends = np.cumsum(sizes)
+    starts = ends - sizes
+    next_value = np.zeros(len(sizes)) if bootstrap is None else np.asarray(bootstrap, dtype=np.float64).copy()
+    running = np.zeros(len(sizes))
+    for back in range(1, int(sizes.max(initial=0)) + 1):  # all episodes at once, from their ends
+        live = np.flatnonzero(ends - back >= starts)
+        at = ends[live] - back
+        delta = rewards[at] + gamma * next_value[live] - values[at]
+        running[live] = delta + gamma * lam * running[live]
+        advantages[at] = running[live]
+        next_value[live] = values[at]
+    return advantages.astype(np.float32), (advantages + values).astype(np.float32)
+
+
+def explained_variance(values: np.ndarray, returns: np.ndarray, total: Total = lambda sums: sums) -> float:
+    """1 - Var(returns - values) / Var(returns); NaN where the returns do not vary, or there are none.
+
+    Args:
+        values: shape (tokens,).
+        returns: shape (tokens,).
+        total: sums the moments over processes.
+    """
+    returns = np.asarray(returns, dtype=np.float64)
+    errors = returns - values
+    count, *moments = total(np.array([len(returns), *(m for x in (returns, errors) for m in (x.sum(), (x * x).sum()))]))
+    spread, unexplained = (s / max(count, 1) - (f / max(count, 1)) ** 2 for f, s in (moments[:2], moments[2:]))
+    return float("nan") if spread <= 1e-12 else float(1.0 - unexplained / spread)
 
 
 @dataclass(frozen=True)

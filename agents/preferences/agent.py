@@ -10,9 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ...llm_backends import request_seed
-from ...llm_backends.errors import InputError
-from ..policy.optimization import check_at_least_zero
-from ..policy_gradient.on_policy import TrainingDivergedError
+from ...llm_backends.errors import InputError, check_at_least_zero
+from ..policy.optimization import TrainingDivergedError
 from ..rollouts.agent import RolloutAgent, RolloutSettings
 from ..rollouts.batch import TokenBatch
 from .losses import LOSSES

@@ -13,11 +13,10 @@ from scipy.special import expit
 from scipy.stats import rankdata
 from torch.utils.checkpoint import checkpoint
 
-from ...llm_backends.errors import InputError
+from ...llm_backends.errors import InputError, check_at_least_zero, check_choice
 from ...llm_backends.local.causal_lm import token_budget_chunks
 from ...llm_backends.training.teacher_forcing import SHARED_PREFIX
 from ..policy.language_model import LanguageModelPolicy
-from ..policy.optimization import check_at_least_zero, check_choice
 from ..supervised.trainer import SupervisedSettings, SupervisedTrainer
 from .losses import LOSSES, PAIRINGS, UNRANKED, CandidateLists, Pairing, nll
 

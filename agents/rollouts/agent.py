@@ -14,14 +14,13 @@ from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 
+from ...envs.process import InvalidRewardRateError
 from ...llm_backends import Completion, Sampling, request_seed
-from ...llm_backends.errors import InputError
+from ...llm_backends.errors import InputError, check_at_least_zero
 from ...llm_backends.local.sampling import Choices
 from ..policy.checkpoints import POLICY_FOLDER, STATE, policy_from, read_checkpoint, read_state, write_checkpoint
-from ..policy.distributed import Processes
 from ..policy.language_model import LanguageModelPolicy
-from ..policy.optimization import Optimizer, OptimizerSettings, check_at_least_zero
-from ..sb3.callbacks import InvalidRewardRateError
+from ..policy.optimization import Optimizer, OptimizerSettings, Processes
 from .batch import RolloutStatistics, TokenBatch, collect
 from .engine import RolloutEngine
 

@@ -18,8 +18,8 @@ from ...llm_backends import BackendError, Completion, Sampling, request_seed
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.sampling import Choices
 from ...llm_backends.serving.vllm_server import TokenSampling, VLLMServerBackend
-from ..policy.distributed import Processes
 from ..policy.language_model import POLICY, LanguageModelPolicy
+from ..policy.optimization import Processes
 
 PROBE = "The film is good, and its end is better than its beginning."
 """Scored by server and policy alike, to see whether they are of one model."""

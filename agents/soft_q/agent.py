@@ -3,25 +3,117 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 
 from ...llm_backends import request_seed
-from ...llm_backends.errors import InputError
+from ...llm_backends.errors import InputError, check_at_least_zero, check_choice
 from ..policy.checkpoints import POLICY_FOLDER
-from ..policy.optimization import check_at_least_zero, check_choice
-from ..policy_gradient.on_policy import TrainingDivergedError
+from ..policy.optimization import TrainingDivergedError
 from ..rollouts.agent import RolloutAgent, RolloutSettings
 from ..rollouts.batch import TokenBatch
-from .path_consistency import Consistency, multi_step, path_consistency, single_step
-from .replay import Episode, ReplayBuffer
 from .target_policy import TargetPolicy, policy_logits, reference_logits
+
+
+class Episode(NamedTuple):
+    """An episode that is over."""
+
+    prompt: Sequence[int]
+    """Token ids."""
+    response: Sequence[int]
+    """Token ids, not empty."""
+    value: float
+    """The return, as the env paid it."""
+    group: str
+    """Episodes of one group are about the same prompt."""
+
+
+class ReplayBuffer:
+    """The last episodes, from which some are drawn, all with the same probability.
+
+    Args:
+        capacity: how many are kept; the oldest go first.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._episodes: deque[Episode] = deque(maxlen=capacity)
+
+    def __len__(self) -> int:
+        return len(self._episodes)
+
+    def add(self, episodes: Iterable[Episode]) -> None:
+        """Keeps episodes, the agent's own or those of others."""
+        self._episodes.extend(episodes)
+
+    def draw(self, count: int, generator: np.random.Generator) -> list[Episode]:
+        """That many different episodes, all of them if there are fewer."""
+        chosen = generator.choice(len(self), size=min(count, len(self)), replace=False)
+        return [self._episodes[i] for i in chosen]
+
+    def state(self) -> list[list[Any]]:
+        """The episodes, JSON-able."""
+        return [list(episode) for episode in self._episodes]
+
+    def load_state(self, state: Iterable[Sequence[Any]]) -> None:
+        """Continues from :meth:`state`."""
+        self._episodes.clear()
+        self.add(Episode(*row) for row in state)
+
+
+Consistency = Literal["single", "multi", "both"]
+"""``single``: between a token and the next; ``multi``: between a token and the end; ``both``: the mean of the two."""
+
+
+def single_step(
+    advantages: torch.Tensor, values: torch.Tensor, rewards: torch.Tensor, lengths: Sequence[int]
+) -> torch.Tensor:
+    """(A_t - (V_{t+1} - V_t))^2, at the last token (A_T - (r - V_T))^2 (their single-step PCL).
+
+    Args:
+        advantages: A, shape (tokens,), episode after episode.
+        values: V of the states in which the tokens were chosen, shape (tokens,), of the target network.
+        rewards: of each episode, shape (episodes,).
+        lengths: tokens of each episode, none 0.
+
+    Returns:
+        the loss of each token, shape (tokens,).
+    """
+    ends = torch.tensor(lengths, device=values.device).cumsum(0) - 1
+    following = values.roll(-1).index_copy(0, ends, rewards.to(values.dtype))
+    return (advantages - (following - values)) ** 2
+
+
+def multi_step(
+    advantages: torch.Tensor, values: torch.Tensor, rewards: torch.Tensor, lengths: Sequence[int]
+) -> torch.Tensor:
+    """(sum_{l >= t} A_l - (r - V_t))^2 (their multi-step PCL); arguments and result as of :func:`single_step`."""
+    rest = torch.cat([part.flip(0).cumsum(0).flip(0) for part in advantages.split(list(lengths))])
+    paid = rewards.to(values.dtype).repeat_interleave(torch.tensor(lengths, device=values.device))
+    return (rest - (paid - values)) ** 2
+
+
+def path_consistency(
+    kind: Consistency,
+    advantages: torch.Tensor,
+    values: torch.Tensor,
+    rewards: torch.Tensor,
+    lengths: Sequence[int],
+) -> torch.Tensor:
+    """The loss of each token by one of the two or by both, shape (tokens,); arguments as of :func:`single_step`."""
+    given = (advantages, values, rewards, lengths)
+    if kind == "single":
+        return single_step(*given)
+    if kind == "multi":
+        return multi_step(*given)
+    return (single_step(*given) + multi_step(*given)) / 2
+
 
 ZSCORE_EPSILON = 1e-4
 """Added to the deviation, as in RLPrompt's code."""
@@ -88,7 +180,7 @@ class SoftQ(RolloutAgent):
     """Soft Q-learning: the logits are action values, their logsumexp is the state's, and softmax of them is the policy.
 
     Each token's loss asks for consistency with the next state, or with all that follows up to the end
-    (:mod:`~instructgym.agents.soft_q.path_consistency`), with V of a target network that follows the policy slowly.
+    (:mod:`~instructgym.agents.soft_q.agent`), with V of a target network that follows the policy slowly.
     Sums over the tokens of an episode, means over episodes. The optimum is consistent on every episode, whoever wrote
     it: under ``top_k`` sampling, by an earlier policy, by others. :attr:`replay` keeps past ones, where
     ``replay_ratio`` is above 0, and takes those of others.

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...llm_backends.errors import InputError
+from ...llm_backends.errors import InputError, check_at_least_zero
 from ..policy.language_model import LanguageModelPolicy
-from ..policy.optimization import check_at_least_zero
-from ..reward_modelling.trainer import TokenizedPair, pair_micro_batches
+from .reward_modelling import TokenizedPair, pair_micro_batches
 from .trainer import SupervisedSettings, SupervisedTrainer
 
 
@@ -91,7 +90,7 @@ class FIGA(SupervisedTrainer):
         """Trains.
 
         Args:
-            pairs: as of :func:`~instructgym.agents.reward_modelling.trainer.tokenize_pairs`, by the policy's tokenizer.
+            pairs: as of :func:`~instructgym.agents.supervised.reward_modelling.tokenize_pairs`, tokenized for it.
             callback: called after every optimiser step; returning False stops training.
 
         Raises:

@@ -14,9 +14,7 @@ from stable_baselines3.common.logger import Logger
 from ...llm_backends import request_seed
 from ...llm_backends.errors import InputError
 from ..policy.checkpoints import Trainable, read_checkpoint, write_checkpoint
-from ..policy.distributed import Processes
-from ..policy.optimization import Optimizer, OptimizerSettings
-from ..policy_gradient.on_policy import TrainingDivergedError
+from ..policy.optimization import Optimizer, OptimizerSettings, Processes, TrainingDivergedError
 
 
 @dataclass(frozen=True)

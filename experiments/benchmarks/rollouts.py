@@ -14,8 +14,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ...agents.policy.distributed import Processes
 from ...agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from ...agents.policy.optimization import Processes
 from ...agents.rollouts.engine import VLLMEngine
 from ...llm_backends import BackendError, Sampling, request_seed
 from ...llm_backends.errors import InputError

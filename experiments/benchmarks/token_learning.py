@@ -107,7 +107,7 @@ def tokens_of_sb3(seed: int, learning_rate: float = THEIRS_RATE) -> int:
     from stable_baselines3 import PPO
     from stable_baselines3.common.vec_env import VecMonitor
 
-    from ...envs.sb3 import VectorToVecEnv
+    from ...agents.sb3.factory import VectorToVecEnv
 
     env = VecMonitor(VectorToVecEnv(counting_env(observation="onehot", autoreset_mode="SameStep")))
     agent = PPO(

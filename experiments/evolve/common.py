@@ -10,8 +10,8 @@ from typing import Any
 
 import gymnasium as gym
 
+from ...agents.sb3.factory import VectorToVecEnv, make_sb3_env
 from ...envs.edit.operators import LLMOperator
-from ...envs.sb3 import VectorToVecEnv, make_sb3_env
 from ...envs.tasks.instruction.seeds import Instruction, load_instructions
 from ...llm_backends import Backend, Journal
 from ...llm_backends.errors import InputError

@@ -18,7 +18,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ...agents.sb3.callbacks import StepProgress
 from ...agents.sb3.factory import BASELINES, check_algorithm, make_agent
 from ...agents.sb3.policy_io import load_policy
 from ...envs.tasks.instruction.seeds import Instruction
@@ -29,6 +28,7 @@ from ..runs.folder import RowWriter, RunFolder, read_json, write_json
 from ..runs.metrics import interval
 from ..runs.options import input_errors
 from ..runs.plots import plot_comparison
+from ..runs.progress import StepProgress
 from ..runs.resumption import accounted
 from ..runs.tracking import Tracker
 from .common import EnvOptions, check_context, identity, load_seeds, make_env, roles_of

@@ -17,13 +17,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ...agents.sb3.callbacks import StepProgress
 from ...agents.sb3.policy_io import load_policy
 from ...llm_backends import Journal, request_seed
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
 from ..runs.folder import RowWriter, RunFolder, read_json
 from ..runs.options import RunOptions, check_output, input_errors
+from ..runs.progress import StepProgress
 from ..runs.resumption import TimeLimit, replayed
 from ..runs.tracking import Tracker
 from .common import Roles, check_context, describe, identity, load_seeds, roles_of

@@ -13,9 +13,9 @@ from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecNormalize, unwrap_vec_normalize
 
 from ...agents.sb3.baselines import BaselineAgent
+from ...agents.sb3.factory import VectorToVecEnv
 from ...envs.edit.operators import tidy
 from ...envs.edit.process import EditProcess, Transition
-from ...envs.sb3 import VectorToVecEnv
 from ...envs.tasks.instruction.seeds import Instruction
 from ...llm_backends import BackendError, Message, Sampling, request_seed, resolve
 from ...rewards import RougeGate, eliminated_by

@@ -17,7 +17,7 @@ from rich.console import Console
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 
-from ...agents.sb3.callbacks import EpisodeRows, InvalidRewardGuard, ShowProgress, StepProgress, StopAtDeadline
+from ...agents.sb3.callbacks import EpisodeRows, InvalidRewardGuard, StopAtDeadline
 from ...agents.sb3.factory import check_algorithm, make_agent
 from ...agents.sb3.policy_io import normalize_observations, save_policy
 from ...llm_backends import Journal
@@ -26,6 +26,7 @@ from ...llm_backends.records import read_records
 from ..runs.folder import RowWriter, RunFolder
 from ..runs.options import input_errors
 from ..runs.plots import plot_training
+from ..runs.progress import ShowProgress, StepProgress
 from ..runs.resumption import replayed
 from ..runs.tracking import Tracker
 from .common import EnvOptions, check_context, describe, identity, load_seeds, make_env, roles_of

@@ -9,8 +9,8 @@ from rich.console import Console
 
 from ...agents.policy.checkpoints import read_state
 from ...agents.policy.language_model import SETTINGS
-from ...agents.reward_modelling.trainer import tokenize_pairs
 from ...agents.supervised.figa import FIGA
+from ...agents.supervised.reward_modelling import tokenize_pairs
 from ...llm_backends.errors import InputError
 from ...rewards.learned.edits import read_pairs
 from ..runs.options import check_counts

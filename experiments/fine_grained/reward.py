@@ -11,7 +11,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from ...agents.policy.language_model import LoraSettings
-from ...agents.reward_modelling.trainer import RewardTrainer, TokenizedPair, evaluate_reward_model, tokenize_pairs
+from ...agents.supervised.reward_modelling import RewardTrainer, TokenizedPair, evaluate_reward_model, tokenize_pairs
 from ...llm_backends.errors import InputError
 from ...rewards.learned.edits import read_pairs
 from ...rewards.learned.token_reward import RewardModel

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from ...agents.policy.distributed import Processes
+from ...agents.policy.optimization import Processes
 from ...llm_backends.errors import InputError
 from ..runs.options import check_output
 from .edit import Editing, FineGrainedEdit

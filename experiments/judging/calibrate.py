@@ -16,7 +16,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ...agents.sb3.callbacks import StepProgress
 from ...llm_backends import Backend, Journaled, request_seed, resolve
 from ...llm_backends.errors import InputError
 from ...rewards.judges.pairwise import Pair, both_orders, compare, pair_question, pairwise_prompt
@@ -32,6 +31,7 @@ from ...rewards.judges.verdict import (
 from ..runs.folder import RowWriter, RunFolder
 from ..runs.options import RunOptions, input_errors, parse_part
 from ..runs.plots import plot_calibration
+from ..runs.progress import StepProgress
 from ..runs.resumption import TimeLimit, replayed
 from ..runs.tracking import Tracker
 from .measures import Judgement, count, measure

@@ -11,8 +11,8 @@ import gymnasium as gym
 import numpy as np
 from rich.console import Console
 
-from ...agents.policy.distributed import Processes
 from ...agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from ...agents.policy.optimization import Processes
 from ...agents.policy_gradient.grpo import GRPO, RLOO
 from ...agents.policy_gradient.ppo import TokenPPO
 from ...agents.rollouts.agent import RolloutAgent

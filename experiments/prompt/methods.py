@@ -14,15 +14,14 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from ...agents.reflective import MAX_TOKENS, PromptAdapter, reflective_search
 from ...agents.sb3.baselines import random_actions
-from ...agents.sb3.callbacks import StepProgress
-from ...agents.sb3.factory import make_agent
-from ...envs.sb3 import make_sb3_env
+from ...agents.sb3.factory import make_agent, make_sb3_env
 from ...envs.tasks.prompt_search.tasks import PromptTask, minibatch
 from ...llm_backends import Backend, ContextLengthError
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import append_lines
 from ...rewards.prompt_scoring.scorer import CallLimitError, LimitedScorer, TaskResult
 from ...rewards.prompt_scoring.task_prompt import LabelledExample, TaskPrompt
+from ..runs.progress import StepProgress
 
 PROPOSED = 2
 """Prompts of a round that are validated, at most."""

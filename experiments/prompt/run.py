@@ -8,7 +8,6 @@ from typing import Any, Literal, cast
 
 from rich.console import Console
 
-from ...agents.sb3.callbacks import StepProgress
 from ...envs.tasks.prompt_search.tasks import PromptTask, load_prompt_task, minibatch
 from ...llm_backends import Backend, Journal, Journaled
 from ...llm_backends.errors import InputError
@@ -17,6 +16,7 @@ from ...llm_backends.records import read_records, write_lines
 from ...rewards.prompt_scoring.scorer import LimitedScorer, TaskScorer, calibration_method, check_batch
 from ..runs.folder import RunFolder, read_json
 from ..runs.options import SCALES, check_counts, check_run, input_errors, parse_part
+from ..runs.progress import StepProgress
 from ..runs.resumption import accounted, journaled_roles
 from ..runs.tracking import Tracker
 from .methods import METHODS, PromptSearch, least_calls, longest_instruction, run_search, validation_set

@@ -15,7 +15,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ...agents.sb3.callbacks import StepProgress
 from ...envs.tasks.instruction.instances import instance_prompt
 from ...envs.tasks.instruction.pool import (
     DEMONSTRATIONS,
@@ -32,6 +31,7 @@ from ..evolve.common import identity
 from ..runs.folder import RowWriter, RunFolder
 from ..runs.metrics import distinct_n, mean_pairwise_distance
 from ..runs.options import RunOptions, check_counts, input_errors, parse_part
+from ..runs.progress import StepProgress
 from ..runs.resumption import TimeLimit, journaled_roles, replayed
 from ..runs.tracking import Tracker
 from .instruction_bootstrap import Bootstrapper, BootstrapSettings, Rows

@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from ...agents.sb3.callbacks import StepProgress
+from .progress import StepProgress
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import (append_lines, read_records, write_lines)
 

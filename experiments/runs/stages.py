@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from ...agents.policy.distributed import Processes
+from ...agents.policy.optimization import Processes
 from ...agents.policy.language_model import SETTINGS
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.tokenization import (EmbeddedTokenizer, Tokenizer)

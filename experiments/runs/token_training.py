@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Console
 
 from ...agents.policy.checkpoints import (latest_checkpoint, replace_checkpoint)
-from ...agents.policy.distributed import Processes
+from ...agents.policy.optimization import Processes
 from ...agents.rollouts.agent import RolloutAgent
-from ...agents.sb3.callbacks import StepProgress
+from .progress import StepProgress
 from ...agents.supervised.trainer import SupervisedTrainer
 from .folder import (RowWriter, RunFolder, read_json, write_json)
 from .tracking import Tracker

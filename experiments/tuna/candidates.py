@@ -15,8 +15,8 @@ from typing import Any, Literal
 import numpy as np
 from rich.console import Console
 
-from ...agents.policy.backend import PolicyBackend
 from ...agents.policy.checkpoints import policy_from
+from ...agents.policy.language_model import PolicyBackend
 from ...envs.tasks.instruction.data import InstructionExample, prompt_text, read_instruction_data, request_text
 from ...envs.tasks.responses.candidates import Candidates, DiverseSampling, sample_candidates
 from ...llm_backends import Backend, BackendError, ContextLengthError, Journal, Prompt

@@ -45,7 +45,7 @@ class RewardModel:
 
     The reward of token t is the head on the hidden state *after* token t was read: what an action earns depends on the
     action, EOS included. It never depends on later tokens, so a prefix's rewards are those within the whole response.
-    A new model scores everything 0; :class:`~instructgym.agents.reward_modelling.trainer.RewardTrainer` trains it.
+    A new model scores everything 0; :class:`~instructgym.agents.supervised.reward_modelling.RewardTrainer` trains it.
 
     Args:
         model: ``"embedded"``, a local path or hub id, a live :class:`CausalLM` (which is then changed in place), or a
