@@ -11,7 +11,8 @@ from ..llm_backends import resolve
 from ..llm_backends.errors import InputError
 from ..rewards.elimination import check_rules
 from ..rewards.prompt_scoring.rewards import TaskGain
-from ..rewards.prompt_scoring.scorer import TaskPrompt, TaskScorer
+from ..rewards.prompt_scoring.scorer import TaskScorer
+from ..rewards.prompt_scoring.task_prompt import TaskPrompt
 from .edit.env import TextEditEnv, TextEditVectorEnv
 from .edit.process import EditObservation, EditSettings, make_observation
 from .process import check_copies, check_on_invalid

@@ -79,7 +79,7 @@ from .refine_af.bootstrap import RefineAFBootstrap
 from .refine_af.generate import RefineAFGenerate
 from .refine_af.run import RefineAFEvaluate, RefineAFFinetune, RefineAFReport, RefineAFRun
 from .refine_af.train import RefineAFTrain
-from .runs.deadline import in_time
+from .runs.training import in_time
 from .serving import check as serve_check
 from .serving.check import ServeCheck
 from .teaching import evaluate, finetune, privacy
@@ -487,8 +487,7 @@ def main(args: Sequence[str] | None = None) -> None:
 def guarded(work: Any) -> int:
     """Runs ``work(console)`` and turns errors that a user can mend into one line on stderr and an exit code."""
     from ..agents.policy.optimization import TrainingDivergedError
-    from ..envs.edit.process import InvalidRewardError
-    from ..envs.process import InvalidRewardRateError
+    from ..envs.process import InvalidRewardError, InvalidRewardRateError
     from ..llm_backends.serving.budget import BudgetExceededError
 
     console = Console()

@@ -52,13 +52,10 @@ def register_kind(kind: str, base: type | str, from_callable: Callable[..., Any]
     _KINDS[kind] = (base, from_callable)
 
 
-def _kind(kind: str) -> tuple[type, Callable[..., Any] | None]:
-    base, from_callable = (_load(item) if isinstance(item, str) else item for item in _KINDS[kind])
-    _KINDS[kind] = (base, from_callable)
-    return base, from_callable
-
-
-def _load(entry_point: str) -> Any:
+def _load(entry_point: Any) -> Any:
+    """What ``"module:attribute"`` names; anything else as it is."""
+    if not isinstance(entry_point, str):
+        return entry_point
     module, _, attribute = entry_point.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
@@ -79,7 +76,7 @@ def resolve(kind: str, value: Any, **defaults: Any) -> Any:
     Raises:
         UnknownPartError: if there is no such id, module or factory, or the factory returns something of another kind.
     """
-    base, from_callable = _kind(kind)
+    base, from_callable = _load(_KINDS[kind][0]), _KINDS[kind][1]
     if isinstance(value, base):
         return value
     if isinstance(value, Mapping):
@@ -90,14 +87,14 @@ def resolve(kind: str, value: Any, **defaults: Any) -> Any:
     if isinstance(value, str):
         return _build(kind, value, {}, defaults)
     if callable(value) and from_callable is not None:
-        return from_callable(value)
+        return _load(from_callable)(value)
     choices = [*map(repr, part_ids(kind)), "'module:factory'", '{"id": ..., "kwargs": {...}}', f"a {base.__name__}"]
     choices += ["a callable"] if from_callable is not None else []
     raise UnknownPartError(f"{value!r} is no {kind}: pass {', '.join(choices[:-1])} or {choices[-1]}")
 
 
 def _build(kind: str, name: str, kwargs: dict[str, Any], defaults: dict[str, Any]) -> Any:
-    base, from_callable = _kind(kind)
+    base, from_callable = _load(_KINDS[kind][0]), _KINDS[kind][1]
     entry_point = _ENTRY_POINTS.get(kind, {}).get(name, name)
     if not all(entry_point.partition(":")):
         raise UnknownPartError(f"unknown {kind} {name!r}: use one of {part_ids(kind)} or 'module:factory'")
@@ -117,5 +114,5 @@ def _build(kind: str, name: str, kwargs: dict[str, Any], defaults: dict[str, Any
     if isinstance(part, base):
         return part
     if callable(part) and from_callable is not None:
-        return from_callable(part)
+        return _load(from_callable)(part)
     raise UnknownPartError(f"{kind} {name!r} returned a {type(part).__name__}, expected a {base.__name__}")

@@ -21,7 +21,8 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_SOURCE = (".*", "__pycache__", "*.egg-info", "build", "dist", "runs", "wandb")
+NOT_SOURCE = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist")
+WRITTEN = ("runs", "wandb")  # by experiments, at the top; experiments/runs is source
 
 
 def check_installed_package(checkout: Path) -> None:
@@ -61,7 +62,11 @@ def copy_sources(destination: Path) -> None:
     try:
         listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     except (FileNotFoundError, subprocess.CalledProcessError):
-        shutil.copytree(ROOT, destination, ignore=shutil.ignore_patterns(*NOT_SOURCE))
+
+        def left_out(folder: str, names: list[str]) -> set[str]:
+            return NOT_SOURCE(folder, names) | (set(WRITTEN) if Path(folder) == ROOT else set())
+
+        shutil.copytree(ROOT, destination, ignore=left_out)
         return
     for name in filter(None, listing.split("\0")):
         if (ROOT / name).is_file():

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from stable_baselines3.common.logger import KVWriter, Logger
 
-from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from instructgym.agents.policy.language_model import LanguageModelPolicy
 from instructgym.agents.policy.optimization import Processes
 from instructgym.agents.policy_gradient.grpo import GRPO, RLOO
 from instructgym.agents.policy_gradient.ppo import TokenPPO
@@ -26,6 +26,7 @@ from instructgym.envs.tokens.env import TokenVectorEnv
 from instructgym.envs.tokens.episode import PromptExample
 from instructgym.envs.tokens.process import TokenSettings
 from instructgym.llm_backends.errors import InputError
+from instructgym.llm_backends.training.adapters import LoraSettings
 from instructgym.rewards import Reward, Score
 from instructgym.rewards.learned.edits import EditedPair
 from instructgym.rewards.learned.reward_model import RewardModel

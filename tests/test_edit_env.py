@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 import instructgym  # noqa: F401 - registers the ids
 from instructgym.envs.edit.operators import Edit, LLMOperator, Operator, load_operations, operation_names, tidy
-from instructgym.envs.edit.process import InvalidRewardError
-from instructgym.envs.process import Unicode
+from instructgym.envs.process import InvalidRewardError, Unicode
 from instructgym.llm_backends import BackendError, Completion, ContextLengthError, ScriptedBackend
 from instructgym.rewards import FunctionReward, Score
 

@@ -5,12 +5,13 @@ import pytest
 import torch
 from stable_baselines3.common.logger import KVWriter, Logger
 
-from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from instructgym.agents.policy.language_model import LanguageModelPolicy
 from instructgym.agents.supervised.figa import FIGA, FIGASettings, figa_weights
 from instructgym.agents.supervised.reward_modelling import TokenizedPair, tokenize_pairs
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.causal_lm import CausalLM
 from instructgym.llm_backends.local.tokenization import WordTokenizer
+from instructgym.llm_backends.training.adapters import LoraSettings
 from instructgym.rewards.learned.edits import EditedPair
 from tests.conftest import build_model
 

@@ -19,7 +19,7 @@ from instructgym.experiments.fine_grained import run as fine_grained_run
 from instructgym.experiments.fine_grained import sft as fine_grained_sft
 from instructgym.experiments.fine_grained.common import ENV_ID, load_policy
 from instructgym.experiments.fine_grained.evaluate import win_rate
-from instructgym.experiments.runs import token_training
+from instructgym.experiments.runs import training as token_training
 from instructgym.experiments.runs.responses import respond
 from instructgym.llm_backends import request_seed
 from instructgym.llm_backends.errors import InputError

@@ -11,9 +11,9 @@ from rich.console import Console
 from instructgym.agents.policy.checkpoints import policy_from
 from instructgym.envs.tasks.instruction.data import InstructionExample
 from instructgym.envs.tasks.instruction.evaluation import load_evaluation_tasks
-from instructgym.experiments.runs import token_training
+from instructgym.experiments.runs import training as token_training
 from instructgym.experiments.teaching import evaluate, finetune
-from instructgym.experiments.teaching.arms import find_arms
+from instructgym.experiments.teaching.evaluate import find_arms
 from instructgym.experiments.teaching.finetune import demonstrations, split_rows
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.tokenization import ByteTokenizer, LoadedTokenizer

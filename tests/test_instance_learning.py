@@ -4,11 +4,12 @@ import gymnasium as gym
 import numpy as np
 
 import instructgym  # noqa: F401
-from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from instructgym.agents.policy.language_model import LanguageModelPolicy
 from instructgym.agents.policy_gradient.ppo import TokenPPO
 from instructgym.envs.tokens.episode import PromptExample
 from instructgym.llm_backends.local.causal_lm import CausalLM
 from instructgym.llm_backends.local.tokenization import WordTokenizer
+from instructgym.llm_backends.training.adapters import LoraSettings
 from instructgym.rewards import LinearReward
 from tests.conftest import build_model
 

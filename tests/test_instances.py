@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from instructgym.envs.tasks.instruction.instances import (
     MAX_INSTANCES,
     STOPS,
-    Instance,
     clean,
     instance_prompt,
     order_for,
@@ -15,6 +14,7 @@ from instructgym.envs.tasks.instruction.instances import (
     parse_instances,
     parse_output_first,
 )
+from instructgym.rewards.quality.instance_format import Instance
 
 I = Instance  # noqa: E741
 

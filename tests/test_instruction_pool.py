@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instructgym.envs.tasks.instruction.instances import Instance
 from instructgym.envs.tasks.instruction.pool import (
     FILTERS,
     InstructionPool,
@@ -22,6 +21,7 @@ from instructgym.envs.tasks.instruction.pool import (
 from instructgym.envs.tasks.instruction.seeds import SeedFileError
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.records import read_records
+from instructgym.rewards.quality.instance_format import Instance
 from instructgym.rewards.texts.rouge import RougeGate
 
 THINGS = "tides rain snow wind hail fog dew frost heat mist".split()

@@ -13,11 +13,9 @@ from scipy import stats
 
 from instructgym.experiments.cli import main
 from instructgym.experiments.judging import calibrate as judge
-from instructgym.experiments.judging.calibrate import JudgeCalibrate
-from instructgym.experiments.judging.measures import Judgement, count, measure
-from instructgym.experiments.judging.pairs import LabelledPair, read_pairs
-from instructgym.experiments.runs.metrics import auc, wilson
-from instructgym.experiments.runs.plots import plot_calibration
+from instructgym.experiments.judging.calibrate import JudgeCalibrate, plot_calibration
+from instructgym.experiments.judging.measures import Judgement, LabelledPair, count, measure, read_pairs
+from instructgym.experiments.runs.statistics import auc, wilson
 from instructgym.llm_backends import FunctionBackend, ScriptedBackend
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.records import read_records

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from instructgym.agents.policy.language_model import POLICY, VALUE, LanguageModelPolicy, LoraSettings
+from instructgym.agents.policy.language_model import POLICY, VALUE, LanguageModelPolicy
 from instructgym.llm_backends.base import Sampling
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.causal_lm import CausalLM
 from instructgym.llm_backends.local.sampling import Choices
 from instructgym.llm_backends.local.tokenization import WordTokenizer
+from instructgym.llm_backends.training.adapters import LoraSettings
 from tests.conftest import build_model
 
 WORDS = ("red", "blue", "sea", "sky", "end")

@@ -6,10 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import auc as area
 
-from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from instructgym.agents.policy.language_model import LanguageModelPolicy
 from instructgym.agents.supervised.sft import Demonstration
 from instructgym.experiments.teaching.membership import attack_metrics, attack_scores, length_shift, roc, score_rows
 from instructgym.llm_backends.errors import InputError
+from instructgym.llm_backends.training.adapters import LoraSettings
 
 SCORES = st.lists(st.integers(-4, 4).map(float), min_size=1, max_size=12)
 

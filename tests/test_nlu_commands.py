@@ -15,7 +15,7 @@ from instructgym.experiments.cli import main
 from instructgym.experiments.nlu import report as nlu_report
 from instructgym.experiments.nlu import run as nlu
 from instructgym.experiments.nlu.run import NLU
-from instructgym.experiments.runs import token_training
+from instructgym.experiments.runs import training as token_training
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.records import read_records
 

@@ -6,10 +6,11 @@ import random
 import pytest
 from rich.console import Console
 
-from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from instructgym.agents.policy.language_model import LanguageModelPolicy
 from instructgym.experiments.teaching import finetune, membership, privacy
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.records import read_records
+from instructgym.llm_backends.training.adapters import LoraSettings
 
 QUIET = Console(quiet=True)
 ROWS = 24

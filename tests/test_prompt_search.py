@@ -11,11 +11,10 @@ from instructgym.agents.reflective import PromptAdapter, reflective_search
 from instructgym.experiments.prompt import run as prompt
 from instructgym.experiments.prompt.compare import PromptCompare
 from instructgym.experiments.prompt.compare import run as compare
-from instructgym.experiments.prompt.methods import METHODS, PromptSearch, best_prompts, run_search
+from instructgym.experiments.prompt.methods import METHODS, PromptSearch, best_prompts, incumbents, run_search
 from instructgym.experiments.prompt.report import PromptReport
 from instructgym.experiments.prompt.report import run as report
 from instructgym.experiments.prompt.run import PromptRun
-from instructgym.experiments.prompt.testing import incumbents
 from instructgym.experiments.runs.folder import read_json
 from instructgym.llm_backends import BackendError, ContextLengthError, ScriptedBackend
 from instructgym.llm_backends.errors import InputError

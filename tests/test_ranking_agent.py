@@ -9,7 +9,7 @@ import torch
 from agent_cases import logged, same, undisturbed_and_restored
 
 import instructgym  # noqa: F401  (registers the envs)
-from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from instructgym.agents.policy.language_model import LanguageModelPolicy
 from instructgym.agents.policy.optimization import TrainingDivergedError
 from instructgym.agents.preferences.agent import RankingAgent
 from instructgym.agents.preferences.trainer import RankedCandidates, RankingTrainer
@@ -17,6 +17,7 @@ from instructgym.envs.tokens.episode import PromptExample
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.causal_lm import CausalLM
 from instructgym.llm_backends.local.tokenization import WordTokenizer
+from instructgym.llm_backends.training.adapters import LoraSettings
 from instructgym.rewards import RankReward, Reward, Score
 from tests.conftest import build_model
 

@@ -8,12 +8,13 @@ import torch
 from scipy.stats import kendalltau
 from stable_baselines3.common.logger import KVWriter, Logger
 
-from instructgym.agents.policy.language_model import POLICY, LanguageModelPolicy, LoraSettings
+from instructgym.agents.policy.language_model import POLICY, LanguageModelPolicy
 from instructgym.agents.preferences.losses import LOSSES
 from instructgym.agents.preferences.trainer import RankedCandidates, RankingTrainer
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.causal_lm import CausalLM
 from instructgym.llm_backends.local.tokenization import WordTokenizer
+from instructgym.llm_backends.training.adapters import LoraSettings
 from tests.conftest import build_model
 
 TOKENIZER = WordTokenizer(words=("red", "blue", "sea", "sky", "end"), positions=64)

@@ -13,19 +13,18 @@ from rich.console import Console
 from scripted_tasks import bootstrapping, sentence
 from test_resume import command, journal_keys, run_with_kills
 
-from instructgym.envs.tasks.instruction.instances import Instance
 from instructgym.envs.tasks.instruction.pool import InstructionPool, held_out, load_tasks
 from instructgym.experiments.cli import main
+from instructgym.experiments.refine_af import bootstrap as instruction_bootstrap
 from instructgym.experiments.refine_af import bootstrap as refine_af_bootstrap
-from instructgym.experiments.refine_af import instruction_bootstrap
-from instructgym.experiments.refine_af.bootstrap import RefineAFBootstrap
-from instructgym.experiments.refine_af.instruction_bootstrap import Bootstrapper, BootstrapSettings
-from instructgym.experiments.runs.resumption import TimeLimit
+from instructgym.experiments.refine_af.bootstrap import Bootstrapper, BootstrapSettings, RefineAFBootstrap
+from instructgym.experiments.runs.folder import TimeLimit
 from instructgym.llm_backends import BackendError, Completion, Journal, ScriptedBackend
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.records import read_records
 from instructgym.llm_backends.serving.budget import BudgetExceededError
 from instructgym.rewards import rouge_l
+from instructgym.rewards.quality.instance_format import Instance
 
 QUIET = Console(quiet=True)
 FILES = ("instructions", "instances", "rejected")
@@ -259,7 +258,7 @@ def test_a_time_limit_stops_cleanly_and_the_same_command_goes_on(tmp_path, finis
 
 def test_a_time_limit_does_not_count_what_is_replayed(tmp_path, monkeypatch):
     clock = iter(range(0, 1000, 60))
-    monkeypatch.setattr("instructgym.experiments.runs.resumption.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("instructgym.experiments.runs.folder.time.monotonic", lambda: next(clock))
     journal = Journal(tmp_path / "journal.jsonl")
     limit = TimeLimit(2, journal)
     assert [limit.reached() for _ in range(3)] == [False] * 3  # nothing was asked: minutes 0 to 2

@@ -12,9 +12,9 @@ from instructgym.experiments.refine_af import train as refine_af_train
 from instructgym.experiments.refine_af.common import ENV_ID
 from instructgym.experiments.refine_af.generate import RefineAFGenerate
 from instructgym.experiments.refine_af.train import RefineAFTrain, learned
-from instructgym.experiments.runs import token_training
+from instructgym.experiments.runs import training as token_training
 from instructgym.experiments.runs.responses import Response
-from instructgym.experiments.runs.token_training import TokenTraining
+from instructgym.experiments.runs.training import TokenTraining
 from instructgym.llm_backends import resolve
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.tokenization import EmbeddedTokenizer

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 from stable_baselines3.common.logger import KVWriter, Logger
 
-from instructgym.agents.policy.language_model import LoraSettings
 from instructgym.agents.policy.optimization import TrainingDivergedError
 from instructgym.agents.supervised.reward_modelling import (
     LOSSES,
@@ -28,6 +27,7 @@ from instructgym.agents.supervised.reward_modelling import (
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.causal_lm import CausalLM
 from instructgym.llm_backends.local.tokenization import ByteTokenizer, WordTokenizer
+from instructgym.llm_backends.training.adapters import LoraSettings
 from instructgym.rewards.learned.edits import EditedPair
 from instructgym.rewards.learned.reward_model import RewardModel
 from tests.conftest import build_model

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from instructgym.agents.policy.language_model import LanguageModelPolicy
 from instructgym.agents.policy.optimization import Processes
 from instructgym.agents.policy_gradient.ppo import TokenPPO
 from instructgym.agents.rollouts.engine import VLLMEngine
@@ -16,6 +16,7 @@ from instructgym.envs.tokens.process import TokenSettings
 from instructgym.llm_backends import BackendError, Sampling
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.sampling import Choices, generate
+from instructgym.llm_backends.training.adapters import LoraSettings
 from instructgym.rewards import FunctionReward
 
 NOWHERE = "http://127.0.0.1:9/v1"

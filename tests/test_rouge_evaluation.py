@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from instructgym.experiments.runs.rouge_evaluation import compare, exact_match, macro_interval, rouge_l, task_scores
+from instructgym.experiments.runs.statistics import compare, exact_match, macro_interval, rouge_l, task_scores
 
 
 @pytest.mark.parametrize(

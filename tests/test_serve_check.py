@@ -12,8 +12,7 @@ from rich.console import Console
 
 from instructgym.experiments.cli import main
 from instructgym.experiments.serving import check as serve_check
-from instructgym.experiments.serving.check import ServeCheck
-from instructgym.experiments.serving.settings import TITLES, suggest
+from instructgym.experiments.serving.check import TITLES, ServeCheck, suggest
 from instructgym.llm_backends import resolve
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.serving.openai_backend import OpenAIBackend

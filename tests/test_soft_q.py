@@ -10,13 +10,14 @@ from agent_cases import logged, same, undisturbed_and_restored
 
 import instructgym  # noqa: F401  (registers the envs)
 from instructgym.agents import SoftQ
-from instructgym.agents.policy.language_model import POLICY, LanguageModelPolicy, LoraSettings
+from instructgym.agents.policy.language_model import POLICY, LanguageModelPolicy
 from instructgym.agents.soft_q.agent import Episode, ReplayBuffer, _batch, multi_step, path_consistency, single_step
 from instructgym.agents.soft_q.target_policy import TARGET, TargetPolicy, policy_logits, reference_logits
 from instructgym.envs.tokens.episode import PromptExample
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.causal_lm import CausalLM
 from instructgym.llm_backends.local.tokenization import WordTokenizer
+from instructgym.llm_backends.training.adapters import LoraSettings
 from instructgym.llm_backends.training.output_layer import ChosenLogits
 from tests.conftest import build_model
 

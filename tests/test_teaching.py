@@ -11,8 +11,8 @@ from instructgym.experiments.evolve.run import EvolveRun, make_data
 from instructgym.experiments.evolve.run import run as evolve
 from instructgym.experiments.refine_af.run import RefineAFFinetune, RefineAFReport, RefineAFRun, stages
 from instructgym.experiments.refine_af.run import run as refine_af
-from instructgym.experiments.runs.deadline import in_time
 from instructgym.experiments.runs.folder import read_json
+from instructgym.experiments.runs.training import in_time
 from instructgym.experiments.teaching import run as teaching
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.records import append_lines, read_records

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from instructgym.agents.policy.language_model import POLICY, LanguageModelPolicy, LoraSettings
+from instructgym.agents.policy.language_model import POLICY, LanguageModelPolicy
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.causal_lm import CausalLM
 from instructgym.llm_backends.local.tokenization import WordTokenizer
 from instructgym.llm_backends.training import output_layer
+from instructgym.llm_backends.training.adapters import LoraSettings
 from instructgym.llm_backends.training.output_layer import OutputLayer, compared_tokens
 from tests.conftest import build_model
 

@@ -10,7 +10,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger
 
 from instructgym.agents.policy.checkpoints import policy_from
-from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from instructgym.agents.policy.language_model import LanguageModelPolicy
 from instructgym.agents.policy.optimization import TrainingDivergedError
 from instructgym.agents.policy_gradient.grpo import GRPO, RLOO
 from instructgym.agents.policy_gradient.ppo import TokenPPO
@@ -22,6 +22,7 @@ from instructgym.llm_backends.base import Sampling
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.causal_lm import CausalLM
 from instructgym.llm_backends.local.tokenization import WordTokenizer
+from instructgym.llm_backends.training.adapters import LoraSettings
 from instructgym.rewards import Reward, Score
 from tests.conftest import build_model
 

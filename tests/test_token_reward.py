@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from instructgym.agents.policy.language_model import LanguageModelPolicy
 from instructgym.agents.supervised.sft import SFT, Demonstration
 from instructgym.envs.tokens.env import TokenEnv, TokenVectorEnv
 from instructgym.envs.tokens.episode import PromptExample
@@ -15,6 +15,7 @@ from instructgym.envs.tokens.process import TokenSettings
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.causal_lm import CausalLM
 from instructgym.llm_backends.local.tokenization import ByteTokenizer, WordTokenizer
+from instructgym.llm_backends.training.adapters import LoraSettings
 from instructgym.rewards import Sample, WeightedSum
 from instructgym.rewards.learned.reward_model import ADAPTER, RewardModel
 from instructgym.rewards.learned.token_reward import SequenceReward, TokenReward

@@ -10,11 +10,11 @@ import pytest
 from rich.console import Console
 
 from instructgym.agents.policy.checkpoints import policy_from
-from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings, PolicyBackend
+from instructgym.agents.policy.language_model import LanguageModelPolicy, PolicyBackend
 from instructgym.agents.preferences.lists import rank_agreement, tokenize_lists
 from instructgym.envs.tasks.responses.candidates import RankedList, read_ranked_lists, write_ranked_lists
 from instructgym.experiments.runs.folder import read_json
-from instructgym.experiments.runs.token_training import OutOfTimeError, TokenTraining
+from instructgym.experiments.runs.training import OutOfTimeError, TokenTraining
 from instructgym.experiments.tuna import candidates as tuna_candidates
 from instructgym.experiments.tuna import evaluate as tuna_evaluate
 from instructgym.experiments.tuna import rank as tuna_rank
@@ -33,6 +33,7 @@ from instructgym.llm_backends import BackendError, ScriptedBackend, part_ids
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.tokenization import Tokenizer
 from instructgym.llm_backends.records import read_records
+from instructgym.llm_backends.training.adapters import LoraSettings
 from instructgym.rewards import FunctionRanker, rouge_l
 
 QUIET = Console(quiet=True)

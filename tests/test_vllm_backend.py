@@ -5,9 +5,10 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM lives in .venv-server: make venv-server")
 
-from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from instructgym.agents.policy.language_model import LanguageModelPolicy
 from instructgym.llm_backends import BackendError, ContextLengthError, Sampling, resolve
 from instructgym.llm_backends.local.loading import embedded_model_path
+from instructgym.llm_backends.training.adapters import LoraSettings
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 

@@ -14,13 +14,14 @@ import torch
 from stable_baselines3.common.logger import KVWriter, Logger
 
 import instructgym  # noqa: F401
-from instructgym.agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from instructgym.agents.policy.language_model import LanguageModelPolicy
 from instructgym.agents.policy_gradient.ppo import TokenPPO
 from instructgym.agents.rollouts.engine import VLLMEngine
 from instructgym.envs.tokens.episode import PromptExample
 from instructgym.llm_backends import BackendError, ContextLengthError, Sampling, resolve
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.serving.vllm_server import TokenSampling, VLLMServerBackend
+from instructgym.llm_backends.training.adapters import LoraSettings
 from instructgym.rewards import EqualityJudge, PairwiseJudge, RubricJudge, Sample
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]

@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ...llm_backends.errors import InputError
-from .language_model import SETTINGS, LanguageModelPolicy, LoraSettings
+from ...llm_backends.training.adapters import LoraSettings
+from .language_model import SETTINGS, LanguageModelPolicy
 from .optimization import Optimizer
 
 STATE, OPTIMIZER, POLICY_FOLDER = "trainer.json", "optimizer.safetensors", "policy"

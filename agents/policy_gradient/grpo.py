@@ -12,12 +12,7 @@ import torch
 from ...llm_backends.errors import check_choice
 from ..policy.language_model import TokenScores
 from ..rollouts.batch import TokenBatch
-from .on_policy import (
-    MicroBatch,
-    OnPolicyAgent,
-    OnPolicySettings,
-    clipped_policy_loss,
-)
+from .on_policy import MicroBatch, OnPolicyAgent, OnPolicySettings, clipped_policy_loss
 
 
 def k3_penalty(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

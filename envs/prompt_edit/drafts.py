@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ...rewards.prompt_scoring.scorer import Demonstration, TaskPrompt
+from ...rewards.prompt_scoring.task_prompt import Demonstration, TaskPrompt
 
 OPENERS = frozenset(
     """

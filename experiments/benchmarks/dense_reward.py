@@ -111,8 +111,8 @@ def true_return(tokens: np.ndarray) -> float:
 
 def trained_reward(seed: int) -> tuple[RewardModel, dict[str, float]]:
     """A token-level reward model of the edits, and how it does on held-out ones."""
-    from ...agents.policy.language_model import LoraSettings
     from ...agents.supervised.reward_modelling import RewardTrainer, evaluate_reward_model, tokenize_pairs
+    from ...llm_backends.training.adapters import LoraSettings
     from ...rewards.learned.reward_model import RewardModel
 
     tokenizer = WordTokenizer(words=WORDS)

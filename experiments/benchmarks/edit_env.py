@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ...llm_backends import resolve
 from ...llm_backends.errors import InputError
-from ..evolve.common import ENV_ID, load_seeds
+from ..evolve.train import ENV_ID, load_seeds
 from ..runs.folder import write_json
 from ..runs.options import check_output, input_errors, parse_part, parse_reward
 

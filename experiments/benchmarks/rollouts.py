@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ...agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from ...agents.policy.language_model import LanguageModelPolicy
 from ...agents.policy.optimization import Processes
 from ...agents.rollouts.engine import VLLMEngine
 from ...llm_backends import BackendError, Sampling, request_seed
@@ -22,6 +22,7 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.local.loading import computes_in_bfloat16
 from ...llm_backends.serving.vllm_launch import vllm_server
 from ...llm_backends.serving.vllm_server import TokenSampling, VLLMServerBackend
+from ...llm_backends.training.adapters import LoraSettings
 from ..runs.folder import write_json
 from ..runs.options import check_counts, check_output
 from .tiny import make_prompts, model_folder

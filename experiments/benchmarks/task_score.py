@@ -30,7 +30,8 @@ from ...llm_backends import BackendError
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.backend import TransformersBackend
 from ...llm_backends.local.causal_lm import PrefixCache
-from ...rewards.prompt_scoring.scorer import Demonstration, LabelledExample, TaskPrompt, TaskScorer
+from ...rewards.prompt_scoring.scorer import TaskScorer
+from ...rewards.prompt_scoring.task_prompt import Demonstration, LabelledExample, TaskPrompt
 from ..runs.folder import write_json
 from ..runs.options import check_counts, check_output
 from .tiny import model_folder

@@ -10,11 +10,12 @@ import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -24,18 +25,114 @@ from ...envs.tasks.instruction.seeds import Instruction
 from ...llm_backends import Journal
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
-from ..runs.folder import RowWriter, RunFolder, read_json, write_json
-from ..runs.metrics import interval
+from ..runs.folder import RowWriter, RunFolder, Tracker, accounted, read_json, write_json
 from ..runs.options import input_errors
-from ..runs.plots import plot_comparison
 from ..runs.progress import StepProgress
-from ..runs.resumption import accounted
-from ..runs.tracking import Tracker
-from .common import EnvOptions, check_context, identity, load_seeds, make_env, roles_of
+from ..runs.report import COLOURS, band, panels, smooth
+from ..runs.statistics import interval
 from .generate import EvolveGenerate
 from .generator import GenerationSettings, InstructionGenerator, chunks, dataset_metrics, generation_env
-from .train import EvolveTrain
+from .train import EnvOptions, EvolveTrain, check_context, identity, load_seeds, make_env, roles_of
 from .train import run as train
+
+
+def plot_comparison(arms: Mapping[str, Mapping[str, Any]], budget: int, path: Path) -> Path:
+    """Agents and baselines side by side, with 95% t-intervals over seeds.
+
+    Args:
+        arms: by name: ``curves`` (per seed, lists of (calls spent, accepted)), ``training`` (per seed, lists of
+            (steps, return) or empty), ``results`` (per seed, the metrics of the table).
+        budget: LLM calls per arm and seed.
+        path: the PNG.
+    """
+    figure, axes = panels(2, 2)
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(arms)}
+    _plot_returns(axes[0, 0], arms, colours)
+    _plot_accepted(axes[0, 1], arms, colours, budget)
+    _plot_bars(
+        axes[1, 0],
+        arms,
+        colours,
+        {"calls_per_accepted": "training included", "calls_per_accepted_generation": "generation only"},
+        "LLM queries per accepted instruction (fewer is better)",
+    )
+    _plot_bars(
+        axes[1, 1],
+        arms,
+        colours,
+        {"embedding_distance": "mean cosine distance", "distinct_2": "distinct-2"},
+        "Diversity of the accepted instructions",
+    )
+    seeds = max(len(arm["results"]) for arm in arms.values())
+    figure.suptitle(f"{seeds} seeds, {budget} LLM calls per arm and seed; bands and bars: 95% t-interval of the mean")
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def _plot_returns(axis: Any, arms: Mapping[str, Mapping[str, Any]], colours: Mapping[str, str]) -> None:
+    for name, arm in arms.items():
+        curves = [curve for curve in arm["training"] if curve]
+        if not curves:
+            continue
+        grid = np.linspace(max(c[0][0] for c in curves), min(c[-1][0] for c in curves), 60)
+        smoothed = [
+            dict(zip((s for s, _ in c), smooth([r for _, r in c], max(len(c) // 8, 5)), strict=True)) for c in curves
+        ]
+        rows = [np.interp(grid, list(curve), list(curve.values())) for curve in smoothed]
+        band(axis, grid, np.array(rows), name, colours[name])
+    axis.set(title="Return per episode in training", xlabel="environment steps", ylabel="return (smoothed)")
+    if axis.get_legend_handles_labels()[1]:
+        axis.legend(frameon=False)
+
+
+def _plot_accepted(axis: Any, arms: Mapping[str, Mapping[str, Any]], colours: Mapping[str, str], budget: int) -> None:
+    grid = np.linspace(0, budget, 80)
+    for name, arm in arms.items():
+        rows = [np.interp(grid, [0, *(c for c, _ in curve)], [0, *(a for _, a in curve)]) for curve in arm["curves"]]
+        band(axis, grid, np.array(rows), name, colours[name])
+    axis.set(title="Accepted instructions", xlabel="LLM calls spent, training included", ylabel="accepted")
+    axis.legend(frameon=False)
+
+
+def _plot_bars(
+    axis: Any, arms: Mapping[str, Mapping[str, Any]], colours: Mapping[str, str], keys: Mapping[str, str], title: str
+) -> None:
+    positions = np.arange(len(arms), dtype=np.float64)
+    width = 0.8 / len(keys)
+    for k, (key, label) in enumerate(keys.items()):
+        means, errors = zip(*(_mean_error(arm["results"], key) for arm in arms.values()), strict=True)
+        bars = axis.bar(
+            positions + (k - (len(keys) - 1) / 2) * width,
+            means,
+            width * 0.92,
+            yerr=errors,
+            capsize=3,
+            color=[colours[name] for name in arms],
+            alpha=1.0 if k == 0 else 0.45,
+            label=label,
+        )
+        axis.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
+    axis.set_xticks(positions, list(arms))
+    axis.set(title=title)
+    axis.set_ylim(top=axis.get_ylim()[1] * 1.12)
+    axis.text(
+        0.99,
+        0.99,
+        " | ".join(("solid: ", "light: ")[k] + v for k, v in enumerate(keys.values())),
+        transform=axis.transAxes,
+        ha="right",
+        va="top",
+        fontsize=8,
+    )
+
+
+def _mean_error(results: Sequence[Mapping[str, Any]], key: str) -> tuple[float, float]:
+    values = [row[key] for row in results if row[key] is not None]
+    if not values:
+        return float("nan"), 0.0
+    mean, half = interval(values)
+    return mean, 0.0 if np.isnan(half) else half
+
 
 BUDGET = {"smoke": 700, "report": 2400}
 TRAINING_EPISODES = {"smoke": 20, "report": 80}

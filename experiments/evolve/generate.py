@@ -21,14 +21,11 @@ from ...agents.sb3.policy_io import load_policy
 from ...llm_backends import Journal, request_seed
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
-from ..runs.folder import RowWriter, RunFolder, read_json
+from ..runs.folder import RowWriter, RunFolder, TimeLimit, Tracker, read_json, replayed
 from ..runs.options import RunOptions, check_output, input_errors
 from ..runs.progress import StepProgress
-from ..runs.resumption import TimeLimit, replayed
-from ..runs.tracking import Tracker
-from .common import Roles, check_context, describe, identity, load_seeds, roles_of
 from .generator import GenerationSettings, InstructionGenerator, chunks, dataset_metrics, generation_env
-from .train import EvolveTrain
+from .train import EvolveTrain, Roles, check_context, describe, identity, load_seeds, roles_of
 
 FORMATS = ("alpaca", "messages")
 

@@ -15,13 +15,14 @@ from stable_baselines3.common.vec_env import VecNormalize, unwrap_vec_normalize
 from ...agents.sb3.baselines import BaselineAgent
 from ...agents.sb3.factory import VectorToVecEnv
 from ...envs.edit.operators import tidy
-from ...envs.edit.process import EditProcess, Transition
+from ...envs.edit.process import EditProcess
+from ...envs.process import Transition
 from ...envs.tasks.instruction.seeds import Instruction
 from ...llm_backends import BackendError, Message, Sampling, request_seed, resolve
 from ...rewards import RougeGate, eliminated_by
 from ...rewards.elimination import STRING_RULES
-from ..runs.metrics import distinct_n, mean_pairwise_distance
-from .common import EnvOptions, Roles, make_env
+from ..runs.statistics import distinct_n, mean_pairwise_distance
+from .train import EnvOptions, Roles, make_env
 
 
 @dataclass(frozen=True)

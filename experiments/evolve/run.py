@@ -16,9 +16,9 @@ from rich.console import Console
 from ...agents.sb3.factory import BASELINES, check_algorithm
 from ...envs.tasks.instruction.pool import evaluation_split, load_tasks
 from ...llm_backends.errors import InputError
-from ..runs.deadline import in_time
 from ..runs.folder import read_json, write_once
 from ..runs.options import input_errors, parse_part, parse_reward
+from ..runs.training import in_time
 from ..teaching.run import TeachingOptions, teach
 from .compare import EvolveCompare
 from .compare import run as compare

@@ -17,7 +17,7 @@ from ...envs.tokens.episode import PromptExample
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.tokenization import Tokenizer
 from ..runs.options import check_counts
-from ..runs.stages import TrainingOptions, tokenizer_of
+from ..runs.training import TrainingOptions, tokenizer_of
 
 ENV_ID = "instructgym/GenerateResponse-v0"
 

@@ -19,11 +19,10 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.local.tokenization import Tokenizer
 from ...rewards import Reward
 from ...rewards.learned.edits import EditedPair, edit_statistics, write_pairs
-from ..runs.folder import RunFolder, chunked_rows
+from ..runs.folder import RunFolder, accounted, chunked_rows
 from ..runs.options import input_errors, parse_part, parse_reward
 from ..runs.responses import respond
-from ..runs.resumption import accounted
-from ..runs.stages import policy_folder, stage, tokenizer_of
+from ..runs.training import policy_folder, stage, tokenizer_of
 from .common import ENV_ID, StageOptions, check_lengths, load_policy
 
 CHUNK = 64

@@ -21,10 +21,10 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
 from ...rewards import Reward, Sample, Score, score_with_retries
 from ..runs.folder import chunked_rows, read_json
-from ..runs.metrics import distinct_n, wilson
 from ..runs.options import input_errors, parse_part, parse_reward
 from ..runs.responses import Response, respond
-from ..runs.stages import policy_folder, stage, tokenizer_of
+from ..runs.statistics import distinct_n, wilson
+from ..runs.training import policy_folder, stage, tokenizer_of
 from .common import ENV_ID, StageOptions, check_lengths, load_policy
 
 CHUNK = 64

@@ -14,7 +14,7 @@ from ...agents.supervised.reward_modelling import tokenize_pairs
 from ...llm_backends.errors import InputError
 from ...rewards.learned.edits import read_pairs
 from ..runs.options import check_counts
-from ..runs.stages import policy_folder, stage, tokenizer_of
+from ..runs.training import policy_folder, stage, tokenizer_of
 from .common import StageOptions, load_policy
 
 

@@ -23,7 +23,7 @@ from ...rewards.learned.token_reward import SequenceReward, TokenReward
 from ..runs.folder import RunFolder, read_json, write_json
 from ..runs.options import check_counts, input_errors, parse_reward
 from ..runs.responses import respond
-from ..runs.stages import policy_folder, stage, tokenizer_of
+from ..runs.training import policy_folder, stage, tokenizer_of
 from .common import ENV_ID, StageOptions, check_lengths, load_policy
 
 Form = Literal["auto", "causal", "whole", "terminal"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,51 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
 from ..runs.folder import read_json
 from ..runs.options import check_output
-from ..runs.plots import plot_fine_grained
-from ..runs.tables import markdown, rich_table
+from ..runs.report import COLOURS, band, markdown, panels, rich_table, smooth
 from .evaluate import RESPONSES, win_rate
+
+
+def plot_fine_grained(
+    curves: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], figures: Mapping[str, Mapping[str, Any]], path: Path
+) -> Path:
+    """Arms of PPO on learned rewards: the held-out judge and the KL over training, then proxy and judge over the KL.
+
+    Where the proxy keeps rising with the KL and the judge does not, the reward model is over-optimised (Gao et al.
+    2023, arXiv 2210.10760).
+
+    Args:
+        curves: by arm, for each seed the rows of ``metrics.jsonl``.
+        figures: by arm, what its evaluation gave; that of arms without a curve is left out.
+        path: the PNG.
+    """
+    figure, axes = panels(2, 2)
+    (judge_axis, kl_axis), (proxy_axis, over_axis) = axes
+    for k, (arm, runs) in enumerate(curves.items()):
+        colour = COLOURS[k % len(COLOURS)]
+        updates = np.arange(1, min(len(run) for run in runs) + 1)
+        window = max(len(updates) // 8, 1)
+
+        def column(key: str) -> np.ndarray:
+            return np.array(
+                [smooth([row.get(key, float("nan")) for row in run], window)[: len(updates)] for run in runs]  # noqa: B023
+            )
+
+        kl, proxy, judge = column("train/kl"), column("rollout/terms/proxy"), column("rollout/terms/judge")
+        won = figures.get(arm, {}).get("win_rate")
+        band(judge_axis, updates, judge, arm if won is None else f"{arm}: wins {100 * won:.0f}%", colour)
+        band(kl_axis, updates, kl, arm, colour)
+        for seed in range(len(runs)):
+            proxy_axis.plot(kl[seed], proxy[seed], color=colour, linewidth=1.6, label=arm if not seed else None)
+            over_axis.plot(kl[seed], judge[seed], color=colour, linewidth=1.6, label=arm if not seed else None)
+    judge_axis.set(title="Held-out judge in training (smoothed)", xlabel="updates", ylabel="mean score")
+    kl_axis.set(title="Distance from the start", xlabel="updates", ylabel="KL per response (nats)")
+    proxy_axis.set(title="What is optimised", xlabel="KL per response (nats)", ylabel="proxy reward, deviations")
+    over_axis.set(title="What is wanted", xlabel="KL per response (nats)", ylabel="held-out judge")
+    for axis in axes.flat:
+        axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    return path
+
 
 COMMAND = "fine-grained "
 

@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from ...agents.policy.language_model import LoraSettings
 from ...agents.supervised.reward_modelling import RewardTrainer, TokenizedPair, evaluate_reward_model, tokenize_pairs
 from ...llm_backends.errors import InputError
+from ...llm_backends.training.adapters import LoraSettings
 from ...rewards.learned.edits import read_pairs
-from ...rewards.learned.token_reward import RewardModel
+from ...rewards.learned.reward_model import RewardModel
 from ..runs.options import check_counts
-from ..runs.stages import stage, tokenizer_of
+from ..runs.training import stage, tokenizer_of
 from .common import StageOptions
 from .heat_map import HeatRow, plot_heat_map, token_texts, write_html
 

@@ -7,11 +7,12 @@ from typing import Any
 
 from rich.console import Console
 
-from ...agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from ...agents.policy.language_model import LanguageModelPolicy
 from ...agents.supervised.sft import SFT, Demonstration
 from ...llm_backends.errors import InputError
+from ...llm_backends.training.adapters import LoraSettings
 from ..runs.options import check_counts
-from ..runs.stages import stage, tokenizer_of
+from ..runs.training import stage, tokenizer_of
 from .common import StageOptions
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -28,14 +30,48 @@ from ...rewards.judges.verdict import (
     reads_likelihood,
     sigmoid,
 )
-from ..runs.folder import RowWriter, RunFolder
+from ..runs.folder import RowWriter, RunFolder, TimeLimit, Tracker, replayed
 from ..runs.options import RunOptions, input_errors, parse_part
-from ..runs.plots import plot_calibration
 from ..runs.progress import StepProgress
-from ..runs.resumption import TimeLimit, replayed
-from ..runs.tracking import Tracker
-from .measures import Judgement, count, measure
-from .pairs import LABELS, LabelledPair, PairKind, read_pairs
+from ..runs.report import COLOURS, panels
+from .measures import LABELS, Judgement, LabelledPair, PairKind, count, measure, read_pairs
+
+
+def plot_calibration(
+    shares: Mapping[str, tuple[float, float, float]], probabilities: Sequence[tuple[float, bool]], path: Path
+) -> Path:
+    """How good a judge is: its shares as bars and, where it gives probabilities, how reliable they are.
+
+    Args:
+        shares: by name a share and the ends of its 95% interval.
+        probabilities: of pairs, the judge's probability and whether the pair's label is what it is the probability of.
+        path: the PNG.
+    """
+    figure, axes = panels(2 if probabilities else 1)
+    left = axes[0, 0]
+    values, low, high = (np.array(column) for column in zip(*shares.values(), strict=True))
+    colours = [COLOURS[k % len(COLOURS)] for k in range(len(shares))]
+    errors = np.maximum([values - low, high - values], 0)  # rounding may take an end past its share
+    left.barh(range(len(shares)), values, xerr=errors, color=colours, capsize=3)
+    left.set_yticks(range(len(shares)), list(shares), fontsize=8)
+    left.invert_yaxis()
+    left.set(title="Shares of pairs (bars: 95% Wilson intervals)", xlabel="share", xlim=(0, 1))
+    if probabilities:
+        right = axes[0, 1]
+        chance, positive = (np.array(column, dtype=np.float64) for column in zip(*probabilities, strict=True))
+        bins = np.minimum((chance * 10).astype(int), 9)
+        right.plot([0, 1], [0, 1], color="#999999", linewidth=1, label="calibrated")
+        kept = [number for number in range(10) if (bins == number).any()]
+        means = [(chance[bins == number].mean(), positive[bins == number].mean()) for number in kept]
+        sizes = [20 + 200 * (bins == number).mean() for number in kept]
+        right.scatter(*zip(*means, strict=True), s=sizes, color=COLOURS[0], label="tenths; size: share of pairs")
+        right.set(
+            title="Reliability", xlabel="probability by the judge", ylabel="share so labelled", ylim=(-0.05, 1.05)
+        )
+        right.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    return path
+
 
 CHUNK = 32
 """Pairs asked together."""

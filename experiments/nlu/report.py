@@ -14,10 +14,48 @@ from rich.table import Table
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
 from ..runs.folder import read_json
-from ..runs.metrics import interval
 from ..runs.options import check_output
-from ..runs.plots import plot_nlu
+from ..runs.report import COLOURS, band, panels, smooth
+from ..runs.statistics import interval
 from .run import NLU
+
+
+def plot_nlu(curves: Mapping[str, Any], figures: Mapping[str, Any], path: Path) -> Path:
+    """Learning curves of language-understanding runs, a row of axes per task; dotted lines are evaluations.
+
+    Args:
+        curves: by task and arm, one list of (labels seen, share right, share well-formed) per seed.
+        figures: by task and arm, what is known of its evaluation (``greedy``: mean and half-width).
+        path: the PNG.
+    """
+    tasks = list(figures)
+    figure, axes = panels(2, len(tasks))
+    for (left, right), task in zip(axes, tasks, strict=True):
+        arms = list(figures[task])
+        for k, arm in enumerate(arms):
+            colour, runs = COLOURS[k % len(COLOURS)], curves.get(task, {}).get(arm, [])
+            if runs:
+                grid = np.linspace(max(r[0][0] for r in runs), min(r[-1][0] for r in runs), 80)
+                columns = [np.array(run).T for run in runs]
+                rows = [np.interp(grid, c[0], smooth(c[1], max(len(c[1]) // 8, 1))) for c in columns]
+                band(left, grid, np.array(rows), arm, colour)
+        left.set(title=f"{task}: right answers in training (smoothed)", xlabel="labels seen", ylabel="share")
+        if left.get_legend_handles_labels()[1]:
+            left.legend(frameon=False, fontsize=8)
+        means = [100 * figures[task][arm]["greedy"][0] for arm in arms]
+        errors = [0 if np.isnan(h := figures[task][arm]["greedy"][1]) else 100 * h for arm in arms]
+        bars = right.barh(
+            range(len(arms)), means, xerr=errors, color=[COLOURS[k % len(COLOURS)] for k in range(len(arms))]
+        )
+        right.bar_label(bars, fmt="%.1f", fontsize=8, padding=3)
+        right.set_yticks(range(len(arms)), arms, fontsize=8)
+        right.invert_yaxis()
+        right.set_xlim(right=max(*means, 1.0) * 1.15)
+        metric, count = figures[task][arms[0]]["metric"], figures[task][arms[0]]["examples"]
+        right.set(title=f"{task}: {metric}, greedy, {count} dev rows", xlabel="percent")
+    figure.savefig(path, dpi=130)
+    return path
+
 
 UNTRAINED = ("majority", "zero-shot", "few-shot")
 NEUTRAL = set("seed run_dir data_dir eval_data_dir minutes save_every track dry_run token_budget".split())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import gymnasium as gym
 import numpy as np
 from rich.console import Console
 
-from ...agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from ...agents.policy.language_model import LanguageModelPolicy
 from ...agents.policy.optimization import Processes
 from ...agents.policy_gradient.grpo import GRPO, RLOO
 from ...agents.policy_gradient.ppo import TokenPPO
@@ -19,16 +20,76 @@ from ...agents.rollouts.agent import RolloutAgent
 from ...agents.rollouts.engine import VLLMEngine
 from ...agents.supervised.sft import SFT, Demonstration
 from ...envs.tasks.nlu.data import load_examples
+from ...envs.tasks.nlu.metrics import evaluate
 from ...envs.tasks.nlu.tasks import get_task, response_text
 from ...envs.tokens.episode import PromptExample
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.sampling import Choices
-from ..runs.folder import RunFolder
+from ...llm_backends.training.adapters import LoraSettings
+from ...rewards.ground_truth import parse_answer
+from ..runs.folder import RunFolder, Tracker, check_tracker
 from ..runs.options import check_counts
-from ..runs.plots import plot_token_training
-from ..runs.token_training import TokenTraining
-from ..runs.tracking import Tracker, check_tracker
-from .evaluation import ENV_ID, answers, majority, scores
+from ..runs.report import plot_token_training
+from ..runs.responses import respond
+from ..runs.training import TokenTraining
+
+ENV_ID = "instructgym/GenerateLabel-v0"
+
+
+def answers(
+    policy: LanguageModelPolicy,
+    examples: Sequence[PromptExample],
+    temperature: float,
+    seed: int = 0,
+    **env_options: Any,
+) -> list[dict[str, Any]]:
+    """What the policy answers, one row per example: ``episode_id``, ``text``, ``finish_reason``, ``prediction``.
+
+    Args:
+        policy: who answers.
+        examples: what it is asked.
+        temperature: 0 for greedy decoding.
+        seed: of sampled answers; an answer depends on it and the example alone.
+        env_options: arguments of ``GenerateLabel``, as in training.
+    """
+    rows = []
+    for example, response in zip(
+        examples, respond(policy, ENV_ID, examples, temperature, seed, **env_options), strict=True
+    ):
+        rows.append(
+            {
+                "episode_id": example.id,
+                "text": response.text,
+                "finish_reason": response.finish_reason,
+                "prediction": parse_answer(response.text, response.finish_reason, example.choices),
+                "reference": example.reference,
+            }
+        )
+    return rows
+
+
+def scores(examples: Sequence[PromptExample], predictions: Sequence[str | None]) -> dict[str, dict[str, float]]:
+    """The official metrics by task."""
+    tasks = dict.fromkeys(str(example.metadata["task"]) for example in examples)
+    chosen = {task: [i for i, e in enumerate(examples) if e.metadata["task"] == task] for task in tasks}
+    return {
+        task: evaluate(task, [predictions[i] for i in rows], [examples[i] for i in rows])
+        for task, rows in chosen.items()
+    }
+
+
+def majority(train: Sequence[PromptExample], examples: Sequence[PromptExample]) -> list[str]:
+    """For each example the most frequent answer of its task in training (the mean, where answers are numbers)."""
+    best: dict[str, str] = {}
+    for task in dict.fromkeys(str(example.metadata["task"]) for example in [*train, *examples]):
+        known = [e for e in train if e.metadata["task"] == task and e.reference is not None]
+        if known and known[0].metadata["kind"] == "regression":
+            best[task] = f"{np.mean([float(e.reference or 0) for e in known]):.1f}"
+        else:
+            counted = Counter(str(e.reference) for e in known)
+            best[task] = counted.most_common(1)[0][0] if counted else ""
+    return [best[str(example.metadata["task"])] for example in examples]
+
 
 Method = Literal["majority", "zero-shot", "few-shot", "sft", "ppo", "grpo", "rloo"]
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from rich.console import Console
 
 from ...llm_backends.errors import InputError
-from ..runs.deadline import Deadline, in_time
 from ..runs.options import SCALES, check_output
+from ..runs.training import Deadline, in_time
 from .methods import METHODS
 from .report import write_report
 from .run import PromptRun

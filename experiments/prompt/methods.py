@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from ...envs.tasks.prompt_search.tasks import PromptTask, minibatch
 from ...llm_backends import Backend, ContextLengthError
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import append_lines
-from ...rewards.prompt_scoring.scorer import CallLimitError, LimitedScorer, TaskResult
-from ...rewards.prompt_scoring.task_prompt import LabelledExample, TaskPrompt
+from ...rewards.prompt_scoring.scorer import CallLimitError, LimitedScorer, TaskResult, TaskScorer
+from ...rewards.prompt_scoring.task_prompt import Demonstration, LabelledExample, TaskPrompt
 from ..runs.progress import StepProgress
 
 PROPOSED = 2
@@ -351,3 +351,70 @@ def _write(search: PromptSearch, agent_class: Any, value: str, options: Mapping[
 def validation_set(task: PromptTask, size: int, seed: int) -> tuple[LabelledExample, ...]:
     """The examples that choose among prompts, drawn by the seed."""
     return minibatch(task, "validation", min(size, len(task.examples("validation"))), seed)
+
+
+TESTED = "test.jsonl"
+"""In the run folder: a row per test example."""
+KINDS = ("raw", "calibrated")
+CURVE, CURVE_EXAMPLES = 4, 300
+"""Shares of the calls at which the best prompt so far is tested for the curve, and the test examples that do for it."""
+
+
+def incumbents(task: PromptTask, history: Sequence[Mapping[str, Any]]) -> list[tuple[int, TaskPrompt]]:
+    """The prompts that were the best when they were found, with the calls made until then.
+
+    Args:
+        task: that was searched.
+        history: rows of ``prompts.jsonl``.
+    """
+    return [
+        (
+            row["calls"],
+            replace(
+                task.prompt(row["instruction"], [Demonstration(**shown) for shown in row["demonstrations"]]),
+                verbalizers=tuple(row["verbalizers"]),
+            ),
+        )
+        for row in history
+        if row["best"]
+    ]
+
+
+def tested(
+    task: PromptTask, history: Sequence[Mapping[str, Any]], calls: int, backend: Backend
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Tests the best prompt on all test examples, and the best at each quarter of the calls on the first of them.
+
+    Args:
+        task: with the test examples.
+        history: rows of ``prompts.jsonl``.
+        calls: that the search had.
+        backend: the frozen model.
+
+    Returns:
+        A row per quarter with ``calls``, ``raw`` and ``calibrated`` accuracy, and a row per test example with its
+        ``id``, its ``label``, and what the best prompt predicts, ``raw`` and ``calibrated``.
+    """
+    scorer = TaskScorer(backend, content_free=task.content_free)
+    found = incumbents(task, history)
+
+    def results(prompt: TaskPrompt, examples: Sequence[LabelledExample]) -> list[TaskResult]:
+        return [scorer.score([prompt], examples, calibrate)[0] for calibrate in (False, "contextual")]
+
+    few, curve = task.test[:CURVE_EXAMPLES], []
+    for number in range(1, CURVE + 1):
+        standing = [prompt for made, prompt in found if made <= calls * number // CURVE]
+        if standing:  # what was tested at the last quarter is remembered
+            raw, calibrated = results(standing[-1], few)
+            curve.append({"calls": calls * number // CURVE, "raw": raw.accuracy, "calibrated": calibrated.accuracy})
+    raw, calibrated = results(found[-1][1], task.test)
+    rows = [
+        {"id": example.id, "label": example.label, "raw": int(one), "calibrated": int(other)}
+        for example, one, other in zip(task.test, raw.predictions, calibrated.predictions, strict=True)
+    ]
+    return curve, rows
+
+
+def accuracy(rows: Sequence[Mapping[str, Any]], kind: str) -> float:
+    """Share of right predictions among rows of ``test.jsonl``."""
+    return sum(row[kind] == row["label"] for row in rows) / len(rows)

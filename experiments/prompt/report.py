@@ -14,13 +14,11 @@ from rich.console import Console
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
 from ..runs.folder import read_json, write_json
-from ..runs.metrics import interval
 from ..runs.options import check_output
-from ..runs.plots import COLOURS, panels
-from ..runs.tables import markdown, rich_table
-from .methods import LEARNING, METHODS
+from ..runs.report import COLOURS, markdown, panels, rich_table
+from ..runs.statistics import interval
+from .methods import CURVE_EXAMPLES, KINDS, LEARNING, METHODS, TESTED
 from .run import PROMPTS
-from .testing import CURVE_EXAMPLES, KINDS, TESTED
 
 COMMAND = "prompt run"
 SAME = "task data_seed calls validation train minibatch backend backend_dtype rewriter calibrate data_dir".split()

@@ -14,13 +14,22 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.local.backend import TransformersBackend
 from ...llm_backends.records import read_records, write_lines
 from ...rewards.prompt_scoring.scorer import LimitedScorer, TaskScorer, calibration_method, check_batch
-from ..runs.folder import RunFolder, read_json
+from ..runs.folder import RunFolder, Tracker, accounted, journaled_roles, read_json
 from ..runs.options import SCALES, check_counts, check_run, input_errors, parse_part
 from ..runs.progress import StepProgress
-from ..runs.resumption import accounted, journaled_roles
-from ..runs.tracking import Tracker
-from .methods import METHODS, PromptSearch, least_calls, longest_instruction, run_search, validation_set
-from .testing import KINDS, TESTED, accuracy, incumbents, tested
+from .methods import (
+    KINDS,
+    METHODS,
+    TESTED,
+    PromptSearch,
+    accuracy,
+    incumbents,
+    least_calls,
+    longest_instruction,
+    run_search,
+    tested,
+    validation_set,
+)
 
 SIZES = {
     "smoke": {"calls": 360, "validation": 16, "test": 32, "train": 64, "copies": 4, "episodes": 8, "minibatch": 4},

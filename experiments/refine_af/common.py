@@ -15,7 +15,7 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.local.tokenization import Tokenizer
 from ...rewards import Sample
 from ..runs.options import check_counts, input_errors, parse_reward
-from ..runs.stages import TrainingOptions, digest
+from ..runs.training import TrainingOptions, digest
 
 ENV_ID = "instructgym/GenerateInstance-v0"
 QUALITY, PRESET = "quality", "instruction_mining"

@@ -27,11 +27,10 @@ from ...rewards import Reward, Sample
 from ...rewards.quality.instance_format import Instance
 from ..evolve.generate import FORMATS, in_format
 from ..runs.folder import chunked_rows, read_json
-from ..runs.metrics import distinct_n
 from ..runs.options import check_counts, check_output, input_errors
 from ..runs.responses import respond
-from ..runs.stages import policy_folder, stage, tokenizer_of, weights_digest
-from ..runs.token_training import OutOfTimeError
+from ..runs.statistics import distinct_n
+from ..runs.training import OutOfTimeError, policy_folder, stage, tokenizer_of, weights_digest
 from .common import ENV_ID, REMEMBERING, InstanceOptions, prompts_digest
 
 CHUNK = 64

@@ -16,9 +16,9 @@ from rich.console import Console
 
 from ...llm_backends.errors import InputError
 from ...rewards.quality.linear import PRESETS
-from ..runs.deadline import in_time
 from ..runs.folder import read_json
 from ..runs.options import check_counts
+from ..runs.training import in_time
 from ..teaching.run import TeachingOptions, teach
 from .bootstrap import RefineAFBootstrap
 from .bootstrap import run as bootstrap

@@ -15,16 +15,16 @@ import gymnasium as gym
 import numpy as np
 from rich.console import Console
 
-from ...agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from ...agents.policy.language_model import LanguageModelPolicy
 from ...agents.policy_gradient.ppo import TokenPPO
 from ...llm_backends import resolve
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
+from ...llm_backends.training.adapters import LoraSettings
 from ...rewards import FunctionReward, WeightedSum
 from ..runs.options import SCALES, check_counts, input_errors, parse_reward
-from ..runs.plots import plot_instance_training
-from ..runs.stages import stage, tokenizer_of
-from ..runs.token_training import TokenTraining
+from ..runs.report import plot_instance_training
+from ..runs.training import TokenTraining, stage, tokenizer_of
 from .common import ENV_ID, QUALITY, InstanceOptions, prompts_digest, well_formed
 
 SIZES = {"smoke": (4, 16), "report": (80, 48)}

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import platform
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 from filelock import FileLock, Timeout
 from rich.console import Console
+from stable_baselines3.common.logger import KVWriter, Logger
 
-from .progress import StepProgress
+from ...llm_backends import Backend, Journal, Journaled, resolve
 from ...llm_backends.errors import InputError
-from ...llm_backends.records import (append_lines, read_records, write_lines)
+from ...llm_backends.records import append_lines, read_records, write_lines
+from ...llm_backends.serving.budget import Budget
+from .progress import StepProgress
 
 PACKAGES = ("instructgym", "gymnasium", "stable-baselines3", "sb3-contrib", "torch", "transformers", "numpy")
 
@@ -273,3 +280,210 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             versions[package] = "not installed"
     return versions
+
+
+Roles = TypeVar("Roles")
+
+
+@contextmanager
+def replayed(
+    folder: RunFolder, build: Callable[[Journal], Roles], console: Console, name: Path | None = None
+) -> Iterator[tuple[Journal, Roles]]:
+    """Holds a run folder, opens its journal, says what is replayed, and accounts for what the roles spend.
+
+    Args:
+        folder: of the run.
+        build: the run's backends by role, with their replies kept in the journal: a mapping, or an object whose
+            attributes they are.
+        console: where to say that a run is resumed.
+        name: what is resumed; by default the folder.
+
+    Yields:
+        The journal and the roles.
+
+    Raises:
+        InputError: if the folder cannot be written or is in use.
+    """
+    with folder.opened():
+        journal = Journal(folder.file("journal.jsonl"))
+        if len(journal):
+            console.print(
+                f"resuming {name or folder.path}: {len(journal)} stored replies are replayed, none is paid for again"
+            )
+        roles = build(journal)
+        with accounted(roles if isinstance(roles, Mapping) else vars(roles), folder.path):
+            yield journal, roles
+
+
+def journaled_roles(parts: Mapping[str, Any], journal: Journal | None) -> dict[str, Backend]:
+    """Backends by role; equal parts are built once, and each role counts its own usage.
+
+    Args:
+        parts: by role, in the forms that ``resolve`` takes as JSON.
+        journal: keeps the replies; None for the bare backends.
+    """
+    live: dict[str, Backend] = {}
+
+    def role(part: Any) -> Backend:
+        key = json.dumps(part, sort_keys=True)
+        if key not in live:
+            live[key] = resolve("backend", part)
+        return live[key] if journal is None else Journaled(live[key], journal)
+
+    return {name: role(part) for name, part in parts.items()}
+
+
+@contextmanager
+def accounted(backends: Mapping[str, Backend], folder: Path) -> Iterator[None]:
+    """Keeps the spending of a run's backends in its folder, over all its starts.
+
+    ``budget-ROLE.json`` is what a budget has spent, under the first of the roles that share it. ``usage.json`` is what
+    each role sent to its model, replies from the journal left out; starts that were killed and calls that broke off are
+    missing in it.
+
+    Args:
+        backends: by role.
+        folder: the run's.
+    """
+    for name, backend in backends.items():
+        inner: Any = backend
+        while inner is not None:
+            if isinstance(budget := getattr(inner, "budget", None), Budget):
+                budget.keep(folder / f"budget-{name}.json")
+            inner = getattr(inner, "inner", None)
+    stored = read_json(folder / "usage.json") or {}
+    try:
+        yield
+    finally:
+        totals = {}
+        for name, backend in backends.items():
+            usage, before = backend.usage.as_dict(), stored.get(name, {})
+            usage["requests"] -= usage.pop("cache_hits")
+            totals[name] = {key: before.get(key, 0) + value for key, value in usage.items()}
+        write_json(folder / "usage.json", totals)
+
+
+class TimeLimit:
+    """A limit on a run's time that does not count what is replayed from its journal.
+
+    Args:
+        minutes: the limit; 0 for none.
+        journal: of the run, before the first reply is asked for.
+    """
+
+    def __init__(self, minutes: float, journal: Journal) -> None:
+        self.minutes, self.journal, self.replies = minutes, journal, len(journal)
+        self._asked: float | None = None
+        self._paid_since: float | None = None
+
+    def reached(self) -> bool:
+        """Whether to stop; asked before every piece of work. Time counts from the first that a model worked on."""
+        if self._paid_since is None and len(self.journal) > self.replies:
+            self._paid_since = self._asked
+        self._asked = time.monotonic()
+        return (
+            bool(self.minutes) and self._paid_since is not None and self._asked - self._paid_since >= 60 * self.minutes
+        )
+
+
+TRACKERS = ("none", "wandb")
+
+
+class Tracker(KVWriter):
+    """A stable-baselines3 log writer: a row of ``metrics.jsonl`` per update, the same to wandb.
+
+    Rows that a resumed run replays are written to neither a second time. Without a key wandb runs offline.
+
+    Args:
+        folder: the run.
+        track: ``"none"`` or ``"wandb"``.
+        step_name: what a row's step counts.
+
+    Raises:
+        InputError: for another tracker, or if wandb is not installed.
+    """
+
+    def __init__(self, folder: RunFolder, track: str = "none", step_name: str = "timesteps") -> None:
+        check_tracker(track)
+        self.step_name = step_name
+        self._rows = RowWriter(folder.file("metrics.jsonl"), compare=False)
+        self._run: Any = _start_wandb(folder) if track == "wandb" else None
+
+    def logger(self) -> Logger:
+        """A logger that writes here only."""
+        return Logger(folder=None, output_formats=[self])
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, Any], step: int = 0) -> None:
+        row = {self.step_name: int(step)} | {key: _number(value) for key, value in sorted(key_values.items())}
+        if self._rows.write(row) and self._run is not None:
+            self._run.log(row, step=step)
+
+    def skip(self, rows: int) -> None:
+        """Says that a checkpoint stands behind the first ``rows`` rows."""
+        self._rows.skip(rows)
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Sends rows with the same keys to wandb as a table."""
+        if self._run is not None and rows:
+            import wandb
+
+            columns: list[str | int] = list(rows[0])
+            self._run.log({name: wandb.Table(columns=columns, data=[list(row.values()) for row in rows])})
+
+    def image(self, name: str, path: Path) -> None:
+        """Sends a picture to wandb."""
+        if self._run is not None:
+            import wandb
+
+            self._run.log({name: wandb.Image(str(path))})
+
+    def summary(self, results: Mapping[str, Any]) -> None:
+        """Sends the results to wandb."""
+        if self._run is not None:
+            self._run.summary.update(dict(results))
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._run.finish()
+
+
+def check_tracker(track: str) -> None:
+    """Refuses an unknown tracker."""
+    if track not in TRACKERS:
+        raise InputError(f"unknown tracker {track!r}: use {' or '.join(TRACKERS)}")
+
+
+def _start_wandb(folder: RunFolder) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise InputError("--track wandb needs wandb: pip install wandb") from error
+    has_key = bool(os.environ.get("WANDB_API_KEY")) or (Path.home() / ".netrc").exists()
+    try:
+        return _init_wandb(wandb, folder, "online" if has_key else "offline")
+    except wandb.errors.Error as error:
+        raise InputError(f"wandb refused the run: {error}") from error
+
+
+def _init_wandb(wandb: Any, folder: RunFolder, mode: str) -> Any:
+    return wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "instructgym"),
+        name=folder.path.name,
+        id=hashlib.sha1(str(folder.path.resolve()).encode()).hexdigest()[:16],
+        resume="allow",
+        dir=str(folder.path),
+        config=folder.config,
+        mode=os.environ.get("WANDB_MODE") or mode,
+    )
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -12,9 +12,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ...llm_backends import (Backend, UnsupportedRequestError, resolve)
+from ...llm_backends import Backend, UnsupportedRequestError, resolve
 from ...llm_backends.errors import InputError
-from .tracking import check_tracker
+from .folder import check_tracker
 
 SCALES = ("smoke", "report")
 

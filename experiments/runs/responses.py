@@ -11,7 +11,7 @@ import numpy as np
 
 from ...agents.policy.language_model import LanguageModelPolicy
 from ...envs.tokens.episode import PromptExample
-from ...llm_backends import (Sampling, request_seed)
+from ...llm_backends import Sampling, request_seed
 
 COPIES = 64
 

@@ -7,30 +7,185 @@ model's the mean over tasks. REFINE-AF reports the share of tasks on which one m
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from rich.console import Console
+from rich.table import Table
 
-from ...agents.policy.checkpoints import policy_from
-from ...agents.policy.language_model import LanguageModelPolicy
-from ...envs.tasks.instruction.data import DataLayout, InstructionExample, prompt_text
+from ...agents.policy.checkpoints import policy_from, read_state
+from ...agents.policy.language_model import SETTINGS, LanguageModelPolicy
+from ...envs.tasks.instruction.data import DATA_LAYOUTS, DataLayout, InstructionExample, prompt_text, request_text
 from ...envs.tasks.instruction.evaluation import HELD_OUT, EvaluationTask, load_evaluation_tasks
 from ...envs.tokens.episode import PromptExample
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records, write_lines
 from ...rewards import Sample, Score
-from ..runs.folder import chunked_rows, write_json
+from ..runs.folder import chunked_rows, read_json, write_json
 from ..runs.options import check_counts
+from ..runs.report import COLOURS, panels
 from ..runs.responses import respond
-from ..runs.rouge_evaluation import compare, exact_match, macro_interval, rouge_l, task_scores
-from ..runs.stages import TrainingOptions, digest, policy_folder, stage, tokenizer_of, weights_digest
-from ..runs.token_training import OutOfTimeError, TokenTraining
-from .arms import Arm, common_layout, find_arms, seen_in_training
-from .evaluation_report import plot_rouge, tables
+from ..runs.statistics import Comparison, compare, exact_match, macro_interval, rouge_l, task_scores
+from ..runs.training import (
+    OutOfTimeError,
+    TokenTraining,
+    TrainingOptions,
+    digest,
+    policy_folder,
+    stage,
+    tokenizer_of,
+    weights_digest,
+)
+from .finetune import TRAIN
+
+
+def tables(
+    metrics: Mapping[str, Mapping[str, float]], pairs: Mapping[str, Comparison], counts: Mapping[str, Any]
+) -> list[Table]:
+    """The results for the terminal.
+
+    Args:
+        metrics: by arm: ``rouge_l`` with its interval, ``exact_match``, ``tokens`` and ``finished``.
+        pairs: by name the comparisons.
+        counts: of tasks and instances.
+    """
+    arms = Table(title=f"{counts['tasks']} tasks, {counts['instances']} instances (macro averages, percent)")
+    for column in ("arm", "ROUGE-L", "95% interval", "exact match", "finished", "tokens"):
+        arms.add_column(column, justify="left" if column == "arm" else "right")
+    for name, row in metrics.items():
+        arms.add_row(
+            name,
+            f"{100 * row['rouge_l']:.1f}",
+            f"{100 * row['rouge_l_low']:.1f} to {100 * row['rouge_l_high']:.1f}",
+            f"{100 * row['exact_match']:.1f}",
+            f"{100 * row['finished']:.0f}",
+            f"{row['tokens']:.0f}",
+        )
+    if not pairs:
+        return [arms]
+    compared = Table(title="task by task, ROUGE-L (shares of tasks and points)")
+    for column in ("comparison", "won", "tied", "lost", "difference", "95% interval"):
+        compared.add_column(column, justify="left" if column == "comparison" else "right")
+    for name, pair in pairs.items():
+        shares = (f"{100 * share:.0f}%" for share in pair.shares.values())
+        ends = f"{100 * pair.low:+.1f} to {100 * pair.high:+.1f}"
+        compared.add_row(name, *shares, f"{100 * pair.difference:+.1f}", ends)
+    return [arms, compared]
+
+
+def plot_rouge(metrics: Mapping[str, Mapping[str, float]], pairs: Mapping[str, Comparison], path: Path) -> Path:
+    """Macro ROUGE-L of the arms, and its differences with the shares of tasks won, as bars with 95% intervals.
+
+    Args:
+        metrics: as of :func:`tables`.
+        pairs: likewise.
+        path: the PNG.
+    """
+    figure, axes = panels(2 if pairs else 1)
+    rows = list(metrics.values())
+    means, low, high = (np.array([row[key] for row in rows]) for key in ("rouge_l", "rouge_l_low", "rouge_l_high"))
+    colours = [COLOURS[k % len(COLOURS)] for k in range(len(rows))]
+    errors = np.maximum([means - low, high - means], 0)
+    axes[0, 0].bar(range(len(rows)), means, yerr=errors, color=colours, capsize=4)
+    axes[0, 0].set_xticks(range(len(rows)), list(metrics))
+    axes[0, 0].set(title="ROUGE-L, mean over tasks", ylabel="F-measure")
+    if pairs:
+        right, found = axes[0, 1], list(pairs.values())
+        gaps, low, high = (np.array([getattr(p, key) for p in found]) for key in ("difference", "low", "high"))
+        right.barh(
+            range(len(found)),
+            gaps,
+            xerr=np.maximum([gaps - low, high - gaps], 0),
+            color=COLOURS[6],
+            alpha=0.6,
+            capsize=4,
+        )
+        labels = [
+            f"{name}\nwon {100 * p.shares['won']:.0f}%, tied {100 * p.shares['tied']:.0f}%" for name, p in pairs.items()
+        ]
+        right.set_yticks(range(len(found)), labels, fontsize=8)
+        right.axvline(0, color="#555555", linewidth=1)
+        right.invert_yaxis()
+        right.set(title="Difference in ROUGE-L", xlabel="F-measure, mean over tasks")
+    figure.suptitle("bars: 95% bootstrap interval over tasks", fontsize=9)
+    figure.savefig(path, dpi=130)
+    return path
+
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the models that are compared."""
+
+    name: str
+    model: str
+    """Its base model."""
+    run: str = ""
+    """Run folder of what was fine-tuned; empty for the base model as it is."""
+    layout: DataLayout | None = None
+    """In which it was trained, where the run says so."""
+
+
+def find_arms(policy: str, model: str = "") -> list[Arm]:
+    """The base model, then the policies in the order in which they are named.
+
+    Args:
+        policy: run folders separated by commas, each with a name if wanted: ``ours=runs/a,runs/b``.
+        model: the base model; by default that of the first policy, or embedded.
+
+    Raises:
+        InputError: for a run folder without a policy, and a name that is unusable or comes twice.
+    """
+    arms: list[Arm] = []
+    for piece in filter(None, (text.strip() for text in policy.split(","))):
+        named = re.fullmatch(r"([\w.-]+)=(.+)", piece)
+        folder = named[2] if named else piece
+        name = named[1] if named else Path(folder).resolve().name
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise InputError(f"--policy {piece}: {name!r} cannot name an arm, write NAME={folder}")
+        if name == BASE or name in {arm.name for arm in arms}:
+            raise InputError(f"--policy has two arms called {name!r} (base is the base model): write NAME={folder}")
+        settings = read_state(policy_folder(folder, "--policy") / SETTINGS)
+        arms.append(Arm(name, settings["model"], folder, _trained_layout(folder)))
+    return [Arm(BASE, model or (arms[0].model if arms else "embedded")), *arms]
+
+
+def _trained_layout(folder: str) -> DataLayout | None:
+    config = read_json(Path(folder) / "config.json") or {}
+    layout = (config.get("options") or {}).get("layout")
+    return layout if layout in DATA_LAYOUTS else None
+
+
+def common_layout(arms: Sequence[Arm], asked: str = "auto") -> DataLayout:
+    """The one layout in which all arms are asked: that of their training, ``chat`` where no run says, or the one asked.
+
+    Raises:
+        InputError: if they were trained in different ones and none is asked for.
+    """
+    if asked != "auto":
+        return asked  # type: ignore[return-value]
+    trained = {arm.layout: arm.name for arm in arms if arm.layout is not None}
+    if len(trained) > 1:
+        which = ", ".join(f"{name} in {layout}" for layout, name in trained.items())
+        raise InputError(f"the policies were trained in different layouts ({which}): choose one with --layout")
+    return next(iter(trained), "chat")
+
+
+def seen_in_training(arm: Arm, requests: Sequence[InstructionExample]) -> int | None:
+    """How many of the requests are among those that the arm was fine-tuned on; None where its run does not say."""
+    path = Path(arm.run) / TRAIN
+    if not arm.run or not path.exists():
+        return None
+    trained = {request_text(InstructionExample(r["instruction"], r["input"], r["output"])) for r in read_records(path)}
+    return sum(request_text(one) in trained for one in requests)
+
 
 CHUNK = 32
 ENV_ID = "instructgym/GenerateResponse-v0"

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from rich.console import Console
 
-from ...agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from ...agents.policy.language_model import LanguageModelPolicy
 from ...agents.supervised.sft import SFT, Demonstration
 from ...envs.tasks.instruction.data import (
     OPENINGS,
@@ -26,9 +26,10 @@ from ...envs.tasks.instruction.data import (
 from ...llm_backends import request_seed
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.tokenization import Tokenizer
+from ...llm_backends.training.adapters import LoraSettings
 from ..runs.folder import write_once
 from ..runs.options import check_counts
-from ..runs.stages import TrainingOptions, stage, tokenizer_of
+from ..runs.training import TrainingOptions, stage, tokenizer_of
 
 TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
 

@@ -20,8 +20,8 @@ from ...agents.policy.language_model import LanguageModelPolicy
 from ...agents.supervised.sft import Demonstration
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.causal_lm import token_budget_chunks
-from ..runs.metrics import auc
-from ..runs.plots import COLOURS, panels
+from ..runs.report import COLOURS, panels
+from ..runs.statistics import auc
 
 ATTACKS = ("loss", "calibrated", "min_k")
 """``loss``: negative mean loss per token; ``calibrated``: the reference model's mean loss less the model's own;

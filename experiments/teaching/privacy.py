@@ -26,9 +26,8 @@ from ...llm_backends.local.tokenization import Tokenizer
 from ...llm_backends.records import append_lines, read_records
 from ..runs.folder import read_json
 from ..runs.options import check_counts
-from ..runs.stages import TrainingOptions, digest, policy_folder, stage, tokenizer_of, weights_digest
-from ..runs.token_training import TokenTraining
-from .arms import find_arms
+from ..runs.training import TokenTraining, TrainingOptions, digest, policy_folder, stage, tokenizer_of, weights_digest
+from .evaluate import find_arms
 from .finetune import HELD_OUT, TRAIN, demonstrations
 from .membership import ATTACKS, SIDES, attack_metrics, length_shift, plot_roc, score_rows, side_of
 

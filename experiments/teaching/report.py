@@ -13,10 +13,9 @@ from rich.console import Console
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
 from ..runs.folder import read_json, write_json
-from ..runs.plots import COLOURS, panels
-from ..runs.rouge_evaluation import Comparison, compare, macro_interval
-from ..runs.tables import markdown, rich_table
-from .arms import BASE
+from ..runs.report import COLOURS, markdown, panels, rich_table
+from ..runs.statistics import Comparison, compare, macro_interval
+from .evaluate import BASE
 
 ATTACK = "calibrated"
 """The attack that the table shows: the loss less that of the base model."""

@@ -20,11 +20,9 @@ from ...envs.tasks.instruction.data import InstructionExample, prompt_text, read
 from ...envs.tasks.instruction.evaluation import EvaluationTask, load_evaluation_tasks
 from ...llm_backends.errors import InputError
 from ...rewards import RougeGate
-from ..runs.deadline import Deadline
-from ..runs.folder import RunFolder, read_json, write_once
+from ..runs.folder import RunFolder, check_tracker, read_json, write_once
 from ..runs.options import SCALES, check_counts, check_output, input_errors
-from ..runs.stages import digest, tokenizer_of
-from ..runs.tracking import check_tracker
+from ..runs.training import Deadline, digest, tokenizer_of
 from .evaluate import Evaluate
 from .evaluate import run as evaluate
 from .finetune import Finetune, usable_rows

@@ -22,11 +22,9 @@ from ...envs.tasks.responses.candidates import Candidates, DiverseSampling, samp
 from ...llm_backends import Backend, BackendError, ContextLengthError, Journal, Prompt
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
-from ..runs.folder import RunFolder, chunked_rows
+from ..runs.folder import RunFolder, accounted, chunked_rows, journaled_roles
 from ..runs.options import check_counts, input_errors, parse_part
-from ..runs.resumption import accounted, journaled_roles
-from ..runs.stages import Stage, digest, policy_folder, stage, weights_digest
-from ..runs.token_training import OutOfTimeError
+from ..runs.training import OutOfTimeError, Stage, digest, policy_folder, stage, weights_digest
 
 CHUNK = 16
 """Requests that are answered together: a chunk is kept whole or made again."""

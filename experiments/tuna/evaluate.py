@@ -15,15 +15,11 @@ from ...llm_backends import Journal, request_seed
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
 from ...rewards import Reward, Sample, score_with_retries
-from ..runs.deadline import Deadline
-from ..runs.folder import chunked_rows
+from ..runs.folder import accounted, chunked_rows, journaled_roles
 from ..runs.options import build_judge, input_errors, parse_part
-from ..runs.resumption import accounted, journaled_roles
-from ..runs.rouge_evaluation import macro_interval, task_scores
-from ..runs.stages import digest, stage
-from ..runs.token_training import OutOfTimeError
-from ..teaching.arms import BASE, find_arms
-from ..teaching.evaluate import PREDICTIONS, Evaluate
+from ..runs.statistics import macro_interval, task_scores
+from ..runs.training import Deadline, OutOfTimeError, digest, stage
+from ..teaching.evaluate import BASE, PREDICTIONS, Evaluate, find_arms
 from ..teaching.evaluate import run as evaluate
 
 CHUNK = 8

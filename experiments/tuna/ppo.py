@@ -24,11 +24,9 @@ from ..fine_grained.ppo import FineGrainedPPO
 from ..fine_grained.ppo import run as ppo
 from ..fine_grained.reward import FineGrainedRewardModel
 from ..fine_grained.reward import run as reward_model
-from ..runs.deadline import Deadline
 from ..runs.folder import RunFolder, write_once
 from ..runs.options import check_counts
-from ..runs.stages import TrainingOptions, digest, policy_folder, tokenizer_of
-from ..runs.token_training import OutOfTimeError
+from ..runs.training import Deadline, OutOfTimeError, TrainingOptions, digest, policy_folder, tokenizer_of
 from .train import ranked_file, withheld
 
 LISTS, PAIRS = "lists.jsonl", "pairs.jsonl"

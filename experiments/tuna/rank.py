@@ -22,11 +22,9 @@ from ...llm_backends import Backend, BackendError, Journal, request_seed
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
 from ...rewards import CandidateScores, ProbabilisticRanker, Ranker, rouge_l
-from ..runs.folder import chunked_rows, read_json
+from ..runs.folder import accounted, chunked_rows, journaled_roles, read_json
 from ..runs.options import build_judge, input_errors, parse_part
-from ..runs.resumption import accounted, journaled_roles
-from ..runs.stages import Stage, digest, stage
-from ..runs.token_training import OutOfTimeError
+from ..runs.training import OutOfTimeError, Stage, digest, stage
 from .candidates import CANDIDATES
 
 CHUNK = 16

@@ -12,10 +12,9 @@ from rich.console import Console
 from ...llm_backends.errors import InputError
 from ..runs.folder import read_json, write_json
 from ..runs.options import check_output
-from ..runs.plots import COLOURS, panels
-from ..runs.rouge_evaluation import compare
-from ..runs.tables import markdown, rich_table
-from ..teaching.arms import BASE
+from ..runs.report import COLOURS, markdown, panels, rich_table
+from ..runs.statistics import compare
+from ..teaching.evaluate import BASE
 
 EVALUATION, RANKINGS, POLICIES = "evaluate", "rank", "train"
 """Folders of the stages in an experiment's."""

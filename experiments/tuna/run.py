@@ -19,12 +19,9 @@ from ...envs.tasks.instruction.evaluation import HELD_OUT, EvaluationTask, load_
 from ...envs.tasks.instruction.pool import evaluation_split, load_tasks
 from ...llm_backends.errors import InputError
 from ...rewards import RougeGate
-from ..runs.deadline import Deadline, in_time
-from ..runs.folder import RunFolder, write_once
+from ..runs.folder import RunFolder, check_tracker, journaled_roles, write_once
 from ..runs.options import SCALES, check_output, input_errors, parse_part
-from ..runs.resumption import journaled_roles
-from ..runs.stages import digest, tokenizer_of
-from ..runs.tracking import check_tracker
+from ..runs.training import Deadline, digest, in_time, tokenizer_of
 from ..teaching.finetune import Finetune
 from ..teaching.finetune import run as finetune
 from .candidates import TunaCandidates

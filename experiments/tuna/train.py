@@ -10,7 +10,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from ...agents.policy.checkpoints import policy_from, read_state
-from ...agents.policy.language_model import SETTINGS, LanguageModelPolicy, LoraSettings
+from ...agents.policy.language_model import SETTINGS, LanguageModelPolicy
 from ...agents.preferences.lists import rank_agreement, request_of, tokenize_lists
 from ...agents.preferences.losses import LOSSES
 from ...agents.preferences.trainer import LARGEST_SCORE, RankedCandidates, RankingSettings, RankingTrainer
@@ -18,9 +18,10 @@ from ...envs.tasks.responses.candidates import RankedList, read_ranked_lists
 from ...llm_backends import request_seed
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
+from ...llm_backends.training.adapters import LoraSettings
 from ..runs.folder import RunFolder, read_json, write_json, write_once
 from ..runs.options import check_counts
-from ..runs.stages import TrainingOptions, digest, policy_folder, stage, tokenizer_of, weights_digest
+from ..runs.training import TrainingOptions, digest, policy_folder, stage, tokenizer_of, weights_digest
 from ..teaching.finetune import TRAIN
 from .rank import RANKED
 

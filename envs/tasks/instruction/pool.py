@@ -24,8 +24,8 @@ from ....llm_backends.errors import InputError
 from ....llm_backends.prompting import build_prompt, fill, load_prompts, one_line
 from ....llm_backends.records import append_lines, read_records
 from ....rewards.judges.verdict import VerdictPrompt
+from ....rewards.quality.instance_format import Instance
 from ....rewards.texts.rouge import RougeGate
-from .instances import Instance
 from .seeds import SeedFileError, read_seed_rows, seed_instruction
 
 MIN_WORDS, MAX_WORDS = 4, 150

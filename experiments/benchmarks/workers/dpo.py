@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ....agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from ....agents.policy.language_model import LanguageModelPolicy
 from ....agents.preferences.trainer import RankedCandidates, RankingTrainer
 from ....llm_backends.local.causal_lm import CausalLM
-from ....llm_backends.training.adapters import training_dtype
+from ....llm_backends.training.adapters import LoraSettings, training_dtype
 from ..tiny import peak_mb
 
 

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from ....agents.policy.language_model import LanguageModelPolicy, LoraSettings
+from ....agents.policy.language_model import LanguageModelPolicy
 from ....agents.policy_gradient.ppo import TokenPPO
 from ....envs.tokens.env import TokenVectorEnv
 from ....envs.tokens.episode import PromptExample
 from ....envs.tokens.process import TokenSettings
 from ....llm_backends.local.loading import computes_in_bfloat16
+from ....llm_backends.training.adapters import LoraSettings
 from ..tiny import EndlessTokenizer, endless_model, peak_mb, share_of_e
 
 

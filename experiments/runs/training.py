@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
-from ...agents.policy.checkpoints import (latest_checkpoint, replace_checkpoint)
+from ...agents.policy.checkpoints import latest_checkpoint, replace_checkpoint
+from ...agents.policy.language_model import SETTINGS
 from ...agents.policy.optimization import Processes
 from ...agents.rollouts.agent import RolloutAgent
-from .progress import StepProgress
 from ...agents.supervised.trainer import SupervisedTrainer
-from .folder import (RowWriter, RunFolder, read_json, write_json)
-from .tracking import Tracker
+from ...llm_backends.errors import InputError
+from ...llm_backends.local.tokenization import EmbeddedTokenizer, Tokenizer
+from .folder import RowWriter, RunFolder, Tracker, read_json, write_json
+from .options import check_counts, check_run
+from .progress import StepProgress
 
 CLOCK = "clock.json"
 
@@ -199,3 +207,157 @@ class TokenTraining:
                     "logprobs": [round(float(v), 4) for v in logprobs[rows]],
                 }
             )
+
+
+class Deadline:
+    """What is left of an experiment's time, which begins when this is made.
+
+    Args:
+        minutes: in all; 0 for no limit.
+    """
+
+    def __init__(self, minutes: float = 0.0) -> None:
+        self.minutes, self.begun = minutes, time.monotonic()
+
+    @property
+    def left(self) -> float:
+        """Minutes; 0 for no limit.
+
+        Raises:
+            OutOfTimeError: if nothing is left.
+        """
+        left = self.minutes - (time.monotonic() - self.begun) / 60 if self.minutes else 0.0
+        if self.minutes and left <= 0:
+            raise OutOfTimeError
+        return left
+
+    def check(self) -> None:
+        """Raises OutOfTimeError if nothing is left."""
+        _ = self.left
+
+    def run(self, run: Callable[[Any, Console], dict[str, Any]], options: Any, console: Console) -> dict[str, Any]:
+        """Runs a stage in what is left of the time.
+
+        Raises:
+            OutOfTimeError: if nothing is left, or the stage has not come to its end.
+        """
+        results = run(replace(options, minutes=self.left), console)
+        if results.get("status") == "stopped":
+            raise OutOfTimeError
+        return results
+
+
+def in_time(work: Callable[[Any, Console], Any]) -> Callable[[Any, Console], Any]:
+    """The same work, which says so where the time is over, and then returns ``{"status": "stopped"}``."""
+
+    @wraps(work)
+    def run(options: Any, console: Console) -> Any:
+        try:
+            return work(options, console)
+        except OutOfTimeError:
+            console.print(f"out of time: the same command goes on in {options.root}")
+            return {"status": "stopped"}
+
+    return run
+
+
+@dataclass
+class Stage:
+    """Options of every stage."""
+
+    run_dir: str = ""
+    """Folder of this stage. A folder with an unfinished run of the same options is resumed."""
+    seed: int = 0
+    """Of everything that is drawn: the order of data, tokens, weights."""
+    minutes: float = 0.0
+    """Stop cleanly after so many minutes; the same command goes on from there. 0: no limit."""
+    track: str = "none"
+    """none or wandb."""
+    dry_run: bool = False
+    """Check everything, load no model."""
+
+    def check(self) -> None:
+        """Refuses what can be refused without looking at files.
+
+        Raises:
+            InputError: naming the option.
+        """
+        check_run(self)
+
+
+@dataclass
+class TrainingOptions(Stage):
+    """Options of every stage that trains a model, or evaluates a trained one."""
+
+    token_budget: int = 1024
+    """Tokens of a micro-batch in training."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic; auto: bfloat16 where the hardware computes in it."""
+
+    def check(self) -> None:
+        super().check()
+        check_counts(self, "token_budget")
+
+
+@contextmanager
+def stage(
+    options: Stage, command: str, console: Console, distributed: bool = True, **identity: str
+) -> Iterator[TokenTraining | dict[str, Any]]:
+    """Opens the run of a stage; gives the results instead where it is finished.
+
+    Args:
+        options: of the stage.
+        command: its name, as a user types it.
+        console: for progress.
+        distributed: whether several processes can share its work.
+        **identity: what else makes a run the same run: digests of data and weights that the options only name.
+
+    Raises:
+        InputError: if the folder holds another run or is in use, and for several processes where one has to do.
+    """
+    processes = Processes()
+    if processes.count > 1 and not distributed:
+        raise InputError(f"'{command}' runs in one process: start it without torchrun or accelerate")
+    path, config = Path(options.run_dir), asdict(options) | identity
+    if (results := RunFolder(path, config, command).finished(console)) is not None:
+        yield results
+        return
+    if not processes.is_main:  # of several, one writes the run; the others keep a scratch folder within it
+        path, console = path / "ranks" / str(processes.index), Console(quiet=True)
+    folder = RunFolder(path, config, command)
+    with folder.opened(), Tracker(folder, options.track if processes.is_main else "none") as tracker:
+        checkpoints = Path(options.run_dir) / "checkpoints"
+        yield TokenTraining(folder, tracker, console, processes, checkpoints, options.minutes)
+
+
+def tokenizer_of(model: str) -> Tokenizer:
+    """The tokenizer of a model by its name, without the model."""
+    return EmbeddedTokenizer() if model == "embedded" else Tokenizer(model)
+
+
+def digest(value: Any) -> str:
+    """A short hash of what JSON can hold."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
+
+
+def weights_digest(folder: Path) -> str:
+    """A short hash of a policy's weights: what was made with them must not be resumed with others."""
+    found = hashlib.sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        with path.open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()[:12]
+
+
+def policy_folder(folder: str, option: str) -> Path:
+    """Where a stage left its policy; a policy's own folder is taken as it is.
+
+    Raises:
+        InputError: if there is none, naming the option.
+    """
+    if not folder:
+        raise InputError(f"{option} is missing: name the run folder of a stage that trained a policy")
+    for path in (Path(folder) / "policy", Path(folder)):
+        if (path / SETTINGS).exists():
+            return path
+    raise InputError(f"{option} {folder} holds no policy: has that stage finished?")

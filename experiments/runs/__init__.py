@@ -1,0 +1,1 @@
+"""What studies share: options, run folders, clocks, checkpoints, trackers, figures."""
