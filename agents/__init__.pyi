@@ -7,8 +7,8 @@ from .policy_gradient.ppo import TokenPPO as TokenPPO
 from .preferences.agent import RankingAgent as RankingAgent
 from .preferences.lists import rank_agreement as rank_agreement
 from .preferences.lists import tokenize_lists as tokenize_lists
-from .preferences.trainer import RankedCandidates as RankedCandidates
 from .preferences.trainer import RankingTrainer as RankingTrainer
+from .preferences.trainer import TokenizedRankedList as TokenizedRankedList
 from .sb3.baselines import BaselineAgent as BaselineAgent
 from .sb3.baselines import RandomAgent as RandomAgent
 from .sb3.baselines import RoundRobinAgent as RoundRobinAgent
@@ -26,4 +26,4 @@ from .supervised.reward_modelling import TokenizedPair as TokenizedPair
 from .supervised.reward_modelling import evaluate_reward_model as evaluate_reward_model
 from .supervised.reward_modelling import tokenize_pairs as tokenize_pairs
 from .supervised.sft import SFT as SFT
-from .supervised.sft import Demonstration as Demonstration
+from .supervised.sft import TokenizedDemonstration as TokenizedDemonstration

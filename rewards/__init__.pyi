@@ -19,9 +19,9 @@ from .judges.pairwise import Pair as Pair
 from .judges.pairwise import PairwiseJudge as PairwiseJudge
 from .judges.pairwise import ScoredComparison as ScoredComparison
 from .judges.pairwise import compare as compare
-from .judges.ranking import Ranking as Ranking
 from .judges.ranking import RankingJudge as RankingJudge
 from .judges.ranking import RankingQuestion as RankingQuestion
+from .judges.ranking import RankingVerdict as RankingVerdict
 from .judges.ranking import rank as rank
 from .judges.rubric import Grades as Grades
 from .judges.rubric import Rubric as Rubric

@@ -18,10 +18,10 @@ from instructgym.agents.policy.optimization import Processes
 from instructgym.agents.policy_gradient.grpo import GRPO, RLOO
 from instructgym.agents.policy_gradient.ppo import TokenPPO
 from instructgym.agents.preferences.agent import RankingAgent
-from instructgym.agents.preferences.trainer import RankedCandidates, RankingTrainer
+from instructgym.agents.preferences.trainer import RankingTrainer, TokenizedRankedList
 from instructgym.agents.soft_q.agent import SoftQ
 from instructgym.agents.supervised.reward_modelling import RewardTrainer, tokenize_pairs
-from instructgym.agents.supervised.sft import SFT, Demonstration
+from instructgym.agents.supervised.sft import SFT, TokenizedDemonstration
 from instructgym.envs.tokens.env import TokenVectorEnv
 from instructgym.envs.tokens.episode import PromptExample
 from instructgym.envs.tokens.process import TokenSettings
@@ -123,7 +123,7 @@ def fit(model, folder):
     trainer = SFT(policy_of(model, Processes(), "none"), learning_rate=0.01, batch_size=3)
     plain_steps(trainer.optimizer)
     trainer.set_logger(Logger(folder=None, output_formats=[writer]))
-    trainer.fit([Demonstration([i, 1], [2] * (1 + i)) for i in range(4)])
+    trainer.fit([TokenizedDemonstration([i, 1], [2] * (1 + i)) for i in range(4)])
     finish(trainer, folder / "sft", writer)
 
 
@@ -134,7 +134,7 @@ def fit_ranking(model, folder):
     trainer = RankingTrainer(policy, loss="tdpo2", learning_rate=0.01, batch_size=3, token_budget=8)
     plain_steps(trainer.optimizer)
     trainer.set_logger(Logger(folder=None, output_formats=[writer]))
-    trainer.fit([RankedCandidates([i, 1], [[2] * (1 + k) for k in range(1 + i)], range(1 + i)) for i in range(4)])
+    trainer.fit([TokenizedRankedList([i, 1], [[2] * (1 + k) for k in range(1 + i)], range(1 + i)) for i in range(4)])
     finish(trainer, folder / "ranking", writer)
 
 

@@ -17,8 +17,8 @@ from instructgym.experiments.fine_grained import report as fine_grained_report
 from instructgym.experiments.fine_grained import reward as fine_grained_reward
 from instructgym.experiments.fine_grained import run as fine_grained_run
 from instructgym.experiments.fine_grained import sft as fine_grained_sft
-from instructgym.experiments.fine_grained.common import ENV_ID, load_policy
-from instructgym.experiments.fine_grained.evaluate import win_rate
+from instructgym.experiments.fine_grained.common import ENV_ID, load_stage_policy
+from instructgym.experiments.fine_grained.evaluate import wilson_win_rate
 from instructgym.experiments.runs import training as token_training
 from instructgym.experiments.runs.responses import respond
 from instructgym.llm_backends import request_seed
@@ -128,7 +128,7 @@ def check_scale(small, made, tmp_path, level, form):
     """Returns of the start's responses have mean 0 and deviation 1 under the stored scale."""
     stored = json.loads((tmp_path / "ppo" / "scale.json").read_text())
     options = ppo_options(small, made, tmp_path / "other", level, form=form)
-    policy = load_policy(options, made / "sft" / "policy")
+    policy = load_stage_policy(options, made / "sft" / "policy")
     model = RewardModel.load(made / level / "model", policy.trunk, dtype="float32")
     part = fine_grained_ppo._reward(options, model, stored["scale"], stored["center"])
     assert part.timing == {"auto": "causal" if level == "token" else "terminal", "whole": "whole"}.get(form, "terminal")
@@ -289,9 +289,9 @@ def test_responses_without_a_verdict_are_ranked_by_nobody(made, small, tmp_path)
 
 
 def test_win_rates_count_ties_by_halves_and_leave_out_what_was_not_judged():
-    found = win_rate([1.0, 0.5, 0.0, 1.0, None])
+    found = wilson_win_rate([1.0, 0.5, 0.0, 1.0, None])
     assert found["win_rate"] == pytest.approx(0.625) and found["ties"] == 0.25 and found["judged"] == 0.8
     assert 0.15 < found["win_rate_low"] < 0.3 and 0.9 < found["win_rate_high"] < 0.95
-    assert win_rate([1.0] * 3)["win_rate_low"] < 0.5, "three wins are no certainty"
+    assert wilson_win_rate([1.0] * 3)["win_rate_low"] < 0.5, "three wins are no certainty"
     with pytest.raises(InputError, match="no verdict"):
-        win_rate([None])
+        wilson_win_rate([None])

@@ -14,7 +14,7 @@ from scipy import stats
 from instructgym.experiments.cli import main
 from instructgym.experiments.judging import calibrate as judge
 from instructgym.experiments.judging.calibrate import JudgeCalibrate, plot_calibration
-from instructgym.experiments.judging.measures import Judgement, LabelledPair, count, measure, read_pairs
+from instructgym.experiments.judging.measures import Judgement, LabelledPair, count, measure, read_labelled_pairs
 from instructgym.experiments.runs.statistics import auc, wilson
 from instructgym.llm_backends import FunctionBackend, ScriptedBackend
 from instructgym.llm_backends.errors import InputError
@@ -258,13 +258,13 @@ def test_bad_files(tmp_path, content, message):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(InputError, match=message):
-        read_pairs(path)
+        read_labelled_pairs(path)
 
 
 def test_the_last_row_needs_no_line_end(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + f"{json.dumps(GOOD)}\r\n\n{json.dumps(GOOD | {'first': 'é'})}".encode())
-    assert [pair.first for pair in read_pairs(path)[1]] == ["a", "é"]
+    assert [pair.first for pair in read_labelled_pairs(path)[1]] == ["a", "é"]
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def moved(policy, scale=0.3, seed=0):
     with torch.no_grad():
         for parameter in policy.parameters().values():
             parameter += scale * torch.randn(parameter.shape, generator=generator)
-    policy.changed()
+    policy.clear_prefix_cache()
     return policy
 
 
@@ -163,7 +163,7 @@ def step(policy, rate=0.5):
             if parameter.grad is not None:
                 parameter += rate * parameter.grad.clamp(-0.1, 0.1)
                 parameter.grad = None
-    policy.changed()
+    policy.clear_prefix_cache()
 
 
 @pytest.mark.parametrize(("rank", "value"), [(4, "shared"), (4, "own_adapter"), (4, "none"), (0, "shared")])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import auc as area
 
 from instructgym.agents.policy.language_model import LanguageModelPolicy
-from instructgym.agents.supervised.sft import Demonstration
+from instructgym.agents.supervised.sft import TokenizedDemonstration
 from instructgym.experiments.teaching.membership import attack_metrics, attack_scores, length_shift, roc, score_rows
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.training.adapters import LoraSettings
@@ -119,7 +119,7 @@ def test_scores_are_those_of_the_model_whatever_the_batch(tiny_lm, tiny_model_pa
     policy = LanguageModelPolicy(tiny_model_path, LoraSettings(rank=2), value="none", dtype="float32")
     rng = np.random.default_rng(0)
     rows = [
-        Demonstration(rng.integers(2, 300, rng.integers(2, 9)).tolist(), rng.integers(2, 300, n).tolist())
+        TokenizedDemonstration(rng.integers(2, 300, rng.integers(2, 9)).tolist(), rng.integers(2, 300, n).tolist())
         for n in (7, 1, 12, 4)
     ]
     scores = score_rows(policy, policy, rows, token_budget=64)

@@ -217,25 +217,27 @@ def search(tmp_path, limit=200):
 def test_the_best_is_by_validation_and_ties_go_to_the_larger_gap(tmp_path):
     mine = search(tmp_path)
     for count in (0, 2, 1, 3):
-        mine.offer(mine.task.prompt(f"Judge {MAGIC} " * count + "now"))
+        mine.validate(mine.task.prompt(f"Judge {MAGIC} " * count + "now"))
     assert mine.best is not None and mine.best.instruction.count(MAGIC) == 3
     assert [row["best"] for row in mine.history] == [True, True, False, True]
     found = incumbents(mine.task, read_records(mine.out))
     assert [calls for calls, _ in found] == [20, 40, 80] and [prompt for _, prompt in found][-1] == mine.best
-    mine.offer(mine.prompts[0])  # known: no call
+    mine.validate(mine.prompts[0])  # known: no call
     assert mine.scorer.calls == 80
 
 
 def test_prompts_that_stand_a_chance_are_validated(tmp_path):
     mine = search(tmp_path, limit=1000)
     texts = {magic: f"Judge {MAGIC} " * magic + "now" for magic in range(4)}
-    mine.propose([(0.1, mine.task.prompt(texts[0])), (0.2, mine.task.prompt(texts[2])), (0.0, mine.task.prompt("Say"))])
+    mine.validate_best(
+        [(0.1, mine.task.prompt(texts[0])), (0.2, mine.task.prompt(texts[2])), (0.0, mine.task.prompt("Say"))]
+    )
     assert [one.instruction for one in mine.prompts] == [texts[2]]  # of the best two, the second one is worse
     calls = mine.scorer.calls
     assert calls == (10 + 3) * 2
-    mine.propose([(0.3, mine.task.prompt(texts[2])), (0.2, mine.task.prompt(texts[0]))])  # both known
+    mine.validate_best([(0.3, mine.task.prompt(texts[2])), (0.2, mine.task.prompt(texts[0]))])  # both known
     assert mine.scorer.calls == calls
-    mine.propose([(-1.0, mine.task.prompt(texts[3]))])
+    mine.validate_best([(-1.0, mine.task.prompt(texts[3]))])
     assert mine.best is not None and mine.best.instruction == texts[3]
 
 
@@ -243,10 +245,10 @@ def test_a_prompt_that_does_not_fit_is_dropped_and_the_search_goes_on(tmp_path, 
     mine = search(tmp_path, limit=1000)
     over = lambda prompt, room: ContextLengthError("too long") if "endless" in str(prompt) else None  # noqa: E731
     monkeypatch.setattr(mine.scorer.backend, "context_error", over)
-    mine.offer(mine.task.prompt("An endless one."))
+    mine.validate(mine.task.prompt("An endless one."))
     assert mine.best is None and mine.scorer.calls == 0
     for text in ("Judge now", "An endless film."):
-        mine.propose([(0.1, mine.task.prompt(text))])
+        mine.validate_best([(0.1, mine.task.prompt(text))])
     assert [one.instruction for one in mine.prompts] == ["Judge now"]
 
 
@@ -254,7 +256,7 @@ def test_batch_calibration_needs_all_validation_examples(tmp_path):
     mine = search(tmp_path, limit=1000)
     mine.scorer.calibration = "batch"
     for text in ("Judge now", f"Judge {MAGIC} now"):
-        mine.propose([(0.1, mine.task.prompt(text))])
+        mine.validate_best([(0.1, mine.task.prompt(text))])
     assert [row["calls"] for row in mine.history] == [20, 40]
 
 
@@ -287,7 +289,7 @@ def test_the_test_examples_are_looked_at_once_the_search_is_over(options, tmp_pa
 
 
 def test_a_search_that_is_over_is_tested_and_not_repeated(options, tmp_path, monkeypatch):
-    monkeypatch.setattr(prompt, "tested", lambda *_: 1 / 0)  # killed in the test
+    monkeypatch.setattr(prompt, "test_incumbents", lambda *_: 1 / 0)  # killed in the test
     with pytest.raises(ZeroDivisionError):
         prompt.run(options(tmp_path, "random"), QUIET)
     monkeypatch.undo()

@@ -12,7 +12,7 @@ import instructgym  # noqa: F401  (registers the envs)
 from instructgym.agents.policy.language_model import LanguageModelPolicy
 from instructgym.agents.policy.optimization import TrainingDivergedError
 from instructgym.agents.preferences.agent import RankingAgent
-from instructgym.agents.preferences.trainer import RankedCandidates, RankingTrainer
+from instructgym.agents.preferences.trainer import RankingTrainer, TokenizedRankedList
 from instructgym.envs.tokens.episode import PromptExample
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.causal_lm import CausalLM
@@ -120,7 +120,7 @@ def ranked_lists(count):
         drawn = [rng.integers(0, END + 1, 4) for _ in range(rng.integers(1, 5))]
         scores = [float((one == BLUE).sum()) for one in drawn]
         prompt, candidates = rng.integers(0, END + 1, 3).tolist(), [[*one.tolist(), EOS] for one in drawn]
-        lists.append(RankedCandidates(prompt, candidates, scores=scores, reference=[BLUE, EOS]))
+        lists.append(TokenizedRankedList(prompt, candidates, scores=scores, reference=[BLUE, EOS]))
     return lists
 
 
@@ -146,7 +146,7 @@ def test_an_update_is_a_step_of_the_trainer_on_the_lists_of_its_samples():
         groups.setdefault(name, []).append(i)
     assert len(batch) == 16 and sorted(groups) == sorted(PROMPTS)
     lists = [
-        RankedCandidates(
+        TokenizedRankedList(
             TOKENIZER.encode(name),
             [batch.responses[i].tolist() for i in members],
             scores=[float(np.mean(batch.responses[i] == RED)) for i in members],

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from instructgym.agents.preferences.losses import (
     LOSSES,
     UNRANKED,
-    CandidateLists,
+    RankedListBatch,
     dpo,
     ipo,
     lipo_lambda,
@@ -30,7 +30,7 @@ def make(*rows, lengths=None, ratios=None, scores=None, wins=None, kls=None):
     flat = [one for row in rows for one in row]
     lengths = torch.tensor(lengths or [2] * len(flat))
     logprobs = torch.tensor([value for value, _ in flat], dtype=torch.float64) * lengths
-    return CandidateLists(
+    return RankedListBatch(
         logprobs=logprobs,
         lengths=lengths,
         counts=torch.tensor([len(row) for row in rows]),
@@ -72,7 +72,7 @@ def test_the_released_form_is_torchs_margin_loss_averaged_within_each_gap():
 
 
 def test_dpo_of_a_worked_pair():
-    lists = CandidateLists(
+    lists = RankedListBatch(
         logprobs=torch.tensor([-4.0, -6.0]),
         lengths=torch.tensor([3, 7]),
         counts=torch.tensor([2]),
@@ -204,7 +204,7 @@ def part(lists, rows, counts):
         name: getattr(lists, name)[rows]
         for name in ("logprobs", "lengths", "ranks", "reference_logprobs", "scores", "win_rates", "reference_kls")
     }
-    return CandidateLists(counts=torch.as_tensor(counts), **tensors)
+    return RankedListBatch(counts=torch.as_tensor(counts), **tensors)
 
 
 @pytest.mark.parametrize("loss", sorted(LOSSES))

@@ -10,7 +10,7 @@ from stable_baselines3.common.logger import KVWriter, Logger
 
 from instructgym.agents.policy.language_model import POLICY, LanguageModelPolicy
 from instructgym.agents.preferences.losses import LOSSES
-from instructgym.agents.preferences.trainer import RankedCandidates, RankingTrainer
+from instructgym.agents.preferences.trainer import RankingTrainer, TokenizedRankedList
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.causal_lm import CausalLM
 from instructgym.llm_backends.local.tokenization import WordTokenizer
@@ -41,7 +41,7 @@ def random_lists(count, seed=0, most=5, prompt=(1, 12)):
     for _ in range(count):
         words = [rng.integers(0, END + 1, rng.integers(2, 7)) for _ in range(rng.integers(1, most + 1))]
         lists.append(
-            RankedCandidates(
+            TokenizedRankedList(
                 prompt=rng.integers(0, END + 1, rng.integers(*prompt)).tolist(),
                 candidates=[[*w.tolist(), EOS] for w in words],
                 scores=[-float((w == RED).sum()) for w in words],
@@ -51,7 +51,7 @@ def random_lists(count, seed=0, most=5, prompt=(1, 12)):
     return lists
 
 
-ONE = RankedCandidates([SEA, SKY], [[BLUE, EOS], [RED, RED, EOS]], ranks=[1, 2], reference=[SKY, EOS])
+ONE = TokenizedRankedList([SEA, SKY], [[BLUE, EOS], [RED, RED, EOS]], ranks=[1, 2], reference=[SKY, EOS])
 
 
 class Rows(KVWriter):
@@ -264,7 +264,7 @@ def test_win_rates_come_from_scores_or_ranks():
     one = replace(ONE, ranks=None, scores=[1.0, -1.0])
     sigmoid = 1 / (1 + np.exp(-2.0))
     assert one.win_rates() == pytest.approx([(0.5 + sigmoid) / 2, (1.5 - sigmoid) / 2])
-    three = RankedCandidates([SEA], [[RED]] * 3, ranks=[7, 3, 7])
+    three = TokenizedRankedList([SEA], [[RED]] * 3, ranks=[7, 3, 7])
     assert three.win_rates() == pytest.approx([1 / 3, 5 / 6, 1 / 3]) and three.order().tolist() == [1, 0, 1]
 
 
@@ -383,7 +383,7 @@ def ruled_lists(count, seed):
         reds = rng.permutation(5)[:4]
         candidates = [rng.permutation([RED] * k + rng.integers(BLUE, END + 1, 5 - k).tolist()) for k in reds]
         lists.append(
-            RankedCandidates(
+            TokenizedRankedList(
                 rng.integers(BLUE, END + 1, 3).tolist(),
                 [[*c.tolist(), EOS] for c in candidates],
                 scores=[1.0 - k / 4 for k in reds],

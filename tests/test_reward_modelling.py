@@ -14,8 +14,8 @@ from stable_baselines3.common.logger import KVWriter, Logger
 from instructgym.agents.policy.optimization import TrainingDivergedError
 from instructgym.agents.supervised.reward_modelling import (
     LOSSES,
+    PairSide,
     RewardTrainer,
-    Side,
     edited_only_bt,
     evaluate_reward_model,
     mean_bt,
@@ -38,7 +38,7 @@ from tests.conftest import build_model
 def side(rows, changed=None):
     flat = torch.tensor(list(itertools.chain(*rows)), dtype=torch.float32, requires_grad=True)
     marks = [[False] * len(row) for row in rows] if changed is None else changed
-    return Side(flat, torch.tensor([len(row) for row in rows]), torch.tensor(list(itertools.chain(*marks))))
+    return PairSide(flat, torch.tensor([len(row) for row in rows]), torch.tensor(list(itertools.chain(*marks))))
 
 
 # ABC -> A'C in the spirit of the papers' figures: the second token is bad, the last one dropped.
@@ -81,7 +81,7 @@ def test_tlcr_ce_of_a_worked_pair():
 
 
 def test_sequence_bt_of_a_worked_pair():
-    scores = [Side(torch.tensor([s]), torch.tensor([4]), torch.zeros(4, dtype=torch.bool)) for s in (0.7, -0.4)]
+    scores = [PairSide(torch.tensor([s]), torch.tensor([4]), torch.zeros(4, dtype=torch.bool)) for s in (0.7, -0.4)]
     assert value(sequence_bt(*scores)) == pytest.approx(np.log1p(np.exp(-1.1)), abs=1e-6)
 
 
@@ -122,7 +122,7 @@ def test_gradients_are_those_of_finite_differences(loss):
     inputs = [torch.randn(n, dtype=torch.float64, generator=generator).requires_grad_() for n in (4, 5)]
 
     def function(a, b):
-        return loss(Side(a, lengths[0], flags[0]), Side(b, lengths[1], flags[1]))
+        return loss(PairSide(a, lengths[0], flags[0]), PairSide(b, lengths[1], flags[1]))
 
     assert torch.autograd.gradcheck(function, inputs)
 

@@ -17,7 +17,7 @@ from instructgym.llm_backends import resolve
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.serving.openai_backend import OpenAIBackend
 from instructgym.llm_backends.serving.probe import CAPABILITIES, Capability, ServerProbe
-from instructgym.llm_backends.serving.speed import Speed, make_prompts, measure, recommended
+from instructgym.llm_backends.serving.speed import Speed, measure_speed, probe_prompts, recommended
 from instructgym.llm_backends.serving.vllm_server import VLLMServerBackend
 
 KEY = "sk-secret-of-the-tests"
@@ -201,7 +201,7 @@ def test_a_model_has_to_be_named_where_the_list_leaves_it_open(models, message):
 
 def test_speed_is_measured_at_each_concurrency():
     with serving(latency=0.05, usage=(9, 4)) as server:
-        speeds = measure(lambda level: OpenAIBackend("m", server.url, concurrency=level), [1, 4], 8, 5, 4)
+        speeds = measure_speed(lambda level: OpenAIBackend("m", server.url, concurrency=level), [1, 4], 8, 5, 4)
         prompts = [body["messages"][0]["content"] for body in server.bodies]
     assert len(set(prompts)) == len(prompts) == 1 + 2 * 8  # a prompt that was read before would be answered faster
     assert all(len(prompt.split()) == 5 for prompt in prompts)
@@ -213,13 +213,13 @@ def test_speed_is_measured_at_each_concurrency():
 
 def test_errors_are_counted_and_have_no_latency():
     with serving(rate=1.0, faults=("500", "401")) as server:
-        [one] = measure(lambda level: OpenAIBackend("m", server.url, attempts=1), [2], 4, 5, 4)
+        [one] = measure_speed(lambda level: OpenAIBackend("m", server.url, attempts=1), [2], 4, 5, 4)
     assert one.errors == 4 and one.median_latency is None and "answered" in one.error
     assert recommended([one]) is None
 
 
 def test_prompts_are_different_and_the_same_under_one_salt():
-    assert make_prompts(3, 6, "a") == make_prompts(3, 6, "a") != make_prompts(3, 6, "b")
+    assert probe_prompts(3, 6, "a") == probe_prompts(3, 6, "a") != probe_prompts(3, 6, "b")
 
 
 def test_the_smallest_concurrency_near_the_best_is_recommended():

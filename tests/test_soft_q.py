@@ -11,7 +11,14 @@ from agent_cases import logged, same, undisturbed_and_restored
 import instructgym  # noqa: F401  (registers the envs)
 from instructgym.agents import SoftQ
 from instructgym.agents.policy.language_model import POLICY, LanguageModelPolicy
-from instructgym.agents.soft_q.agent import Episode, ReplayBuffer, _batch, multi_step, path_consistency, single_step
+from instructgym.agents.soft_q.agent import (
+    ReplayBuffer,
+    StoredEpisode,
+    _batch,
+    multi_step,
+    path_consistency,
+    single_step,
+)
 from instructgym.agents.soft_q.target_policy import TARGET, TargetPolicy, policy_logits, reference_logits
 from instructgym.envs.tokens.episode import PromptExample
 from instructgym.llm_backends.errors import InputError
@@ -149,7 +156,7 @@ def test_replayed_episodes_are_learned_from():
     )
     before = logprob(agent.policy)
     for _ in range(9):
-        agent.replay.add([Episode([SKY], [BLUE, BLUE, EOS], 4.0, "sky")] * 60)
+        agent.replay.add([StoredEpisode([SKY], [BLUE, BLUE, EOS], 4.0, "sky")] * 60)
         updates(agent, agent.updates + 1)
     assert before < -6 and logprob(agent.policy) > -1.5
 
@@ -167,7 +174,7 @@ def test_the_gradient_is_that_of_full_logits(rank, prior, weight):
     policy = make_policy(rank=rank, temperature=0.7)
     agent = SoftQ(make_env(), policy, reversed_weight=weight, prior=prior)
     moved(policy, 0.1)  # away from the target
-    batch = _batch([Episode(p, r, 0.0, "") for p, r in zip(prompts, responses, strict=True)])
+    batch = _batch([StoredEpisode(p, r, 0.0, "") for p, r in zip(prompts, responses, strict=True)])
     agent._backward(batch, np.arange(3), returns, agent._prior(batch), 3.0)
     mine = {name: p.grad.clone() for name, p in policy.parameters().items() if p.grad is not None}
     agent.optimizer.inner.zero_grad()
@@ -211,7 +218,7 @@ def full(forward, prompt, response):
 
 
 def episodes(*rows):
-    return [Episode([RED], [RED], value, group) for value, group in rows]
+    return [StoredEpisode([RED], [RED], value, group) for value, group in rows]
 
 
 def test_returns_are_standardised_and_mapped():
@@ -289,7 +296,7 @@ def test_the_target_follows_the_policy_slowly(rank):
 
 def test_a_buffer_keeps_the_last_and_draws_each_once():
     buffer = ReplayBuffer(3)
-    buffer.add(Episode([k], [k], float(k), "") for k in range(5))
+    buffer.add(StoredEpisode([k], [k], float(k), "") for k in range(5))
     drawn = buffer.draw(2, np.random.default_rng(0))
     assert len({one.value for one in drawn}) == 2
     assert {one.value for one in buffer.draw(9, np.random.default_rng(0))} == {2.0, 3.0, 4.0}

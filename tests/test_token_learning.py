@@ -14,7 +14,7 @@ from instructgym.agents.policy.language_model import LanguageModelPolicy
 from instructgym.agents.policy.optimization import TrainingDivergedError
 from instructgym.agents.policy_gradient.grpo import GRPO, RLOO
 from instructgym.agents.policy_gradient.ppo import TokenPPO
-from instructgym.agents.supervised.sft import SFT, Demonstration
+from instructgym.agents.supervised.sft import SFT, TokenizedDemonstration
 from instructgym.envs.tokens.env import TokenEnv, TokenVectorEnv
 from instructgym.envs.tokens.episode import PromptExample
 from instructgym.envs.tokens.process import TokenSettings
@@ -195,7 +195,7 @@ def demonstrations(constrained=False):
     tokenizer = WordTokenizer(words=WORDS)
     sets = [np.array([RED, BLUE]), np.array([EOS])] if constrained else None
     return [
-        Demonstration(
+        TokenizedDemonstration(
             tokenizer.encode(e.prompt), [WORDS.index(e.reference), EOS][: 1 + i % 2], sets and sets[: 1 + i % 2]
         )
         for i, e in enumerate(EXAMPLES * 4)
@@ -254,7 +254,7 @@ def test_the_loss_is_the_mean_over_all_response_tokens():
 
 def test_bad_demonstrations_are_refused():
     trainer = SFT(make_policy(value="none"))
-    for bad in ([], [Demonstration([RED], [])], [Demonstration([], [RED])]):
+    for bad in ([], [TokenizedDemonstration([RED], [])], [TokenizedDemonstration([], [RED])]):
         with pytest.raises(InputError, match="needs demonstrations"):
             trainer.fit(bad)
     with pytest.raises(InputError, match="batch_size"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from instructgym.agents.policy.language_model import LanguageModelPolicy
-from instructgym.agents.supervised.sft import SFT, Demonstration
+from instructgym.agents.supervised.sft import SFT, TokenizedDemonstration
 from instructgym.envs.tokens.env import TokenEnv, TokenVectorEnv
 from instructgym.envs.tokens.episode import PromptExample
 from instructgym.envs.tokens.process import TokenSettings
@@ -238,7 +238,9 @@ def test_policy_and_reward_model_share_a_trunk(policy_first):
     close(np.concatenate(model.score(PROMPTS, RESPONSES)), np.concatenate(apart[1]), 1e-6)
 
     before = model.score(PROMPTS, RESPONSES)
-    SFT(policy, learning_rate=0.01, batch_size=2, epochs=3).fit([Demonstration([i, 1], [2, 5]) for i in range(4)])
+    SFT(policy, learning_rate=0.01, batch_size=2, epochs=3).fit(
+        [TokenizedDemonstration([i, 1], [2, 5]) for i in range(4)]
+    )
     assert (policy_scores(policy) - apart[0]).abs().max() > 0.05
     assert all(map(np.array_equal, model.score(PROMPTS, RESPONSES), before))
     mine = policy_scores(policy)

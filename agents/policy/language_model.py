@@ -148,8 +148,8 @@ class LanguageModelPolicy:
             named |= {f"value_head.{name}": p for name, p in self.value_head.named_parameters()}
         return named
 
-    def changed(self) -> None:
-        """To be called when weights have changed: forgets cached prefixes."""
+    def clear_prefix_cache(self) -> None:
+        """Forgets cached prompt prefixes; to be called after the weights have changed."""
         self.lm.prefix_cache.clear()
 
     # --- acting ------------------------------------------------------------------------------------------------------
@@ -181,9 +181,9 @@ class LanguageModelPolicy:
         """
         samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         with self.adapter(POLICY) as lm, autocast(self.lm, self.dtype):
-            self.changed()  # prefixes of another adapter, or of the bare model
+            self.clear_prefix_cache()  # prefixes of another adapter, or of the bare model
             completions = generate(lm, [[int(t) for t in p] for p in prompts], samplings, choices, eos, tempered=True)
-            self.changed()
+            self.clear_prefix_cache()
         return completions
 
     # --- scoring -----------------------------------------------------------------------------------------------------
@@ -390,7 +390,7 @@ class LanguageModelPolicy:
                 raise
             raise InputError(f"cannot read a policy from {folder}: {' '.join(str(error).split())}") from error
         self.reference = settings["reference"]
-        self.changed()
+        self.clear_prefix_cache()
 
 
 def frozen_copy(lm: CausalLM) -> CausalLM:
@@ -449,6 +449,6 @@ class PolicyBackend(TransformersBackend):
         stack = ExitStack()
         stack.enter_context(self.policy.adapter(POLICY))
         stack.enter_context(autocast(self.policy.lm, self.policy.dtype))
-        self.policy.changed()
-        stack.callback(self.policy.changed)
+        self.policy.clear_prefix_cache()
+        stack.callback(self.policy.clear_prefix_cache)
         return stack

@@ -155,9 +155,9 @@ class Processes:
             raise InputError(
                 f"{self.count} processes need at least {self.count} groups of env copies, got {groups} of {group_size}"
             )
-        mine = np.zeros(groups, dtype=bool)
-        mine[np.array_split(np.arange(groups), self.count)[self.index]] = True
-        return np.repeat(mine, group_size)
+        local_groups = np.zeros(groups, dtype=bool)
+        local_groups[np.array_split(np.arange(groups), self.count)[self.index]] = True
+        return np.repeat(local_groups, group_size)
 
     def total(self, values: np.ndarray) -> np.ndarray:
         """The element-wise sum over processes, float64."""

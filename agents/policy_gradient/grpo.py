@@ -100,7 +100,7 @@ class GRPO(_GroupAgent):
     name: ClassVar[str] = "grpo"
 
     def _prepare(self, batch: TokenBatch) -> None:
-        self._kl(batch)
+        self._kl_penalty(batch)
         returns = batch.per_episode(batch.own_rewards)
         self._spread(batch, group_advantages(returns, batch.groups, self.settings.scale_advantages))
 
@@ -134,5 +134,5 @@ class RLOO(_GroupAgent):
     name: ClassVar[str] = "rloo"
 
     def _prepare(self, batch: TokenBatch) -> None:
-        returns = batch.per_episode(batch.own_rewards - np.float32(self.kl.coefficient) * self._kl(batch))
+        returns = batch.per_episode(batch.own_rewards - np.float32(self.kl.coefficient) * self._kl_penalty(batch))
         self._spread(batch, leave_one_out_advantages(returns, batch.groups))

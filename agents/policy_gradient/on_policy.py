@@ -180,8 +180,11 @@ class OnPolicyAgent(RolloutAgent):
     def _uses_reference(self) -> bool:
         return self.policy.reference != "none" and (self.settings.kl_coefficient > 0)
 
-    def _kl(self, batch: TokenBatch, estimator: KLEstimator = "k1") -> np.ndarray:
-        """Per-token KL penalty, 0 where masked out; logs its mean per episode and adapts its coefficient."""
+    def _kl_penalty(self, batch: TokenBatch, estimator: KLEstimator = "k1") -> np.ndarray:
+        """Returns the KL penalty of each token, float32, shape (tokens,), 0 where masked out.
+
+        Records the mean per episode, by which the coefficient is adapted once the update is over.
+        """
         kl = np.where(batch.loss_mask, kl_estimate(batch.logprobs, batch.reference_logprobs, estimator), 0.0)
         unbiased = np.where(batch.loss_mask, kl_estimate(batch.logprobs, batch.reference_logprobs), 0.0)
         total, episodes = self.processes.total(np.array([unbiased.sum(), len(batch)], dtype=np.float64))

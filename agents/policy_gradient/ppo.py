@@ -149,7 +149,7 @@ class TokenPPO(OnPolicyAgent):
         rewards, kept = batch.own_rewards, batch.loss_mask
         if settings.whiten_rewards:
             rewards = whiten(rewards, kept, shift_mean=False, total=total)
-        shaped = rewards - np.float32(self.kl.coefficient) * self._kl(batch, settings.kl_estimator)
+        shaped = rewards - np.float32(self.kl.coefficient) * self._kl_penalty(batch, settings.kl_estimator)
         # Episodes end in `terminated`; the value of what would follow is 0. Tokens of others are part of a transition.
         advantages, batch.returns = np.zeros_like(rewards), np.zeros_like(rewards)
         advantages[kept], batch.returns[kept] = discounted_gae(

@@ -15,7 +15,7 @@ from ..policy.optimization import TrainingDivergedError
 from ..rollouts.agent import RolloutAgent, RolloutSettings
 from ..rollouts.batch import TokenBatch
 from .losses import LOSSES
-from .trainer import RankedCandidates, RankingSettings, RankingTrainer, _List
+from .trainer import PreparedList, RankingSettings, RankingTrainer, TokenizedRankedList
 
 PREVIOUS = "previous"
 """Name of the frozen adapter that an earlier iterate is kept in."""
@@ -108,7 +108,7 @@ class RankingAgent(RolloutAgent):
     # --- offline -----------------------------------------------------------------------------------------------------
 
     def fit(
-        self, lists: Sequence[RankedCandidates], callback: Callable[[RankingAgent], bool | None] | None = None
+        self, lists: Sequence[TokenizedRankedList], callback: Callable[[RankingAgent], bool | None] | None = None
     ) -> RankingAgent:
         """Trains on ranked candidates, without the env.
 
@@ -153,7 +153,7 @@ class RankingAgent(RolloutAgent):
             self._train([prepared[k] for k in chosen], [sampled[k] for k in chosen])
         self.logger.record("time/train", time.perf_counter() - begun)
 
-    def _ranked(self, batch: TokenBatch) -> tuple[list[RankedCandidates], list[np.ndarray]]:
+    def _ranked(self, batch: TokenBatch) -> tuple[list[TokenizedRankedList], list[np.ndarray]]:
         """The lists of all processes, and the log-probs of their candidates by the sampler, sums over tokens."""
         returns = batch.per_episode(batch.own_rewards.astype(np.float64))
         logprobs = batch.per_episode(batch.sampler_logprobs.astype(np.float64))
@@ -175,7 +175,7 @@ class RankingAgent(RolloutAgent):
         for (_, _, prompt), samples in groups.items():
             responses, scores, sums, references = zip(*samples, strict=True)
             reference = None if references[0] is None else self._reference(prompt, references[0])
-            lists.append(RankedCandidates(prompt, responses, scores=_without_rounding(scores), reference=reference))
+            lists.append(TokenizedRankedList(prompt, responses, scores=_without_rounding(scores), reference=reference))
             sampled.append(np.array(sums))
         return lists, sampled
 
@@ -187,7 +187,7 @@ class RankingAgent(RolloutAgent):
         ids = self.policy.tokenizer.encode_continuation(opening + text)
         return [*ids, *sorted(self.env.generation.eos_ids)[:1]][: self.env.generation.max_tokens]
 
-    def _train(self, lists: Sequence[_List], sampled: Sequence[np.ndarray]) -> None:
+    def _train(self, lists: Sequence[PreparedList], sampled: Sequence[np.ndarray]) -> None:
         steps: list[dict[str, float]] = []
         skipped, self.trainer.steps = self.optimizer.skipped, 0
         for epoch in range(self.settings.epochs):
@@ -207,7 +207,7 @@ class RankingAgent(RolloutAgent):
         self.logger.record("train/learning_rate", self.optimizer.learning_rate)
         self.logger.record("train/skipped_steps", self.optimizer.skipped)
 
-    def _log_kl(self, lists: Sequence[_List], sampled: Sequence[np.ndarray]) -> None:
+    def _log_kl(self, lists: Sequence[PreparedList], sampled: Sequence[np.ndarray]) -> None:
         """The mean log-ratio of sampler and reference policy, of lists whose reference log-probs are computed here."""
         found = np.zeros(2)
         for one, logprobs in zip(lists, sampled, strict=True):

@@ -16,7 +16,7 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.local.causal_lm import token_budget_chunks
 from ...llm_backends.local.tokenization import Tokenizer
 from ..policy.language_model import LanguageModelPolicy
-from .trainer import RankedCandidates
+from .trainer import TokenizedRankedList
 
 FINISHED = "finished"
 """Metadata of a ranked list: for each candidate, whether its writer ended it; all, where it is missing."""
@@ -30,7 +30,7 @@ def request_of(one: RankedList) -> InstructionExample:
 
 def tokenize_lists(
     lists: Sequence[RankedList], layout: DataLayout, tokenizer: Tokenizer, context_length: int
-) -> tuple[list[RankedCandidates], dict[str, int]]:
+) -> tuple[list[TokenizedRankedList], dict[str, int]]:
     """Token ids of prompts, candidates and references.
 
     What its writer ended has an end-of-sequence token, as has a reference; a candidate that a limit cut off has none.
@@ -71,7 +71,7 @@ def tokenize_lists(
             dropped["lists"] += 1
             continue
         scores = [one.scores[k] for k in fitting]
-        kept.append(RankedCandidates(prompt, [responses[k] for k in fitting], scores=scores, reference=reference))
+        kept.append(TokenizedRankedList(prompt, [responses[k] for k in fitting], scores=scores, reference=reference))
     return kept, dict(dropped)
 
 
@@ -94,7 +94,7 @@ def finished_flags(one: RankedList) -> list[bool]:
 
 @torch.no_grad()
 def rank_agreement(
-    policy: LanguageModelPolicy, lists: Sequence[RankedCandidates], ratios: bool = False, token_budget: int = 4096
+    policy: LanguageModelPolicy, lists: Sequence[TokenizedRankedList], ratios: bool = False, token_budget: int = 4096
 ) -> float | None:
     """Mean Kendall tau-b, in [-1, 1], between a policy's order of candidates and their ranking.
 

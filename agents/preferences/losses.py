@@ -19,7 +19,7 @@ PAIRINGS = ("all", "best_worst")
 
 
 @dataclass
-class CandidateLists:
+class RankedListBatch:
     """m lists with n candidates in all, list after list; nothing is padded."""
 
     logprobs: torch.Tensor
@@ -85,7 +85,7 @@ class CandidateLists:
         return self.total(values, rows) / self.total(torch.ones_like(values), rows).clamp(min=1.0)
 
 
-def tuna(lists: CandidateLists, margin: float = 0.1) -> torch.Tensor:
+def tuna(lists: RankedListBatch, margin: float = 0.1) -> torch.Tensor:
     """Tuna's ranking loss as the paper states it (Li et al. 2023, arXiv 2310.13385).
 
     The sum over pairs of max(0, v(worse) - v(better) + margin (difference of ranks)), with v the mean log-prob per
@@ -102,7 +102,7 @@ def tuna(lists: CandidateLists, margin: float = 0.1) -> torch.Tensor:
     return lists.total(hinges, winners)
 
 
-def tuna_released(lists: CandidateLists, margin: float = 0.1) -> torch.Tensor:
+def tuna_released(lists: RankedListBatch, margin: float = 0.1) -> torch.Tensor:
     """Tuna's ranking loss as its released code computes it (microsoft/LMOps, ``tuna/src/custom.py``).
 
     The hinges of :func:`tuna`, but averaged among pairs of the same difference of ranks, and the averages summed: of
@@ -123,7 +123,9 @@ def tuna_released(lists: CandidateLists, margin: float = 0.1) -> torch.Tensor:
     return lists.total(hinges / sizes[kinds], winners)
 
 
-def dpo(lists: CandidateLists, beta: float = 0.1, label_smoothing: float = 0.0, pairs: Pairing = "all") -> torch.Tensor:
+def dpo(
+    lists: RankedListBatch, beta: float = 0.1, label_smoothing: float = 0.0, pairs: Pairing = "all"
+) -> torch.Tensor:
     """-log sigmoid(beta (r(better) - r(worse))), r the log-ratio (DPO, Rafailov et al. 2023, arXiv 2305.18290, eq. 7).
 
     A list of more than two gives the mean over its pairs.
@@ -147,7 +149,7 @@ def dpo(lists: CandidateLists, beta: float = 0.1, label_smoothing: float = 0.0, 
     return lists.mean(losses, winners)
 
 
-def ipo(lists: CandidateLists, beta: float = 0.1, pairs: Pairing = "all") -> torch.Tensor:
+def ipo(lists: RankedListBatch, beta: float = 0.1, pairs: Pairing = "all") -> torch.Tensor:
     """(r(better) - r(worse) - 1 / (2 beta))^2, r the log-ratio (IPO, Azar et al. 2023, arXiv 2310.12036, eq. 17).
 
     Log-ratios are of whole responses, as in DPO's published code.
@@ -167,7 +169,7 @@ def ipo(lists: CandidateLists, beta: float = 0.1, pairs: Pairing = "all") -> tor
     return lists.mean((difference - 1 / (2 * beta)).square(), winners)
 
 
-def spin(lists: CandidateLists, beta: float = 0.1) -> torch.Tensor:
+def spin(lists: RankedListBatch, beta: float = 0.1) -> torch.Tensor:
     """-log sigmoid(beta (r(reference) - r(own))), r the log-ratio (SPIN, Chen et al. 2024, arXiv 2401.01335).
 
     The reference response is the demonstration, the candidates were drawn from the previous iterate, which is the
@@ -186,7 +188,7 @@ def spin(lists: CandidateLists, beta: float = 0.1) -> torch.Tensor:
     return dpo(lists, beta, pairs="reference")
 
 
-def sppo(lists: CandidateLists, beta: float = 0.001, pairs: Pairing = "best_worst") -> torch.Tensor:
+def sppo(lists: RankedListBatch, beta: float = 0.001, pairs: Pairing = "best_worst") -> torch.Tensor:
     """(r - (P - 1/2) / beta)^2, r the log-ratio and P the win rate (SPPO, Wu et al. 2024, arXiv 2405.00675).
 
     The mean of both sides of a pair; the paper's pair is that of the best and the worst candidate. A regression: unlike
@@ -209,7 +211,7 @@ def sppo(lists: CandidateLists, beta: float = 0.001, pairs: Pairing = "best_wors
     return lists.mean((squares[winners] + squares[losers]) / 2, winners)
 
 
-def lipo_lambda(lists: CandidateLists, beta: float = 0.1) -> torch.Tensor:
+def lipo_lambda(lists: RankedListBatch, beta: float = 0.1) -> torch.Tensor:
     """LiPO-lambda (Liu et al. 2024, arXiv 2402.01878): a lambda loss over a list.
 
     The sum over pairs of weight log(1 + exp(-(s(better) - s(worse)))), s = beta times the log-ratio, weight =
@@ -239,7 +241,7 @@ def lipo_lambda(lists: CandidateLists, beta: float = 0.1) -> torch.Tensor:
     return lists.total(weights * softplus(strengths[losers] - strengths[winners]), winners)
 
 
-def tdpo1(lists: CandidateLists, beta: float = 0.1, pairs: Pairing = "all") -> torch.Tensor:
+def tdpo1(lists: RankedListBatch, beta: float = 0.1, pairs: Pairing = "all") -> torch.Tensor:
     """-log sigmoid(beta (v(better) - v(worse))), v the log-ratio plus the KL (TDPO1, arXiv 2404.11999).
 
     Zeng et al. 2024. The KL is KL(reference || policy), summed over the positions of a response; as in the published
@@ -261,7 +263,7 @@ def tdpo1(lists: CandidateLists, beta: float = 0.1, pairs: Pairing = "all") -> t
     return lists.mean(-logsigmoid(beta * (values[winners] - values[losers])), winners)
 
 
-def tdpo2(lists: CandidateLists, beta: float = 0.1, alpha: float = 0.5, pairs: Pairing = "all") -> torch.Tensor:
+def tdpo2(lists: RankedListBatch, beta: float = 0.1, alpha: float = 0.5, pairs: Pairing = "all") -> torch.Tensor:
     """-log sigmoid(beta (r(better) - r(worse) - alpha (KL(worse) - KL(better)))) (TDPO2, arXiv 2404.11999).
 
     r is the log-ratio, the KL as of :func:`tdpo1`; that of the better candidate carries no gradient: only the policy's
@@ -286,7 +288,7 @@ def tdpo2(lists: CandidateLists, beta: float = 0.1, alpha: float = 0.5, pairs: P
     return lists.mean(-logsigmoid(beta * difference), winners)
 
 
-def nll(lists: CandidateLists, imitated: torch.Tensor) -> torch.Tensor:
+def nll(lists: RankedListBatch, imitated: torch.Tensor) -> torch.Tensor:
     """The negative log-likelihood of the candidates to imitate, summed over their tokens.
 
     The MLE term of Tuna divides the sum over a batch by the number of these tokens, as the released code does. That
@@ -303,13 +305,13 @@ def nll(lists: CandidateLists, imitated: torch.Tensor) -> torch.Tensor:
     return -lists.total(lists.logprobs[rows], rows)
 
 
-def _hinges(lists: CandidateLists, margin: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _hinges(lists: RankedListBatch, margin: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     winners, losers = lists.pairs()
     values, gaps = lists.mean_logprobs(), lists.ranks[losers] - lists.ranks[winners]
     return winners, losers, torch.relu(values[losers] - values[winners] + margin * gaps)
 
 
-def _differences(lists: CandidateLists, pairing: Pairing) -> tuple[torch.Tensor, torch.Tensor]:
+def _differences(lists: RankedListBatch, pairing: Pairing) -> tuple[torch.Tensor, torch.Tensor]:
     winners, losers = lists.pairs(pairing)
     ratios = lists.log_ratios()
     return winners, ratios[winners] - ratios[losers]
@@ -344,7 +346,7 @@ class RankingLoss(NamedTuple):
         """The pairs that it compares under the given options."""
         return "reference" if self.function is spin else options.get("pairs", self.defaults.get("pairs", "all"))
 
-    def values(self, lists: CandidateLists) -> torch.Tensor:
+    def values(self, lists: RankedListBatch) -> torch.Tensor:
         """What it ranks candidates by, shape (n,), in nats."""
         return lists.log_ratios() if self.needs_reference_policy else lists.mean_logprobs()
 

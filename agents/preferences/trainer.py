@@ -18,7 +18,7 @@ from ...llm_backends.local.causal_lm import token_budget_chunks
 from ...llm_backends.training.teacher_forcing import SHARED_PREFIX
 from ..policy.language_model import LanguageModelPolicy
 from ..supervised.trainer import SupervisedSettings, SupervisedTrainer
-from .losses import LOSSES, PAIRINGS, UNRANKED, CandidateLists, Pairing, nll
+from .losses import LOSSES, PAIRINGS, UNRANKED, Pairing, RankedListBatch, nll
 
 OPTIONS = ("margin", "beta", "alpha", "label_smoothing", "pairs")
 """Settings that are handed to the loss."""
@@ -27,7 +27,7 @@ LARGEST_SCORE = 32.0
 
 
 @dataclass(frozen=True)
-class RankedCandidates:
+class TokenizedRankedList:
     """Candidate responses to one prompt, and which are better; ``ranks`` or ``scores`` say so, not both.
 
     The loss ``spin`` takes no notice of which: all of them are worse than the reference.
@@ -110,7 +110,7 @@ class RankingSettings(SupervisedSettings):
 
 
 @dataclass
-class _List:
+class PreparedList:
     """A list as it is computed: its reference, if it is needed, is the last row."""
 
     prompt: np.ndarray
@@ -171,7 +171,7 @@ class RankingTrainer(SupervisedTrainer):
         """Of the last :meth:`fit`: lists without a ranking loss, as those of one candidate or of ties alone."""
 
     def fit(
-        self, lists: Sequence[RankedCandidates], callback: Callable[[RankingTrainer], bool | None] | None = None
+        self, lists: Sequence[TokenizedRankedList], callback: Callable[[RankingTrainer], bool | None] | None = None
     ) -> RankingTrainer:
         """Trains.
 
@@ -194,7 +194,7 @@ class RankingTrainer(SupervisedTrainer):
 
     # --- data --------------------------------------------------------------------------------------------------------
 
-    def _check(self, one: RankedCandidates, name: str) -> None:
+    def _check(self, one: TokenizedRankedList, name: str) -> None:
         loss, limit, vocabulary = self.settings.loss, self.policy.lm.context_length, len(self.policy.lm.tokenizer)
         if not len(one.prompt):
             raise InputError(f"{name} has an empty prompt: give it at least one token")
@@ -228,7 +228,7 @@ class RankingTrainer(SupervisedTrainer):
         if one.reference is None and self.settings.weight and self.settings.imitate == "reference":
             raise InputError(f"{name} has no reference response to imitate: give one, or set imitate or mle_weight=0")
 
-    def _prepare(self, one: RankedCandidates) -> _List:
+    def _prepare(self, one: TokenizedRankedList) -> PreparedList:
         count, imitate = len(one.candidates), self.settings.imitate if self.settings.weight else ""
         responses, ranks = [np.asarray(c, np.int32) for c in one.candidates], one.order()
         imitated = np.full(count, imitate == "all") | ((imitate == "best") & (ranks == 0))
@@ -238,11 +238,11 @@ class RankingTrainer(SupervisedTrainer):
             responses.append(np.asarray(one.reference, np.int32))
             ranks, imitated = np.append(ranks, UNRANKED), np.append(imitated, imitate in ("reference", "all"))
             scores, wins = np.append(scores, 0.0), np.append(wins, 0.5)
-        prepared = _List(np.asarray(one.prompt, np.int32), responses, ranks, imitated, scores, wins)
+        prepared = PreparedList(np.asarray(one.prompt, np.int32), responses, ranks, imitated, scores, wins)
         prepared.pairs = len(_lists([prepared], torch.zeros(len(ranks))).pairs(self.pairing)[0])
         return prepared
 
-    def _micro_batches(self, lists: Sequence[_List], examples: Sequence[int]) -> Iterator[list[int]]:
+    def _micro_batches(self, lists: Sequence[PreparedList], examples: Sequence[int]) -> Iterator[list[int]]:
         """Splits lists into micro-batches of like lengths within the token budget; one too long is by itself."""
         chunk: list[int] = []
         for i in sorted(examples, key=lambda i: lists[i].width):
@@ -255,14 +255,14 @@ class RankingTrainer(SupervisedTrainer):
         if chunk:
             yield chunk
 
-    def _shared(self, one: _List) -> int:
+    def _shared(self, one: PreparedList) -> int:
         """Tokens of a list's prompt that are read once for all of its candidates."""
         shared = len(one.prompt) - 1
         return shared if self.policy.lm.plain_attention and shared >= SHARED_PREFIX else 0
 
     # --- training ----------------------------------------------------------------------------------------------------
 
-    def _step(self, lists: Sequence[_List], examples: np.ndarray) -> dict[str, float]:
+    def _step(self, lists: Sequence[PreparedList], examples: np.ndarray) -> dict[str, float]:
         """An optimiser step on some of the lists; returns its metrics."""
         ranked = sum(lists[i].pairs > 0 for i in examples)
         pairs, tokens = sum(lists[i].pairs for i in examples), sum(lists[i].tokens for i in examples)
@@ -270,7 +270,7 @@ class RankingTrainer(SupervisedTrainer):
         if self._loss.needs_reference_kl:
             sums["reference_kl"] = 0.0
         responses = sum(len(lists[i].responses) for i in examples if lists[i].pairs or lists[i].tokens)
-        mine = [int(i) for i in self._mine(examples) if lists[i].pairs or lists[i].tokens]
+        mine = [int(i) for i in self._local_examples(examples) if lists[i].pairs or lists[i].tokens]
         for members in self._micro_batches(lists, mine):
             chosen = [lists[i] for i in members]
             batch = self._candidates(chosen)
@@ -293,10 +293,10 @@ class RankingTrainer(SupervisedTrainer):
         self.logger.record("train/pairs", pairs)
         self.logger.record("train/lists_without_pairs", len(examples) - ranked)
         metrics = self._update(len(lists), sums)
-        self.policy.changed()
+        self.policy.clear_prefix_cache()
         return metrics
 
-    def _candidates(self, lists: Sequence[_List]) -> CandidateLists:
+    def _candidates(self, lists: Sequence[PreparedList]) -> RankedListBatch:
         """A micro-batch as the loss takes it, with a graph."""
         if self._loss.needs_reference_kl:
             logprobs, references, kls = self._read(lists)
@@ -308,7 +308,7 @@ class RankingTrainer(SupervisedTrainer):
             batch.reference_logprobs = torch.cat([self._reference(one) for one in lists])
         return batch
 
-    def _read(self, lists: Sequence[_List]) -> torch.Tensor:
+    def _read(self, lists: Sequence[PreparedList]) -> torch.Tensor:
         """Sums over tokens, float32, with a graph.
 
         Shape (rows,): log-probs; where the loss needs the latter, shape (3, rows): log-probs by the policy and by the
@@ -335,7 +335,7 @@ class RankingTrainer(SupervisedTrainer):
             return score(*parts[0])
         return torch.cat([checkpoint(score, *part, use_reentrant=False) for part in parts], dim=-1)
 
-    def _reference(self, one: _List) -> torch.Tensor:
+    def _reference(self, one: PreparedList) -> torch.Tensor:
         """float32, shape (rows,): log-probs of a list by the reference policy, computed once.
 
         Lists are read one by one, so that the last bits do not depend on what else is in a batch: training that is
@@ -350,7 +350,7 @@ class RankingTrainer(SupervisedTrainer):
             one.reference_logprobs = torch.cat(logprobs)
         return one.reference_logprobs
 
-    def _parts(self, lists: Sequence[_List]) -> list[list[int]]:
+    def _parts(self, lists: Sequence[PreparedList]) -> list[list[int]]:
         """Rows of a micro-batch that are read at once: all, unless a single list is over the token budget."""
         widths = [len(one.prompt) + len(response) for one in lists for response in one.responses]
         if len(lists) > 1:
@@ -362,11 +362,11 @@ class RankingTrainer(SupervisedTrainer):
         self.policy.load(folder)
 
 
-def _lists(lists: Sequence[_List], logprobs: torch.Tensor) -> CandidateLists:
+def _lists(lists: Sequence[PreparedList], logprobs: torch.Tensor) -> RankedListBatch:
     def tensor(rows: list[np.ndarray] | list[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.as_tensor(np.concatenate([np.atleast_1d(row) for row in rows]), dtype=dtype).to(logprobs.device)
 
-    return CandidateLists(
+    return RankedListBatch(
         logprobs=logprobs,
         lengths=tensor([len(r) for one in lists for r in one.responses], torch.int64),
         counts=tensor([len(one.responses) for one in lists], torch.int64),

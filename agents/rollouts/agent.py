@@ -203,7 +203,7 @@ class RolloutAgent(ABC):
         totals = self._log_rollout(batch, statistics)
         if totals["kept"]:
             self._improve(batch)
-            self.policy.changed()
+            self.policy.clear_prefix_cache()
         self.num_timesteps += int(totals["tokens"])
         self.episodes += int(totals["episodes"])
         self.updates += 1

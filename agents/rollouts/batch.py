@@ -139,7 +139,7 @@ def collect(
     batches: int,
     sampling: Sampling,
     seed: int,
-    mine: np.ndarray,
+    local_envs: np.ndarray,
     env_seed: int | None = None,
 ) -> tuple[TokenBatch, RolloutStatistics]:
     """Has episodes written: ``batches`` times one per copy of the env.
@@ -153,7 +153,7 @@ def collect(
         batches: resets of the env.
         sampling: its seed is replaced by one per episode.
         seed: from which the episodes' seeds are derived.
-        mine: bool, shape (copies,): the copies that this process plays.
+        local_envs: bool, shape (copies,): the copies that this process plays.
         env_seed: of the first reset; None goes on.
 
     Returns:
@@ -165,12 +165,12 @@ def collect(
     begun = time.perf_counter()
     for number in range(batches):
         env.reset(seed=env_seed if number == 0 else None)
-        drafts = _write(writer, env, sampling, request_seed(seed, number), mine, number)
+        drafts = _write(writer, env, sampling, request_seed(seed, number), local_envs, number)
         if pending is not None:
             statistics.waited += _finish(env, pending, kept, statistics)
         pending = drafts
         started = time.perf_counter()
-        env.play_async([draft["response"] if draft else [] for draft in drafts], mine)
+        env.play_async([draft["response"] if draft else [] for draft in drafts], local_envs)
         statistics.waited += time.perf_counter() - started
     if pending is not None:
         statistics.waited += _finish(env, pending, kept, statistics)
@@ -179,11 +179,16 @@ def collect(
 
 
 def _write(
-    writer: LanguageModelPolicy | RolloutEngine, env: Any, sampling: Sampling, seed: int, mine: np.ndarray, number: int
+    writer: LanguageModelPolicy | RolloutEngine,
+    env: Any,
+    sampling: Sampling,
+    seed: int,
+    local_envs: np.ndarray,
+    number: int,
 ) -> list[dict[str, Any]]:
     prompts = env.prompts()
     constraints: list[Choices | None] = env.constraints() if hasattr(env, "constraints") else [None] * len(prompts)
-    copies = np.flatnonzero(mine)
+    copies = np.flatnonzero(local_envs)
     completions = writer.generate(
         [prompts[i] for i in copies],
         [replace(sampling, seed=request_seed(seed, int(i))) for i in copies],

@@ -153,7 +153,7 @@ class VLLMEngine:
             raise InputError(f"{server.url} must be started with --logprobs-mode processed_logprobs")
         with policy.adapter(POLICY) as lm:
             [mine] = lm.logprobs([ids[:1]], [ids[1:]])
-        policy.changed()  # the prefix of the probe, too
+        policy.clear_prefix_cache()  # the prefix of the probe, too
         gap = float(np.abs(mine - server.score(ids[:1], ids[1:])).mean())
         if gap > LARGEST_GAP:
             raise InputError(

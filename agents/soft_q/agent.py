@@ -22,7 +22,7 @@ from ..rollouts.batch import TokenBatch
 from .target_policy import TargetPolicy, policy_logits, reference_logits
 
 
-class Episode(NamedTuple):
+class StoredEpisode(NamedTuple):
     """An episode that is over."""
 
     prompt: Sequence[int]
@@ -43,16 +43,16 @@ class ReplayBuffer:
     """
 
     def __init__(self, capacity: int) -> None:
-        self._episodes: deque[Episode] = deque(maxlen=capacity)
+        self._episodes: deque[StoredEpisode] = deque(maxlen=capacity)
 
     def __len__(self) -> int:
         return len(self._episodes)
 
-    def add(self, episodes: Iterable[Episode]) -> None:
+    def add(self, episodes: Iterable[StoredEpisode]) -> None:
         """Keeps episodes, the agent's own or those of others."""
         self._episodes.extend(episodes)
 
-    def draw(self, count: int, generator: np.random.Generator) -> list[Episode]:
+    def draw(self, count: int, generator: np.random.Generator) -> list[StoredEpisode]:
         """That many different episodes, all of them if there are fewer."""
         chosen = generator.choice(len(self), size=min(count, len(self)), replace=False)
         return [self._episodes[i] for i in chosen]
@@ -64,7 +64,7 @@ class ReplayBuffer:
     def load_state(self, state: Iterable[Sequence[Any]]) -> None:
         """Continues from :meth:`state`."""
         self._episodes.clear()
-        self.add(Episode(*row) for row in state)
+        self.add(StoredEpisode(*row) for row in state)
 
 
 Consistency = Literal["single", "multi", "both"]
@@ -243,11 +243,11 @@ class SoftQ(RolloutAgent):
         self._train(_batch(episodes), returns)
         self.logger.record("time/train", time.perf_counter() - begun)
 
-    def _episodes(self, batch: TokenBatch) -> tuple[list[Episode], int]:
+    def _episodes(self, batch: TokenBatch) -> tuple[list[StoredEpisode], int]:
         """What this process learns from in this update, and how many past episodes all of them replay."""
         returns = batch.per_episode(batch.own_rewards.astype(np.float64))
         mine = [
-            Episode(batch.prompts[i].tolist(), batch.responses[i].tolist(), float(returns[i]), batch.groups[i])
+            StoredEpisode(batch.prompts[i].tolist(), batch.responses[i].tolist(), float(returns[i]), batch.groups[i])
             for i in range(len(batch))
         ]
         if not self.settings.replay_ratio:
@@ -259,7 +259,7 @@ class SoftQ(RolloutAgent):
         self.replay.add(fresh)
         return mine + past[self.processes.index :: self.processes.count], len(past)
 
-    def _shaped(self, episodes: Sequence[Episode]) -> np.ndarray:
+    def _shaped(self, episodes: Sequence[StoredEpisode]) -> np.ndarray:
         """float64, shape (episodes,): what the returns of these episodes are worth."""
         settings = self.settings
         values = np.array([episode.value for episode in episodes], dtype=np.float64)
@@ -377,7 +377,7 @@ _LOGGED = {
 """Name of a mean, and whether it is one over tokens, or else over episodes."""
 
 
-def _batch(episodes: Sequence[Episode]) -> TokenBatch:
+def _batch(episodes: Sequence[StoredEpisode]) -> TokenBatch:
     """Episodes as a batch; returns stand aside."""
     lengths = sum(len(episode.response) for episode in episodes)
     return TokenBatch(

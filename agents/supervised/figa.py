@@ -105,7 +105,7 @@ class FIGA(SupervisedTrainer):
 
     def _step(self, pairs: Sequence[TokenizedPair], examples: np.ndarray) -> None:
         loss, written, removed = 0.0, 0, 0
-        for members in pair_micro_batches(pairs, self._mine(examples), self.settings.token_budget):
+        for members in pair_micro_batches(pairs, self._local_examples(examples), self.settings.token_budget):
             part, weights = self._loss([pairs[i] for i in members])
             part.backward()
             loss += float(part.detach())
@@ -119,7 +119,7 @@ class FIGA(SupervisedTrainer):
         self._update(len(pairs), {"loss": loss / max(total, 1.0)})
         self.logger.record("train/written_tokens", written)
         self.logger.record("train/removed_tokens", removed)
-        self.policy.changed()
+        self.policy.clear_prefix_cache()
 
     def _loss(self, pairs: Sequence[TokenizedPair]) -> tuple[torch.Tensor, np.ndarray]:
         """The sum of weighted cross-entropies, with its graph, and the weights, edited sides first."""

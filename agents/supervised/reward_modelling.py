@@ -21,7 +21,7 @@ from .trainer import SupervisedSettings, SupervisedTrainer
 
 
 @dataclass
-class Side:
+class PairSide:
     """One side of n pairs: the original responses, or the edited ones."""
 
     logits: torch.Tensor
@@ -44,7 +44,7 @@ class Side:
         return torch.segment_reduce(values.where(where, 0.0), "sum", lengths=self.lengths) / counts.clamp(min=1.0)
 
 
-def mean_bt(edited: Side, original: Side) -> torch.Tensor:
+def mean_bt(edited: PairSide, original: PairSide) -> torch.Tensor:
     """-log sigmoid(R(edited) - R(original)) with R the mean over all tokens (Xu et al. 2024, arXiv 2406.02756).
 
     Tokens that both share nearly cancel, so that what is learned concentrates on the changed ones. The exact mean is
@@ -60,7 +60,7 @@ def mean_bt(edited: Side, original: Side) -> torch.Tensor:
     return -logsigmoid(edited.mean() - original.mean())
 
 
-def edited_only_bt(edited: Side, original: Side) -> torch.Tensor:
+def edited_only_bt(edited: PairSide, original: PairSide) -> torch.Tensor:
     """The same with means over the changed tokens only; a side without any counts as 0.
 
     Args:
@@ -73,7 +73,7 @@ def edited_only_bt(edited: Side, original: Side) -> torch.Tensor:
     return -logsigmoid(edited.mean(where=edited.changed) - original.mean(where=original.changed))
 
 
-def tlcr_ce(edited: Side, original: Side) -> torch.Tensor:
+def tlcr_ce(edited: PairSide, original: PairSide) -> torch.Tensor:
     """Cross-entropy of token labels (TLCR, Yoon et al. 2024, arXiv 2407.16574); sigmoid(logit): a token is good.
 
     Removed tokens are bad, written ones good, unchanged ones of both sides half of each. The loss is the mean over bad
@@ -95,7 +95,7 @@ def tlcr_ce(edited: Side, original: Side) -> torch.Tensor:
     return edited.mean(good, edited.changed) + original.mean(bad, original.changed) + unchanged
 
 
-def sequence_bt(edited: Side, original: Side) -> torch.Tensor:
+def sequence_bt(edited: PairSide, original: PairSide) -> torch.Tensor:
     """Bradley and Terry's loss on one score per response, -log sigmoid(s(edited) - s(original)).
 
     Args:
@@ -108,7 +108,7 @@ def sequence_bt(edited: Side, original: Side) -> torch.Tensor:
     return -logsigmoid(edited.logits - original.logits)
 
 
-def unchanged_penalty(edited: Side, original: Side) -> torch.Tensor:
+def unchanged_penalty(edited: PairSide, original: PairSide) -> torch.Tensor:
     """The mean square of the head's output over the unchanged tokens of both sides, shape (n,).
 
     Contexts differ behind the first edit, so rewards of unchanged tokens do not cancel exactly; this keeps them at 0.
@@ -116,7 +116,7 @@ def unchanged_penalty(edited: Side, original: Side) -> torch.Tensor:
     return _unchanged_mean(edited, original, edited.logits.square(), original.logits.square())
 
 
-def _unchanged_mean(edited: Side, original: Side, after: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+def _unchanged_mean(edited: PairSide, original: PairSide, after: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     """Of per-token values of both sides, pooled, shape (n,)."""
     total, count = torch.zeros_like(edited.lengths, dtype=after.dtype), torch.zeros_like(edited.lengths)
     for side, values in ((edited, after), (original, before)):
@@ -129,7 +129,7 @@ def _unchanged_mean(edited: Side, original: Side, after: torch.Tensor, before: t
 class RewardLoss(NamedTuple):
     """A loss, and what it makes of the model's output."""
 
-    function: Callable[[Side, Side], torch.Tensor]
+    function: Callable[[PairSide, PairSide], torch.Tensor]
     level: Level
     """Of the models it trains."""
     transform: Transform
@@ -314,7 +314,7 @@ class RewardTrainer(SupervisedTrainer):
 
     def _step(self, pairs: Sequence[TokenizedPair], examples: np.ndarray) -> None:
         sums = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
-        for members in pair_micro_batches(pairs, self._mine(examples), self.settings.token_budget):
+        for members in pair_micro_batches(pairs, self._local_examples(examples), self.settings.token_budget):
             edited, original = _sides(self.model, [pairs[i] for i in members])
             losses = self._loss.function(edited, original)
             if self.settings.unchanged_penalty:
@@ -332,7 +332,7 @@ class RewardTrainer(SupervisedTrainer):
         self.model.restore(folder)
 
 
-def _sides(model: RewardModel, pairs: Sequence[TokenizedPair]) -> tuple[Side, Side]:
+def _sides(model: RewardModel, pairs: Sequence[TokenizedPair]) -> tuple[PairSide, PairSide]:
     """Edited and original responses, scored in one pass."""
     prompts = [pair.prompt for pair in pairs]
     responses = [pair.edited for pair in pairs] + [pair.original for pair in pairs]
@@ -342,7 +342,7 @@ def _sides(model: RewardModel, pairs: Sequence[TokenizedPair]) -> tuple[Side, Si
     split = [len(pairs)] * 2 if model.level == "sequence" else [int(part.sum()) for part in lengths]
     changed = [np.concatenate([p.written for p in pairs]), np.concatenate([p.removed for p in pairs])]
     edited, original = (
-        Side(part, count, torch.from_numpy(mark).to(device))
+        PairSide(part, count, torch.from_numpy(mark).to(device))
         for part, count, mark in zip(logits.split(split), lengths, changed, strict=True)
     )
     return edited, original

@@ -21,7 +21,7 @@ class SFTSettings(SupervisedSettings):
 
 
 @dataclass(frozen=True)
-class Demonstration:
+class TokenizedDemonstration:
     """A prompt and the response to imitate."""
 
     prompt: Sequence[int]
@@ -47,7 +47,9 @@ class SFT(SupervisedTrainer):
         self.policy = policy
         super().__init__(policy, SFTSettings(**options), seed)
 
-    def fit(self, demonstrations: Sequence[Demonstration], callback: Callable[[SFT], bool | None] | None = None) -> SFT:
+    def fit(
+        self, demonstrations: Sequence[TokenizedDemonstration], callback: Callable[[SFT], bool | None] | None = None
+    ) -> SFT:
         """Trains.
 
         Args:
@@ -65,7 +67,7 @@ class SFT(SupervisedTrainer):
     def _step(self, batch: TokenBatch, episodes: np.ndarray) -> None:
         tokens = float(batch.lengths[episodes].sum())
         loss = 0.0
-        for members in batch.micro_batches(self._mine(episodes), self.settings.token_budget):
+        for members in batch.micro_batches(self._local_examples(episodes), self.settings.token_budget):
             scores = self.policy.score(
                 [batch.prompts[i] for i in members],
                 [batch.responses[i] for i in members],
@@ -76,13 +78,13 @@ class SFT(SupervisedTrainer):
             part.backward()
             loss += float(part.detach())
         self._update(len(batch), {"loss": loss})
-        self.policy.changed()
+        self.policy.clear_prefix_cache()
 
     def _load(self, folder: Path) -> None:
         self.policy.load(folder)
 
 
-def _batch(demonstrations: Sequence[Demonstration]) -> TokenBatch:
+def _batch(demonstrations: Sequence[TokenizedDemonstration]) -> TokenBatch:
     if not demonstrations or any(not len(d.prompt) or not len(d.response) for d in demonstrations):
         raise InputError("supervised fine-tuning needs demonstrations with a prompt and a response each")
     lengths = [len(d.response) for d in demonstrations]

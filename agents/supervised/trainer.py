@@ -92,7 +92,7 @@ class SupervisedTrainer(ABC):
                 if going is False:
                     return
 
-    def _mine(self, examples: np.ndarray) -> np.ndarray:
+    def _local_examples(self, examples: np.ndarray) -> np.ndarray:
         """Those of a batch that this process computes."""
         return np.array_split(examples, self.processes.count)[self.processes.index]
 

@@ -147,7 +147,7 @@ class EditSettings:
 
 
 @dataclass
-class Episode:
+class EditEpisode:
     """One copy's episode."""
 
     index: int
@@ -221,7 +221,7 @@ class EditProcess:
         self.operator, self.backend, self.reward, self.settings = operator, backend, reward, settings
         self.source = EpisodeSource(len(self.instructions))
         self.generators: list[np.random.Generator] = [np.random.default_rng() for _ in range(copies)]
-        self.episodes: list[Episode | None] = [None] * copies
+        self.episodes: list[EditEpisode | None] = [None] * copies
         self._carried: list[str | None] = [None] * copies
         self._unseeded = True
         self._forget()
@@ -292,7 +292,7 @@ class EditProcess:
         """What an observation of the copy is made of."""
         return self._episode(copy).state
 
-    def _episode(self, copy: int) -> Episode:
+    def _episode(self, copy: int) -> EditEpisode:
         episode = self.episodes[copy]
         if episode is None:
             raise RuntimeError("call reset() before anything else")
@@ -303,10 +303,10 @@ class EditProcess:
         if prefix is not None and not (isinstance(prefix, str) and prefix.strip()):
             raise ValueError(f"options['prefix'] must be a non-empty text, got {prefix!r}")
 
-    def _open(self, copy: int, index: int, prefix: Any, base_seed: int) -> Episode:
+    def _open(self, copy: int, index: int, prefix: Any, base_seed: int) -> EditEpisode:
         """A copy's new episode on an example; ``prefix`` is what to start from in the place of the example's text."""
         text = self.instructions[index].text if prefix is None else prefix
-        return Episode(index, text, text, base_seed, history=[text])
+        return EditEpisode(index, text, text, base_seed, history=[text])
 
     def _opened(self, copies: Sequence[int]) -> None:
         """Called once the episodes of ``copies`` are open, for work that is done for all of them together."""
@@ -421,7 +421,7 @@ class EditProcess:
         }
         return Transition(float(reward), bool(finish), info)
 
-    def _start_info(self, episode: Episode) -> dict[str, Any]:
+    def _start_info(self, episode: EditEpisode) -> dict[str, Any]:
         instruction = self.instructions[episode.index]
         return {
             "text": episode.text,

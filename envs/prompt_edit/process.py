@@ -13,7 +13,7 @@ from ...rewards.base import Sample, Score
 from ...rewards.prompt_scoring.rewards import TaskGain
 from ...rewards.prompt_scoring.scorer import check_batch
 from ...rewards.prompt_scoring.task_prompt import Demonstration, LabelledExample, TaskPrompt, longest
-from ..edit.process import EditProcess, EditSettings, EditState, EditStep, Episode
+from ..edit.process import EditEpisode, EditProcess, EditSettings, EditState, EditStep
 from ..process import InvalidRewardError, Transition
 from ..tasks.instruction.seeds import Instruction
 from .drafts import DraftContext, PromptDraft
@@ -24,7 +24,7 @@ OVER_CONTEXT = "context"
 
 
 @dataclass
-class PromptEpisode(Episode):
+class PromptEpisode(EditEpisode):
     """One copy's episode on a prompt."""
 
     document: PromptDraft
@@ -225,7 +225,7 @@ class PromptProcess(EditProcess):
     def state(self, copy: int) -> EditState:
         return replace(super().state(copy), mask=self.mask(copy))
 
-    def _start_info(self, episode: Episode) -> dict[str, Any]:
+    def _start_info(self, episode: EditEpisode) -> dict[str, Any]:
         assert isinstance(episode, PromptEpisode)
         return super()._start_info(episode) | self._prompt_info(episode)
 

@@ -80,9 +80,9 @@ class TokenEnv(TokenParts, ProcessEnv[TokenProcess, TokenObservation]):
     and ``mask`` (int8, 1 where there is a token). ``onehot``: ``MultiDiscrete``, the same ids with ``vocabulary`` as
     padding, for learners that one-hot it; small vocabularies only.
 
-    ## Rewards
-    By the timing of the reward: *terminal* and *whole* are paid with the last token, *causal* with every token. Where
-    there is no verdict, the running mean of valid rewards is paid and ``info["reward_valid"]`` is False.
+    ## Rewards By the timing of the reward: *terminal* and *whole* rewards are given at the last token, *causal* ones at
+    every token. Where there is no verdict, the running mean of valid rewards is given and ``info["reward_valid"]`` is
+    False.
 
     ## Starting State
     A prompt, drawn in shuffled epochs; ``options={"index": i}`` chooses one, ``{"prefix": token ids or text}`` starts
@@ -136,7 +136,7 @@ class Played:
     """The outcome of one play of n copies, the same as that of stepping each through its tokens until it ended."""
 
     rewards: list[np.ndarray]
-    """n arrays, float32, shape (tokens consumed,): what each step would have paid."""
+    """n arrays, float32, shape (tokens consumed,): the reward of each step."""
     credit: list[np.ndarray] | None
     """For a *whole* reward, likewise: its split over the tokens. The share of tokens written before is not in it."""
     n_consumed: np.ndarray
@@ -378,18 +378,18 @@ class TokenVectorEnv(TokenParts, ProcessVectorEnv[TokenProcess, TokenObservation
 
     def _finish(self, written: _Written, scores: dict[int, Score]) -> Played:
         turns = written.turns
-        paid = self.process.scorer.pay(turns, scores)
+        rewarded = self.process.scorer.assign_rewards(turns, scores)
         whole = self.reward.timing == "whole"
         return Played(
-            rewards=[one.rewards.astype(np.float32) for one in paid],
-            credit=[one.credit.astype(np.float32) for one in paid] if whole else None,
+            rewards=[one.rewards.astype(np.float32) for one in rewarded],
+            credit=[one.credit.astype(np.float32) for one in rewarded] if whole else None,
             n_consumed=np.array([turn.count for turn in turns], np.int64),
             n_dropped=written.n_dropped,
             terminated=np.array([turn.ended for turn in turns]),
             truncated=np.zeros(self.num_envs, dtype=bool),
-            valid=np.array([one.valid for one in paid]),
+            valid=np.array([one.valid for one in rewarded]),
             appended=[np.zeros(0, np.int32) for _ in turns],
-            infos=[self.process.step_info(turn, one) for turn, one in zip(turns, paid, strict=True)],
+            infos=[self.process.step_info(turn, one) for turn, one in zip(turns, rewarded, strict=True)],
             reset_infos=written.reset_infos,
             turns=turns,
             observer=self.observer,

@@ -211,8 +211,8 @@ class Turn:
 
 
 @dataclass
-class Paid:
-    """What a turn earned."""
+class TurnReward:
+    """The rewards of a turn's tokens."""
 
     rewards: np.ndarray
     """float64, shape (count,)."""
@@ -230,7 +230,7 @@ class Paid:
 class TokenScorer:
     """Asks the reward about turns and splits what it says over their tokens.
 
-    Asking and paying are apart, so that the former may run in another thread.
+    Asking and splitting are apart, so that the former may run in another thread.
 
     Args:
         reward: scores responses.
@@ -260,34 +260,34 @@ class TokenScorer:
         scores = score_with_retries(self.reward, list(samples.values()), retries)
         return dict(zip(samples, scores, strict=True))
 
-    def pay(self, turns: Sequence[Turn], scores: Mapping[int, Score]) -> list[Paid]:
+    def assign_rewards(self, turns: Sequence[Turn], scores: Mapping[int, Score]) -> list[TurnReward]:
         """Splits the scores over the tokens and imputes where there is none, as if the turns had been stepped together.
 
         Raises:
             InputError: if a causal or whole reward's split is missing, not finite, or of another length or sum.
             InvalidRewardError: with ``on_invalid="raise"``, where there is no verdict.
         """
-        paid = []
+        rewarded = []
         for i, turn in enumerate(turns):
             score = scores.get(i)
             if score is not None and not score.valid and self.on_invalid == "raise":
                 raise InvalidRewardError(f"no verdict on a response to {turn.episode.example.id}: {score.feedback}")
-            paid.append(self._split(turn, score))
-        self._impute(turns, paid)
-        return paid
+            rewarded.append(self._split(turn, score))
+        self._impute(turns, rewarded)
+        return rewarded
 
-    def _split(self, turn: Turn, score: Score | None) -> Paid:
+    def _split(self, turn: Turn, score: Score | None) -> TurnReward:
         rewards = np.zeros(turn.count)
         if score is None or not score.valid:
-            return Paid(rewards, rewards.copy(), score)
+            return TurnReward(rewards, rewards.copy(), score)
         if self.reward.timing == "terminal":
             rewards[-1] = score.value
-            return Paid(rewards, rewards.copy(), score)
+            return TurnReward(rewards, rewards.copy(), score)
         split = self._checked_split(turn, score)[turn.start :].astype(np.float64)
         if self.reward.timing == "causal":
-            return Paid(split, split.copy(), score)
+            return TurnReward(split, split.copy(), score)
         rewards[-1] = score.value
-        return Paid(rewards, split, score)
+        return TurnReward(rewards, split, score)
 
     def _checked_split(self, turn: Turn, score: Score) -> np.ndarray:
         name, length = self.reward.name, turn.start + turn.count
@@ -304,11 +304,11 @@ class TokenScorer:
                 raise InputError(f"per_token of reward {name!r} sums to {total:.6g}, its value is {score.value:.6g}")
         return split
 
-    def _impute(self, turns: Sequence[Turn], paid: Sequence[Paid]) -> None:
+    def _impute(self, turns: Sequence[Turn], rewarded: Sequence[TurnReward]) -> None:
         """Pays the running mean where there is no verdict; the mean takes rewards in by step, then by copy."""
         causal = self.reward.timing == "causal"
-        due: dict[int, list[Paid]] = {}
-        for turn, one in zip(turns, paid, strict=True):
+        due: dict[int, list[TurnReward]] = {}
+        for turn, one in zip(turns, rewarded, strict=True):
             if one.score is not None:
                 for step in range(turn.count) if causal else (turn.count - 1,):
                     due.setdefault(step, []).append(one)

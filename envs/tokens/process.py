@@ -17,7 +17,7 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.local.sampling import Choices
 from ...rewards import Reward
 from ..process import EpisodeSource, Transition, check_index, check_on_invalid, check_options, copy_option
-from .episode import GenerationSpec, Paid, PromptExample, TokenEpisode, TokenScorer, Turn
+from .episode import GenerationSpec, PromptExample, TokenEpisode, TokenScorer, Turn, TurnReward
 
 
 @dataclass(frozen=True)
@@ -145,17 +145,17 @@ class TokenProcess:
             turns.append(turn := Turn(self.running(copy), len(self.running(copy).tokens)))
             turn.count = self.advance(copy, (token,))
         return [
-            Transition(float(paid.rewards[-1]), bool(turn.episode.finish_reason), self.step_info(turn, paid))
-            for turn, paid in zip(turns, self.score(turns), strict=True)
+            Transition(float(rewarded.rewards[-1]), bool(turn.episode.finish_reason), self.step_info(turn, rewarded))
+            for turn, rewarded in zip(turns, self.score(turns), strict=True)
         ]
 
     def advance(self, copy: int, tokens: Sequence[int]) -> int:
         """Appends tokens, ids in [0, vocabulary), until the episode ends, without scoring; returns how many."""
         return self.episode(copy).write(tokens, self.tokenizer, self.generation)
 
-    def score(self, turns: Sequence[Turn]) -> list[Paid]:
-        """What the turns are paid; the reward is called once for all that are due."""
-        return self.scorer.pay(turns, self.scorer.ask(self.scorer.samples(turns)))
+    def score(self, turns: Sequence[Turn]) -> list[TurnReward]:
+        """Returns the rewards of the turns; the reward is called once for all that are due."""
+        return self.scorer.assign_rewards(turns, self.scorer.ask(self.scorer.samples(turns)))
 
     def mask(self, copy: int) -> np.ndarray:
         """int8, shape (vocabulary,): the tokens that are allowed next; all once an episode has ended."""
@@ -231,16 +231,16 @@ class TokenProcess:
             raise ValueError(f"token ids must be in [0, {self.generation.vocabulary}), got {ids.min()} to {ids.max()}")
         return ids.tolist()
 
-    def step_info(self, turn: Turn, paid: Paid) -> dict[str, Any]:
+    def step_info(self, turn: Turn, rewarded: TurnReward) -> dict[str, Any]:
         """The info of a turn's last step."""
         episode, written = turn.episode, turn.start + turn.count
-        score = paid.score
+        score = rewarded.score
         return self._start_info(episode) | {
             "step": written,
             "text": episode.text,
             "finish_reason": episode.finish_reason,
-            "reward_valid": paid.valid,
-            "invalid_reason": "" if paid.valid or score is None else score.feedback,
+            "reward_valid": rewarded.valid,
+            "invalid_reason": "" if rewarded.valid or score is None else score.feedback,
             "reward_terms": {k: float(v) for k, v in score.terms.items()} if score is not None and score.valid else {},
             "judge_calls": 0 if score is None else score.calls,
         }

@@ -17,7 +17,16 @@ from ...llm_backends.local.loading import load_tokenizer
 from ...llm_backends.training.adapters import training_dtype
 from ..runs.folder import write_json
 from ..runs.options import check_counts, check_output
-from .sides import Side, SidesOptions, check_context, compare, module_command, print_sides, script_command, settings_of
+from .sides import (
+    Side,
+    SidesOptions,
+    check_fits,
+    measure_sides,
+    module_command,
+    print_sides,
+    script_command,
+    settings_of,
+)
 from .tiny import WORDS, lora_targets, make_prompts, model_folder
 from .trl_environment import trl_python
 
@@ -89,7 +98,7 @@ def run(options: BenchRanking, console: Console | None = None) -> dict[str, Any]
     python = trl_python(options.trl_python, console) if options.against == "trl" else sys.executable
     with tempfile.TemporaryDirectory(prefix="instructgym-bench-") as scratch:
         folder = model_folder(options.model, Path(scratch))
-        check_context(options, folder)
+        check_fits(options, folder)
         pairs, count = Path(scratch) / "pairs.json", options.batch * (options.steps + 1)
         sizes = (options.prompt_tokens, options.response_tokens)
         pairs.write_text(json.dumps(make_pairs(folder, count, *sizes, options.seed)), "utf-8")
@@ -110,7 +119,7 @@ def run(options: BenchRanking, console: Console | None = None) -> dict[str, Any]
         else:
             more = {"micro": min(options.trl_pairs, options.batch), "checkpointing": options.checkpointing}
             theirs = Side("trl", script_command(python, "trl_dpo"), spec | more)
-        figures = compare(Side("ours", module_command("dpo"), spec), theirs, options.rounds)
+        figures = measure_sides(Side("ours", module_command("dpo"), spec), theirs, options.rounds)
     figures["settings"] = settings_of(options, python, NOTES[options.against])
     title = f"DPO on {options.model}, {options.batch} pairs of {sizes[0]} + up to {sizes[1]} tokens"
     print_sides(f"{title}, threads: {options.threads}", options.against, figures, console)

@@ -90,7 +90,7 @@ class Side:
         return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(ours: Side, theirs: Side, rounds: int) -> dict[str, Any]:
+def measure_sides(ours: Side, theirs: Side, rounds: int) -> dict[str, Any]:
     """Measures both sides alternately.
 
     Args:
@@ -121,7 +121,7 @@ def settings_of(options: SidesOptions, python: str, note: str) -> dict[str, Any]
     return settings | ({"their_versions": installed(python)} if options.against == "trl" else {})
 
 
-def check_context(options: Any, folder: str) -> None:
+def check_fits(options: Any, folder: str) -> None:
     """Refuses ``prompt_tokens`` and ``response_tokens`` that do not fit into a model's context."""
     wanted, reads = options.prompt_tokens + options.response_tokens, Tokenizer(folder).context_length
     if wanted > reads:
@@ -131,7 +131,7 @@ def check_context(options: Any, folder: str) -> None:
 
 
 def print_sides(title: str, against: str, figures: Mapping[str, Any], console: Console) -> None:
-    """Prints the figures of :func:`compare` with their ``settings``."""
+    """Prints the figures of :func:`measure_sides` with their ``settings``."""
     ours, theirs, ratio = figures["ours"], figures["theirs"], figures["ratio"]
     table = Table(title=title, caption=figures["settings"]["note"])
     for column in ("", "ours", against, "ratio (median, min to max)"):

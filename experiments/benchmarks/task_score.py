@@ -90,7 +90,7 @@ def run(options: BenchTaskScore, console: Console | None = None) -> dict[str, An
         raise InputError(f"--demonstrations must be at least 0, got {options.demonstrations}")
     if options.json:
         check_output(Path(options.json))
-    prompts, examples = make_prompts(options)
+    prompts, examples = draw_task_prompts(options)
     threads = torch.get_num_threads()
     seconds: dict[str, list[float]] = {"ours": [], "theirs": [], "sharing_backend": []}
     largest = 0.0
@@ -126,7 +126,7 @@ def run(options: BenchTaskScore, console: Console | None = None) -> dict[str, An
     return figures
 
 
-def make_prompts(options: BenchTaskScore) -> tuple[list[TaskPrompt], list[LabelledExample]]:
+def draw_task_prompts(options: BenchTaskScore) -> tuple[list[TaskPrompt], list[LabelledExample]]:
     """Different prompts of the task, and the examples to score them on.
 
     Raises:

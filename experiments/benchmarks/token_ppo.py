@@ -14,7 +14,16 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.training.adapters import training_dtype
 from ..runs.folder import write_json
 from ..runs.options import check_counts, check_output
-from .sides import Side, SidesOptions, check_context, compare, module_command, print_sides, script_command, settings_of
+from .sides import (
+    Side,
+    SidesOptions,
+    check_fits,
+    measure_sides,
+    module_command,
+    print_sides,
+    script_command,
+    settings_of,
+)
 from .tiny import lora_targets, make_prompts, model_folder
 from .trl_environment import trl_python
 
@@ -51,7 +60,7 @@ def run(options: BenchTokenPPO, console: Console | None = None) -> dict[str, Any
     python = trl_python(options.trl_python, console) if options.against == "trl" else sys.executable
     with tempfile.TemporaryDirectory(prefix="instructgym-bench-") as scratch:
         folder = model_folder(options.model, Path(scratch))
-        check_context(options, folder)
+        check_fits(options, folder)
         spec = {
             "model": folder,
             "prompts": make_prompts(folder, options.batch * (options.updates + 1), options.prompt_tokens),
@@ -70,7 +79,7 @@ def run(options: BenchTokenPPO, console: Console | None = None) -> dict[str, Any
             dtype = training_dtype("auto" if options.dtype == "default" else options.dtype, "cpu")
             theirs = replace(theirs, spec=spec | {"dtype": dtype})
             theirs = replace(theirs, spec=theirs.spec | theirs.work())  # the best micro-batch
-        figures = compare(Side("ours", module_command("ppo"), spec), theirs, options.rounds)
+        figures = measure_sides(Side("ours", module_command("ppo"), spec), theirs, options.rounds)
     figures["settings"] = settings_of(options, python, NOTES[options.against])
     title = f"PPO on {options.model}, {options.batch} x {options.response_tokens} tokens, threads: {options.threads}"
     print_sides(title, options.against, figures, console)

@@ -165,7 +165,7 @@ def _generate(
         },
         status="finished" if done == count else "stopped",
     )
-    console.print(results_table(results, out))
+    console.print(generation_table(results, out))
     if done < count:
         console.print(f"stopped at the time limit after {done} of {count} seeds: the same command goes on")
     return results
@@ -198,7 +198,7 @@ def write_parquet(source: Path, target: Path) -> None:
     scratch.replace(target)
 
 
-def results_table(results: dict[str, Any], out: Path) -> Table:
+def generation_table(results: dict[str, Any], out: Path) -> Table:
     """The results as a table for the terminal."""
     counts, metrics = results["counts"], results["metrics"]
     table = Table(title=f"{out}", show_header=False)

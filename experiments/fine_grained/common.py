@@ -84,6 +84,6 @@ def check_lengths(options: StageOptions, examples: Sequence[PromptExample], toke
     gym.make_vec(ENV_ID, num_envs=1, examples=list(examples), tokenizer=tokenizer, **options.env_options()).close()
 
 
-def load_policy(options: StageOptions, folder: Path) -> LanguageModelPolicy:
+def load_stage_policy(options: StageOptions, folder: Path) -> LanguageModelPolicy:
     """The policy in a folder, at the stage's temperature and arithmetic."""
     return policy_from(folder, temperature=options.temperature, dtype=options.dtype)

@@ -23,7 +23,7 @@ from ..runs.folder import RunFolder, accounted, chunked_rows
 from ..runs.options import input_errors, parse_part, parse_reward
 from ..runs.responses import respond
 from ..runs.training import policy_folder, stage, tokenizer_of
-from .common import ENV_ID, StageOptions, check_lengths, load_policy
+from .common import ENV_ID, StageOptions, check_lengths, load_stage_policy
 
 CHUNK = 64
 
@@ -96,7 +96,7 @@ def run(options: FineGrainedEdit, console: Console | None = None) -> dict[str, A
             return opened
         backend = Journaled(editing.backend, Journal(opened.folder.file("journal.jsonl")))
         editing = replace(editing, editor=resolve("editor", parse_part(options.editor), backend=backend))
-        policy = load_policy(options, folder)
+        policy = load_stage_policy(options, folder)
         with accounted({"editor": backend}, opened.folder.path):
             rows = chunked_rows(
                 opened.folder.file("responses.jsonl"),

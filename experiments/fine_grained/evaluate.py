@@ -25,7 +25,7 @@ from ..runs.options import input_errors, parse_part, parse_reward
 from ..runs.responses import Response, respond
 from ..runs.statistics import distinct_n, wilson
 from ..runs.training import policy_folder, stage, tokenizer_of
-from .common import ENV_ID, StageOptions, check_lengths, load_policy
+from .common import ENV_ID, StageOptions, check_lengths, load_stage_policy
 
 CHUNK = 64
 RESPONSES = "responses.jsonl"
@@ -90,7 +90,7 @@ def run(options: FineGrainedEvaluate, console: Console | None = None) -> dict[st
     with stage(options, "fine-grained evaluate", console, distributed=False) as opened:
         if isinstance(opened, dict):
             return opened
-        policy = load_policy(options, folder)
+        policy = load_stage_policy(options, folder)
         same_start = _started_from_reference(options)
 
         def rows(start: int) -> list[dict[str, Any]]:
@@ -129,7 +129,7 @@ def run(options: FineGrainedEvaluate, console: Console | None = None) -> dict[st
         found = chunked_rows(path, len(examples), CHUNK, rows, "responses judged", console)
         metrics: dict[str, float | None] = {f"mean/{name}": _mean(found, name) for name in options.measured}
         if judge is not None:
-            metrics |= win_rate([row["win"] for row in found])
+            metrics |= wilson_win_rate([row["win"] for row in found])
         metrics |= {"kl": _mean(found, "kl")} if same_start else {}
         metrics |= {
             "tokens": _mean(found, "tokens"),
@@ -144,7 +144,7 @@ def run(options: FineGrainedEvaluate, console: Console | None = None) -> dict[st
         return results
 
 
-def win_rate(wins: Sequence[float | None]) -> dict[str, float | None]:
+def wilson_win_rate(wins: Sequence[float | None]) -> dict[str, float | None]:
     """Mean of 1 (won), 1/2 (tie) and 0 over the prompts that were judged.
 
     ``win_rate_low`` and ``win_rate_high`` are Wilson's 95% interval over prompts, as if there were no ties: too wide

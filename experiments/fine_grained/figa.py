@@ -15,7 +15,7 @@ from ...llm_backends.errors import InputError
 from ...rewards.learned.edits import read_pairs
 from ..runs.options import check_counts
 from ..runs.training import policy_folder, stage, tokenizer_of
-from .common import StageOptions, load_policy
+from .common import StageOptions, load_stage_policy
 
 
 @dataclass
@@ -59,7 +59,7 @@ def run(options: FineGrainedFIGA, console: Console | None = None) -> dict[str, A
     with stage(options, "fine-grained figa", console) as opened:
         if isinstance(opened, dict):
             return opened
-        policy = load_policy(options, start)
+        policy = load_stage_policy(options, start)
         if opened.saved is None:
             policy.freeze_reference("sft")  # not used in training; evaluation measures the KL to it
         trainer = FIGA(

@@ -18,13 +18,13 @@ from ...envs.tokens.episode import PromptExample
 from ...llm_backends import resolve
 from ...llm_backends.errors import InputError
 from ...rewards import Reward, WeightedSum
-from ...rewards.learned.reward_model import RewardModel, read_settings
+from ...rewards.learned.reward_model import RewardModel, read_reward_settings
 from ...rewards.learned.token_reward import SequenceReward, TokenReward
 from ..runs.folder import RunFolder, read_json, write_json
 from ..runs.options import check_counts, input_errors, parse_reward
 from ..runs.responses import respond
 from ..runs.training import policy_folder, stage, tokenizer_of
-from .common import ENV_ID, StageOptions, check_lengths, load_policy
+from .common import ENV_ID, StageOptions, check_lengths, load_stage_policy
 
 Form = Literal["auto", "causal", "whole", "terminal"]
 
@@ -80,7 +80,7 @@ def run(options: FineGrainedPPO, console: Console | None = None) -> dict[str, An
     learned = Path(options.reward_model) / "model"
     if not learned.is_dir():
         raise InputError(f"--reward-model {options.reward_model} holds no reward model: has that stage finished?")
-    settings, base = read_settings(learned), read_state(start / SETTINGS)["model"]
+    settings, base = read_reward_settings(learned), read_state(start / SETTINGS)["model"]
     level = settings["level"]
     if level == "sequence" and options.form not in ("auto", "terminal"):
         raise InputError(
@@ -96,7 +96,7 @@ def run(options: FineGrainedPPO, console: Console | None = None) -> dict[str, An
     with stage(options, "fine-grained ppo", console) as opened:
         if isinstance(opened, dict):
             return opened
-        policy = load_policy(options, start)
+        policy = load_stage_policy(options, start)
         if opened.saved is None:
             policy.freeze_reference("sft")
         # One trunk for both, unless the reward model was trained on another one than the policy's.

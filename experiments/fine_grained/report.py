@@ -15,7 +15,7 @@ from ...llm_backends.records import read_records
 from ..runs.folder import read_json
 from ..runs.options import check_output
 from ..runs.report import COLOURS, band, markdown, panels, rich_table, smooth
-from .evaluate import RESPONSES, win_rate
+from .evaluate import RESPONSES, wilson_win_rate
 
 
 def plot_fine_grained(
@@ -78,7 +78,7 @@ HOW = ("split", "judge", "against", "temperature", "limit", "data", "data_seed")
 
 
 @dataclass
-class _Arm:
+class _ArmRuns:
     """One arm: the evaluations of its seeds, and the training behind them."""
 
     evaluations: list[dict[str, Any]] = field(default_factory=list)
@@ -98,7 +98,9 @@ class _Arm:
         figures = {name: self.mean(name) for name in names} | {"seeds": len(self.evaluations)}
         prompts = set.intersection(*(set(wins) for wins in self.wins)) if self.wins else set()
         if prompts:
-            pooled = win_rate([float(np.mean([wins[prompt] for wins in self.wins])) for prompt in sorted(prompts)])
+            pooled = wilson_win_rate(
+                [float(np.mean([wins[prompt] for wins in self.wins])) for prompt in sorted(prompts)]
+            )
             figures |= {name: value for name, value in pooled.items() if name.startswith("win_rate")}
         return figures
 
@@ -129,8 +131,8 @@ def run(options: FineGrainedReport, console: Console | None = None) -> dict[str,
     return {"arms": figures, "reward_models": reward_models}
 
 
-def _gather(root: Path) -> tuple[dict[str, _Arm], dict[str, dict[str, Any]]]:
-    arms: dict[str, _Arm] = {}
+def _gather(root: Path) -> tuple[dict[str, _ArmRuns], dict[str, dict[str, Any]]]:
+    arms: dict[str, _ArmRuns] = {}
     reward_models: dict[str, dict[str, Any]] = {}
     for path in sorted(root.rglob("results.json")):
         config, results = read_json(path.parent / "config.json"), read_json(path)
@@ -149,10 +151,10 @@ def _gather(root: Path) -> tuple[dict[str, _Arm], dict[str, dict[str, Any]]]:
         elif command == COMMAND + "ppo":
             rows = [row for row in read_records(path.parent / "metrics.jsonl") if "train/kl" in row]
             if rows:
-                arms.setdefault(options["arm"] or path.parent.name, _Arm()).curves.append(rows)
+                arms.setdefault(options["arm"] or path.parent.name, _ArmRuns()).curves.append(rows)
         elif command == COMMAND + "evaluate":
             name, how = options["arm"] or path.parent.name, {key: options.get(key) for key in HOW}
-            arm = arms.setdefault(name, _Arm())
+            arm = arms.setdefault(name, _ArmRuns())
             arm.how = arm.how or how
             if arm.how != how:
                 differing = ", ".join(key for key in HOW if arm.how[key] != how[key])

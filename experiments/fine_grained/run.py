@@ -29,7 +29,7 @@ from .sft import run as sft
 
 
 @dataclass(frozen=True)
-class Arm:
+class PPOArm:
     """What an arm of PPO is rewarded by."""
 
     pairs: str
@@ -46,14 +46,14 @@ class Arm:
 
 
 ARMS = {
-    "sequence-preferences": Arm("preferences", "sequence", "sequence_bt"),
-    "sequence-edits": Arm("edits", "sequence", "sequence_bt"),
-    "token-edits": Arm("edits", "token", "mean_bt"),
-    "token-whole": Arm("edits", "token", "mean_bt", "whole"),
-    "token-published": Arm("edits", "token", "mean_bt", unchanged_penalty=0.0),
-    "token-terminal": Arm("edits", "token", "mean_bt", "terminal"),
-    "token-edited-only": Arm("edits", "token", "edited_only_bt"),
-    "token-tlcr": Arm("edits", "token", "tlcr_ce"),
+    "sequence-preferences": PPOArm("preferences", "sequence", "sequence_bt"),
+    "sequence-edits": PPOArm("edits", "sequence", "sequence_bt"),
+    "token-edits": PPOArm("edits", "token", "mean_bt"),
+    "token-whole": PPOArm("edits", "token", "mean_bt", "whole"),
+    "token-published": PPOArm("edits", "token", "mean_bt", unchanged_penalty=0.0),
+    "token-terminal": PPOArm("edits", "token", "mean_bt", "terminal"),
+    "token-edited-only": PPOArm("edits", "token", "edited_only_bt"),
+    "token-tlcr": PPOArm("edits", "token", "tlcr_ce"),
 }
 """The paper's ablation, then variants; the supervised policy is the reference of all."""
 

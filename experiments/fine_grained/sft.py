@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from ...agents.policy.language_model import LanguageModelPolicy
-from ...agents.supervised.sft import SFT, Demonstration
+from ...agents.supervised.sft import SFT, TokenizedDemonstration
 from ...llm_backends.errors import InputError
 from ...llm_backends.training.adapters import LoraSettings
 from ..runs.options import check_counts
@@ -77,7 +77,7 @@ def run(options: FineGrainedSFT, console: Console | None = None) -> dict[str, An
         tokenizer, end = policy.tokenizer, min(policy.tokenizer.eos_ids)
         blank = "" if options.layout == "chat" else " "  # a chat template ends where the answer begins
         shown = [
-            Demonstration(
+            TokenizedDemonstration(
                 tokenizer.encode(example.prompt), [*tokenizer.encode_continuation(f"{blank}{example.reference}"), end]
             )
             for example in examples

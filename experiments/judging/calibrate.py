@@ -34,7 +34,7 @@ from ..runs.folder import RowWriter, RunFolder, TimeLimit, Tracker, replayed
 from ..runs.options import RunOptions, input_errors, parse_part
 from ..runs.progress import StepProgress
 from ..runs.report import COLOURS, panels
-from .measures import LABELS, Judgement, LabelledPair, PairKind, count, measure, read_pairs
+from .measures import LABELS, Judgement, LabelledPair, PairKind, count, measure, read_labelled_pairs
 
 
 def plot_calibration(
@@ -115,7 +115,7 @@ def run(options: JudgeCalibrate, console: Console | None = None) -> dict[str, An
     """
     console = console or Console()
     options.check()
-    kind, pairs = read_pairs(options.data)
+    kind, pairs = read_labelled_pairs(options.data)
     pairs = pairs[: options.limit or (SMOKE_LIMIT if options.scale == "smoke" else len(pairs))]
     with input_errors():
         backend = resolve("backend", parse_part(options.backend, options.model))
@@ -187,7 +187,7 @@ def _calibrate(
         )
         tracker.image("calibration", _figure(kind, judgements, results["metrics"], folder))
         tracker.summary(results["metrics"])
-    console.print(results_table(results, backend.name))
+    console.print(calibration_table(results, backend.name))
     if not done:
         console.print(
             f"stopped at the time limit after {len(judgements)} of {len(pairs)} pairs: the same command goes on"
@@ -296,7 +296,7 @@ def _figure(kind: PairKind, judgements: Sequence[Judgement], metrics: dict[str, 
     return plot_calibration(bars, probabilities, folder.file("figures", "calibration.png"))
 
 
-def results_table(results: dict[str, Any], name: str) -> Table:
+def calibration_table(results: dict[str, Any], name: str) -> Table:
     """The results as a table for the terminal."""
     metrics, counts = results["metrics"], results["counts"]
 

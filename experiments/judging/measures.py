@@ -45,7 +45,7 @@ class LabelledPair:
     """What both respond to; pairwise only."""
 
 
-def read_pairs(path: str | Path) -> tuple[PairKind, list[LabelledPair]]:
+def read_labelled_pairs(path: str | Path) -> tuple[PairKind, list[LabelledPair]]:
     """Reads rows ``{"prompt", "first", "second", "better"}`` or ``{"first", "second", "verdict"}``.
 
     Unlike the rows of a run, a user's file may end without a line end, and none of its rows is ever dropped.

@@ -15,7 +15,7 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
 from ..runs.folder import read_json
 from ..runs.options import check_output
-from ..runs.report import COLOURS, band, panels, smooth
+from ..runs.report import COLOURS, band, markdown, panels, smooth
 from ..runs.statistics import interval
 from .run import NLU
 
@@ -81,7 +81,7 @@ class NLUReport:
 
 
 @dataclass(frozen=True)
-class Run:
+class ReportedRun:
     """One finished run."""
 
     options: Mapping[str, Any]
@@ -123,14 +123,14 @@ def run(options: NLUReport, console: Console | None = None) -> dict[str, Any]:
     check_output(out / "report.md")
     out.mkdir(parents=True, exist_ok=True)
     figures = _figures(runs)
-    (out / "report.md").write_text(markdown(figures), "utf-8")
+    (out / "report.md").write_text(figures_markdown(figures), "utf-8")
     plot_nlu(_curves(runs), figures, out / "curves.png")
     console.print(_table(figures))
     console.print(f"wrote {out / 'report.md'} and {out / 'curves.png'}")
     return figures
 
 
-def _read(folder: Path) -> Run | None:
+def _read(folder: Path) -> ReportedRun | None:
     config, results = read_json(folder / "config.json"), read_json(folder / "results.json")
     if config is None or config.get("command") != "nlu" or results is None or results.get("status") != "finished":
         return None
@@ -142,15 +142,15 @@ def _read(folder: Path) -> Run | None:
         if "rollout/labels" in row
     ]
     options = asdict(NLU()) | config["options"]  # an option that an older run did not know had its default's effect
-    return Run(options, results["metrics"], results["counts"], curve)
+    return ReportedRun(options, results["metrics"], results["counts"], curve)
 
 
-def _named(runs: Sequence[Run]) -> dict[str, list[Run]]:
+def _named(runs: Sequence[ReportedRun]) -> dict[str, list[ReportedRun]]:
     """Runs by the name of their arm: its seeds together; what else they differ in becomes part of the name."""
-    groups: dict[str, dict[tuple[tuple[str, str], ...], list[Run]]] = {}
+    groups: dict[str, dict[tuple[tuple[str, str], ...], list[ReportedRun]]] = {}
     for run in runs:
         groups.setdefault(run.arm, {}).setdefault(tuple(sorted(run.differences.items())), []).append(run)
-    named: dict[str, list[Run]] = {}
+    named: dict[str, list[ReportedRun]] = {}
     for arm in sorted(groups, key=lambda arm: (_rank(arm), arm)):
         options = [dict(key) for key in groups[arm]]
         keys = sorted(set().union(*options))
@@ -163,13 +163,13 @@ def _named(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return named
 
 
-def _figures(runs: Sequence[Run]) -> dict[str, dict[str, dict[str, Any]]]:
+def _figures(runs: Sequence[ReportedRun]) -> dict[str, dict[str, dict[str, Any]]]:
     """By task and arm: the main metric greedy and sampled, format rates, labels, minutes; means over seeds."""
     tasks = dict.fromkeys(task for run in runs for task in run.metrics["greedy"])
     return {task: {arm: _row(members, task) for arm, members in _on(task, runs).items()} for task in tasks}
 
 
-def _on(task: str, runs: Sequence[Run]) -> dict[str, list[Run]]:
+def _on(task: str, runs: Sequence[ReportedRun]) -> dict[str, list[ReportedRun]]:
     """The arms that were evaluated on a task."""
     return _named([run for run in runs if task in run.metrics["greedy"]])
 
@@ -179,7 +179,7 @@ def _rank(arm: str) -> int:
     return ORDER.index("few-shot" if name.endswith("-shot") and name[0].isdigit() else name)
 
 
-def _row(runs: Sequence[Run], task: str) -> dict[str, Any]:
+def _row(runs: Sequence[ReportedRun], task: str) -> dict[str, Any]:
     main = next(iter(runs[0].metrics["greedy"][task]))
     row: dict[str, Any] = {"metric": main, "seeds": len(runs), "labels": runs[0].counts["labels"]}
     for how in ("greedy", "sampled"):
@@ -194,7 +194,7 @@ def _row(runs: Sequence[Run], task: str) -> dict[str, Any]:
     return row
 
 
-def _curves(runs: Sequence[Run]) -> dict[str, dict[str, list[list[tuple[float, float, float]]]]]:
+def _curves(runs: Sequence[ReportedRun]) -> dict[str, dict[str, list[list[tuple[float, float, float]]]]]:
     """By task of the evaluation and arm, the learning curves of its runs."""
     tasks = dict.fromkeys(task for run in runs for task in run.metrics["greedy"])
     curves = {
@@ -228,12 +228,10 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 TITLES = ("metric", "greedy", "T = 1", "format, greedy", "format, T = 1", "labels", "seeds", "minutes")
 
 
-def markdown(figures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """The table in Markdown; percentages, with 95% t-intervals where there are several seeds."""
-    lines = ["| task | method, start | " + " | ".join(TITLES) + " |", "|" + "---|" * (len(TITLES) + 2)]
-    for task, arms in figures.items():
-        lines += [f"| {task} | {arm} | " + " | ".join(_cells(row)) + " |" for arm, row in arms.items()]
-    return "\n".join(lines) + "\n"
+def figures_markdown(figures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Returns the table in Markdown; percentages, with 95% t-intervals where there are several seeds."""
+    rows = [[task, arm, *_cells(row)] for task, arms in figures.items() for arm, row in arms.items()]
+    return markdown([["task", "method, start", *TITLES], *rows])
 
 
 def _table(figures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:

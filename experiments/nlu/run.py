@@ -18,7 +18,7 @@ from ...agents.policy_gradient.grpo import GRPO, RLOO
 from ...agents.policy_gradient.ppo import TokenPPO
 from ...agents.rollouts.agent import RolloutAgent
 from ...agents.rollouts.engine import VLLMEngine
-from ...agents.supervised.sft import SFT, Demonstration
+from ...agents.supervised.sft import SFT, TokenizedDemonstration
 from ...envs.tasks.nlu.data import load_examples
 from ...envs.tasks.nlu.metrics import evaluate
 from ...envs.tasks.nlu.tasks import get_task, response_text
@@ -450,12 +450,14 @@ class _Run:
         counts["sft_steps"] = trainer.steps
         return done
 
-    def _demonstration(self, policy: LanguageModelPolicy, example: PromptExample) -> Demonstration:
+    def _demonstration(self, policy: LanguageModelPolicy, example: PromptExample) -> TokenizedDemonstration:
         tokenizer, answer = policy.tokenizer, str(example.reference)
         prompt = tokenizer.encode(example.prompt)
         if not self.options.constrained:
-            return Demonstration(prompt, tokenizer.encode_continuation(response_text(answer, self.options.layout)))
+            return TokenizedDemonstration(
+                prompt, tokenizer.encode_continuation(response_text(answer, self.options.layout))
+            )
         response = tokenizer.encode_continuation(f" {answer}")
         choices = Choices([tokenizer.encode_continuation(f" {word}") for word in example.choices])
         allowed = [choices.allowed(response[:t]) for t in range(len(response))]
-        return Demonstration(prompt, response, [tokens for tokens in allowed if tokens is not None])
+        return TokenizedDemonstration(prompt, response, [tokens for tokens in allowed if tokens is not None])

@@ -13,7 +13,7 @@ from ...llm_backends.errors import InputError
 from ..runs.options import SCALES, check_output
 from ..runs.training import Deadline, in_time
 from .methods import METHODS
-from .report import write_report
+from .report import write_prompt_report
 from .run import PromptRun
 from .run import run as search
 
@@ -128,4 +128,4 @@ def _run(options: PromptCompare, console: Console) -> dict[str, Any]:
     for one in runs:
         limit.check()
         search(one, console)
-    return write_report([Path(one.run_dir) for one in runs], out, console)
+    return write_prompt_report([Path(one.run_dir) for one in runs], out, console)

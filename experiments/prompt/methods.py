@@ -65,7 +65,7 @@ class PromptSearch:
         """Of everything that is drawn."""
         return int(self.settings["seed"])
 
-    def offer(self, prompt: TaskPrompt) -> None:
+    def validate(self, prompt: TaskPrompt) -> None:
         """Validates a prompt, unless that was done before, or it does not fit with the longest of the examples.
 
         Raises:
@@ -76,9 +76,9 @@ class PromptSearch:
             if result is None:
                 self._dropped.append(prompt)
             else:
-                self.note(prompt, result)
+                self.record(prompt, result)
 
-    def propose(self, found: Sequence[tuple[float, TaskPrompt]]) -> None:
+    def validate_best(self, found: Sequence[tuple[float, TaskPrompt]]) -> None:
         """Validates the best new prompts of a round, those that stand a chance.
 
         They do if they get as many of the first validation examples right as the best prompt so far.
@@ -94,7 +94,7 @@ class PromptSearch:
             if self._loses(prompt):
                 self._dropped.append(prompt)
             else:
-                self.offer(prompt)
+                self.validate(prompt)
         self.show()
 
     def _loses(self, prompt: TaskPrompt) -> bool:
@@ -114,7 +114,7 @@ class PromptSearch:
                 return None
             raise
 
-    def note(self, prompt: TaskPrompt, result: TaskResult) -> None:
+    def record(self, prompt: TaskPrompt, result: TaskResult) -> None:
         """Keeps a validation result. The best prompt has the highest accuracy, of equals the larger gap."""
         key = (result.accuracy, float(result.gaps.mean()))
         better = all(key > (row["accuracy"], row["gap"]) for row in self.history)
@@ -144,7 +144,7 @@ class PromptSearch:
 def manual(search: PromptSearch) -> None:
     """Every instruction that a person wrote for the task."""
     for instruction in search.task.instructions:
-        search.offer(search.task.prompt(instruction))
+        search.validate(search.task.prompt(instruction))
 
 
 def random_edits(search: PromptSearch) -> None:
@@ -173,7 +173,7 @@ def beam(search: PromptSearch) -> None:
             for copy, (worth, _) in enumerate(parents)
         ]
         kept = best_prompts([*kept, *children], BEAM)
-        search.propose(kept)
+        search.validate_best(kept)
 
 
 def best_prompts(pairs: Sequence[tuple[float, TaskPrompt]], count: int) -> list[tuple[float, TaskPrompt]]:
@@ -214,13 +214,13 @@ def gepa(search: PromptSearch) -> None:
     """GEPA: a language model reads failures and writes instructions. Starts from the task's description."""
     validation = tuple(search.validation)
 
-    def noted(prompt: TaskPrompt, result: TaskResult) -> None:
+    def record(prompt: TaskPrompt, result: TaskResult) -> None:
         if result.examples == validation:
-            search.note(prompt, result)
+            search.record(prompt, result)
         search.show()
 
     adapter = PromptAdapter(
-        search.task.prompt(search.task.instructions[0]), search.scorer, search.rewriter, search.seed, noted
+        search.task.prompt(search.task.instructions[0]), search.scorer, search.rewriter, search.seed, record
     )
     train = search.task.examples("train")
     reflective_search(adapter, train, validation, search.scorer.left, search.settings["minibatch"], search.seed)
@@ -295,7 +295,7 @@ class _Best(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         found, self.found = self.found, []
-        self.search.propose(found)
+        self.search.validate_best(found)
 
 
 def _edit(search: PromptSearch, algorithm: str) -> None:
@@ -344,7 +344,9 @@ def _write(search: PromptSearch, agent_class: Any, value: str, options: Mapping[
         batch = agent.last_rollout
         returns = batch.per_episode(batch.own_rewards)
         texts = [str(info["text"]).strip() for info in batch.infos]
-        search.propose([(float(one), task.prompt(text)) for one, text in zip(returns, texts, strict=True) if text])
+        search.validate_best(
+            [(float(one), task.prompt(text)) for one, text in zip(returns, texts, strict=True) if text]
+        )
         silent = silent + 1 if search.scorer.calls == before else 0
 
 
@@ -380,7 +382,7 @@ def incumbents(task: PromptTask, history: Sequence[Mapping[str, Any]]) -> list[t
     ]
 
 
-def tested(
+def test_incumbents(
     task: PromptTask, history: Sequence[Mapping[str, Any]], calls: int, backend: Backend
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Tests the best prompt on all test examples, and the best at each quarter of the calls on the first of them.

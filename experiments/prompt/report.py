@@ -29,7 +29,7 @@ BEST = "best learned"
 
 
 @dataclass(frozen=True)
-class Run:
+class SearchRun:
     """A finished run of 'prompt run'."""
 
     options: dict[str, Any]
@@ -43,7 +43,7 @@ class Run:
         return metrics
 
     @cached_property
-    def tested(self) -> list[dict[str, Any]]:
+    def test_rows(self) -> list[dict[str, Any]]:
         """A row per test example.
 
         Raises:
@@ -79,10 +79,10 @@ def run(options: PromptReport, console: Console | None = None) -> dict[str, Any]
     """
     folders = sorted(path.parent for path in Path(options.runs).rglob("results.json"))
     out = Path(options.out) if options.out else Path(options.runs) / "report"
-    return write_report(folders, out, console or Console())
+    return write_prompt_report(folders, out, console or Console())
 
 
-def write_report(folders: Sequence[Path], out: Path, console: Console) -> dict[str, Any]:
+def write_prompt_report(folders: Sequence[Path], out: Path, console: Console) -> dict[str, Any]:
     """The report of the runs in these folders; others than finished runs of 'prompt run' are passed over.
 
     Raises:
@@ -110,16 +110,16 @@ def write_report(folders: Sequence[Path], out: Path, console: Console) -> dict[s
     return figures
 
 
-def _gather(folders: Sequence[Path]) -> dict[str, dict[str, list[Run]]]:
+def _gather(folders: Sequence[Path]) -> dict[str, dict[str, list[SearchRun]]]:
     """The finished runs, by task and method."""
-    found: dict[str, dict[str, list[Run]]] = {}
+    found: dict[str, dict[str, list[SearchRun]]] = {}
     for folder in folders:
         config, results = read_json(folder / "config.json"), read_json(folder / "results.json")
         if config is None or config.get("command") != COMMAND or results is None:
             continue
         if results.get("status") != "finished":
             continue
-        run = Run(config["options"], results, folder)
+        run = SearchRun(config["options"], results, folder)
         arms = found.setdefault(run.options["task"], {})
         mine = arms.setdefault(run.options["method"], [])
         for other in next(iter(arms.values()))[:1]:
@@ -133,18 +133,18 @@ def _gather(folders: Sequence[Path]) -> dict[str, dict[str, list[Run]]]:
     return {task: {name: arms[name] for name in METHODS if name in arms} for task, arms in sorted(found.items())}
 
 
-def _refuse_differing(run: Run, other: Run, names: Sequence[str]) -> None:
+def _refuse_differing(run: SearchRun, other: SearchRun, names: Sequence[str]) -> None:
     if differing := [name for name in names if run.options.get(name) != other.options.get(name)]:
         raise InputError(f"{run.folder} and {other.folder} differ in {', '.join(differing)}: gather them apart")
 
 
-def _best_learned(arms: Mapping[str, Sequence[Run]]) -> list[Run]:
+def _best_learned(arms: Mapping[str, Sequence[SearchRun]]) -> list[SearchRun]:
     """The one search by a learning method whose prompt did best on the validation examples."""
     learned = [run for name in LEARNING for run in arms.get(name, ())]
     return [max(learned, key=lambda run: run.validated)] if learned else []
 
 
-def _figures(runs: Sequence[Run], manual: Sequence[Run]) -> dict[str, Any]:
+def _figures(runs: Sequence[SearchRun], manual: Sequence[SearchRun]) -> dict[str, Any]:
     """Of one method on one task: test accuracies, raw and calibrated, and their difference to the manual prompts'."""
     figures: dict[str, Any] = {"seeds": sorted(run.options["seed"] for run in runs)}
     base = _right(manual, runs[0]) if manual else None
@@ -169,14 +169,14 @@ def _figures(runs: Sequence[Run], manual: Sequence[Run]) -> dict[str, Any]:
     return figures
 
 
-def _right(runs: Sequence[Run], first: Run) -> dict[str, np.ndarray]:
+def _right(runs: Sequence[SearchRun], first: SearchRun) -> dict[str, np.ndarray]:
     """Which test examples each run gets right: float64, shape (runs, examples), by kind."""
-    ids = [row["id"] for row in first.tested]
+    ids = [row["id"] for row in first.test_rows]
     for run in runs:
-        if [row["id"] for row in run.tested] != ids:
+        if [row["id"] for row in run.test_rows] != ids:
             raise InputError(f"{run.folder} and {first.folder} were tested on different examples: gather them apart")
     return {
-        kind: np.array([[row[kind] == row["label"] for row in run.tested] for run in runs], dtype=np.float64)
+        kind: np.array([[row[kind] == row["label"] for row in run.test_rows] for run in runs], dtype=np.float64)
         for kind in KINDS
     }
 

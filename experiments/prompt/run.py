@@ -27,7 +27,7 @@ from .methods import (
     least_calls,
     longest_instruction,
     run_search,
-    tested,
+    test_incumbents,
     validation_set,
 )
 
@@ -187,7 +187,7 @@ def run(options: PromptRun, console: Console | None = None) -> dict[str, Any]:
             if stored.get("status") not in (SEARCHED, "finished"):
                 stored = folder.finish({}, _search(options, sized, task, roles, folder, console), SEARCHED)
             history = read_records(folder.path / PROMPTS)
-            curve, rows = tested(task, history, sized["calls"], roles["task model"])
+            curve, rows = test_incumbents(task, history, sized["calls"], roles["task model"])
             write_lines(folder.path / TESTED, rows)
         best = incumbents(task, history)[-1][1]
         results = folder.finish(

@@ -24,7 +24,7 @@ def _scorer() -> Any:
     return RougeScorer(["rougeL"], use_stemmer=True)
 
 
-def rouge_l(response: str, references: Sequence[str]) -> float:
+def stemmed_rouge_l(response: str, references: Sequence[str]) -> float:
     """The largest ROUGE-L F-measure between the response and a reference, in [0, 1].
 
     As in the evaluation of Super-NaturalInstructions and Self-Instruct: rouge-score with Porter's stemmer. Its
@@ -37,7 +37,7 @@ def rouge_l(response: str, references: Sequence[str]) -> float:
     return max(float(_scorer().score(reference, response)["rougeL"].fmeasure) for reference in references)
 
 
-def exact_match(response: str, references: Sequence[str]) -> float:
+def normalized_match(response: str, references: Sequence[str]) -> float:
     """1.0 if the response equals a reference but for case, ASCII punctuation and white space, else 0.0.
 
     The normalisation of Super-NaturalInstructions: SQuAD's, without the removal of articles.
@@ -85,7 +85,7 @@ def macro_interval(
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PairedComparison:
     """One model against another, task by task."""
 
     wins: int
@@ -106,9 +106,9 @@ class Comparison:
         return {"won": self.wins / total, "tied": self.ties / total, "lost": self.losses / total}
 
 
-def compare(
+def compare_paired(
     first: Mapping[str, float], second: Mapping[str, float], seed: int = 0, resamples: int = RESAMPLES
-) -> Comparison:
+) -> PairedComparison:
     """Compares two models on the same tasks.
 
     The interval resamples tasks, both models' scores together. It says how far the difference would move with other
@@ -130,7 +130,7 @@ def compare(
     difference, low, high = macro_interval(gaps, seed, resamples)
     values = np.array(list(gaps.values()))
     wins, losses = int((values > TOLERANCE).sum()), int((values < -TOLERANCE).sum())
-    return Comparison(wins, len(values) - wins - losses, losses, difference, low, high)
+    return PairedComparison(wins, len(values) - wins - losses, losses, difference, low, high)
 
 
 def distinct_n(texts: Sequence[str], n: int = 2) -> float:

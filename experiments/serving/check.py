@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ...llm_backends.errors import InputError
 from ...llm_backends.serving.probe import Findings, ServerProbe
-from ...llm_backends.serving.speed import Speed, measure, recommended
+from ...llm_backends.serving.speed import Speed, measure_speed, recommended
 from ..runs.folder import write_json
 from ..runs.options import check_output
 
@@ -225,7 +225,7 @@ def _measured(options: ServeCheck, probe: ServerProbe, levels: Sequence[int], st
             f"{found.model!r}: lower them"
         )
     extra = {"ignore_eos": True} if found.software == "vllm" else {}
-    return measure(
+    return measure_speed(
         lambda level: probe.openai(found.style, concurrency=level, extra_body=extra),
         levels,
         options.requests,

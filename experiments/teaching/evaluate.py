@@ -30,7 +30,14 @@ from ..runs.folder import chunked_rows, read_json, write_json
 from ..runs.options import check_counts
 from ..runs.report import COLOURS, panels
 from ..runs.responses import respond
-from ..runs.statistics import Comparison, compare, exact_match, macro_interval, rouge_l, task_scores
+from ..runs.statistics import (
+    PairedComparison,
+    compare_paired,
+    macro_interval,
+    normalized_match,
+    stemmed_rouge_l,
+    task_scores,
+)
 from ..runs.training import (
     OutOfTimeError,
     TokenTraining,
@@ -45,7 +52,7 @@ from .finetune import TRAIN
 
 
 def tables(
-    metrics: Mapping[str, Mapping[str, float]], pairs: Mapping[str, Comparison], counts: Mapping[str, Any]
+    metrics: Mapping[str, Mapping[str, float]], pairs: Mapping[str, PairedComparison], counts: Mapping[str, Any]
 ) -> list[Table]:
     """The results for the terminal.
 
@@ -78,7 +85,7 @@ def tables(
     return [arms, compared]
 
 
-def plot_rouge(metrics: Mapping[str, Mapping[str, float]], pairs: Mapping[str, Comparison], path: Path) -> Path:
+def plot_rouge(metrics: Mapping[str, Mapping[str, float]], pairs: Mapping[str, PairedComparison], path: Path) -> Path:
     """Macro ROUGE-L of the arms, and its differences with the shares of tasks won, as bars with 95% intervals.
 
     Args:
@@ -223,7 +230,7 @@ class Evaluate(TrainingOptions):
 
 
 @dataclass(frozen=True)
-class Question:
+class HeldOutRequest:
     """One instance of a task."""
 
     id: str
@@ -276,7 +283,7 @@ def run(options: Evaluate, console: Console | None = None) -> dict[str, Any]:
             for arm in arms
         }
         pairs = {
-            f"{second.name} vs {first.name}": compare(scores[second.name], scores[first.name], options.seed)
+            f"{second.name} vs {first.name}": compare_paired(scores[second.name], scores[first.name], options.seed)
             for i, first in enumerate(arms)
             for second in arms[i + 1 :]
         }
@@ -301,17 +308,17 @@ def run(options: Evaluate, console: Console | None = None) -> dict[str, Any]:
         return results
 
 
-def _questions(tasks: Sequence[EvaluationTask], limit: int | None) -> list[Question]:
+def _questions(tasks: Sequence[EvaluationTask], limit: int | None) -> list[HeldOutRequest]:
     return [
-        Question(f"{task.name}/{number}", task.name, InstructionExample(task.instruction, given, refs[0]), refs)
+        HeldOutRequest(f"{task.name}/{number}", task.name, InstructionExample(task.instruction, given, refs[0]), refs)
         for task in tasks
         for number, (given, refs) in enumerate(task.instances[:limit])
     ]
 
 
 def _fitting(
-    questions: Sequence[Question], arms: Sequence[Arm], layout: DataLayout, options: Evaluate
-) -> list[Question]:
+    questions: Sequence[HeldOutRequest], arms: Sequence[Arm], layout: DataLayout, options: Evaluate
+) -> list[HeldOutRequest]:
     """The questions whose prompts leave room for a response, by every arm's tokenizer."""
     fits = np.ones(len(questions), dtype=bool)
     for model in dict.fromkeys(arm.model for arm in arms):
@@ -327,7 +334,7 @@ def _answers(
     opened: TokenTraining,
     arm: Arm,
     layout: DataLayout,
-    questions: Sequence[Question],
+    questions: Sequence[HeldOutRequest],
     options: Evaluate,
     console: Console,
 ) -> list[dict[str, Any]]:
@@ -391,7 +398,9 @@ def _no_reward(samples: Sequence[Sample]) -> list[Score]:
     return [Score(0.0) for _ in samples]
 
 
-def _scored(questions: Sequence[Question], answered: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+def _scored(
+    questions: Sequence[HeldOutRequest], answered: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> list[dict[str, Any]]:
     """One row per question with all arms' responses and their scores."""
     return [
         {
@@ -403,8 +412,8 @@ def _scored(questions: Sequence[Question], answered: Mapping[str, Sequence[Mappi
             "arms": {
                 name: {
                     "response": rows[i]["response"],
-                    "rouge_l": rouge_l(rows[i]["response"], question.references),
-                    "exact_match": exact_match(rows[i]["response"], question.references),
+                    "rouge_l": stemmed_rouge_l(rows[i]["response"], question.references),
+                    "exact_match": normalized_match(rows[i]["response"], question.references),
                     "finished": rows[i]["finish_reason"] != "length",
                     "tokens": rows[i]["tokens"],
                 }

@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from ...agents.policy.language_model import LanguageModelPolicy
-from ...agents.supervised.sft import SFT, Demonstration
+from ...agents.supervised.sft import SFT, TokenizedDemonstration
 from ...envs.tasks.instruction.data import (
     OPENINGS,
     DataLayout,
@@ -72,7 +72,7 @@ class Finetune(TrainingOptions):
 
 def demonstrations(
     examples: Sequence[InstructionExample], layout: DataLayout, tokenizer: Tokenizer
-) -> list[Demonstration]:
+) -> list[TokenizedDemonstration]:
     """Token ids of prompts and responses as fine-tuning sees them, each response with an end-of-sequence token.
 
     Args:
@@ -88,7 +88,7 @@ def demonstrations(
     end = min(tokenizer.eos_ids)
     prompts = tokenizer.encode_batch([prompt_text(example, layout, tokenizer) for example in examples])
     return [
-        Demonstration(ids, [*tokenizer.encode_continuation(f"{OPENINGS[layout]}{example.output}"), end])
+        TokenizedDemonstration(ids, [*tokenizer.encode_continuation(f"{OPENINGS[layout]}{example.output}"), end])
         for ids, example in zip(prompts, examples, strict=True)
     ]
 
@@ -144,7 +144,7 @@ def usable_rows(options: Finetune) -> int:
     return sum(length <= options.context_length for length in _lengths(_read(options)[1]))
 
 
-def _read(options: Finetune) -> tuple[InstructionData, list[Demonstration]]:
+def _read(options: Finetune) -> tuple[InstructionData, list[TokenizedDemonstration]]:
     data = read_instruction_data(options.data, "--data")
     tokenizer = tokenizer_of(options.model)
     if tokenizer.context_length < options.context_length:
@@ -154,7 +154,7 @@ def _read(options: Finetune) -> tuple[InstructionData, list[Demonstration]]:
     return data, demonstrations(data.examples, options.layout, tokenizer)
 
 
-def _lengths(shown: Sequence[Demonstration]) -> list[int]:
+def _lengths(shown: Sequence[TokenizedDemonstration]) -> list[int]:
     return [len(one.prompt) + len(one.response) for one in shown]
 
 

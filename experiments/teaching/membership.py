@@ -17,7 +17,7 @@ import torch
 from scipy import stats
 
 from ...agents.policy.language_model import LanguageModelPolicy
-from ...agents.supervised.sft import Demonstration
+from ...agents.supervised.sft import TokenizedDemonstration
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.causal_lm import token_budget_chunks
 from ..runs.report import COLOURS, panels
@@ -93,7 +93,10 @@ def attack_scores(logprobs: np.ndarray, reference: np.ndarray, k: int = MIN_K) -
 
 @torch.no_grad()
 def score_rows(
-    policy: LanguageModelPolicy, reference: LanguageModelPolicy, rows: Sequence[Demonstration], token_budget: int
+    policy: LanguageModelPolicy,
+    reference: LanguageModelPolicy,
+    rows: Sequence[TokenizedDemonstration],
+    token_budget: int,
 ) -> list[dict[str, float]]:
     """Scores rows by every attack.
 

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from ...agents.policy.checkpoints import policy_from, read_state
 from ...agents.policy.language_model import SETTINGS, LanguageModelPolicy
-from ...agents.supervised.sft import Demonstration
+from ...agents.supervised.sft import TokenizedDemonstration
 from ...envs.tasks.instruction.data import InstructionExample, read_instruction_data
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.tokenization import Tokenizer
@@ -76,7 +76,7 @@ class _Row:
 
 
 @dataclass
-class _Arm:
+class _AttackedArm:
     """One policy with its members and non-members."""
 
     name: str
@@ -84,7 +84,7 @@ class _Arm:
     weights: str
     model: str
     rows: list[_Row]
-    shown: list[Demonstration]
+    shown: list[TokenizedDemonstration]
     too_long: int
 
     def key(self, index: int) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def run(options: Privacy, console: Console | None = None) -> dict[str, Any]:
         return results
 
 
-def _arm(options: Privacy, name: str, run_folder: Path) -> _Arm:
+def _arm(options: Privacy, name: str, run_folder: Path) -> _AttackedArm:
     folder = policy_folder(str(run_folder), "--policy")
     trained = (read_json(run_folder / "config.json") or {}).get("options", {})
     layout = options.layout or trained.get("layout")
@@ -157,7 +157,7 @@ def _arm(options: Privacy, name: str, run_folder: Path) -> _Arm:
         if not any(row.member == (side == "members") for row in kept):
             raise InputError(f"none of the rows of {files[side]} fits {longest} tokens: raise --context-length")
     _check_reference(options.model, tokenizer)
-    return _Arm(
+    return _AttackedArm(
         name=name,
         folder=folder,
         weights=weights_digest(folder),
@@ -192,7 +192,9 @@ def _check_reference(model: str, tokenizer: Tokenizer) -> None:
         raise InputError(f"--model {model} counts other tokens than the policy's model: its losses do not compare")
 
 
-def _scores(options: Privacy, opened: TokenTraining, arms: Sequence[_Arm]) -> dict[str, list[dict[str, Any]]] | None:
+def _scores(
+    options: Privacy, opened: TokenTraining, arms: Sequence[_AttackedArm]
+) -> dict[str, list[dict[str, Any]]] | None:
     """The scores of every row by policy, those that are stored read; None when the time is over."""
     path = opened.folder.file(SCORES)
     stored = {(row["policy"], row["member"], row["row"]): row for row in read_records(path, repair=True)}
@@ -226,7 +228,7 @@ def _scores(options: Privacy, opened: TokenTraining, arms: Sequence[_Arm]) -> di
     return scores
 
 
-def _models(options: Privacy, arm: _Arm) -> tuple[LanguageModelPolicy, LanguageModelPolicy]:
+def _models(options: Privacy, arm: _AttackedArm) -> tuple[LanguageModelPolicy, LanguageModelPolicy]:
     """The policy at temperature 1, and the policy whose reference is the one to compare with."""
     policy = policy_from(arm.folder, temperature=1.0, dtype=options.dtype)
     if options.model == "base" and (policy.lora.rank or policy.reference == "base"):

@@ -14,7 +14,7 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
 from ..runs.folder import read_json, write_json
 from ..runs.report import COLOURS, markdown, panels, rich_table
-from ..runs.statistics import Comparison, compare, macro_interval
+from ..runs.statistics import PairedComparison, compare_paired, macro_interval
 from .evaluate import BASE
 
 ATTACK = "calibrated"
@@ -70,8 +70,8 @@ def report(
     taught = _gather(root, arms, models)
     base = taught[0]
     macro = {arm.name: macro_interval(arm.tasks) for arm in taught}
-    pairs = {(arm.name, BASE): compare(arm.tasks, base.tasks) for arm in taught[1:]}
-    pairs |= {(arm.name, taught[1].name): compare(arm.tasks, taught[1].tasks) for arm in taught[2:]}
+    pairs = {(arm.name, BASE): compare_paired(arm.tasks, base.tasks) for arm in taught[1:]}
+    pairs |= {(arm.name, taught[1].name): compare_paired(arm.tasks, taught[1].tasks) for arm in taught[2:]}
     out = root / "report"
     out.mkdir(parents=True, exist_ok=True)
     tables = [_score_rows(taught, macro, pairs), _pair_rows(pairs)]
@@ -143,7 +143,7 @@ def _notes(arms: Sequence[TaughtArm]) -> list[str]:
 
 
 def _score_rows(
-    arms: Sequence[TaughtArm], macro: Mapping[str, tuple[float, float, float]], pairs: Mapping[Any, Comparison]
+    arms: Sequence[TaughtArm], macro: Mapping[str, tuple[float, float, float]], pairs: Mapping[Any, PairedComparison]
 ) -> list[list[str]]:
     rows = [["trained on", "rows", "ROUGE-L (95%)", "by seed", "exact match", "AUC (95%)"]]
     for arm in arms:
@@ -162,7 +162,7 @@ def _score_rows(
     return rows
 
 
-def _pair_rows(pairs: Mapping[tuple[str, str], Comparison]) -> list[list[str]]:
+def _pair_rows(pairs: Mapping[tuple[str, str], PairedComparison]) -> list[list[str]]:
     rows = [["task by task", "won", "tied", "lost", "difference (95%)"]]
     for (one, other), pair in pairs.items():
         shares = [f"{100 * share:.0f}%" for share in pair.shares.values()]

@@ -98,7 +98,7 @@ def run(options: TunaEvaluate, console: Console | None = None) -> dict[str, Any]
             except OutOfTimeError:
                 return opened.stopped({"judged": len(read_records(path))})
         names = [name for name in rows[0]["arms"] if name != options.against]
-        metrics = {name: win_rate(found, name, options.seed) for name in names}
+        metrics = {name: bootstrap_win_rate(found, name, options.seed) for name in names}
         results = opened.folder.finish(
             {"against": options.against, "win_rates": metrics, "arms": answered["metrics"]["arms"]},
             {"instances": len(rows), "seconds": opened.seconds},
@@ -139,7 +139,7 @@ def _judged(judge: Reward, rows: Sequence[Mapping[str, Any]], options: TunaEvalu
     return outcomes
 
 
-def win_rate(rows: Sequence[Mapping[str, Any]], name: str, seed: int = 0) -> dict[str, Any]:
+def bootstrap_win_rate(rows: Sequence[Mapping[str, Any]], name: str, seed: int = 0) -> dict[str, Any]:
     """A policy's mean outcome over tasks, with its 95% bootstrap interval over tasks, as ROUGE-L is averaged.
 
     Args:

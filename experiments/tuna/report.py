@@ -13,7 +13,7 @@ from ...llm_backends.errors import InputError
 from ..runs.folder import read_json, write_json
 from ..runs.options import check_output
 from ..runs.report import COLOURS, markdown, panels, rich_table
-from ..runs.statistics import compare
+from ..runs.statistics import compare_paired
 from ..teaching.evaluate import BASE
 
 EVALUATION, RANKINGS, POLICIES = "evaluate", "rank", "train"
@@ -49,7 +49,7 @@ def run(options: TunaReport, console: Console | None = None) -> dict[str, Any]:
     rankings = _finished(root / RANKINGS)
     seed = int(((read_json(root / EVALUATION / "judged" / "config.json") or {}).get("options") or {}).get("seed", 0))
     others = [name for name in tasks if name != figures["against"]]
-    gaps = {name: compare(tasks[name], tasks[figures["against"]], seed) for name in others}
+    gaps = {name: compare_paired(tasks[name], tasks[figures["against"]], seed) for name in others}
     tables = [_arm_rows(figures, gaps, trained), _ranking_rows(rankings)]
     out.mkdir(parents=True, exist_ok=True)
     count = len(tasks[BASE])

@@ -13,7 +13,7 @@ from ...agents.policy.checkpoints import policy_from, read_state
 from ...agents.policy.language_model import SETTINGS, LanguageModelPolicy
 from ...agents.preferences.lists import rank_agreement, request_of, tokenize_lists
 from ...agents.preferences.losses import LOSSES
-from ...agents.preferences.trainer import LARGEST_SCORE, RankedCandidates, RankingSettings, RankingTrainer
+from ...agents.preferences.trainer import LARGEST_SCORE, RankingSettings, RankingTrainer, TokenizedRankedList
 from ...envs.tasks.responses.candidates import RankedList, read_ranked_lists
 from ...llm_backends import request_seed
 from ...llm_backends.errors import InputError
@@ -166,7 +166,7 @@ def ranked_file(path: str) -> Path:
 
 def split_lists(
     lists: Sequence[RankedList], options: TunaTrain, model: str
-) -> tuple[list[RankedCandidates], list[RankedCandidates], dict[str, int]]:
+) -> tuple[list[TokenizedRankedList], list[TokenizedRankedList], dict[str, int]]:
     """The lists to train on, those to measure on, and what was left out.
 
     Raises:
@@ -222,8 +222,8 @@ def _policy(options: TunaTrain, start: Path | None, model: str) -> LanguageModel
 def _before(
     folder: RunFolder,
     policy: LanguageModelPolicy,
-    train: Sequence[RankedCandidates],
-    held_out: Sequence[RankedCandidates],
+    train: Sequence[TokenizedRankedList],
+    held_out: Sequence[TokenizedRankedList],
 ) -> dict[str, Any]:
     """The agreement at the start, which a resumed run finds in its folder."""
     if (stored := read_json(folder.path / BEFORE)) is None:
@@ -233,7 +233,7 @@ def _before(
 
 
 def _taus(
-    policy: LanguageModelPolicy, train: Sequence[RankedCandidates], held_out: Sequence[RankedCandidates]
+    policy: LanguageModelPolicy, train: Sequence[TokenizedRankedList], held_out: Sequence[TokenizedRankedList]
 ) -> dict[str, Any]:
     """Of log-probs per token, by which Tuna ranks."""
     return {

@@ -54,13 +54,13 @@ class Speed:
         return (self.requests - self.errors) / self.seconds
 
 
-def make_prompts(count: int, tokens: int, salt: object) -> list[str]:
+def probe_prompts(count: int, tokens: int, salt: object) -> list[str]:
     """Different prompts of about so many tokens, which share no beginning that a prefix cache could know."""
     chooser = random.Random(str(salt))
     return [" ".join(chooser.choices(WORDS, k=tokens)) for _ in range(count)]
 
 
-def measure(
+def measure_speed(
     build: Callable[[int], OpenAIBackend],
     levels: Sequence[int],
     requests: int,
@@ -79,11 +79,11 @@ def measure(
         on_level: called before each level.
     """
     salt, sampling = time.time_ns(), Sampling(max_tokens=max_tokens)  # another run must not find its prompts cached
-    _timed(build(1), make_prompts(1, prompt_tokens, (salt, "warm-up"))[0], sampling)
+    _timed(build(1), probe_prompts(1, prompt_tokens, (salt, "warm-up"))[0], sampling)
     speeds = []
     for level in levels:
         on_level(level)
-        speeds.append(_level(build(level), level, make_prompts(requests, prompt_tokens, (salt, level)), sampling))
+        speeds.append(_level(build(level), level, probe_prompts(requests, prompt_tokens, (salt, level)), sampling))
     return speeds
 
 

@@ -34,7 +34,7 @@ class RankingQuestion:
 
 
 @dataclass(frozen=True)
-class Ranking:
+class RankingVerdict:
     """What the judge said of one question."""
 
     ranks: tuple[float, ...] | None
@@ -134,7 +134,7 @@ def ranking_sampling(count: int, temperature: float, seed: int) -> Sampling:
 
 def rank(
     backend: Backend, questions: Sequence[RankingQuestion], rounds: int = 1, temperature: float = 0.0
-) -> list[Ranking]:
+) -> list[RankingVerdict]:
     """Ranks the candidates of every question, all rounds of all questions in one backend call.
 
     Candidates that differ at most in white space are shown once. Every round shows them in another order, drawn from
@@ -175,7 +175,7 @@ def rank(
     return [_ranking(mine, [next(replies) for _ in order], order) for mine, order in zip(twins, orders, strict=True)]
 
 
-def _ranking(twins: Sequence[int], replies: Sequence[Any], orders: Sequence[np.ndarray]) -> Ranking:
+def _ranking(twins: Sequence[int], replies: Sequence[Any], orders: Sequence[np.ndarray]) -> RankingVerdict:
     """The mean ranks over rounds.
 
     Args:
@@ -185,7 +185,7 @@ def _ranking(twins: Sequence[int], replies: Sequence[Any], orders: Sequence[np.n
     """
     distinct = max(twins) + 1
     if not replies:
-        return Ranking((0.0,) * len(twins), distinct)
+        return RankingVerdict((0.0,) * len(twins), distinct)
     rows, why = [], ""
     for reply, order in zip(replies, orders, strict=True):
         if isinstance(reply, BackendError):
@@ -197,11 +197,11 @@ def _ranking(twins: Sequence[int], replies: Sequence[Any], orders: Sequence[np.n
             continue
         rows.append(np.argsort(order[positions]))  # from who stands where to where each one stands
     if not rows:
-        return Ranking(None, distinct, why=why, calls=len(replies))
+        return RankingVerdict(None, distinct, why=why, calls=len(replies))
     mean = np.mean(rows, axis=0)
     taus = [kendall_tau(a, b) for a, b in combinations(rows, 2)]
     agreement = float(np.mean(taus)) if taus else None
-    return Ranking(tuple(float(mean[i]) for i in twins), distinct, agreement, calls=len(replies))
+    return RankingVerdict(tuple(float(mean[i]) for i in twins), distinct, agreement, calls=len(replies))
 
 
 def kendall_tau(first: np.ndarray, second: np.ndarray) -> float:
@@ -265,7 +265,7 @@ class RankingJudge(Reward):
                 scores[index] = self._score(ranking, place)
         return scores
 
-    def _score(self, ranking: Ranking, place: int) -> Score:
+    def _score(self, ranking: RankingVerdict, place: int) -> Score:
         calls = ranking.calls if place == 0 else 0
         if ranking.ranks is None:
             return Score.invalid(ranking.why, calls=calls)

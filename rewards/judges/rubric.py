@@ -16,7 +16,7 @@ import numpy as np
 from ...llm_backends import Backend, BackendError, Prompt, Sampling, resolve
 from ...llm_backends.prompting import build_prompt, few_shot, fill, load_prompts
 from ..base import Reward, Sample, Score
-from .verdict import VerdictMode, check_mode, held_to, reads_likelihood, temperature_for, word_log_probs
+from .verdict import VerdictMode, allowed_replies, check_mode, reads_likelihood, temperature_for, word_log_probs
 
 CRITERIA = {
     "helpfulness": "does the response do all that the request asks for, in the form it asks for?",
@@ -178,7 +178,7 @@ def grade_sampling(backend: Backend, rubric: Rubric, names: Sequence[str], tempe
     most = sum(len(name) + 8 for name in names)
     if backend.prompt_style == "chat":
         return Sampling(most, temperature, seed=seed)
-    return Sampling(most, temperature, stop=("\n",), choices=held_to(backend, list(rubric.grades)), seed=seed)
+    return Sampling(most, temperature, stop=("\n",), choices=allowed_replies(backend, list(rubric.grades)), seed=seed)
 
 
 def _generated(

@@ -180,7 +180,7 @@ def judge_verdicts(
 def verdict_sampling(backend: Backend, question: Question, temperature: float) -> Sampling:
     """How the verdict on one question is generated: held to its two answers, where the backend can do that."""
     words = (question.prompt.positive, question.prompt.negative)
-    choices = held_to(backend, words)
+    choices = allowed_replies(backend, words)
     return Sampling(max_tokens=8, temperature=temperature, stop=("\n",), choices=choices, seed=question.seed)
 
 
@@ -189,7 +189,7 @@ def lead(backend: Backend) -> str:
     return " " if backend.prompt_style == "completion" else ""
 
 
-def held_to(backend: Backend, words: Sequence[str]) -> tuple[str, ...]:
+def allowed_replies(backend: Backend, words: Sequence[str]) -> tuple[str, ...]:
     """``Sampling.choices`` for a reply that is one of the words; empty where the backend cannot hold it to them."""
     return tuple(lead(backend) + word for word in words) if backend.supports_choices else ()
 

@@ -231,7 +231,7 @@ class RewardModel:
         Raises:
             InputError: if files are missing, broken, or do not fit the model.
         """
-        settings = read_settings(folder)
+        settings = read_reward_settings(folder)
         try:
             lora = LoraSettings(**settings["lora"])
             built = cls(settings["model"] if model is None else model, lora, settings["level"], dtype, device)
@@ -249,7 +249,7 @@ class RewardModel:
         Raises:
             InputError: if files are missing, broken, or do not fit.
         """
-        folder, settings = Path(folder), read_settings(folder)
+        folder, settings = Path(folder), read_reward_settings(folder)
         for key, mine in (("lora", asdict(self.lora)), ("level", self.level)):
             if settings[key] != mine:
                 raise InputError(
@@ -268,7 +268,7 @@ class RewardModel:
         self.mean, self.std = settings["mean"], settings["std"]
 
 
-def read_settings(folder: str | Path) -> dict[str, Any]:
+def read_reward_settings(folder: str | Path) -> dict[str, Any]:
     """What ``reward_model.json`` says, without loading a model.
 
     Raises:

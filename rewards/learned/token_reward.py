@@ -11,7 +11,7 @@ import numpy as np
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.tokenization import Tokenizer
 from ..base import Reward, Sample, Score
-from .reward_model import RewardModel, check_fingerprint, read_settings
+from .reward_model import RewardModel, check_fingerprint, read_reward_settings
 
 __all__ = ["RewardModel", "SequenceReward", "TokenReward"]
 
@@ -30,7 +30,7 @@ class _LearnedReward(Reward):
         self.folder = "" if isinstance(model, RewardModel) else str(model)
         self.scale, self.dtype, self.device = float(scale), dtype, device
         self._model = model if isinstance(model, RewardModel) else None
-        self._saved = read_settings(self.folder) if self._model is None else {}
+        self._saved = read_reward_settings(self.folder) if self._model is None else {}
         self._lock = threading.Lock()
         self.center = center
         if center is True and self._settings["mean"] is None:

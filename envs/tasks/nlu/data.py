@@ -70,7 +70,7 @@ def find_file(task: NLUTask, part: str, data_dir: str | Path) -> Path | None:
     return path
 
 
-def read_rows(task: NLUTask, path: Path) -> list[tuple[str, dict[str, Any] | RowError]]:
+def read_task_rows(task: NLUTask, path: Path) -> list[tuple[str, dict[str, Any] | RowError]]:
     """The rows of a TSV or JSONL file, each with the words that say where it stands; a torn one is its error.
 
     TSV is split at tabs and line ends alone: GLUE's files hold stray quotes. Blank lines are passed over.
@@ -355,7 +355,7 @@ def _shots(task: NLUTask, data_dir: str | Path, count: int, seed: int) -> list[d
 
 def _file_rows(task: NLUTask, path: Path) -> list[dict[str, Any]]:
     rows, errors = [], []
-    for number, (where, raw) in enumerate(read_rows(task, path)):
+    for number, (where, raw) in enumerate(read_task_rows(task, path)):
         try:
             if isinstance(raw, RowError):
                 raise raw

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ....agents.policy.language_model import LanguageModelPolicy
-from ....agents.preferences.trainer import RankedCandidates, RankingTrainer
+from ....agents.preferences.trainer import RankingTrainer, TokenizedRankedList
 from ....llm_backends.local.causal_lm import CausalLM
 from ....llm_backends.training.adapters import LoraSettings, training_dtype
 from ..tiny import peak_mb
@@ -33,7 +33,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         device="cpu",
     )
     lists = [
-        RankedCandidates(pair["prompt"], [pair["chosen"], pair["rejected"]], ranks=[1, 2])
+        TokenizedRankedList(pair["prompt"], [pair["chosen"], pair["rejected"]], ranks=[1, 2])
         for pair in json.loads(Path(spec["pairs"]).read_text("utf-8"))
     ]
     trainer = RankingTrainer(policy, loss="dpo", beta=0.1, batch_size=spec["batch"], learning_rate=1e-5)
@@ -57,7 +57,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def chosen_logprob(policy: LanguageModelPolicy, lists: list[RankedCandidates]) -> float:
+def chosen_logprob(policy: LanguageModelPolicy, lists: list[TokenizedRankedList]) -> float:
     """Mean log-prob, in nats, of the better responses by the reference policy: the same on every side."""
     prompts = [np.array(one.prompt) for one in lists]
     chosen = [np.array(one.candidates[0]) for one in lists]
