@@ -5,6 +5,7 @@ prompts, ``process`` what the MDPs share, ``tasks`` where episodes come from. Th
 ``operator=`` and ``editor=`` take.
 """
 
+from .. import rewards  # noqa: F401 - for its tables of parts; nothing heavy is imported
 from ..llm_backends.parts import register_kind, register_parts
 
 register_kind("operator", "instructgym.envs.edit.operators:Operator")

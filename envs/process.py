@@ -16,6 +16,8 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
 
+from ..llm_backends.errors import RunError
+
 
 class PartSpec(EnvSpec):
     """An env's spec that, asked for JSON, names the argument that holds a live object."""
@@ -66,7 +68,7 @@ ON_INVALID = ("retry", "raise")
 RESET_OPTIONS = frozenset({"index", "prefix", "reset_mask"})
 
 
-class InvalidRewardError(RuntimeError):
+class InvalidRewardError(RunError):
     """The rewriter or the judge gave no usable answer, and the env was told to raise."""
 
 
@@ -418,5 +420,5 @@ class Unicode(Space[str]):
         return hash(Unicode)
 
 
-class InvalidRewardRateError(RuntimeError):
+class InvalidRewardRateError(RunError):
     """Too many rewards were imputed for want of a verdict; the agent would learn from made-up numbers."""

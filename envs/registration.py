@@ -1,40 +1,80 @@
-"""The ids that importing instructgym adds to Gymnasium's registry."""
+"""The ids that importing instructgym adds to Gymnasium's registry, and what their envs are like by default."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import gymnasium as gym
 
+_TOKENS = "Discrete(49152)"
+_TOKEN_IDS = "Dict('ids': Box(0, 49151, (1024,), int32), 'mask': Box(0, 1, (1024,), int8))"
+
+
+@dataclass(frozen=True)
+class EnvEntry:
+    """An environment as it is made without arguments, declared: nothing heavy is imported to list it."""
+
+    entry_point: str
+    """``"module:factory"`` of the env."""
+    vector_entry_point: str
+    """``"module:factory"`` of its vector form."""
+    action_space: str
+    """Its action space, as Gymnasium prints it."""
+    observation_space: str
+    """Its observation space, as Gymnasium prints it."""
+    episode: str
+    """The longest episode."""
+
+
 IDS = {
-    "instructgym/EditPrompt-v0": (
+    "instructgym/EditPrompt-v0": EnvEntry(
         "instructgym.envs.edit_prompt:EditPromptEnv",
         "instructgym.envs.edit_prompt:EditPromptVectorEnv",
+        "Discrete(8)",
+        "Box(0.0, 1.0, (8,), float32)",
+        "at most 6 edits",
     ),
-    "instructgym/EvolveInstruction-v0": (
+    "instructgym/EvolveInstruction-v0": EnvEntry(
         "instructgym.envs.evolve_instruction:evolve_instruction",
         "instructgym.envs.evolve_instruction:evolve_instruction_vector",
+        "Discrete(6)",
+        "Box(0.0, 1.0, (6,), float32)",
+        "at most 6 edits",
     ),
-    "instructgym/GenerateInstance-v0": (
+    "instructgym/GenerateInstance-v0": EnvEntry(
         "instructgym.envs.generate_instance:generate_instance",
         "instructgym.envs.generate_instance:generate_instance_vector",
+        _TOKENS,
+        _TOKEN_IDS,
+        "at most 96 tokens",
     ),
-    "instructgym/GenerateLabel-v0": (
+    "instructgym/GenerateLabel-v0": EnvEntry(
         "instructgym.envs.generate_label:generate_label",
         "instructgym.envs.generate_label:generate_label_vector",
+        _TOKENS,
+        _TOKEN_IDS,
+        "at most 12 tokens",
     ),
-    "instructgym/GeneratePrompt-v0": (
+    "instructgym/GeneratePrompt-v0": EnvEntry(
         "instructgym.envs.generate_prompt:generate_prompt",
         "instructgym.envs.generate_prompt:generate_prompt_vector",
+        _TOKENS,
+        _TOKEN_IDS,
+        "at most 16 tokens",
     ),
-    "instructgym/GenerateResponse-v0": (
+    "instructgym/GenerateResponse-v0": EnvEntry(
         "instructgym.envs.generate_response:generate_response",
         "instructgym.envs.generate_response:generate_response_vector",
+        _TOKENS,
+        _TOKEN_IDS,
+        "at most 48 tokens",
     ),
 }
-"""Id to entry points of the single and of the vector env. Strings, so that nothing heavy is imported."""
+"""Id to what is registered under it. ``tests/test_command_line.py`` holds the declarations against the envs as made."""
 
 
 def register_envs() -> None:
     """Registers every id; a second call changes nothing."""
-    for env_id, (entry_point, vector_entry_point) in IDS.items():
+    for env_id, entry in IDS.items():
         if env_id not in gym.registry:
-            gym.register(env_id, entry_point=entry_point, vector_entry_point=vector_entry_point)
+            gym.register(env_id, entry_point=entry.entry_point, vector_entry_point=entry.vector_entry_point)

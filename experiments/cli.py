@@ -1,506 +1,244 @@
-"""The command ``instructgym``."""
+"""The command ``instructgym``: one table of commands, each of whose modules is imported when it is called.
+
+To add a command: a module with ``run(options: Options, console: Console)``, where Options is a dataclass, and a line in
+:data:`COMMANDS`.
+"""
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from importlib.metadata import version
+from typing import Any, get_type_hints
 
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from ..llm_backends import BackendError, part_ids, resolve
-from ..llm_backends.errors import InputError
-from .benchmarks import (
-    backend,
-    dense_reward,
-    edit_env,
-    ranking,
-    rollouts,
-    task_score,
-    token_env,
-    token_learning,
-    token_ppo,
+from ..envs.registration import IDS
+from ..llm_backends.errors import InputError, RunError
+
+DESCRIPTION = (
+    "Gymnasium environments for instructions, prompts and responses, and agents that solve them. "
+    "'instructgym --version' prints the version."
 )
-from .benchmarks.backend import BenchBackend
-from .benchmarks.dense_reward import BenchDenseReward
-from .benchmarks.edit_env import BenchEditEnv
-from .benchmarks.ranking import BenchRanking
-from .benchmarks.rollouts import BenchRollouts
-from .benchmarks.task_score import BenchTaskScore
-from .benchmarks.token_env import BenchTokenEnv
-from .benchmarks.token_learning import BenchTokenLearning
-from .benchmarks.token_ppo import BenchTokenPPO
-from .evolve import compare as evolve_compare
-from .evolve import generate as evolve_generate
-from .evolve import queries as query_accounting
-from .evolve import run as evolve_run
-from .evolve import train as evolve_train
-from .evolve.compare import EvolveCompare
-from .evolve.generate import EvolveGenerate
-from .evolve.queries import QueryAccounting
-from .evolve.run import EvolveEvaluate, EvolveFinetune, EvolveReport, EvolveRun
-from .evolve.train import EvolveTrain
-from .fine_grained import edit as fine_grained_edit
-from .fine_grained import evaluate as fine_grained_evaluate
-from .fine_grained import figa as fine_grained_figa
-from .fine_grained import ppo as fine_grained_ppo
-from .fine_grained import report as fine_grained_report
-from .fine_grained import reward as fine_grained_reward
-from .fine_grained import run as fine_grained_run
-from .fine_grained import sft as fine_grained_sft
-from .fine_grained.edit import FineGrainedEdit
-from .fine_grained.evaluate import FineGrainedEvaluate
-from .fine_grained.figa import FineGrainedFIGA
-from .fine_grained.ppo import FineGrainedPPO
-from .fine_grained.report import FineGrainedReport
-from .fine_grained.reward import FineGrainedRewardModel
-from .fine_grained.run import FineGrainedRun
-from .fine_grained.sft import FineGrainedSFT
-from .judging import calibrate as judge
-from .judging.calibrate import JudgeCalibrate
-from .nlu import report as nlu_report
-from .nlu import run as nlu
-from .nlu.report import NLUReport
-from .nlu.run import NLU
-from .prompt import compare as prompt_compare
-from .prompt import report as prompt_report
-from .prompt import run as prompt
-from .prompt.compare import PromptCompare
-from .prompt.report import PromptReport
-from .prompt.run import PromptRun
-from .refine_af import bootstrap as refine_af_bootstrap
-from .refine_af import generate as refine_af_generate
-from .refine_af import run as refine_af_run
-from .refine_af import train as refine_af_train
-from .refine_af.bootstrap import RefineAFBootstrap
-from .refine_af.generate import RefineAFGenerate
-from .refine_af.run import RefineAFEvaluate, RefineAFFinetune, RefineAFReport, RefineAFRun
-from .refine_af.train import RefineAFTrain
-from .runs.training import in_time
-from .serving import check as serve_check
-from .serving.check import ServeCheck
-from .teaching import evaluate, finetune, privacy
-from .teaching import run as teaching
-from .teaching.evaluate import Evaluate
-from .teaching.finetune import Finetune
-from .teaching.privacy import Privacy
-from .tuna import candidates as tuna_candidates
-from .tuna import evaluate as tuna_evaluate
-from .tuna import ppo as tuna_ppo
-from .tuna import rank as tuna_rank
-from .tuna import report as tuna_report
-from .tuna import run as tuna_run
-from .tuna import train as tuna_train
-from .tuna.candidates import TunaCandidates
-from .tuna.evaluate import TunaEvaluate
-from .tuna.ppo import TunaPPO
-from .tuna.rank import TunaRank
-from .tuna.report import TunaReport
-from .tuna.run import TunaRun
-from .tuna.train import TunaTrain
+CONFIG = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
 
-if TYPE_CHECKING:
-    EvolveCommand = (
-        EvolveRun
-        | EvolveTrain
-        | EvolveGenerate
-        | EvolveCompare
-        | EvolveFinetune
-        | EvolveEvaluate
-        | EvolveReport
-        | QueryAccounting
-    )
-else:
-    EvolveCommand = (
-        Annotated[EvolveRun, tyro.conf.subcommand("run")]
-        | Annotated[EvolveTrain, tyro.conf.subcommand("train")]
-        | Annotated[EvolveGenerate, tyro.conf.subcommand("generate")]
-        | Annotated[EvolveCompare, tyro.conf.subcommand("compare")]
-        | Annotated[EvolveFinetune, tyro.conf.subcommand("finetune")]
-        | Annotated[EvolveEvaluate, tyro.conf.subcommand("evaluate")]
-        | Annotated[EvolveReport, tyro.conf.subcommand("report")]
-        | Annotated[QueryAccounting, tyro.conf.subcommand("queries")]
-    )
+
+@dataclass(frozen=True)
+class Command:
+    """A command of the command line."""
+
+    name: str
+    """Its words behind ``instructgym``."""
+    entry_point: str
+    """``"module:function"`` within this package; the function takes ``options`` and ``console``."""
+    summary: str
+    """One line of help; the first sentence of the options' docstring."""
+
+    def load(self) -> tuple[type, Callable[[Any, Console], Any]]:
+        """Imports the function and returns the class of its options, which its annotation names, and the function."""
+        module, _, name = self.entry_point.partition(":")
+        function = getattr(importlib.import_module(f".{module}", __package__), name)
+        return get_type_hints(function)["options"], function
+
+
+GROUPS = {
+    "evolve": "TeaMs-RL: an agent picks edit operations that evolve instructions.",
+    "nlu": "RL for language understanding: 'nlu [run]' trains and evaluates one method, 'nlu report' gathers runs.",
+    "fine-grained": "Fine-grained supervision: minimal edits give a reward per token, which drives token-level PPO.",
+    "refine-af": "REFINE-AF: a small model bootstraps instructions and learns from automated feedback to write their "
+    "instances.",
+    "tuna": "Tuna: candidate responses are ranked by likelihood or by a judge, and a policy learns from the rankings.",
+    "prompt": "Prompts for a frozen model: 'prompt [run]' searches by one method, 'prompt compare' by several.",
+    "judge": "Judge LLMs: measure one on pairs with known answers.",
+    "bench": "Measure speed, ours and theirs alternately in one run.",
+}
+"""Commands of several words: the first word and what they have in common."""
+
+DEFAULTS = {"nlu": "run", "prompt": "run"}
+"""``nlu --task ...`` is short for ``nlu run --task ...``."""
+
+# fmt: off
+COMMANDS = (
+    Command("evolve run", "evolve.run:run", "Make data with an agent and at random for equally many LLM calls, fine-tune on both, evaluate, attack, report."),
+    Command("evolve train", "evolve.train:run", "Train an agent to evolve instructions."),
+    Command("evolve generate", "evolve.generate:run", "Make an instruction data set with a trained policy."),
+    Command("evolve compare", "evolve.compare:run", "Compare agents and baselines at equal LLM budget."),
+    Command("evolve finetune", "evolve.run:finetune", "Fine-tune the model on both data sets of 'evolve run', at equal size."),
+    Command("evolve evaluate", "evolve.run:evaluate", "Evaluate and attack the models that 'evolve finetune' left."),
+    Command("evolve report", "evolve.run:report", "Gather the stages of 'evolve run' into tables and a figure."),
+    Command("evolve queries", "evolve.queries:run", "Count the LLM calls behind the data sets of one 'evolve' run folder."),
+    Command("nlu run", "nlu.run:run", "Train or evaluate one method on language-understanding tasks."),
+    Command("nlu report", "nlu.report:run", "Gather finished runs of 'nlu' into a table and a figure."),
+    Command("fine-grained run", "fine_grained.run:run", "Run all stages: supervised start, edits, reward models, PPO, evaluation, report."),
+    Command("fine-grained sft", "fine_grained.sft:run", "Train the start of all arms on given responses."),
+    Command("fine-grained edit", "fine_grained.edit:run", "Sample responses, rank them by an annotator, and edit the worse ones minimally."),
+    Command("fine-grained reward-model", "fine_grained.reward:run", "Train a reward model on edited or on preferred responses."),
+    Command("fine-grained ppo", "fine_grained.ppo:run", "Train a policy by token-level PPO on the rewards of a reward model."),
+    Command("fine-grained figa", "fine_grained.figa:run", "Train a policy on edited pairs directly (FIGA)."),
+    Command("fine-grained evaluate", "fine_grained.evaluate:run", "Have a policy answer held-out prompts and judge its responses, alone and against a reference."),
+    Command("fine-grained report", "fine_grained.report:run", "Gather the finished stages of an experiment into tables and figures."),
+    Command("refine-af run", "refine_af.run:run", "Bootstrap, train by feedback, generate with and without that training, fine-tune, evaluate, attack, report."),
+    Command("refine-af bootstrap", "refine_af.bootstrap:run", "Grow a pool of instructions from seed tasks, and write instances of the new ones."),
+    Command("refine-af train", "refine_af.train:run", "Train a model by token-level PPO to write instances of instructions."),
+    Command("refine-af generate", "refine_af.generate:run", "Make a data set: instances of instructions by a trained policy, or by a model as it is."),
+    Command("refine-af finetune", "refine_af.run:finetune", "Fine-tune the model on both data sets of 'refine-af run', at equal size."),
+    Command("refine-af evaluate", "refine_af.run:evaluate", "Evaluate and attack the models that 'refine-af finetune' left."),
+    Command("refine-af report", "refine_af.run:report", "Gather the stages of 'refine-af run' into tables and a figure."),
+    Command("refine-af filters", "cli:list_filters", "List the filters of new instructions."),
+    Command("tuna run", "tuna.run:run", "Run all stages: supervised start, candidates, rankings, training, evaluation, report."),
+    Command("tuna candidates", "tuna.candidates:run", "Draw several different responses to every request of a data set."),
+    Command("tuna rank", "tuna.rank:run", "Rank the candidates of every request."),
+    Command("tuna train", "tuna.train:run", "Train a policy on ranked candidates."),
+    Command("tuna ppo", "tuna.ppo:run", "Train a reward model on ranked candidates, and a policy by token-level PPO on its reward."),
+    Command("tuna evaluate", "tuna.evaluate:run", "Answer held-out tasks with several policies; compare ROUGE-L, and have a judge compare them with one of them."),
+    Command("tuna report", "tuna.report:run", "Gather the stages of 'tuna run' into tables and a figure."),
+    Command("prompt run", "prompt.run:run", "Search for a prompt by one method and test the best one."),
+    Command("prompt compare", "prompt.compare:run", "Run methods side by side and gather them."),
+    Command("prompt report", "prompt.report:run", "Gather runs of 'prompt run' into tables and a figure."),
+    Command("finetune", "teaching.finetune:run", "Fine-tune a language model on instruction data; the loss is on the responses alone."),
+    Command("evaluate", "teaching.evaluate:run", "Answer held-out tasks with a base model and what was fine-tuned from it, and compare the answers' ROUGE-L."),
+    Command("privacy", "teaching.privacy:run", "Tell the rows that policies were fine-tuned on from held-out ones (membership inference)."),
+    Command("judge calibrate", "judging.calibrate:run", "Measure a judge on labelled pairs: accuracy, position bias, self-consistency, invalid rate."),
+    Command("judge list", "cli:list_judges", "List the judges."),
+    Command("serve-check", "serving.check:run", "Say what an LLM server can do, how fast it is at which concurrency, and what to set."),
+    Command("envs", "cli:list_envs", "List the environments with their spaces."),
+    Command("bench edit-env", "benchmarks.edit_env:run", "Steps per second of n batched copies against n copies stepped one after the other."),
+    Command("bench token-env", "benchmarks.token_env:run", "Tokens per CPU-second of sampling and play against transformers' generate, and steps per second of the env."),
+    Command("bench token-ppo", "benchmarks.token_ppo:run", "Response tokens per CPU-second and peak memory of PPO with LoRA, ours and TRL's (or the bare passes)."),
+    Command("bench ranking", "benchmarks.ranking:run", "Response tokens per CPU-second and peak memory of DPO with LoRA, ours and TRL's (or the bare passes)."),
+    Command("bench token-learning", "benchmarks.token_learning:run", "Env steps (tokens) until the mean return of the last 64 episodes reaches 0.8 of the best."),
+    Command("bench dense-reward", "benchmarks.dense_reward:run", "Tokens until 90% of what a policy writes is good: a reward model pays each token, or their sum at the end."),
+    Command("bench rollouts", "benchmarks.rollouts:run", "Response tokens per second of rollouts on a vLLM server, adapter pushed, against sampling in this process."),
+    Command("bench task-score", "benchmarks.task_score:run", "Prompts scored on examples with shared prefixes, against a full request per prompt, example and label."),
+    Command("bench backend", "benchmarks.backend:run", "Requests per second of the cached server backend, half of them duplicates, against a bare client of openai."),
+    Command("bench list", "cli:list_benchmarks", "List the benchmarks."),
+)
+# fmt: on
+"""All commands, in the order of the help."""
 
 
 @dataclass
-class Evolve:
-    """TeaMs-RL: an agent picks edit operations that evolve instructions."""
-
-    command: EvolveCommand
-
-
-if TYPE_CHECKING:
-    UnderstandingCommand = NLU | NLUReport
-else:
-    UnderstandingCommand = (
-        Annotated[NLU, tyro.conf.subcommand("run")] | Annotated[NLUReport, tyro.conf.subcommand("report")]
-    )
-
-
-@dataclass
-class Understanding:
-    """RL for language understanding: 'nlu [run]' trains and evaluates one method, 'nlu report' gathers runs."""
-
-    command: UnderstandingCommand
-
-
-if TYPE_CHECKING:
-    FineGrainedCommand = (
-        FineGrainedRun
-        | FineGrainedSFT
-        | FineGrainedEdit
-        | FineGrainedRewardModel
-        | FineGrainedPPO
-        | FineGrainedFIGA
-        | FineGrainedEvaluate
-        | FineGrainedReport
-    )
-else:
-    FineGrainedCommand = (
-        Annotated[FineGrainedRun, tyro.conf.subcommand("run")]
-        | Annotated[FineGrainedSFT, tyro.conf.subcommand("sft")]
-        | Annotated[FineGrainedEdit, tyro.conf.subcommand("edit")]
-        | Annotated[FineGrainedRewardModel, tyro.conf.subcommand("reward-model")]
-        | Annotated[FineGrainedPPO, tyro.conf.subcommand("ppo")]
-        | Annotated[FineGrainedFIGA, tyro.conf.subcommand("figa")]
-        | Annotated[FineGrainedEvaluate, tyro.conf.subcommand("evaluate")]
-        | Annotated[FineGrainedReport, tyro.conf.subcommand("report")]
-    )
-
-
-@dataclass
-class FineGrained:
-    """Fine-grained supervision: minimal edits give a reward per token, which drives token-level PPO."""
-
-    command: FineGrainedCommand
-
-
-@dataclass
-class RefineAFFilters:
-    """List the filters of new instructions."""
-
-
-if TYPE_CHECKING:
-    RefineAFCommand = (
-        RefineAFRun
-        | RefineAFBootstrap
-        | RefineAFTrain
-        | RefineAFGenerate
-        | RefineAFFinetune
-        | RefineAFEvaluate
-        | RefineAFReport
-        | RefineAFFilters
-    )
-else:
-    RefineAFCommand = (
-        Annotated[RefineAFRun, tyro.conf.subcommand("run")]
-        | Annotated[RefineAFBootstrap, tyro.conf.subcommand("bootstrap")]
-        | Annotated[RefineAFTrain, tyro.conf.subcommand("train")]
-        | Annotated[RefineAFGenerate, tyro.conf.subcommand("generate")]
-        | Annotated[RefineAFFinetune, tyro.conf.subcommand("finetune")]
-        | Annotated[RefineAFEvaluate, tyro.conf.subcommand("evaluate")]
-        | Annotated[RefineAFReport, tyro.conf.subcommand("report")]
-        | Annotated[RefineAFFilters, tyro.conf.subcommand("filters")]
-    )
-
-
-@dataclass
-class RefineAF:
-    """REFINE-AF: a small model bootstraps instructions and learns from automated feedback to write their instances."""
-
-    command: RefineAFCommand
-
-
-if TYPE_CHECKING:
-    TunaCommand = TunaRun | TunaCandidates | TunaRank | TunaTrain | TunaPPO | TunaEvaluate | TunaReport
-else:
-    TunaCommand = (
-        Annotated[TunaRun, tyro.conf.subcommand("run")]
-        | Annotated[TunaCandidates, tyro.conf.subcommand("candidates")]
-        | Annotated[TunaRank, tyro.conf.subcommand("rank")]
-        | Annotated[TunaTrain, tyro.conf.subcommand("train")]
-        | Annotated[TunaPPO, tyro.conf.subcommand("ppo")]
-        | Annotated[TunaEvaluate, tyro.conf.subcommand("evaluate")]
-        | Annotated[TunaReport, tyro.conf.subcommand("report")]
-    )
-
-
-@dataclass
-class Tuna:
-    """Tuna: candidate responses are ranked by likelihood or by a judge, and a policy learns from the rankings."""
-
-    command: TunaCommand
-
-
-if TYPE_CHECKING:
-    PromptCommand = PromptRun | PromptCompare | PromptReport
-else:
-    PromptCommand = (
-        Annotated[PromptRun, tyro.conf.subcommand("run")]
-        | Annotated[PromptCompare, tyro.conf.subcommand("compare")]
-        | Annotated[PromptReport, tyro.conf.subcommand("report")]
-    )
-
-
-@dataclass
-class Prompt:
-    """Prompts for a frozen model: 'prompt [run]' searches by one method, 'prompt compare' by several."""
-
-    command: PromptCommand
-
-
-@dataclass
-class JudgeList:
-    """List the judges."""
-
-
-if TYPE_CHECKING:
-    JudgeCommand = JudgeCalibrate | JudgeList
-else:
-    JudgeCommand = (
-        Annotated[JudgeCalibrate, tyro.conf.subcommand("calibrate")]
-        | Annotated[JudgeList, tyro.conf.subcommand("list")]
-    )
-
-
-@dataclass
-class Judge:
-    """Judge LLMs: measure one on pairs with known answers."""
-
-    command: JudgeCommand
-
-
-@dataclass
-class Envs:
+class ListEnvs:
     """List the environments with their spaces."""
 
 
 @dataclass
-class BenchList:
+class ListBenchmarks:
     """List the benchmarks."""
 
 
-if TYPE_CHECKING:
-    BenchCommand = (
-        BenchEditEnv
-        | BenchTokenEnv
-        | BenchTokenPPO
-        | BenchRanking
-        | BenchTokenLearning
-        | BenchDenseReward
-        | BenchRollouts
-        | BenchTaskScore
-        | BenchBackend
-        | BenchList
-    )
-else:
-    BenchCommand = (
-        Annotated[BenchEditEnv, tyro.conf.subcommand("edit-env")]
-        | Annotated[BenchTokenEnv, tyro.conf.subcommand("token-env")]
-        | Annotated[BenchTokenPPO, tyro.conf.subcommand("token-ppo")]
-        | Annotated[BenchRanking, tyro.conf.subcommand("ranking")]
-        | Annotated[BenchTokenLearning, tyro.conf.subcommand("token-learning")]
-        | Annotated[BenchDenseReward, tyro.conf.subcommand("dense-reward")]
-        | Annotated[BenchRollouts, tyro.conf.subcommand("rollouts")]
-        | Annotated[BenchTaskScore, tyro.conf.subcommand("task-score")]
-        | Annotated[BenchBackend, tyro.conf.subcommand("backend")]
-        | Annotated[BenchList, tyro.conf.subcommand("list")]
-    )
-
-
-BENCHMARKS = {
-    "edit-env": BenchEditEnv,
-    "token-env": BenchTokenEnv,
-    "token-ppo": BenchTokenPPO,
-    "ranking": BenchRanking,
-    "token-learning": BenchTokenLearning,
-    "dense-reward": BenchDenseReward,
-    "rollouts": BenchRollouts,
-    "task-score": BenchTaskScore,
-    "backend": BenchBackend,
-}
+@dataclass
+class ListJudges:
+    """List the judges."""
 
 
 @dataclass
-class Bench:
-    """Measure speed, ours and theirs alternately in one run."""
-
-    command: BenchCommand
+class ListFilters:
+    """List the filters of new instructions."""
 
 
-if TYPE_CHECKING:
-    Command = (
-        Evolve
-        | Understanding
-        | FineGrained
-        | RefineAF
-        | Tuna
-        | Prompt
-        | Finetune
-        | Evaluate
-        | Privacy
-        | Judge
-        | ServeCheck
-        | Envs
-        | Bench
-    )
-else:
-    Command = (
-        Annotated[Evolve, tyro.conf.subcommand("evolve")]
-        | Annotated[Understanding, tyro.conf.subcommand("nlu")]
-        | Annotated[FineGrained, tyro.conf.subcommand("fine-grained")]
-        | Annotated[RefineAF, tyro.conf.subcommand("refine-af")]
-        | Annotated[Tuna, tyro.conf.subcommand("tuna")]
-        | Annotated[Prompt, tyro.conf.subcommand("prompt")]
-        | Annotated[Finetune, tyro.conf.subcommand("finetune")]
-        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-        | Annotated[Privacy, tyro.conf.subcommand("privacy")]
-        | Annotated[Judge, tyro.conf.subcommand("judge")]
-        | Annotated[ServeCheck, tyro.conf.subcommand("serve-check")]
-        | Annotated[Envs, tyro.conf.subcommand("envs")]
-        | Annotated[Bench, tyro.conf.subcommand("bench")]
-    )
-
-
-def list_envs(console: Console) -> None:
-    """Prints every id with its spaces."""
-    import gymnasium as gym
-
-    from ..envs.registration import IDS
-
+def list_envs(options: ListEnvs, console: Console) -> None:
+    """Prints every id with its spaces, as they are declared."""
     table = Table(title="instructgym environments")
-    for title in ("id", "action space", "observation space", "episode"):
-        table.add_column(title)
-    for env_id in IDS:
-        env = gym.make(env_id)
-        settings = env.unwrapped.process.settings  # type: ignore[attr-defined]
-        edits, tokens = getattr(settings, "horizon", None), getattr(settings, "max_tokens", None)
-        length = f"at most {edits} edits" if edits else f"at most {tokens} tokens"
-        table.add_row(env_id, str(env.action_space), str(env.observation_space), length)
+    table.add_column("id", no_wrap=True)  # ids that are cut look alike
+    for title in ("action space", "observation space", "episode"):
+        table.add_column(title, overflow="fold")
+    for env_id, entry in IDS.items():
+        table.add_row(env_id, entry.action_space, entry.observation_space, entry.episode)
     console.print(table)
 
 
-def list_benchmarks(console: Console) -> None:
+def list_benchmarks(options: ListBenchmarks, console: Console) -> None:
     """Prints every benchmark with what it measures."""
-    for name, benchmark in BENCHMARKS.items():
-        console.print(f"{name:15} {' '.join((benchmark.__doc__ or '').split())}")
+    rows = [(command.name.split()[-1], command.summary) for command in COMMANDS if command.name.startswith("bench ")]
+    _print_list(rows[:-1], console)
 
 
-def list_judges(console: Console) -> None:
-    """Prints every reward that asks a judge, by its id, with what it pays."""
-    for part_id in filter(lambda name: "judge" in name, part_ids("reward")):
-        described = (type(resolve("reward", part_id)).__doc__ or "").partition("\n\n")[0]
-        console.print(f"{part_id:20} {' '.join(described.split())}", highlight=False, markup=False)
+def list_judges(options: ListJudges, console: Console) -> None:
+    """Prints every reward that asks a judge, by its id, with what it returns."""
+    from ..llm_backends import part_ids, resolve
+
+    judges = [(part_id, type(resolve("reward", part_id))) for part_id in part_ids("reward") if "judge" in part_id]
+    _print_list([(part_id, (judge.__doc__ or "").partition("\n\n")[0]) for part_id, judge in judges], console)
 
 
-def list_filters(console: Console) -> None:
-    """Prints every filter of instructions, in the order in which they are asked, with its reason."""
+def list_filters(options: ListFilters, console: Console) -> None:
+    """Prints every filter of instructions, in the order in which they are applied, with its reason."""
     from ..envs.tasks.instruction.pool import FILTERS
 
-    for rule in FILTERS:
-        console.print(f"{rule.name:20} {rule.reason}", highlight=False, markup=False)
+    _print_list([(rule.name, rule.reason) for rule in FILTERS], console)
 
 
-RUNS: dict[type, Callable[[Any, Console], Any]] = {
-    EvolveTrain: evolve_train.run,
-    EvolveGenerate: evolve_generate.run,
-    EvolveCompare: evolve_compare.run,
-    EvolveRun: evolve_run.run,
-    EvolveFinetune: in_time(teaching.finetune_arms),
-    EvolveEvaluate: in_time(teaching.evaluate_arms),
-    EvolveReport: teaching.write_report,
-    QueryAccounting: query_accounting.run,
-    Finetune: finetune.run,
-    Evaluate: evaluate.run,
-    Privacy: privacy.run,
-    NLU: nlu.run,
-    NLUReport: nlu_report.run,
-    RefineAFRun: refine_af_run.run,
-    RefineAFBootstrap: refine_af_bootstrap.run,
-    RefineAFTrain: refine_af_train.run,
-    RefineAFGenerate: refine_af_generate.run,
-    RefineAFFinetune: in_time(teaching.finetune_arms),
-    RefineAFEvaluate: in_time(teaching.evaluate_arms),
-    RefineAFReport: teaching.write_report,
-    RefineAFFilters: lambda options, console: list_filters(console),
-    TunaRun: tuna_run.run,
-    TunaCandidates: tuna_candidates.run,
-    TunaRank: tuna_rank.run,
-    TunaTrain: tuna_train.run,
-    TunaPPO: tuna_ppo.run,
-    TunaEvaluate: tuna_evaluate.run,
-    TunaReport: tuna_report.run,
-    PromptRun: prompt.run,
-    PromptCompare: prompt_compare.run,
-    PromptReport: prompt_report.run,
-    JudgeCalibrate: judge.run,
-    FineGrainedRun: fine_grained_run.run,
-    FineGrainedSFT: fine_grained_sft.run,
-    FineGrainedEdit: fine_grained_edit.run,
-    FineGrainedRewardModel: fine_grained_reward.run,
-    FineGrainedPPO: fine_grained_ppo.run,
-    FineGrainedFIGA: fine_grained_figa.run,
-    FineGrainedEvaluate: fine_grained_evaluate.run,
-    FineGrainedReport: fine_grained_report.run,
-    JudgeList: lambda options, console: list_judges(console),
-    ServeCheck: serve_check.run,
-    BenchEditEnv: edit_env.run,
-    BenchTokenEnv: token_env.run,
-    BenchTokenPPO: token_ppo.run,
-    BenchRanking: ranking.run,
-    BenchTokenLearning: token_learning.run,
-    BenchDenseReward: dense_reward.run,
-    BenchRollouts: rollouts.run,
-    BenchTaskScore: task_score.run,
-    BenchBackend: backend.run,
-    BenchList: lambda options, console: list_benchmarks(console),
-    Envs: lambda options, console: list_envs(console),
-}
-"""What runs each parsed command."""
+def _print_list(rows: Sequence[tuple[str, str]], console: Console) -> None:
+    """Prints names and what they are in two columns; long texts go on in their own column."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in rows:
+        table.add_row(Text(name), Text(" ".join(text.split())))
+    console.print(table)
 
 
-def dispatch(command: Any, console: Console) -> None:
-    """Runs a parsed command."""
-    command = getattr(command, "command", command)  # that of a group
-    RUNS[type(command)](command, console)
+def command_of(args: Sequence[str]) -> tuple[Command, list[str]] | None:
+    """The command that some arguments begin with, and its own arguments; None where they name none."""
+    args = list(args)
+    if args and args[0] in DEFAULTS and (args[1:] or ["--"])[0].startswith("--") and args[1:2] != ["--help"]:
+        args.insert(1, DEFAULTS[args[0]])
+    for command in COMMANDS:
+        words = command.name.split()
+        if args[: len(words)] == words:
+            return command, args[len(words) :]
+    return None
+
+
+def parse(args: Sequence[str]) -> tuple[Callable[[Any, Console], Any], Any]:
+    """Parses a command line into a function and its options; exits with the help or an error where it names none.
+
+    The parser sees all commands by name and summary, and the options of the one that is called.
+    """
+    called, words = command_of(args) or (None, list(args))
+    app, groups = tyro.extras.SubcommandApp(), dict[str, tyro.extras.SubcommandApp]()
+    function: Callable[..., Any] = _not_called
+    for command in COMMANDS:
+        group, _, name = command.name.partition(" ")
+        if name and group not in groups:
+            groups[group] = tyro.extras.SubcommandApp()
+            app.command(groups[group], name=group, help=GROUPS[group])
+        parent = groups[group] if name else app
+        if command is called:
+            options, function = command.load()
+            parent.command(name=name or group)(options)
+        else:
+            parent.command(name=name or group, help=command.summary)(_not_called)
+    if called is not None:
+        words = [*called.name.split(), *words]
+    return function, app.cli(prog="instructgym", description=DESCRIPTION, args=words, config=CONFIG)
+
+
+def _not_called() -> None:
+    """Holds the place of a command that is not called, so that its options are not imported."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 2 bad input, 130 interrupted."""
-    given = list(sys.argv[1:] if args is None else args)
-    if given[:1] in (["nlu"], ["prompt"]) and (given[1:2] or ["--"])[0].startswith("--") and given[1:2] != ["--help"]:
-        given.insert(1, "run")  # 'nlu --task ...' is short for 'nlu run --task ...'
-    command = tyro.cli(
-        Command,
-        prog="instructgym",
-        description="Gymnasium environments for instructions, prompts and responses, and agents that solve them.",
-        args=given,
-        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
-    )
-    sys.exit(guarded(lambda console: dispatch(command, console)))
+    words = list(sys.argv[1:] if args is None else args)
+    if words == ["--version"]:
+        print(f"instructgym {version('instructgym')}")
+        sys.exit(0)
+    function, options = parse(words)
+    sys.exit(guarded(lambda console: function(options, console)))
 
 
-def guarded(work: Any) -> int:
+def guarded(work: Callable[[Console], Any]) -> int:
     """Runs ``work(console)`` and turns errors that a user can mend into one line on stderr and an exit code."""
-    from ..agents.policy.optimization import TrainingDivergedError
-    from ..envs.process import InvalidRewardError, InvalidRewardRateError
-    from ..llm_backends.serving.budget import BudgetExceededError
-
-    console = Console()
     try:
-        work(console)
-    except (
-        InputError,
-        BackendError,
-        BudgetExceededError,
-        InvalidRewardError,
-        InvalidRewardRateError,
-        TrainingDivergedError,
-    ) as error:
+        work(Console())
+    except (InputError, RunError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except OSError as error:

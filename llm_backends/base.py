@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from .errors import RunError
 from .parts import Part
 
 Message: TypeAlias = Mapping[str, str]
@@ -28,7 +29,7 @@ PromptStyle: TypeAlias = Literal["chat", "completion"]
 """``chat``: the model follows instructions; ``completion``: it needs few-shot text to continue (small base models)."""
 
 
-class BackendError(RuntimeError):
+class BackendError(RunError):
     """A request that a backend could not serve. Returned in the place of that request's result."""
 
 

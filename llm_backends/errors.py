@@ -1,10 +1,17 @@
-"""The base of every error that a user can mend by changing what was passed in."""
+"""The bases of the errors that commands print as one line: bad input, and a run that cannot go on."""
 
 from typing import Any
 
 
 class InputError(ValueError):
     """Bad input. The message is one line that says what is wrong, where, and what to do; commands exit with code 2."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on: a model that does not answer, a budget that is spent, training that diverged.
+
+    The message is one line that says what happened and what to do; commands exit with code 2.
+    """
 
 
 def check_choice(settings: Any, name: str, values: tuple[str, ...]) -> None:

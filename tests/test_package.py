@@ -72,6 +72,52 @@ def test_the_import_scan_sees_every_form(statement: str, tmp_path: Path, monkeyp
     assert "agents" in [layer_of(module) for _, module in imported_modules(file)]
 
 
+def faces() -> dict[str, str]:
+    """What the lazy faces of layers hand on: "instructgym.rewards.EqualityJudge" to the module that defines it."""
+    names = {}
+    for stub in ROOT.glob("*/__init__.pyi"):
+        layer = f"instructgym.{stub.parent.name}"
+        for node in ast.parse(stub.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ImportFrom):
+                names |= {f"{layer}.{alias.name}": f"{layer}.{node.module}" for alias in node.names}
+    return names
+
+
+def imported_files(path: Path, handed_on: dict[str, str]) -> set[str]:
+    """The package's files that a file imports, at any depth, as paths from the root."""
+    files = set()
+    for _, module in imported_modules(path):
+        package, *parts = handed_on.get(module, module).split(".")
+        if package != "instructgym":
+            continue
+        for candidate in (parts, parts[:-1]):  # the last part may be a name in a module
+            base = ROOT.joinpath(*candidate)
+            if candidate and base.with_suffix(".py").is_file():
+                files.add(str(base.with_suffix(".py").relative_to(ROOT)))
+                break
+    return files
+
+
+def test_no_circle_of_imports() -> None:
+    files, handed_on = [path for path in FILES if path.name != "__init__.py"], faces()
+    graph = {str(path.relative_to(ROOT)): imported_files(path, handed_on) for path in files}
+    while leaves := [name for name, targets in graph.items() if not targets & graph.keys()]:
+        for name in leaves:
+            del graph[name]
+    assert not graph, f"these files import each other in a circle, or import one that does: {sorted(graph)}"
+
+
+def test_rooms_are_small_and_say_what_they_hold() -> None:
+    folders = {path.parent for path in FILES if path.parent != ROOT}
+    crowded = {str(f.relative_to(ROOT)): n for f in folders if (n := len(list(f.glob("*.py")))) > 14}
+    assert not crowded, f"more than 14 files in one folder: {crowded}"
+    assert not [path for path in FILES if path.stem == path.parent.name], "a file repeats its folder's name"
+    bare = [
+        str(f.relative_to(ROOT)) for f in folders if not ast.get_docstring(ast.parse((f / "__init__.py").read_text()))
+    ]
+    assert not bare, f"no docstring says what these folders hold: {bare}"
+
+
 def run_python(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return done.stdout.strip()

@@ -13,6 +13,7 @@ from instructgym.agents.policy.checkpoints import policy_from
 from instructgym.agents.policy.language_model import LanguageModelPolicy, PolicyBackend
 from instructgym.agents.preferences.lists import rank_agreement, tokenize_lists
 from instructgym.envs.tasks.responses.candidates import RankedList, read_ranked_lists, write_ranked_lists
+from instructgym.experiments.cli import COMMANDS
 from instructgym.experiments.runs.folder import read_json
 from instructgym.experiments.runs.training import OutOfTimeError, TokenTraining
 from instructgym.experiments.tuna import candidates as tuna_candidates
@@ -396,10 +397,9 @@ def test_a_report_of_what_there_is(evaluated, tmp_path):
 )
 def test_bad_options_are_refused_before_anything_is_made(options, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    from instructgym.experiments.cli import RUNS
-
+    commands = dict(command.load() for command in COMMANDS if command.name.startswith("tuna "))
     with pytest.raises((InputError, ValueError), match=said):
-        RUNS[type(options)](options, QUIET)
+        commands[type(options)](options, QUIET)
     assert not list(tmp_path.iterdir())
 
 

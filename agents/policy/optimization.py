@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ...llm_backends.errors import InputError, check_at_least_zero, check_choice
+from ...llm_backends.errors import InputError, RunError, check_at_least_zero, check_choice
 
 HEADS = ("value_head.", "reward_head.")
 """What the names of scalar heads' weights begin with."""
@@ -196,5 +196,5 @@ class Processes:
         self._state.wait_for_everyone()
 
 
-class TrainingDivergedError(RuntimeError):
+class TrainingDivergedError(RunError):
     """Every optimiser step of an update had a non-finite gradient."""

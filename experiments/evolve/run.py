@@ -19,7 +19,7 @@ from ...llm_backends.errors import InputError
 from ..runs.folder import read_json, write_once
 from ..runs.options import input_errors, parse_part, parse_reward
 from ..runs.training import in_time
-from ..teaching.run import TeachingOptions, teach
+from ..teaching.run import TeachingOptions, evaluate_arms, finetune_arms, teach, write_report
 from .compare import EvolveCompare
 from .compare import run as compare
 from .queries import EVOL_INSTRUCT_CALLS
@@ -151,3 +151,18 @@ def make_data(options: EvolveRun) -> EvolveCompare:
         reward=options.reward,
         track=options.track,
     )
+
+
+def finetune(options: EvolveFinetune, console: Console) -> Any:
+    """Fine-tunes the model on both data sets of a run."""
+    return in_time(finetune_arms)(options, console)
+
+
+def evaluate(options: EvolveEvaluate, console: Console) -> Any:
+    """Evaluates and attacks the models of a run."""
+    return in_time(evaluate_arms)(options, console)
+
+
+def report(options: EvolveReport, console: Console) -> dict[str, Any]:
+    """Gathers the stages of a run into tables and a figure."""
+    return write_report(options, console)

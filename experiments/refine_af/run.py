@@ -19,7 +19,7 @@ from ...rewards.quality.linear import PRESETS
 from ..runs.folder import read_json
 from ..runs.options import check_counts
 from ..runs.training import in_time
-from ..teaching.run import TeachingOptions, teach
+from ..teaching.run import TeachingOptions, evaluate_arms, finetune_arms, teach, write_report
 from .bootstrap import RefineAFBootstrap
 from .bootstrap import run as bootstrap
 from .generate import RefineAFGenerate
@@ -196,3 +196,18 @@ def stages(options: RefineAFRun) -> tuple[RefineAFBootstrap, RefineAFTrain, list
             ),
         ],
     )
+
+
+def finetune(options: RefineAFFinetune, console: Console) -> Any:
+    """Fine-tunes the model on both data sets of a run."""
+    return in_time(finetune_arms)(options, console)
+
+
+def evaluate(options: RefineAFEvaluate, console: Console) -> Any:
+    """Evaluates and attacks the models of a run."""
+    return in_time(evaluate_arms)(options, console)
+
+
+def report(options: RefineAFReport, console: Console) -> dict[str, Any]:
+    """Gathers the stages of a run into tables and a figure."""
+    return write_report(options, console)

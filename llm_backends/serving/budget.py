@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, RunError
 
 
-class BudgetExceededError(RuntimeError):
+class BudgetExceededError(RunError):
     """The next request might exceed a limit and was not sent: a run can save its state and stop."""
 
 
