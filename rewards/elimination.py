@@ -133,7 +133,7 @@ def elimination_prompt(rule: str) -> VerdictPrompt:
 class JudgedElimination(Reward):
     """Gives one point per rule that the text survives, by the verdicts of a judge LLM.
 
-    All rules of all samples are asked in one backend call. The score is invalid if the verdict on any rule is missing.
+    All rules of all samples are judged in one backend call. The score is invalid if the verdict on any rule is missing.
 
     Args:
         backend: the judge LLM.
@@ -170,6 +170,7 @@ class JudgedElimination(Reward):
         width = len(self.prompts)
         scores = []
         for index in range(len(samples)):
+            # The verdicts are in the order of the questions: sample by sample, one per rule.
             sample_verdicts = verdicts[index * width : (index + 1) * width]
             missing = next((verdict.why for verdict in sample_verdicts if verdict.answer is None), None)
             if missing is not None:

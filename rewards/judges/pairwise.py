@@ -98,6 +98,7 @@ def both_orders(
         ValueError: for an unknown mode.
     """
     swapped = [Pair(pair.second, pair.first, pair.prompt, request_seed(pair.seed, "swapped")) for pair in pairs]
+    # All original orders come first, then all swapped ones; the verdicts are cut in the middle.
     questions = [pair_question(prompt, pair) for pair in (*pairs, *swapped)]
     verdicts = judge_verdicts(backend, questions, mode, temperature)
     return list(zip(verdicts[: len(pairs)], verdicts[len(pairs) :], strict=True))

@@ -42,7 +42,7 @@ class RankingVerdict:
     """The judge's ranking for one question."""
 
     ranks: tuple[float, ...] | None
-    """Rank of each candidate, 0 for the best: the mean over all valid rounds; duplicates share one. None without ranks."""
+    """Rank of each candidate, 0 for the best: the mean over all valid rounds. Duplicates share one; None: no ranks."""
     distinct: int
     """Number of candidates that differ in more than white space; the worst rank is this minus 1."""
     agreement: float | None = None

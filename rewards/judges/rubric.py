@@ -224,7 +224,7 @@ def _expected(backend: Backend, rubric: Rubric, prompts: Sequence[Prompt], names
         elif not np.isfinite(row).all():
             results.append(Grades(None, f"the judge's log-probs of the grades are {row}"))
         else:
-            # Softmax. Without the shift by the maximum, exp() of very low log-probs would underflow to 0 for every grade.
+            # Softmax, shifted by the maximum: exp() of very low log-probs would underflow to 0 for every grade.
             weights = np.exp(np.array(row) - max(row))
             results.append(Grades({name: float(weights @ scale / weights.sum())}))
     return results

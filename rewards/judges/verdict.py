@@ -222,6 +222,7 @@ def _by_likelihood(backend: Backend, prompts: Sequence[Prompt], questions: Seque
             verdicts.append(Verdict(None, why=str(row)))
             continue
         log_odds = row[0] - row[1] - question.prompt.bias
+        # An answer of probability 0 has log-prob -inf, two of them give NaN.
         if math.isfinite(log_odds):
             verdicts.append(Verdict(log_odds > 0, log_odds))
         else:
