@@ -162,7 +162,7 @@ class RegressionReward(_AnswerReward):
         preset: only checked; both presets give the same points.
 
     Raises:
-        InputError: for an unknown preset; when scoring, for a sample whose right number is not one from 0 to 5.
+        InputError: for an unknown preset; when scoring, for a missing reference or a right number outside [0, 5].
     """
 
     name = "regression"
