@@ -17,57 +17,61 @@ from ..llm_backends.local.tokenization import Tokenizer
 from ..llm_backends.parts import Part
 
 Timing = Literal["terminal", "causal", "whole"]
-"""``terminal``: paid once, when the text is complete; ``causal``: r_t is known when token t is written; ``whole``: the
-split over tokens needs the whole response: an env pays its sum at the last token and hands the split out as credit."""
+"""When a reward is known.
+
+``terminal``: it is given once, when the text is complete; ``causal``: r_t is known when token t is written; ``whole``:
+the split over tokens needs the whole response, so an env gives its sum at the last token and returns the split as
+credit."""
 
 
 class NonFiniteRewardError(InputError):
-    """A reward returned NaN or infinity for a sample it called valid."""
+    """Raised if a score that is marked as valid is NaN or infinite."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One text to be scored, with everything a reward may need to know about it."""
+    """One text to score, with everything that a reward may need to know about it."""
 
     response: str
-    """The text to score; for an edit, the new text."""
+    """The text to score; for an edit, the text after it."""
     prompt: str = ""
-    """What the response answers; for an edit, the text the episode started from."""
+    """The request that the response answers; for an edit, the text that the episode started from."""
     reference: str | None = None
-    """Ground truth, where there is one."""
+    """Ground truth; None if there is none."""
     token_ids: np.ndarray | None = None
-    """int32, shape (tokens,): the response's tokens."""
+    """int32, shape (tokens,): the response's tokens; None where only text is scored."""
     loss_mask: np.ndarray | None = None
-    """bool, shape (tokens,): which of them the policy wrote."""
+    """bool, shape (tokens,): True for the tokens that the policy wrote; None where only text is scored."""
     episode_id: str = ""
     """Stable id of the example."""
     group: str = ""
-    """Samples of one group are compared with each other; equal episode ids form a group by default."""
+    """Samples of one group are compared with each other; if empty, equal episode ids form a group."""
     previous: str | None = None
-    """For an edit: the text before it."""
+    """For an edit: the text before it; None otherwise."""
     operation: str | None = None
-    """For an edit: the name of the operation."""
+    """For an edit: the name of the operation; None otherwise."""
     seed: int = 0
-    """Seed for whatever the reward draws; a retry comes with another one."""
+    """Seed of whatever the reward samples; a retry has a different one."""
     metadata: dict[str, Any] = field(default_factory=dict)
+    """More facts that some rewards read, e.g. ``choices``, ``finish_reason`` or ``attempt`` (the number of a retry)."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a sample is worth."""
+    """The result of scoring one sample."""
 
     value: float
     """The reward; ignored unless ``valid``."""
     per_token: np.ndarray | None = None
-    """float32, shape (tokens,): the split of ``value`` over the tokens that earned it."""
+    """float32, shape (tokens,): the split of ``value`` over the tokens that earned it; None without a split."""
     terms: dict[str, float] = field(default_factory=dict)
     """Named parts of the value, for logging."""
     feedback: str = ""
-    """Why, in words, for optimisers that read."""
+    """The reason for the value, in words, for optimisers that read text."""
     valid: bool = True
-    """False where no verdict could be had; such a score is never a silent zero (see ``on_invalid`` of the envs)."""
+    """False if there is no verdict; such a score never counts silently as 0 (see ``on_invalid`` of the envs)."""
     calls: int = 0
-    """LLM requests this score took (a logical count, cache hits included)."""
+    """Number of LLM requests that the score took (a logical count, cache hits included)."""
 
     def __post_init__(self) -> None:
         if self.valid and not math.isfinite(self.value):
@@ -75,18 +79,23 @@ class Score:
 
     @classmethod
     def invalid(cls, feedback: str, calls: int = 0) -> Score:
-        """A score for a sample on which there is no verdict."""
+        """Returns the score of a sample without a verdict.
+
+        Args:
+            feedback: the reason why there is none.
+            calls: number of LLM requests that were spent on it.
+        """
         return cls(0.0, feedback=feedback, valid=False, calls=calls)
 
 
 class Reward(Part, ABC):
-    """Scores samples in batches, because judges need concurrency. Scaling and whitening belong to the agent."""
+    """Scores samples in batches, because judges need concurrency. Scaling and whitening are left to the agent."""
 
     timing: ClassVar[Timing] = "terminal"
     name: str = "reward"
-    """The name of its term in logs."""
+    """Name of the reward's term in logs."""
     calls_per_sample: int = 0
-    """LLM requests per sample at most, retries aside; what a budget has to reserve."""
+    """Maximum number of LLM requests per sample, retries excluded; a budget reserves this many."""
 
     @abstractmethod
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
@@ -97,21 +106,27 @@ class Reward(Part, ABC):
         """
 
     def reset(self) -> None:
-        """Forgets everything seen; called by ``env.reset(seed=...)``."""
+        """Forgets all samples seen so far; ``env.reset(seed=...)`` calls it."""
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Called by a token environment when it is built, with the tokenizer of the token ids in its samples.
+        """Checks that the reward reads the token ids of this tokenizer.
+
+        A token environment calls it when it is built, with the tokenizer of the token ids in its samples.
 
         Raises:
-            InputError: if the reward reads other token ids.
+            InputError: if the reward reads the token ids of another tokenizer.
         """
 
 
 class FunctionReward(Reward):
-    """A plain function of the samples as a reward.
+    """A reward that calls a plain function.
 
     Args:
         function: takes the list of samples and returns one float or :class:`Score` per sample.
+
+    Raises:
+        TypeError: if the function takes no argument.
+        InputError: when scoring, if the numbers of scores and samples differ.
     """
 
     def __init__(self, function: Callable[[Sequence[Sample]], Sequence[float | Score]]) -> None:
@@ -131,24 +146,25 @@ class FunctionReward(Reward):
 
 
 def score_with_retries(reward: Reward, samples: Sequence[Sample], retries: int = 1) -> list[Score]:
-    """Scores the samples and asks again, under a new seed, for those without a verdict.
+    """Scores the samples, and scores those without a verdict again under a new seed.
 
-    A retried sample carries ``metadata["attempt"]``, by which a judge knows to sample its reply.
+    A retried sample has ``metadata["attempt"]``, which tells a judge to sample its reply.
 
     Args:
         reward: the reward.
-        samples: what to score.
-        retries: how often to ask again.
+        samples: the samples to score.
+        retries: how often a sample without a verdict is scored again at most.
 
     Returns:
-        One score per sample, ``calls`` of all attempts added up; still invalid where no attempt gave a verdict.
+        One score per sample, with ``calls`` summed over all attempts; invalid if no attempt gave a verdict.
     """
     scores = reward.reward(samples)
     for attempt in range(1, retries + 1):
         missing = [i for i, score in enumerate(scores) if not score.valid]
         if not missing:
             break
-        again = [
+        # A new seed: a journal would answer an equal request with the stored reply.
+        retried = [
             replace(
                 samples[i],
                 seed=request_seed(samples[i].seed, "retry", attempt),
@@ -156,6 +172,7 @@ def score_with_retries(reward: Reward, samples: Sequence[Sample], retries: int =
             )
             for i in missing
         ]
-        for i, score in zip(missing, reward.reward(again), strict=True):
+        for i, score in zip(missing, reward.reward(retried), strict=True):
+            # The failed attempt has been spent, so its requests stay in the count.
             scores[i] = replace(score, calls=scores[i].calls + score.calls)
     return scores

@@ -1,4 +1,4 @@
-"""Several rewards as one: a weighted sum, with every term logged under its name."""
+"""The weighted sum of several rewards, with every term logged under its name."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from .base import Reward, Sample, Score, Timing
 
 
 class WeightedSum(Reward):
-    """Sum of weighted rewards. A term of weight 0 is a metric: logged, not paid, and free to be invalid.
+    """Adds up weighted rewards. A term of weight 0 is a metric: logged, left out of the sum, and free to be invalid.
 
-    The sum is invalid where any term of other weight is. Its timing is that of its paid terms where they agree, and
-    ``whole`` where they do not: a term without a split of its own then earns its value at the last token.
+    The sum is invalid if any term of nonzero weight is. Its timing is that of the terms of nonzero weight if these
+    agree, else ``whole``: a terminal term without a split then earns its value at the last token.
 
     Args:
-        terms: by name, a reward (as :func:`~instructgym.llm_backends.resolve` takes it).
-        weights: by the same names; 1 where none is given.
-        backend: the judge LLM for terms that need one and name none.
-        embedder: likewise for sentence embeddings.
+        terms: reward by name, as :func:`~instructgym.llm_backends.resolve` takes it.
+        weights: weight by name of the term; 1 for a term that is missing here.
+        backend: judge LLM of the terms that need one and name none.
+        embedder: sentence embedder of the terms that need one and name none.
 
     Raises:
-        ValueError: if there are no terms, or a weight has no term.
+        ValueError: if ``terms`` is no mapping or is empty, or if a weight has no term.
     """
 
     name = "sum"
@@ -46,6 +46,7 @@ class WeightedSum(Reward):
         }
         self.weights = {name: float((weights or {}).get(name, 1.0)) for name in terms}
         self.calls_per_sample = sum(term.calls_per_sample for term in self.terms.values())
+        # Terms of different timings are all known only when the response is complete.
         timings: set[Timing] = {self.terms[name].timing for name in terms if self.weights[name]}
         self.timing = "whole" if len(timings) > 1 else next(iter(timings), "terminal")  # type: ignore[misc]
 
@@ -64,16 +65,17 @@ class WeightedSum(Reward):
         ]
 
     def _sum(self, sample: Sample, scores: Mapping[str, Score]) -> Score:
-        paid = {name: score for name, score in scores.items() if self.weights[name]}
+        weighted = {name: score for name, score in scores.items() if self.weights[name]}
         terms: dict[str, float] = {}
         for name, score in scores.items():
             if score.valid:
                 terms[name] = score.value
+                # A reward logs its value under its own name too: that part would repeat the term.
                 terms |= {f"{name}/{part}": value for part, value in score.terms.items() if part != name}
-        valid = all(score.valid for score in paid.values())
+        valid = all(score.valid for score in weighted.values())
         return Score(
-            value=sum(self.weights[name] * score.value for name, score in paid.items()),
-            per_token=self._split(sample, paid) if valid else None,
+            value=sum(self.weights[name] * score.value for name, score in weighted.items()),
+            per_token=self._split(sample, weighted) if valid else None,
             terms=terms,
             feedback="; ".join(f"{name}: {score.feedback}" for name, score in scores.items() if score.feedback),
             valid=valid,
@@ -81,12 +83,13 @@ class WeightedSum(Reward):
         )
 
     def _split(self, sample: Sample, paid: Mapping[str, Score]) -> np.ndarray | None:
-        """The weighted splits added up; None where no term has one, or one that should have has none."""
+        """Returns the sum of the weighted splits; None if no term has one, or one that must have it lacks it."""
         splits = [self.weights[name] * score.per_token for name, score in paid.items() if score.per_token is not None]
         missing = [name for name, score in paid.items() if score.per_token is None]
         if not splits or any(self.terms[name].timing != "terminal" for name in missing):
             return None
         total = np.sum(splits, axis=0)
+        # Terminal terms are known when the text is complete, so the last token earns their value.
         if len(total):
             total[-1] += sum(self.weights[name] * paid[name].value for name in missing)
         return total

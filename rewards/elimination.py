@@ -1,4 +1,4 @@
-"""The four elimination rules of Evol-Instruct (WizardLM), as TeaMs-RL lists them: string rules and judge rules.
+"""The four elimination rules of Evol-Instruct (WizardLM), as TeaMs-RL lists them, as string rules and as judge rules.
 
 1. no information gain: the new instruction asks for the same as the old one;
 2. refusal: the text contains "sorry" and has fewer than 80 words;
@@ -26,6 +26,7 @@ from .judges.verdict import (
 )
 
 REFUSAL_WORDS = 80
+"""A text of at least this many words is no refusal."""
 
 STOP_WORDS = frozenset(
     """
@@ -37,32 +38,34 @@ STOP_WORDS = frozenset(
     who whom why will with would you your yours
     """.split()
 )
+"""Words without content, lower case (rule 3)."""
 
 META_WORDS = re.compile(
     r"\b(?:given|rewritten|created|original|new|final)\s+(?:prompt|instruction)s?\b|#\w+\s+prompt\b", re.IGNORECASE
 )
+"""Matches words of the rewriting request (rule 4)."""
 
 
 def no_information_gain(text: str, previous: str | None = None) -> bool:
-    """Rule 1 on strings: the same words in the same order, whatever their case and punctuation."""
+    """Checks rule 1 on strings: True for the same words in the same order, ignoring case and punctuation."""
     return previous is not None and _words(text) == _words(previous)
 
 
 def refusal(text: str, previous: str | None = None) -> bool:
-    """Rule 2: "sorry" in fewer than 80 words; not where the text before was about being sorry already."""
+    """Checks rule 2: True for "sorry" in fewer than 80 words, unless the previous text contains "sorry" too."""
     words = _words(text)
     return "sorry" in words and len(words) < REFUSAL_WORDS and "sorry" not in _words(previous or "")
 
 
 def no_content(text: str, previous: str | None = None) -> bool:
-    """Rule 3: nothing but punctuation and stop words. A question word with something to it is content."""
+    """Checks rule 3: True if there are only punctuation and stop words; any other word is content."""
     return all(word in STOP_WORDS for word in _words(text))
 
 
 def meta_words(text: str, previous: str | None = None) -> bool:
-    """Rule 4: words of the rewriting request that were not in the text before."""
-    found = {match.casefold() for match in META_WORDS.findall(text)}
-    return bool(found - {match.casefold() for match in META_WORDS.findall(previous or "")})
+    """Checks rule 4: True for words of the rewriting request that were not in the previous text."""
+    matches = {match.casefold() for match in META_WORDS.findall(text)}
+    return bool(matches - {match.casefold() for match in META_WORDS.findall(previous or "")})
 
 
 def _words(text: str) -> list[str]:
@@ -75,11 +78,11 @@ STRING_RULES: dict[str, Callable[[str, str | None], bool]] = {
     "no_content": no_content,
     "meta_words": meta_words,
 }
-"""Rule name to predicate ``(text, previous text) -> eliminate?``, in the paper's order."""
+"""Predicate ``(text, previous text) -> eliminate?`` by rule name, in the paper's order."""
 
 
 def eliminated_by(text: str, previous: str | None = None, rules: Sequence[str] = tuple(STRING_RULES)) -> str | None:
-    """Name of the first string rule that eliminates the text; None if it survives.
+    """Returns the name of the first string rule that eliminates the text; None if it survives all.
 
     Raises:
         ValueError: for an unknown rule.
@@ -89,17 +92,20 @@ def eliminated_by(text: str, previous: str | None = None, rules: Sequence[str] =
 
 
 def check_rules(rules: Sequence[str]) -> None:
-    """Refuses unknown rule names with a ValueError."""
+    """Raises a ValueError for an unknown rule name."""
     unknown = [rule for rule in rules if rule not in STRING_RULES]
     if unknown:
         raise ValueError(f"unknown elimination rule {unknown[0]!r}: use {', '.join(STRING_RULES)}")
 
 
 class EliminationReward(Reward):
-    """One point per string rule that the text survives; 0 to 4 with all rules (TeaMs-RL's inactive full reward).
+    """Gives one point per string rule that the text survives, 0 to 4 with all rules (TeaMs-RL's inactive full reward).
 
     Args:
         rules: names of the rules to apply.
+
+    Raises:
+        ValueError: for an unknown rule.
     """
 
     name = "elimination"
@@ -117,7 +123,7 @@ class EliminationReward(Reward):
 
 
 def elimination_prompt(rule: str) -> VerdictPrompt:
-    """The judge's form of a rule; the positive answer means that the text survives."""
+    """Returns the judge's question for a rule; the positive answer means that the text survives."""
     if rule == "no_information_gain":
         return equality_prompt()
     data = load_prompts(__package__, "elimination")[rule]
@@ -125,12 +131,17 @@ def elimination_prompt(rule: str) -> VerdictPrompt:
 
 
 class JudgedElimination(Reward):
-    """The same points by a judge LLM, all rules of all samples in one backend call.
+    """Gives one point per rule that the text survives, by the verdicts of a judge LLM.
+
+    All rules of all samples are judged in one backend call. The score is invalid if the verdict on any rule is missing.
 
     Args:
         backend: the judge LLM.
         rules: names of the rules to apply.
-        mode: as of :class:`~instructgym.rewards.judges.verdict.EqualityJudge`.
+        mode: see :data:`~instructgym.rewards.judges.verdict.VerdictMode`.
+
+    Raises:
+        ValueError: for an unknown rule or mode.
     """
 
     name = "judged_elimination"
@@ -145,6 +156,7 @@ class JudgedElimination(Reward):
         self.calls_per_sample = len(self.prompts)
 
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
+        # Every question gets the fields of all prompts: rule 1 compares two texts, the others read one.
         questions = [
             Question(
                 prompt,
@@ -158,11 +170,12 @@ class JudgedElimination(Reward):
         width = len(self.prompts)
         scores = []
         for index in range(len(samples)):
-            mine = verdicts[index * width : (index + 1) * width]
-            missing = next((verdict.why for verdict in mine if verdict.answer is None), None)
+            # The verdicts are in the order of the questions: sample by sample, one per rule.
+            sample_verdicts = verdicts[index * width : (index + 1) * width]
+            missing = next((verdict.why for verdict in sample_verdicts if verdict.answer is None), None)
             if missing is not None:
                 scores.append(Score.invalid(missing, calls=width))
                 continue
-            terms = {rule: float(bool(v.answer)) for rule, v in zip(self.prompts, mine, strict=True)}
+            terms = {rule: float(bool(v.answer)) for rule, v in zip(self.prompts, sample_verdicts, strict=True)}
             scores.append(Score(sum(terms.values()), terms=terms, calls=width))
         return scores

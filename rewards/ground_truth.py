@@ -1,7 +1,7 @@
-"""Rewards from the right answer: label match, distance of numbers, overlap of spans; and the strict parser of answers.
+"""Rewards that compare a response with the right answer (label, number or span), and the strict parser of answers.
 
-A response is the text before the closing tag. It is well-formed only if it says one allowed answer and nothing else;
-what was cut off before the tag is malformed, whatever it says.
+A response is the text before the closing tag. It is well-formed only if it is one allowed answer and nothing else; a
+response that was cut off before the tag is malformed, whatever its text.
 """
 
 from __future__ import annotations
@@ -18,39 +18,43 @@ from ..llm_backends.errors import InputError
 from .base import Reward, Sample, Score
 
 Preset = Literal["paper", "code"]
+"""Key of :data:`PRESETS`."""
 
 
 class LabelPoints(NamedTuple):
-    """What a label is worth."""
+    """The reward of a response to a task with labels."""
 
     correct: float
+    """Reward of the right label."""
     wrong: float
+    """Reward of another allowed label."""
     malformed: float
+    """Reward of anything else."""
 
 
 PRESETS: dict[str, LabelPoints] = {"paper": LabelPoints(1.0, 0.0, -1.0), "code": LabelPoints(1.0, -1.0, -3.0)}
-"""Points as the RL4GLUE paper (arXiv 2410.11020) states them, and as its released code gives them."""
+"""``paper``: the points of the RL4GLUE paper (arXiv 2410.11020); ``code``: those of its released code."""
 
 LOW, HIGH = 0.0, 5.0
-"""Range of STS-B's labels, into which predictions are clamped."""
+"""Range of STS-B's labels, to which predictions are clamped."""
 
 COMPLETE = ("stop", "choice")
-"""Finish reasons of a response that ended by itself."""
+"""Finish reasons of a response that was not cut off."""
 
 
 def parse_label(text: str, choices: Sequence[str]) -> str | None:
-    """The choice that the text, without surrounding blanks, equals to the letter; None if it is none of them."""
+    """Returns the choice that equals the text without surrounding blanks, case included; None if there is none."""
     stripped = text.strip()
     return stripped if stripped in choices else None
 
 
 def parse_answer(text: str, finish_reason: str, choices: Sequence[str] = ()) -> str | None:
-    """The answer that a response gives; None for a malformed one.
+    """Returns the answer that a response gives; None if the response is malformed.
 
     Args:
         text: the response, without the stop string.
-        finish_reason: why it ended; what was cut off is malformed.
-        choices: the allowed answers; without any, every text is one.
+        finish_reason: why the response ended; any reason not in :data:`COMPLETE` makes it malformed.
+        choices: the allowed answers; if empty, every text is allowed.
     """
     if finish_reason not in COMPLETE:
         return None
@@ -58,43 +62,48 @@ def parse_answer(text: str, finish_reason: str, choices: Sequence[str] = ()) -> 
 
 
 def parse_number(text: str) -> float | None:
-    """The finite decimal number that the text, without surrounding blanks, consists of; None if it is none."""
+    """Parses a text that is one finite decimal number, surrounding blanks aside; returns None for anything else."""
     stripped = text.strip()
+    # Without re.ASCII, \d also matches the digits of other scripts.
     if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", stripped, re.ASCII):
         return None
     value = float(stripped)
-    return value if math.isfinite(value) else None
+    return value if math.isfinite(value) else None  # enough digits overflow to infinity
 
 
 def clamp(value: float) -> float:
-    """The nearest number in STS-B's range, [0, 5]."""
+    """Returns the nearest number in STS-B's range, [0, 5]."""
     return min(max(value, LOW), HIGH)
 
 
 def normalize_answer(text: str) -> str:
-    """SQuAD's normal form: lower case, no punctuation, no articles, single blanks."""
+    """Returns the text in SQuAD's normal form: lower case, no punctuation, no articles, single blanks."""
     text = "".join(character for character in text.lower() if character not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def exact_match(text: str, answers: Sequence[str]) -> float:
-    """1 if the text equals one of the answers in SQuAD's normal form, else 0."""
+    """Returns 1 if the text equals one of the answers in SQuAD's normal form, else 0."""
     return float(normalize_answer(text) in map(normalize_answer, answers))
 
 
 def token_f1(text: str, answers: Sequence[str]) -> float:
-    """The best F1 between the words of the text and those of an answer in SQuAD's normal form, 0 to 1."""
+    """Returns the best F1, 0 to 1, of the words of the text and those of any answer, in SQuAD's normal form.
+
+    Without answers it is 0.
+    """
     return max((_f1(normalize_answer(text).split(), normalize_answer(answer).split()) for answer in answers), default=0)
 
 
 def _f1(words: list[str], wanted: list[str]) -> float:
+    # Two empty texts are equal, but the formula below would divide 0 by 0.
     if not words or not wanted:
         return float(words == wanted)
     return 2 * sum((Counter(words) & Counter(wanted)).values()) / (len(words) + len(wanted))
 
 
 class _AnswerReward(Reward):
-    """Scores samples one by one; ``terms["format"]`` is 1 for a well-formed response, else 0."""
+    """A reward that scores samples one by one; ``terms["format"]`` is 1 for a well-formed response, else 0."""
 
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
         return [self.score(sample) for sample in samples]
@@ -105,15 +114,17 @@ class _AnswerReward(Reward):
 
 
 class LabelMatch(_AnswerReward):
-    """Points for the right word, for a wrong one, and for anything else.
+    """Gives points for the right label, for a wrong one, and for a malformed response.
 
-    ``sample.reference`` is the right word and ``sample.metadata["choices"]`` are the allowed ones.
+    ``sample.reference`` is the right label and ``sample.metadata["choices"]`` are the allowed ones. The terms are
+    ``correct`` (1 for the right label, else 0) and ``format``.
 
     Args:
-        preset: ``"paper"``: 1, 0 and -1; ``"code"``: 1, -1 and -3.
+        preset: points for right, wrong and malformed. ``"paper"``: 1, 0 and -1; ``"code"``: 1, -1 and -3.
 
     Raises:
-        InputError: for an unknown preset; when scoring, for a sample without reference or choices.
+        InputError: for an unknown preset; when scoring, for a sample whose reference is missing or not among its
+            choices.
     """
 
     name = "label_match"
@@ -128,11 +139,11 @@ class LabelMatch(_AnswerReward):
                 f"sample {sample.episode_id!r} has the reference {reference!r}, which is none of its choices "
                 f"({', '.join(choices) or 'none'}): put both into the example"
             )
-        word = parse_answer(sample.response, _finish_reason(sample), choices)
-        if word is None:
+        label = parse_answer(sample.response, _finish_reason(sample), choices)
+        if label is None:
             feedback = f"Malformed: the answer has to be one of {', '.join(choices)}."
             return Score(self.points.malformed, terms={"correct": 0.0, "format": 0.0}, feedback=feedback)
-        correct = word == reference
+        correct = label == reference
         return Score(
             self.points.correct if correct else self.points.wrong,
             terms={"correct": float(correct), "format": 1.0},
@@ -141,16 +152,17 @@ class LabelMatch(_AnswerReward):
 
 
 class RegressionReward(_AnswerReward):
-    """2.5 minus the distance to the right number, the prediction clamped into [0, 5]; -2.5 for anything else.
+    """Gives 2.5 minus the distance of the prediction to the right number; -2.5 for a malformed response.
 
-    ``sample.reference`` is the right number as text; ``terms["error"]`` is minus the distance, -5 for a malformed
-    response.
+    Predictions are clamped to [0, 5], so one outside the range gets the reward of the nearest number in it.
+    ``sample.reference`` is the right number as text; ``sample.metadata["label"]``, if present, is the same number
+    before rounding and is used instead. ``terms["error"]`` is minus the distance, -5 for a malformed response.
 
     Args:
-        preset: both give the same points; a number outside the range costs no more than the nearest one in it.
+        preset: only checked; both presets give the same points.
 
     Raises:
-        InputError: for an unknown preset; when scoring, for a sample whose reference is no number.
+        InputError: for an unknown preset; when scoring, for a missing reference or a right number outside [0, 5].
     """
 
     name = "regression"
@@ -160,24 +172,26 @@ class RegressionReward(_AnswerReward):
 
     def score(self, sample: Sample) -> Score:
         reference = _reference(sample)
-        wanted = parse_number(str(sample.metadata.get("label", reference)))  # the label is not rounded
-        if wanted is None or not LOW <= wanted <= HIGH:
+        # The reference is rounded, the label is not.
+        target = parse_number(str(sample.metadata.get("label", reference)))
+        if target is None or not LOW <= target <= HIGH:
             raise InputError(f"sample {sample.episode_id!r} has the reference {reference!r}: use a number from 0 to 5")
         value = parse_number(parse_answer(sample.response, _finish_reason(sample)) or "")
         if value is None:
             feedback = "Malformed: the answer has to be a number from 0 to 5."
             return Score(-2.5, terms={"error": LOW - HIGH, "format": 0.0}, feedback=feedback)
-        error = abs(clamp(value) - wanted)
+        error = abs(clamp(value) - target)
         return Score(2.5 - error, terms={"error": -error, "format": 1.0}, feedback=f"The answer is {reference}.")
 
 
 class SpanReward(_AnswerReward):
-    """Overlap with the best of several right answers, 0 to 1, in SQuAD's normal form; -1 for an empty response.
+    """Gives the overlap with the best of several right answers, 0 to 1, in SQuAD's normal form; -1 if malformed.
 
-    The answers are ``sample.metadata["answers"]``, or else ``sample.reference``.
+    A response is malformed if it is empty or was cut off. The answers are ``sample.metadata["answers"]``, or else
+    ``sample.reference``. The terms are ``correct`` (the exact match, for either measure) and ``format``.
 
     Args:
-        measure: ``"em"`` for an exact match, ``"f1"`` for the F1 of the words.
+        measure: ``"em"``: exact match, 0 or 1; ``"f1"``: F1 of the words.
 
     Raises:
         InputError: for an unknown measure; when scoring, for a sample without answers.
@@ -201,16 +215,18 @@ class SpanReward(_AnswerReward):
 
 
 class GroundTruth(_AnswerReward):
-    """The reward that a sample's task asks for, so that a mixture of tasks needs one reward only.
+    """Scores each sample by the reward for its kind of task, so that a mixture of tasks needs only one reward.
 
-    ``sample.metadata["kind"]`` is ``"label"`` (the default), ``"regression"`` or ``"span"``.
+    ``sample.metadata["kind"]`` is ``"label"`` (the default, scored by :class:`LabelMatch`), ``"regression"``
+    (:class:`RegressionReward`) or ``"span"`` (:class:`SpanReward`).
 
     Args:
-        preset: of :class:`LabelMatch` and :class:`RegressionReward`.
-        measure: of :class:`SpanReward`.
+        preset: the preset for labels and regression.
+        measure: the measure for spans.
 
     Raises:
-        InputError: as these; when scoring, for an unknown kind.
+        InputError: for an unknown preset or measure; when scoring, for an unknown kind or a sample that the reward of
+            its kind refuses.
     """
 
     name = "ground_truth"

@@ -1,1 +1,1 @@
-"""Judge models: verdicts on one text, on pairs, on groups."""
+"""Rewards from a judge LLM, which scores one text, compares a pair or ranks a group."""

@@ -1,4 +1,7 @@
-"""Pairwise comparison by a judge LLM, each pair in both orders: judges favour a position (Zheng et al. 2023)."""
+"""Pairwise comparison by a judge LLM, and the rewards that use it.
+
+Each pair is judged in both orders, because judges favour one position (Zheng et al. 2023).
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,16 @@ from ..base import Reward, Sample, Score
 from .verdict import Question, Verdict, VerdictMode, VerdictPrompt, check_mode, judge_verdicts, sigmoid, temperature_for
 
 Outcome = Literal["first", "second", "tie"]
-"""``first`` or ``second``: the better text of a pair; ``tie``: neither."""
+"""Which text of a pair is better: ``first``, ``second``, or neither (``tie``)."""
 
 OUTCOME_VALUES: dict[Outcome, float] = {"first": 1.0, "tie": 0.5, "second": 0.0}
+"""Value of the first text of a pair, by outcome."""
 OUTCOME_FEEDBACK: dict[Outcome, str] = {
     "first": "better than the reference",
     "tie": "a tie",
     "second": "worse than the reference",
 }
+"""Feedback on a response that is the first text of a pair, by outcome."""
 
 
 @dataclass(frozen=True)
@@ -31,41 +36,41 @@ class Pair:
     first: str
     second: str
     prompt: str = ""
-    """What both respond to."""
+    """The request that both texts respond to."""
     seed: int = 0
-    """Request seed of the order as given; that of the swapped order is derived from it."""
+    """Request seed of the original order; the seed of the swapped order is derived from it."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the judge said of one pair."""
+    """The judge's comparison of one pair."""
 
     outcome: Outcome | None
-    """None where one of the orders gave no verdict; a tie where the two orders disagree."""
+    """The better text; a tie if the two orders disagree, None if one of them gave no verdict."""
     agreed: bool | None = None
-    """Whether both orders preferred the same text; None where there is no outcome."""
+    """Whether both orders preferred the same text; None without an outcome."""
     verdicts: tuple[Verdict, Verdict] | None = None
-    """For the order as given and for the swapped one, whether the text shown first is better; None where no one was
-    asked."""
+    """Verdicts on the original and on the swapped order, each on whether the text shown first is better; None if the
+    judge was not called."""
     probability: float | None = None
-    """That the first text is better, by the mean of both orders' log-odds; likelihood mode only."""
+    """Probability that the first text is better, from the mean of both orders' log-odds; likelihood mode only."""
     why: str = ""
-    """The reason, where there is no outcome."""
+    """Why there is no outcome; empty if there is one."""
 
     @property
     def calls(self) -> int:
-        """LLM requests it took."""
+        """Number of LLM requests that the comparison took."""
         return 2 if self.verdicts else 0
 
 
 def pairwise_prompt() -> VerdictPrompt:
-    """Which of two responses, A or B, is better? The positive answer is A."""
+    """Returns the question which of two responses, A or B, is better; the positive answer is A."""
     data = load_prompts(__package__, "pairwise")
     return VerdictPrompt.from_file(data, ("Request", "A", "B", "Better"), ("prompt", "first", "second"))
 
 
 def pair_question(prompt: VerdictPrompt, pair: Pair) -> Question:
-    """The question about a pair in the order as given."""
+    """Returns the question about a pair in its original order."""
     return Question(prompt, {"prompt": pair.prompt, "first": pair.first, "second": pair.second}, pair.seed)
 
 
@@ -76,23 +81,24 @@ def both_orders(
     mode: VerdictMode = "auto",
     temperature: float = 0.0,
 ) -> list[tuple[Verdict, Verdict]]:
-    """Asks a question about every pair in both orders, all in one backend call.
+    """Asks the judge a question about every pair in both orders, all in one backend call.
 
     Args:
-        backend: the judge.
+        backend: the judge LLM.
         prompt: the question, with the fields ``first`` and ``second`` and, if it needs one, ``prompt``.
         pairs: n pairs.
         mode: see :data:`~instructgym.rewards.judges.verdict.VerdictMode`.
-        temperature: of generated verdicts.
+        temperature: sampling temperature of generated verdicts; 0: greedy.
 
     Returns:
-        For each pair the verdicts on the order as given and on the swapped one.
+        For each pair the verdicts on its original and on its swapped order.
 
     Raises:
         UnsupportedRequestError: in likelihood mode, if the backend reports no log-probs.
         ValueError: for an unknown mode.
     """
     swapped = [Pair(pair.second, pair.first, pair.prompt, request_seed(pair.seed, "swapped")) for pair in pairs]
+    # All original orders come first, then all swapped ones; the verdicts are cut in the middle.
     questions = [pair_question(prompt, pair) for pair in (*pairs, *swapped)]
     verdicts = judge_verdicts(backend, questions, mode, temperature)
     return list(zip(verdicts[: len(pairs)], verdicts[len(pairs) :], strict=True))
@@ -101,16 +107,16 @@ def both_orders(
 def compare(
     backend: Backend, pairs: Sequence[Pair], mode: VerdictMode = "auto", temperature: float = 0.0
 ) -> list[Comparison]:
-    """Which text of each pair is better? Both orders of all pairs are asked in one backend call.
+    """Compares the texts of each pair, in both orders; all pairs are judged in one backend call.
 
-    The judge has to choose, and a pair is a tie where its choice changes with the order. Texts that differ at most in
-    white space are a tie without a call.
+    The judge has to choose one text, and a pair is a tie if its choice changes with the order. Texts that differ at
+    most in white space are a tie without a call.
 
     Args:
-        backend: the judge.
+        backend: the judge LLM.
         pairs: n pairs.
         mode: see :data:`~instructgym.rewards.judges.verdict.VerdictMode`.
-        temperature: of generated verdicts.
+        temperature: sampling temperature of generated verdicts; 0: greedy.
 
     Returns:
         n comparisons, in order.
@@ -119,8 +125,8 @@ def compare(
         UnsupportedRequestError: in likelihood mode, if the backend reports no log-probs.
         ValueError: for an unknown mode.
     """
-    asked = [pair for pair in pairs if pair.first.split() != pair.second.split()]
-    verdicts = iter(both_orders(backend, pairwise_prompt(), asked, mode, temperature))
+    different = [pair for pair in pairs if pair.first.split() != pair.second.split()]
+    verdicts = iter(both_orders(backend, pairwise_prompt(), different, mode, temperature))
     return [
         _comparison(*next(verdicts)) if pair.first.split() != pair.second.split() else Comparison("tie", agreed=True)
         for pair in pairs
@@ -130,25 +136,30 @@ def compare(
 def _comparison(given: Verdict, swapped: Verdict) -> Comparison:
     if given.answer is None or swapped.answer is None:
         return Comparison(None, verdicts=(given, swapped), why=given.why or swapped.why)
+    # True means that the text shown first is better: equal answers prefer a position, different ones a text.
     agreed = given.answer != swapped.answer
     outcome: Outcome = "tie" if not agreed else "first" if given.answer else "second"
     probability = None
     if given.log_odds is not None and swapped.log_odds is not None:
-        probability = sigmoid((given.log_odds - swapped.log_odds) / 2)  # what a position is worth cancels out
+        # A preference for one position adds the same log-odds in both orders and cancels out.
+        probability = sigmoid((given.log_odds - swapped.log_odds) / 2)
     return Comparison(outcome, agreed, (given, swapped), probability)
 
 
 class PairwiseJudge(Reward):
-    """r = 1 where the judge prefers the response to the reference, 0 where it prefers the reference, 1/2 for a tie.
+    """Gives 1 if the judge prefers the response to the reference, 0 if it prefers the reference, 1/2 for a tie.
 
-    Its mean is the win rate against the references. Both orders are asked; where they disagree the pair is a tie, and
-    the term ``agreement`` is 0. Where one of the orders gets no verdict the score is invalid.
+    The mean of this reward is the win rate against the references. The judge sees both orders; if they disagree, the
+    pair is a tie and the term ``agreement`` is 0. If one of the orders gets no verdict, the score is invalid.
 
     Args:
         backend: the judge LLM.
-        mode: ``"verdict"`` generates and parses strictly, ``"likelihood"`` compares the log-probs of both letters,
-            ``"auto"`` takes the latter for backends with few-shot prompts that report log-probs.
-        graded: in likelihood mode, pay the probability that the response is better instead of 0, 1/2 or 1.
+        mode: ``"verdict"`` generates a reply and parses it strictly, ``"likelihood"`` compares the log-probs of both
+            letters, ``"auto"`` is likelihood for backends with few-shot prompts that report log-probs, else verdict.
+        graded: in likelihood mode, give the probability that the response is better instead of 0, 1/2 or 1.
+
+    Raises:
+        ValueError: for an unknown mode.
     """
 
     name = "pairwise"
@@ -160,7 +171,7 @@ class PairwiseJudge(Reward):
         self.mode, self.graded = mode, graded
 
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
-        """Scores responses; a sample needs ``reference``.
+        """Scores responses; each sample needs a ``reference``.
 
         Raises:
             InputError: if a sample has no reference.
@@ -186,19 +197,19 @@ class PairwiseJudge(Reward):
 
 
 class ScoredComparison(Reward):
-    """r = 1 where a reward scores the response above the reference, 0 where below, 1/2 where it scores them alike.
+    """Gives 1 if another reward scores the response above the reference, 0 if below, 1/2 if it scores them alike.
 
-    Its mean is the win rate against the references by a reward that scores one text at a time. Such a scorer never
-    sees two texts side by side, so it has no position bias: both orders agree by construction, and the term
-    ``agreement`` is always 1. The terms are otherwise those of :class:`PairwiseJudge`. Where one of the two scores is
+    The mean of this reward is the win rate against the references by a reward that scores one text at a time. Such a
+    scorer never sees two texts side by side, so it has no position bias: both orders agree by construction, and the
+    term ``agreement`` is always 1. The terms are otherwise those of :class:`PairwiseJudge`. If one of the two scores is
     invalid, so is the comparison. Responses and references are scored in one call.
 
     Args:
-        scorer: a reward, or its id.
-        margin: scores no further apart than this are a tie.
+        scorer: the reward that scores both texts, or its id.
+        margin: largest difference of two scores that is a tie, in units of the score.
 
     Raises:
-        InputError: for a negative margin; when scoring, for a sample without a reference.
+        InputError: for a negative or infinite margin; when scoring, for a sample without a reference.
     """
 
     name = "pairwise"
@@ -211,8 +222,9 @@ class ScoredComparison(Reward):
         self.calls_per_sample = 2 * self.scorer.calls_per_sample
 
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
-        """Scores responses; a sample needs ``reference``."""
-        others = [
+        """Scores responses; each sample needs a ``reference``."""
+        # Tokens, mask and finish reason describe the response; they do not apply to the reference.
+        reference_samples = [
             replace(
                 sample,
                 response=reference,
@@ -223,8 +235,8 @@ class ScoredComparison(Reward):
             )
             for sample, reference in zip(samples, _references(samples, "scored comparison"), strict=True)
         ]
-        scores = self.scorer.reward([*samples, *others])
-        return [self._score(*both) for both in zip(scores[: len(samples)], scores[len(samples) :], strict=True)]
+        scores = self.scorer.reward([*samples, *reference_samples])
+        return [self._score(*pair) for pair in zip(scores[: len(samples)], scores[len(samples) :], strict=True)]
 
     def reset(self) -> None:
         self.scorer.reset()
@@ -234,8 +246,8 @@ class ScoredComparison(Reward):
         for score in (response, reference):
             if not score.valid:
                 return Score.invalid(score.feedback, calls=calls)
-        above = response.value - reference.value
-        outcome: Outcome = "tie" if abs(above) <= self.margin else "first" if above > 0 else "second"
+        difference = response.value - reference.value
+        outcome: Outcome = "tie" if abs(difference) <= self.margin else "first" if difference > 0 else "second"
         value = OUTCOME_VALUES[outcome]
         terms = {self.name: value, "agreement": 1.0}
         return Score(value, terms=terms, feedback=OUTCOME_FEEDBACK[outcome], calls=calls)

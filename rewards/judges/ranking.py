@@ -1,4 +1,4 @@
-"""Ranking by a judge LLM: several responses to one request, put in order in one reply (Tuna's contextual ranking)."""
+"""Ranking by a judge LLM, which orders several responses to one request in one reply (Tuna's contextual ranking)."""
 
 from __future__ import annotations
 
@@ -17,66 +17,74 @@ from ..base import Reward, Sample, Score
 from .verdict import temperature_for
 
 RequestKind = Literal["open", "closed", "either"]
-"""By which criteria responses are judged: those for a request to which many responses can be good, those for one with a
-right answer, or those that fit by the judge's own decision."""
+"""Kind of request, which sets the criteria of the judge.
+
+``open``: many responses can be good; ``closed``: there is a right answer; ``either``: the judge decides which kind it
+is."""
 
 
 @dataclass(frozen=True)
 class RankingQuestion:
-    """Responses to one request."""
+    """Responses to one request that a judge is to rank."""
 
     prompt: str
+    """The request."""
     candidates: tuple[str, ...]
+    """The responses."""
     seed: int = 0
-    """Of the presentation's order and of the requests."""
+    """Seed of the orders in which candidates are shown, and of the LLM requests."""
     kind: RequestKind = "open"
-    """What kind of request it is."""
+    """Kind of request."""
 
 
 @dataclass(frozen=True)
 class RankingVerdict:
-    """What the judge said of one question."""
+    """The judge's ranking for one question."""
 
     ranks: tuple[float, ...] | None
-    """Of each candidate: 0 for the best, the mean over all valid rounds; duplicates share theirs. None without one."""
+    """Rank of each candidate, 0 for the best: the mean over all valid rounds. Duplicates share one; None: no ranks."""
     distinct: int
-    """Candidates that differ in more than white space; the worst rank is one less."""
+    """Number of candidates that differ in more than white space; the worst rank is this minus 1."""
     agreement: float | None = None
-    """Mean Kendall tau, in [-1, 1], over all pairs of valid rounds; None for fewer than two."""
+    """Mean Kendall tau, in [-1, 1], over all pairs of valid rounds; None for fewer than two rounds."""
     why: str = ""
-    """The reason, where there are no ranks."""
+    """Why there are no ranks; empty if there are."""
     calls: int = 0
-    """LLM requests it took."""
+    """Number of LLM requests that the ranking took."""
 
 
 def parse_ranking(reply: str, letters: Sequence[str]) -> list[int] | None:
-    """Positions in ``letters`` from best to worst, from a reply like ``B > A > C``; None for anything else.
+    """Parses a reply like ``B > A > C`` into indices of ``letters`` from best to worst; returns None for anything else.
 
-    Each letter has to be there once and nothing else. White space and one trailing period do not matter.
+    Each letter must occur once and nothing else may. White space and one trailing period are ignored.
     """
-    named = [piece.strip() for piece in reply.strip().removesuffix(".").split(">")]
-    return [letters.index(name) for name in named] if sorted(named) == sorted(letters) else None
+    names = [piece.strip() for piece in reply.strip().removesuffix(".").split(">")]
+    return [letters.index(name) for name in names] if sorted(names) == sorted(letters) else None
 
 
 def check_count(style: str, count: int) -> None:
-    """Refuses, with an InputError, more candidates than there are letters, or than the few-shot form shows."""
-    shown = min(len(shot["candidates"]) for shot in load_prompts(__package__, "ranking")["demonstrations"])
-    most = len(ascii_uppercase) if style == "chat" else shown
-    if count > most:
-        raise InputError(f"a ranking in {style} form takes at most {most} different candidates, got {count}")
+    """Raises an InputError for more candidates than a request can hold.
+
+    The limit is the number of letters in chat form, and the number of candidates in the demonstrations in few-shot
+    form.
+    """
+    demonstrated = min(len(shot["candidates"]) for shot in load_prompts(__package__, "ranking")["demonstrations"])
+    limit = len(ascii_uppercase) if style == "chat" else demonstrated
+    if count > limit:
+        raise InputError(f"a ranking in {style} form takes at most {limit} different candidates, got {count}")
 
 
 def check_kind(kind: str) -> None:
-    """Refuses an unknown kind of request with a ValueError."""
+    """Raises a ValueError for an unknown kind of request."""
     if kind not in get_args(RequestKind):
         raise ValueError(f"unknown kind of request {kind!r}: use {', '.join(get_args(RequestKind))}")
 
 
 def ranking_prompt(style: str, prompt: str, candidates: Sequence[str], kind: RequestKind = "open") -> Prompt:
-    """The request to rank candidates, which get the letters A, B, ... in this order.
+    """Returns the request to rank candidates, which are labelled with the letters A, B, ... in this order.
 
     Raises:
-        InputError: if there are more of them than letters, or than the few-shot form shows.
+        InputError: for more candidates than there are letters, or than the few-shot demonstrations hold.
         ValueError: for an unknown kind.
     """
     check_kind(kind)
@@ -88,9 +96,11 @@ def ranking_prompt(style: str, prompt: str, candidates: Sequence[str], kind: Req
     if style == "chat":
         blocks = "".join(data["candidate"].replace("LABEL", letter) for letter in letters).strip()
         texts = {f"candidate_{letter}": text for letter, text in zip(letters, candidates, strict=True)}
-        # The blocks go in before the texts, so that the fences of all candidates are broken inside every text.
+        # The blocks are put in before the texts, so that fill() sees the tags of all candidates and breaks each of them
+        # inside every text.
         template = data["chat"].replace("{candidates}", blocks).replace("{criteria}", criteria["chat"])
         return build_prompt("chat", fill(template, texts | {"prompt": prompt, "labels": ", ".join(letters)}), "")
+    # Demonstrations show as many candidates as the query, or their lines would not match its labels.
     shots = [
         (shot["prompt"], *shot["candidates"][:count], " > ".join(x for x in shot["ranking"] if x in letters))
         for shot in data["demonstrations"]
@@ -99,18 +109,18 @@ def ranking_prompt(style: str, prompt: str, candidates: Sequence[str], kind: Req
 
 
 def distinct_texts(texts: Sequence[str]) -> tuple[list[str], list[int]]:
-    """The texts that differ in more than white space, and for each text its number among them."""
+    """Returns the texts that differ in more than white space, and for each input text its index among them."""
     keys = [tuple(text.split()) for text in texts]
     distinct = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     return [texts[keys.index(key)] for key in distinct], [distinct[key] for key in keys]
 
 
 def prompt_groups(samples: Sequence[Sample], who: str) -> dict[str, list[int]]:
-    """The places of the samples of each group (or, where it is empty, of each episode id).
+    """Returns the indices of the samples of each group (of each episode id for samples with an empty group).
 
     Args:
         samples: the samples.
-        who: compares them; for the error.
+        who: name of the caller in the error message.
 
     Raises:
         InputError: if a group's samples answer different prompts.
@@ -128,29 +138,29 @@ def prompt_groups(samples: Sequence[Sample], who: str) -> dict[str, list[int]]:
 
 
 def ranking_sampling(count: int, temperature: float, seed: int) -> Sampling:
-    """How the order of some candidates is generated."""
+    """Returns the sampling of a reply that orders ``count`` candidates."""
     return Sampling(4 * count + 8, temperature, stop=("\n",), seed=seed)
 
 
 def rank(
     backend: Backend, questions: Sequence[RankingQuestion], rounds: int = 1, temperature: float = 0.0
 ) -> list[RankingVerdict]:
-    """Ranks the candidates of every question, all rounds of all questions in one backend call.
+    """Ranks the candidates of every question, with all rounds of all questions in one backend call.
 
     Candidates that differ at most in white space are shown once. Every round shows them in another order, drawn from
     the question's seed. A round whose reply is no ranking is left out.
 
     Args:
-        backend: the judge.
+        backend: the judge LLM.
         questions: n questions of at least two candidates.
-        rounds: how often each is asked.
-        temperature: of the replies.
+        rounds: how often the candidates of each question are ranked.
+        temperature: sampling temperature of the replies; 0: greedy.
 
     Returns:
         n rankings, in order.
 
     Raises:
-        InputError: for fewer than two candidates, or more than the prompt's form takes.
+        InputError: for fewer than two candidates, or more than a request in this form can hold.
         ValueError: for fewer than one round, or an unknown kind of request.
     """
     if rounds < 1:
@@ -158,12 +168,13 @@ def rank(
     prompts: list[Prompt] = []
     samplings: list[Sampling] = []
     orders: list[list[np.ndarray]] = []
-    twins: list[list[int]] = []
+    distinct_indices: list[list[int]] = []
     for question in questions:
         if len(question.candidates) < 2:
             raise InputError(f"a ranking needs at least two candidates, {question.prompt[:40]!r} has fewer")
-        texts, mine = distinct_texts(question.candidates)
-        twins.append(mine)
+        texts, indices = distinct_texts(question.candidates)
+        distinct_indices.append(indices)
+        # Candidates that are all the same need no request: they share the best rank.
         seeds = [request_seed(question.seed, "round", number) for number in range(rounds)] if len(texts) > 1 else []
         orders.append([np.random.default_rng(seed).permutation(len(texts)) for seed in seeds])
         prompts += [
@@ -172,16 +183,19 @@ def rank(
         ]
         samplings += [ranking_sampling(len(texts), temperature, seed) for seed in seeds]
     replies = iter(backend.generate(prompts, samplings))
-    return [_ranking(mine, [next(replies) for _ in order], order) for mine, order in zip(twins, orders, strict=True)]
+    return [
+        _ranking(indices, [next(replies) for _ in order], order)
+        for indices, order in zip(distinct_indices, orders, strict=True)
+    ]
 
 
 def _ranking(twins: Sequence[int], replies: Sequence[Any], orders: Sequence[np.ndarray]) -> RankingVerdict:
-    """The mean ranks over rounds.
+    """Returns the mean ranks over rounds.
 
     Args:
-        twins: for each candidate its number among the distinct ones.
-        replies: one result per round; none where there is nothing to rank.
-        orders: of each round, which distinct candidate stood under which letter.
+        twins: for each candidate its index among the distinct ones.
+        replies: one result per round; empty if there is nothing to rank.
+        orders: for each round an array of shape (distinct candidates,): the distinct candidate that each letter showed.
     """
     distinct = max(twins) + 1
     if not replies:
@@ -195,7 +209,8 @@ def _ranking(twins: Sequence[int], replies: Sequence[Any], orders: Sequence[np.n
         if positions is None:
             why = f"not a ranking of {distinct} candidates: {reply[0].text[:80]!r}"
             continue
-        rows.append(np.argsort(order[positions]))  # from who stands where to where each one stands
+        # order[positions] holds the candidates from best to worst; argsort inverts it to the rank of each candidate.
+        rows.append(np.argsort(order[positions]))
     if not rows:
         return RankingVerdict(None, distinct, why=why, calls=len(replies))
     mean = np.mean(rows, axis=0)
@@ -205,26 +220,26 @@ def _ranking(twins: Sequence[int], replies: Sequence[Any], orders: Sequence[np.n
 
 
 def kendall_tau(first: np.ndarray, second: np.ndarray) -> float:
-    """Kendall's tau of two rankings without ties: 1 for the same order, -1 for the opposite one."""
+    """Returns Kendall's tau of two rankings without ties: 1 for the same order, -1 for the opposite one."""
     upper = np.triu_indices(len(first), k=1)
     signs = [np.sign(np.subtract.outer(ranks, ranks))[upper] for ranks in (first, second)]
     return float((signs[0] * signs[1]).mean())
 
 
 class RankingJudge(Reward):
-    """The normalised rank of a response within its group: 1 for the best, 0 for the worst.
+    """Gives a response its normalised rank within its group: 1 for the best, 0 for the worst.
 
-    Samples of one ``group`` (or, where it is empty, of one ``episode_id``) are ranked together, in one request per
-    round. Duplicates share a rank; a group of nothing but duplicates gets 1/2. Where no round gives a ranking, the
-    scores of the whole group are invalid, so a retry ranks it as a whole. Within a weighted sum, a term beside this one
-    that has no verdict on a part of a group makes a retry rank that part alone.
+    Samples of one ``group`` (or, if it is empty, of one ``episode_id``) are ranked together, in one request per round.
+    Duplicates share a rank; a group of nothing but duplicates gets 1/2. If no round gives a ranking, the scores of the
+    whole group are invalid, so a retry ranks it as a whole. In a weighted sum, if another term has no verdict on some
+    samples of a group, the retry ranks only these among themselves.
 
-    The terms are the value, ``mean_rank`` (1 for the best) and, over several rounds, ``agreement``: the mean Kendall
-    tau between them. The requests of a group are counted on its first sample.
+    The terms are the value, ``mean_rank`` (1 for the best) and, for at least two valid rounds, ``agreement``: the mean
+    Kendall tau between them. The requests of a group are counted on its first sample.
 
     Args:
         backend: the judge LLM.
-        rounds: how often a group is ranked, in another order of presentation each time; ranks are averaged.
+        rounds: how often a group is ranked, each time shown in another order; ranks are averaged.
 
     Raises:
         ValueError: for fewer than one round.
@@ -241,31 +256,34 @@ class RankingJudge(Reward):
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
         """Scores groups of responses to one prompt each.
 
-        A sample that stands alone cannot be ranked. That is an error, except in a retry: there the others of its group
-        may have had their score already, and it stays without a verdict.
+        A sample alone in its group cannot be ranked. That is an error, except in a retry: there the others of its group
+        may have a score already, and the score of this sample stays invalid.
 
         Raises:
             InputError: if a group has one sample or samples with different prompts.
         """
         groups = prompt_groups(samples, "the ranking judge")
         scores: list[Score] = [Score.invalid("the only sample of its group")] * len(samples)
-        asked: dict[str, RankingQuestion] = {}
+        questions: dict[str, RankingQuestion] = {}
         for group, members in groups.items():
             first = samples[members[0]]
             if len(members) > 1:
-                asked[group] = RankingQuestion(first.prompt, tuple(samples[i].response for i in members), first.seed)
+                questions[group] = RankingQuestion(
+                    first.prompt, tuple(samples[i].response for i in members), first.seed
+                )
             elif not first.metadata.get("attempt"):
                 raise InputError(
                     f"the ranking judge compares the responses of a group: group {group!r} has only one; score several "
                     "responses to a prompt in one batch (a group size of at least 2)"
                 )
-        rankings = rank(self.backend, list(asked.values()), self.rounds, temperature_for(samples))
-        for group, ranking in zip(asked, rankings, strict=True):
+        rankings = rank(self.backend, list(questions.values()), self.rounds, temperature_for(samples))
+        for group, ranking in zip(questions, rankings, strict=True):
             for place, index in enumerate(groups[group]):
                 scores[index] = self._score(ranking, place)
         return scores
 
     def _score(self, ranking: RankingVerdict, place: int) -> Score:
+        # A request ranks the whole group: counting it on every sample would count it several times.
         calls = ranking.calls if place == 0 else 0
         if ranking.ranks is None:
             return Score.invalid(ranking.why, calls=calls)

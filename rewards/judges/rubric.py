@@ -1,7 +1,7 @@
 """Rubric scoring: a judge LLM grades a response on named criteria.
 
-Grades are generated and parsed strictly, or are the mean of the grades under the judge's own distribution over them, as
-in G-Eval (Liu et al. 2023).
+A grade is generated and parsed strictly, or is the expected grade under the judge's distribution over the grades, as in
+G-Eval (Liu et al. 2023).
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ CRITERIA = {
     "correctness": "is everything that the response says true, and does one thing follow from the other?",
     "clarity": "is the response well ordered, easy to read and no longer than it has to be?",
 }
-"""The default criteria, by name."""
+"""The default criteria: description by name."""
 
 
 @dataclass(frozen=True)
 class Rubric:
-    """What a response is graded on.
+    """The criteria and the scale of grades.
 
     Raises:
-        ValueError: on construction, for a name that cannot stand in a line ``name: grade`` or a scale without grades.
+        ValueError: on construction, for a name that a line ``name: grade`` cannot hold, for no or equal names, or for a
+            scale that does not go from one integer to a higher one.
     """
 
     criteria: Mapping[str, str]
-    """Name to description."""
+    """Description by name."""
     low: int = 1
     """The worst grade."""
     high: int = 5
@@ -53,37 +54,40 @@ class Rubric:
 
     @property
     def one_digit(self) -> bool:
-        """Whether every grade is one digit, so that none begins another (1, 10), as likelihoods need it."""
+        """Whether every grade is one digit, so that none is the beginning of another (1, 10); likelihoods need this."""
         return self.low >= 0 and self.high <= 9
 
     @property
     def grades(self) -> dict[str, int]:
-        """All grades, by how they are written."""
+        """All grades, by their text."""
         return {str(grade): grade for grade in range(self.low, self.high + 1)}
 
     def parse(self, reply: str, names: Sequence[str] | None = None) -> dict[str, int] | None:
-        """The grades in a reply of one line ``name: grade`` per criterion; None for anything else.
+        """Parses a reply of one line ``name: grade`` per criterion; returns None for anything else.
 
-        Every criterion has to be there once, in any order, with a whole number on the scale. Case, blank lines and
-        white space around name and grade do not matter.
+        Every criterion must occur once, in any order, with a whole number on the scale. Case, blank lines and white
+        space around name and grade are ignored.
 
         Args:
             reply: the reply.
-            names: the criteria asked about; by default all.
+            names: the criteria that the reply has to grade; None: all.
+
+        Returns:
+            Grade by criterion, in the order of ``names``.
         """
         known = {name.casefold(): name for name in names or self.criteria}
-        found: dict[str, int] = {}
+        grades: dict[str, int] = {}
         for line in filter(str.strip, reply.split("\n")):
-            name, _, written = line.partition(":")
+            name, _, grade_text = line.partition(":")
             criterion = known.get(" ".join(name.split()).casefold())
-            grade = self.grades.get(written.strip())
-            if criterion is None or grade is None or criterion in found:
+            grade = self.grades.get(grade_text.strip())
+            if criterion is None or grade is None or criterion in grades:
                 return None
-            found[criterion] = grade
-        return {name: found[name] for name in known.values()} if len(found) == len(known) else None
+            grades[criterion] = grade
+        return {name: grades[name] for name in known.values()} if len(grades) == len(known) else None
 
     def check(self, mode: VerdictMode) -> None:
-        """Refuses, with a ValueError, an unknown mode or likelihoods of grades that are not all of one digit."""
+        """Raises a ValueError for an unknown mode, or for likelihood mode if not every grade is one digit."""
         check_mode(mode)
         if mode == "likelihood" and not self.one_digit:
             raise ValueError(
@@ -92,7 +96,7 @@ class Rubric:
             )
 
     def prompt(self, style: str, sample: Sample, names: Sequence[str]) -> Prompt:
-        """The request to grade a sample on some criteria; few-shot text holds only one."""
+        """Returns the request to grade a sample on the named criteria; the few-shot form takes exactly one."""
         data = load_prompts(__package__, "rubric")
         scale = {"low": str(self.low), "high": str(self.high)}
         if style == "chat":
@@ -120,14 +124,14 @@ class Rubric:
 
 @dataclass(frozen=True)
 class Grades:
-    """What the judge said of one response."""
+    """The judge's grades of one response."""
 
     values: dict[str, float] | None
-    """Grade by criterion; None where one of them could not be had."""
+    """Grade by criterion; None if any of them is missing."""
     why: str = ""
-    """The reason, where there are none."""
+    """Why there are no grades; empty if there are."""
     calls: int = 1
-    """LLM requests it took."""
+    """Number of LLM requests that the grades took."""
 
 
 def grade(
@@ -143,19 +147,19 @@ def grade(
     criterion.
 
     Args:
-        backend: the judge.
+        backend: the judge LLM.
         rubric: criteria and scale.
         samples: n samples with ``prompt``, ``response`` and ``seed``.
-        mode: see :data:`~instructgym.rewards.judges.verdict.VerdictMode`; ``auto`` generates where a grade has two
-            digits.
-        temperature: of generated grades.
+        mode: see :data:`~instructgym.rewards.judges.verdict.VerdictMode`; ``auto`` generates if not every grade is
+            one digit.
+        temperature: sampling temperature of generated grades; 0: greedy.
 
     Returns:
         n results, in order.
 
     Raises:
         UnsupportedRequestError: in likelihood mode, if the backend reports no log-probs.
-        ValueError: for an unknown mode, or likelihoods on a scale with more than single digits.
+        ValueError: for an unknown mode, or in likelihood mode if not every grade is one digit.
     """
     rubric.check(mode)
     if not samples:
@@ -163,22 +167,26 @@ def grade(
     likelihood = reads_likelihood(backend, mode) and rubric.one_digit
     together = backend.prompt_style == "chat" and not likelihood
     parts = [list(rubric.criteria)] if together else [[name] for name in rubric.criteria]
-    asked = [(sample, names) for sample in samples for names in parts]
-    prompts = [rubric.prompt(backend.prompt_style, sample, names) for sample, names in asked]
+    # Sample by sample, so that the replies about one response are neighbours.
+    requests = [(sample, names) for sample in samples for names in parts]
+    prompts = [rubric.prompt(backend.prompt_style, sample, names) for sample, names in requests]
     replies = (
-        _expected(backend, rubric, prompts, [names[0] for _, names in asked])
+        _expected(backend, rubric, prompts, [names[0] for _, names in requests])
         if likelihood
-        else _generated(backend, rubric, prompts, asked, temperature)
+        else _generated(backend, rubric, prompts, requests, temperature)
     )
     return [_joined(replies[i : i + len(parts)]) for i in range(0, len(replies), len(parts))]
 
 
 def grade_sampling(backend: Backend, rubric: Rubric, names: Sequence[str], temperature: float, seed: int) -> Sampling:
-    """How the grades of some criteria are generated; names take at most a token per character."""
-    most = sum(len(name) + 8 for name in names)
+    """Returns the sampling of a reply that grades the named criteria."""
+    # A name takes at most one token per character.
+    max_tokens = sum(len(name) + 8 for name in names)
     if backend.prompt_style == "chat":
-        return Sampling(most, temperature, seed=seed)
-    return Sampling(most, temperature, stop=("\n",), choices=allowed_replies(backend, list(rubric.grades)), seed=seed)
+        return Sampling(max_tokens, temperature, seed=seed)
+    return Sampling(
+        max_tokens, temperature, stop=("\n",), choices=allowed_replies(backend, list(rubric.grades)), seed=seed
+    )
 
 
 def _generated(
@@ -190,38 +198,40 @@ def _generated(
 ) -> list[Grades]:
     style = backend.prompt_style
     samplings = [grade_sampling(backend, rubric, names, temperature, sample.seed) for sample, names in asked]
-    found = []
+    results = []
     for (_, names), result in zip(asked, backend.generate(prompts, samplings), strict=True):
         if isinstance(result, BackendError):
-            found.append(Grades(None, str(result)))
+            results.append(Grades(None, str(result)))
             continue
         text = result[0].text if style == "chat" else f"{names[0]}: {result[0].text}"
-        # A reply that was cut may have lost a digit.
+        # A reply that was cut off may have lost a digit of its grade.
         values = rubric.parse(text, names) if result[0].finish_reason == "stop" else None
         why = "" if values is not None else f"not one grade from {rubric.low} to {rubric.high} each: {text[:80]!r}"
-        found.append(Grades(None if values is None else {k: float(v) for k, v in values.items()}, why))
-    return found
+        results.append(Grades(None if values is None else {k: float(v) for k, v in values.items()}, why))
+    return results
 
 
 def _expected(backend: Backend, rubric: Rubric, prompts: Sequence[Prompt], names: Sequence[str]) -> list[Grades]:
-    """The mean grade under the judge's distribution over all grades."""
-    chat = backend.prompt_style == "chat"  # it was asked for whole lines
-    words = [[f"{name}: {written}" if chat else written for written in rubric.grades] for name in names]
+    """Returns the expected grade under the judge's distribution over all grades."""
+    # A chat model is asked for a line ``name: grade``, few-shot text ends where the grade follows.
+    chat = backend.prompt_style == "chat"
+    words = [[f"{name}: {digit}" if chat else digit for digit in rubric.grades] for name in names]
     scale = np.array(list(rubric.grades.values()), dtype=np.float64)
-    found = []
+    results = []
     for name, row in zip(names, word_log_probs(backend, prompts, words), strict=True):
         if isinstance(row, BackendError):
-            found.append(Grades(None, str(row)))
+            results.append(Grades(None, str(row)))
         elif not np.isfinite(row).all():
-            found.append(Grades(None, f"the judge's log-probs of the grades are {row}"))
+            results.append(Grades(None, f"the judge's log-probs of the grades are {row}"))
         else:
+            # Softmax, shifted by the maximum: exp() of very low log-probs would underflow to 0 for every grade.
             weights = np.exp(np.array(row) - max(row))
-            found.append(Grades({name: float(weights @ scale / weights.sum())}))
-    return found
+            results.append(Grades({name: float(weights @ scale / weights.sum())}))
+    return results
 
 
 def _joined(parts: Sequence[Grades]) -> Grades:
-    """The grades of one response from the replies about it."""
+    """Merges the grades from all replies about one response; they are missing if any reply gave none."""
     values: dict[str, float] = {}
     for part in parts:
         if part.values is None:
@@ -231,21 +241,22 @@ def _joined(parts: Sequence[Grades]) -> Grades:
 
 
 class RubricJudge(Reward):
-    """The weighted mean of a response's grades, the worst grade mapped to 0 and the best to 1.
+    """Gives the weighted mean of a response's grades, with the worst grade mapped to 0 and the best to 1.
 
-    The grade on each criterion is logged as a term under its name. Where one of the grades cannot be had the score is
-    invalid.
+    The grade on each criterion is logged as a term under its name. If any grade is missing, the score is invalid.
 
     Args:
         backend: the judge LLM.
-        criteria: name to description.
-        weights: by criterion, not negative; 1 where none is given.
-        scale: the worst and the best grade.
-        mode: ``"verdict"`` generates and parses strictly, ``"likelihood"`` takes the expected grade by the log-probs of
-            the digits, ``"auto"`` takes the latter for backends with few-shot prompts that report log-probs.
+        criteria: description by name.
+        weights: weight by criterion, not negative and not all 0; 1 for a criterion that is missing here.
+        scale: the worst and the best grade, integers.
+        mode: ``"verdict"`` generates a reply and parses it strictly, ``"likelihood"`` takes the expected grade by the
+            log-probs of the digits, ``"auto"`` is likelihood for backends with few-shot prompts that report log-probs
+            if every grade is one digit, else verdict.
 
     Raises:
-        ValueError: for criteria, weights or a scale that cannot be used, or for likelihoods of several digits.
+        ValueError: for criteria, weights or a scale that cannot be used, for an unknown mode, or in likelihood mode if
+            not every grade is one digit.
     """
 
     name = "rubric"

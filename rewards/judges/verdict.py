@@ -1,4 +1,7 @@
-"""Two-way verdicts by a judge LLM: generated and parsed strictly, or read off the log-probs of the two words."""
+"""Verdicts of a judge LLM on questions with two answers, and the equality judge.
+
+A verdict is generated and parsed strictly, or decided by comparing the log-probs of the two answers.
+"""
 
 from __future__ import annotations
 
@@ -13,35 +16,45 @@ from ...llm_backends.prompting import build_prompt, few_shot, fill, load_prompts
 from ..base import Reward, Sample, Score
 
 RETRY_TEMPERATURE = 0.7
-"""A retry must be able to come out differently, so it is sampled."""
+"""Temperature of a retry: it is sampled, because a greedy judge would give the same reply again."""
 
 VerdictMode = Literal["auto", "verdict", "likelihood"]
-"""``verdict``: generate and parse; ``likelihood``: compare the two words' log-probs, which small models need;
-``auto``: likelihood for backends with few-shot prompts that report log-probs, verdict for all others."""
+"""How a verdict is obtained.
+
+``verdict``: generate a reply and parse it; ``likelihood``: compare the log-probs of the two answers, which small models
+need; ``auto``: likelihood for backends with few-shot prompts that report log-probs, verdict for all others."""
 
 
 @dataclass(frozen=True)
 class VerdictPrompt:
-    """A question with two possible answers, in a chat and a few-shot form."""
+    """A question with two possible answers, in a chat and in a few-shot form."""
 
     positive: str
-    """The answer worth 1, e.g. ``Not Equal``."""
+    """The answer with value 1, e.g. ``Not Equal``."""
     negative: str
-    """The answer worth 0, e.g. ``Equal``."""
+    """The answer with value 0, e.g. ``Equal``."""
     chat: str
-    """Request to a chat model; ``{field}`` stands for a fenced text."""
+    """Template of the request to a chat model; ``{field}`` is replaced by a text between tags."""
     header: str
+    """First line of the few-shot form."""
     labels: tuple[str, ...]
-    """Line names of the few-shot form; the last is that of the verdict."""
+    """Line labels of the few-shot form; the last one is the label of the verdict."""
     fields: tuple[str, ...]
-    """Names of the texts, one per label but the last."""
+    """Names of the texts, one per label except the last."""
     demonstrations: tuple[tuple[str, ...], ...]
+    """Examples of the few-shot form, each with one value per label."""
     bias: float = 0.0
-    """Nats taken off the log-odds of the positive answer: small models favour one word whatever they read."""
+    """Nats subtracted from the log-odds of the positive answer: small models favour one word whatever the texts are."""
 
     @classmethod
     def from_file(cls, data: Mapping[str, Any], labels: Sequence[str], fields: Sequence[str]) -> VerdictPrompt:
-        """From one table of a prompt file, with its demonstrations' texts under ``fields`` and ``verdict``."""
+        """Builds a prompt from one table of a prompt file.
+
+        Args:
+            data: the table; its demonstrations hold their texts under the names in ``fields`` and ``verdict``.
+            labels: line labels of the few-shot form.
+            fields: names of the texts, one per label except the last.
+        """
         return cls(
             positive=data["positive"],
             negative=data["negative"],
@@ -54,9 +67,9 @@ class VerdictPrompt:
         )
 
     def parse(self, reply: str) -> bool | None:
-        """True for the positive answer, False for the negative one, None for anything else.
+        """Returns True for the positive answer, False for the negative one, None for anything else.
 
-        Case, surrounding white space and one trailing period do not matter; any other word does.
+        Case, surrounding white space and one trailing period are ignored; any other word makes the reply no verdict.
         """
         words = re.sub(r"\s+", " ", reply.strip().removesuffix(".").strip()).casefold()
         return {self.positive.casefold(): True, self.negative.casefold(): False}.get(words)
@@ -64,48 +77,52 @@ class VerdictPrompt:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge said of one question."""
+    """The judge's verdict on one question."""
 
     answer: bool | None
-    """None where there is no verdict: the request failed, or the reply is not one of the two answers."""
+    """True for the positive answer; None without a verdict (the request failed, or the reply is neither answer)."""
     log_odds: float | None = None
-    """Of the positive answer, in nats and less the prompt's bias; likelihood mode only."""
+    """Log-odds of the positive answer, in nats, minus the prompt's bias; likelihood mode only."""
     why: str = ""
-    """The reason, where there is no verdict."""
+    """Why there is no verdict; empty if there is one."""
 
     @property
     def probability(self) -> float | None:
-        """Of the positive answer, among the two; likelihood mode only."""
+        """Probability of the positive answer among the two; likelihood mode only."""
         return None if self.log_odds is None else sigmoid(self.log_odds)
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question to the judge: the form of it, its texts and the request seed."""
+    """One question to the judge."""
 
     prompt: VerdictPrompt
+    """The form of the question."""
     texts: Mapping[str, str]
+    """The texts by field name."""
     seed: int = 0
+    """Request seed."""
 
 
 def check_mode(mode: str) -> None:
-    """Refuses an unknown mode with a ValueError."""
+    """Raises a ValueError for an unknown mode."""
     if mode not in ("auto", "verdict", "likelihood"):
         raise ValueError(f"unknown judge mode {mode!r}: use 'auto', 'verdict' or 'likelihood'")
 
 
 def sigmoid(log_odds: float) -> float:
-    """The probability of given log-odds in nats."""
+    """Returns the probability for log-odds in nats."""
+    # math.exp raises OverflowError above 709.
     return 1 / (1 + math.exp(-max(min(log_odds, 500.0), -500.0)))
 
 
 def temperature_for(samples: Sequence[Sample]) -> float:
-    """Temperature of a judge's replies: greedy, but sampled where the samples come as a retry."""
+    """Returns the temperature of a judge's replies: 0, or :data:`RETRY_TEMPERATURE` if any sample is a retry."""
     return RETRY_TEMPERATURE if any(sample.metadata.get("attempt") for sample in samples) else 0.0
 
 
 def reads_likelihood(backend: Backend, mode: VerdictMode) -> bool:
-    """Whether a judge of this mode compares log-probs on this backend, or else generates."""
+    """Returns whether a judge in this mode compares log-probs on this backend; if not, it generates replies."""
     return mode == "likelihood" or (
         mode == "auto" and backend.prompt_style == "completion" and backend.supports_logprobs
     )
@@ -114,20 +131,20 @@ def reads_likelihood(backend: Backend, mode: VerdictMode) -> bool:
 def word_log_probs(
     backend: Backend, prompts: Sequence[Prompt], words: Sequence[Sequence[str]]
 ) -> list[list[float] | BackendError]:
-    """Log-probs of possible answers, in one backend call.
+    """Returns the log-probs of possible answers, computed in one backend call.
 
     Args:
-        backend: the judge.
+        backend: the judge LLM.
         prompts: n prompts.
         words: for each prompt its possible answers.
 
     Returns:
-        For each prompt one log-prob in nats per answer, or the error of one of its requests.
+        For each prompt one log-prob in nats per answer, or the error if one of its requests failed.
 
     Raises:
         UnsupportedRequestError: if the backend reports no log-probs.
     """
-    rows = backend.choice_logprobs(prompts, [[lead(backend) + word for word in mine] for mine in words])
+    rows = backend.choice_logprobs(prompts, [[lead(backend) + word for word in answers] for answers in words])
     unsupported = next((row for row in rows if isinstance(row, UnsupportedRequestError)), None)
     if unsupported is not None:
         raise unsupported
@@ -140,10 +157,13 @@ def judge_verdicts(
     """Asks the judge all questions in one backend call.
 
     Args:
-        backend: the judge.
-        questions: may differ in form.
+        backend: the judge LLM.
+        questions: the questions, which may differ in form.
         mode: see :data:`VerdictMode`.
-        temperature: of generated verdicts.
+        temperature: sampling temperature of generated verdicts; 0: greedy.
+
+    Returns:
+        One verdict per question, in order.
 
     Raises:
         UnsupportedRequestError: in likelihood mode, if the backend reports no log-probs.
@@ -178,19 +198,19 @@ def judge_verdicts(
 
 
 def verdict_sampling(backend: Backend, question: Question, temperature: float) -> Sampling:
-    """How the verdict on one question is generated: held to its two answers, where the backend can do that."""
+    """Returns the sampling of one verdict, constrained to the two answers if the backend has constrained decoding."""
     words = (question.prompt.positive, question.prompt.negative)
     choices = allowed_replies(backend, words)
     return Sampling(max_tokens=8, temperature=temperature, stop=("\n",), choices=choices, seed=question.seed)
 
 
 def lead(backend: Backend) -> str:
-    """What stands before an answer: a blank, where it goes on from a few-shot label."""
+    """Returns the text between prompt and answer: a blank after a few-shot label, nothing in a chat."""
     return " " if backend.prompt_style == "completion" else ""
 
 
 def allowed_replies(backend: Backend, words: Sequence[str]) -> tuple[str, ...]:
-    """``Sampling.choices`` for a reply that is one of the words; empty where the backend cannot hold it to them."""
+    """Returns ``Sampling.choices`` that allow only the words; empty if the backend lacks constrained decoding."""
     return tuple(lead(backend) + word for word in words) if backend.supports_choices else ()
 
 
@@ -201,33 +221,37 @@ def _by_likelihood(backend: Backend, prompts: Sequence[Prompt], questions: Seque
         if isinstance(row, BackendError):
             verdicts.append(Verdict(None, why=str(row)))
             continue
-        odds = row[0] - row[1] - question.prompt.bias
-        if math.isfinite(odds):
-            verdicts.append(Verdict(odds > 0, odds))
+        log_odds = row[0] - row[1] - question.prompt.bias
+        # An answer of probability 0 has log-prob -inf, two of them give NaN.
+        if math.isfinite(log_odds):
+            verdicts.append(Verdict(log_odds > 0, log_odds))
         else:
-            verdicts.append(Verdict(None, why=f"the judge's log-odds are {odds}"))
+            verdicts.append(Verdict(None, why=f"the judge's log-odds are {log_odds}"))
     return verdicts
 
 
 def equality_prompt() -> VerdictPrompt:
-    """Do two instructions ask for the same, by constraints and requirements, and by depth and breadth?"""
+    """Returns the question whether two instructions ask for the same: constraints, requirements, depth and breadth."""
     data = {"positive": "Not Equal", "negative": "Equal"} | load_prompts(__package__, "equality")
     return VerdictPrompt.from_file(data, ("First", "Second", "Verdict"), ("first", "second"))
 
 
 class EqualityJudge(Reward):
-    """r = 1 for ``Not Equal``, 0 for ``Equal`` (TeaMs-RL, section 1.2 of its released code).
+    """Gives 1 for the verdict ``Not Equal``, 0 for ``Equal`` (TeaMs-RL, section 1.2 of its released code).
 
     The judge sees the text before and after the edit and decides by two criteria: same constraints and requirements,
-    same depth and breadth. Texts that differ at most in white space are equal without a call. Where the judge gives no
-    verdict the score is invalid.
+    same depth and breadth. Texts that differ at most in white space are equal without a call. If the judge gives no
+    verdict, the score is invalid.
 
     Args:
         backend: the judge LLM.
-        mode: ``"verdict"`` generates and parses strictly, ``"likelihood"`` compares the log-probs of the two verdicts,
-            ``"auto"`` takes the latter for backends with few-shot prompts that report log-probs.
-        graded: in likelihood mode, pay the probability of ``Not Equal`` instead of 0 or 1.
-        bias: nats taken off the log-odds of ``Not Equal``; by default the value tuned for the packaged prompt.
+        mode: ``"verdict"`` generates a reply and parses it strictly, ``"likelihood"`` compares the log-probs of the two
+            verdicts, ``"auto"`` is likelihood for backends with few-shot prompts that report log-probs, else verdict.
+        graded: in likelihood mode, give the probability of ``Not Equal`` instead of 0 or 1.
+        bias: nats subtracted from the log-odds of ``Not Equal``; None: the value tuned for the packaged prompt.
+
+    Raises:
+        ValueError: for an unknown mode.
     """
 
     name = "judge"
@@ -247,11 +271,12 @@ class EqualityJudge(Reward):
         self.prompt = prompt if bias is None else VerdictPrompt(**(vars(prompt) | {"bias": bias}))
 
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
-        """Scores edits; a sample needs ``previous``.
+        """Scores edits; each sample needs ``previous``.
 
         Raises:
             ValueError: if a sample has no previous text.
         """
+        # Equal texts are scored at once; None marks a score that needs a verdict.
         scores: list[Score | None] = []
         questions: list[Question] = []
         for sample in samples:
@@ -264,14 +289,15 @@ class EqualityJudge(Reward):
                 texts = {"first": sample.previous, "second": sample.response}
                 questions.append(Question(self.prompt, texts, sample.seed))
         verdicts = iter(judge_verdicts(self.backend, questions, self.mode, temperature_for(samples)))
-        for index, known in enumerate(scores):
-            if known is None:
+        for index, score in enumerate(scores):
+            if score is None:
                 verdict = next(verdicts)
                 if verdict.answer is None:
                     scores[index] = Score.invalid(verdict.why, calls=1)
                 else:
-                    graded = verdict.probability if self.graded else None
-                    value = float(verdict.answer) if graded is None else graded
+                    # There is no probability for a generated verdict.
+                    probability = verdict.probability if self.graded else None
+                    value = float(verdict.answer) if probability is None else probability
                     scores[index] = self._score(value, "Not Equal" if verdict.answer else "Equal", calls=1)
         return scores  # type: ignore[return-value]
 

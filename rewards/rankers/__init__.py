@@ -1,1 +1,1 @@
-"""Rankers order candidate responses; the reward ``rank`` gives a sample its place."""
+"""Rankers, which order candidate responses; the reward ``rank`` scores a sample by its place in its group."""

@@ -1,7 +1,8 @@
-"""Rankers: several candidates for one prompt in, one score per candidate out, higher for the better one.
+"""The ranker contract, the rankers that need no judge, and the reward that gives samples their rank.
 
-What a ranker says is what list losses learn from (Tuna, Li et al. 2023, arXiv 2310.13385) and, by
-:class:`~instructgym.rewards.rankers.base.RankReward`, what an environment pays.
+A ranker takes several candidates for one prompt and returns one score per candidate, higher for the better one. List
+losses learn from these scores (Tuna, Li et al. 2023, arXiv 2310.13385), and
+:class:`~instructgym.rewards.rankers.base.RankReward` turns them into rewards of an environment.
 """
 
 from __future__ import annotations
@@ -24,31 +25,33 @@ from ..quality.likelihood import EMBEDDED, Likelihoods
 from ..texts.rouge import rouge_l
 
 PromptForm = Literal["backend", "chat", "raw"]
+"""How prompts are sent to a teacher; see :class:`ProbabilisticRanker`."""
 
 TEACHER_BETA = 1.3
-"""Exponent of the length under the teacher's log-likelihood: the default of an independent implementation of Tuna."""
+"""Exponent of the length that divides the teacher's log-likelihood; default of an independent Tuna implementation."""
 
 
 @dataclass(frozen=True, eq=False)
 class CandidateScores:
-    """What a ranker says of one prompt's candidates.
+    """A ranker's scores of one prompt's candidates.
 
     Raises:
         NonFiniteRewardError: on construction, for a score that is not finite.
+        InputError: on construction, if the numbers of added candidates and of their scores differ.
     """
 
     scores: np.ndarray
-    """float32, shape (n,): higher for the better candidate, equal for ties. All 0, and to be ignored, unless valid."""
+    """float32, shape (n,): higher for the better candidate, equal for ties. All 0, and to be ignored, if not valid."""
     valid: bool = True
-    """False where no ranking could be had."""
+    """False if there is no ranking."""
     calls: int = 0
-    """LLM requests it took (a logical count, cache hits included)."""
+    """Number of LLM requests that the ranking took (a logical count, cache hits included)."""
     feedback: str = ""
-    """In words: why there is no ranking, or what is to be said about it."""
+    """In words: why there is no ranking, or a remark about it."""
     added: tuple[str, ...] = ()
-    """Candidates that the ranker put in itself, such as a judge's own answer."""
+    """Candidates that the ranker added, such as a judge's own answer."""
     added_scores: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
-    """float32, shape (len(added),): their scores, on the same scale."""
+    """float32, shape (len(added),): the scores of the added candidates, on the same scale."""
 
     def __post_init__(self) -> None:
         for name in ("scores", "added_scores"):
@@ -61,12 +64,13 @@ class CandidateScores:
 
     @classmethod
     def invalid(cls, count: int, feedback: str, calls: int = 0) -> CandidateScores:
-        """Of ``count`` candidates on which there is no ranking."""
+        """Returns the result for ``count`` candidates without a ranking; ``feedback`` is the reason."""
         return cls(np.zeros(count, np.float32), False, calls, feedback)
 
     @property
     def places(self) -> np.ndarray:
         """int64, shape (n,): 0 for the best candidates, 1 for the next ones; ties share a place, none is skipped."""
+        # np.unique sorts ascending: negated, the best score comes first.
         return np.unique(-self.scores, return_inverse=True)[1].reshape(-1)
 
 
@@ -74,6 +78,7 @@ class Ranker(Part, ABC):
     """Ranks candidates in batches over prompts, because judges need concurrency."""
 
     name: str = "ranker"
+    """Name of the ranker in error messages."""
 
     def rank(
         self,
@@ -88,21 +93,22 @@ class Ranker(Part, ABC):
         Args:
             prompts: n prompts.
             candidates: for each prompt at least one candidate; their numbers may differ.
-            references: for each prompt its right answer, for rankers that need one.
-            seeds: of whatever is drawn for each prompt; by default a hash of the prompt.
-            attempt: 0, or the number of the retry: judges then sample their replies.
+            references: for each prompt its right answer, which some rankers need; None: no references.
+            seeds: for each prompt the seed of whatever is sampled; None: a hash of the prompt.
+            attempt: 0, or the number of the retry, in which judges sample their replies.
 
         Returns:
-            n rankings, in order. A single candidate has score 0 or what the ranker measures, without a comparison.
+            n rankings, in order. A single candidate gets score 0 or, where the ranker scores one by one, its score.
 
         Raises:
-            InputError: if the lengths differ, a prompt has no candidate, or one is no text.
+            InputError: if the lengths differ, a prompt has no candidate, or a candidate is no text.
         """
-        for what, values in (("lists of candidates", candidates), ("references", references), ("seeds", seeds)):
+        for name, values in (("lists of candidates", candidates), ("references", references), ("seeds", seeds)):
             if values is not None and len(values) != len(prompts):
-                raise InputError(f"a ranker got {len(prompts)} prompts but {len(values)} {what}")
+                raise InputError(f"a ranker got {len(prompts)} prompts but {len(values)} {name}")
         groups = []
         for row, (prompt, texts) in enumerate(zip(prompts, candidates, strict=True)):
+            # A string is a sequence of strings too: each character would be ranked as a candidate.
             if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
                 raise InputError(f"the candidates of prompt {row} ({prompt[:40]!r}) must be a list of texts")
             reference = None if references is None else references[row]
@@ -114,7 +120,14 @@ class Ranker(Part, ABC):
         return self.rank_samples(groups)
 
     def rank_samples(self, groups: Sequence[Sequence[Sample]]) -> list[CandidateScores]:
-        """Likewise, from samples: those of a group answer one prompt; the first one's seed and reference count.
+        """Ranks the samples of every group.
+
+        Args:
+            groups: for each prompt the samples that answer it. Rankers may read the seed and the reference of the first
+                sample alone.
+
+        Returns:
+            One ranking per group, in order.
 
         Raises:
             InputError: if a group is empty.
@@ -126,24 +139,30 @@ class Ranker(Part, ABC):
 
     @abstractmethod
     def _rank(self, groups: Sequence[Sequence[Sample]]) -> list[CandidateScores]:
-        """Ranks non-empty groups."""
+        """Ranks at least one group, none of them empty."""
 
     def most_calls(self, count: int) -> int:
-        """LLM requests that a ranking of so many candidates takes at most."""
+        """Returns the maximum number of LLM requests that a ranking of ``count`` candidates takes."""
         return 0
 
     def reset(self) -> None:
-        """Forgets everything seen."""
+        """Forgets all candidates seen so far."""
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """As :meth:`~instructgym.rewards.base.Reward.check_tokenizer`."""
+        """Checks that the ranker reads the token ids of this tokenizer.
+
+        See :meth:`~instructgym.rewards.base.Reward.check_tokenizer`.
+        """
 
 
 class FunctionRanker(Ranker):
-    """A plain function as a ranker.
+    """A ranker that calls a plain function.
 
     Args:
         function: ``(prompt, candidates) -> scores``, one finite number per candidate.
+
+    Raises:
+        InputError: when ranking, if the numbers of scores and candidates differ.
     """
 
     def __init__(self, function: Callable[[str, list[str]], Sequence[float]]) -> None:
@@ -161,20 +180,20 @@ class FunctionRanker(Ranker):
 
 
 class ProbabilisticRanker(Ranker):
-    """Tuna's probabilistic ranking: a teacher's length-normalised log-likelihood of each candidate.
+    """Scores candidates by a teacher's length-normalised log-likelihood: Tuna's probabilistic ranking.
 
     v(x, y) = sum_t log p(y_t | x, y_<t) / |y|^beta (Li et al. 2023, arXiv 2310.13385), over the teacher's tokens of the
-    candidate, in nats. With beta = 1 it is the mean log-prob; above that, longer candidates are favoured. A candidate
-    without a character has no likelihood: it is put below all others, by one nat. Where a log-prob cannot be had, there
+    candidate, in nats. With beta = 1 it is the mean log-prob; a larger beta favours longer candidates. An empty
+    candidate has no likelihood: its score is one nat below the lowest of the others. If any log-prob is missing, there
     is no ranking.
 
     Args:
         backend: the teacher, a language model that reports log-probs; or
             :class:`~instructgym.rewards.quality.likelihood.Likelihoods` to share.
         beta: exponent of the length, finite and at least 0.
-        form: how prompts reach the teacher, which should be as when it drew the candidates. ``backend``: as requests in
-            the form that the backend asks for, few-shot for small models; ``chat``: as a user's message; ``raw``: as
-            texts that the candidate goes on from, handed on as they are.
+        form: how prompts are sent to the teacher; best the form in which it generated the candidates. ``backend``: as
+            requests in the backend's own form, few-shot for small models; ``chat``: as a user message; ``raw``:
+            unchanged, as texts that the candidate continues.
 
     Raises:
         ValueError: for a beta out of range or an unknown form.
@@ -200,16 +219,18 @@ class ProbabilisticRanker(Ranker):
         return count
 
     def _rank(self, groups: Sequence[Sequence[Sample]]) -> list[CandidateScores]:
-        asked = [sample for group in groups for sample in group if sample.response]
-        rows = iter(self.likelihoods.given(asked) if self.form == "backend" else self._given(asked))
+        # A backend refuses an empty completion.
+        nonempty = [sample for group in groups for sample in group if sample.response]
+        rows = iter(self.likelihoods.given(nonempty) if self.form == "backend" else self._given(nonempty))
         return [self._scores([next(rows) if sample.response else None for sample in group]) for group in groups]
 
     def _given(self, samples: Sequence[Sample]) -> list[np.ndarray | BackendError]:
         prompts: list[Prompt] = []
         texts = []
         for sample in samples:
-            apart = self.form == "chat" or sample.prompt[-1:].isspace() or sample.response[:1].isspace()
-            texts.append(sample.response if apart else f" {sample.response}")
+            # A raw prompt and its candidate are one text, which needs white space between them.
+            separated = self.form == "chat" or sample.prompt[-1:].isspace() or sample.response[:1].isspace()
+            texts.append(sample.response if separated else f" {sample.response}")
             prompts.append([{"role": "user", "content": sample.prompt}] if self.form == "chat" else sample.prompt)
         rows = self.likelihoods.backend.logprobs(prompts, texts)
         for row in rows:
@@ -218,9 +239,9 @@ class ProbabilisticRanker(Ranker):
         return rows
 
     def _scores(self, rows: Sequence[np.ndarray | BackendError | None]) -> CandidateScores:
-        """The score of each candidate from its log-probs; None stands for an empty one."""
+        """Returns the scores of a group from the log-probs of each candidate, which are None for an empty one."""
         calls = sum(row is not None for row in rows)
-        known: dict[int, float] = {}
+        values: dict[int, float] = {}
         for number, row in enumerate(rows):
             if isinstance(row, BackendError):
                 return CandidateScores.invalid(len(rows), f"candidate {number}: {row}", calls)
@@ -228,15 +249,15 @@ class ProbabilisticRanker(Ranker):
                 value = float(row.sum(dtype=np.float64)) / len(row) ** self.beta if len(row) else -np.inf
                 if not np.isfinite(value):
                     return CandidateScores.invalid(len(rows), f"candidate {number}: its log-probs are unusable", calls)
-                known[number] = value
-        last = min(known.values(), default=1.0) - 1.0
-        return CandidateScores(np.array([known.get(i, last) for i in range(len(rows))]), calls=calls)
+                values[number] = value
+        lowest = min(values.values(), default=1.0) - 1.0
+        return CandidateScores(np.array([values.get(i, lowest) for i in range(len(rows))]), calls=calls)
 
 
 class GroundTruthRanker(Ranker):
-    """Ranks by what a reward says of each candidate, or by ROUGE-L to the reference.
+    """Ranks candidates by the value that a reward gives each of them, or by ROUGE-L to the reference.
 
-    Where one candidate gets no verdict, there is no ranking.
+    If the score of any candidate is invalid, there is no ranking.
 
     Args:
         score: ``"rouge-l"`` (F-measure to the reference, without stemming), or a reward or its id.
@@ -267,13 +288,13 @@ class GroundTruthRanker(Ranker):
         scores = iter(self.score.reward(list(chain.from_iterable(groups))))
         results = []
         for group in groups:
-            mine = [next(scores) for _ in group]
-            calls = sum(score.calls for score in mine)
-            missing = next((i for i, score in enumerate(mine) if not score.valid), None)
+            group_scores = [next(scores) for _ in group]
+            calls = sum(score.calls for score in group_scores)
+            missing = next((i for i, score in enumerate(group_scores) if not score.valid), None)
             if missing is None:
-                results.append(CandidateScores(np.array([score.value for score in mine]), calls=calls))
+                results.append(CandidateScores(np.array([score.value for score in group_scores]), calls=calls))
             else:
-                why = f"candidate {missing}: {mine[missing].feedback}"
+                why = f"candidate {missing}: {group_scores[missing].feedback}"
                 results.append(CandidateScores.invalid(len(group), why, calls))
         return results
 
@@ -288,25 +309,25 @@ def _to_reference(sample: Sample) -> float:
 
 
 ALONE_VALUE = 0.5
-"""What a sample without others to compare it with is worth, and one of samples that all tie."""
+"""Reward of a sample that is alone in its group, and of each sample of a group that all tie."""
 
 
 class RankReward(Reward):
-    """r = 1 for the best sample of a group, 0 for the worst, the others' places evenly in between.
+    """Gives 1 to the best sample of a group, 0 to the worst, and evenly spaced values to the places in between.
 
-    Samples of one ``group`` (or, where it is empty, of one ``episode_id``) are ranked together. Ties share a place and
-    none is skipped, so the value does not depend on how many duplicates there are; where all tie it is 1/2. A sample
-    alone in its group has no rank: its value is 1/2, too, and its term ``alone`` is 1 (in a retry it gets no verdict
-    instead, as the others of its group may have had theirs already). Where the ranker has no ranking, the scores of the
-    whole group are invalid, so a retry ranks it as a whole.
+    Samples of one ``group`` (or, if it is empty, of one ``episode_id``) are ranked together. Ties share a place and no
+    place is skipped, so the value does not depend on how many duplicates there are; if all tie, it is 1/2. A sample
+    alone in its group has no rank: its value is 1/2 as well, and its term ``alone`` is 1 (in a retry its score is
+    invalid instead, as the others of its group may have a score already). If the ranker returns no ranking, the scores
+    of the whole group are invalid, so a retry ranks it as a whole.
 
-    The terms are the value; ``alone``; and, of ranked samples, ``place`` (1 for the best) and ``ranker_score``. The
+    The terms are the value; ``alone``; and, for ranked samples, ``place`` (1 for the best) and ``ranker_score``. The
     requests of a group are counted on its first sample.
 
     Args:
         ranker: a ranker or its id (``probabilistic``, ``contextual``, ``pairwise``, ``ground-truth``), or a function
             ``(prompt, candidates) -> scores``.
-        largest_group: samples of a group at most, by which ``calls_per_sample`` is reserved.
+        largest_group: maximum number of samples in a group, from which ``calls_per_sample`` is computed.
 
     Raises:
         InputError: for a largest group below 1; when scoring, for a larger group or one with different prompts.
@@ -319,6 +340,8 @@ class RankReward(Reward):
             raise InputError(f"the largest group must have at least 1 sample, got {largest_group}")
         self.ranker: Ranker = resolve("ranker", ranker)
         self.largest_group = largest_group
+        # The samples of a group share its requests. Rounded up and maximal over the sizes, so that the reserve always
+        # suffices; a single sample is not ranked.
         sizes = range(2, largest_group + 1)
         self.calls_per_sample = max((-(-self.ranker.most_calls(size) // size) for size in sizes), default=0)
 
@@ -338,13 +361,14 @@ class RankReward(Reward):
                 )
         scores = [_alone(sample) for sample in samples]
         ranked = [members for members in groups.values() if len(members) > 1]
-        found = self.ranker.rank_samples([[samples[i] for i in members] for members in ranked])
-        for members, ranking in zip(ranked, found, strict=True):
+        rankings = self.ranker.rank_samples([[samples[i] for i in members] for members in ranked])
+        for members, ranking in zip(ranked, rankings, strict=True):
             for number, index in enumerate(members):
                 scores[index] = self._score(ranking, number)
         return scores
 
     def _score(self, ranking: CandidateScores, number: int) -> Score:
+        # A ranking is of the whole group: counting its requests on every sample would count them several times.
         calls = ranking.calls if number == 0 else 0
         if not ranking.valid:
             return Score.invalid(ranking.feedback, calls=calls)

@@ -16,24 +16,24 @@ from .base import CandidateScores, Ranker
 
 
 class ContextualRanker(Ranker):
-    """A judge puts all candidates in order in one reply.
+    """Ranks all candidates by one reply of a judge.
 
-    Builds on :func:`~instructgym.rewards.judges.ranking.rank`: candidates are shown in an order drawn from the seed,
-    those that differ at most in white space once. The score is minus the mean rank over the rounds, 0 for one that was
-    the best in all of them; duplicates share theirs. Where no round gives a ranking, there is none.
+    It uses :func:`~instructgym.rewards.judges.ranking.rank`: candidates are shown in an order drawn from the seed, and
+    those that differ at most in white space are shown once. The score is minus the mean rank over the rounds, 0 for a
+    candidate that was the best in all of them; duplicates share a score. If no round gives a ranking, there is none.
 
     Args:
-        backend: the judge.
-        kind: whether the requests are ``open`` or ``closed``, which have criteria of their own; with ``either`` the
-            judge decides.
+        backend: the judge LLM.
+        kind: kind of the requests, which sets the criteria: ``open`` (many responses can be good), ``closed`` (there is
+            a right answer) or ``either`` (the judge decides).
         rounds: how often candidates are ranked, each time shown in another order.
-        own_answer: the judge first answers the request itself, and its answer is ranked among the candidates
-            (``added`` and ``added_scores`` of the result). Where it gives none, there is no ranking.
-        answer_tokens: of its own answer at most.
+        own_answer: let the judge answer the request first and rank its answer among the candidates (``added`` and
+            ``added_scores`` of the result). If it gives no answer, there is no ranking.
+        answer_tokens: maximum number of tokens of the judge's own answer.
 
     Raises:
         ValueError: for fewer than one round, an unknown kind or fewer than one token.
-        InputError: when ranking, for more candidates than the prompt's form takes.
+        InputError: when ranking, for more candidates than a request in the backend's form can hold.
     """
 
     name = "contextual"
@@ -58,40 +58,45 @@ class ContextualRanker(Ranker):
         return self.rounds + self.own_answer
 
     def _rank(self, groups: Sequence[Sequence[Sample]]) -> list[CandidateScores]:
-        for group in groups:  # before anything is paid for
+        # Refuse groups that are too large before the first request is spent.
+        for group in groups:
             distinct, _ = distinct_texts([sample.response for sample in group])
             check_count(self.backend.prompt_style, len(distinct) + self.own_answer)
         temperature = temperature_for([sample for group in groups for sample in group])
         answers = self._answers([group[0] for group in groups], temperature) if self.own_answer else [""] * len(groups)
-        asked = {}
+        # A single text needs no ranking; a group whose own answer failed gets none.
+        questions = {}
         for row, (group, answer) in enumerate(zip(groups, answers, strict=True)):
             texts = tuple(sample.response for sample in group)
             if isinstance(answer, str) and len(group) + self.own_answer > 1:
                 texts += (answer,) if self.own_answer else ()
-                asked[row] = RankingQuestion(group[0].prompt, texts, group[0].seed, self.kind)
-        found = dict(zip(asked, rank(self.backend, list(asked.values()), self.rounds, temperature), strict=True))
+                questions[row] = RankingQuestion(group[0].prompt, texts, group[0].seed, self.kind)
+        verdicts = dict(
+            zip(questions, rank(self.backend, list(questions.values()), self.rounds, temperature), strict=True)
+        )
         results = []
         for row, (group, answer) in enumerate(zip(groups, answers, strict=True)):
-            calls = int(self.own_answer) + (found[row].calls if row in found else 0)
+            calls = int(self.own_answer) + (verdicts[row].calls if row in verdicts else 0)
             if isinstance(answer, BackendError):
                 results.append(CandidateScores.invalid(len(group), f"the judge's own answer: {answer}", calls))
-            elif row not in found:
+            elif row not in verdicts:
                 results.append(CandidateScores(np.zeros(len(group)), calls=calls, feedback="the only candidate"))
-            elif (ranks := found[row].ranks) is None:
-                results.append(CandidateScores.invalid(len(group), found[row].why, calls))
+            elif (ranks := verdicts[row].ranks) is None:
+                results.append(CandidateScores.invalid(len(group), verdicts[row].why, calls))
             else:
-                # 0 - rank: minus zero would print oddly.
+                # Not -rank: the best rank would become -0.0, which prints oddly.
                 scores = 0.0 - np.array(ranks)
                 own = (answer,) if self.own_answer else ()
-                agreement = found[row].agreement
+                agreement = verdicts[row].agreement
                 feedback = "" if agreement is None else f"agreement of the rounds {agreement:.3g}"
                 results.append(CandidateScores(scores[: len(group)], True, calls, feedback, own, scores[len(group) :]))
         return results
 
     def _answers(self, samples: Sequence[Sample], temperature: float) -> list[str | BackendError]:
-        """The judge's own answer to each sample's prompt."""
+        """Returns the judge's own answer to each sample's prompt."""
         style = self.backend.prompt_style
         prompts = [request_prompt(style, sample.prompt) for sample in samples]
+        # A completion model could go on with the next request.
         stop = () if style == "chat" else ("\nRequest:",)
         samplings = [
             Sampling(self.answer_tokens, temperature, stop=stop, seed=request_seed(sample.seed, "own answer"))

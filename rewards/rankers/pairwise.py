@@ -1,7 +1,8 @@
-"""Pairwise ranking prompting (arXiv 2306.17563): an order from a judge that compares two at a time.
+"""Pairwise ranking prompting (arXiv 2306.17563): ranking by a judge that compares two candidates at a time.
 
-A schedule is a generator: it yields pairs to compare, is sent for each one what the first of the pair is worth (1, 1/2
-for a tie, 0), and returns the scores. So the schedules of many prompts run side by side, one backend call per step.
+A schedule is a generator: it yields pairs to compare, is sent the outcome of each pair (1 if its first candidate is
+better, 0 if its second is, 1/2 for a tie), and returns the scores. This lets the schedules of many prompts run side by
+side, with one backend call per step.
 """
 
 from __future__ import annotations
@@ -21,17 +22,20 @@ from ..judges.verdict import VerdictMode, check_mode, temperature_for
 from .base import CandidateScores, Ranker
 
 Method = Literal["all", "heapsort", "sliding"]
-"""Which pairs are compared."""
+"""Which pairs are compared; see :class:`PairwiseRanker`."""
 
 Schedule: TypeAlias = Generator[list[tuple[int, int]], list[float], np.ndarray]
-"""Yields pairs of different candidates, is sent their outcomes, returns float64 scores, shape (n,)."""
+"""A generator that yields pairs of different candidates, is sent their outcomes and returns float64 scores, shape
+(n,)."""
 
 _Known: TypeAlias = dict[tuple[int, int], float]
+"""Outcomes so far by pair (i, j) with i < j: the value of i."""
 _Answer: TypeAlias = Generator[list[tuple[int, int]], list[float], bool]
+"""A part of a schedule that returns whether one candidate is above another."""
 
 
 def all_pairs(count: int) -> Schedule:
-    """Compares all n(n - 1) / 2 pairs; the score is the number of wins, a tie counting a half."""
+    """Compares all n(n - 1) / 2 pairs; the score is the number of wins, where a tie counts 1/2."""
     pairs = list(combinations(range(count), 2))
     outcomes = yield pairs
     wins = np.zeros(count)
@@ -42,9 +46,10 @@ def all_pairs(count: int) -> Schedule:
 
 
 def heapsort(count: int) -> Schedule:
-    """Sorts by a heap, in O(n log n) comparisons; the score is minus the place."""
+    """Sorts with a heap, in O(n log n) comparisons; the score is minus the place."""
     known: _Known = {}
     heap = list(range(count))
+    # Build a heap with the best candidate at its root, then take the root until the heap is empty.
     for root in reversed(range(count // 2)):
         yield from _sift(known, heap, root)
     order = []
@@ -58,30 +63,31 @@ def heapsort(count: int) -> Schedule:
 
 
 def sliding(count: int, passes: int) -> Schedule:
-    """Bubbles the best up, pass by pass, in at most passes x (n - 1) comparisons; the score is minus the place.
+    """Moves the best to the top, pass by pass, in at most passes x (n - 1) comparisons; the score is minus the place.
 
-    Each pass settles one more place from the top. The candidates below share one place: their order is partly that in
-    which they came, which means nothing where they were sampled alike.
+    Each pass settles one more place from the top, as in bubble sort. The candidates below the settled places share one
+    place: their order is partly the input order, which means nothing if all were sampled in the same way.
     """
     known: _Known = {}
     order = list(range(count))
     for top in range(min(passes, count - 1)):
-        for at in range(count - 2, top - 1, -1):
-            if (yield from _above(known, order[at + 1], order[at])):
-                order[at], order[at + 1] = order[at + 1], order[at]
+        for index in range(count - 2, top - 1, -1):
+            if (yield from _above(known, order[index + 1], order[index])):
+                order[index], order[index + 1] = order[index + 1], order[index]
     return _levels(order, known, min(passes, count))
 
 
 def _above(known: _Known, i: int, j: int) -> _Answer:
-    """Whether i stands above j: it won, or it tied and came first. No pair is asked about twice."""
+    """Returns whether i ranks above j: it won, or it tied and has the lower index. No pair is compared twice."""
     pair = (min(i, j), max(i, j))
     if pair not in known:
-        [known[pair]] = yield [pair]
+        [known[pair]] = yield [pair]  # one pair per step: the next one depends on its outcome
     outcome = known[pair] if i < j else 1 - known[pair]
     return outcome > 0.5 or (outcome == 0.5 and i < j)
 
 
 def _sift(known: _Known, heap: list[int], root: int) -> Generator[list[tuple[int, int]], list[float], None]:
+    """Moves the candidate at ``root`` down until no child is above it."""
     while (child := 2 * root + 1) < len(heap):
         if child + 1 < len(heap) and (yield from _above(known, heap[child + 1], heap[child])):
             child += 1
@@ -92,36 +98,43 @@ def _sift(known: _Known, heap: list[int], root: int) -> Generator[list[tuple[int
 
 
 def _levels(order: Sequence[int], known: _Known, settled: int) -> np.ndarray:
-    """Minus the place of each candidate, given their order from the best.
+    """Returns minus the place of each candidate, from their order.
 
-    Neighbours share a place where their comparison was a tie. (A sort has compared all neighbours of its order, if the
-    judge does not contradict itself; where it does and they were not compared, the order stands.) From place
-    ``settled`` on, candidates share the next place, but for those that tie with the last settled one.
+    Neighbours share a place if their comparison was a tie. (A sort has compared all neighbours of its order, unless the
+    judge contradicts itself; neighbours that were not compared keep their order.) From position ``settled`` on,
+    candidates share the next place, except those that tie with the last settled one.
+
+    Args:
+        order: candidates from the best to the worst.
+        known: outcomes of the comparisons so far.
+        settled: number of leading candidates whose order is settled.
     """
     scores = np.zeros(len(order))
     level, open_end = 0, False
-    for at in range(1, len(order)):
-        pair = (min(order[at - 1], order[at]), max(order[at - 1], order[at]))
+    for index in range(1, len(order)):
+        pair = (min(order[index - 1], order[index]), max(order[index - 1], order[index]))
         tied = known.get(pair) == 0.5
         if not open_end and not tied:
             level += 1
-            open_end = at >= settled
-        scores[order[at]] = -level
+            # The first place below the settled ones is the last: all that follow share it.
+            open_end = index >= settled
+        scores[order[index]] = -level
     return scores
 
 
 class PairwiseRanker(Ranker):
-    """Ranks by comparing two candidates at a time, each pair in both orders; where these disagree, it is a tie.
+    """Ranks by comparing two candidates at a time, each pair in both orders; if these disagree, the pair is a tie.
 
-    Candidates that differ at most in white space are compared once and share a score. Where a comparison has no
-    outcome, there is no ranking, and no more is asked about that prompt.
+    Candidates that differ at most in white space are compared as one and share a score. If a comparison has no outcome,
+    there is no ranking, and no more requests are made for that prompt.
 
     Args:
-        backend: the judge.
-        method: ``all``: every pair, n(n - 1) / 2 comparisons, the score being the wins; ``heapsort``: O(n log n), the
-            score being minus the place; ``sliding``: ``passes`` passes that each bring the best of the rest to the top,
-            at most passes x (n - 1), the candidates below sharing the last place.
-        passes: of ``sliding``.
+        backend: the judge LLM.
+        method: ``all``: every pair, n(n - 1) / 2 comparisons, the score is the number of wins; ``heapsort``:
+            O(n log n) comparisons, the score is minus the place; ``sliding``: ``passes`` passes that each move the best
+            of the rest to the top, at most passes x (n - 1) comparisons, the score is minus the place, and the
+            candidates below share the last place.
+        passes: number of passes of ``sliding``; other methods ignore it.
         mode: see :data:`~instructgym.rewards.judges.verdict.VerdictMode`.
 
     Raises:
@@ -143,70 +156,75 @@ class PairwiseRanker(Ranker):
         self.method, self.passes, self.mode = method, passes, mode
 
     def most_comparisons(self, count: int) -> int:
-        """Comparisons that a ranking of so many candidates takes at most."""
-        every = count * (count - 1) // 2
+        """Returns the maximum number of comparisons that a ranking of ``count`` candidates takes."""
+        pairs = count * (count - 1) // 2
         if self.method == "all":
-            return every
+            return pairs
         if self.method == "sliding":
             return sum(count - 1 - top for top in range(min(self.passes, count - 1)))
-        # A heap is built by fewer than 2n comparisons, and one of m takes 2 floor(log2 m) to sift its root down.
-        return min(every, 2 * count + sum(2 * (size.bit_length() - 1) for size in range(1, count)))
+        # Building a heap takes fewer than 2n comparisons; sifting down the root of a heap of m takes 2 floor(log2 m).
+        # No pair is compared twice, so the number of pairs is a limit as well.
+        return min(pairs, 2 * count + sum(2 * (size.bit_length() - 1) for size in range(1, count)))
 
     def most_calls(self, count: int) -> int:
         return 2 * self.most_comparisons(count)
 
     def _rank(self, groups: Sequence[Sequence[Sample]]) -> list[CandidateScores]:
-        start = {"all": all_pairs, "heapsort": heapsort, "sliding": partial(sliding, passes=self.passes)}[self.method]
-        runs = [_Run(group, start) for group in groups]
+        new_schedule = {"all": all_pairs, "heapsort": heapsort, "sliding": partial(sliding, passes=self.passes)}[
+            self.method
+        ]
+        runs = [_Run(group, new_schedule) for group in groups]
         temperature = temperature_for([sample for group in groups for sample in group])
+        # One step of all unfinished schedules per backend call: within a schedule, a pair depends on earlier outcomes.
         while any(run.pairs for run in runs):
-            asked = [pair for run in runs for pair in run.questions()]
-            found = iter(compare(self.backend, asked, self.mode, temperature))
+            pairs = [pair for run in runs for pair in run.questions()]
+            comparisons = iter(compare(self.backend, pairs, self.mode, temperature))
             for run in runs:
-                run.take([next(found) for _ in run.pairs])
+                run.take([next(comparisons) for _ in run.pairs])
         return [run.result() for run in runs]
 
 
 class _Run:
-    """The schedule of one prompt."""
+    """The running schedule of one prompt's candidates."""
 
     def __init__(self, group: Sequence[Sample], start: Any) -> None:
         self.first = group[0]
         self.texts, self.twins = distinct_texts([sample.response for sample in group])
         self.schedule: Schedule = start(len(self.texts))
         self.pairs: list[tuple[int, int]] = []
-        """Whose comparison it waits for; none once it has ended."""
+        """Pairs that the schedule waits for; empty when it has ended."""
         self.scores = np.zeros(len(self.texts))
         self.calls, self.why = 0, ""
         if len(self.texts) > 1:
             self.pairs = next(self.schedule)
 
     def questions(self) -> list[Pair]:
-        """What is to be compared now."""
+        """Returns the pairs of texts to compare in this step."""
         return [
             Pair(self.texts[i], self.texts[j], self.first.prompt, request_seed(self.first.seed, "pair", i, j))
             for i, j in self.pairs
         ]
 
     def take(self, found: Sequence[Comparison]) -> None:
-        """Goes on with what came of them."""
+        """Continues the schedule with the comparisons of its pairs, in order; one without outcome ends it."""
         if not self.pairs:
             return
         self.calls += sum(comparison.calls for comparison in found)
         values = []
         for (i, j), comparison in zip(self.pairs, found, strict=True):
             if comparison.outcome is None:
+                # The message names the first candidates with these texts.
                 self.why = f"comparison of candidates {self.twins.index(i)} and {self.twins.index(j)}: {comparison.why}"
                 self.pairs = []
                 return
             values.append(OUTCOME_VALUES[comparison.outcome])
         try:
             self.pairs = self.schedule.send(values)
-        except StopIteration as end:
-            self.pairs, self.scores = [], end.value
+        except StopIteration as finished:
+            self.pairs, self.scores = [], finished.value
 
     def result(self) -> CandidateScores:
-        """What it came to."""
+        """Returns the scores of all candidates, or an invalid result if a comparison had no outcome."""
         if self.why:
             return CandidateScores.invalid(len(self.twins), self.why, self.calls)
         return CandidateScores(self.scores[self.twins], calls=self.calls)
