@@ -220,6 +220,13 @@ class ProcessVectorEnv(HasPartSpec, VectorEnv[Any, Any, np.ndarray], Generic[Pro
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
         """Starts an episode in every copy, or in those of ``options["reset_mask"]``."""
+        infos = self.start(seed=seed, options=options)
+        return self._batch(self._observations()), infos
+
+    def start(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Does what :meth:`reset` does but for the observations, which are not built, and returns the infos."""
         options = dict(options or {})
         check_options(options)
         chosen = self._reset_mask(options.pop("reset_mask", None))
@@ -236,7 +243,7 @@ class ProcessVectorEnv(HasPartSpec, VectorEnv[Any, Any, np.ndarray], Generic[Pro
         for copy, info in zip(copies, self.process.begin(copies, options), strict=True):
             infos = self._add_info(infos, info, copy)
         self._done[chosen] = False
-        return self._batch(self._observations()), infos
+        return infos
 
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Steps all copies; rewards are float64, shape (num_envs,)."""

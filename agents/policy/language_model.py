@@ -162,7 +162,7 @@ class LanguageModelPolicy:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int] | np.ndarray],
         sampling: Sampling | Sequence[Sampling],
         choices: Sequence[Choices | None] | None = None,
         eos: frozenset[int] | None = None,
@@ -226,7 +226,7 @@ class LanguageModelPolicy:
         allowed: Sequence[Sequence[np.ndarray] | None],
     ) -> torch.Tensor:
         """float32, shape (tokens,): log-probs by the reference policy."""
-        with self._reference() as lm:
+        with self.reference_model() as lm:
             return self._head(lm, response_hidden(lm, prompts, responses), responses, allowed, False)[0]
 
     @torch.no_grad()
@@ -234,7 +234,7 @@ class LanguageModelPolicy:
         """Shape (tokens, d): the reference policy's last hidden states that predict the response tokens."""
         if self.reference == "none":
             raise InputError("this policy has no reference policy to compare with")
-        with self._reference() as lm:
+        with self.reference_model() as lm:
             return response_hidden(lm, prompts, responses)
 
     def compare(
@@ -260,7 +260,7 @@ class LanguageModelPolicy:
         """
         if reference_hidden is None:
             reference_hidden = self.reference_hidden(prompts, responses)
-        with self._reference() as lm:
+        with self.reference_model() as lm:
             reference_head = OutputLayer.of(lm)
         with self.adapter(POLICY, torch.is_grad_enabled()) as lm, autocast(self.lm, self.dtype):
             hidden = response_hidden(lm, prompts, responses)
@@ -269,7 +269,8 @@ class LanguageModelPolicy:
             return compared_tokens(hidden, head, reference_hidden, reference_head, ids, scale)
 
     @contextmanager
-    def _reference(self) -> Iterator[CausalLM]:
+    def reference_model(self) -> Iterator[CausalLM]:
+        """The reference policy's model, for this thread alone, in the arithmetic of the policy."""
         with self.adapter(self.reference.partition(":")[2] or None) as lm, autocast(self.lm, self.dtype):
             yield lm
 

@@ -11,10 +11,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from ...llm_backends import request_seed
 from ...llm_backends.errors import InputError, check_at_least_zero
 from ..policy.language_model import TokenScores
-from ..policy.optimization import TrainingDivergedError
 from ..rollouts.agent import RolloutAgent, RolloutSettings
 from ..rollouts.batch import TokenBatch
 
@@ -211,11 +209,10 @@ class OnPolicyAgent(RolloutAgent):
         sums: dict[str, float] = {}
         count, steps, skipped, norms = 0.0, 0, self.optimizer.skipped, 0.0
         scale = self._token_scale(batch) * batch.loss_mask
-        for epoch in range(self.settings.epochs):
+        for epoch, minibatches in self._epochs(len(batch)):
+            epochs = epoch + 1
             epoch_kl = np.zeros(2)
-            generator = np.random.default_rng(request_seed(self.seed, "minibatches", self.updates, epoch))
-            order = generator.permutation(len(batch)) if self.settings.minibatches > 1 else np.arange(len(batch))
-            for episodes in np.array_split(order, self.settings.minibatches):
+            for episodes in minibatches:
                 total = float(self.processes.total(np.array([scale[batch.rows(episodes)].sum()]))[0])
                 for members in batch.micro_batches(episodes, self.settings.token_budget):
                     rows = batch.rows(members)
@@ -237,18 +234,13 @@ class OnPolicyAgent(RolloutAgent):
                             sums[name] = sums.get(name, 0.0) + float((values.float() * micro.mask).sum())
                         count += float(micro.mask.sum())
                         epoch_kl += [float((metrics["approx_kl"] * micro.mask).sum()), float(micro.mask.sum())]
-                self.processes.add_gradients(self.optimizer.parameters.values())
-                norms += self.optimizer.step()
+                norms += self._optimizer_step()
                 steps += 1
             drift = self.processes.total(epoch_kl)
             if self.settings.target_kl and drift[0] > 1.5 * self.settings.target_kl * max(drift[1], 1):
                 break
-        if self.optimizer.skipped - skipped == steps:
-            raise TrainingDivergedError(
-                f"no optimiser step of update {self.updates} had a finite gradient: lower the learning rate "
-                f"({self.optimizer.learning_rate:g}) or train in float32"
-            )
-        self._log_training(sums, count, steps, norms, epoch + 1)
+        self._end_training(steps, skipped)
+        self._log_training(sums, count, steps, norms, epochs)
 
     def _log_training(self, sums: dict[str, float], count: float, steps: int, norms: float, epochs: int) -> None:
         rows = self.processes.gather(sums | {"count": count})
@@ -257,8 +249,6 @@ class OnPolicyAgent(RolloutAgent):
             self.logger.record(f"train/{name}", sum(row.get(name, 0.0) for row in rows) / tokens)
         self.logger.record("train/grad_norm", norms / steps)
         self.logger.record("train/epochs", epochs)
-        self.logger.record("train/learning_rate", self.optimizer.learning_rate)
-        self.logger.record("train/skipped_steps", self.optimizer.skipped)
         self.kl.update(*self._kl_observed)
 
     def _tensors(self, batch: TokenBatch, rows: np.ndarray, scale: np.ndarray) -> MicroBatch:

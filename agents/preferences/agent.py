@@ -9,9 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ...llm_backends import request_seed
 from ...llm_backends.errors import InputError, check_at_least_zero
-from ..policy.optimization import TrainingDivergedError
 from ..rollouts.agent import RolloutAgent, RolloutSettings
 from ..rollouts.batch import TokenBatch
 from .losses import LOSSES
@@ -98,7 +96,7 @@ class RankingAgent(RolloutAgent):
 
     def _check_env(self) -> None:
         super()._check_env()
-        if self.settings.needs_references and not getattr(self.env, "has_references", True):
+        if self.settings.needs_references and not self.env.has_references:
             loss = self.settings.loss
             raise InputError(
                 f"the loss {loss} needs reference responses and some examples of this env have none: give them a "
@@ -121,7 +119,7 @@ class RankingAgent(RolloutAgent):
             TrainingDivergedError: after ten optimiser steps in a row without a finite gradient.
         """
         silent, self._fitting = self.trainer.logger, True
-        self.trainer.steps = self.trainer._done
+        self.trainer.steps = self.trainer.steps_before
         self.trainer.set_logger(self.logger)
         try:
             self.trainer.fit(lists, None if callback is None else lambda _: callback(self))
@@ -137,15 +135,15 @@ class RankingAgent(RolloutAgent):
     def update(self, progress: float = 0.0) -> None:
         if self.settings.refresh_reference and self.updates % self.settings.refresh_reference == 0:
             self.policy.freeze_reference(PREVIOUS)
-        self._fitting, self.trainer._done = False, 0
+        self._fitting, self.trainer.steps_before = False, 0
         super().update(progress)
 
     def _improve(self, batch: TokenBatch) -> None:
         begun = time.perf_counter()
         lists, sampled = self._ranked(batch)
         for number, one in enumerate(lists):
-            self.trainer._check(one, f"list {number} of update {self.updates}")
-        prepared = [self.trainer._prepare(one) for one in lists]
+            self.trainer.check(one, f"list {number} of update {self.updates}")
+        prepared = [self.trainer.prepare(one) for one in lists]
         chosen = [k for k, one in enumerate(prepared) if one.pairs]
         self.logger.record("train/pairs", sum(one.pairs for one in prepared))
         self.logger.record("train/lists_without_pairs", len(prepared) - len(chosen))
@@ -190,22 +188,14 @@ class RankingAgent(RolloutAgent):
     def _train(self, lists: Sequence[PreparedList], sampled: Sequence[np.ndarray]) -> None:
         steps: list[dict[str, float]] = []
         skipped, self.trainer.steps = self.optimizer.skipped, 0
-        for epoch in range(self.settings.epochs):
-            generator = np.random.default_rng(request_seed(self.seed, "minibatches", self.updates, epoch))
-            order = generator.permutation(len(lists)) if self.settings.minibatches > 1 else np.arange(len(lists))
-            for examples in np.array_split(order, min(self.settings.minibatches, len(lists))):
-                steps.append(self.trainer._step(lists, examples))
+        for epoch, minibatches in self._epochs(len(lists), min(self.settings.minibatches, len(lists))):
+            for examples in minibatches:
+                steps.append(self.trainer.train_step(lists, examples))
             if epoch == 0:
                 self._log_kl(lists, sampled)
-        if self.optimizer.skipped - skipped == len(steps):
-            raise TrainingDivergedError(
-                f"no optimiser step of update {self.updates} had a finite gradient: lower the learning rate "
-                f"({self.optimizer.learning_rate:g}) or train in float32"
-            )
+        self._end_training(len(steps), skipped)
         for name in steps[0]:
             self.logger.record(f"train/{name}", float(np.mean([step[name] for step in steps])))
-        self.logger.record("train/learning_rate", self.optimizer.learning_rate)
-        self.logger.record("train/skipped_steps", self.optimizer.skipped)
 
     def _log_kl(self, lists: Sequence[PreparedList], sampled: Sequence[np.ndarray]) -> None:
         """The mean log-ratio of sampler and reference policy, of lists whose reference log-probs are computed here."""
@@ -226,7 +216,8 @@ class RankingAgent(RolloutAgent):
     def _take_state(self, state: Mapping[str, Any]) -> None:
         super()._take_state(state)
         self.trainer.seed = self.seed
-        self.trainer.steps = self.trainer._done = state["fit_steps"]  # a fit that was under way goes on from there
+        # A fit that was under way goes on from there.
+        self.trainer.steps = self.trainer.steps_before = state["fit_steps"]
         self._fitting = state["fit_steps"] > 0
 
 

@@ -184,17 +184,17 @@ class RankingTrainer(SupervisedTrainer):
             TrainingDivergedError: after ten optimiser steps in a row without a finite gradient.
         """
         for number, one in enumerate(lists):
-            self._check(one, f"list {number}")
-        prepared = [self._prepare(one) for one in lists]
+            self.check(one, f"list {number}")
+        prepared = [self.prepare(one) for one in lists]
         self.lists_without_pairs = sum(not one.pairs for one in prepared)
         if self.lists_without_pairs == len(prepared):
             raise InputError("there is nothing to rank: no list has candidates of different rank")
-        self._run(len(prepared), lambda examples: self._step(prepared, examples), callback)
+        self._run(len(prepared), lambda examples: self.train_step(prepared, examples), callback)
         return self
 
     # --- data --------------------------------------------------------------------------------------------------------
 
-    def _check(self, one: TokenizedRankedList, name: str) -> None:
+    def check(self, one: TokenizedRankedList, name: str) -> None:
         loss, limit, vocabulary = self.settings.loss, self.policy.lm.context_length, len(self.policy.lm.tokenizer)
         if not len(one.prompt):
             raise InputError(f"{name} has an empty prompt: give it at least one token")
@@ -228,7 +228,7 @@ class RankingTrainer(SupervisedTrainer):
         if one.reference is None and self.settings.weight and self.settings.imitate == "reference":
             raise InputError(f"{name} has no reference response to imitate: give one, or set imitate or mle_weight=0")
 
-    def _prepare(self, one: TokenizedRankedList) -> PreparedList:
+    def prepare(self, one: TokenizedRankedList) -> PreparedList:
         count, imitate = len(one.candidates), self.settings.imitate if self.settings.weight else ""
         responses, ranks = [np.asarray(c, np.int32) for c in one.candidates], one.order()
         imitated = np.full(count, imitate == "all") | ((imitate == "best") & (ranks == 0))
@@ -262,7 +262,7 @@ class RankingTrainer(SupervisedTrainer):
 
     # --- training ----------------------------------------------------------------------------------------------------
 
-    def _step(self, lists: Sequence[PreparedList], examples: np.ndarray) -> dict[str, float]:
+    def train_step(self, lists: Sequence[PreparedList], examples: np.ndarray) -> dict[str, float]:
         """An optimiser step on some of the lists; returns its metrics."""
         ranked = sum(lists[i].pairs > 0 for i in examples)
         pairs, tokens = sum(lists[i].pairs for i in examples), sum(lists[i].tokens for i in examples)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -15,12 +15,13 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 
 from ...envs.process import InvalidRewardRateError
+from ...envs.tokens.env import FastPathEnv, missing_members
 from ...llm_backends import Completion, Sampling, request_seed
 from ...llm_backends.errors import InputError, check_at_least_zero
 from ...llm_backends.local.sampling import Choices
 from ..policy.checkpoints import POLICY_FOLDER, STATE, policy_from, read_checkpoint, read_state, write_checkpoint
 from ..policy.language_model import LanguageModelPolicy
-from ..policy.optimization import Optimizer, OptimizerSettings, Processes
+from ..policy.optimization import Optimizer, OptimizerSettings, Processes, TrainingDivergedError
 from .batch import RolloutStatistics, TokenBatch, collect
 from .engine import RolloutEngine
 
@@ -54,8 +55,8 @@ class RolloutAgent(ABC):
     """An agent that learns from its own episodes.
 
     Args:
-        env: a vector env with the fast path (:class:`~instructgym.envs.tokens.env.TokenVectorEnv`), in autoreset
-            mode ``DISABLED``; wrappers are looked through.
+        env: a vector env with the fast path (:class:`~instructgym.envs.tokens.env.FastPathEnv`), in autoreset mode
+            ``DISABLED``; the env inside wrappers is used.
         policy: a :class:`LanguageModelPolicy`, or the name, path or hub id of a model.
         seed: of everything that is drawn: episodes' order, tokens, minibatches.
         engine: what writes the episodes, e.g. a :class:`~instructgym.agents.rollouts.engine.VLLMEngine`; by default the
@@ -86,7 +87,8 @@ class RolloutAgent(ABC):
             self.settings: Any = self.settings_class(**options) if settings is None else settings
         except TypeError as error:
             raise InputError(f"{type(self).__name__}: {error}") from error
-        self.env, self.seed = getattr(env, "unwrapped", env), seed
+        self.env: FastPathEnv = getattr(env, "unwrapped", env)
+        self.seed = seed
         self._check_env()
         if isinstance(policy, str):
             policy = LanguageModelPolicy(policy, value="shared" if self.needs_values else "none", seed=seed)
@@ -113,22 +115,24 @@ class RolloutAgent(ABC):
         """The seed of the next reset; None goes on."""
 
     def _check_env(self) -> None:
-        """What can be refused before a model is loaded."""
-        for method in ("prompts", "play_async", "play_wait", "generation"):
-            if not hasattr(self.env, method):
-                raise InputError(f"{type(self.env).__name__} has no {method}: token-level agents need a TokenVectorEnv")
-        if self.needs_groups and getattr(self.env, "group_size", 2) < 2:
+        """Refuses an env that does not fit, before a model is loaded."""
+        if missing := missing_members(self.env):
+            raise InputError(
+                f"{type(self.env).__name__} has no {missing[0]}: token-level agents need a TokenVectorEnv, or an env "
+                "with all members of instructgym.envs.tokens.env.FastPathEnv"
+            )
+        if self.needs_groups and self.env.group_size < 2:
             raise InputError(f"{self.name} compares samples of one prompt: make the env with group_size above 1")
 
     def _check_fit(self) -> None:
         generation, lm = self.env.generation, self.policy.lm
-        words = self.env.tokenizer.hf.get_vocab() if hasattr(self.env, "tokenizer") else lm.tokenizer.get_vocab()
+        words = self.env.tokenizer.hf.get_vocab()
         if len(lm.tokenizer) != generation.vocabulary or lm.tokenizer.get_vocab() != words:
             raise InputError(
                 f"{lm.name} has {len(lm.tokenizer)} tokens, the env counts {generation.vocabulary} of "
                 f"{generation.tokenizer}: give the env the model's own tokenizer"
             )
-        if getattr(self.env, "autoreset_mode", AutoresetMode.DISABLED) is not AutoresetMode.DISABLED:
+        if self.env.autoreset_mode is not AutoresetMode.DISABLED:
             mode = self.env.autoreset_mode.value
             raise InputError(f"token-level agents need autoreset_mode='Disabled', got {mode!r}")
         if lm.context_length < generation.context_length:
@@ -196,7 +200,7 @@ class RolloutAgent(ABC):
             self.settings.rollout_batches,
             self.sampling,
             request_seed(self.seed, "rollout", self.updates),
-            self.processes.share(self.env.num_envs, getattr(self.env, "group_size", 1)),
+            self.processes.share(self.env.num_envs, self.env.group_size),
             self._env_seed,
         )
         self._env_seed = None
@@ -241,6 +245,43 @@ class RolloutAgent(ABC):
     @abstractmethod
     def _improve(self, batch: TokenBatch) -> None:
         """Trains on the valid episodes of an update, of which this process may have none."""
+
+    def _epochs(self, count: int, minibatches: int | None = None) -> Iterator[tuple[int, list[np.ndarray]]]:
+        """Yields the number of each epoch over ``count`` items and its minibatches, int64 arrays of item numbers.
+
+        Args:
+            count: items that this process trains on in an update; may be 0.
+            minibatches: optimiser steps per epoch; by default those of the settings. Every process makes as many.
+        """
+        parts = self.settings.minibatches if minibatches is None else minibatches
+        for epoch in range(self.settings.epochs):
+            # The order hangs on the update and the epoch alone: training that is resumed draws the same one.
+            generator = np.random.default_rng(request_seed(self.seed, "minibatches", self.updates, epoch))
+            order = generator.permutation(count) if self.settings.minibatches > 1 else np.arange(count)
+            yield epoch, np.array_split(order, parts)
+
+    def _optimizer_step(self) -> float:
+        """Sums the gradients over processes, takes an optimiser step and returns the gradient's norm."""
+        self.processes.add_gradients(self.optimizer.parameters.values())
+        return self.optimizer.step()
+
+    def _end_training(self, steps: int, skipped: int) -> None:
+        """Records the optimiser's state after the ``steps`` of an update.
+
+        Args:
+            steps: optimiser steps of the update.
+            skipped: ``optimizer.skipped`` before them.
+
+        Raises:
+            TrainingDivergedError: if none of them had a finite gradient.
+        """
+        if self.optimizer.skipped - skipped == steps:
+            raise TrainingDivergedError(
+                f"no optimiser step of update {self.updates} had a finite gradient: lower the learning rate "
+                f"({self.optimizer.learning_rate:g}) or train in float32"
+            )
+        self.logger.record("train/learning_rate", self.optimizer.learning_rate)
+        self.logger.record("train/skipped_steps", self.optimizer.skipped)
 
     # --- acting ------------------------------------------------------------------------------------------------------
 

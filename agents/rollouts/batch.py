@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from ...envs.tokens.env import FastPathEnv
 from ...llm_backends import Sampling, request_seed
 from ...llm_backends.local.causal_lm import token_budget_chunks
-from ...llm_backends.local.sampling import Choices
 from ...llm_backends.training.teacher_forcing import common_prefix
 from ..policy.language_model import LanguageModelPolicy
 from .engine import RolloutEngine
@@ -135,7 +135,7 @@ class RolloutStatistics:
 
 def collect(
     writer: LanguageModelPolicy | RolloutEngine,
-    env: Any,
+    env: FastPathEnv,
     batches: int,
     sampling: Sampling,
     seed: int,
@@ -148,8 +148,7 @@ def collect(
 
     Args:
         writer: the policy, or an engine that has its weights.
-        env: a vector env with the fast path (``prompts``, ``play_async``, ``play_wait``), in autoreset mode
-            ``DISABLED``.
+        env: a vector env with the fast path, in autoreset mode ``DISABLED``.
         batches: resets of the env.
         sampling: its seed is replaced by one per episode.
         seed: from which the episodes' seeds are derived.
@@ -164,7 +163,7 @@ def collect(
     pending: list[dict[str, Any]] | None = None
     begun = time.perf_counter()
     for number in range(batches):
-        env.reset(seed=env_seed if number == 0 else None)
+        env.start(seed=env_seed if number == 0 else None)
         drafts = _write(writer, env, sampling, request_seed(seed, number), local_envs, number)
         if pending is not None:
             statistics.waited += _finish(env, pending, kept, statistics)
@@ -180,14 +179,14 @@ def collect(
 
 def _write(
     writer: LanguageModelPolicy | RolloutEngine,
-    env: Any,
+    env: FastPathEnv,
     sampling: Sampling,
     seed: int,
     local_envs: np.ndarray,
     number: int,
 ) -> list[dict[str, Any]]:
     prompts = env.prompts()
-    constraints: list[Choices | None] = env.constraints() if hasattr(env, "constraints") else [None] * len(prompts)
+    constraints = env.constraints()
     copies = np.flatnonzero(local_envs)
     completions = writer.generate(
         [prompts[i] for i in copies],
@@ -209,7 +208,9 @@ def _write(
     return drafts
 
 
-def _finish(env: Any, drafts: list[dict[str, Any]], kept: list[dict[str, Any]], statistics: RolloutStatistics) -> float:
+def _finish(
+    env: FastPathEnv, drafts: list[dict[str, Any]], kept: list[dict[str, Any]], statistics: RolloutStatistics
+) -> float:
     """Takes the outcome of a play; returns the seconds spent waiting for it."""
     started = time.perf_counter()
     played = env.play_wait()

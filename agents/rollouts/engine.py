@@ -36,7 +36,7 @@ class RolloutEngine(Protocol):
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int] | np.ndarray],
         sampling: Sampling | Sequence[Sampling],
         choices: Sequence[Choices | None] | None = None,
         eos: frozenset[int] | None = None,
@@ -179,7 +179,7 @@ class VLLMEngine:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int] | np.ndarray],
         sampling: Sampling | Sequence[Sampling],
         choices: Sequence[Choices | None] | None = None,
         eos: frozenset[int] | None = None,

@@ -110,7 +110,7 @@ def reference_logits(
     policy: LanguageModelPolicy, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]
 ) -> ChosenLogits:
     """Likewise of the policy's reference; without a gradient."""
-    with policy._reference() as lm:
+    with policy.reference_model() as lm:
         return _logits(policy, lm, prompts, responses)
 
 

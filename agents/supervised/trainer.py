@@ -56,7 +56,8 @@ class SupervisedTrainer(ABC):
         """Optimiser steps of this ``fit``."""
         self.loss = float("nan")
         """Of the last step, in nats."""
-        self._done = 0
+        self.steps_before = 0
+        """Steps of the next ``fit`` that a checkpoint holds already, and that it passes over."""
 
     def set_logger(self, logger: Logger) -> None:
         """Sends metrics to another logger."""
@@ -71,7 +72,7 @@ class SupervisedTrainer(ABC):
             TrainingDivergedError: after ten optimiser steps in a row without a finite gradient.
         """
         self.processes.broadcast(self._trained.parameters().values())
-        done, self._done = self._done, 0  # after :meth:`restore` the steps before are passed over
+        done, self.steps_before = self.steps_before, 0
         self.steps = done
         size, epochs = self.settings.batch_size, self.settings.epochs
         per_epoch = -(-count // size)
@@ -134,7 +135,7 @@ class SupervisedTrainer(ABC):
             InputError: if the checkpoint is missing, broken, or of another agent.
         """
         state = read_checkpoint(folder, self._load, self.optimizer, self.name)
-        self.steps = self._done = state["steps"]
+        self.steps = self.steps_before = state["steps"]
         self.loss = state["loss"]
 
     @abstractmethod

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from gymnasium.vector import AutoresetMode
@@ -131,6 +131,67 @@ class TokenEnv(TokenParts, ProcessEnv[TokenProcess, TokenObservation]):
         return self.process.render(0) if self.render_mode == "ansi" else None
 
 
+@runtime_checkable
+class FastPathEnv(Protocol):
+    """What token-level agents ask of a vector env: whole responses in, rewards per token out.
+
+    :class:`TokenVectorEnv` is one; an env of your own that has these members is as good.
+    """
+
+    num_envs: int
+    """Copies."""
+    autoreset_mode: AutoresetMode
+    """``DISABLED`` for training: an episode that has ended waits for :meth:`start`."""
+
+    @property
+    def group_size(self) -> int:
+        """That many consecutive copies answer the same prompt; 1 without groups."""
+
+    @property
+    def generation(self) -> GenerationSpec:
+        """What a generator has to know: vocabulary, end-of-sequence tokens, stop strings, most tokens, context."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer whose token ids are the actions."""
+
+    @property
+    def has_references(self) -> bool:
+        """Whether every example has a reference response, ``info["reference"]`` at the end of its episodes."""
+
+    def start(self, *, seed: int | None = None) -> dict[str, Any]:
+        """Starts an episode in every copy without building observations, and returns the infos."""
+
+    def prompts(self) -> list[np.ndarray]:
+        """Returns one int32 array per copy: prompt and the tokens written so far, unpadded."""
+
+    def constraints(self) -> list[Choices | None]:
+        """Returns what each copy may still write; None where any token is allowed or the episode has ended."""
+
+    def play(self, actions: Sequence[Any], mask: np.ndarray | None = None) -> Played:
+        """Writes a sequence of tokens per copy and returns their rewards."""
+
+    def play_async(self, actions: Sequence[Any], mask: np.ndarray | None = None) -> None:
+        """Writes like :meth:`play`, and scores while the caller goes on."""
+
+    def play_wait(self) -> Played:
+        """Returns the outcome of the last :meth:`play_async`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns where the env is in its data, JSON-able."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from :meth:`state_dict`."""
+
+
+def missing_members(env: Any) -> list[str]:
+    """Returns the members of :class:`FastPathEnv` that an env lacks; none for one that agents can train on."""
+    if isinstance(env, FastPathEnv):
+        return []
+    members = [*FastPathEnv.__annotations__, *(name for name in vars(FastPathEnv) if not name.startswith("_"))]
+    return [name for name in members if not hasattr(env, name)]
+
+
 @dataclass(eq=False)
 class Played:
     """The outcome of one play of n copies, the same as that of stepping each through its tokens until it ended."""
@@ -242,12 +303,12 @@ class TokenVectorEnv(TokenParts, ProcessVectorEnv[TokenProcess, TokenObservation
         """That many consecutive copies answer the same prompt."""
         return self.process.settings.group_size
 
-    def reset(
+    def start(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
+    ) -> dict[str, Any]:
         if seed is not None and self._pending is not None:  # a seed makes the reward forget: not while it scores
             self._settle(self._pending)
-        return super().reset(seed=seed, options=options)
+        return super().start(seed=seed, options=options)
 
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Appends one token per copy; rewards are float64, shape (num_envs,)."""
