@@ -75,8 +75,7 @@ def resolve(kind: str, value: Any, **defaults: Any) -> Any:
     """Returns the live part that a user's argument describes.
 
     Args:
-        kind: name of a declared kind: ``"backend"``, ``"embedder"``, ``"tokenizer"``, ``"reward"``, ``"ranker"``,
-            ``"operator"``, ``"prompt-operator"`` or ``"task"``.
+        kind: a kind that :func:`register_kind` has declared, e.g. ``"backend"``, ``"embedder"`` or ``"reward"``.
         value: an id string, ``"module:factory"``, ``{"id": ..., "kwargs": {...}}``, a live part, or a callable.
         defaults: arguments for the factory, passed if it has a parameter of that name and ``kwargs`` does not set it.
 
