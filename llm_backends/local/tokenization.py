@@ -17,7 +17,7 @@ from ..parts import Part
 from .loading import context_length, embedded_model_path, load_tokenizer
 
 PROBE = "A probe: naïve  café, 12.5%\n\tend"
-"""A text whose token ids differ if tokenizers of the same vocabulary treat blanks, digits or special tokens differently."""
+"""A text that tokenizers of one vocabulary encode alike only if they agree on blanks, digits and special tokens."""
 
 
 def prompt_ids(tokenizer: Any, prompt: Prompt, name: str) -> list[int]:
@@ -146,7 +146,7 @@ class Tokenizer(Part):
 
     @cached_property
     def _added_start(self) -> str:
-        """Special token that both the chat template and :meth:`encode` put first, so that it would come twice; or empty."""
+        """Special token that the chat template and :meth:`encode` both put first; empty if they put none twice."""
         text = self._render([{"role": "user", "content": "a"}])
         for start in ("", self.hf.bos_token or ""):
             if self.encode(text.removeprefix(start)) == self.encode_continuation(text):
