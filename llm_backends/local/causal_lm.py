@@ -40,7 +40,7 @@ class _BufferLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes new keys and values after the stored ones and returns views of all, (batch, heads, length, dim) each."""
+        """Writes new keys and values after the stored ones and returns views of all, (batch, heads, length, dim)."""
         end = self.length + key_states.shape[-2]
         self.buffer[0, :, :, self.length : end] = key_states
         self.buffer[1, :, :, self.length : end] = value_states
@@ -161,7 +161,7 @@ class PrefixCache:
             row: its keys and values, shape (layers, 2, heads, len(tokens), head dim).
             apart: whether to store all blocks at once, for a prefix that :meth:`apart` returned.
         """
-        # From the last block to the first, so that a cache that overflows evicts the end of a prefix first. A block that
+        # From the last block to the first, so that an overflowing cache evicts the end of a prefix first. A block that
         # ends with ``tokens`` is stored only if they are a prefix of other prompts (``apart``).
         for end in reversed(range(BLOCK, min(len(tokens) + apart, self.capacity + 1), BLOCK)):
             key = tuple(tokens[:end])
@@ -233,7 +233,7 @@ class CausalLM:
             not layer_types and getattr(config, "sliding_window", None)
         )
         self.logit_scale = _logit_scale(config)
-        # The slice of the last positions is not contiguous; torch would then copy the output layer's weight for each row.
+        # The slice of the last positions is not contiguous; torch would then copy the output layer once per row.
         model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         self.prefix_cache = PrefixCache(prefix_cache_tokens if self.plain_attention else 0)
         self.text_config = config
@@ -389,8 +389,8 @@ class CausalLM:
         Returns:
             float32 logits, shape (batch, vocabulary) for ``keep=1``, else (batch, keep, vocabulary).
         """
-        # Positions count the tokens in the mask, so that padding and gaps take up none. Leading padding would get -1, and
-        # finished rows may run past the context, where a table of absolute position embeddings ends: clamp both.
+        # Positions count the tokens in the mask, so that padding and gaps take up none. Leading padding would get -1,
+        # and finished rows may run past the context, where a table of position embeddings ends: clamp both.
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0, max=self.context_length - 1)[:, -ids.shape[1] :]
         output = self.model(
             input_ids=ids,
