@@ -26,7 +26,7 @@ from ..local.causal_lm import CausalLM
 NAME = "instructgym"
 """Name of the attention in the registries of transformers."""
 
-# Per thread: another thread may sample from the same model while this one trains.
+# Per thread: the kernels of other threads do not change while this one trains.
 _STATE = threading.local()
 
 
@@ -109,12 +109,12 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 def use_training_kernels(model: Any) -> None:
     """Prepares a model, in place, for :func:`training_kernels`, and makes its GELU one operation.
 
-    The attention is replaced only if it is transformers' fused one and the model allows that. Outside the block it still
-    calls the fused one.
+    The attention is replaced only if it is transformers' fused one and the model allows it. Outside the block it calls
+    the fused one.
     """
     for module in model.modules():
         for name, child in module.named_children():
-            if isinstance(child, NewGELUActivation):  # the same function in seven operations, each a pass over memory
+            if isinstance(child, NewGELUActivation):  # the same function, written out in seven operations
                 setattr(module, name, torch.nn.GELU(approximate="tanh"))
     if getattr(model.config, "_attn_implementation", None) == "sdpa" and model._can_set_attn_implementation():
         model.set_attn_implementation(NAME)
@@ -143,7 +143,7 @@ def response_hidden(
     """Returns last hidden states at the positions that predict the response tokens, or at those of the tokens.
 
     Rows are padded on the right, where causality hides padding from the real positions, so no attention mask is needed.
-    A prefix that all prompts share (task description, few-shot header) is read once, and gradients through it are exact.
+    A prefix that all prompts share (task description, few-shot header) is read once; gradients through it are exact.
     Without a common prefix, on a CPU, each prompt with several responses is read once.
 
     Args:
@@ -169,7 +169,7 @@ def response_hidden(
         starts[k] = min(starts[k], len(prompt) - 1)
     prefixes = _prefixes(lm, unique, starts)
     states = _read(lm, unique, prefixes)
-    # Pick the states of the response tokens; columns count from the end of the row's prefix, and a token is predicted one
+    # Pick the states of the response tokens. Columns count from the end of the row's prefix; a token is predicted one
     # column before its own.
     rows = [np.full(len(r), k) for k, r in zip(owners, responses, strict=True)]
     columns = [
@@ -224,8 +224,8 @@ def _read(lm: CausalLM, sequences: Sequence[np.ndarray], prefixes: Sequence[int]
                 setattr(layer, name, states.expand(len(heads), -1, -1, -1) if len(states) == 1 else states[rows])
         lengths, columns = torch.tensor(prefixes, device=lm.device)[:, None], torch.arange(ids.shape[1])
         longest, mask = max(prefixes), None
-        # The cache of a shorter prefix ends in padding between it and the rest: mask it. Positions go on from the prefix's
-        # own length.
+        # The cache of a shorter prefix ends in padding before the rest: mask it. Positions go on from the prefix's own
+        # length.
         if min(prefixes) < longest:
             real = torch.arange(longest, device=lm.device)[None] < lengths
             mask = torch.cat([real, real.new_ones(ids.shape)], dim=1).long()
