@@ -56,8 +56,8 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         rows, weight, a, b, low = ctx.saved_tensors
         gradient = gradients[0].reshape(-1, gradients[0].shape[-1])
-        # Gradient of the low-rank activations x A'. ``low`` holds the scale already, as B's gradient needs it. W and the
-        # bias are frozen: no gradient.
+        # Gradient of the low-rank activations x A'. ``low`` holds the scale already, as B's gradient needs it. W and
+        # the bias are frozen: no gradient.
         low_gradient = (gradient @ b) * ctx.scale
         x_gradient = None
         if ctx.needs_input_grad[0]:

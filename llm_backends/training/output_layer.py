@@ -155,14 +155,14 @@ class _FrozenHead(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, head: OutputLayer, ids: torch.Tensor, scale: float, statistic: _Statistic
     ) -> tuple[torch.Tensor, torch.Tensor]:
         weight, dtype = head.weight, torch.promote_types(hidden.dtype, torch.float32)
-        chosen, values = (hidden.new_empty(len(hidden), dtype=dtype) for _ in range(2))
+        chosen_logprobs, values = (hidden.new_empty(len(hidden), dtype=dtype) for _ in range(2))
         needs_gradient = ctx.needs_input_grad[0]
         # Gradients by the hidden states of the log-prob (0) and the statistic (1), which backward scales and adds.
         slopes = hidden.new_empty((1 + statistic.differentiable, *hidden.shape)) if needs_gradient else None
         for rows in _row_chunks(hidden, statistic.logits_per_token * len(weight)):
             logprobs, logsumexps = head.logprobs(hidden[rows], scale)
             probabilities = logprobs.exp()
-            chosen[rows] = logprobs.gather(1, ids[rows, None]).squeeze(1)
+            chosen_logprobs[rows] = logprobs.gather(1, ids[rows, None]).squeeze(1)
             values[rows] = statistic.values(logprobs, probabilities, logsumexps, rows).to(dtype)
             if slopes is None:
                 continue
@@ -177,7 +177,7 @@ class _FrozenHead(torch.autograd.Function):
         ctx.save_for_backward(slopes)
         if not statistic.differentiable:
             ctx.mark_non_differentiable(values)
-        return chosen, values
+        return chosen_logprobs, values
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -201,14 +201,14 @@ def _read(
         logprobs, logsumexps = head.logprobs(hidden, scale)
         with torch.autocast(hidden.device.type, enabled=False):  # autocast would sum in bfloat16
             values = statistic.values(logprobs, logprobs.exp(), logsumexps, rows)
-        chosen = logprobs.gather(1, ids[rows, None]).squeeze(1)
-        return chosen, values if statistic.differentiable else values.detach()
+        chosen_logprobs = logprobs.gather(1, ids[rows, None]).squeeze(1)
+        return chosen_logprobs, values if statistic.differentiable else values.detach()
 
     # Checkpointing drops the logits of each chunk and computes them again in the backward pass.
     size = statistic.logits_per_token * len(head.weight)
     chunks = [checkpoint(plain, hidden[rows], rows, use_reentrant=False) for rows in _row_chunks(hidden, size)]
-    chosen, values = (torch.cat(parts) for parts in zip(*chunks, strict=True))
-    return chosen, values
+    chosen_logprobs, values = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    return chosen_logprobs, values
 
 
 def _row_chunks(hidden: torch.Tensor, logits: int) -> Iterator[torch.Tensor]:
@@ -325,8 +325,8 @@ def allowed_logprobs(
         table[row, : len(tokens)] = torch.as_tensor(tokens)
         real[row, : len(tokens)] = True
     table, real = table.to(hidden.device), real.to(hidden.device)
-    chosen = (table == ids[:, None]) & real
-    if not bool(chosen.any(dim=1).all()):
+    is_chosen = (table == ids[:, None]) & real
+    if not bool(is_chosen.any(dim=1).all()):
         raise ValueError("a chosen token is not among the allowed ones of its position")
     with torch.autocast(hidden.device.type, enabled=False):  # few tokens: float32 costs nothing
         logits = torch.einsum("nd,nkd->nk", hidden.float(), head.weight[table].float())
@@ -335,4 +335,4 @@ def allowed_logprobs(
         logprobs = (logits * scale).masked_fill(~real, float("-inf")).log_softmax(dim=-1)
         # 0 instead of -inf at the padding, as 0 times -inf is NaN.
         entropies = -(logprobs.exp() * logprobs.masked_fill(~real, 0.0)).sum(dim=-1)
-        return logprobs.gather(1, chosen.int().argmax(dim=1, keepdim=True)).squeeze(1), entropies
+        return logprobs.gather(1, is_chosen.int().argmax(dim=1, keepdim=True)).squeeze(1), entropies
