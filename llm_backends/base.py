@@ -1,4 +1,8 @@
-"""The backend contract: batched, order-preserving text generation and scoring by a language model."""
+"""The backend contract: batched, order-preserving text generation and scoring by a language model.
+
+:class:`Backend` is the base class. ``local/`` implements it for models in this process, ``serving/`` for servers and
+``replies/`` for stored replies; ``scripted.py`` is the shortest implementation.
+"""
 
 from __future__ import annotations
 
@@ -26,19 +30,19 @@ Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]
 """A prompt is a plain string, a list of chat messages, or a list of token ids."""
 
 PromptStyle: TypeAlias = Literal["chat", "completion"]
-"""``chat``: the model follows instructions; ``completion``: it needs few-shot text to continue (small base models)."""
+"""``chat``: for models that follow instructions; ``completion``: few-shot text to continue, for small base models."""
 
 
 class BackendError(RunError):
-    """A request that a backend could not serve. Returned in the place of that request's result."""
+    """The error of a request that a backend could not serve, returned in place of that request's result."""
 
 
 class ContextLengthError(BackendError):
-    """The prompt (plus the completion) does not fit into the model's context."""
+    """The error of a prompt that, with its completion, does not fit into the model's context."""
 
 
 class UnsupportedRequestError(BackendError):
-    """The backend cannot serve this kind of request, for example log-probs on a server that reports none."""
+    """The error of a kind of request that a backend lacks, for example log-probs on a server that reports none."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Sampling:
     """Sampling parameters of one request; together with the prompt they determine the reply.
 
     Raises:
-        ValueError: on construction, for a value out of range.
+        ValueError: on construction, if a value is out of range.
     """
 
     max_tokens: int = 64
@@ -54,22 +58,23 @@ class Sampling:
     temperature: float = 1.0
     """Softmax temperature; 0 is greedy decoding."""
     top_p: float = 1.0
-    """Nucleus: sample from the smallest set of tokens whose probability reaches this. 1 turns it off."""
+    """Nucleus sampling: sample from the smallest set of tokens whose total probability reaches this; 1 turns it off."""
     top_k: int = 0
-    """Sample from the k most likely tokens. 0 turns it off."""
+    """Sample from the k most likely tokens; 0 turns it off."""
     stop: tuple[str, ...] = ()
-    """Strings that end the completion; they are cut from the text, their tokens stay in ``token_ids``."""
+    """Strings that end the completion; they are cut from ``text``, but their tokens stay in ``token_ids``."""
     n: int = 1
     """Number of completions per prompt."""
     choices: tuple[str, ...] = ()
-    """Structured output: the completion is one of these texts, as a whole. Empty for free text."""
+    """Constrained decoding: the whole completion is one of these texts; empty for free text."""
     seed: int = 0
-    """Seed of the request (see :func:`request_seed`): results do not depend on what else is in the batch."""
+    """Seed of this request (see :func:`request_seed`), so that the reply does not depend on the rest of the batch."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "choices", tuple(self.choices))
-        for name in ("temperature", "top_p"):  # 1 and 1.0 are one request, also in a journal's key
+        # 1 and 1.0 must be the same request, also in the key under which a journal stores the reply.
+        for name in ("temperature", "top_p"):
             object.__setattr__(self, name, float(getattr(self, name)))
         for name, valid, rule in (
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
@@ -84,7 +89,7 @@ class Sampling:
                 raise ValueError(f"Sampling.{name} must be {rule}, got {getattr(self, name)!r}")
 
     def with_seed(self, seed: int) -> Sampling:
-        """The same parameters under another request seed."""
+        """Returns the same parameters with another request seed."""
         return replace(self, seed=seed)
 
 
@@ -95,11 +100,11 @@ class Completion:
     text: str
     """Decoded text without special tokens, cut before the stop string."""
     token_ids: list[int]
-    """Generated token ids, the end-of-sequence token and the tokens of a stop string included."""
+    """Generated token ids, including the end-of-sequence token and the tokens of a stop string."""
     logprobs: list[float]
-    """Log-prob in nats of each token of ``token_ids``, by the model at temperature 1, before truncation by top-p/k."""
+    """Log-probs of ``token_ids`` in nats, by the model at temperature 1, before truncation by top-p and top-k."""
     finish_reason: Literal["stop", "length"]
-    """``stop``: end-of-sequence token or stop string; ``length``: ``max_tokens`` or the context was reached."""
+    """``stop``: ended by an end-of-sequence token or a stop string; ``length``: by ``max_tokens`` or a full context."""
 
     @property
     def mean_logprob(self) -> float:
@@ -108,22 +113,23 @@ class Completion:
 
 
 Result: TypeAlias = list[Completion] | BackendError
-"""What one prompt gives: its completions, or the error of that prompt alone."""
+"""The result of one prompt: its completions, or the error of that prompt alone."""
 
 
 @dataclass
 class Usage:
-    """Counters of what went through a backend since it was built."""
+    """Counters of the requests to a backend since it was built."""
 
     calls: int = 0
-    """Batched calls of ``generate`` and ``logprobs``."""
+    """Batched calls of ``generate``, ``logprobs`` and ``choice_logprobs``."""
     requests: int = 0
-    """Prompts in those calls."""
+    """Prompts in those calls; ``choice_logprobs`` counts one per continuation."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cache_hits: int = 0
-    """Requests answered from a journal or cache; the model saw nothing of them."""
+    """Requests answered from a journal or cache, without running the model."""
     errors: int = 0
+    """Requests whose result is a :class:`BackendError`."""
     cost: float = 0.0
     """Money spent, in the backend's currency; 0 for local models."""
 
@@ -131,18 +137,18 @@ class Usage:
         return Usage(**{f.name: getattr(self, f.name) - getattr(other, f.name) for f in fields(self)})
 
     def as_dict(self) -> dict[str, float]:
-        """The counters under their names."""
+        """Returns the counters by name."""
         return asdict(self)
 
 
 def request_seed(*parts: Any) -> int:
-    """Seed of one request: a 63-bit hash of what identifies it, e.g. ``(run seed, row, step, role, attempt)``."""
+    """Returns a seed for one request: a 63-bit hash of its identity, e.g. ``(run seed, row, step, role, attempt)``."""
     digest = hashlib.sha256(json.dumps(parts, default=str).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return int.from_bytes(digest[:8], "big") >> 1  # below 2**63, so that it fits a signed 64-bit integer
 
 
 def last_content(prompt: Prompt) -> str:
-    """The text of a string prompt, or of the last message of a chat prompt (for logs and error messages)."""
+    """Returns the text of a string prompt, or of the last message of a chat prompt, for logs and error messages."""
     if isinstance(prompt, str):
         return prompt
     last = prompt[-1] if len(prompt) else ""
@@ -152,25 +158,25 @@ def last_content(prompt: Prompt) -> str:
 class Backend(Part, ABC):
     """A language model behind two batched, order-preserving calls.
 
-    Subclasses implement :meth:`_generate` (or :meth:`_generate_each`, where results come one by one) and, where the
-    model reports log-probs, :meth:`_logprobs`. They get lists of equal length and give one result per prompt; the
-    failure of one prompt is a :class:`BackendError` in its place, never an empty string. The async twins run the same
-    code in a thread.
+    Subclasses implement :meth:`_generate` (or :meth:`_generate_each`, if results arrive one by one) and, if the model
+    reports log-probs, :meth:`_logprobs`. They get lists of equal length and return one result per prompt. A prompt that
+    fails has a :class:`BackendError` in its place, never an empty string. The async methods run the same code in a
+    thread.
     """
 
     name: str = "backend"
-    """Says which model answers; part of the key of every stored reply, so two models never share replies."""
+    """Identifies the model. Part of the key of every stored reply, so two models never share replies."""
     prompt_style: PromptStyle = "chat"
-    """The form of prompt this model needs."""
+    """Form of prompt that this model needs."""
 
     @property
     def supports_logprobs(self) -> bool:
-        """Whether :meth:`logprobs` can answer at all."""
+        """Whether :meth:`logprobs` is implemented."""
         return type(self)._logprobs is not Backend._logprobs
 
     @property
     def supports_choices(self) -> bool:
-        """Whether a completion can be held to ``Sampling.choices``."""
+        """Whether ``Sampling.choices`` (constrained decoding) is implemented."""
         return False
 
     @cached_property
@@ -183,14 +189,14 @@ class Backend(Part, ABC):
 
         Args:
             prompts: n prompts.
-            sampling: one set of parameters for all, or one per prompt.
+            sampling: one set of parameters for all prompts, or one per prompt.
 
         Returns:
             n results in the order of the prompts, each a list of ``sampling.n`` completions or a :class:`BackendError`.
 
         Raises:
             ValueError: if the numbers of prompts and sampling parameters differ, or a prompt is empty.
-            UnsupportedRequestError: if ``choices`` are set and the backend cannot hold a completion to them.
+            UnsupportedRequestError: if ``choices`` are set and the backend lacks constrained decoding.
         """
         prompts = list(prompts)
         results: dict[int, Result] = dict(self.generate_each(prompts, sampling))
@@ -199,11 +205,13 @@ class Backend(Part, ABC):
     def generate_each(
         self, prompts: Sequence[Prompt], sampling: Sampling | Sequence[Sampling] = Sampling()
     ) -> Iterator[tuple[int, Result]]:
-        """As :meth:`generate`, but gives (index, result) as soon as a result is known, in any order.
+        """Completes every prompt and yields (index, result) as soon as a result is known, in any order.
 
-        Who stores replies loses none that way when a long batch is interrupted.
+        A caller that stores each reply as it arrives loses none when a long batch is interrupted. Arguments and errors
+        are those of :meth:`generate`.
         """
         prompts, samplings = list(prompts), self._per_prompt(list(prompts), sampling)
+        # A separate generator: bad arguments raise in the call, not at the first result.
         return self._counted(prompts, samplings) if prompts else iter(())
 
     def _counted(self, prompts: list[Prompt], samplings: list[Sampling]) -> Iterator[tuple[int, Result]]:
@@ -213,14 +221,15 @@ class Backend(Part, ABC):
             yield index, result
 
     def logprobs(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[np.ndarray | BackendError]:
-        """Log-probs of given completions.
+        """Returns the log-probs of given completions.
 
         Args:
             prompts: n prompts.
             completions: n texts; each is tokenised by itself and appended to its prompt's tokens.
 
         Returns:
-            n float32 arrays, shape (tokens of the completion,), in nats at temperature 1; or an error in one's place.
+            n results in the order of the prompts, each a float32 array of shape (tokens of the completion,), in nats at
+            temperature 1, or a :class:`BackendError`.
 
         Raises:
             ValueError: if the lengths differ, or a prompt or completion is empty.
@@ -241,67 +250,76 @@ class Backend(Part, ABC):
     def choice_logprobs(
         self, prompts: Sequence[Prompt], choices: Sequence[Sequence[str]], heads: Sequence[Prompt] | None = None
     ) -> list[np.ndarray | BackendError]:
-        """Log-probs of a few possible continuations of each prompt, e.g. of the words for the labels of a task.
+        """Returns the log-probs of a few possible continuations of each prompt, e.g. of a task's verbalizers.
 
         Args:
             prompts: n prompts.
-            choices: for each prompt its continuations, tokenised as in :meth:`logprobs`.
-            heads: for each prompt a beginning that others share, empty for none. What the result is does not depend on
-                it; a model in this process reads a shared beginning once.
+            choices: the continuations of each prompt, tokenised as in :meth:`logprobs`.
+            heads: for each prompt the beginning that it shares with others, empty for none; None: no beginnings are
+                named. Results do not depend on it; a model in this process reads a shared beginning once.
 
         Returns:
-            n float32 arrays, shape (choices,), each the sum over a continuation's tokens, in nats; or an error in one's
-            place.
+            n results in the order of the prompts, each a float32 array of shape (choices,), summed over the tokens of
+            each continuation, in nats, or a :class:`BackendError`.
 
         Raises:
             ValueError: if the lengths differ, or a prompt or continuation is empty.
         """
         if len(prompts) != len(choices) or not all(choices) or (heads is not None and len(heads) != len(prompts)):
             raise ValueError("choice_logprobs needs choices for every prompt, and a head for every one or for none")
-        if not all(map(len, prompts)) or not all(choice for mine in choices for choice in mine):
+        if not all(map(len, prompts)) or not all(choice for continuations in choices for choice in continuations):
             raise ValueError("choice_logprobs needs non-empty prompts and continuations")
         if not prompts:
             return []
-        asked, wanted = list(prompts), [list(mine) for mine in choices]
-        if heads is None:  # as logprobs does it, with whatever that shares by itself
-            results = Backend._choice_logprobs(self, asked, wanted, [])
+        prompt_list, choice_lists = list(prompts), [list(continuations) for continuations in choices]
+        # Without heads _logprobs scores every continuation, and a backend's own prefix cache still serves it.
+        if heads is None:
+            results = Backend._choice_logprobs(self, prompt_list, choice_lists, [])
         else:
-            results = self._choice_logprobs(asked, wanted, list(heads))
+            results = self._choice_logprobs(prompt_list, choice_lists, list(heads))
         self.usage.calls += 1
         self.usage.requests += sum(map(len, choices))
-        self.usage.errors += sum(len(m) for m, r in zip(choices, results, strict=True) if isinstance(r, BackendError))
+        self.usage.errors += sum(
+            len(options) for options, result in zip(choices, results, strict=True) if isinstance(result, BackendError)
+        )
         return results
 
     def completion_ids(self, texts: Sequence[str]) -> list[list[int]] | None:
-        """Token ids of texts as :meth:`logprobs` tokenises completions, found without loading the model.
+        """Returns the token ids of texts, tokenised as completions of :meth:`logprobs`, without loading the model.
 
-        Backends that do not know their model's tokenizer answer None.
+        Returns:
+            A list of token ids per text; None if the backend does not know its model's tokenizer.
         """
         return None
 
     def context_error(self, prompt: Prompt, max_tokens: int) -> ContextLengthError | None:
-        """The error that a request of this size would meet, found without running the model; None if it fits.
+        """Checks, without running the model, whether a prompt and its completion fit into the model's context.
 
-        Backends that do not know their model's context answer None.
+        Args:
+            prompt: the prompt.
+            max_tokens: length of the completion in tokens.
+
+        Returns:
+            The error that such a request would get; None if it fits, or if the backend does not know the context.
         """
         return None
 
     async def agenerate(
         self, prompts: Sequence[Prompt], sampling: Sampling | Sequence[Sampling] = Sampling()
     ) -> list[Result]:
-        """Async twin of :meth:`generate`."""
+        """Runs :meth:`generate` in a thread."""
         return await asyncio.to_thread(self.generate, prompts, sampling)
 
     async def alogprobs(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[np.ndarray | BackendError]:
-        """Async twin of :meth:`logprobs`."""
+        """Runs :meth:`logprobs` in a thread."""
         return await asyncio.to_thread(self.logprobs, prompts, completions)
 
     def _generate(self, prompts: list[Prompt], samplings: list[Sampling]) -> list[Result]:
-        """Completes non-empty prompts, one set of sampling parameters each. This or the next one is implemented."""
+        """Completes non-empty prompts, one set of sampling parameters each; or implement :meth:`_generate_each`."""
         raise NotImplementedError
 
     def _generate_each(self, prompts: list[Prompt], samplings: list[Sampling]) -> Iterator[tuple[int, Result]]:
-        """The same, result by result; at once where a backend answers in batches."""
+        """Yields (index, result) in any order; by default all at the end of one :meth:`_generate`."""
         yield from enumerate(self._generate(prompts, samplings))
 
     def _logprobs(self, prompts: list[Prompt], completions: list[str]) -> list[np.ndarray | BackendError]:
@@ -310,15 +328,16 @@ class Backend(Part, ABC):
     def _choice_logprobs(
         self, prompts: list[Prompt], choices: list[list[str]], heads: list[Prompt]
     ) -> list[np.ndarray | BackendError]:
-        """Every continuation as a request of its own; backends that can share the reading do."""
-        repeated = [prompt for prompt, mine in zip(prompts, choices, strict=True) for _ in mine]
-        rows = iter(self._logprobs(repeated, [choice for mine in choices for choice in mine]))
+        """Scores every continuation as a request of its own; backends that can share the reading override it."""
+        repeated = [prompt for prompt, continuations in zip(prompts, choices, strict=True) for _ in continuations]
+        rows = iter(self._logprobs(repeated, [choice for continuations in choices for choice in continuations]))
         results: list[np.ndarray | BackendError] = []
-        for mine in choices:
-            found = [next(rows) for _ in mine]
-            failed = next((row for row in found if isinstance(row, BackendError)), None)
-            sums = [float(np.sum(row, dtype=np.float64)) for row in found if not isinstance(row, BackendError)]
-            results.append(np.array(sums, np.float32) if failed is None else failed)
+        for continuations in choices:
+            scores = [next(rows) for _ in continuations]
+            # A prompt gets all its sums or an error: one failed continuation fails the prompt.
+            error = next((row for row in scores if isinstance(row, BackendError)), None)
+            sums = [float(np.sum(row, dtype=np.float64)) for row in scores if not isinstance(row, BackendError)]
+            results.append(np.array(sums, np.float32) if error is None else error)
         return results
 
     def _count(self, result: Result) -> None:
@@ -334,17 +353,17 @@ class Backend(Part, ABC):
             raise ValueError(f"generate got {len(prompts)} prompts but {len(samplings)} sampling parameters")
         if not all(map(len, prompts)):
             raise ValueError("generate needs non-empty prompts")
-        if any(one.choices for one in samplings) and not self.supports_choices:
+        if any(parameters.choices for parameters in samplings) and not self.supports_choices:
             raise UnsupportedRequestError(f"backend {self.name!r} cannot hold a completion to given choices")
         return samplings
 
 
 @contextmanager
 def preserved_rng() -> Iterator[None]:
-    """Leaves the global generators of Python, NumPy and torch as they were.
+    """Restores the global random generators of Python, NumPy and torch at the end of the block.
 
-    A run that is resumed takes replies from its journal where it asked a model before; were models to draw from the
-    generators that the learner draws from, the learner would then go another way. torch is touched only if imported.
+    A resumed run takes replies from its journal instead of running the model again. If models drew from the learner's
+    generators, the learner would draw other numbers after a resume. torch is touched only if it has been imported.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
     torch = sys.modules.get("torch")

@@ -4,7 +4,7 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """Bad input. The message is one line that says what is wrong, where, and what to do; commands exit with code 2."""
+    """An error in the user's input. Its one-line message names fault, place and fix; commands exit with code 2."""
 
 
 class RunError(RuntimeError):
@@ -15,13 +15,13 @@ class RunError(RuntimeError):
 
 
 def check_choice(settings: Any, name: str, values: tuple[str, ...]) -> None:
-    """Refuses a setting that is none of ``values``."""
+    """Raises :class:`InputError` if the setting ``name`` is none of ``values``."""
     if getattr(settings, name) not in values:
         raise InputError(f"{name} must be one of {', '.join(values)}, got {getattr(settings, name)!r}")
 
 
 def check_at_least_zero(settings: Any, *names: str) -> None:
-    """Refuses settings below 0, NaN among them."""
+    """Raises :class:`InputError` if one of the settings ``names`` is below 0 or NaN."""
     for name in names:
-        if not getattr(settings, name) >= 0:
+        if not getattr(settings, name) >= 0:  # not "< 0", which NaN would pass
             raise InputError(f"{name} must be at least 0, got {getattr(settings, name)}")

@@ -1,4 +1,4 @@
-"""Pluggable parts: how an id string, ``"module:factory"``, a JSON object or a live object becomes a backend or reward.
+"""Pluggable parts: turns an id string, ``"module:factory"``, a JSON object or a live object into a backend or reward.
 
 Environment arguments stay JSON-able, so that ``env.spec`` can be saved; heavy parts are built on first use.
 """
@@ -14,18 +14,19 @@ from .errors import InputError
 
 _ENTRY_POINTS: dict[str, dict[str, str]] = {}
 _KINDS: dict[str, tuple[Any, Any]] = {}
-"""For each kind its base class, and what makes a part of a function; either may still be ``"module:attribute"``."""
+"""Base class of each kind, and the wrapper that makes a part of a function; either may be ``"module:attribute"``."""
 
 PartT = TypeVar("PartT")
 
 
 class UnknownPartError(InputError):
-    """A part was asked for by an id or path that does not exist, or is of the wrong kind."""
+    """The error of an id or path that names no part, or a part of another kind."""
 
 
 class Part:
-    """Base of every pluggable part. A live part is shared, not copied, when Gymnasium deep-copies an env's kwargs."""
+    """Base class of every pluggable part. Gymnasium deep-copies an env's kwargs; a live part is shared, not copied."""
 
+    # A copy would hold its own model, cache and counters.
     def __deepcopy__(self, memo: dict[int, Any]) -> Part:
         return self
 
@@ -36,7 +37,12 @@ def register_part(kind: str, part_id: str, entry_point: str) -> None:
 
 
 def register_parts(kind: str, entry_points: Mapping[str, str]) -> None:
-    """Registers several parts of one kind: id to ``"module:factory"``."""
+    """Registers several parts of one kind.
+
+    Args:
+        kind: name of the kind.
+        entry_points: id to ``"module:factory"``.
+    """
     for part_id, entry_point in entry_points.items():
         register_part(kind, part_id, entry_point)
 
@@ -45,15 +51,15 @@ def register_kind(kind: str, base: type | str, from_callable: Callable[..., Any]
     """Declares a kind of part.
 
     Args:
-        kind: its name.
-        base: the class of its parts, or ``"module:Class"``, which is imported when the first part is asked for.
-        from_callable: what wraps a plain function into a part, or ``"module:attribute"``; None: functions are refused.
+        kind: name of the kind.
+        base: class of its parts, or ``"module:Class"``, which is imported when the first part is resolved.
+        from_callable: wraps a plain function into a part, or ``"module:attribute"``; None: functions are refused.
     """
     _KINDS[kind] = (base, from_callable)
 
 
 def _load(entry_point: Any) -> Any:
-    """What ``"module:attribute"`` names; anything else as it is."""
+    """Returns the object that ``"module:attribute"`` names; anything but a string is returned unchanged."""
     if not isinstance(entry_point, str):
         return entry_point
     module, _, attribute = entry_point.partition(":")
@@ -61,17 +67,17 @@ def _load(entry_point: Any) -> Any:
 
 
 def part_ids(kind: str) -> list[str]:
-    """The registered ids of a kind, sorted."""
+    """Returns the registered ids of a kind, sorted."""
     return sorted(_ENTRY_POINTS.get(kind, {}))
 
 
 def resolve(kind: str, value: Any, **defaults: Any) -> Any:
-    """Turns what a user passed into a live part.
+    """Returns the live part that a user's argument describes.
 
     Args:
-        kind: ``"backend"``, ``"reward"``, ``"embedder"``, ``"operator"`` or ``"task"``.
+        kind: a kind that :func:`register_kind` has declared, e.g. ``"backend"``, ``"embedder"`` or ``"reward"``.
         value: an id string, ``"module:factory"``, ``{"id": ..., "kwargs": {...}}``, a live part, or a callable.
-        defaults: arguments for the factory where it has a parameter of that name and ``kwargs`` does not set it.
+        defaults: arguments for the factory, passed if it has a parameter of that name and ``kwargs`` does not set it.
 
     Raises:
         UnknownPartError: if there is no such id, module or factory, or the factory returns something of another kind.
@@ -102,10 +108,11 @@ def _build(kind: str, name: str, kwargs: dict[str, Any], defaults: dict[str, Any
         factory = _load(entry_point)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UnknownPartError(f"cannot load {kind} {name!r}: {error}") from error
-    if isinstance(factory, base):  # "module:object"
+    if isinstance(factory, base):  # "module:object" names a live part, which needs no factory
         return factory
     if not callable(factory):
         raise UnknownPartError(f"{kind} {name!r} is a {type(factory).__name__}, not a factory")
+    # Defaults go only to factories that take them: parts of one kind differ in their parameters.
     parameters = inspect.signature(factory).parameters
     try:
         part = factory(**{k: v for k, v in defaults.items() if k in parameters} | kwargs)

@@ -1,6 +1,6 @@
-"""JSONL files: those of a run, append-only and safe against a kill, and those that a user gives.
+"""JSONL files: a run's own, which are append-only and survive a kill, and those that a user passes.
 
-Rows of a run appear whole, and a torn last line is dropped on resume. Of a user's rows none is ever dropped.
+A run appends whole rows, and drops a torn last line when it resumes. A user's rows are never dropped.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from .errors import InputError
 
 
 class RecordError(InputError):
-    """A JSONL file holds a line that is no JSON object, and not because its end was cut off."""
+    """The error of a JSONL file with a line that is not a JSON object, other than a torn last line."""
 
 
 def read_records(path: str | Path, repair: bool = False) -> list[dict[str, Any]]:
-    """The rows of a JSONL file; an absent file has none.
+    """Returns the rows of a JSONL file; none if the file does not exist.
 
     Args:
         path: the file.
-        repair: cut a torn last line off the file, so that rows can be appended behind it.
+        repair: whether to cut a torn last line off the file, so that rows can be appended after the last whole one.
 
     Raises:
-        RecordError: for a broken line that is not the last, naming file and line.
+        RecordError: if a line that is not the last is broken; the message names file and line.
     """
     path = Path(path)
     if not path.exists():
@@ -43,6 +43,7 @@ def read_records(path: str | Path, repair: bool = False) -> list[dict[str, Any]]
                     raise ValueError(f"it holds a {type(row).__name__}")
                 rows.append(row)
             except ValueError as error:
+                # Only the last line can be torn by a kill; a broken line before others is damage.
                 if file.read(1):
                     raise RecordError(f"{path} line {number} is not a JSON object: {error}") from error
                 break
@@ -53,7 +54,7 @@ def read_records(path: str | Path, repair: bool = False) -> list[dict[str, Any]]
 
 
 def append_lines(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Appends rows in one write and flushes them to the operating system; makes the folders that are missing."""
+    """Appends rows in one unbuffered write; creates missing folders."""
     if not rows:
         return
     path = Path(path)
@@ -62,54 +63,59 @@ def append_lines(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
     data = text.encode("utf-8", "surrogatepass")  # servers send lone surrogates in JSON escapes
     with path.open("ab", buffering=0) as file:
         view = memoryview(data)
+        # An unbuffered write may write less than it was given.
         while len(view):
             view = view[file.write(view) :]
 
 
 def write_lines(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes a file of rows in one move, in place of one that is there: it is never seen in part."""
+    """Writes a file of rows, replacing an existing one atomically: no reader sees a partial file."""
     path = Path(path)
     scratch = path.with_name(path.name + ".part")
     scratch.unlink(missing_ok=True)
     scratch.parent.mkdir(parents=True, exist_ok=True)
-    scratch.touch()
+    scratch.touch()  # append_lines creates no file for zero rows
     append_lines(scratch, rows)
     scratch.replace(path)
 
 
 def read_user_text(path: str | Path, option: str = "") -> str:
-    """A user's text file: UTF-8, with or without a byte order mark.
+    """Returns the text of a user's UTF-8 file, with or without a byte order mark.
 
     Args:
         path: the file.
-        option: the command's option that names it, e.g. ``"--data"``, for the error.
+        option: command-line option that the path was given to, e.g. ``"--data"``, for error messages.
 
     Raises:
-        InputError: for a file that cannot be read or is not UTF-8.
+        InputError: if the file cannot be read or is not UTF-8.
     """
-    called = f"{option} {path}".strip()
+    named_path = f"{option} {path}".strip()
     try:
         return Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise InputError(f"cannot read {called}: {error.strerror}") from error
+        raise InputError(f"cannot read {named_path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{called} is not UTF-8: {error.reason} at byte {error.start}; convert it") from error
+        raise InputError(f"{named_path} is not UTF-8: {error.reason} at byte {error.start}; convert it") from error
 
 
 def read_user_rows(path: str | Path, option: str = "") -> list[tuple[str, dict[str, Any]]]:
-    """The rows of a user's JSONL file, each with the words that say where it stands: ``"FILE row 3"``, by lines.
+    """Returns the rows of a user's JSONL file, each with its place for error messages, e.g. ``"FILE row 3"``.
 
-    The file may end without a line end. Blank lines are passed over.
+    The number in the place is that of the line. Blank lines are skipped, and the last line needs no line end.
 
     Args:
         path: the file.
-        option: as of :func:`read_user_text`.
+        option: command-line option that the path was given to, e.g. ``"--data"``, for error messages.
+
+    Returns:
+        (place, row) pairs in the order of the file.
 
     Raises:
-        InputError: for a file that cannot be read or is not UTF-8, and a line that is no JSON object.
+        InputError: if the file cannot be read or is not UTF-8, or a line is not a JSON object.
     """
     rows = []
-    lines = read_user_text(path, option).split("\n")  # a JSON string may hold other line ends, e.g. U+2028
+    # Not splitlines(): a JSON string may hold other line ends, e.g. U+2028.
+    lines = read_user_text(path, option).split("\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -125,23 +131,25 @@ def read_user_rows(path: str | Path, option: str = "") -> list[tuple[str, dict[s
 
 
 def user_text(where: str, row: Mapping[str, Any], field: str) -> str:
-    """The text in a field of a user's row.
+    """Returns the text in a field of a user's row.
 
     Args:
-        where: the words that say where the row stands.
+        where: place of the row, as returned by :func:`read_user_rows`, for error messages.
         row: the row.
-        field: the field's name.
+        field: name of the field.
 
     Raises:
-        InputError: if it is missing, no text, blank, or not to be encoded in UTF-8.
+        InputError: if the field is missing, not a string, blank, or cannot be encoded in UTF-8.
     """
     value = row.get(field)
     if not isinstance(value, str) or not value.strip():
-        has = "it is missing" if field not in row else f"got {json.dumps(value)[:60]}"
-        raise InputError(f"{where}: field {field!r} must be a text that is not empty, {has}")
+        fault = "it is missing" if field not in row else f"got {json.dumps(value)[:60]}"
+        raise InputError(f"{where}: field {field!r} must be a text that is not empty, {fault}")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can say it, UTF-8 and tokenizers cannot
-        half = ascii(error.object[error.start])
-        raise InputError(f"{where}: field {field!r} holds half a character (surrogate {half})") from error
+    except (
+        UnicodeEncodeError
+    ) as error:  # a lone surrogate, which JSON can escape but UTF-8 and tokenizers cannot encode
+        surrogate = ascii(error.object[error.start])
+        raise InputError(f"{where}: field {field!r} holds half a character (surrogate {surrogate})") from error
     return value

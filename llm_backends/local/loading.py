@@ -1,7 +1,7 @@
-"""Loading: configurations, tokenizers and weights by local path or hub id, and the embedded model.
+"""Loading of configurations and tokenizers by local path or hub id, and of the embedded model.
 
-torch and transformers are imported by the functions that need them: a backend is built, and its options are checked,
-without either.
+Functions that need torch or transformers import them, so that a backend can be built, and its options checked, without
+importing either.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from ..errors import InputError
 
 
 class ModelLoadError(InputError):
-    """A model or its tokenizer could not be loaded from the given path or hub id."""
+    """The error of a model or tokenizer that cannot be loaded from the given path or hub id."""
 
 
 def computes_in_bfloat16(device: str = "auto") -> bool:
-    """Whether the device multiplies bfloat16 matrices in hardware; elsewhere float32 is faster."""
+    """Returns whether the device multiplies bfloat16 matrices in hardware; if not, float32 is faster."""
     import torch
 
     if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
@@ -36,10 +36,10 @@ def computes_in_bfloat16(device: str = "auto") -> bool:
 
 
 def load_config(path: str | Path) -> Any:
-    """The configuration of a model by local path or hub id.
+    """Returns the configuration of the model at a local path or hub id.
 
     Raises:
-        ModelLoadError: naming the path and the reason.
+        ModelLoadError: if it cannot be loaded; the message names the path and the reason.
     """
     from transformers import AutoConfig
 
@@ -50,7 +50,13 @@ def load_config(path: str | Path) -> Any:
 
 
 def load_error(path: str | Path, error: Exception, what: str = "causal language model") -> ModelLoadError:
-    """What was raised while something was loaded, as one line that names the path."""
+    """Returns an error that was raised while loading as a one-line error that names the path.
+
+    Args:
+        path: local path or hub id.
+        error: the error that was raised.
+        what: what was being loaded, for the message.
+    """
     if isinstance(error, ModelLoadError):
         return error
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -58,10 +64,10 @@ def load_error(path: str | Path, error: Exception, what: str = "causal language 
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The Hugging Face tokenizer at a local path or hub id.
+    """Returns the Hugging Face tokenizer at a local path or hub id.
 
     Raises:
-        ModelLoadError: naming the path and the reason.
+        ModelLoadError: if it cannot be loaded; the message names the path and the reason.
     """
     from transformers import AutoTokenizer
 
@@ -70,43 +76,46 @@ def load_tokenizer(path: str | Path) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise load_error(path, error, "tokenizer") from error
-    if not tokenizer("a")["input_ids"]:  # what transformers makes of a folder without a tokenizer's files
+    # For a folder without a tokenizer's files transformers returns an empty tokenizer instead of raising.
+    if not tokenizer("a")["input_ids"]:
         raise ModelLoadError(f"cannot load a tokenizer from {str(path)!r}: its files are missing")
     return tokenizer
 
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Leaves the global generators as they were: building a model lazily must not change a run's random numbers.
+    """Restores the global random generators and hides transformers' progress bars within the block.
 
-    Transformers' bars of loading weights, which would break into a command's own progress bar, are held back too.
+    A model that is loaded lazily must not change a run's random numbers. Transformers' bars would break into the
+    progress bar of a command.
     """
     import torch
     from transformers.utils import logging
 
-    bars = logging.is_progress_bar_enabled()
+    bars_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
+        # preserved_rng restores the generators of the CPU, fork_rng those of the GPUs as well.
         with preserved_rng(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             yield
     finally:
-        if bars:
+        if bars_enabled:
             logging.enable_progress_bar()
 
 
 UNKNOWN_CONTEXT = 1_000_000_000
-"""For models without a number of positions (ALiBi, state-space models): nothing is too long for them."""
+"""Context length, in tokens, of models without a maximum (ALiBi, state-space models): no prompt is too long."""
 
 
 @lru_cache(maxsize=8)
 def context_length(path: str) -> int:
-    """Positions that the model at a path or hub id reads, found from its configuration alone."""
+    """Returns the context length, in tokens, of the model at a path or hub id, from its configuration alone."""
     return int(getattr(load_config(path).get_text_config(), "max_position_embeddings", None) or UNKNOWN_CONTEXT)
 
 
 @lru_cache(maxsize=8)
 def tokenizer_at(path: str) -> Any:
-    """The Hugging Face tokenizer at a path or hub id, without its model."""
+    """Returns the Hugging Face tokenizer at a path or hub id, cached, without loading the model."""
     return load_tokenizer(path)
 
 
@@ -119,12 +128,12 @@ HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def cache_folder() -> Path:
-    """Where converted models lie: ``$INSTRUCTGYM_CACHE``, else ``~/.cache/instructgym``."""
+    """Returns the folder of converted models: ``$INSTRUCTGYM_CACHE``, by default ``~/.cache/instructgym``."""
     return Path(os.environ.get("INSTRUCTGYM_CACHE") or Path.home() / ".cache" / "instructgym")
 
 
 def package_folder(package: str) -> Path | None:
-    """Folder of an installed package, without importing it; None where it is not installed."""
+    """Returns the folder of an installed package without importing it; None if it is not installed."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -132,7 +141,11 @@ def package_folder(package: str) -> Path | None:
 
 
 def embedded_model_path() -> str:
-    """The embedded model's folder, converted from the package's GGUF file once; the hub id where it is missing."""
+    """Returns the path of the embedded model, which is converted once from its package's GGUF file.
+
+    Returns:
+        Its folder in :func:`cache_folder`; its hub id if the package is not installed.
+    """
     target = cache_folder() / "smollm2-135m-instruct-q4_1"
     if (target / "config.json").exists():
         return str(target)
@@ -142,13 +155,14 @@ def embedded_model_path() -> str:
     target.parent.mkdir(parents=True, exist_ok=True)
     from filelock import FileLock
 
-    with FileLock(f"{target}.lock"):  # two processes that start together convert once
+    with FileLock(f"{target}.lock"):  # of processes that start together, one converts and the others wait
         if not (target / "config.json").exists():
             _convert(package, target)
     return str(target)
 
 
 def _convert(package: Path, target: Path) -> None:
+    """Converts the GGUF file of a package into a folder that transformers loads."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -156,10 +170,10 @@ def _convert(package: Path, target: Path) -> None:
     shutil.rmtree(scratch, ignore_errors=True)  # left by a process that was killed
     print(f"converting SmolLM2-135M-Instruct into {target}, once (half a minute)", file=sys.stderr)
     try:
-        # Transformers' bars of this step obey no setting; an error is raised, not printed, and so not lost.
+        # No setting turns off the bars of this step. Nothing is lost with stderr: errors are raised, not printed.
         with quiet_loading(), contextlib.redirect_stderr(io.StringIO()):
             tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=GGUF_FILE)
-            # dequantize=True: otherwise transformers 5.2x refuses to save what it read from GGUF.
+            # dequantize=True: otherwise transformers 5.2x refuses to save weights read from GGUF.
             model = AutoModelForCausalLM.from_pretrained(
                 package,
                 gguf_file=GGUF_FILE,
@@ -168,6 +182,6 @@ def _convert(package: Path, target: Path) -> None:
             )
             model.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)
-        scratch.rename(target)  # atomic: a killed conversion leaves no half model behind
+        scratch.rename(target)  # atomic: a killed conversion leaves no partial model behind
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""Log-probs of a few continuations of many prompts that begin alike, each shared beginning read once.
+"""Log-probs of a few continuations of many prompts that begin alike, reading each shared beginning (head) once.
 
-A prompt of a frozen model is a beginning (instruction, demonstrations) that all inputs share, and an input. Keys and
-values of a beginning are computed once and copied to the rows of its inputs; an input is read once for all its
-continuations; and continuations of one token cost nothing further, as they are read off the last position's logits.
+A prompt of a frozen model is a head (instruction, demonstrations) that all inputs share, and an input. Keys and values
+of a head are computed once and copied to the rows of its inputs. An input is read once for all its continuations, and
+continuations of one token need no further pass, as the logits of the last position score them.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
     from .causal_lm import CausalLM
 
 HEAD_TOKENS = 4096
-"""Tokens of beginnings, padding included, whose keys and values are held at a time."""
+"""Largest number of head tokens, padding included, whose keys and values are in memory at once."""
 
 CACHED_SHARE = 8
-"""So many positions that are only attended to weigh as much as one that is computed, in a chunk's budget."""
+"""Number of cached positions, which are only attended to, that count as one computed position in a chunk's budget."""
 
 Tokens = Sequence[int]
 
 
 def encode_all(lm: CausalLM, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Token ids of many prompts, too long ones included; strings go to the tokenizer together, which is faster."""
+    """Returns the token ids of prompts, even of too long ones; strings are tokenised in one call, which is faster."""
     texts = list(dict.fromkeys(prompt for prompt in prompts if isinstance(prompt, str)))
     known = dict(zip(texts, lm.tokenizer(texts)["input_ids"] if texts else [], strict=True))
     return [known[prompt] if isinstance(prompt, str) else lm.encode(prompt, check=False) for prompt in prompts]
 
 
 def shared_length(prompt: Tokens, head: Tokens) -> int:
-    """How many tokens of ``head`` the prompt begins with, short of the whole prompt.
+    """Returns the number of leading tokens that the prompt shares with ``head``, fewer than the prompt has.
 
-    A tokenizer may merge the last token of the head with what follows it.
+    It may be less than the head's length, as a tokenizer may merge the last token of the head with the text after it.
     """
     same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, head, strict=False)))
     return min(same, len(prompt) - 1)
@@ -48,25 +48,27 @@ def shared_length(prompt: Tokens, head: Tokens) -> int:
 def choice_logprobs(
     lm: CausalLM, prompts: Sequence[Tokens], shared: Sequence[int], choices: Sequence[Sequence[Tokens]]
 ) -> list[np.ndarray]:
-    """Log-probs of each prompt's continuations.
+    """Returns the log-probs of each prompt's continuations.
 
     Args:
-        lm: the model; one with other than full attention reads every prompt whole.
+        lm: the model; if it has other than full attention, every prompt is read whole.
         prompts: n lists of token ids, none empty.
-        shared: n lengths: the tokens of each prompt that stand at the beginning of others, too; 0 for none.
+        shared: for each prompt the number of leading tokens that it shares with others; 0 for none.
         choices: for each prompt the token ids of its continuations, none empty.
 
     Returns:
-        n float32 arrays, shape (continuations,), each the sum of the log-probs of its tokens, in nats. Equal calls give
-        equal numbers; between calls with other rows they differ by the rounding of the model's dtype.
+        n float32 arrays, shape (continuations,), each the sum of the log-probs of a continuation's tokens, in nats.
+        Equal calls give equal numbers; in calls with other rows they differ by the rounding of the model's dtype.
     """
+    # Group the prompts by head. A head of one prompt is not shared: that prompt is read whole.
     heads: dict[tuple[int, ...], list[int]] = {}
     for index, (prompt, length) in enumerate(zip(prompts, shared, strict=True)):
         heads.setdefault(tuple(prompt[:length] if lm.plain_attention else ()), []).append(index)
     alone = heads.pop((), []) + [rows.pop() for rows in heads.values() if len(rows) == 1]
     order = sorted((head for head, rows in heads.items() if rows), key=len)
-    room = max((len(tokens) for mine in choices for tokens in mine), default=1)
+    room = max((len(tokens) for continuations in choices for tokens in continuations), default=1)
     results: list[np.ndarray] = [np.empty(0, np.float32)] * len(prompts)
+    # Score all continuations of each chunk of prompts.
     for rows, state in _read(lm, prompts, alone, [heads[head] for head in order], order, room):
         owner = [k for k, i in enumerate(rows) for _ in choices[i]]
         scores = iter(lm.completion_logprobs(state, owner, [tokens for i in rows for tokens in choices[i]]))
@@ -84,7 +86,19 @@ def _read(
     heads: list[tuple[int, ...]],
     room: int,
 ) -> Iterator[tuple[list[int], Prefilled]]:
-    """Chunks of rows with the model's state after their prompts."""
+    """Yields chunks of prompts with the model's state after them.
+
+    Args:
+        lm: the model.
+        prompts: token ids of all prompts.
+        alone: indices of the prompts without a shared head.
+        members: for each head the indices of its prompts.
+        heads: token ids of the heads.
+        room: number of positions to keep free for continuations.
+
+    Yields:
+        Indices into ``prompts`` and the state, whose rows are in that order.
+    """
     alone = sorted(alone, key=lambda i: len(prompts[i]))
     for chunk in token_budget_chunks([len(prompts[i]) + room for i in alone], PREFILL_TOKENS):
         with lm.lock:
@@ -93,21 +107,31 @@ def _read(
     for group in token_budget_chunks([len(head) for head in heads], HEAD_TOKENS):
         with lm.lock:
             state = _prefilled(lm, [heads[k] for k in group], room=0)
-            # Rows of equal length together, whatever their beginning: less padding.
+            # Rows of similar length together, whatever their head: less padding.
             rows = sorted(
-                ((len(prompts[i]) - len(heads[k]), at, i) for at, k in enumerate(group) for i in members[k]),
+                (
+                    (len(prompts[i]) - len(heads[k]), head_row, i)
+                    for head_row, k in enumerate(group)
+                    for i in members[k]
+                ),
                 key=lambda row: row[0],
             )
             past = state.mask.shape[1]
             sizes = [new + (past + room) // CACHED_SHARE for new, _, _ in rows]
             for chunk in token_budget_chunks(sizes, budget):
-                picked = [rows[k] for k in chunk]
-                tails = [prompts[i][len(prompts[i]) - new :] for new, _, i in picked]
-                yield [i for *_, i in picked], _continued(lm, state, [at for _, at, _ in picked], tails, room)
+                chunk_rows = [rows[k] for k in chunk]
+                tails = [prompts[i][len(prompts[i]) - new :] for new, _, i in chunk_rows]
+                yield (
+                    [i for *_, i in chunk_rows],
+                    _continued(lm, state, [head_row for _, head_row, _ in chunk_rows], tails, room),
+                )
 
 
 def _prefilled(lm: CausalLM, prompts: Sequence[Tokens], room: int) -> Prefilled:
-    """The state after the prompts, without the cache of prefixes: what was asked before must not round the result."""
+    """Returns the state after the prompts, read without the prefix cache.
+
+    Reading a prefix from the cache changes rounding, so that results would depend on earlier calls.
+    """
     stored, lm.prefix_cache = lm.prefix_cache, PrefixCache(0)
     try:
         return lm.prefill(prompts, room)
@@ -117,15 +141,26 @@ def _prefilled(lm: CausalLM, prompts: Sequence[Tokens], room: int) -> Prefilled:
 
 @torch.inference_mode()
 def _continued(lm: CausalLM, state: Prefilled, owner: list[int], tails: list[Tokens], room: int) -> Prefilled:
-    """The state after a tail each, on top of the beginnings' state; every row ends in the same column."""
+    """Returns the state after the rest of some prompts, read on top of their heads.
+
+    Args:
+        lm: the model.
+        state: state of the heads.
+        owner: for each tail the row of its head in ``state``.
+        tails: token ids of the prompts after their heads.
+        room: number of positions to keep free for continuations.
+    """
+    # Tails are padded on the left, between head and tail, so that every row ends in the same column. The mask hides the
+    # gap.
     new = max(map(len, tails))
     ids = torch.zeros((len(tails), new), dtype=torch.long)
-    present = torch.zeros_like(ids)
+    real = torch.zeros_like(ids)
     for row, tail in enumerate(tails):
         ids[row, new - len(tail) :] = torch.tensor(tail)
-        present[row, new - len(tail) :] = 1
-    picked = torch.tensor(owner, device=lm.device)
-    mask = torch.cat([state.mask[picked], present.to(lm.device)], dim=1)
+        real[row, new - len(tail) :] = 1
+    owner_rows = torch.tensor(owner, device=lm.device)
+    mask = torch.cat([state.mask[owner_rows], real.to(lm.device)], dim=1)
+    # With any other attention all prompts were read alone, see choice_logprobs.
     assert isinstance(state.cache, BatchCache)
-    cache = state.cache.select(picked, mask.shape[1] + room)
+    cache = state.cache.select(owner_rows, mask.shape[1] + room)
     return Prefilled(cache, mask, lm.forward(ids.to(lm.device), mask, cache))

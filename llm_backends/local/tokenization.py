@@ -1,4 +1,4 @@
-"""Tokenizers as parts: what a token environment counts its actions in, without a model."""
+"""Tokenizers without a model, whose token ids are the actions of a token environment, and functions that share them."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from ..parts import Part
 from .loading import context_length, embedded_model_path, load_tokenizer
 
 PROBE = "A probe: naïve  café, 12.5%\n\tend"
-"""A text that tokenizers of one vocabulary split alike only if they agree on blanks, digits and special tokens."""
+"""A text that tokenizers of one vocabulary encode alike only if they agree on blanks, digits and special tokens."""
 
 
 def prompt_ids(tokenizer: Any, prompt: Prompt, name: str) -> list[int]:
-    """Token ids of a prompt: chat messages through the chat template, strings with the tokenizer's own specials.
+    """Returns the token ids of a prompt.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        prompt: a text, messages, or token ids, which stay what they are.
-        name: what to call the model in errors.
+        prompt: a string, which gets the tokenizer's own special tokens; chat messages, which go through the chat
+            template; or token ids, which are returned unchanged.
+        name: name of the model in error messages.
 
     Raises:
-        InputError: for chat messages where the tokenizer has no chat template.
+        InputError: if the prompt is chat messages and the tokenizer has no chat template.
     """
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
@@ -38,28 +39,31 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, name: str) -> list[int]:
     if not tokenizer.chat_template:
         raise InputError(f"{name} has no chat template: pass prompts as strings (prompt_style='completion')")
     text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+    # The template writes the special tokens itself.
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def decode_ids(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Text of token ids by a Hugging Face tokenizer, special tokens left out and blanks as they are."""
+    """Returns the text of token ids by a Hugging Face tokenizer, without special tokens and with blanks unchanged."""
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def stopped_text(tokenizer: Any, ids: Sequence[int], stop: Sequence[str]) -> str | None:
-    """The text before the first stop string, if the newest token completed one; else None.
+    """Returns the text before the first stop string if the newest token completed one, else None.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        ids: all tokens of the response so far.
+        ids: token ids of the whole response so far.
         stop: stop strings, none empty.
     """
     if not stop:
         return None
-    # A token is at least one byte, so the last few tokens hold any stop string that ends now.
+    # Decoding the whole response at each step would be quadratic in its length. A token is at least one byte, so the
+    # last few tokens hold any stop string that ends with the newest one.
     tail = decode_ids(tokenizer, ids[-max(len(text.encode()) for text in stop) - 4 :])
     if not any(text in tail for text in stop):
         return None
+    # The cut is made in the whole text, as the tail may begin in the middle of a character.
     text = decode_ids(tokenizer, ids)
     cuts = [at for string in stop if (at := text.find(string)) >= 0]
     return text[: min(cuts)] if cuts else None
@@ -70,7 +74,7 @@ class Tokenizer(Part):
     """A Hugging Face tokenizer by local path or hub id, loaded on first use.
 
     Args:
-        model: path or hub id.
+        model: local path or hub id.
 
     Raises:
         ModelLoadError: on first use, if there is no such tokenizer.
@@ -80,57 +84,58 @@ class Tokenizer(Part):
 
     @property
     def name(self) -> str:
-        """Says which token ids: envs and models of one name count alike."""
+        """Identifies the token ids: envs and models of the same name have the same ones."""
         return self._path()
 
     @cached_property
     def hf(self) -> Any:
-        """The tokenizer itself."""
+        """The Hugging Face tokenizer."""
         return load_tokenizer(self._path())
 
     @cached_property
     def vocabulary(self) -> int:
-        """Number of token ids; a model may have some unused ones besides."""
+        """Number of token ids; a model may have more, unused ones."""
         return len(self.hf)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Equal for two tokenizers if they have the same tokens under the same ids, special ones included.
+        """SHA-256 in hex, equal for tokenizers with the same tokens under the same ids, special tokens included.
 
-        Names do not tell: a model and a copy of it in another folder count alike.
+        Names cannot decide this: a model and its copy in another folder have the same tokenizer.
         """
         tokens = json.dumps([self.hf.get_vocab(), sorted(self.eos_ids), self.encode(PROBE)], sort_keys=True)
         return hashlib.sha256(tokens.encode()).hexdigest()
 
     @cached_property
     def eos_ids(self) -> frozenset[int]:
-        """Tokens that end a response."""
+        """Ids of the tokens that end a response; empty if the tokenizer has none."""
         return frozenset(i for i in [self.hf.eos_token_id] if i is not None)
 
     @cached_property
     def context_length(self) -> int:
-        """Positions that the model of this name reads."""
+        """Context length, in tokens, of the model of this name."""
         return context_length(self._path())
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, with the tokenizer's own special tokens."""
+        """Returns the token ids of a prompt, with the tokenizer's own special tokens."""
         return self.hf(text)["input_ids"]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Likewise for many prompts."""
+        """Returns the token ids of several prompts, with the tokenizer's own special tokens."""
         return self.hf(list(texts))["input_ids"] if texts else []
 
     def encode_continuation(self, text: str) -> list[int]:
-        """Token ids of a text that follows a prompt: no special tokens."""
+        """Returns the token ids of a text that follows a prompt, without special tokens."""
         return self.hf(text, add_special_tokens=False)["input_ids"]
 
     def chat_text(self, messages: Sequence[Message]) -> str:
-        """Chat messages as a prompt: the text that :meth:`encode` turns into the tokens of the chat template.
+        """Returns chat messages as the text that :meth:`encode` turns into the tokens of the chat template.
 
-        It ends where the assistant's answer begins.
+        The text ends where the assistant's answer begins.
 
         Raises:
-            InputError: if the tokenizer has no chat template, or puts tokens of its own around any prompt.
+            InputError: if the tokenizer has no chat template, or adds tokens around every prompt that the text cannot
+                allow for.
         """
         return self._render(messages).removeprefix(self._added_start)
 
@@ -141,7 +146,7 @@ class Tokenizer(Part):
 
     @cached_property
     def _added_start(self) -> str:
-        """The special token that the chat template begins with, where encode puts it before every prompt anyway."""
+        """Special token that the chat template and :meth:`encode` both put first; empty if they put none twice."""
         text = self._render([{"role": "user", "content": "a"}])
         for start in ("", self.hf.bos_token or ""):
             if self.encode(text.removeprefix(start)) == self.encode_continuation(text):
@@ -149,7 +154,7 @@ class Tokenizer(Part):
         raise InputError(f"{self.name} puts tokens around its own chat template: use a plain layout")
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out."""
+        """Returns the text of token ids, without special tokens."""
         return decode_ids(self.hf, ids)
 
     def _path(self) -> str:
@@ -162,7 +167,7 @@ class LoadedTokenizer(Tokenizer):
     Args:
         hf: the tokenizer.
         model: name of the model it belongs to.
-        context_length: positions which that model reads.
+        context_length: context length of that model, in tokens.
     """
 
     def __init__(self, hf: Any, model: str, context_length: int) -> None:
@@ -186,13 +191,16 @@ class EmbeddedTokenizer(Tokenizer):
 
 @dataclass(eq=False)
 class WordTokenizer(Tokenizer):
-    """A small vocabulary: one token per word, ``</s>`` to end and ``<unk>`` for any other word.
+    """A tokenizer of a small vocabulary: one token per word, ``</s>`` to end and ``<unk>`` for any other word.
 
     Token ids are the positions in ``words``; ``</s>`` and ``<unk>`` come last.
 
     Args:
         words: distinct words without blanks.
-        positions: context length.
+        positions: context length in tokens.
+
+    Raises:
+        InputError: on construction, if ``words`` is empty, or has duplicates or words with blanks.
     """
 
     model: str = field(default="words", init=False)
@@ -226,10 +234,10 @@ class WordTokenizer(Tokenizer):
 
 @dataclass(eq=False)
 class ByteTokenizer(Tokenizer):
-    """One token per byte of UTF-8, and ``</s>`` (id 256): any text, no model.
+    """A tokenizer of one token per UTF-8 byte, and ``</s>`` (id 256): it encodes any text and needs no model.
 
     Args:
-        positions: context length.
+        positions: context length in tokens.
     """
 
     model: str = field(default="bytes", init=False)
@@ -246,6 +254,7 @@ class ByteTokenizer(Tokenizer):
         from transformers import PreTrainedTokenizerFast
 
         vocabulary = {byte: index for index, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+        # BPE without merges leaves every byte its own token.
         core = Core(models.BPE(vocab=vocabulary | {"</s>": len(vocabulary)}, merges=[]))
         core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         core.decoder = decoders.ByteLevel()

@@ -1,1 +1,1 @@
-"""What training asks of a model: adapters, one pass over given responses, the output layer."""
+"""Training of a causal language model: LoRA adapters, passes over given responses, the output layer."""

@@ -1,4 +1,8 @@
-"""LoRA adapters on one trunk: policy, value function and reward model share a model's frozen weights."""
+"""LoRA adapters on one trunk, so that policy, value function and reward model share a model's frozen weights.
+
+:class:`AdaptedTrunk` adds, switches and saves adapters. Their layers run in ``_LoraLinear``, with fewer passes over
+activations than in peft.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,12 @@ from .teacher_forcing import use_training_kernels
 
 
 class _LoraLinear(torch.autograd.Function):
-    """x W' + bias + (x A') B' of a frozen W; ``scale`` is part of B's product."""
+    """Computes x W' + bias + scale (x A') B' for a frozen W.
+
+    Peft adds ``scale * B(A(x))`` to the layer's output in three operations, each over the whole output, and autograd
+    sums three gradients of the input. Here the low-rank products are added in place. The mathematics is the same; in
+    bfloat16 there is one rounding fewer.
+    """
 
     @staticmethod
     def forward(
@@ -38,7 +47,7 @@ class _LoraLinear(torch.autograd.Function):
         scale: float,
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        low = linear(rows, a) * scale
+        low = linear(rows, a) * scale  # the scale costs least on the low-rank side
         ctx.save_for_backward(rows, weight, a, b, low)
         ctx.scale = scale
         return linear(rows, weight, bias).addmm_(low, b.t()).view(*x.shape[:-1], -1)
@@ -47,30 +56,37 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         rows, weight, a, b, low = ctx.saved_tensors
         gradient = gradients[0].reshape(-1, gradients[0].shape[-1])
-        behind = (gradient @ b) * ctx.scale
+        # Gradient of the low-rank activations x A'. ``low`` holds the scale already, as B's gradient needs it. W and
+        # the bias are frozen: no gradient.
+        low_gradient = (gradient @ b) * ctx.scale
         x_gradient = None
         if ctx.needs_input_grad[0]:
-            x_gradient = (gradient @ weight).addmm_(behind, a).view(*gradients[0].shape[:-1], -1)
-        return x_gradient, None, None, behind.t() @ rows, (low.t() @ gradient).t(), None
+            x_gradient = (gradient @ weight).addmm_(low_gradient, a).view(*gradients[0].shape[:-1], -1)
+        return x_gradient, None, None, low_gradient.t() @ rows, (low.t() @ gradient).t(), None
 
 
 def _forward(layer: Linear, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Runs a LoRA layer by :class:`_LoraLinear` if one plain adapter is active, else as peft does."""
     base, active = layer.get_base_layer(), layer.active_adapters
-    others = args or kwargs or layer.disable_adapters or layer.merged or layer.lora_variant
-    if others or len(active) != 1 or active[0] not in layer.lora_A:
+    unsupported = args or kwargs or layer.disable_adapters or layer.merged or layer.lora_variant
+    if unsupported or len(active) != 1 or active[0] not in layer.lora_A:
         return type(layer).forward(layer, x, *args, **kwargs)
     a, b, dropout = (part[active[0]] for part in (layer.lora_A, layer.lora_B, layer.lora_dropout))
     if a.bias is not None or b.bias is not None or (dropout.training and not isinstance(dropout, torch.nn.Identity)):
         return type(layer).forward(layer, x)
+    # The casts that autocast would make, which a custom function has to make itself.
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
+    weight = base.weight.t() if isinstance(base, Conv1D) else base.weight  # Conv1D stores W transposed
     parts = (None if part is None else part.to(dtype) for part in (x, weight, base.bias, a.weight, b.weight))
     return _LoraLinear.apply(*parts, layer.scaling[active[0]])
 
 
 def use_lora_kernel(model: torch.nn.Module) -> None:
-    """Gives every linear LoRA layer of a model with frozen weights this pass; dropout and variants stay peft's."""
+    """Makes the linear LoRA layers of a model with frozen weights run by :class:`_LoraLinear`.
+
+    Layers with active dropout, variants of LoRA and merged weights still run as in peft.
+    """
     for layer in model.modules():
         if type(layer) is Linear and type(layer.get_base_layer()) in (torch.nn.Linear, Conv1D):
             layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
@@ -78,21 +94,22 @@ def use_lora_kernel(model: torch.nn.Module) -> None:
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Which weights are trained, and how."""
+    """Settings of the LoRA adapters, or of training all weights."""
 
     rank: int = 16
-    """Rank of the adapters; 0 trains all weights of the model instead."""
+    """Rank of the LoRA adapters; 0: train all weights of the model instead."""
     alpha: float = 32.0
-    """Numerator of the adapters' scale."""
+    """Numerator of the scale of the LoRA adapters, alpha / rank (see ``rslora``)."""
     dropout: float = 0.0
-    """Dropout on the adapters' input; above 0 the ratio before the first optimiser step is not 1."""
+    """Dropout on the input of the LoRA adapters; above 0 the probability ratio before the first step is not 1."""
     targets: str = "all-linear"
-    """Names of the layers that get an adapter, comma-separated; all-linear for every linear layer but the output."""
+    """Comma-separated names of the layers that get a LoRA adapter; all-linear: every linear layer but the output."""
     rslora: bool = False
-    """Scale by alpha / sqrt(rank) instead of alpha / rank."""
+    """Whether the scale of the LoRA adapters is alpha / sqrt(rank) instead of alpha / rank."""
 
     def config(self) -> LoraConfig:
-        """The same for peft. Biases stay frozen: trained ones would stay active in the reference (peft's own note)."""
+        """Returns these settings as peft's configuration."""
+        # Biases stay frozen: as peft notes, trained ones would stay active in the reference, where adapters are off.
         targets = self.targets if self.targets == "all-linear" else self.targets.split(",")
         return LoraConfig(
             r=self.rank,
@@ -109,12 +126,12 @@ DEFAULT_LORA = LoraSettings()
 
 
 class AdaptedTrunk:
-    """A causal language model and the adapters on it, of which one or none is active at a time.
+    """A causal language model and its adapters, of which at most one is active at a time.
 
-    Get it from :meth:`of`: a model has one trunk, whoever asks. Outside :meth:`active` no adapter acts.
+    Get it from :meth:`of`, as a model must have only one trunk. Outside :meth:`active` no adapter is active.
 
     Args:
-        lm: the model, which is changed in place: its weights are frozen, its layers get adapters.
+        lm: the model, which is changed in place: its weights are frozen, and its layers get adapters.
     """
 
     def __init__(self, lm: CausalLM) -> None:
@@ -126,7 +143,7 @@ class AdaptedTrunk:
 
     @classmethod
     def of(cls, model: CausalLM | AdaptedTrunk) -> AdaptedTrunk:
-        """The trunk of a model, the one it has already or a new one."""
+        """Returns the trunk of a model, which is created on the first call."""
         if isinstance(model, AdaptedTrunk):
             return model
         with model.lock:
@@ -140,10 +157,13 @@ class AdaptedTrunk:
         return [] if self._peft is None else sorted(self._peft.peft_config)
 
     def train_whole(self, name: str) -> None:
-        """Hands all weights to one owner, who trains them.
+        """Makes all weights of the model trainable, for one owner.
+
+        Args:
+            name: name of the owner, for error messages.
 
         Raises:
-            InputError: if there are adapters, or another owner.
+            InputError: if the model has adapters or another owner.
         """
         if self.names or self._whole:
             others = ", ".join(self.names) or self._whole
@@ -155,10 +175,14 @@ class AdaptedTrunk:
         self.lm.model.requires_grad_(True)
 
     def add(self, name: str, lora: LoraSettings) -> None:
-        """Puts an adapter on the trunk; its initial weights come from torch's global generator, and change nothing yet.
+        """Adds an adapter, whose initial weights leave the model's outputs as they are.
+
+        Args:
+            name: name of the adapter.
+            lora: its settings. Initial weights are drawn from torch's global generator.
 
         Raises:
-            InputError: if the name is taken, or somebody trains all weights of the model.
+            InputError: if the name is taken, or all weights of the model have an owner that trains them.
         """
         if self._whole:
             raise InputError(
@@ -168,21 +192,27 @@ class AdaptedTrunk:
             raise InputError(
                 f"{self.lm.name} has an adapter {name!r} already: load the model a second time, or use another name"
             )
+        # The lock keeps other threads from running the model while its layers are replaced.
         with self.lm.lock, warnings.catch_warnings():
-            # Peft asks transformers for something by its old name; there is nothing a user could do about it.
+            # Peft uses a deprecated name of transformers, which the user cannot change.
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
             trained = [(p, p.requires_grad) for p in self.lm.model.parameters()]
             if self._peft is None:
                 self._peft = get_peft_model(self.lm.model, lora.config(), adapter_name=name)
             else:
                 self._peft.add_adapter(name, lora.config())
-            for parameter, flag in trained:  # peft freezes other adapters, whose owners may be in training
+            # Peft freezes the other adapters, which may be in training.
+            for parameter, flag in trained:
                 parameter.requires_grad_(flag)
             use_lora_kernel(self.lm.model)
             self._switch(None)
 
     def parameters(self, *names: str) -> dict[str, torch.nn.Parameter]:
-        """The weights of adapters (of the whole model where :meth:`train_whole` was called) by name, made trainable."""
+        """Makes the weights of adapters trainable and returns them by name.
+
+        Args:
+            names: names of the adapters; after :meth:`train_whole` all weights of the model are returned instead.
+        """
         marks = [f".{name}." for name in names]
         named = {
             name: parameter
@@ -194,17 +224,17 @@ class AdaptedTrunk:
         return named
 
     def freeze(self, name: str) -> None:
-        """Makes an adapter's weights untrainable."""
+        """Freezes the weights of an adapter."""
         for parameter in self.parameters(name).values():
             parameter.requires_grad_(False)
 
     @contextmanager
     def active(self, name: str | None, dropout: bool = False) -> Iterator[CausalLM]:
-        """The model under an adapter, or without any (None), for this thread alone; afterwards it has none.
+        """Locks the model for this thread and activates an adapter within the block; after it none is active.
 
         Args:
-            name: of the adapter.
-            dropout: whether its dropout acts.
+            name: name of the adapter; None: no adapter.
+            dropout: whether the adapter's dropout is on.
         """
         with self.lm.lock:
             if name is None or self._peft is None:
@@ -217,7 +247,10 @@ class AdaptedTrunk:
                 self._switch(None)
 
     def _switch(self, name: str | None, dropout: bool = False) -> None:
-        """Switches the adapter layers. Peft's own switches would also set ``requires_grad`` before a backward pass."""
+        """Activates an adapter (None: no adapter) in all layers.
+
+        Peft's own switches also set ``requires_grad``, which must not change between a forward and its backward pass.
+        """
         for layer in self.lm.model.modules():
             if isinstance(layer, BaseTunerLayer):
                 layer._disable_adapters = name is None
@@ -228,14 +261,18 @@ class AdaptedTrunk:
     # --- weights -----------------------------------------------------------------------------------------------------
 
     def weights(self, name: str) -> dict[str, torch.Tensor]:
-        """A copy of an adapter's weights, by peft's names."""
+        """Returns a copy of an adapter's weights, by their names in peft."""
         return {k: v.clone() for k, v in get_peft_model_state_dict(self._adapted(), adapter_name=name).items()}
 
     def set_weights(self, name: str, weights: Mapping[str, torch.Tensor]) -> None:
         """Replaces an adapter's weights.
 
+        Args:
+            name: name of the adapter.
+            weights: new weights by their names in peft.
+
         Raises:
-            InputError: if they are of other layers.
+            InputError: if the weights belong to other layers.
         """
         if set(weights) != set(get_peft_model_state_dict(self._adapted(), adapter_name=name)):
             raise InputError(f"these weights are of other layers than those of adapter {name!r} on {self.lm.name}")
@@ -243,16 +280,16 @@ class AdaptedTrunk:
         self._switch(None)
 
     def save(self, folder: str | Path, names: Sequence[str]) -> None:
-        """Writes adapters in peft's own format, as safetensors, each into ``FOLDER/NAME``."""
+        """Writes each adapter to ``FOLDER/NAME``, in peft's format as safetensors."""
         self._adapted().save_pretrained(str(folder), selected_adapters=list(names))
 
     def load(self, folder: str | Path, name: str) -> None:
         """Reads an adapter's weights from ``FOLDER/NAME``.
 
         Raises:
-            InputError: if they are of other layers.
+            InputError: if the weights belong to other layers.
             OSError: if there is no such file.
-            safetensors.SafetensorError: if it is broken.
+            safetensors.SafetensorError: if the file is broken.
         """
         path = Path(folder) / name / "adapter_model.safetensors"
         try:
@@ -261,6 +298,7 @@ class AdaptedTrunk:
             raise InputError(f"{path}: {error}") from None
 
     def _adapted(self) -> PeftModel:
+        """Returns the peft model; raises :class:`InputError` if there are no adapters."""
         if self._peft is None:
             raise InputError(f"{self.lm.name} has no adapters")
         return self._peft
@@ -269,13 +307,14 @@ class AdaptedTrunk:
 def open_model(
     model: str | CausalLM | AdaptedTrunk, lora: LoraSettings, dtype: str, device: str
 ) -> tuple[CausalLM, str]:
-    """The model to put adapters on, and its name.
+    """Returns the model to put adapters on, and its name.
 
     Args:
-        model: ``"embedded"``, a local path or hub id, which is loaded anew and not shared with backends; or a live one.
-        lora: at rank 0, where all weights are trained, they are loaded in float32.
-        dtype: of the weights else.
-        device: ``auto`` takes a GPU where there is one.
+        model: ``"embedded"``, a local path or a hub id: a new copy is loaded, not the one that backends share, as
+            training changes it; or a live model.
+        lora: settings of the adapters; at rank 0, where all weights are trained, the weights are loaded in float32.
+        dtype: dtype of the weights at other ranks.
+        device: torch device; ``"auto"``: a GPU if there is one, else the CPU.
     """
     if not isinstance(model, str):
         lm = model.lm if isinstance(model, AdaptedTrunk) else model
@@ -292,25 +331,26 @@ def load_whole(model: Any, folder: str | Path) -> None:
     """Reads all weights of a model from ``model.safetensors`` in a folder.
 
     Raises:
-        InputError: if they are of other layers.
+        InputError: if the weights belong to other layers.
     """
     weights = load_file(Path(folder) / "model.safetensors")
     unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
-    here = model.state_dict()
-    read = {here[name].data_ptr() for name in weights if name in here}
-    if unexpected or any(weight.data_ptr() not in read for weight in here.values()):  # tied weights are saved once
+    state = model.state_dict()
+    # Tied weights are saved once, so a weight counts as read if any name of its memory is in the file.
+    loaded = {state[name].data_ptr() for name in weights if name in state}
+    if unexpected or any(weight.data_ptr() not in loaded for weight in state.values()):
         raise InputError(f"the model in {folder} has other layers than this one")
 
 
 def training_dtype(dtype: str, device: str) -> str:
-    """The dtype that ``auto`` stands for: bfloat16 on hardware that computes in it, else float32."""
+    """Returns ``dtype``, with ``"auto"`` replaced by bfloat16 if the hardware computes in it, else by float32."""
     if dtype != "auto":
         return dtype
     return "bfloat16" if computes_in_bfloat16(device) else "float32"
 
 
 def autocast(lm: CausalLM, dtype: str) -> Any:
-    """The context in which a model computes in ``dtype`` while its trained weights stay in float32."""
+    """Returns a context in which a model computes in ``dtype`` while its trained weights stay in float32."""
     if dtype == "float32":
         return nullcontext()
     return torch.autocast(lm.device.type, dtype=getattr(torch, dtype))

@@ -1,8 +1,8 @@
-"""The output layer in training: what it says of chosen tokens, without keeping a row of logits per token.
+"""The output layer in training: log-probs and statistics of chosen tokens, without storing a row of logits per token.
 
-Logits are computed for as many rows at once as :data:`CHUNK_LOGITS` allows, and dropped. Under a frozen output layer
-(LoRA) the forward pass also takes the gradients by the hidden states, while it has the probabilities at hand: nothing
-is computed twice. A trained one is read again in the backward pass.
+Logits are computed for as many rows at once as :data:`CHUNK_LOGITS` allows, and dropped. If the output layer is frozen
+(LoRA), the forward pass also computes the gradients by the hidden states, as it has the probabilities at hand: nothing
+is computed twice. If it is trained, the backward pass computes the logits a second time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ..local.causal_lm import CausalLM
 
 CHUNK_LOGITS = 8_388_608
-"""Logits (rows x vocabulary) in memory at once."""
+"""Largest number of logits (rows x vocabulary) in memory at once."""
 
 
 class OutputLayer(NamedTuple):
@@ -30,13 +30,13 @@ class OutputLayer(NamedTuple):
 
     @classmethod
     def of(cls, lm: CausalLM) -> OutputLayer:
-        """Returns a model's own, without what pads it beyond the tokenizer: the sampler leaves that out as well."""
+        """Returns a model's output layer without the padding beyond the tokenizer, as the sampler leaves it out too."""
         vocabulary, bias = len(lm.tokenizer), getattr(lm.head, "bias", None)
         return cls(lm.head.weight[:vocabulary], None if bias is None else bias[:vocabulary])
 
     @property
     def trained(self) -> bool:
-        """Whether it takes a gradient."""
+        """Whether the layer takes a gradient."""
         return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
     def to(self, dtype: torch.dtype) -> OutputLayer:
@@ -44,7 +44,7 @@ class OutputLayer(NamedTuple):
         return OutputLayer(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
     def product_dtype(self, hidden: torch.Tensor) -> torch.dtype:
-        """Returns the dtype of its product with hidden states, which autocast does not see in a custom function."""
+        """Returns the dtype of the product with hidden states, as autocast does not act in a custom function."""
         device = hidden.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
 
@@ -54,7 +54,7 @@ class OutputLayer(NamedTuple):
         return logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
 
     def logprobs(self, hidden: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the log-probs of all tokens, shape (n, vocabulary), and the logsumexps, (n,), in float32 at least."""
+        """Returns log-probs of all tokens, shape (n, vocabulary), and logsumexps, shape (n,), in float32 at least."""
         logits = self.logits(hidden, scale)
         # Not log_softmax, whose last bits differ: equal models must have a divergence of exactly 0.
         logsumexps = logits.logsumexp(dim=-1)
@@ -62,23 +62,24 @@ class OutputLayer(NamedTuple):
 
 
 class _Statistic(Protocol):
-    """A number that each row of log-probs has, besides the log-prob of its chosen token."""
+    """A number computed from each row of log-probs, besides the log-prob of the chosen token."""
 
     differentiable: bool
+    """Whether the number takes part in the gradient."""
     logits_per_token: int
-    """Rows of logits that one token takes while it is read."""
+    """Rows of logits in memory per token: the model's and, where there is one, the reference's."""
 
     def values(
         self, logprobs: torch.Tensor, probabilities: torch.Tensor, logsumexps: torch.Tensor, rows: torch.Tensor
     ) -> torch.Tensor:
-        """Returns the number of each row, shape (rows,); differentiable where gradients are on."""
+        """Returns the number of each row, shape (rows,); differentiable if gradients are enabled."""
 
     def slopes(self, logprobs: torch.Tensor, probabilities: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Returns its derivatives by the logits, shape (rows, vocabulary); may overwrite ``logprobs``."""
+        """Returns derivatives of the numbers by the logits, shape (rows, vocabulary); may overwrite ``logprobs``."""
 
 
 class _Entropy:
-    """H = -sum p log p; its derivative by the logits is -p (log p + H)."""
+    """Entropy H = -sum p log p; its derivative by the logits is -p (log p + H)."""
 
     logits_per_token = 1
 
@@ -95,7 +96,7 @@ class _Entropy:
 
 
 class _LogSumExp:
-    """log sum exp of the logits; its derivative by the logits is p."""
+    """The logsumexp of the logits; its derivative by the logits is p."""
 
     differentiable = True
     logits_per_token = 1
@@ -114,9 +115,9 @@ class _Divergence:
 
     Args:
         hidden: the reference's last hidden states, shape (n, any).
-        head: its output layer, over the same vocabulary.
+        head: the reference's output layer, over the same vocabulary.
         ids: int64, shape (n,): the chosen tokens.
-        scale: what its logits are multiplied by.
+        scale: factor that the reference's logits are multiplied by.
     """
 
     differentiable = True
@@ -137,15 +138,16 @@ class _Divergence:
         return (self._targets * (references - logprobs)).sum(dim=-1)
 
     def slopes(self, logprobs: torch.Tensor, probabilities: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        # A difference of two products would lose in bfloat16 what is left of it while p is close to q.
+        # Subtract before multiplying by W: while p is close to q, the difference of two products in bfloat16 would be
+        # rounding noise.
         return probabilities - self._targets
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Log-probs of chosen tokens, and a statistic of their rows, under an output layer without a gradient.
+    """Computes log-probs of chosen tokens and a statistic of their rows under a frozen output layer.
 
-    With W the weight, the gradient of log p(y) by the hidden state is scale (W[y] - p W), that of a statistic with
-    derivatives s by the logits scale s W.
+    With W the weight, the gradient of log p(y) by the hidden state is scale (W[y] - p W); that of a statistic with
+    derivatives s by the logits is scale s W.
     """
 
     @staticmethod
@@ -153,27 +155,29 @@ class _FrozenHead(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, head: OutputLayer, ids: torch.Tensor, scale: float, statistic: _Statistic
     ) -> tuple[torch.Tensor, torch.Tensor]:
         weight, dtype = head.weight, torch.promote_types(hidden.dtype, torch.float32)
-        chosen, values = (hidden.new_empty(len(hidden), dtype=dtype) for _ in range(2))
+        chosen_logprobs, values = (hidden.new_empty(len(hidden), dtype=dtype) for _ in range(2))
         needs_gradient = ctx.needs_input_grad[0]
+        # Gradients by the hidden states of the log-prob (0) and the statistic (1), which backward scales and adds.
         slopes = hidden.new_empty((1 + statistic.differentiable, *hidden.shape)) if needs_gradient else None
         for rows in _row_chunks(hidden, statistic.logits_per_token * len(weight)):
             logprobs, logsumexps = head.logprobs(hidden[rows], scale)
             probabilities = logprobs.exp()
-            chosen[rows] = logprobs.gather(1, ids[rows, None]).squeeze(1)
+            chosen_logprobs[rows] = logprobs.gather(1, ids[rows, None]).squeeze(1)
             values[rows] = statistic.values(logprobs, probabilities, logsumexps, rows).to(dtype)
             if slopes is None:
                 continue
+            # p W, the mean weight under the model's distribution.
             mean = probabilities.to(weight.dtype) @ weight
             slopes[0, rows] = ((weight[ids[rows]] - mean) * scale).to(slopes.dtype)
             if statistic.differentiable:
                 by_logits = statistic.slopes(logprobs, probabilities, values[rows])
-                # The logsumexp's derivatives are the probabilities, whose product is there already.
+                # The derivatives of the logsumexp are the probabilities, whose product with W is known already.
                 product = mean if by_logits is probabilities else by_logits.to(weight.dtype) @ weight
                 slopes[1, rows] = (product * scale).to(slopes.dtype)
         ctx.save_for_backward(slopes)
         if not statistic.differentiable:
             ctx.mark_non_differentiable(values)
-        return chosen, values
+        return chosen_logprobs, values
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -187,7 +191,7 @@ class _FrozenHead(torch.autograd.Function):
 def _read(
     hidden: torch.Tensor, head: OutputLayer, ids: torch.Tensor, scale: float, statistic: _Statistic
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs of the chosen tokens and a statistic of their rows, each of shape (n,), in float32 at least."""
+    """Returns log-probs of the chosen tokens and a statistic of their rows, each of shape (n,), in float32 at least."""
     if not head.trained:
         dtype = head.product_dtype(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -195,19 +199,20 @@ def _read(
 
     def plain(hidden: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logprobs, logsumexps = head.logprobs(hidden, scale)
-        with torch.autocast(hidden.device.type, enabled=False):  # which would sum in bfloat16
+        with torch.autocast(hidden.device.type, enabled=False):  # autocast would sum in bfloat16
             values = statistic.values(logprobs, logprobs.exp(), logsumexps, rows)
-        chosen = logprobs.gather(1, ids[rows, None]).squeeze(1)
-        return chosen, values if statistic.differentiable else values.detach()
+        chosen_logprobs = logprobs.gather(1, ids[rows, None]).squeeze(1)
+        return chosen_logprobs, values if statistic.differentiable else values.detach()
 
+    # Checkpointing drops the logits of each chunk and computes them again in the backward pass.
     size = statistic.logits_per_token * len(head.weight)
     chunks = [checkpoint(plain, hidden[rows], rows, use_reentrant=False) for rows in _row_chunks(hidden, size)]
-    chosen, values = (torch.cat(parts) for parts in zip(*chunks, strict=True))
-    return chosen, values
+    chosen_logprobs, values = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    return chosen_logprobs, values
 
 
 def _row_chunks(hidden: torch.Tensor, logits: int) -> Iterator[torch.Tensor]:
-    """Row numbers of hidden states, int64, as many at once as :data:`CHUNK_LOGITS` allows for ``logits`` a row."""
+    """Yields row numbers, int64, as many at once as :data:`CHUNK_LOGITS` allows with ``logits`` logits per row."""
     return iter(torch.arange(len(hidden), device=hidden.device).split(max(CHUNK_LOGITS // logits, 1)))
 
 
@@ -218,48 +223,55 @@ def token_logprobs(
 
     Args:
         hidden: last hidden states, shape (n, d).
-        head: the output layer; takes a gradient where it is trained.
+        head: the output layer, which takes a gradient if it is trained.
         ids: int64, shape (n,): the chosen tokens.
-        scale: what the logits are multiplied by, 1 / temperature.
+        scale: factor that the logits are multiplied by, 1 / temperature.
         entropy_gradient: whether the entropies are differentiable.
 
     Returns:
-        float32 (float64 of float64) log-probs and entropies in nats, each of shape (n,).
+        Log-probs and entropies in nats, each of shape (n,), float32 (float64 for float64 input).
     """
     return _read(hidden, head, ids, scale, _Entropy(entropy_gradient))
 
 
 class ChosenLogits(NamedTuple):
-    """What an output layer says of chosen tokens; each float32 (float64 of float64), shape (n,).
+    """Log-probs of chosen tokens and logsumexps, each float32 (float64 for float64 input), shape (n,).
 
     In soft Q-learning the logit is the action value Q(s, a) and the logsumexp the state value V(s).
     """
 
     logprobs: torch.Tensor
-    """In nats: the logit less the logsumexp, A(s, a) = Q(s, a) - V(s)."""
+    """Log-probs in nats: logit minus logsumexp, A(s, a) = Q(s, a) - V(s)."""
     logsumexps: torch.Tensor
-    """Of all logits of the row, V(s) = log sum_a exp Q(s, a)."""
+    """Logsumexps over all logits of the row, V(s) = log sum_a exp Q(s, a)."""
 
     @property
     def logits(self) -> torch.Tensor:
-        """Of the chosen tokens, Q(s, a)."""
+        """Logits of the chosen tokens, Q(s, a)."""
         return self.logprobs + self.logsumexps
 
 
 def chosen_logits(hidden: torch.Tensor, head: OutputLayer, ids: torch.Tensor, scale: float = 1.0) -> ChosenLogits:
-    """Returns log-probs of chosen tokens and the logsumexp of the logits; arguments as of :func:`token_logprobs`."""
+    """Returns log-probs of chosen tokens and the logsumexps of the logits.
+
+    Args:
+        hidden: last hidden states, shape (n, d).
+        head: the output layer, which takes a gradient if it is trained.
+        ids: int64, shape (n,): the chosen tokens.
+        scale: factor that the logits are multiplied by, 1 / temperature.
+    """
     return ChosenLogits(*_read(hidden, head, ids, scale, _LogSumExp()))
 
 
 class ComparedTokens(NamedTuple):
-    """What a model and a reference say of the same tokens; each float32 (float64 of float64), shape (n,), in nats."""
+    """Log-probs of a model and a reference, each float32 (float64 for float64 input), shape (n,), in nats."""
 
     logprobs: torch.Tensor
-    """Of the chosen tokens."""
+    """Log-probs of the chosen tokens by the model."""
     reference_logprobs: torch.Tensor
-    """Of the chosen tokens by the reference; without a gradient."""
+    """Log-probs of the chosen tokens by the reference, without a gradient."""
     kls: torch.Tensor
-    """KL(reference || model) over the whole vocabulary, where the token is chosen."""
+    """KL(reference || model) over the whole vocabulary at the position of the token."""
 
 
 def compared_tokens(
@@ -274,16 +286,16 @@ def compared_tokens(
 
     Args:
         hidden: last hidden states of the model, shape (n, d), which take a gradient.
-        head: the model's output layer; takes a gradient where it is trained.
-        reference_hidden: shape (n, any), of the reference, at the same tokens.
+        head: the model's output layer, which takes a gradient if it is trained.
+        reference_hidden: last hidden states of the reference at the same tokens, shape (n, any).
         reference_head: the reference's output layer, over the same vocabulary; neither takes a gradient.
         ids: int64, shape (n,): the chosen tokens.
-        scale: what both models' logits are multiplied by, 1 / temperature.
+        scale: factor that the logits of both are multiplied by, 1 / temperature.
     """
     reference_head = reference_head.to(reference_head.product_dtype(reference_hidden))
     divergence = _Divergence(reference_hidden.detach(), reference_head, ids, scale)
     logprobs, kls = _read(hidden, head, ids, scale, divergence)
-    # A copy: rows that are read again in the backward pass are filled in again.
+    # A copy, as the backward pass of a trained head computes the rows again and overwrites ``chosen``.
     return ComparedTokens(logprobs, divergence.chosen.clone(), kls)
 
 
@@ -297,14 +309,15 @@ def allowed_logprobs(
         head: the output layer.
         ids: int64, shape (n,): the chosen tokens.
         allowed: n int64 arrays, the allowed tokens at each position; each holds its chosen token.
-        scale: what the logits are multiplied by, 1 / temperature.
+        scale: factor that the logits are multiplied by, 1 / temperature.
 
     Returns:
-        float32 log-probs and entropies in nats, each of shape (n,), both differentiable.
+        Log-probs and entropies in nats, each float32 of shape (n,), both differentiable.
 
     Raises:
         ValueError: if a chosen token is not allowed.
     """
+    # Table of the allowed tokens, padded on the right; ``real`` masks the padding, whose id 0 may be a chosen token.
     width = max(map(len, allowed))
     table = torch.zeros((len(allowed), width), dtype=torch.long)
     real = torch.zeros((len(allowed), width), dtype=torch.bool)
@@ -312,13 +325,14 @@ def allowed_logprobs(
         table[row, : len(tokens)] = torch.as_tensor(tokens)
         real[row, : len(tokens)] = True
     table, real = table.to(hidden.device), real.to(hidden.device)
-    chosen = (table == ids[:, None]) & real
-    if not bool(chosen.any(dim=1).all()):
+    is_chosen = (table == ids[:, None]) & real
+    if not bool(is_chosen.any(dim=1).all()):
         raise ValueError("a chosen token is not among the allowed ones of its position")
     with torch.autocast(hidden.device.type, enabled=False):  # few tokens: float32 costs nothing
         logits = torch.einsum("nd,nkd->nk", hidden.float(), head.weight[table].float())
         if head.bias is not None:
             logits = logits + head.bias[table].float()
         logprobs = (logits * scale).masked_fill(~real, float("-inf")).log_softmax(dim=-1)
+        # 0 instead of -inf at the padding, as 0 times -inf is NaN.
         entropies = -(logprobs.exp() * logprobs.masked_fill(~real, 0.0)).sum(dim=-1)
-        return logprobs.gather(1, chosen.int().argmax(dim=1, keepdim=True)).squeeze(1), entropies
+        return logprobs.gather(1, is_chosen.int().argmax(dim=1, keepdim=True)).squeeze(1), entropies
