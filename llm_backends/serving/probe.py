@@ -267,7 +267,7 @@ class ServerProbe:
     def _stop(self) -> str:
         """Checks that a stop string ends the text, and that its tokens stay in the token ids."""
         style = self.found.style
-        # A word from the middle of the known greedy completion is sure to be generated again.
+        # Greedy decoding generates a word from the middle of the known greedy completion again.
         greedy = self._greedy[style].text
         words = re.findall(r"\w\w+", greedy)
         stop = words[len(words) // 2] if words else ""
