@@ -209,7 +209,7 @@ def tokenize_pairs(
     if not pairs:
         raise InputError("there are no pairs of responses: give at least one")
     eos = tokenizer.hf.eos_token_id
-    kept: list[TokenizedPair] = []
+    tokenized: list[TokenizedPair] = []
     dropped: Counter[str] = Counter(empty=0, identical=0, too_long=0)
     for number, pair in enumerate(pairs):
         name = f"pair {number} ({pair.id})" if pair.id else f"pair {number}"
@@ -228,7 +228,7 @@ def tokenize_pairs(
             dropped["too_long"] += 1
         else:
             labels = edit_labels(original, edited)
-            kept.append(
+            tokenized.append(
                 TokenizedPair(
                     prompt=np.array(prompt, np.int32),
                     original=np.array(original + end, np.int32),
@@ -238,7 +238,7 @@ def tokenize_pairs(
                     id=pair.id,
                 )
             )
-    return kept, dict(dropped)
+    return tokenized, dict(dropped)
 
 
 def pair_micro_batches(pairs: Sequence[TokenizedPair], examples: np.ndarray, budget: int) -> Iterator[np.ndarray]:

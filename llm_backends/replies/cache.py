@@ -75,7 +75,7 @@ class ReplyStore:
         Raises:
             OSError: if SQLite fails.
         """
-        # SQLite connections must not be carried across a fork, and the parent's lock may be held for ever.
+        # SQLite connections must not be carried across a fork, and the parent's lock may stay locked.
         if self._process != os.getpid():
             self._lock = threading.Lock()
             self._connect()

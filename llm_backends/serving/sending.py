@@ -225,7 +225,7 @@ class Sender:
         if status in (408, 409, 429) or status >= 500:
             pause = retry_after(error.response.headers)
             return BackendError(why), pause if pause <= LONGEST_PAUSE else None
-        # A prompt that is too long has no status of its own: only the words of the message show it.
+        # Status 400 has many causes: only the words of the message show that the prompt is too long.
         if status == 400 and any(hint in why.lower() for hint in ("context length", "maximum context", "too long")):
             return ContextLengthError(why), None
         return BackendError(why), None

@@ -111,7 +111,7 @@ def vllm_server(
     log = Path(log)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
-        # In a session of its own, so that the whole process group can be killed below.
+        # In a new session, so that the whole process group can be killed below.
         server = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
