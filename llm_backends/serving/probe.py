@@ -179,7 +179,7 @@ class ServerProbe:
             self._ask(name)
         return self.found
 
-    # Each check (the functions in CAPABILITIES) returns its evidence, or raises an error that _ask turns into an answer:
+    # Each check (a function in CAPABILITIES) returns its evidence, or raises an error that _ask turns into an answer:
     # UnsupportedRequestError or MalformedReplyError is "no", another BackendError in most cases "unknown".
 
     # --- what every server must do -----------------------------------------------------------------------------------
