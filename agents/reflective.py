@@ -1,7 +1,8 @@
-"""Reflective search for instructions: GEPA (Agrawal et al. 2025, arXiv 2507.19457), by the ``gepa`` library.
+"""Reflective search for instructions: GEPA (Agrawal et al. 2025, arXiv 2507.19457), through the ``gepa`` library.
 
-A language model reads an instruction's failures on a few examples and writes a new instruction; one that does better on
-them is scored on the whole validation set, and parents are drawn from the Pareto front over its examples.
+A language model reads an instruction's failures on a few examples and writes a new instruction. A new instruction that
+does better on these examples is scored on the whole validation set. Parents of new instructions are drawn from the
+Pareto front over the validation examples.
 """
 
 from __future__ import annotations
@@ -18,26 +19,26 @@ from ..rewards.prompt_scoring.scorer import TaskResult, TaskScorer
 from ..rewards.prompt_scoring.task_prompt import LabelledExample, TaskPrompt, encodable
 
 INSTRUCTION = "instruction"
-"""The one text of a candidate."""
+"""Name of the only text of a candidate."""
 SHOWN = 3
-"""Failures that the language model is shown."""
+"""Maximum number of failures in a request for a new instruction."""
 MAX_TOKENS = 64
-"""Of an instruction that it writes."""
+"""Maximum number of tokens of a new instruction."""
 
 logger = logging.getLogger(__name__)
 
 
 class PromptAdapter:
-    """Instructions for a task as candidates of GEPA: the protocol of ``gepa.GEPAAdapter``.
+    """Presents instructions for a task as candidates of GEPA, by the protocol of ``gepa.GEPAAdapter``.
 
-    An example's score is the probability of its right label among the labels, in [0, 1].
+    An example's score is the probability of its correct label among the labels, in [0, 1].
 
     Args:
-        prompt: whose instruction is searched for; the rest of it stays.
-        scorer: scores prompts.
-        backend: reads failures and writes instructions.
-        seed: of its requests.
-        on_result: called with the prompt and its result, whenever one was scored.
+        prompt: the prompt whose instruction is searched for; the rest of it stays as it is.
+        scorer: scores prompts on examples.
+        backend: the language model that reads failures and writes instructions.
+        seed: seed of the backend's requests.
+        on_result: called with a prompt and its result each time a prompt is scored.
     """
 
     def __init__(
@@ -51,11 +52,21 @@ class PromptAdapter:
         self.prompt, self.scorer, self.backend, self.seed = prompt, scorer, backend, seed
         self.on_result = on_result
         self.proposals = 0
-        """Instructions asked for so far."""
+        """Number of new instructions requested so far."""
         self._failure: Exception | None = None
+        """The error that :meth:`propose_new_texts` raised, if any."""
 
     def evaluate(self, batch: list[LabelledExample], candidate: dict[str, str], capture_traces: bool = False) -> Any:
-        """Scores a candidate on examples; the trace of an example says what was predicted and what was right."""
+        """Scores a candidate on examples.
+
+        Args:
+            batch: the examples.
+            candidate: a dict with the instruction under ``instruction``.
+            capture_traces: whether to return traces: input, predicted answer and right answer of each example.
+
+        Returns:
+            A ``gepa.EvaluationBatch`` with outputs, scores and traces.
+        """
         from gepa import EvaluationBatch
 
         if self._failure is not None:
@@ -76,7 +87,16 @@ class PromptAdapter:
     def make_reflective_dataset(
         self, candidate: dict[str, str], eval_batch: Any, components_to_update: list[str]
     ) -> Mapping[str, Sequence[Mapping[str, Any]]]:
-        """The wrong answers, the most confident ones first; where there are none, the least certain right ones."""
+        """Returns the examples to show to the language model, by component.
+
+        These are the examples with wrong answers, the lowest probabilities of the correct label first; if all answers
+        are right, the least certain ones.
+
+        Args:
+            candidate: the candidate that was scored.
+            eval_batch: result of :meth:`evaluate` with traces.
+            components_to_update: names of the components; each gets the same examples.
+        """
         rows = sorted(zip(eval_batch.scores, eval_batch.trajectories, strict=True), key=lambda row: row[0])
         shown = [trace for _, trace in rows if trace["answer"] != trace["right"]] or [trace for _, trace in rows]
         records = [
@@ -95,9 +115,15 @@ class PromptAdapter:
         reflective_dataset: Mapping[str, Sequence[Mapping[str, Any]]],
         components_to_update: list[str],
     ) -> dict[str, str]:
-        """A new instruction by the language model; the old one where its reply cannot be used, or failed.
+        """Returns a new instruction by the language model; the old one if the request fails or the reply is unusable.
 
-        What a backend raises is raised, and once more by the next :meth:`evaluate`, because the library passes over it.
+        An error that the backend raises is raised here, and again by the next :meth:`evaluate`, because the library
+        ignores it here.
+
+        Args:
+            candidate: the candidate with the old instruction.
+            reflective_dataset: examples from :meth:`make_reflective_dataset`.
+            components_to_update: not used, as a candidate has one component only.
         """
         try:
             return {INSTRUCTION: self._written(candidate[INSTRUCTION], reflective_dataset[INSTRUCTION])}
@@ -106,6 +132,7 @@ class PromptAdapter:
             raise
 
     def _written(self, instruction: str, records: Sequence[Mapping[str, Any]]) -> str:
+        """Requests an instruction that avoids the recorded failures; returns the old one without a usable reply."""
         failures = "; ".join(
             f"{one_line(record['Inputs']['text'])} -> {record['Generated Outputs']}. {record['Feedback']}"
             for record in records
@@ -120,8 +147,10 @@ class PromptAdapter:
         )
         chat = fill(texts["chat"], {"instruction": instruction, "failures": failures})
         style = self.backend.prompt_style
+        # The count makes every request a different one: another proposal from the same failures is a new sample.
         seed = request_seed(self.seed, "reflect", self.proposals)
         self.proposals += 1
+        # A completion model would go on with further demonstrations: stop it at the end of the line.
         sampling = Sampling(MAX_TOKENS, 1.0, 0.95, stop=() if style == "chat" else ("\n",), seed=seed)
         [result] = self.backend.generate([build_prompt(style, chat, completion)], sampling)
         if isinstance(result, BackendError):
@@ -142,16 +171,18 @@ def reflective_search(
     """Searches for an instruction and returns the prompt with the highest mean score on the validation set.
 
     Args:
-        adapter: with the prompt to start from.
-        train: examples of minibatches, on which a new instruction has to beat its parent's sum of scores.
-        validation: examples of the Pareto front.
-        calls: task-model calls at most (one per example and label).
-        minibatch: examples of a minibatch.
-        seed: of what GEPA draws.
+        adapter: the adapter, which holds the prompt to start from.
+        train: examples that minibatches are drawn from; on its minibatch a new instruction must have a higher sum of
+            scores than its parent.
+        validation: examples that the Pareto front is taken over.
+        calls: maximum number of calls of the task model (one per example and label).
+        minibatch: number of examples of a minibatch.
+        seed: seed of GEPA's random choices.
 
     Raises:
-        InputError: without the library, or if the calls do not do for the start on the validation set.
-        CallLimitError: as the adapter's scorer does, before this number is reached.
+        InputError: if the library is missing, or ``calls`` does not suffice to score the first prompt on the validation
+            set.
+        CallLimitError: if the adapter's scorer reaches its own limit first.
     """
     try:
         import gepa
@@ -164,7 +195,8 @@ def reflective_search(
             "labels: allow more, or validate on fewer"
         )
     untyped: Any = adapter  # the library's protocol has type variables that nothing binds
-    found: Any = gepa.optimize(
+    # GEPA counts evaluated examples, each of which takes one call per label.
+    result: Any = gepa.optimize(
         seed_candidate={INSTRUCTION: adapter.prompt.instruction},
         trainset=list(train),
         valset=list(validation),
@@ -176,11 +208,11 @@ def reflective_search(
         seed=seed,
         raise_on_exception=True,
     )
-    return replace(adapter.prompt, instruction=found.best_candidate[INSTRUCTION])
+    return replace(adapter.prompt, instruction=result.best_candidate[INSTRUCTION])
 
 
 class _Quiet:
-    """GEPA's log in Python's."""
+    """Forwards GEPA's log to Python's logging, at level DEBUG."""
 
     def log(self, message: str) -> None:
         logger.debug(message)

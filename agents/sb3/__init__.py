@@ -1,1 +1,1 @@
-"""stable-baselines3 algorithms by name, baselines with a fixed rule, callbacks, saved policies."""
+"""stable-baselines3: algorithms by name, baselines with a fixed rule, callbacks, saved policies."""

@@ -1,4 +1,4 @@
-"""Agents that do not learn: the comparisons that TeaMs-RL's reviewers missed. Same interface as stable-baselines3's."""
+"""Agents with a fixed rule: baselines that TeaMs-RL's reviewers missed, with the interface of stable-baselines3."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 
 
 class BaselineAgent(ABC):
-    """An agent with a fixed rule. ``learn`` only acts and logs, so that baselines cost and report what learners do.
+    """Base class of agents with a fixed rule.
+
+    ``learn`` only acts and logs, so that baselines make the same calls and reports as agents that learn.
 
     Args:
-        env: a VecEnv whose action space is ``Discrete`` (for the random agent also ``MultiDiscrete``) and that has
-            ``operations``.
-        seed: of the agent's own draws.
-        n_steps: steps per copy between two rows of the log.
-        verbose: 1 prints the log.
+        env: a VecEnv with the attribute ``operations`` and a ``Discrete`` action space (for the random agent also
+            ``MultiDiscrete``).
+        seed: seed of the agent's random choices.
+        n_steps: steps of each sub-environment between two rows of the log.
+        verbose: 1 prints the log, 0 does not.
     """
 
     def __init__(self, env: VecEnv, seed: int | None = 0, n_steps: int = 6, verbose: int = 0) -> None:
@@ -38,11 +40,12 @@ class BaselineAgent(ABC):
 
     @abstractmethod
     def act(self, steps: np.ndarray, masks: np.ndarray) -> np.ndarray:
-        """One action per copy.
+        """Returns one action per sub-environment.
 
         Args:
-            steps: int64, shape (n,): edits done so far in each copy's episode.
-            masks: bool, shape (n, operations): the possible ones; for ``MultiDiscrete`` (n, sum of ``nvec``).
+            steps: number of edits so far in each sub-environment's episode; int64, shape (n,).
+            masks: True for operations that are possible; bool, shape (n, operations), for ``MultiDiscrete`` (n, sum of
+                ``nvec``).
         """
 
     def predict(
@@ -53,7 +56,16 @@ class BaselineAgent(ABC):
         deterministic: bool = False,
         action_masks: np.ndarray | None = None,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-        """Actions for a batch of observations; ``state`` counts each episode's steps, as for a recurrent policy."""
+        """Returns actions for one observation or a batch of them, and the next state.
+
+        Args:
+            observation: an array or dict of arrays, with or without a batch dimension.
+            state: the state that the last call returned, as for a recurrent policy: the number of steps in each
+                episode; None: 0.
+            episode_start: True where an episode starts; bool, shape (n,); None: nowhere.
+            deterministic: has no effect.
+            action_masks: True for operations that are possible, as in :meth:`act`; None: all.
+        """
         rows = next(iter(observation.values())) if isinstance(observation, dict) else observation
         single = np.ndim(rows) == 1
         count = 1 if single else len(rows)
@@ -74,7 +86,16 @@ class BaselineAgent(ABC):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> BaselineAgent:
-        """Acts for ``total_timesteps`` env steps; a row of the log every ``n_steps`` steps of each copy."""
+        """Acts for ``total_timesteps`` env steps and logs a row every ``n_steps`` steps of each sub-environment.
+
+        Args:
+            total_timesteps: env steps, summed over the sub-environments.
+            callback: one callback or a list of them; one that returns False stops the agent.
+            log_interval: only every so many-th row is written.
+            tb_log_name: has no effect.
+            reset_num_timesteps: whether to count steps from 0, not from the end of the last call.
+            progress_bar: has no effect.
+        """
         if not isinstance(self.env, VecMonitor):
             self.env = VecMonitor(self.env)
         callbacks = callback if isinstance(callback, BaseCallback) else CallbackList(list(callback or []))
@@ -83,6 +104,7 @@ class BaselineAgent(ABC):
             self.num_timesteps = 0
         observation, state = self.env.reset(), None
         starts = np.ones(self.env.num_envs, dtype=bool)
+        # Callbacks read infos, rewards and dones from these local variables by stable-baselines3's names.
         callbacks.on_training_start(locals(), globals())
         begun, iteration, going = time.perf_counter(), 0, True
         while going and self.num_timesteps < total_timesteps:
@@ -106,14 +128,15 @@ class BaselineAgent(ABC):
         return self
 
     def get_env(self) -> VecEnv:
-        """The env."""
+        """Returns the env."""
         return self.env
 
     def set_logger(self, logger: Logger) -> None:
-        """Where ``learn`` logs."""
+        """Sets the logger that ``learn`` writes to."""
         self.logger = logger
 
     def _log(self, seconds: float) -> None:
+        """Writes a row of the log; ``seconds`` is the time since the start of ``learn``."""
         if self.ep_info_buffer:
             self.logger.record("rollout/ep_rew_mean", safe_mean([e["r"] for e in self.ep_info_buffer]))
             self.logger.record("rollout/ep_len_mean", safe_mean([e["l"] for e in self.ep_info_buffer]))
@@ -123,40 +146,45 @@ class BaselineAgent(ABC):
 
 
 class RandomAgent(BaselineAgent):
-    """Every possible operation with equal probability: Evol-Instruct's choice; of ``MultiDiscrete`` each dimension."""
+    """An agent that draws uniformly among the possible operations, as Evol-Instruct does.
+
+    In a ``MultiDiscrete`` space each dimension is drawn independently.
+    """
 
     def act(self, steps: np.ndarray, masks: np.ndarray) -> np.ndarray:
         return random_actions(self.rng, masks, self.env.action_space)
 
 
 def random_actions(rng: np.random.Generator, masks: np.ndarray, space: spaces.Space[Any]) -> np.ndarray:
-    """One possible action per copy, drawn uniformly; of ``MultiDiscrete`` each dimension by itself.
+    """Returns one possible action per sub-environment, drawn uniformly.
 
     Args:
-        rng: draws.
-        masks: bool, shape (n, operations), or for ``MultiDiscrete`` (n, sum of ``nvec``).
-        space: the actions of one copy.
+        rng: generator to draw from.
+        masks: True for actions that are possible; bool, shape (n, operations), for ``MultiDiscrete`` (n, sum of
+            ``nvec``).
+        space: action space of one sub-environment; in a ``MultiDiscrete`` each dimension is drawn independently.
     """
     if not isinstance(space, spaces.MultiDiscrete):
         return np.array([rng.choice(np.flatnonzero(mask)) for mask in masks])
     parts = [np.split(mask, np.cumsum(space.nvec)[:-1]) for mask in masks]
-    return np.array([[rng.choice(np.flatnonzero(part)) for part in mine] for mine in parts])
+    return np.array([[rng.choice(np.flatnonzero(part)) for part in split_mask] for split_mask in parts])
 
 
 class RoundRobinAgent(BaselineAgent):
-    """The operations in turn, one per step of an episode; impossible ones are passed over."""
+    """An agent that applies the operations in turn, one per step of an episode, and skips impossible ones."""
 
     def act(self, steps: np.ndarray, masks: np.ndarray) -> np.ndarray:
         count = masks.shape[1]
+        # All operations in cyclic order, starting with the one whose turn it is: take the first possible one.
         turns = [(step + np.arange(count)) % count for step in steps]
         return np.array([turn[mask[turn]][0] for turn, mask in zip(turns, masks, strict=True)])
 
 
 class ScheduleAgent(BaselineAgent):
-    """The overrides that TeaMs-RL's generation script puts over its policy, here over a uniform draw.
+    """An agent with the overrides of TeaMs-RL's generation script, applied to uniformly drawn operations.
 
-    Breadth at steps t = 1 and t = 4 (counted from 0) and nowhere else: where breadth comes up at another step,
-    add_constraints is taken.
+    At steps t = 1 and t = 4 (counted from 0) the operation is ``breadth``. At other steps a drawn ``breadth`` is
+    replaced by ``add_constraints`` if that is possible.
 
     Raises:
         ValueError: if the env lacks one of the two operations.

@@ -1,4 +1,4 @@
-"""Callbacks for training on text environments: rows per episode, a guard against invalid rewards, progress, time."""
+"""Callbacks for training on text environments: one row per episode, a guard against invalid rewards, a deadline."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ...envs.process import InvalidRewardRateError
 
 
 class EpisodeRows(BaseCallback):
-    """Hands over one JSON-able row per finished episode, in the order of steps and, within a step, of copies.
+    """Passes on one JSON-able row per finished episode, ordered by step and, within a step, by sub-environment.
 
     Args:
-        write: gets ``{"episode", "timesteps", "episode_id", "return", "length", "operations", "text", ...}``.
+        write: called with ``{"episode", "timesteps", "episode_id", "return", "length", "operations", "text", ...}``.
     """
 
     def __init__(self, write: Callable[[dict[str, Any]], object]) -> None:
@@ -24,14 +24,14 @@ class EpisodeRows(BaseCallback):
         self.write = write
         self.episodes = 0
         self.calls: Counter[str] = Counter()
-        """LLM calls so far, by role."""
+        """Number of language-model calls so far, by role."""
         self._operations: deque[str] = deque(maxlen=96)
         self._open: dict[int, dict[str, Any]] = {}
 
     def _on_step(self) -> bool:
-        for copy, (info, reward) in enumerate(zip(self.locals["infos"], self.locals["rewards"], strict=True)):
+        for index, (info, reward) in enumerate(zip(self.locals["infos"], self.locals["rewards"], strict=True)):
             row = self._open.setdefault(
-                copy, {"return": 0.0, "operations": [], "invalid": 0, "rewrite_calls": 0, "judge_calls": 0}
+                index, {"return": 0.0, "operations": [], "invalid": 0, "rewrite_calls": 0, "judge_calls": 0}
             )
             row["return"] += float(reward)
             row["operations"].append(info["operation"])
@@ -40,11 +40,12 @@ class EpisodeRows(BaseCallback):
             for role in ("rewrite_calls", "judge_calls"):
                 row[role] += info[role]
                 self.calls[role] += info[role]
-            if self.locals["dones"][copy]:
-                self.write(self._finished(copy, info))
+            if self.locals["dones"][index]:
+                self.write(self._finished(index, info))
         return True
 
     def _finished(self, copy: int, info: dict[str, Any]) -> dict[str, Any]:
+        """Returns the row of a sub-environment's finished episode, given the info of its last step."""
         row = self._open.pop(copy)
         self.episodes += 1
         return {
@@ -70,14 +71,15 @@ class EpisodeRows(BaseCallback):
 
 
 class InvalidRewardGuard(BaseCallback):
-    """Logs the share of imputed rewards and stops training where it is too high.
+    """Logs the share of imputed rewards and stops training if it is too high.
 
     Args:
-        max_share: largest share of the last ``window`` steps without a verdict.
-        window: steps looked back at; nothing is judged before half a window has passed.
+        max_share: largest permitted share of steps without a verdict among the last ``window`` steps.
+        window: number of steps that the share is taken over; it is not checked before half of them have passed.
 
     Raises:
-        InvalidRewardRateError: from ``learn``, when the share is exceeded.
+        ValueError: if an argument is out of range.
+        InvalidRewardRateError: from ``learn``, if the share is exceeded.
     """
 
     def __init__(self, max_share: float = 0.2, window: int = 96) -> None:
@@ -91,6 +93,7 @@ class InvalidRewardGuard(BaseCallback):
         for info in self.locals["infos"]:
             self._valid.append(info["reward_valid"])
         share = 1 - sum(self._valid) / len(self._valid)
+        # A few invalid rewards at the start are a large share of few steps: wait for half a window.
         if len(self._valid) * 2 >= (self._valid.maxlen or 2) and share > self.max_share:
             reasons = [info["invalid_reason"] for info in self.locals["infos"] if info["invalid_reason"]]
             raise InvalidRewardRateError(
@@ -105,18 +108,21 @@ class InvalidRewardGuard(BaseCallback):
 
 
 class StopAtDeadline(BaseCallback):
-    """Stops training when a time budget is spent.
+    """Stops training when a time budget is used up.
 
     Args:
-        seconds: the budget; 0 for none.
-        counts: whether time counts yet, asked at every step: replaying what is stored should not.
+        seconds: the time budget, in seconds; 0: no limit.
+        counts: called at every step until it returns True, which starts the clock; a resumed run, for example, starts
+            it after its stored replies have been replayed.
     """
 
     def __init__(self, seconds: float, counts: Callable[[], bool] = lambda: True) -> None:
         super().__init__()
         self.seconds, self.counts = seconds, counts
         self._begun: float | None = None
+        """Monotonic time at which the clock was started; None before."""
         self.out_of_time = False
+        """Whether training was stopped by the deadline."""
 
     def _on_step(self) -> bool:
         if self._begun is None and self.counts():

@@ -1,4 +1,7 @@
-"""Agents by name: stable-baselines3 and sb3-contrib algorithms with settings for short episodes, and the baselines."""
+"""Agents by name: stable-baselines3 and sb3-contrib algorithms with settings for short episodes, and baselines.
+
+:func:`make_agent` builds an agent, :func:`make_sb3_env` the VecEnv for it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from ...llm_backends.errors import InputError
 from .baselines import RandomAgent, RoundRobinAgent, ScheduleAgent
 
 NETWORK = {"net_arch": [64, 64], "activation_fn": torch.nn.ReLU}
-"""TeaMs-RL's networks: two layers of 64, ReLU (stable-baselines3's own default is tanh)."""
+"""TeaMs-RL's networks: two layers of 64 units with ReLU (stable-baselines3's default is tanh)."""
 
 TRPO_PAPER = {
     "gamma": 0.995,
@@ -29,25 +32,29 @@ TRPO_PAPER = {
     "line_search_shrinking_factor": 0.5,
     "line_search_max_iter": 10,
 }
-"""The settings of TeaMs-RL's released code; here over a categorical policy, whose ratio and KL are those of the
-executed actions (the original evaluates a Gaussian at an argmax)."""
+"""TRPO settings of TeaMs-RL's released code. Here the policy is categorical, so ratio and KL are those of the executed
+actions; the original evaluates a Gaussian at an argmax."""
 
 ON_POLICY = {"gamma": 0.995, "gae_lambda": 0.97}
+"""Discount and GAE lambda of the other on-policy algorithms, as in :data:`TRPO_PAPER`."""
 
 BASELINES = {"random": RandomAgent, "round-robin": RoundRobinAgent, "schedule": ScheduleAgent}
+"""Baselines by name."""
 
 
 class UnknownAlgorithmError(InputError):
-    """No agent has this name."""
+    """Raised if no agent has the given name."""
 
 
 def _contrib(name: str) -> Any:
+    """Returns an algorithm of sb3-contrib, which is imported only when one is used."""
     import sb3_contrib
 
     return getattr(sb3_contrib, name)
 
 
 def _on_policy(rollout: int) -> dict[str, Any]:
+    """Returns the settings that the PPO variants share, for rollouts of ``rollout`` transitions."""
     return ON_POLICY | {"learning_rate": 1e-3, "batch_size": rollout, "n_epochs": 10, "ent_coef": 0.01}
 
 
@@ -73,19 +80,20 @@ ALGORITHMS: dict[str, tuple[Callable[[], Any], Callable[[int], dict[str, Any]]]]
     "MaskablePPO": (lambda: _contrib("MaskablePPO"), _on_policy),
     "RecurrentPPO": (lambda: _contrib("RecurrentPPO"), _on_policy),
 }
-"""Name to (class, settings for a rollout of so many transitions)."""
+"""Algorithms by name: a function that returns the class, and one that returns the settings for a rollout of the given
+number of transitions."""
 
 
 def algorithm_names() -> list[str]:
-    """Every name that :func:`make_agent` takes."""
+    """Returns every name that :func:`make_agent` takes."""
     return [*ALGORITHMS, *BASELINES]
 
 
 def check_algorithm(name: str) -> str:
-    """The name in its own spelling, found whatever the case.
+    """Returns the name of an agent in its canonical spelling; upper and lower case are ignored.
 
     Raises:
-        UnknownAlgorithmError: listing the names there are.
+        UnknownAlgorithmError: if there is no such agent; the message lists all names.
     """
     for known in algorithm_names():
         if known.casefold() == name.casefold():
@@ -94,14 +102,15 @@ def check_algorithm(name: str) -> str:
 
 
 def make_agent(algorithm: str, env: VecEnv, seed: int = 0, n_steps: int = 6, **kwargs: Any) -> Any:
-    """An agent on an env, all with ``learn``, ``predict``, ``get_env`` and ``set_logger``.
+    """Builds an agent for an env; every agent has ``learn``, ``predict``, ``get_env`` and ``set_logger``.
 
     Args:
         algorithm: one of :func:`algorithm_names`.
         env: a VecEnv, see :func:`~instructgym.agents.sb3.factory.make_sb3_env`.
-        seed: of the agent and, for the learners, of the env.
-        n_steps: steps of each copy per rollout (on-policy) or row of the log (baselines).
-        kwargs: arguments of the algorithm that replace the settings here.
+        seed: seed of the agent and the env.
+        n_steps: steps of each sub-environment per rollout (on-policy algorithms) or per row of the log (baselines);
+            DQN only scales its buffer warm-up and target updates with it.
+        kwargs: arguments of the algorithm, which override the settings in :data:`ALGORITHMS`.
 
     Raises:
         UnknownAlgorithmError: for an unknown name.
@@ -109,6 +118,7 @@ def make_agent(algorithm: str, env: VecEnv, seed: int = 0, n_steps: int = 6, **k
     """
     name = check_algorithm(algorithm)
     if name in BASELINES:
+        # The algorithms of stable-baselines3 seed their env on construction, baselines do not.
         env.seed(seed)
         return _construct(name, BASELINES[name], env, {"seed": seed, "n_steps": n_steps} | kwargs)
     load, settings = ALGORITHMS[name]
@@ -117,13 +127,15 @@ def make_agent(algorithm: str, env: VecEnv, seed: int = 0, n_steps: int = 6, **k
     if name == "RecurrentPPO":
         policy = policy.replace("Policy", "LstmPolicy")
         network["lstm_hidden_size"] = 64
-    chosen = settings(n_steps * env.num_envs) | {"seed": seed, "device": "cpu", "policy_kwargs": network}
+    options = settings(n_steps * env.num_envs) | {"seed": seed, "device": "cpu", "policy_kwargs": network}
+    # DQN learns from a replay buffer: it has no rollout length.
     if name != "DQN":
-        chosen["n_steps"] = n_steps
-    return _construct(name, load(), env, {"policy": policy} | chosen | kwargs)
+        options["n_steps"] = n_steps
+    return _construct(name, load(), env, {"policy": policy} | options | kwargs)
 
 
 def _construct(name: str, factory: Any, env: VecEnv, kwargs: dict[str, Any]) -> Any:
+    """Builds an agent; raises ValueError for an argument that its class does not have."""
     unknown = set(kwargs) - set(inspect.signature(factory).parameters)
     if unknown:
         raise ValueError(f"{name} has no argument {sorted(unknown)[0]!r}")
@@ -131,10 +143,11 @@ def _construct(name: str, factory: Any, env: VecEnv, kwargs: dict[str, Any]) -> 
 
 
 class VectorToVecEnv(VecEnv):
-    """A Gymnasium vector env in autoreset mode ``SAME_STEP`` as a stable-baselines3 VecEnv.
+    """Presents a Gymnasium vector env in autoreset mode ``SAME_STEP`` as a stable-baselines3 VecEnv.
 
-    Unlike DummyVecEnv, which steps its copies one after the other, this keeps the vector env's batched step. The info
-    of a last step has ``terminal_observation`` and ``TimeLimit.truncated``; that of the reset is in ``reset_infos``.
+    Unlike DummyVecEnv, which steps its sub-environments one after the other, it keeps the vector env's batched step.
+    The info of an episode's last step has ``terminal_observation`` and ``TimeLimit.truncated``; the info of the reset
+    is in ``reset_infos``.
 
     Args:
         env: the vector env; its observations must be arrays or flat dicts of arrays.
@@ -154,8 +167,9 @@ class VectorToVecEnv(VecEnv):
 
     def reset(self) -> Any:
         seed = self._seeds if any(seed is not None for seed in self._seeds) else None
-        keys = {key for mine in self._options for key in mine}
-        options = {key: [mine.get(key) for mine in self._options] for key in keys}  # one entry per copy
+        # Reset options: from one dict per sub-environment to one dict of lists.
+        keys = {key for env_options in self._options for key in env_options}
+        options = {key: [env_options.get(key) for env_options in self._options] for key in keys}
         observations, infos = self.env.reset(seed=seed, options=options)  # type: ignore[arg-type]
         self.reset_infos = [_info_of(infos, i) for i in range(self.num_envs)]
         self._reset_seeds()
@@ -171,6 +185,7 @@ class VectorToVecEnv(VecEnv):
         infos = []
         for i in range(self.num_envs):
             info = _info_of(batched, i)
+            # In SAME_STEP mode observation and info of a last step are already those of the next episode.
             if dones[i]:
                 final = _info_of(batched["final_info"], i)
                 self.reset_infos[i] = {k: v for k, v in info.items() if k not in ("final_obs", "final_info")}
@@ -183,13 +198,14 @@ class VectorToVecEnv(VecEnv):
         self.env.close()
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        """Returns the vector env's attribute, which all sub-environments share, once per index."""
         return [getattr(self.env.unwrapped, attr_name)] * len(list(self._get_indices(indices)))
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
         setattr(self.env.unwrapped, attr_name, value)
 
     def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
-        """Calls the vector env's batched method once and hands each copy its row."""
+        """Calls the vector env's batched method once and returns the row of each index."""
         rows = getattr(self.env.unwrapped, method_name)(*args, **kwargs)
         return [rows[i] for i in self._get_indices(indices)]
 
@@ -201,20 +217,21 @@ class VectorToVecEnv(VecEnv):
 
 
 def make_sb3_env(env_id: str, n_envs: int = 8, **kwargs: Any) -> VectorToVecEnv:
-    """A VecEnv for stable-baselines3 in which all copies share one batched call per role and step.
+    """Builds a VecEnv for stable-baselines3 that makes one batched call per role and step for all sub-environments.
 
     Args:
-        env_id: one of this package's ids.
-        n_envs: number of copies.
+        env_id: one of this package's env ids.
+        n_envs: number of sub-environments.
         kwargs: the env's arguments.
     """
-    # The single env's constructor checks nothing that the vector one does not: no copy is made besides.
+    # No single env is built to check the arguments: its constructor checks nothing that the vector env's does not.
     return VectorToVecEnv(gym.make_vec(env_id, num_envs=n_envs, autoreset_mode="SameStep", **kwargs))
 
 
 def _info_of(infos: dict[str, Any], i: int) -> dict[str, Any]:
-    """Copy i's info out of a vector env's dict of arrays."""
+    """Returns the info of sub-environment ``i`` from a vector env's dict of arrays."""
     info = {}
+    # Gymnasium stores beside each array a bool mask "_KEY" of the sub-environments that have the key.
     for key, value in infos.items():
         mask = infos.get(f"_{key}")
         if mask is not None and mask[i]:
@@ -223,4 +240,5 @@ def _info_of(infos: dict[str, Any], i: int) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    """Returns a NumPy scalar as a Python number."""
     return value.item() if isinstance(value, np.generic) else value

@@ -1,4 +1,4 @@
-"""Saving and loading trained policies without pickles: JSON for settings, safetensors for numbers."""
+"""Saving and loading of trained policies without pickle: settings in JSON, weights in safetensors."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from .factory import make_agent
 
 SETTINGS, WEIGHTS = "agent.json", "policy.safetensors"
 CLIP = 5.0
-"""Normalised observations are clipped to this (TeaMs-RL's observation filter)."""
+"""Absolute value that normalised observations are clipped to, as in TeaMs-RL's observation filter."""
 
 
 class PolicyFileError(InputError):
-    """A saved policy that is missing, or does not fit the env."""
+    """Raised if a saved policy is missing, or does not fit the env."""
 
 
 def normalize_observations(env: VecEnv) -> VecNormalize:
-    """The env with observations normalised by their running mean and deviation, clipped to 5; rewards as they are."""
+    """Wraps an env so that observations are normalised by running mean and deviation, and clipped; rewards are not."""
     return VecNormalize(env, norm_reward=False, clip_obs=CLIP)
 
 
 def save_policy(agent: Any, folder: str | Path, algorithm: str, n_steps: int, **kwargs: Any) -> None:
-    """Saves what acting needs: algorithm, its arguments, weights, and the observation normaliser where there is one.
+    """Saves what acting needs: algorithm, arguments, weights, and the observation normaliser if there is one.
 
     Args:
-        agent: the agent.
-        folder: made where missing; files in it are replaced, each in one move.
-        algorithm: its name.
-        n_steps: as it was built with.
-        kwargs: JSON-able arguments it was built with besides.
+        agent: the agent to save.
+        folder: folder to write to, created if missing; each file is replaced in one move.
+        algorithm: name of the algorithm, see :func:`~instructgym.agents.sb3.factory.algorithm_names`.
+        n_steps: the ``n_steps`` that the agent was built with.
+        kwargs: further arguments that the agent was built with, JSON-able.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,15 +62,16 @@ def save_policy(agent: Any, folder: str | Path, algorithm: str, n_steps: int, **
         "observation": observation_shapes(env.observation_space),
         "timesteps": int(agent.num_timesteps),
     }
+    # The settings are written last: a folder that holds them holds the weights as well.
     _replace(folder / WEIGHTS, lambda path: save_file(tensors, path))
     _replace(folder / SETTINGS, lambda path: Path(path).write_text(json.dumps(settings, indent=2) + "\n"))
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
-    """The settings of a saved policy.
+    """Returns the settings of a saved policy.
 
     Raises:
-        PolicyFileError: where there is none.
+        PolicyFileError: if there is no saved policy, or its settings are broken.
     """
     path = Path(folder) / SETTINGS
     try:
@@ -80,19 +81,24 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
 
 
 def load_policy(folder: str | Path, env: VecEnv, seed: int = 0) -> Any:
-    """The agent saved in a folder, on a new env; its ``get_env()`` normalises observations as in training.
+    """Returns the agent saved in a folder, on a new env; its ``get_env()`` normalises observations as in training.
+
+    Args:
+        folder: folder that :func:`save_policy` has written.
+        env: the new env, without normalised observations.
+        seed: seed of the agent and the env.
 
     Raises:
         PolicyFileError: if files are missing, or operations or observations of the env differ from those in training.
     """
     settings = read_settings(folder)
-    for name, mine in (
+    for name, current in (
         ("operations", list(env.get_attr("operations")[0])),
         ("observation", observation_shapes(env.observation_space)),
     ):
-        if settings[name] != mine:
+        if settings[name] != current:
             raise PolicyFileError(
-                f"the policy in {folder} was trained with {name} {settings[name]}, the env has {mine}"
+                f"the policy in {folder} was trained with {name} {settings[name]}, the env has {current}"
             )
     try:
         tensors = load_file(Path(folder) / WEIGHTS)
@@ -100,7 +106,7 @@ def load_policy(folder: str | Path, env: VecEnv, seed: int = 0) -> Any:
         raise PolicyFileError(f"no weights in {folder}: {error}") from error
     if settings["normalize_observation"]:
         env = normalize_observations(env)
-        env.training = False
+        env.training = False  # the statistics stay as they were saved
         for key, statistics in _statistics(env).items():
             for part in ("mean", "var", "count"):
                 setattr(statistics, part, tensors[f"normalizer.{key}.{part}"].numpy())
@@ -115,17 +121,19 @@ def load_policy(folder: str | Path, env: VecEnv, seed: int = 0) -> Any:
 
 
 def observation_shapes(space: spaces.Space[Any]) -> dict[str, list[int]]:
-    """Shape of every part of an observation, by name."""
+    """Returns the shape of every part of an observation by name; a single array is named ``observation``."""
     if isinstance(space, spaces.Dict):
         return {key: list(part.shape or ()) for key, part in space.spaces.items()}
     return {"observation": list(space.shape or ())}
 
 
 def _statistics(env: VecNormalize) -> dict[str, RunningMeanStd]:
+    """Returns the running statistics of every part of an observation by name."""
     return env.obs_rms if isinstance(env.obs_rms, dict) else {"observation": env.obs_rms}
 
 
 def _replace(path: Path, write: Any) -> None:
+    """Writes a file beside its place and moves it there, so that a kill never leaves half of it."""
     scratch = path.with_suffix(path.suffix + ".part")
     write(str(scratch))
     scratch.replace(path)

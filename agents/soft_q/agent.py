@@ -1,4 +1,10 @@
-"""Soft Q-learning on a language model (Guo et al. 2021, arXiv 2106.07704), as in RLPrompt (arXiv 2205.12548)."""
+"""Soft Q-learning on a language model (Guo et al. 2021, arXiv 2106.07704), as in RLPrompt (arXiv 2205.12548).
+
+The logits of the language model are action values Q, their logsumexp is the state value V, and A = Q - V is the
+log-prob. The losses :func:`single_step` and :func:`multi_step` ask for path consistency between A, V and the reward,
+which is given with the last token. :class:`SoftQ` is the agent; its target network is in
+:mod:`~instructgym.agents.soft_q.target_policy`.
+"""
 
 from __future__ import annotations
 
@@ -23,23 +29,23 @@ from .target_policy import TargetPolicy, policy_logits, reference_logits
 
 
 class StoredEpisode(NamedTuple):
-    """An episode that is over."""
+    """A finished episode."""
 
     prompt: Sequence[int]
     """Token ids."""
     response: Sequence[int]
     """Token ids, not empty."""
     value: float
-    """The return, as the env paid it."""
+    """The return of the env, neither z-scored nor mapped."""
     group: str
-    """Episodes of one group are about the same prompt."""
+    """Group id; episodes of one group have the same prompt."""
 
 
 class ReplayBuffer:
-    """The last episodes, from which some are drawn, all with the same probability.
+    """A buffer of the most recent episodes, drawn with equal probability.
 
     Args:
-        capacity: how many are kept; the oldest go first.
+        capacity: maximum number of episodes; the oldest ones are dropped first.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -49,42 +55,46 @@ class ReplayBuffer:
         return len(self._episodes)
 
     def add(self, episodes: Iterable[StoredEpisode]) -> None:
-        """Keeps episodes, the agent's own or those of others."""
+        """Adds episodes, written by the agent or by others."""
         self._episodes.extend(episodes)
 
     def draw(self, count: int, generator: np.random.Generator) -> list[StoredEpisode]:
-        """That many different episodes, all of them if there are fewer."""
-        chosen = generator.choice(len(self), size=min(count, len(self)), replace=False)
-        return [self._episodes[i] for i in chosen]
+        """Returns ``count`` different episodes, or all in random order if there are fewer."""
+        indices = generator.choice(len(self), size=min(count, len(self)), replace=False)
+        return [self._episodes[i] for i in indices]
 
     def state(self) -> list[list[Any]]:
-        """The episodes, JSON-able."""
+        """Returns the episodes in a JSON-able form."""
         return [list(episode) for episode in self._episodes]
 
     def load_state(self, state: Iterable[Sequence[Any]]) -> None:
-        """Continues from :meth:`state`."""
+        """Replaces the episodes by those that :meth:`state` returned."""
         self._episodes.clear()
         self.add(StoredEpisode(*row) for row in state)
 
 
 Consistency = Literal["single", "multi", "both"]
-"""``single``: between a token and the next; ``multi``: between a token and the end; ``both``: the mean of the two."""
+"""Path consistency that a loss asks for. ``single``: between a token and the next; ``multi``: between a token and the
+end of the episode; ``both``: the mean of the two losses."""
 
 
 def single_step(
     advantages: torch.Tensor, values: torch.Tensor, rewards: torch.Tensor, lengths: Sequence[int]
 ) -> torch.Tensor:
-    """(A_t - (V_{t+1} - V_t))^2, at the last token (A_T - (r - V_T))^2 (their single-step PCL).
+    """Computes the single-step path-consistency loss of Guo et al. (2021).
+
+    It is (A_t - (V_{t+1} - V_t))^2, and (A_T - (r - V_T))^2 at the last token.
 
     Args:
-        advantages: A, shape (tokens,), episode after episode.
-        values: V of the states in which the tokens were chosen, shape (tokens,), of the target network.
-        rewards: of each episode, shape (episodes,).
-        lengths: tokens of each episode, none 0.
+        advantages: A of each token, shape (tokens,), episode after episode.
+        values: V of the state in which each token was chosen, by the target network; shape (tokens,).
+        rewards: shaped return of each episode, shape (episodes,).
+        lengths: number of tokens of each episode, none 0.
 
     Returns:
-        the loss of each token, shape (tokens,).
+        The loss of each token, shape (tokens,).
     """
+    # Behind the last token of an episode the reward takes the place of the next state's value.
     ends = torch.tensor(lengths, device=values.device).cumsum(0) - 1
     following = values.roll(-1).index_copy(0, ends, rewards.to(values.dtype))
     return (advantages - (following - values)) ** 2
@@ -93,10 +103,14 @@ def single_step(
 def multi_step(
     advantages: torch.Tensor, values: torch.Tensor, rewards: torch.Tensor, lengths: Sequence[int]
 ) -> torch.Tensor:
-    """(sum_{l >= t} A_l - (r - V_t))^2 (their multi-step PCL); arguments and result as of :func:`single_step`."""
+    """Computes the multi-step path-consistency loss of Guo et al. (2021), (sum_{l >= t} A_l - (r - V_t))^2.
+
+    Takes the arguments of :func:`single_step`, and also returns the loss of each token, shape (tokens,).
+    """
+    # The sum of A from each token to the end of its episode is a cumulative sum in reverse order.
     rest = torch.cat([part.flip(0).cumsum(0).flip(0) for part in advantages.split(list(lengths))])
-    paid = rewards.to(values.dtype).repeat_interleave(torch.tensor(lengths, device=values.device))
-    return (rest - (paid - values)) ** 2
+    token_rewards = rewards.to(values.dtype).repeat_interleave(torch.tensor(lengths, device=values.device))
+    return (rest - (token_rewards - values)) ** 2
 
 
 def path_consistency(
@@ -106,55 +120,70 @@ def path_consistency(
     rewards: torch.Tensor,
     lengths: Sequence[int],
 ) -> torch.Tensor:
-    """The loss of each token by one of the two or by both, shape (tokens,); arguments as of :func:`single_step`."""
-    given = (advantages, values, rewards, lengths)
+    """Computes the loss of each token by :func:`single_step`, :func:`multi_step` or their mean.
+
+    Args:
+        kind: which of the losses.
+        advantages: A of each token, shape (tokens,), episode after episode.
+        values: V of the state in which each token was chosen, shape (tokens,).
+        rewards: shaped return of each episode, shape (episodes,).
+        lengths: number of tokens of each episode, none 0.
+
+    Returns:
+        The loss of each token, shape (tokens,).
+    """
+    inputs = (advantages, values, rewards, lengths)
     if kind == "single":
-        return single_step(*given)
+        return single_step(*inputs)
     if kind == "multi":
-        return multi_step(*given)
-    return (single_step(*given) + multi_step(*given)) / 2
+        return multi_step(*inputs)
+    return (single_step(*inputs) + multi_step(*inputs)) / 2
 
 
 ZSCORE_EPSILON = 1e-4
-"""Added to the deviation, as in RLPrompt's code."""
+"""Number added to the deviation that z-scores are divided by, as in RLPrompt's code."""
 
 
 @dataclass(frozen=True)
 class SoftQSettings(RolloutSettings):
-    """Settings of soft Q-learning; the defaults are RLPrompt's where it has them."""
+    """Settings of soft Q-learning; defaults are RLPrompt's, for the settings that it has."""
 
     learning_rate: float = 5e-5
     """Peak learning rate."""
     epochs: int = 1
-    """Passes over the episodes of an update."""
+    """Number of passes over the episodes of an update."""
     top_k: int = 256
-    """Episodes are sampled from the k most likely tokens; 0 samples from the policy itself."""
+    """Episodes are sampled from the k most likely tokens; 0: from the policy's whole distribution."""
     loss: Consistency = "both"
-    """single, multi or both: which path-consistency losses."""
+    """Path-consistency loss: ``single`` (a token and the next), ``multi`` (a token and the end of the episode) or
+    ``both`` (the mean of the two)."""
     prior: Literal["reference", "none"] = "reference"
-    """``reference``: logits are measured from those of the reference policy, so that A = log pi / pi_ref, V is 0 at the
-    start, and the optimum is pi_ref x exp(shaped return). ``none``, as published: the raw logits. Theirs are of a small
-    new network; those of a language model are on a level of their own, some 20 nats, which outweighs the rewards."""
+    """``reference``: the reference policy's log-probs and values are subtracted, so that A = log pi / pi_ref, V is 0 at
+    the start, and the optimum is pi_ref x exp(shaped return). ``none``: the raw logits, as published. The published
+    logits are those of a small new network; those of a language model have an offset of some 20 nats, which outweighs
+    the rewards."""
     reversed_weight: float = 0.0
-    """Share, in [0, 1], of the losses in which both networks change places: V is the policy's, A the target's. Without
-    them only A takes a gradient, and nothing holds V to the size of the rewards."""
+    """Weight, in [0, 1], of the losses with exchanged networks: V is the policy's, A the target's. At 0 only A takes a
+    gradient, and nothing keeps V in the range of the rewards."""
     target_rate: float = 1e-3
-    """Share of the way that the target network goes towards the policy after every optimiser step."""
+    """Polyak averaging of the target network: share, in (0, 1], of the distance to the policy that its weights move
+    after every optimiser step."""
     zscore: Literal["none", "batch", "group"] = "batch"
-    """Returns are put in units of their deviation from their mean: over all episodes of an update, replayed ones
-    included, or over those of the same prompt among them (RLPrompt; the same where there is one prompt only)."""
+    """Z-scores of the returns: ``batch``: over all episodes of an update, replayed ones included; ``group``: over those
+    of the same prompt among them, as in RLPrompt (the same as ``batch`` if there is only one prompt); ``none``: the
+    returns themselves."""
     reward_low: float = 0.0
-    """What a return (or its z-score) of this size is worth: ``shaped_low``. Those beyond go on in a line."""
+    """Return (or z-score) that is mapped to ``shaped_low``; the map is linear, also outside the range."""
     reward_high: float = 1.0
-    """Likewise: ``shaped_high``."""
+    """Return (or z-score) that is mapped to ``shaped_high``."""
     shaped_low: float = 0.0
-    """See ``reward_low``."""
+    """Shaped return that ``reward_low`` is mapped to."""
     shaped_high: float = 5.0
-    """See ``reward_high``."""
+    """Shaped return that ``reward_high`` is mapped to."""
     replay_ratio: float = 0.0
-    """Past episodes that are learned from again, per new one; 0 is on-policy learning."""
+    """Number of past episodes per new one that an update also learns from; 0: on-policy learning."""
     replay_capacity: int = 1000
-    """Past episodes that are kept, where they are used."""
+    """Maximum number of past episodes in the replay buffer; it is used if ``replay_ratio`` is above 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -177,31 +206,32 @@ class SoftQSettings(RolloutSettings):
 
 
 class SoftQ(RolloutAgent):
-    """Soft Q-learning: the logits are action values, their logsumexp is the state's, and softmax of them is the policy.
+    """A soft Q-learning agent: logits are action values, their logsumexp is the state value, their softmax the policy.
 
-    Each token's loss asks for consistency with the next state, or with all that follows up to the end
-    (:mod:`~instructgym.agents.soft_q.agent`), with V of a target network that follows the policy slowly.
-    Sums over the tokens of an episode, means over episodes. The optimum is consistent on every episode, whoever wrote
-    it: under ``top_k`` sampling, by an earlier policy, by others. :attr:`replay` keeps past ones, where
-    ``replay_ratio`` is above 0, and takes those of others.
+    The loss of each token asks for consistency with the next state (:func:`single_step`), or with the rest of the
+    episode (:func:`multi_step`), where V is that of a target network that follows the policy slowly. Losses are summed
+    over the tokens of an episode and averaged over episodes. The optimum is consistent on every episode, whoever wrote
+    it: the policy under ``top_k`` sampling, an earlier policy, or others. If ``replay_ratio`` is above 0,
+    :attr:`replay` holds past episodes; episodes of others can be added to it.
 
-    The return of an episode, z-scored and mapped onto a range, is paid with its last token. What is learned balances
-    this against the KL divergence to the reference policy, or against the entropy where there is no ``prior``: it is
+    The return of an episode, z-scored and mapped linearly, is given with its last token. The learned policy balances it
+    against the KL divergence to the reference policy, or against the entropy if there is no ``prior``: it is
     proportional to the exponential of the shaped return, so a wider range makes it greedier.
 
-    Logs, besides what every agent does, the means per episode of ``train/loss``, of both losses as they are published
-    (``train/single_step``, ``train/multi_step``), of ``train/shaped_reward`` and of ``train/advantage`` (the sum of A:
-    of new episodes and before the first step, the KL to the reference policy); the means per token of
-    ``train/logprob`` and of ``train/q``, ``train/value`` and ``train/target_value``, measured from the prior's;
-    ``train/replayed`` episodes.
+    Logs, in addition to what every agent logs: means per episode of ``train/loss``, of both losses as published
+    (``train/single_step``, ``train/multi_step``), of ``train/shaped_reward`` and of ``train/advantage`` (the sum of A,
+    which on new episodes and before the first optimiser step is the KL to the reference policy); means per token of
+    ``train/logprob``, and of ``train/q``, ``train/value`` and ``train/target_value``, from which the prior's are
+    subtracted; and the number of replayed episodes, ``train/replayed``.
 
     Args:
-        env, policy, seed, engine, settings: as of :class:`~instructgym.agents.rollouts.agent.RolloutAgent`.
+        env, policy, seed, engine, settings: see :class:`~instructgym.agents.rollouts.agent.RolloutAgent`.
         **options: fields of :class:`SoftQSettings`.
 
     Raises:
-        InputError: also for an env that constrains what is written: values are those over the whole vocabulary; and for
-            a policy without the reference policy that ``prior`` asks for.
+        InputError: as :class:`~instructgym.agents.rollouts.agent.RolloutAgent`; also for an env with constrained
+            decoding, because values are over the whole vocabulary, and for a policy without the reference policy that
+            ``prior`` needs.
     """
 
     settings_class: ClassVar[type[RolloutSettings]] = SoftQSettings
@@ -228,6 +258,7 @@ class SoftQ(RolloutAgent):
     def start(self) -> None:
         fresh = not self._started
         super().start()
+        # The first process has just sent its weights to all others: copy them into the target as well.
         if fresh:
             self.target.follow(1.0)
 
@@ -244,32 +275,34 @@ class SoftQ(RolloutAgent):
         self.logger.record("time/train", time.perf_counter() - begun)
 
     def _episodes(self, batch: TokenBatch) -> tuple[list[StoredEpisode], int]:
-        """What this process learns from in this update, and how many past episodes all of them replay."""
+        """Returns the episodes that this process learns from, and the number of replayed ones over all processes."""
         returns = batch.per_episode(batch.own_rewards.astype(np.float64))
-        mine = [
+        local_episodes = [
             StoredEpisode(batch.prompts[i].tolist(), batch.responses[i].tolist(), float(returns[i]), batch.groups[i])
             for i in range(len(batch))
         ]
         if not self.settings.replay_ratio:
-            return mine, 0
-        # All processes keep all episodes: they draw the same ones, and any of them could write a checkpoint.
-        fresh = [episode for part in self.processes.gather(mine) for episode in part]
+            return local_episodes, 0
+        # All processes hold all episodes: they draw the same ones, and any of them could write a checkpoint.
+        fresh = [episode for part in self.processes.gather(local_episodes) for episode in part]
         generator = np.random.default_rng(request_seed(self.seed, "replay", self.updates))
+        # Past episodes are drawn before the new ones are added, which are learned from anyway.
         past = self.replay.draw(round(self.settings.replay_ratio * len(fresh)), generator)
         self.replay.add(fresh)
-        return mine + past[self.processes.index :: self.processes.count], len(past)
+        return local_episodes + past[self.processes.index :: self.processes.count], len(past)
 
     def _shaped(self, episodes: Sequence[StoredEpisode]) -> np.ndarray:
-        """float64, shape (episodes,): what the returns of these episodes are worth."""
+        """Returns the shaped returns of episodes, z-scored and mapped linearly; float64, shape (episodes,)."""
         settings = self.settings
         values = np.array([episode.value for episode in episodes], dtype=np.float64)
         if settings.zscore != "none":
             keys = [episode.group if settings.zscore == "group" else "" for episode in episodes]
-            everyone: dict[str, list[float]] = {}
+            # Mean and deviation are those over the episodes of all processes.
+            by_key: dict[str, list[float]] = {}
             for part in self.processes.gather(list(zip(keys, values.tolist(), strict=True))):
                 for key, value in part:
-                    everyone.setdefault(key, []).append(value)
-            means, spreads = ({key: f(found) for key, found in everyone.items()} for f in (np.mean, np.std))
+                    by_key.setdefault(key, []).append(value)
+            means, spreads = ({key: f(group) for key, group in by_key.items()} for f in (np.mean, np.std))
             values = np.array(
                 [
                     (value - means[key]) / (spreads[key] + ZSCORE_EPSILON)
@@ -280,16 +313,18 @@ class SoftQ(RolloutAgent):
         return settings.shaped_low + share * (settings.shaped_high - settings.shaped_low)
 
     def _train(self, batch: TokenBatch, returns: np.ndarray) -> None:
+        """Runs the epochs of an update and logs their means; ``returns`` are the shaped ones, shape (episodes,)."""
         sums = np.zeros(len(_LOGGED) + 2)
         norms, steps, skipped, prior = 0.0, 0, self.optimizer.skipped, self._prior(batch)
         for epoch in range(self.settings.epochs):
             generator = np.random.default_rng(request_seed(self.seed, "minibatches", self.updates, epoch))
             order = generator.permutation(len(batch)) if self.settings.minibatches > 1 else np.arange(len(batch))
-            for chosen in np.array_split(order, self.settings.minibatches):
-                total = float(self.processes.total(np.array([len(chosen)], dtype=np.float64))[0])
+            for minibatch in np.array_split(order, self.settings.minibatches):
+                # Episodes of the minibatch over all processes: gradients are summed over them, losses are means.
+                total = float(self.processes.total(np.array([len(minibatch)], dtype=np.float64))[0])
                 if not total:
                     continue
-                for members in batch.micro_batches(chosen, self.settings.token_budget):
+                for members in batch.micro_batches(minibatch, self.settings.token_budget):
                     sums += self._backward(batch, members, returns[members], prior, total)
                 self.processes.add_gradients(self.optimizer.parameters.values())
                 norms += self.optimizer.step()
@@ -308,7 +343,7 @@ class SoftQ(RolloutAgent):
         self.logger.record("train/skipped_steps", self.optimizer.skipped)
 
     def _prior(self, batch: TokenBatch) -> torch.Tensor:
-        """float32, shape (2, tokens): log-probs and values by the prior; 0 without one."""
+        """Returns the prior's log-probs and values, float32, shape (2, tokens); 0 if there is no prior."""
         prior = torch.zeros((2, batch.tokens), device=self.policy.lm.device)
         if self.settings.prior == "reference":
             for members in batch.micro_batches(np.arange(len(batch)), self.settings.token_budget):
@@ -320,32 +355,45 @@ class SoftQ(RolloutAgent):
     def _backward(
         self, batch: TokenBatch, members: np.ndarray, returns: np.ndarray, prior: torch.Tensor, total: float
     ) -> np.ndarray:
-        """Adds the gradient of a micro-batch and returns the sums of what is logged, of episodes and of tokens."""
+        """Adds the gradient of a micro-batch to the parameters.
+
+        Args:
+            batch: all episodes of this process.
+            members: indices of the micro-batch's episodes.
+            returns: shaped returns of these episodes.
+            prior: see :meth:`_prior`.
+            total: number of episodes of the minibatch, over all processes.
+
+        Returns:
+            float64: the sums of the values in ``_LOGGED``, the number of episodes and the number of tokens.
+        """
         prompts, responses = [batch.prompts[i] for i in members], [batch.responses[i] for i in members]
         lengths = [len(response) for response in responses]
-        logprobs, levels = prior[:, torch.from_numpy(batch.rows(members)).to(prior.device)]
+        prior_logprobs, prior_values = prior[:, torch.from_numpy(batch.rows(members)).to(prior.device)]
         target = self.target.logits(prompts, responses)
-        mine = policy_logits(self.policy, prompts, responses)
-        advantages, values = mine.logprobs - logprobs, mine.logsumexps - levels
-        target_advantages, target_values = target.logprobs - logprobs, target.logsumexps - levels
+        current = policy_logits(self.policy, prompts, responses)
+        advantages, values = current.logprobs - prior_logprobs, current.logsumexps - prior_values
+        target_advantages, target_values = target.logprobs - prior_logprobs, target.logsumexps - prior_values
         rewards = torch.from_numpy(returns).to(values)
         weight, kind = self.settings.reversed_weight, self.settings.loss
         losses = path_consistency(kind, advantages, target_values, rewards, lengths)
         if weight:
-            other = path_consistency(kind, target_advantages, values, rewards, lengths)
-            losses = (1 - weight) * losses + weight * other
+            exchanged = path_consistency(kind, target_advantages, values, rewards, lengths)
+            losses = (1 - weight) * losses + weight * exchanged
         (losses.sum() / total).backward()
         with torch.no_grad():
-            given = (advantages, target_values, rewards, lengths)
-            rows = [rewards, losses, single_step(*given), multi_step(*given), advantages]
-            rows += [mine.logprobs, advantages + values, values, target_values]
+            # In the order of _LOGGED; Q = A + V.
+            inputs = (advantages, target_values, rewards, lengths)
+            rows = [rewards, losses, single_step(*inputs), multi_step(*inputs), advantages]
+            rows += [current.logprobs, advantages + values, values, target_values]
             return np.array([float(row.sum()) for row in rows] + [len(members), sum(lengths)], dtype=np.float64)
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path) -> None:
+        # Before super().save, whose last file marks the checkpoint as complete.
         if self.processes.is_main:
-            self.target.save(Path(folder) / POLICY_FOLDER)  # before what says that the checkpoint is whole
+            self.target.save(Path(folder) / POLICY_FOLDER)
         super().save(folder)
 
     def restore(self, folder: str | Path) -> None:
@@ -374,11 +422,11 @@ _LOGGED = {
     "value": True,
     "target_value": True,
 }
-"""Name of a mean, and whether it is one over tokens, or else over episodes."""
+"""Logged means by name: True for a mean over tokens, False for one over episodes."""
 
 
 def _batch(episodes: Sequence[StoredEpisode]) -> TokenBatch:
-    """Episodes as a batch; returns stand aside."""
+    """Returns episodes as a batch without rewards, because their shaped returns are passed on separately."""
     lengths = sum(len(episode.response) for episode in episodes)
     return TokenBatch(
         prompts=[np.array(episode.prompt, np.int32) for episode in episodes],

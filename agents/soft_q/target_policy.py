@@ -1,4 +1,4 @@
-"""The target network of soft Q-learning: a slowly following copy of the policy's weights on the same trunk."""
+"""The target network of soft Q-learning: a copy of the policy's weights that follows them slowly, on the same trunk."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ...llm_backends.training.teacher_forcing import response_hidden
 from ..policy.language_model import POLICY, LanguageModelPolicy, frozen_copy
 
 TARGET = "target"
-"""Name of the frozen adapter."""
+"""Name of the target's frozen adapter."""
 
 
 class TargetPolicy:
-    """A frozen adapter beside the policy's own, or a frozen model where all weights are trained.
+    """A target network: a frozen adapter on the policy's trunk, or a frozen model if all weights are trained.
 
     Args:
-        policy: whose weights it follows. It has one target, whoever asks.
+        policy: the policy whose weights the target follows. All target networks of a policy share one adapter.
 
     Raises:
         InputError: for a policy with a frozen adapter of the target's name.
@@ -36,34 +36,44 @@ class TargetPolicy:
         self._whole: CausalLM | None = None
         if not policy.lora.rank:
             self._whole = frozen_copy(policy.lm)
-            mine = list(self._whole.model.parameters())
-            self._pairs = list(zip(mine, policy.lm.model.parameters(), strict=True))
+            target_weights = list(self._whole.model.parameters())
+            self._pairs = list(zip(target_weights, policy.lm.model.parameters(), strict=True))
             return
         if TARGET in policy.frozen_adapters():
             raise InputError(f"a frozen adapter of this policy is called {TARGET!r} already: give it another name")
         if TARGET not in policy.trunk.names:
             with quiet_loading():
                 policy.trunk.add(TARGET, policy.lora)
-        followed = policy.trunk.parameters(POLICY)
-        named = policy.trunk.parameters(TARGET)
-        self._pairs = [(named[name.replace(f".{POLICY}.", f".{TARGET}.")], one) for name, one in followed.items()]
+        policy_weights = policy.trunk.parameters(POLICY)
+        adapter_weights = policy.trunk.parameters(TARGET)
+        # peft's parameter names differ only in the adapter's name.
+        self._pairs = [
+            (adapter_weights[name.replace(f".{POLICY}.", f".{TARGET}.")], weight)
+            for name, weight in policy_weights.items()
+        ]
+        # trunk.parameters has made the target's weights trainable.
         policy.trunk.freeze(TARGET)
         self.follow(1.0)
 
     @torch.no_grad()
     def follow(self, rate: float) -> None:
-        """Polyak averaging: each weight moves to the policy's by ``rate`` of the way; 1 copies them."""
-        for mine, theirs in self._pairs:
-            mine.lerp_(theirs.detach(), rate)
+        """Moves each weight towards the policy's by Polyak averaging.
+
+        Args:
+            rate: share of the distance that each weight moves, in (0, 1]; 1 copies the policy's weights.
+        """
+        for target_weight, policy_weight in self._pairs:
+            target_weight.lerp_(policy_weight.detach(), rate)
 
     @torch.no_grad()
     def logits(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> ChosenLogits:
-        """As of :func:`policy_logits`, of the target network; without a gradient."""
+        """Returns the log-probs and logsumexps of the target network, without a graph; see :func:`policy_logits`."""
         with self._active() as lm:
             return _logits(self.policy, lm, prompts, responses)
 
     @contextmanager
     def _active(self) -> Iterator[CausalLM]:
+        """Yields the target network's model."""
         with self.policy.adapter(TARGET if self._whole is None else None) as lm:
             yield lm if self._whole is None else self._whole
 
@@ -75,12 +85,12 @@ class TargetPolicy:
             self._whole.model.save_pretrained(Path(folder) / TARGET)
 
     def load(self, folder: str | Path) -> None:
-        """Reads what :meth:`save` wrote.
+        """Reads the weights that :meth:`save` wrote.
 
         Raises:
-            InputError: if the weights are of other layers.
-            OSError: if there are none.
-            safetensors.SafetensorError: if they are broken.
+            InputError: if the weights belong to other layers.
+            OSError: if there are no weights.
+            safetensors.SafetensorError: if the file is broken.
         """
         if self._whole is None:
             self.policy.trunk.load(folder, TARGET)
@@ -91,15 +101,15 @@ class TargetPolicy:
 def policy_logits(
     policy: LanguageModelPolicy, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]
 ) -> ChosenLogits:
-    """Log-probs of response tokens and the logsumexp of the policy's logits where they are chosen.
+    """Returns the log-prob of each response token, and the logsumexp of the policy's logits at its position.
 
     Args:
-        policy: at its own temperature; over the whole vocabulary.
-        prompts: n int arrays.
-        responses: n int arrays, none empty.
+        policy: the policy, at its own temperature and over the whole vocabulary.
+        prompts: token ids, n int arrays.
+        responses: token ids, n int arrays, none empty.
 
     Returns:
-        float32, each of shape (tokens,); with a graph where gradients are on.
+        float32, each of shape (tokens,), response after response; with a graph if gradients are enabled.
     """
     with policy.adapter(POLICY, torch.is_grad_enabled()) as lm:
         return _logits(policy, lm, prompts, responses)
@@ -109,7 +119,7 @@ def policy_logits(
 def reference_logits(
     policy: LanguageModelPolicy, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]
 ) -> ChosenLogits:
-    """Likewise of the policy's reference; without a gradient."""
+    """Returns the log-probs and logsumexps of the reference policy, without a graph; see :func:`policy_logits`."""
     with policy.reference_model() as lm:
         return _logits(policy, lm, prompts, responses)
 
@@ -117,6 +127,7 @@ def reference_logits(
 def _logits(
     policy: LanguageModelPolicy, lm: CausalLM, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]
 ) -> ChosenLogits:
+    """Returns the log-probs and logsumexps of one model, at the policy's temperature."""
     with autocast(policy.lm, policy.dtype):
         hidden = response_hidden(lm, prompts, responses)
         ids = torch.from_numpy(np.concatenate(responses).astype(np.int64)).to(hidden.device)

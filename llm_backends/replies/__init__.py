@@ -1,1 +1,1 @@
-"""Replies that are kept: the journal of a run, and the cache that runs share."""
+"""Stored replies: the request journal of a run, and the cache that runs share."""

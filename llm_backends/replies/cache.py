@@ -1,4 +1,8 @@
-"""A cache of replies that runs and processes share, in memory and in SQLite."""
+"""A cache of replies that runs and processes share, in memory and in SQLite.
+
+:class:`ReplyStore` is the storage, :class:`Cached` the backend that uses it. A journal
+(:mod:`~instructgym.llm_backends.replies.journal`) belongs to one run instead, and also keeps errors.
+"""
 
 from __future__ import annotations
 
@@ -27,19 +31,20 @@ CREATE TABLE IF NOT EXISTS replies
 (key TEXT PRIMARY KEY, reply TEXT NOT NULL, size INTEGER NOT NULL, used REAL NOT NULL) WITHOUT ROWID
 """
 CHECK_EVERY = 256
-"""Stored replies between two looks at the file's size."""
+"""Number of replies stored between two checks of the file's size."""
 
 
 class ReplyStore:
-    """Replies by request key; safe to use from several threads and processes.
+    """A store of replies by request key; safe to use from several threads and processes.
 
     Args:
-        path: the SQLite file, made with its folders.
-        max_mb: size of the replies (the file is a little larger) at which those not asked for longest are dropped.
-        memory: replies that are kept in memory as well.
+        path: the SQLite file, created with its folders if missing.
+        max_mb: size of all replies, in MB, above which the least recently used ones are dropped; the file is a little
+            larger.
+        memory: number of replies that are also held in memory.
 
     Raises:
-        InputError: if the file is no such cache, or cannot be written.
+        InputError: if the file is not such a cache, or cannot be written.
     """
 
     def __init__(self, path: str | Path, max_mb: float = 1024.0, memory: int = 10_000) -> None:
@@ -50,6 +55,7 @@ class ReplyStore:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._connect()
+            # With a write-ahead log readers and one writer do not block each other.
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute(SCHEMA)
             self._shrink()
@@ -57,13 +63,19 @@ class ReplyStore:
             raise InputError(f"cannot use {self.path} as a cache of replies: {error}") from error
 
     def _connect(self) -> None:
+        """Opens the database in this process."""
         self._process = os.getpid()
         self._database = sqlite3.connect(self.path, timeout=60, check_same_thread=False, isolation_level=None)
         self._database.execute("PRAGMA synchronous=NORMAL")
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        """The database, for this thread alone; a fork gets a connection and a lock of its own."""
+        """Yields the database to one thread at a time.
+
+        Raises:
+            OSError: if SQLite fails.
+        """
+        # SQLite connections must not be carried across a fork, and the parent's lock may stay locked.
         if self._process != os.getpid():
             self._lock = threading.Lock()
             self._connect()
@@ -78,7 +90,7 @@ class ReplyStore:
             return int(database.execute("SELECT COUNT(*) FROM replies").fetchone()[0])
 
     def get(self, key: str) -> str | None:
-        """The stored reply, or None."""
+        """Returns the stored reply, None if there is none."""
         with self._open() as database:
             reply = self._recent.get(key)
             if reply is None:
@@ -86,12 +98,13 @@ class ReplyStore:
                 if row is None:
                     return None
                 reply = str(row[0])
+            # Times of use are written by _shrink, many at once, so that a lookup does not write to the file.
             self._touched.add(key)
             self._keep(key, reply)
             return reply
 
     def put(self, key: str, reply: str) -> None:
-        """Stores a reply, in place of an earlier one; it is on disk for other processes when this returns."""
+        """Stores a reply, replacing an earlier one; other processes can read it when this returns."""
         with self._open() as database:
             row = (key, reply, len(reply), time())
             database.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", row)
@@ -101,41 +114,43 @@ class ReplyStore:
                 self._shrink()
 
     def _keep(self, key: str, reply: str) -> None:
+        """Holds a reply in memory as the most recently used one."""
         self._recent[key] = reply
         self._recent.move_to_end(key)
         while len(self._recent) > self.memory:
             self._recent.popitem(last=False)
 
     def _shrink(self) -> None:
-        """Drops what was not asked for longest until a tenth of the size is free."""
+        """Drops the least recently used replies, if there are too many, until a tenth of the size is free."""
         now = time()
         self._database.executemany("UPDATE replies SET used = ? WHERE key = ?", [(now, key) for key in self._touched])
         self._touched.clear()
         total = self._database.execute("SELECT COALESCE(SUM(size), 0) FROM replies").fetchone()[0]
         if total <= self.max_bytes:
             return
-        leaving = []
+        dropped = []
         for key, size in self._database.execute("SELECT key, size FROM replies ORDER BY used"):
-            leaving.append((key,))
+            dropped.append((key,))
             self._recent.pop(key, None)
             total -= size
             if total <= 0.9 * self.max_bytes:
                 break
-        self._database.executemany("DELETE FROM replies WHERE key = ?", leaving)
+        self._database.executemany("DELETE FROM replies WHERE key = ?", dropped)
 
 
 @dataclass(eq=False)
 class Cached(Wrapped):
-    """A backend whose replies are stored, and taken from the store when the same request comes again.
+    """A backend that stores replies and answers repeated requests from the store.
 
-    The key is the whole request: model and server, prompt, every sampling parameter. So another seed gives a fresh
-    sample; ``refresh=True`` asks anew for everything and stores the new replies. Equal requests that are under way, in
-    one call or in several threads, are sent once. A reply is stored as soon as it has come; errors are not stored.
+    The key is the whole request: model and server, prompt, every sampling parameter. Another seed therefore gives a
+    new sample; ``refresh=True`` sends every request again and stores the new replies. Equal requests that are in
+    flight at the same time, in one call or in several threads, are sent once. A reply is stored as soon as it arrives;
+    errors are not stored.
 
     Args:
-        inner: the backend that answers what is not stored.
-        store: a :class:`ReplyStore`, which backends may share, or the path of its file.
-        refresh: look nothing up.
+        inner: the backend that answers requests that are not stored.
+        store: a :class:`ReplyStore`, which backends can share, or the path of its file.
+        refresh: whether to send every request, without looking it up.
     """
 
     store: ReplyStore
@@ -149,16 +164,19 @@ class Cached(Wrapped):
             self.store = ReplyStore(self.store)
 
     def _generate_each(self, prompts: list[Prompt], samplings: list[Sampling]) -> Iterator[tuple[int, Result]]:
-        wanted: dict[str, list[int]] = {}
+        # Equal requests share a key: one result answers all their indices.
+        open_requests: dict[str, list[int]] = {}
         for index, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
-            wanted.setdefault(self._key(prompt, sampling), []).append(index)
-        self.usage.cache_hits += len(prompts)  # less those that are sent
-        while wanted:
+            open_requests.setdefault(self._key(prompt, sampling), []).append(index)
+        self.usage.cache_hits += len(prompts)  # _round subtracts those that are sent
+        # A further round is needed if another call gave up a request that this one was waiting for.
+        while open_requests:
             claimed: dict[str, Future[Result | None]] = {}
             try:
-                for key, result in self._round(wanted, claimed, prompts, samplings):
-                    yield from ((index, result) for index in wanted.pop(key))
-            finally:  # who waits for what this call did not get asks for it
+                for key, result in self._round(open_requests, claimed, prompts, samplings):
+                    yield from ((index, result) for index in open_requests.pop(key))
+            finally:
+                # If this call breaks off, None tells calls that wait for its results to send the requests themselves.
                 with self._lock:
                     for key, future in claimed.items():
                         self._under_way.pop(key, None)
@@ -166,8 +184,9 @@ class Cached(Wrapped):
                             future.set_result(None)
 
     def _key(self, prompt: Prompt, sampling: Sampling) -> str:
-        same = sampling if sampling.temperature else sampling.with_seed(0)  # greedy decoding draws nothing
-        return request_key("generate", self.name, prompt, asdict(same))
+        """Returns the key of a request; greedy requests that differ in the seed only have the same key."""
+        normalised = sampling if sampling.temperature else sampling.with_seed(0)  # greedy decoding draws nothing
+        return request_key("generate", self.name, prompt, asdict(normalised))
 
     def _round(
         self,
@@ -176,11 +195,22 @@ class Cached(Wrapped):
         prompts: list[Prompt],
         samplings: list[Sampling],
     ) -> Iterator[tuple[str, Result]]:
-        """Stored replies, then those of requests that nobody has sent, then those that other calls are waiting for."""
+        """Yields stored replies, then those of requests that this call sends, then those that other calls have sent.
+
+        Args:
+            wanted: indices of the open requests by key.
+            claimed: filled with a future for each request that this call sends.
+            prompts: all prompts of the call.
+            samplings: sampling parameters of each prompt.
+
+        Yields:
+            Key and result; none for a request that another call sent and gave up.
+        """
+        # Sort the keys: stored, in flight in another call, or claimed by this one.
         stored: dict[str, str] = {}
         others: dict[str, Future[Result | None]] = {}
         for key in wanted:
-            with self._lock:  # between the look and the claim no other thread may claim the key
+            with self._lock:  # no other thread may claim the key between lookup and claim
                 reply = None if self.refresh else self.store.get(key)
                 if reply is not None:
                     stored[key] = reply
@@ -190,25 +220,26 @@ class Cached(Wrapped):
                     claimed[key] = self._under_way[key] = Future()
         for key, reply in stored.items():
             yield key, [Completion(**completion) for completion in json.loads(reply)]
-        mine = list(claimed)
-        if mine:
-            self.usage.cache_hits -= len(mine)
-            indices = [wanted[key][0] for key in mine]
-            asked = self.inner.generate_each([prompts[i] for i in indices], [samplings[i] for i in indices])
-            for number, result in asked:
-                key = mine[number]
+        sent_keys = list(claimed)
+        if sent_keys:
+            self.usage.cache_hits -= len(sent_keys)
+            indices = [wanted[key][0] for key in sent_keys]
+            replies = self.inner.generate_each([prompts[i] for i in indices], [samplings[i] for i in indices])
+            for number, result in replies:
+                key = sent_keys[number]
                 if not isinstance(result, BackendError):
                     self.store.put(key, json.dumps([asdict(completion) for completion in result]))
                 claimed[key].set_result(result)
                 yield key, result
+        # Last, so that this call never holds up its own requests while it waits for other calls.
         for key, future in others.items():
-            result_of_another = future.result()
-            if result_of_another is not None:
-                yield key, result_of_another
+            other_result = future.result()
+            if other_result is not None:
+                yield key, other_result
 
     @property
     def usage(self) -> Usage:
-        """Calls, hits and errors of this object; tokens and money of the inner backend, which may be shared."""
+        """Calls, cache hits and errors of this object; tokens and cost of the inner backend, which may be shared."""
         inner = self.inner.usage
         self._usage.prompt_tokens, self._usage.completion_tokens = inner.prompt_tokens, inner.completion_tokens
         self._usage.cost = inner.cost
@@ -216,8 +247,9 @@ class Cached(Wrapped):
 
     def _logprobs(self, prompts: list[Prompt], completions: list[str]) -> list[np.ndarray | BackendError]:
         keys = [request_key("logprobs", self.name, p, c) for p, c in zip(prompts, completions, strict=True)]
-        found = {key: None if self.refresh else self.store.get(key) for key in dict.fromkeys(keys)}
-        missing = {key: index for index, key in reversed(list(enumerate(keys))) if found[key] is None}
+        replies = {key: None if self.refresh else self.store.get(key) for key in dict.fromkeys(keys)}
+        # Reversed, so that of equal requests the first one is sent.
+        missing = {key: index for index, key in reversed(list(enumerate(keys))) if replies[key] is None}
         self.usage.cache_hits += len(keys) - len(missing)
         errors: dict[str, BackendError] = {}
         if missing:
@@ -228,18 +260,18 @@ class Cached(Wrapped):
                 if isinstance(row, BackendError):
                     errors[key] = row
                 else:
-                    found[key] = json.dumps([float(value) for value in row])
-                    self.store.put(key, str(found[key]))
-        return [errors[k] if k in errors else np.array(json.loads(str(found[k])), dtype=np.float32) for k in keys]
+                    replies[key] = json.dumps([float(value) for value in row])
+                    self.store.put(key, str(replies[key]))
+        return [errors[k] if k in errors else np.array(json.loads(str(replies[k])), dtype=np.float32) for k in keys]
 
 
 def cached(inner: Any, path: str, max_mb: float = 1024.0, refresh: bool = False) -> Cached:
-    """The part ``{"id": "cached", "kwargs": {"inner": ..., "path": ...}}``.
+    """Builds the part ``{"id": "cached", "kwargs": {"inner": ..., "path": ...}}``.
 
     Args:
-        inner: a backend, in any form that :func:`resolve` takes.
-        path: of the SQLite file.
-        max_mb: size at which the replies that were not asked for longest are dropped.
-        refresh: look nothing up.
+        inner: a backend, in any form that :func:`~instructgym.llm_backends.parts.resolve` takes.
+        path: path of the SQLite file.
+        max_mb: size of all replies, in MB, above which the least recently used ones are dropped.
+        refresh: whether to send every request, without looking it up.
     """
     return Cached(resolve("backend", inner), ReplyStore(path, max_mb), refresh)

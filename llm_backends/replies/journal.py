@@ -1,4 +1,7 @@
-"""The request journal: every reply of a model on disk, so that a run that was killed pays for none of them twice."""
+"""The request journal: every reply of a model on disk, so that a killed run pays for none of them twice.
+
+:class:`Journal` is the file, :class:`Journaled` the backend that uses it.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +32,10 @@ from ..records import RecordError, append_lines, read_records
 
 @dataclass(eq=False)
 class Wrapped(Backend):
-    """What a backend that keeps another one's replies has in common with it: everything but how it answers.
+    """A backend that answers for another one, with the same name, prompt style and features.
 
     Args:
-        inner: the backend that answers what is not kept.
+        inner: the backend that answers requests without a stored reply.
     """
 
     inner: Backend
@@ -49,12 +52,12 @@ class Wrapped(Backend):
 
     @property
     def supports_logprobs(self) -> bool:
-        """As the inner backend."""
+        """Whether the inner backend reports log-probs."""
         return self.inner.supports_logprobs
 
     @property
     def supports_choices(self) -> bool:
-        """As the inner backend."""
+        """Whether the inner backend can constrain a completion to ``Sampling.choices``."""
         return self.inner.supports_choices
 
     def context_error(self, prompt: Prompt, max_tokens: int) -> ContextLengthError | None:
@@ -65,17 +68,20 @@ class Wrapped(Backend):
 
 
 STORE_EVERY = 0.2
-"""Seconds between two writes while the replies of a long call come in."""
+"""Shortest time, in seconds, between two writes while the replies of a long call arrive."""
 
 
 class Journal:
-    """Replies by request key, in memory and in an append-only JSONL file.
+    """A store of replies by request key, in memory and in an append-only JSONL file.
 
-    A call's replies are appended in one write and flushed before anyone sees them. A line torn by a kill is dropped
-    when the file is opened again.
+    Replies are written and flushed before the caller gets them, many in one write. A last line cut off by a kill is
+    dropped when the file is opened again.
 
     Args:
-        path: the file; made with its folders when the first reply is stored.
+        path: the file; created with its folders when the first reply is stored.
+
+    Raises:
+        RecordError: if a line is not an entry of a journal.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -85,7 +91,8 @@ class Journal:
         for number, row in enumerate(rows, start=1):
             if not isinstance(row.get("key"), str) or "reply" not in row:
                 raise RecordError(f"{self.path} line {number} is no entry of a request journal: remove the line")
-        while rows and _is_error(rows[-1]["reply"]):  # what stopped the run may be mended now: ask again
+        # Errors at the very end stopped the run, and their cause may be fixed now: send these requests again.
+        while rows and _is_error(rows[-1]["reply"]):
             rows.pop()
         self._replies: dict[str, Any] = {row["key"]: row["reply"] for row in rows}
 
@@ -93,7 +100,7 @@ class Journal:
         return len(self._replies)
 
     def get(self, key: str) -> Any | None:
-        """The stored reply, or None."""
+        """Returns the stored reply, None if there is none."""
         return self._replies.get(key)
 
     def put(self, replies: dict[str, Any]) -> None:
@@ -105,24 +112,25 @@ class Journal:
 
 @dataclass(eq=False)
 class Journaled(Wrapped):
-    """A backend whose replies are kept in a journal and taken from it when the same request comes again.
+    """A backend that stores replies in a journal and answers repeated requests from it.
 
-    The key is the whole request: model, prompt and every sampling parameter, the seed included. Errors are kept like
-    replies, or a run that went on after one would go another way when it is resumed; only those at the very end of a
-    journal, after which nothing went on, are asked again.
+    The key is the whole request: model, prompt and every sampling parameter, including the seed. Errors are stored like
+    replies, because a run that continued after an error must take the same course when it is resumed; only requests
+    whose errors are at the very end of a journal, which stopped the run, are sent again.
 
-    A model's draws from global generators are hidden from the caller, so that a replay draws what the run drew.
+    The state of the global random generators is restored after the model has been called, so that a resumed run, which
+    takes replies from the journal, draws the same numbers as the first one.
 
     Args:
-        inner: the backend that answers what the journal does not hold.
-        journal: may be shared by several backends.
+        inner: the backend that answers requests that are not in the journal.
+        journal: the journal, which several backends can share.
     """
 
     journal: Journal
 
     def _count(self, result: Result) -> None:
         self.usage.requests += 1
-        self.usage.errors += isinstance(result, BackendError)  # tokens are the inner backend's, see _through
+        self.usage.errors += isinstance(result, BackendError)  # _through adds the inner backend's tokens
 
     def _generate(self, prompts: list[Prompt], samplings: list[Sampling]) -> list[Result]:
         keys = [request_key("generate", self.name, p, asdict(s)) for p, s in zip(prompts, samplings, strict=True)]
@@ -151,7 +159,17 @@ class Journaled(Wrapped):
         pack: Callable[[Any], Any],
         unpack: Callable[[Any], Any],
     ) -> list[Any]:
-        """Answers requests from the journal, sends the rest in one call (equal requests once), stores the replies."""
+        """Answers requests from the journal, sends the rest in one call (equal requests once), stores the replies.
+
+        Args:
+            keys: n request keys.
+            send: sends the requests with the given indices and yields (position in that list, result).
+            pack: makes a result JSON-able.
+            unpack: reverses ``pack``.
+
+        Returns:
+            n results, errors included.
+        """
         missing: dict[str, int] = {}
         for index, key in enumerate(keys):
             if self.journal.get(key) is None:
@@ -159,21 +177,23 @@ class Journaled(Wrapped):
         self.usage.cache_hits += len(keys) - len(missing)
         if missing:
             before = replace(self.inner.usage)
-            sent, came, errors, stored = list(missing), {}, {}, monotonic()
+            sent, pending, errors, stored = list(missing), {}, {}, monotonic()
             try:
                 with preserved_rng():
                     for number, result in send(list(missing.values())):
                         if isinstance(result, BackendError):
                             errors[sent[number]] = _pack_error(result)
                         else:
-                            came[sent[number]] = pack(result)
-                        if came and monotonic() - stored > STORE_EVERY:
-                            self.journal.put(came)
-                            came, stored = {}, monotonic()
-                came |= errors  # of a call that breaks off they are asked again
+                            pending[sent[number]] = pack(result)
+                        if pending and monotonic() - stored > STORE_EVERY:
+                            self.journal.put(pending)
+                            pending, stored = {}, monotonic()
+                # Errors are stored only if the call completes: after one that breaks off they are sent again.
+                pending |= errors
             finally:
-                if came:
-                    self.journal.put(came)
+                if pending:
+                    self.journal.put(pending)
+                # The inner backend may be shared: add only what this call used.
                 spent = self.inner.usage - before
                 self.usage.prompt_tokens += spent.prompt_tokens
                 self.usage.completion_tokens += spent.completion_tokens
@@ -186,6 +206,7 @@ _ERRORS = {error.__name__: error for error in (BackendError, ContextLengthError,
 
 
 def _is_error(reply: Any) -> bool:
+    """Returns whether a stored reply is an error."""
     return isinstance(reply, dict) and "error" in reply
 
 
@@ -198,10 +219,15 @@ def _unpack_error(reply: Any) -> BackendError:
 
 
 def request_key(*parts: Any) -> str:
-    """Stable key of a request: SHA-256 of its JSON."""
+    """Returns a stable key of a request: the first 128 bits of the SHA-256 of its JSON, in hex.
+
+    Args:
+        *parts: everything that the reply depends on, JSON-able; arrays and mappings are converted.
+    """
 
     def plain(value: Any) -> Any:
         return value.tolist() if isinstance(value, np.ndarray | np.generic) else dict(value)
 
+    # Prompts may hold lone surrogates, which strict UTF-8 refuses.
     text = json.dumps(parts, default=plain, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]

@@ -1,1 +1,1 @@
-"""Models behind a server: OpenAI's API, vLLM, budgets, and what a server can do."""
+"""Models behind a server: OpenAI's API, vLLM, budgets, and checks of a server's capabilities."""

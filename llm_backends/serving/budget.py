@@ -1,4 +1,4 @@
-"""Hard limits on what a run may ask of a server: requests, tokens, money."""
+"""Hard limits on what a run may use of a server: requests, tokens, money."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import InputError, RunError
 
 
 class BudgetExceededError(RunError):
-    """The next request might exceed a limit and was not sent: a run can save its state and stop."""
+    """Raised if the next request might exceed a limit; it was not sent, so a run can save its state and stop."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Spending:
     tokens: int = 0
     """Prompt and completion tokens."""
     cost: float = 0.0
+    """Money, in the currency of the backends' prices."""
 
     def __add__(self, other: Spending) -> Spending:
         return Spending(self.requests + other.requests, self.tokens + other.tokens, self.cost + other.cost)
@@ -33,16 +34,16 @@ class Spending:
 
 
 class Budget:
-    """What may be spent; shared by the backends of a run, and safe to use from several threads.
+    """Limits on requests, tokens and money; shared by the backends of a run, and safe to use from several threads.
 
-    The most that an attempt can use is reserved before it is sent, what it used is booked after it. Every attempt
-    counts, those that fail included.
+    Before an attempt is sent, the most that it can use is reserved; after it, the reservation is released and what it
+    used is added to what is spent. Every attempt counts, including those that fail.
 
     Args:
-        requests: limit; 0 for none.
-        tokens: limit of prompt and completion tokens; 0 for none.
-        cost: limit of money, in the currency of the backends' prices; 0 for none.
-        spent: what was spent before, by the run that this one continues.
+        requests: limit of requests; 0: no limit.
+        tokens: limit of prompt and completion tokens; 0: no limit.
+        cost: limit of money, in the currency of the backends' prices; 0: no limit.
+        spent: amounts that the run which this one continues has spent.
 
     Raises:
         InputError: for a negative limit.
@@ -64,10 +65,13 @@ class Budget:
         self._lock = threading.Lock()
 
     def keep(self, file: str | Path) -> None:
-        """Keeps what is spent in a file, and goes on from what stands there: limits then hold over restarts.
+        """Records spending in a file and adds the amounts that it already holds: limits then hold across restarts.
 
-        Reserved amounts count as spent there, so that a process that is killed leaves no spending out. A file belongs
-        to one budget of one process at a time. Of a budget that is kept already, further calls are ignored.
+        Reserved amounts are recorded as spent, so that the file is never too low after a process is killed. A file
+        belongs to one budget of one process at a time. Only the first call has an effect.
+
+        Args:
+            file: JSON file, created with its folders if missing.
 
         Raises:
             InputError: if the file is broken.
@@ -89,17 +93,25 @@ class Budget:
 
     def _write(self) -> None:
         if self._file is not None:
+            # The file is replaced in one move, so that a kill never leaves half of it.
             scratch = self._file.with_name(self._file.name + ".part")
             scratch.write_text(json.dumps(asdict(self.spent + self.reserved)) + "\n", "utf-8")
             scratch.replace(self._file)
 
     def reserve(self, wanted: Spending) -> bool:
-        """Sets an amount aside, all of it or nothing; False where it may fit once others have settled.
+        """Reserves the whole amount or nothing.
+
+        Args:
+            wanted: amount to reserve.
+
+        Returns:
+            True if it is reserved; False if it does not fit now, but may once other reservations are settled.
 
         Raises:
-            BudgetExceededError: if what is spent and wanted together exceed a limit.
+            BudgetExceededError: if what is spent and this amount together exceed a limit.
         """
         with self._lock:
+            # Spent amounts never come back: what does not fit beside them never will.
             for name in ("requests", "tokens", "cost"):
                 limit, spent = getattr(self.limit, name), getattr(self.spent, name)
                 if limit and spent + getattr(wanted, name) > limit:
@@ -107,6 +119,7 @@ class Budget:
                         f"the budget of {limit:g} {name} has {limit - spent:g} left, the next request "
                         f"may need {getattr(wanted, name):g}: raise the limit to go on"
                     )
+            # Reserved amounts may come back, as most attempts use less than they reserve.
             total = self.spent + self.reserved + wanted
             for name in ("requests", "tokens", "cost"):
                 if 0 < getattr(self.limit, name) < getattr(total, name):
@@ -116,7 +129,7 @@ class Budget:
             return True
 
     def settle(self, reserved: Spending, used: Spending) -> None:
-        """Gives a reservation back and books what was used of it."""
+        """Releases a reservation and adds what was used of it to what is spent."""
         with self._lock:
             self.reserved -= reserved
             self.spent += used

@@ -1,4 +1,8 @@
-"""Any server that speaks OpenAI's API: OpenAI itself, vLLM, llama.cpp, and the many others."""
+"""Backend for any server with OpenAI's API: OpenAI itself, vLLM, llama.cpp and many others.
+
+Requests are sent by :class:`~instructgym.llm_backends.serving.sending.Sender`; what only vLLM can do is in
+:class:`~instructgym.llm_backends.serving.vllm_server.VLLMServerBackend`.
+"""
 
 from __future__ import annotations
 
@@ -24,56 +28,57 @@ from .budget import Budget, Spending
 from .sending import Job, MalformedReplyError, Sender
 
 NO_KEY = "none"
-"""What servers without keys are sent."""
+"""The key sent to servers that need none."""
 
 JSON_TOKENS = 24
-"""Tokens, white space included, that a JSON object takes beside its answer."""
+"""Number of tokens, including white space, that a JSON object takes in addition to its answer."""
 
 OWN_FIELDS = set(
     "model messages prompt max_tokens max_completion_tokens temperature top_p top_k n seed stop stream logprobs "
     "return_token_ids structured_outputs response_format".split()
 )
-"""What a request sets itself."""
+"""Fields that the backend sets in a request, so ``extra_body`` must not."""
 
 Structured = Literal["none", "vllm", "json_schema"]
-"""How a server is asked for one of a few texts: not at all; by vLLM's ``structured_outputs``; or by OpenAI's
-``response_format``, where the reply is a JSON object whose ``answer`` is the text."""
+"""How a server is asked for one of a few texts: ``none``: not at all; ``vllm``: by vLLM's ``structured_outputs``;
+``json_schema``: by OpenAI's ``response_format``, where the reply is a JSON object whose ``answer`` is the text."""
 
 
 class OpenAIBackend(Backend):
-    """A server's model, one request per prompt, many at a time.
+    """A backend that sends one request per prompt to a server, many at a time.
 
-    Requests that fail for the moment (connection lost, time out, 408, 409, 429, 5xx, a malformed reply) are sent again
-    after the time that the server's ``Retry-After`` asks for, or else after a jittered, exponentially growing one. When
-    all attempts have failed, the error stands in the place of that prompt's result.
+    Requests that fail temporarily (connection lost, timeout, 408, 409, 429, 5xx, a malformed reply) are sent again
+    after a jittered, exponentially growing wait, or after the server's ``Retry-After`` if that is longer. If all
+    attempts fail, the error is returned in place of that prompt's result.
 
     The key is read from the environment when the first request is sent; it is never stored, logged or part of an error.
 
     Args:
         model: name of the model on the server.
-        base_url: ``http(s)://host/v1``; by default OpenAI's own, or the environment's ``OPENAI_BASE_URL``.
-        prompt_style: ``chat``: chat completions, strings become one user message; ``completion``: plain completions
-            of strings and token ids.
-        key_variable: environment variable with the key. A server given by ``base_url`` may need none.
-        concurrency: requests in flight at most.
-        requests_per_minute: limit; 0 for none. Attempts count, so a retry waits for its turn as well.
-        tokens_per_minute: limit of estimated prompt tokens plus ``max_tokens``; 0 for none.
+        base_url: ``http(s)://host/v1``; empty: the environment's ``OPENAI_BASE_URL``, or OpenAI's own address.
+        prompt_style: ``chat``: chat completions, where a string becomes one user message; ``completion``: plain
+            completions of strings and token ids.
+        key_variable: environment variable with the key; a server given by ``base_url`` may need none.
+        concurrency: maximum number of requests in flight.
+        requests_per_minute: limit of attempts, retries included; 0: no limit.
+        tokens_per_minute: limit of estimated prompt tokens plus ``max_tokens``; 0: no limit.
         timeout: seconds for one attempt, from its start to the whole reply.
-        attempts: of one request at most.
-        backoff: seconds before the second attempt, at most; doubled before each further one.
-        logprobs: ask for the log-probs of completions.
-        token_ids: ask for token ids, which vLLM reports.
-        max_tokens_field: ``max_tokens``, or ``max_completion_tokens`` as newer models of OpenAI's want it.
-        structured: how the server is asked for one of a few texts (``Sampling.choices``): ``none``, ``vllm`` or
-            ``json_schema``, which other servers know.
+        attempts: maximum number of attempts per request.
+        backoff: longest wait, in seconds, before the second attempt; doubled before each further one.
+        logprobs: whether to request the log-probs of completions.
+        token_ids: whether to request token ids, which vLLM reports.
+        max_tokens_field: ``max_tokens``, or ``max_completion_tokens`` for newer models of OpenAI.
+        structured: how the server is asked for one of a few texts (``Sampling.choices``): ``none``, ``vllm``, or
+            ``json_schema`` for other servers.
         extra_body: further fields of every request.
-        prices: money per million prompt and completion tokens, for ``usage.cost``.
-        budget: hard limits, a :class:`Budget` (to be shared) or its arguments. Prompts are reckoned at one token per
-            byte before they are sent. At a limit no further request is sent, those in flight are waited for and given
-            out, and then :class:`BudgetExceededError` is raised.
+        prices: money per million prompt tokens and per million completion tokens, for ``usage.cost``.
+        budget: hard limits, as a :class:`Budget` (which backends can share) or its arguments. Before a prompt is sent,
+            it is estimated at one token per byte. At a limit no further request is sent; results of those in flight
+            are awaited and yielded, and then :class:`BudgetExceededError` is raised.
 
     Raises:
-        InputError: for arguments out of range, a URL with a password, a missing key, a budget of money without prices.
+        InputError: for arguments out of range, a URL with a password or query, or a budget of money without prices;
+            when the first request is sent, for a missing key.
     """
 
     def __init__(
@@ -112,9 +117,11 @@ class OpenAIBackend(Backend):
         self.model, self.url, self.prompt_style, self.key_variable = model, url, prompt_style, key_variable
         self.ask_logprobs, self.ask_token_ids, self.prices = logprobs, token_ids, prices
         self.max_tokens_field, self.structured, self.extra_body = max_tokens_field, structured, dict(extra_body or {})
-        taken = sorted(OWN_FIELDS & set(self.extra_body))
-        if taken:
-            raise InputError(f"extra_body must not set {', '.join(taken)}: these are arguments and sampling parameters")
+        conflicts = sorted(OWN_FIELDS & set(self.extra_body))
+        if conflicts:
+            raise InputError(
+                f"extra_body must not set {', '.join(conflicts)}: these are arguments and sampling parameters"
+            )
         if max_tokens_field not in ("max_tokens", "max_completion_tokens"):
             raise InputError(f"max_tokens_field must be max_tokens or max_completion_tokens, got {max_tokens_field!r}")
         if max_tokens_field != "max_tokens" and prompt_style == "completion":
@@ -139,15 +146,16 @@ class OpenAIBackend(Backend):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """Server, model and what else decides on a reply."""
+        """Server, model and everything else that a reply depends on."""
         extras = f" {sorted(self.extra_body.items())}" if self.extra_body else ""
-        asked = "".join(f" +{what}" for what in ("logprobs", "token_ids") if getattr(self, f"ask_{what}"))
-        asked += f" +structured={self.structured}" if self.structured != "none" else ""
-        return f"openai:{self.url or 'default'}:{self.model}:{self.prompt_style}{asked}{extras}"
+        features = "".join(f" +{what}" for what in ("logprobs", "token_ids") if getattr(self, f"ask_{what}"))
+        features += f" +structured={self.structured}" if self.structured != "none" else ""
+        return f"openai:{self.url or 'default'}:{self.model}:{self.prompt_style}{features}{extras}"
 
     # --- sending -----------------------------------------------------------------------------------------------------
 
     def _connect(self) -> Any:
+        """Returns a new client of the ``openai`` package."""
         try:
             from openai import AsyncOpenAI
         except ImportError as error:
@@ -155,9 +163,11 @@ class OpenAIBackend(Backend):
         key = self._key()
         if not key and not self.url:
             raise InputError(f"no key: set ${self.key_variable}, or name a server with base_url")
+        # The sender retries, so that attempts are counted against budget and rate limits: the client must not.
         return AsyncOpenAI(api_key=key or NO_KEY, base_url=self.url or None, timeout=self.sender.timeout, max_retries=0)
 
     def _key(self) -> str:
+        """Returns the key from the environment, empty if it is not set."""
         key = os.environ.get(self.key_variable, "").strip()
         if not (key.isascii() and key.isprintable()):
             raise InputError(f"${self.key_variable} holds characters that no key has")
@@ -170,6 +180,7 @@ class OpenAIBackend(Backend):
         yield from self.sender.each([self._job(p, s) for p, s in zip(prompts, samplings, strict=True)])
 
     def _job(self, prompt: Prompt, sampling: Sampling) -> Job | BackendError:
+        """Returns the job for a prompt, or the error if no request can be made of it."""
         try:
             request = self._request(prompt, sampling)
         except BackendError as error:
@@ -183,14 +194,15 @@ class OpenAIBackend(Backend):
         return Job(send, lambda reply: self._parse(reply, sampling), self._spending(read, written), self._used)
 
     def _spending(self, read: int, written: int) -> Spending:
+        """Returns what a request with so many prompt and completion tokens uses."""
         return Spending(1, read + written, (read * self.prices[0] + written * self.prices[1]) / 1e6)
 
     def _used(self, reply: Any) -> Spending | None:
-        """What a reply says it used, booked before anything else is asked of it."""
-        told = getattr(reply, "usage", None)
-        if told is None:
+        """Returns the usage that a reply reports, None if it reports none; adds it to the backend's counters."""
+        reported = getattr(reply, "usage", None)
+        if reported is None:
             return None
-        read, written = int(told.prompt_tokens or 0), int(told.completion_tokens or 0)
+        read, written = int(reported.prompt_tokens or 0), int(reported.completion_tokens or 0)
         used = self._spending(read, written)
         self.usage.prompt_tokens += read
         self.usage.completion_tokens += written
@@ -199,7 +211,7 @@ class OpenAIBackend(Backend):
 
     @property
     def retries(self) -> int:
-        """Attempts beyond the first of each request, since this object was built."""
+        """Number of attempts beyond the first of each request, since this object was built."""
         return self.sender.retries
 
     @property
@@ -212,11 +224,12 @@ class OpenAIBackend(Backend):
 
     def _count(self, result: Result) -> None:
         self.usage.requests += 1
-        self.usage.errors += isinstance(result, BackendError)  # tokens are the server's, see _used
+        self.usage.errors += isinstance(result, BackendError)  # _used adds the tokens, as the server counts them
 
     # --- requests and replies ----------------------------------------------------------------------------------------
 
     def _request(self, prompt: Prompt, sampling: Sampling) -> dict[str, Any]:
+        """Returns the fields of a request; raises UnsupportedRequestError if the prompt does not fit the API."""
         request: dict[str, Any] = {
             "model": self.model,
             self.max_tokens_field: sampling.max_tokens,
@@ -225,7 +238,8 @@ class OpenAIBackend(Backend):
             "n": sampling.n if sampling.temperature else 1,  # greedy completions are all the same
             "seed": sampling.seed % 2**31,
         }
-        if sampling.choices and self.structured == "json_schema":  # limits are those of the answer, not of the JSON
+        # The caller's max_tokens and stop strings are meant for the answer, not for the JSON around it.
+        if sampling.choices and self.structured == "json_schema":
             request[self.max_tokens_field] += JSON_TOKENS + max(len(text.encode()) for text in sampling.choices)
         elif sampling.stop:
             request["stop"] = list(sampling.stop)
@@ -237,9 +251,11 @@ class OpenAIBackend(Backend):
         if sampling.choices and self.structured == "vllm":
             body["structured_outputs"] = {"choice": list(sampling.choices)}
         elif sampling.choices:
-            body["response_format"] = _answer_format(sampling.choices)  # plain completions of some servers know it too
+            # Not only for chat: some servers take it in plain completions as well.
+            body["response_format"] = _answer_format(sampling.choices)
         if body:
             request["extra_body"] = body
+        # A lone surrogate cannot be encoded; the sender would take that error for a malformed reply and retry.
         try:
             json.dumps(prompt if isinstance(prompt, str) else list(prompt), default=str, ensure_ascii=False).encode()
         except UnicodeEncodeError:
@@ -257,43 +273,49 @@ class OpenAIBackend(Backend):
                 raise UnsupportedRequestError("chat messages need prompt_style='chat'")
             request["prompt"] = [int(token) for token in prompt] if ids else prompt  # type: ignore[arg-type]
             if self.ask_logprobs:
-                request["logprobs"] = 1  # some servers take 0 for no
+                request["logprobs"] = 1  # some servers read 0 as off
         return request
 
     def _parse(self, reply: Any, sampling: Sampling) -> list[Completion]:
+        """Returns the completions in a raw reply."""
         choices = getattr(reply, "choices", None)
-        wanted = sampling.n if sampling.temperature else 1
+        count = sampling.n if sampling.temperature else 1
         if not isinstance(choices, list) or not choices:
             raise MalformedReplyError(f"{self._server} gave no completions")
-        if len(choices) != wanted:
-            raise UnsupportedRequestError(f"{self._server} gave {len(choices)} completions, not {wanted}: it ignores n")
+        if len(choices) != count:
+            raise UnsupportedRequestError(f"{self._server} gave {len(choices)} completions, not {count}: it ignores n")
         completions = [self._completion(choice) for choice in sorted(choices, key=lambda choice: choice.index or 0)]
         if sampling.choices:
             completions = [self._choice(completion, sampling.choices) for completion in completions]
-        return completions * (sampling.n // wanted)
+        return completions * (sampling.n // count)
 
     def _choice(self, completion: Completion, choices: Sequence[str]) -> Completion:
-        """The completion, which has to be one of the choices; the JSON's tokens and log-probs are left out."""
+        """Returns the completion, checked to be one of the choices; the JSON's tokens and log-probs are left out."""
         cut, text = completion.finish_reason == "length", completion.text
         if self.structured == "json_schema" and not cut:
             text = str(json.loads(text)["answer"])
             completion = Completion(text, [], [], "stop")
         if text not in choices:
-            kind = BackendError if cut else MalformedReplyError  # what was cut would be cut again
+            # Another attempt would be cut at max_tokens as well, so only other replies are worth one.
+            kind = BackendError if cut else MalformedReplyError
             raise kind(f"{self._server} gave {text[:80]!r}, which is no choice{' (cut at max_tokens)' * cut}")
         return completion
 
     def _completion(self, choice: Any) -> Completion:
+        """Returns one choice of a reply as a completion; raises a BackendError if something requested is missing."""
         chat = self.prompt_style == "chat"
         text = choice.message.content if chat else choice.text
         if not isinstance(text, str) or choice.finish_reason not in ("stop", "length"):
             raise BackendError(f"{self._server} gave no whole text: it ended by {choice.finish_reason!r}")
         logprobs: Sequence[float] = ()
         if self.ask_logprobs:
-            found = choice.logprobs
-            if found is None:
+            reported = choice.logprobs
+            if reported is None:
                 raise UnsupportedRequestError(f"{self._server} reports no log-probs: build the backend without them")
-            logprobs = [token.logprob for token in found.content or ()] if chat else list(found.token_logprobs or ())
+            logprobs = (
+                [token.logprob for token in reported.content or ()] if chat else list(reported.token_logprobs or ())
+            )
+            # Rounding may leave a log-prob slightly above 0.
             if not all(isinstance(value, float | int) and value <= 1e-6 for value in logprobs) or (
                 text and not logprobs
             ):
@@ -308,14 +330,14 @@ class OpenAIBackend(Backend):
 
 
 def _answer_format(choices: Sequence[str]) -> dict[str, Any]:
-    """OpenAI's ``response_format`` for an object whose ``answer`` is one of the choices."""
+    """Returns OpenAI's ``response_format`` for a JSON object whose ``answer`` is one of the choices."""
     answer = {"type": "string", "enum": list(choices)}
     schema = {"type": "object", "properties": {"answer": answer}, "required": ["answer"], "additionalProperties": False}
     return {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
 
 
 def prompt_tokens_at_most(prompt: Prompt) -> int:
-    """An upper bound of a prompt's tokens without its tokenizer: one per byte, and what a chat template may add."""
+    """Returns an upper bound of a prompt's tokens without a tokenizer: one per byte plus what a chat template adds."""
     if isinstance(prompt, str):
         return len(prompt.encode("utf-8", "replace")) + 64
     messages: list[Message] = [message for message in prompt if isinstance(message, Mapping)]

@@ -1,4 +1,7 @@
-"""What a server can do, found out by one small request per capability; a capability counts if the reply shows it."""
+"""Checks of a server's capabilities: small requests for each one, whose replies must show that it works.
+
+:class:`ServerProbe` sends the requests through the library's own backends and returns :class:`Findings`.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +32,13 @@ from .vllm_server import TokenSampling, VLLMServerBackend
 
 @dataclass(frozen=True)
 class Capability:
-    """Whether a server can do something."""
+    """Whether a server has a capability, and the evidence."""
 
     answer: Literal["yes", "no", "unknown"]
-    """``unknown``: the request failed for another reason, or could not be made."""
+    """``no``: the server refuses the request or its reply is wrong; ``unknown``: the request failed for another reason,
+    or could not be made."""
     why: str = ""
-    """What the reply showed, on one line."""
+    """The evidence or the error, on one line."""
 
 
 @dataclass(frozen=True)
@@ -42,68 +46,73 @@ class ServedModel:
     """One entry of a server's list of models."""
 
     name: str
+    """Name of the model in requests."""
     context_length: int | None = None
-    """Tokens of prompt and completion at most; None where the server does not say."""
+    """Maximum number of tokens of prompt and completion; None if the server does not report it."""
     parent: str | None = None
-    """The base model, if this is an adapter."""
+    """Name of the base model if this is an adapter, else None."""
 
 
 @dataclass
 class Findings:
-    """What is known of a server."""
+    """The results of a server's checks."""
 
     base_url: str
+    """``http(s)://host/v1``."""
     model: str
-    """The one that was asked."""
+    """Name of the model that the checks used."""
     software: str = ""
-    """``owned_by`` of the model, for example ``vllm``."""
+    """``owned_by`` of the model, for example ``vllm``; empty if the server does not report it."""
     style: PromptStyle = "chat"
-    """The form of request that everything was asked in that goes in either form."""
+    """The form of request used for every check that works in either form."""
     max_tokens_field: str = "max_tokens"
+    """The field that limits the tokens of a chat completion: ``max_tokens`` or ``max_completion_tokens``."""
     models: list[ServedModel] = field(default_factory=list)
+    """The server's models and adapters; empty if it does not list them."""
     capabilities: dict[str, Capability] = field(default_factory=dict)
-    """By their names, see ``CAPABILITIES`` in :mod:`.serve_probe`."""
+    """Capabilities by name, see :data:`~instructgym.llm_backends.serving.probe.CAPABILITIES`."""
 
     def can(self, *names: str) -> bool:
-        """Whether all of these capabilities were shown."""
+        """Returns whether the server has all of these capabilities."""
         return all(self.capabilities[name].answer == "yes" for name in names)
 
     @property
     def context_length(self) -> int | None:
-        """Of the model that was asked, or of its base."""
-        known = {model.name: model for model in self.models}
-        asked = known.get(self.model)
-        if asked is not None and asked.context_length is None and asked.parent:
-            asked = known.get(asked.parent)
-        return asked.context_length if asked else None
+        """Maximum number of tokens of prompt and completion of the checked model, or of its base; None if unknown."""
+        by_name = {model.name: model for model in self.models}
+        served = by_name.get(self.model)
+        if served is not None and served.context_length is None and served.parent:
+            served = by_name.get(served.parent)
+        return served.context_length if served else None
 
 
 COUNTING = "Count from one to twenty in words: one, two, three, four, five,"
 INVENTING = "Invent the name of a person and a random number below one million:"
 
 CHOICE_SETS = (("zvorblat", "quimnex"), ("plorvik", "drabwuzzle"), ("fnerp", "oskwidge"))
-"""Made-up words, which no free model would answer."""
+"""Sets of made-up words, which a model without constrained decoding would not answer."""
 
 REFUSALS = frozenset({400, 404, 405, 415, 422, 501})
-"""Statuses by which a server says that it does not know a kind of request."""
+"""HTTP statuses of a server that does not support a kind of request."""
 
 SAME = 1e-3
-"""Nats: log-probs closer than this are taken for equal."""
+"""Difference of log-probs, in nats, below which they count as equal."""
 
 
 ResultT = TypeVar("ResultT")
 
 
 class ServerProbe:
-    """Asks a server what it can do, through the library's own backends, each request once.
+    """Checks a server's capabilities through the library's own backends; each request is sent once, without retries.
 
     Args:
         base_url: ``http(s)://host/v1``.
-        model: name of a model on the server; by default its only base model.
-        style: ``auto``: chat where the server answers chat requests, else plain completions.
+        model: name of a model on the server; empty: its only base model.
+        style: form of the requests: ``chat``, ``completion`` or ``auto``: chat if the server answers chat requests,
+            else plain completions.
         key_variable: environment variable with the key.
         timeout: seconds for one request.
-        on_request: called with the name of each capability before it is asked for.
+        on_request: called with the name of each capability before it is checked.
 
     Raises:
         InputError: for a bad URL, style or timeout.
@@ -127,40 +136,42 @@ class ServerProbe:
         self.found = Findings(base_url, model)
         self._backends: dict[tuple[Any, ...], Any] = {}
         self._greedy: dict[str, Completion] = {}
-        """The greedy completion of COUNTING, by style."""
+        """Greedy completion of COUNTING, by prompt style."""
         self._ids: list[int] = []
-        """The token ids of COUNTING; empty where the server does not tell them."""
+        """Token ids of COUNTING; empty if the server does not report them."""
         self._forced: list[float] = []
-        """Log-probs of tokens that had no alternative."""
+        """Log-probs of tokens that were the only allowed ones."""
         self.openai("chat")  # refuses bad arguments before anything is sent
 
     def openai(self, style: PromptStyle, **options: Any) -> OpenAIBackend:
-        """A new backend for the model."""
+        """Returns a new backend for the model."""
         limit = self.found.max_tokens_field if style == "chat" else "max_tokens"
         options = self.options | {"max_tokens_field": limit} | options
         return OpenAIBackend(self.found.model, self.base_url, style, **options)
 
     def _openai(self, style: PromptStyle, **options: Any) -> OpenAIBackend:
         key = (style, self.found.max_tokens_field, *sorted(options.items()))
-        if key not in self._backends:  # each opens a connection of its own, which takes time
+        # Backends are reused, as each opens a connection, which takes time.
+        if key not in self._backends:
             self._backends[key] = self.openai(style, **options)
         return self._backends[key]
 
     def _vllm(self, style: PromptStyle = "completion") -> VLLMServerBackend:
         key = ("vllm", style, self.found.model)
         if key not in self._backends:
-            # vLLM's CPU build with --enable-lora (0.32.0) dies of two requests for prompt_logprobs in one batch.
+            # vLLM's CPU build (0.32.0) with --enable-lora crashes on two requests for prompt_logprobs in one batch.
             options = self.options | {"concurrency": 1}
             self._backends[key] = VLLMServerBackend(self.found.model, self.base_url, style, **options)
         return self._backends[key]
 
     def run(self) -> Findings:
-        """Asks for everything.
+        """Checks every capability and returns the findings.
 
         Raises:
             InputError: if there is no server, it refuses the key, or it answers neither form of request.
         """
         self._list_models()
+        # The first two decide on the form of request for all others.
         for name in ("chat", "completions"):
             self._ask(name)
         self._choose_style()
@@ -168,20 +179,24 @@ class ServerProbe:
             self._ask(name)
         return self.found
 
+    # Each check (a function in CAPABILITIES) returns its evidence, or raises an error that _ask turns into an answer:
+    # UnsupportedRequestError or MalformedReplyError is "no", another BackendError in most cases "unknown".
+
     # --- what every server must do -----------------------------------------------------------------------------------
 
     def _list_models(self) -> None:
+        """Fills in the served models, the model to check and the server's software."""
         self.on_request("models")
         listed: list[dict[str, Any]] = []
         try:
             listed = [dict(entry) for entry in self._vllm().models() if entry.get("id")]
         except MalformedReplyError:
-            pass  # an address that answers something else: the next requests will tell
+            pass  # the address answers with something else: the next requests show whether it is a server
         except (BackendError, InputError) as error:
-            if _status(error) in (None, 401, 403):  # nobody there, or not for us
+            if _status(error) in (None, 401, 403):  # no server, or it refuses the key
                 raise _final(error, self.options["key_variable"]) from None
         except (TypeError, ValueError, AttributeError):
-            pass  # a list of something else
+            pass  # the list does not hold models
         self.found.models = [
             ServedModel(str(entry["id"]), entry.get("max_model_len"), entry.get("parent")) for entry in listed
         ]
@@ -195,17 +210,19 @@ class ServerProbe:
         self.found.software = str(owners.get(self.found.model) or "")
 
     def _choose_style(self) -> None:
+        """Sets the form of request for the other checks: the first permitted one that the server answers."""
         forms: dict[PromptStyle, str] = {"chat": "chat", "completion": "completions"}
-        asked = {style: name for style, name in forms.items() if self.wanted in ("auto", style)}
-        able = [style for style, name in asked.items() if self.found.can(name)]
-        if not able:
-            why = "; ".join(f"{name}: {self.found.capabilities[name].why}" for name in asked.values())
+        permitted = {style: name for style, name in forms.items() if self.wanted in ("auto", style)}
+        answered = [style for style, name in permitted.items() if self.found.can(name)]
+        if not answered:
+            why = "; ".join(f"{name}: {self.found.capabilities[name].why}" for name in permitted.values())
             raise InputError(f"{self.base_url} answers no request to model {self.found.model!r}: {why}")
-        self.found.style = able[0]
-        if self.found.style == "completion":  # the other field is of chat requests only
+        self.found.style = answered[0]
+        if self.found.style == "completion":  # max_completion_tokens exists in chat requests only
             self.found.max_tokens_field = "max_tokens"
 
     def _chat(self) -> str:
+        """Checks chat completions, and which field limits their tokens."""
         try:
             self._count("chat")
         except BackendError as error:
@@ -216,6 +233,7 @@ class ServerProbe:
         return "" if self.found.max_tokens_field == "max_tokens" else "with max_completion_tokens"
 
     def _count(self, style: PromptStyle) -> str:
+        """Checks one form of request by a greedy completion, which other checks compare with."""
         [completion] = _one(self._openai(style).generate([COUNTING], Sampling(max_tokens=24, temperature=0.0)))
         if not completion.text:
             raise UnsupportedRequestError("the completion is empty")
@@ -225,15 +243,18 @@ class ServerProbe:
     # --- sampling parameters -----------------------------------------------------------------------------------------
 
     def _n(self) -> str:
+        """Checks that ``n`` gives different completions of one prompt."""
         results = self._openai(self.found.style).generate([INVENTING], Sampling(max_tokens=24, n=3, seed=1))
         texts = {completion.text for completion in _one(results)}
         if len(texts) == 1:
             raise UnsupportedRequestError("3 copies of one completion")
+        # Sampling may repeat one text by chance: that shows neither.
         if len(texts) == 2:
             raise BackendError("2 of 3 completions are the same")
         return "3 different completions"
 
     def _seed(self) -> str:
+        """Checks that equal seeds give equal texts and different seeds different ones."""
         backend, texts = self._openai(self.found.style), []
         for seed in (1, 1, 2):  # one after the other, so that they do not share a batch
             texts.append(_one(backend.generate([INVENTING], Sampling(max_tokens=24, seed=seed)))[0].text)
@@ -244,23 +265,26 @@ class ServerProbe:
         return "one seed, one text; another seed, another text"
 
     def _stop(self) -> str:
+        """Checks that a stop string ends the text, and that its tokens stay in the token ids."""
         style = self.found.style
-        free = self._greedy[style].text
-        words = re.findall(r"\w\w+", free)
+        # Greedy decoding generates a word from the middle of the known greedy completion again.
+        greedy = self._greedy[style].text
+        words = re.findall(r"\w\w+", greedy)
         stop = words[len(words) // 2] if words else ""
-        kept = free.partition(stop)[0] if stop else ""
-        if not kept.strip():
-            raise BackendError(f"no stop string to be had from the completion {free[:40]!r}")
+        before = greedy.partition(stop)[0] if stop else ""
+        if not before.strip():
+            raise BackendError(f"no stop string to be had from the completion {greedy[:40]!r}")
         with_ids = self.found.can("token_ids")
         sampling = Sampling(max_tokens=24, temperature=0.0, stop=(stop,))
         [completion] = _one(self._openai(style, token_ids=with_ids).generate([COUNTING], sampling))
         if stop in completion.text or completion.finish_reason != "stop":
             raise UnsupportedRequestError("the text goes on past the stop string")
-        if completion.text != kept:
+        if completion.text != before:
             raise BackendError("greedy decoding gave two texts: the server is not deterministic")
         if not with_ids or not self._ids:
             return "the text ends before it"
-        ids = _one(self._vllm().tokenize([kept.rstrip()], special=False))  # a last space may be the stop string's
+        # Without the last space, which may be in the first token of the stop string.
+        ids = _one(self._vllm().tokenize([before.rstrip()], special=False))
         if len(completion.token_ids) <= len(ids):
             raise UnsupportedRequestError("its tokens are missing from the token ids")
         return "the text ends before it, its tokens stay"
@@ -268,16 +292,19 @@ class ServerProbe:
     # --- tokens and log-probs ----------------------------------------------------------------------------------------
 
     def _logprobs(self) -> str:
+        """Checks the log-probs of completions."""
         completion, used = _used(self._openai(self.found.style, logprobs=True), COUNTING, Sampling(max_tokens=8))
         _check_count(completion, used, len(completion.logprobs), "log-probs")
         return "one per token"
 
     def _token_ids(self) -> str:
+        """Checks the token ids of completions."""
         completion, used = _used(self._openai(self.found.style, token_ids=True), COUNTING, Sampling(max_tokens=8))
         _check_count(completion, used, len(completion.token_ids), "token ids")
         return "one per token"
 
     def _tokenize(self) -> str:
+        """Checks vLLM's ``/tokenize``."""
         ids = _one(self._vllm().tokenize([COUNTING]))
         if len(ids) < 2 or not all(isinstance(token, int) for token in ids):
             raise UnsupportedRequestError("/tokenize gave no token ids")
@@ -285,8 +312,10 @@ class ServerProbe:
         return ""
 
     def _prompt_ids(self) -> str:
+        """Checks that prompts of token ids are completed as their text is."""
         ids = self._known_ids()
         completion, used = _used(self._openai("completion"), ids, Sampling(max_tokens=24, temperature=0.0))
+        # 0: the server reports no usage.
         if used.prompt_tokens not in (0, len(ids)):
             raise UnsupportedRequestError(f"{len(ids)} ids were read as {used.prompt_tokens} tokens")
         if "completion" not in self._greedy or completion.text[:12] != self._greedy["completion"].text[:12]:
@@ -294,6 +323,7 @@ class ServerProbe:
         return "ids are continued as their text is"
 
     def _given_logprobs(self) -> str:
+        """Checks the log-probs of given texts, on a likely and an unlikely one."""
         texts = (" six, seven, eight", " xylophone of the moon")
         scored = self._vllm(self.found.style).logprobs([COUNTING, COUNTING], texts)
         for values in (_one([result]) for result in scored):
@@ -304,6 +334,7 @@ class ServerProbe:
         return "prompt_logprobs"
 
     def _allowed_tokens(self) -> str:
+        """Checks that a completion holds only allowed tokens."""
         backend, tokens = self._vllm(), self._known_ids()[:2]
         for token in tokens:
             [completion] = _one(backend.generate([self._ids], TokenSampling(max_tokens=1, allowed=(token,))))
@@ -313,14 +344,18 @@ class ServerProbe:
         return "allowed_token_ids"
 
     def _processed_logprobs(self) -> str:
+        """Checks that log-probs are those of the sampled distribution, not the model's own."""
         if not self.found.can("allowed_tokens"):
             raise BackendError("only forced tokens would show it")
+        # A token that is the only allowed one has log-prob 0 in the distribution that was sampled from.
         if max(map(abs, self._forced)) > SAME:
             raise UnsupportedRequestError("log-probs are the model's own (raw)")
         return "log-probs are those of what was sampled from"
 
     def _end_tokens(self) -> str:
+        """Checks that the tokens that end a completion can be set."""
         backend, ids = self._vllm(), self._known_ids()
+        # Without end tokens the completion has all 4 tokens; with its first token as the end it has only this one.
         [completion] = _one(backend.generate([ids], TokenSampling(max_tokens=4, temperature=0.0, eos=())))
         first = completion.token_ids[0]
         [ended] = _one(backend.generate([ids], TokenSampling(max_tokens=4, temperature=0.0, eos=(first,))))
@@ -329,6 +364,7 @@ class ServerProbe:
         return "stop_token_ids, ignore_eos"
 
     def _known_ids(self) -> list[int]:
+        """Returns the token ids of COUNTING; raises BackendError if they are unknown."""
         if not self._ids:
             raise BackendError("no token ids to send: the server does not tokenise")
         return self._ids
@@ -336,13 +372,15 @@ class ServerProbe:
     # --- structured output and adapters ------------------------------------------------------------------------------
 
     def _structured(self, form: Structured) -> str:
+        """Checks that replies can be constrained to choices."""
         backend = self._openai(self.found.style, structured=form)
         samplings = [Sampling(max_tokens=64, choices=choices) for choices in CHOICE_SETS]
         for result in backend.generate(["Which word is it?"] * len(samplings), samplings):
-            _one([result])  # the backend takes nothing else for a reply than one of the choices
+            _one([result])  # the backend returns an error for a reply that is not one of the choices
         return f"{len(samplings)} sets of made-up words were kept to"
 
     def _adapters(self) -> str:
+        """Checks the loading of adapters by a path without files, so that no adapter is loaded."""
         backend, name = self._vllm(), f"instructgym-serve-check-{uuid.uuid4().hex[:8]}"
         path = f"/nonexistent/{name}"
         try:
@@ -362,33 +400,38 @@ class ServerProbe:
     # --- answers -----------------------------------------------------------------------------------------------------
 
     def _ask(self, name: str) -> None:
+        """Checks one capability and records the answer."""
         self.on_request(name)
         try:
-            found = Capability("yes", CAPABILITIES[name](self))
+            capability = Capability("yes", CAPABILITIES[name](self))
         except (BackendError, InputError) as error:
+            # Every server must answer these two: a refusal here is about the key.
             if _status(error) in (401, 403) and name in ("chat", "completions"):
                 raise _final(error, self.options["key_variable"]) from None
             refused = isinstance(error, UnsupportedRequestError | MalformedReplyError) or _status(error) in REFUSALS
+            # A prompt that is too long is refused with status 400 as well, but for its length only.
             refused = refused and not isinstance(error, ContextLengthError)
-            found = Capability("no" if refused else "unknown", self._reason(error))
-            if "cannot be reached" in found.why:
+            capability = Capability("no" if refused else "unknown", self._reason(error))
+            if "cannot be reached" in capability.why:
                 self._check_alive(name)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
-            found = Capability("no", f"malformed reply: {type(error).__name__} {error}")
-        self.found.capabilities[name] = found
+            capability = Capability("no", f"malformed reply: {type(error).__name__} {error}")
+        self.found.capabilities[name] = capability
 
     def _check_alive(self, name: str) -> None:
+        """Raises InputError if the server has stopped answering."""
         try:
             self._vllm().models()
         except BackendError:
             raise InputError(f"{self.base_url} went away when it was asked for {name}: see its log") from None
-        except (InputError, LookupError, TypeError):  # it answers, though not with a list
+        except (InputError, LookupError, TypeError):  # it answers, although not with a list of models
             return
 
     def _reason(self, error: Exception) -> str:
-        """An error's text, shortened to what the server said."""
+        """Returns an error's text, shortened to the server's own message."""
         text = str(error).removeprefix(self.base_url).partition("; adapters need")[0].strip()
         text = text.removesuffix(" (check base_url, the model's name and the key)")
+        # The openai client writes "Error code: STATUS - BODY"; the body is the repr of a dict.
         before, _, reply = text.partition("Error code: ")
         message = re.search(r"""'message': (['"])(.+?)(?:\1[,}]|$)""", reply)
         return before + (message[2] if message else re.sub(r"^\d+ - ", "", reply))
@@ -412,11 +455,11 @@ CAPABILITIES: dict[str, Callable[[ServerProbe], str]] = {
     "seed": ServerProbe._seed,
     "stop": ServerProbe._stop,
 }
-"""How each capability is asked for, in the order in which they are asked."""
+"""Check of each capability by name, in the order in which they are run: later ones use results of earlier ones."""
 
 
 def _one(results: Sequence[ResultT | BackendError]) -> ResultT:
-    """The result of a single request; raises its error."""
+    """Returns the result of a single request; raises its error."""
     [result] = results
     if isinstance(result, BackendError):
         raise result
@@ -424,27 +467,36 @@ def _one(results: Sequence[ResultT | BackendError]) -> ResultT:
 
 
 def _used(backend: OpenAIBackend, prompt: Prompt, sampling: Sampling) -> tuple[Completion, Usage]:
-    """A completion, and what the server says that it used."""
+    """Returns a completion and the usage that the server reports for it."""
     before = replace(backend.usage)
     [completion] = _one(backend.generate([prompt], sampling))
     return completion, backend.usage - before
 
 
 def _check_count(completion: Completion, used: Usage, count: int, what: str) -> None:
-    """Holds what was reported per token against the server's own count of the tokens that were written."""
+    """Raises UnsupportedRequestError if a number of reported values differs from the server's own count of tokens.
+
+    Args:
+        completion: the completion.
+        used: usage that the server reports for it; nothing is checked if that has no tokens.
+        count: number of values in the reply.
+        what: name of the values in the error message.
+    """
     written = used.completion_tokens
-    ends = (written, written - 1) if completion.finish_reason == "stop" else (written,)  # the end may go unreported
-    if written and count not in ends:
+    # Servers may leave out the value of the end-of-sequence token.
+    valid = (written, written - 1) if completion.finish_reason == "stop" else (written,)
+    if written and count not in valid:
         raise UnsupportedRequestError(f"{count} {what} of {written} tokens")
 
 
 def _status(error: Exception) -> int | None:
-    found = re.search(r" answered (\d{3}):", str(error))
-    return int(found[1]) if found else None
+    """Returns the HTTP status in an error of the sender; None if the server did not answer with one."""
+    match = re.search(r" answered (\d{3}):", str(error))
+    return int(match[1]) if match else None
 
 
 def _final(error: Exception, key_variable: str) -> InputError:
-    """The error of a server that cannot be asked at all."""
+    """Returns the error for a server that no check can be run on."""
     refused = _status(error) in (401, 403)
     hint = f"the key comes from ${key_variable}" if refused else "is the server up, and is this its base URL?"
     return InputError(f"{error}: {hint}")

@@ -1,4 +1,8 @@
-"""Sends requests to a server: many at a time, within limits and a budget, again where an attempt failed."""
+"""Sending of requests to a server: many at a time, within rate limits and a budget, with retries.
+
+:class:`Sender` is what :class:`~instructgym.llm_backends.serving.openai_backend.OpenAIBackend` sends with;
+:class:`Job` is one request, :class:`~instructgym.llm_backends.serving.budget.Budget` holds the hard limits.
+"""
 
 from __future__ import annotations
 
@@ -19,38 +23,38 @@ from ..errors import InputError
 from .budget import Budget, Spending
 
 LONGEST_PAUSE = 120.0
-"""Seconds: a server that asks to wait longer is given up on."""
+"""Longest wait, in seconds, that a server may ask for; a request is not sent again if the server asks for more."""
 
 
 class MalformedReplyError(BackendError):
-    """A server answered something that is no reply: broken JSON, no choices, log-probs of another length."""
+    """Raised if a server's answer is not a valid reply: broken JSON, no choices, a wrong number of log-probs."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One request."""
+    """A request: how to send it, how to read its reply, and what it may use at most."""
 
     send: Callable[[Any], Awaitable[Any]]
-    """Makes the attempt, given the client."""
+    """Makes one attempt with the given client and returns the raw reply."""
     parse: Callable[[Any], Any]
-    """A reply's result. Raises MalformedReplyError where another attempt may help, else BackendError."""
+    """Returns the result of a raw reply. Raises MalformedReplyError if another attempt may help, else BackendError."""
     most: Spending
-    """What the request may use at most: reserved before it is sent."""
+    """Upper bound of what one attempt uses; reserved in the budget before the attempt is sent."""
     used: Callable[[Any], Spending | None]
-    """What a reply says it used; None where it says nothing. Called once per reply."""
+    """Returns the usage that a raw reply reports, None if it reports none. Called once per reply."""
     attempts: int = 0
-    """At most; 0 for the sender's number."""
+    """Maximum number of attempts; 0: the sender's ``attempts``."""
     timeout: float = 0.0
-    """Seconds for one attempt; 0 for the sender's."""
+    """Seconds for one attempt; 0: the sender's ``timeout``."""
 
 
 @dataclass
 class _Connection:
-    """What sends requests, in the process that made it."""
+    """The client, event loop and rate limiters of one process."""
 
     pid: int = field(default_factory=os.getpid)
     loop: Any = None
-    """Runs in a thread of its own: callers may have a loop of theirs, or none."""
+    """Event loop in a separate thread, because callers may run their own loop, or none."""
     client: Any = None
     slots: Any = None
     limits: tuple[Any, Any] = (None, None)
@@ -58,44 +62,52 @@ class _Connection:
 
 @dataclass
 class Sender:
-    """Sends jobs to one server by the ``openai`` client."""
+    """Sends jobs to one server through the ``openai`` client."""
 
     connect: Callable[[], Any]
-    """Makes the client; called once per process."""
+    """Returns a new client; called once per process."""
     server: str
-    """The server's name in errors."""
+    """Name of the server in error messages."""
     redact: Callable[[str], str]
-    """Takes the key out of a text."""
+    """Returns a text with the API key masked."""
     concurrency: int
-    """Requests in flight at most."""
+    """Maximum number of requests in flight."""
     requests_per_minute: int
+    """Limit of attempts; 0: no limit."""
     tokens_per_minute: int
+    """Limit of the tokens that attempts reserve; 0: no limit."""
     timeout: float
     """Seconds for one attempt, from its start to the whole reply."""
     attempts: int
+    """Maximum number of attempts per request."""
     backoff: float
-    """Seconds before the second attempt, at most; doubled before each further one."""
+    """Longest wait, in seconds, before the second attempt; doubled before each further one."""
     budget: Budget
+    """Hard limits on requests, tokens and money."""
     retries: int = 0
-    """Attempts beyond the first of each request, so far."""
+    """Number of attempts so far beyond the first of each request."""
 
     def __post_init__(self) -> None:
         self._random = random.Random()
         self._lock, self._connection = threading.Lock(), _Connection()
 
     def each(self, jobs: Sequence[Job | BackendError]) -> Iterator[tuple[int, Any]]:
-        """Sends all jobs and gives (index, result or BackendError) as they come; errors in a job's place come back.
+        """Sends all jobs and yields (index, result or BackendError) in the order in which they finish.
+
+        Args:
+            jobs: the requests; a BackendError in place of a job is yielded unchanged.
 
         Raises:
-            InputError: for what no request can mend: a wrong key, address or model.
-            BudgetExceededError: when what is left of the budget does not suffice. Requests in flight are waited for and
-                given out first.
+            InputError: for an error that no retry can fix: a wrong key, address or model.
+            BudgetExceededError: if the rest of the budget does not suffice for the next request. Results of requests
+                in flight are awaited and yielded first.
         """
         connection = self.connected()  # a missing key or package is an error of the call, not of each request
+        # The event loop runs in another thread: results reach this one through a thread-safe queue.
         done: queue.SimpleQueue[tuple[int, Any, bool]] = queue.SimpleQueue()
         fatal: list[BaseException] = []
 
-        async def one(index: int, job: Job | BackendError) -> None:
+        async def run_job(index: int, job: Job | BackendError) -> None:
             try:
                 result = job if isinstance(job, BackendError) else await self._complete(connection, job, fatal)
                 done.put((index, result, True))
@@ -103,24 +115,26 @@ class Sender:
                 fatal.append(error)
                 done.put((index, error, False))
 
-        tasks = [asyncio.run_coroutine_threadsafe(one(i, job), connection.loop) for i, job in enumerate(jobs)]
+        tasks = [asyncio.run_coroutine_threadsafe(run_job(i, job), connection.loop) for i, job in enumerate(jobs)]
         try:
             for _ in tasks:
-                index, result, known = done.get()
-                if known:  # what was paid for is given out, whatever else happened
+                index, result, succeeded = done.get()
+                if succeeded:  # results that were paid for are yielded even if another job failed
                     yield index, result
             if fatal:
                 raise fatal[0]
         finally:
+            # The caller may have stopped iterating: cancel the requests that are still in flight.
             for task in tasks:
                 task.cancel()
 
     def connected(self) -> _Connection:
-        """The connection of this process: a fork leaves the parent's loop, sockets and locks behind.
+        """Returns the connection of this process, made on the first call.
 
         Raises:
             InputError: if the client or the key is missing.
         """
+        # After a fork the parent's loop thread does not exist, and its sockets and locks must not be shared.
         if self._connection.pid != os.getpid():
             self._lock, self._connection = threading.Lock(), _Connection()
         with self._lock:
@@ -134,11 +148,12 @@ class Sender:
             return connection
 
     async def _complete(self, connection: _Connection, job: Job, fatal: Sequence[BaseException]) -> Any:
+        """Returns the result of a job, or the BackendError of its last attempt."""
         async with connection.slots:
             attempts = job.attempts or self.attempts
             for attempt in range(1, attempts + 1):
                 await self._wait_for_turn(connection, job.most, fatal)
-                used = job.most  # of an attempt that ends in the dark the most is booked
+                used = job.most  # no reply: charge the full reservation
                 try:
                     result, pause, used = await self._try(connection.client, job)
                 finally:
@@ -148,28 +163,36 @@ class Sender:
                 if pause is None or attempt == attempts or not isinstance(result, BackendError):
                     return result
                 self.retries += 1
-                growing = self.backoff * 2 ** (attempt - 1) * self._random.uniform(0.5, 1.0)
-                await asyncio.sleep(max(pause, growing))
+                # The jitter keeps requests that failed together from being sent again together.
+                delay = self.backoff * 2 ** (attempt - 1) * self._random.uniform(0.5, 1.0)
+                await asyncio.sleep(max(pause, delay))
         raise AssertionError("unreachable")
 
     async def _wait_for_turn(self, connection: _Connection, most: Spending, fatal: Sequence[BaseException]) -> None:
-        """Until limits and budget allow one more attempt; raises what has ended the call meanwhile."""
+        """Waits until rate limits and budget allow one more attempt; raises the error that ended the whole call."""
         for limiter, amount in zip(connection.limits, (1, most.tokens), strict=True):
             if fatal:
                 raise fatal[0]
-            while limiter is not None and amount > 0:  # in parts: more than a burst cannot be had at once
+            # AsyncLimiter refuses more than its burst at once: acquire a large amount in parts.
+            while limiter is not None and amount > 0:
                 part = min(amount, limiter.max_rate)
                 await limiter.acquire(part)
                 amount -= part
                 if fatal:
                     raise fatal[0]
-        while not self.budget.reserve(most):  # what others have reserved may come back
+        # The reservations of other requests may be returned when these settle: poll.
+        while not self.budget.reserve(most):
             if fatal:
                 raise fatal[0]
             await asyncio.sleep(0.01)
 
     async def _try(self, client: Any, job: Job) -> tuple[Any, float | None, Spending]:
-        """One attempt: its result, the seconds to wait before the next one (None: no further one), what it used."""
+        """Makes one attempt.
+
+        Returns:
+            The result or error, the shortest wait in seconds before the next attempt (None: no further attempt), and
+                what the attempt used.
+        """
         import openai
 
         used = job.most
@@ -182,11 +205,12 @@ class Sender:
             return refusal, pause, Spending(1)
         except MalformedReplyError as error:
             return error, 0.0, used
-        except BackendError as error:  # a reply that would not come out better
+        except BackendError as error:  # another attempt would get the same reply
             return error, None, used
         except (TimeoutError, openai.APITimeoutError):
             return BackendError(f"{self.server} gave no answer within {self.timeout:g} s"), 0.0, used
         except openai.APIConnectionError as error:
+            # httpx's ConnectError: there was no connection, so the server has read no tokens.
             sent = type(error.__cause__).__name__ != "ConnectError"
             why = f"{self.server} cannot be reached: {self._line(error.__cause__ or error)}"
             return BackendError(why), 0.0, used if sent else Spending(1)
@@ -194,23 +218,25 @@ class Sender:
             return MalformedReplyError(f"{self.server} gave a malformed reply: {self._line(error)}"), 0.0, used
 
     def _refused(self, error: Any) -> tuple[BackendError | InputError, float | None]:
+        """Returns the error for an HTTP error status and the wait before the next attempt (None: no further one)."""
         status, why = error.status_code, f"{self.server} answered {error.status_code}: {self._line(error)}"
-        if status in (401, 404):  # no request will do better
+        if status in (401, 404):  # every request would fail like this
             return InputError(f"{why} (check base_url, the model's name and the key)"), None
         if status in (408, 409, 429) or status >= 500:
             pause = retry_after(error.response.headers)
             return BackendError(why), pause if pause <= LONGEST_PAUSE else None
+        # Status 400 has many causes: only the words of the message show that the prompt is too long.
         if status == 400 and any(hint in why.lower() for hint in ("context length", "maximum context", "too long")):
             return ContextLengthError(why), None
         return BackendError(why), None
 
     def _line(self, error: object) -> str:
-        """An error's text on one line, without the key, should a server repeat it."""
+        """Returns an error's text on one line, with the key masked in case the server repeats it."""
         return self.redact(" ".join(str(error).split()))[:300]
 
 
 def retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds that a server asks to wait, by ``Retry-After`` in seconds or as a date; 0 where it says nothing."""
+    """Returns the seconds in a ``Retry-After`` header, a number or a date; 0 if it is missing or invalid."""
     value = headers.get("retry-after", "")
     try:
         seconds = float(value)
@@ -223,10 +249,11 @@ def retry_after(headers: Mapping[str, str]) -> float:
 
 
 def _limiter(per_minute: int) -> Any:
-    """Lets through so many a minute, at most a sixth of them at once; None for no limit."""
+    """Returns a limiter of so many per minute with bursts of at most a sixth of them; None if ``per_minute`` is 0."""
     if not per_minute:
         return None
     from aiolimiter import AsyncLimiter
 
+    # Windows of 10 s, longer for less than 6 per minute, as a burst must hold at least 1.
     seconds = max(10.0, 60.0 / per_minute)
     return AsyncLimiter(per_minute * seconds / 60, seconds)

@@ -1,4 +1,4 @@
-"""How fast a server answers at which number of requests in flight."""
+"""Measurement of a server's throughput and latency at several numbers of requests in flight."""
 
 from __future__ import annotations
 
@@ -20,44 +20,54 @@ WORDS = (
     "story fact month lot right study book eye job word business issue side kind head house service friend power "
     "hour game line end member law car city name team minute idea body back parent face level office door health person"
 ).split()
-"""Each is one token of most tokenizers."""
+"""Words that are one token each in most tokenizers."""
 
 NEAR_BEST = 0.9
-"""A level with this share of the best throughput is as good: fewer requests in flight mean shorter waits."""
+"""Share of the best throughput at which a lower level is preferred: fewer requests in flight mean shorter waits."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What was measured at one number of requests in flight."""
+    """The measurements at one level, that is, at one number of requests in flight."""
 
     concurrency: int
+    """Maximum number of requests in flight."""
     requests: int
+    """Number of requests sent."""
     seconds: float
-    """From the first request to the last reply."""
+    """Time from the first request to the last reply."""
     completion_tokens: int
-    """As the server counts them; 0 where it does not."""
+    """Completion tokens as the server counts them; 0 if it does not."""
     errors: int
+    """Number of requests that failed."""
     median_latency: float | None
-    """Seconds, of the requests that were answered; None where none was."""
+    """Median time per answered request, in seconds; None if none was answered."""
     p95_latency: float | None
+    """95th percentile of the time per answered request, in seconds; None if none was answered."""
     error: str = ""
-    """The first one."""
+    """Text of the first error; empty if there was none."""
 
     @property
     def tokens_per_second(self) -> float:
-        """Completion tokens per second of the whole level."""
+        """Completion tokens per second over the whole level."""
         return self.completion_tokens / self.seconds
 
     @property
     def requests_per_second(self) -> float:
-        """Answered requests per second of the whole level."""
+        """Answered requests per second over the whole level."""
         return (self.requests - self.errors) / self.seconds
 
 
 def probe_prompts(count: int, tokens: int, salt: object) -> list[str]:
-    """Different prompts of about so many tokens, which share no beginning that a prefix cache could know."""
-    chooser = random.Random(str(salt))
-    return [" ".join(chooser.choices(WORDS, k=tokens)) for _ in range(count)]
+    """Returns random prompts that share no prefix, so that a prefix cache does not help.
+
+    Args:
+        count: number of prompts.
+        tokens: approximate length of each, in tokens.
+        salt: seed of the random words; another salt gives other prompts.
+    """
+    rng = random.Random(str(salt))
+    return [" ".join(rng.choices(WORDS, k=tokens)) for _ in range(count)]
 
 
 def measure_speed(
@@ -71,14 +81,18 @@ def measure_speed(
     """Measures each level, after one request to warm up.
 
     Args:
-        build: gives a fresh backend with that many requests in flight.
+        build: returns a new backend that sends at most the given number of requests at a time.
         levels: numbers of requests in flight.
-        requests: prompts per level.
-        prompt_tokens: about how long each is.
-        max_tokens: of each completion.
-        on_level: called before each level.
+        requests: number of prompts per level.
+        prompt_tokens: approximate length of each prompt, in tokens.
+        max_tokens: maximum length of each completion, in tokens.
+        on_level: called with each level before it is measured.
+
+    Returns:
+        The measurements of each level, in the order of ``levels``.
     """
-    salt, sampling = time.time_ns(), Sampling(max_tokens=max_tokens)  # another run must not find its prompts cached
+    # Salted with the time, so that another run does not find its prompts in the server's prefix cache.
+    salt, sampling = time.time_ns(), Sampling(max_tokens=max_tokens)
     _timed(build(1), probe_prompts(1, prompt_tokens, (salt, "warm-up"))[0], sampling)
     speeds = []
     for level in levels:
@@ -88,9 +102,12 @@ def measure_speed(
 
 
 def recommended(speeds: Sequence[Speed]) -> int | None:
-    """The smallest concurrency with nearly the best throughput among the levels without errors; None if there is none.
+    """Returns the smallest concurrency with nearly the best throughput among the levels without errors, or None.
 
-    Throughput is in tokens, or in requests where the server counts no tokens.
+    Throughput is in tokens per second, or in requests per second if the server counts no tokens.
+
+    Args:
+        speeds: measurements of the levels; None is returned if all of them have errors.
     """
     sound = [speed for speed in speeds if not speed.errors]
     counted = all(speed.completion_tokens for speed in sound)
@@ -99,11 +116,13 @@ def recommended(speeds: Sequence[Speed]) -> int | None:
 
 
 def _level(backend: OpenAIBackend, level: int, prompts: Sequence[str], sampling: Sampling) -> Speed:
+    """Sends all prompts, ``level`` at a time, and returns the measurements."""
     begun = time.perf_counter()
-    with ThreadPoolExecutor(level) as pool:  # a thread per request in flight sees how long each took
+    # One thread per request in flight: one batched call would not show how long each request took.
+    with ThreadPoolExecutor(level) as pool:
         outcomes = list(pool.map(lambda prompt: _timed(backend, prompt, sampling), prompts))
     seconds = time.perf_counter() - begun
-    latencies = [taken for taken, error in outcomes if not error]
+    latencies = [latency for latency, error in outcomes if not error]
     errors = [error for _, error in outcomes if error]
     median, p95 = np.percentile(latencies, (50, 95)).tolist() if latencies else (None, None)
     written = backend.usage.completion_tokens
@@ -111,9 +130,10 @@ def _level(backend: OpenAIBackend, level: int, prompts: Sequence[str], sampling:
 
 
 def _timed(backend: OpenAIBackend, prompt: str, sampling: Sampling) -> tuple[float, str]:
+    """Sends one prompt and returns the seconds that it took and the error's text, empty if there is none."""
     begun = time.perf_counter()
     try:
         [result] = backend.generate([prompt], sampling)
-    except InputError as error:  # a refusal that would end a whole run is one error here
+    except InputError as error:  # ends a run elsewhere, but is one failed request of this measurement
         return 0.0, str(error)
     return time.perf_counter() - begun, str(result) if isinstance(result, BackendError) else ""

