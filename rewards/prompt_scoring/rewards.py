@@ -54,8 +54,8 @@ class TaskReward(Reward):
     Raises:
         InputError: for an unknown measure, a size above the number of examples, batch calibration of single examples,
             an instruction without ``{response}``, and a scorer that
-            :func:`~instructgym.rewards.prompt_scoring.scorer.make_scorer` refuses; when scoring, for a task-level sample
-            if there are no examples, and for prompts or examples that
+            :func:`~instructgym.rewards.prompt_scoring.scorer.make_scorer` refuses; when scoring, for a task-level
+            sample if there are no examples, and for prompts or examples that
             :meth:`~instructgym.rewards.prompt_scoring.scorer.TaskScorer.check` refuses.
     """
 
