@@ -316,7 +316,7 @@ class TaskScorer(Part):
         ]
 
     def calls_for(self, prompt: TaskPrompt, examples: int) -> int:
-        """Returns the number of task-model calls that scoring a prompt takes, counted as in :attr:`TaskResult.calls`."""
+        """Returns the task-model calls that a prompt's score takes, counted as in :attr:`TaskResult.calls`."""
         extra = len(self.content_free) if self.calibration == "contextual" else 0
         return (examples + extra) * len(prompt.verbalizers)
 

@@ -65,9 +65,9 @@ class RougePool:
     """A pool of texts with exact search for the nearest text by ROUGE-L; most pairs are never compared.
 
     The LCS of texts with m and n tokens is at most the overlap of the two bags of tokens, so 2 x overlap / (m + n)
-    bounds the F-measure. An inverted index gives the overlap with every text of the pool at once. Texts are then compared in
-    descending order of their bounds, with the bit-parallel LCS of Hyyrö (2004), until no bound reaches the best
-    similarity so far.
+    bounds the F-measure. An inverted index gives the overlap with every text of the pool at once. Texts are then
+    compared in descending order of their bounds, with the bit-parallel LCS of Hyyrö (2004), until no bound reaches the
+    best similarity so far.
 
     Args:
         texts: the initial texts.
@@ -151,7 +151,7 @@ class RougePool:
         return best, index - self._discarded if index >= 0 else -1
 
     def _bounds(self, tokens: Sequence[int], floor: float) -> Iterator[tuple[float, int]]:
-        """Returns pairs of a similarity's upper bound, if above ``floor``, and the text's index, highest bound first."""
+        """Returns (upper bound of the similarity, index) of the texts with a bound above ``floor``, highest first."""
         shared = [self._postings[feature] for feature in _features(tokens) if feature in self._postings]
         if not shared:
             return iter(())
