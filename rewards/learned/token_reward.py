@@ -136,7 +136,7 @@ class TokenReward(_LearnedReward):
                 f"the reward model {self._name} is of level {self._settings['level']}: use the reward sequence-reward"
             )
         self.form = form
-        # Overrides the class attribute: the env pays by the timing of the instance.
+        # Overrides the class attribute: the env reads the timing of the instance.
         self.timing = form  # type: ignore[misc]
 
     def _score(self, rewards: np.ndarray) -> Score:

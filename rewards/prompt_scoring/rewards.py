@@ -81,6 +81,7 @@ class TaskReward(Reward):
                 f"the instruction {self.prompt.instruction!r} of a task reward must have {{response}} or be empty"
             )
         self.examples = [_example(example) for example in examples]
+        # Without examples any size is allowed, because each sample has its own example.
         if size < 0 or size > len(self.examples) > 0:
             raise InputError(f"a minibatch of {size} examples cannot be drawn from {len(self.examples)}: change size")
         self.scorer = make_scorer(scorer)

@@ -52,6 +52,7 @@ class TaskPrompt:
     """Layout of one input up to its answer; must have ``{text}`` once. Demonstrations have the same layout."""
 
     def __post_init__(self) -> None:
+        # Lists become tuples, which keeps prompts hashable; a frozen dataclass allows this only in this way.
         object.__setattr__(self, "demonstrations", tuple(self.demonstrations))
         object.__setattr__(self, "verbalizers", tuple(self.verbalizers))
         for part, places in (("template", ("instruction", "input")), ("block", ("text",))):

@@ -76,6 +76,7 @@ class Likelihoods:
                 key: self._memory[key] for key in keys if key in self._memory
             }
         results |= {key: BackendError("an empty response has no log-probs") for key in keys if not key[1]}
+        # Equal requests are sent once.
         missing = [key for key in dict.fromkeys(keys) if key not in results]
         if missing:
             blank = lead(self.backend)
@@ -136,8 +137,8 @@ class LikelihoodRatio(Reward):
         self.squash, self.center, self.slope = squash, center, slope
 
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
-        both = zip(self.likelihoods.given(samples), self.likelihoods.alone(samples), strict=True)
-        return [self._score(given, alone) for given, alone in both]
+        pairs = zip(self.likelihoods.given(samples), self.likelihoods.alone(samples), strict=True)
+        return [self._score(conditional, alone) for conditional, alone in pairs]
 
     def _score(self, given: np.ndarray | BackendError, alone: np.ndarray | BackendError) -> Score:
         for row in (given, alone):

@@ -144,8 +144,8 @@ class NeighbourDistance(Reward):
         if fresh:
             vectors = self.embedder.embed(fresh)
             retried |= dict(zip(fresh, self._distances(vectors), strict=True))
-            known = vectors if self._known is None else np.concatenate([self._known, vectors])
-            self._known = known[-self.capacity :]
+            all_vectors = vectors if self._known is None else np.concatenate([self._known, vectors])
+            self._known = all_vectors[-self.capacity :]
         self._latest = retried
         return [Score(retried[text], terms={self.name: retried[text]}) for text in texts]
 

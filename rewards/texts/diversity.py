@@ -49,20 +49,20 @@ class DiversityReward(Reward):
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
         # A sample that is retried because a judge in the same sum gave no verdict is in the pool already.
         edits = [(sample.response, sample.previous) for sample in samples]
-        known = {
+        values = {
             edit: self._latest[edit]
             for edit, sample in zip(edits, samples, strict=True)
             if sample.metadata.get("attempt") and edit in self._latest
         }
-        fresh = [sample for edit, sample in zip(edits, samples, strict=True) if edit not in known]
+        fresh = [sample for edit, sample in zip(edits, samples, strict=True) if edit not in values]
         nearest: list[float] = []
         if fresh:
             nearest = self._nearest_cosine(fresh) if self.embedder is not None else self._nearest_rouge(fresh)
         for sample, similarity in zip(fresh, nearest, strict=True):
             self._insert(sample.response)
-            known[sample.response, sample.previous] = float(np.clip(1.0 - similarity, 0.0, 1.0))
-        self._latest = known
-        return [Score(known[edit], terms={self.name: known[edit]}) for edit in edits]
+            values[sample.response, sample.previous] = float(np.clip(1.0 - similarity, 0.0, 1.0))
+        self._latest = values
+        return [Score(values[edit], terms={self.name: values[edit]}) for edit in edits]
 
     def _nearest_cosine(self, samples: Sequence[Sample]) -> list[float]:
         """Returns the largest cosine of each response to the pool and to the text before the edit."""
