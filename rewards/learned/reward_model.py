@@ -201,7 +201,7 @@ class RewardModel:
         else:
             self.lm.model.save_pretrained(folder / ADAPTER)
         save_file({k: v.detach().cpu().contiguous() for k, v in self.head.state_dict().items()}, folder / HEAD)
-        # Written last: loading needs this file, so an interrupted save cannot be loaded.
+        # Written last: loading needs this file, so an interrupted save to a new folder is not loaded.
         (folder / SETTINGS).write_text(json.dumps(self.settings(), indent=2) + "\n", "utf-8")
 
     def settings(self) -> dict[str, Any]:
