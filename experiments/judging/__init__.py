@@ -1,1 +1,1 @@
-"""Judges measured on pairs with known answers."""
+"""Experiment that measures judges on pairs with known answers."""

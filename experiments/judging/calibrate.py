@@ -1,7 +1,7 @@
-"""``instructgym judge calibrate``: a judge is measured on pairs with known answers before it is trusted with rewards.
+"""``instructgym judge calibrate``: measures a judge on pairs with known answers before it is used for rewards.
 
-Every pair is asked in both orders. Generated verdicts are also sampled a few times, to see how often the judge agrees
-with itself.
+The judge is asked about every pair in both orders. Generated verdicts are also sampled a few times, to measure how
+often the judge agrees with itself. The metrics are in :mod:`instructgym.experiments.judging.measures`.
 """
 
 from __future__ import annotations
@@ -40,12 +40,16 @@ from .measures import LABELS, Judgement, LabelledPair, PairKind, count, measure,
 def plot_calibration(
     shares: Mapping[str, tuple[float, float, float]], probabilities: Sequence[tuple[float, bool]], path: Path
 ) -> Path:
-    """How good a judge is: its shares as bars and, where it gives probabilities, how reliable they are.
+    """Plots a judge's shares as bars and, if it gives probabilities, a reliability diagram.
 
     Args:
-        shares: by name a share and the ends of its 95% interval.
-        probabilities: of pairs, the judge's probability and whether the pair's label is what it is the probability of.
-        path: the PNG.
+        shares: maps a name to a share and the lower and upper end of its 95% interval.
+        probabilities: for each pair the judge's probability of a label, and whether the pair has that label; empty: no
+            reliability diagram.
+        path: PNG file to write.
+
+    Returns:
+        ``path``.
     """
     figure, axes = panels(2 if probabilities else 1)
     left = axes[0, 0]
@@ -58,12 +62,13 @@ def plot_calibration(
     left.set(title="Shares of pairs (bars: 95% Wilson intervals)", xlabel="share", xlim=(0, 1))
     if probabilities:
         right = axes[0, 1]
-        chance, positive = (np.array(column, dtype=np.float64) for column in zip(*probabilities, strict=True))
-        bins = np.minimum((chance * 10).astype(int), 9)
+        predicted, positive = (np.array(column, dtype=np.float64) for column in zip(*probabilities, strict=True))
+        # Ten equal bins; a probability of 1 belongs to the last.
+        bins = np.minimum((predicted * 10).astype(int), 9)
         right.plot([0, 1], [0, 1], color="#999999", linewidth=1, label="calibrated")
-        kept = [number for number in range(10) if (bins == number).any()]
-        means = [(chance[bins == number].mean(), positive[bins == number].mean()) for number in kept]
-        sizes = [20 + 200 * (bins == number).mean() for number in kept]
+        filled_bins = [number for number in range(10) if (bins == number).any()]
+        means = [(predicted[bins == number].mean(), positive[bins == number].mean()) for number in filled_bins]
+        sizes = [20 + 200 * (bins == number).mean() for number in filled_bins]
         right.scatter(*zip(*means, strict=True), s=sizes, color=COLOURS[0], label="tenths; size: share of pairs")
         right.set(
             title="Reliability", xlabel="probability by the judge", ylabel="share so labelled", ylim=(-0.05, 1.05)
@@ -74,8 +79,9 @@ def plot_calibration(
 
 
 CHUNK = 32
-"""Pairs asked together."""
+"""Pairs per call of the judge."""
 SMOKE_LIMIT = 32
+"""Number of pairs at scale smoke."""
 
 
 @dataclass
@@ -83,19 +89,20 @@ class JudgeCalibrate(RunOptions):
     """Measure a judge on labelled pairs: accuracy, position bias, self-consistency, invalid rate."""
 
     backend: str = "embedded"
-    """The judge: embedded, transformers, openai, scripted, 'module:factory', or JSON {"id": ..., "kwargs": {...}}."""
+    """Backend of the judge: embedded, transformers, openai, scripted, 'module:factory', or JSON
+    {"id": ..., "kwargs": {...}}."""
     data: str = ""
-    """JSONL with {"prompt", "first", "second", "better": "first" | "second" | "tie"} for the pairwise judge, or
-    {"first", "second", "verdict": "Equal" | "Not Equal"} for the equality judge."""
+    """JSONL file of labelled pairs. Rows: {"prompt", "first", "second", "better": "first" | "second" | "tie"} for the
+    pairwise judge, or {"first", "second", "verdict": "Equal" | "Not Equal"} for the equality judge."""
     mode: VerdictMode = "auto"
-    """verdict: generate and parse. likelihood: compare the log-probs of both answers. auto: likelihood for backends
-    with few-shot prompts that report log-probs."""
+    """How the judge answers. verdict: generate and parse an answer. likelihood: compare the log-probs of both answers.
+    auto: likelihood for backends with few-shot prompts that report log-probs, verdict for all others."""
     repeats: int = 3
-    """Verdicts sampled per pair, at temperature 0.7, for self-consistency; verdict mode only. 0: none."""
+    """Verdicts sampled per pair, at temperature 0.7, to measure self-consistency; verdict mode only. 0: none."""
     limit: int = 0
-    """Only the first so many pairs. 0: all, or 32 with --scale smoke."""
+    """Number of pairs to use, from the start of the file. 0: all, or 32 with --scale smoke."""
     scale: str = "report"
-    """Size of the run where --limit is 0: smoke (32 pairs) or report (all of them)."""
+    """Size of the run if --limit is 0: smoke (32 pairs) or report (all pairs)."""
 
     def check(self) -> None:
         super().check()
@@ -108,7 +115,11 @@ class JudgeCalibrate(RunOptions):
 
 
 def run(options: JudgeCalibrate, console: Console | None = None) -> dict[str, Any]:
-    """Measures, or goes on measuring, and returns the results.
+    """Measures a judge, or resumes an unfinished run, and returns the results; empty for a dry run.
+
+    Args:
+        options: options of the run.
+        console: console to print to; None: a new one.
 
     Raises:
         InputError: for bad input, before a model is loaded.
@@ -121,6 +132,7 @@ def run(options: JudgeCalibrate, console: Console | None = None) -> dict[str, An
         backend = resolve("backend", parse_part(options.backend, options.model))
     if options.mode == "likelihood" and not backend.supports_logprobs:
         raise InputError(f"--mode likelihood needs log-probs, which backend {backend.name!r} does not report")
+    # The hash of the pairs is an option of the run: with other data it is not resumed.
     digest = hashlib.sha256(json.dumps([kind, *map(asdict, pairs)]).encode()).hexdigest()[:16]
     folder = RunFolder(options.run_dir, asdict(options) | {"pairs": digest}, "judge calibrate")
     likelihood = reads_likelihood(backend, options.mode)
@@ -144,7 +156,7 @@ def _calibrate(
     backend: Journaled,
     console: Console,
 ) -> dict[str, Any]:
-    begun, limit = time.monotonic(), TimeLimit(options.minutes, backend.journal)
+    start_time, limit = time.monotonic(), TimeLimit(options.minutes, backend.journal)
     rows = RowWriter(folder.file("judgements.jsonl"))
     likelihood = reads_likelihood(backend, options.mode)
     judgements: list[Judgement] = []
@@ -155,17 +167,18 @@ def _calibrate(
         for start in range(0, len(pairs), CHUNK):
             if limit.reached():
                 break
-            found = ask_judge(
+            chunk_judgements = ask_judge(
                 backend,
                 kind,
                 pairs[start : start + CHUNK],
+                # By the index among all pairs, so that the seeds do not depend on the chunk size.
                 [request_seed(options.seed, "pair", start + i) for i in range(len(pairs[start : start + CHUNK]))],
                 options.mode,
                 0 if likelihood else options.repeats,
             )
-            for number, judgement in enumerate(found, start=start + 1):
+            for number, judgement in enumerate(chunk_judgements, start=start + 1):
                 rows.write(judgement_row(kind, number, judgement))
-            judgements += found
+            judgements += chunk_judgements
             counts = count(judgements)
             tracker.write({name: counts[name] for name in ("right", "wrong", "ties", "invalid")}, {}, len(judgements))
             progress.update(len(judgements), f"{counts['right']} right")
@@ -181,7 +194,7 @@ def _calibrate(
                 "prompt_tokens": usage.prompt_tokens,
                 "completion_tokens": usage.completion_tokens,
                 "cost": usage.cost,
-                "seconds": round(time.monotonic() - begun, 1),
+                "seconds": round(time.monotonic() - start_time, 1),
             },
             status="finished" if done else "stopped",
         )
@@ -203,31 +216,34 @@ def ask_judge(
     mode: VerdictMode = "auto",
     repeats: int = 0,
 ) -> list[Judgement]:
-    """Asks the judge about labelled pairs in both orders, and again at a temperature.
+    """Asks the judge about labelled pairs in both orders, then samples further verdicts.
 
     Args:
         backend: the judge.
-        kind: of the pairs.
+        kind: kind of the pairs.
         pairs: n pairs.
         seeds: n request seeds.
         mode: see :data:`~instructgym.rewards.judges.verdict.VerdictMode`.
-        repeats: sampled verdicts per pair.
+        repeats: sampled verdicts per pair; 0: none.
 
     Returns:
         n judgements, in order.
     """
-    asked = [Pair(pair.first, pair.second, pair.prompt, seed) for pair, seed in zip(pairs, seeds, strict=True)]
-    judgements = _compare_equal(backend, pairs, asked, mode) if kind == "equality" else []
+    unlabelled_pairs = [
+        Pair(pair.first, pair.second, pair.prompt, seed) for pair, seed in zip(pairs, seeds, strict=True)
+    ]
+    judgements = _compare_equal(backend, pairs, unlabelled_pairs, mode) if kind == "equality" else []
     if kind == "pairwise":
-        for pair, found in zip(pairs, compare(backend, asked, mode), strict=True):
-            judgements.append(Judgement(pair, found.outcome, found.verdicts, found.probability))
+        for pair, comparison in zip(pairs, compare(backend, unlabelled_pairs, mode), strict=True):
+            judgements.append(Judgement(pair, comparison.outcome, comparison.verdicts, comparison.probability))
+    # Sample further verdicts on the order as given, each with its own seed, for pairs that the judge was asked about.
     prompt = equality_prompt() if kind == "equality" else pairwise_prompt()
-    again = [
+    repeated_questions = [
         pair_question(prompt, Pair(pair.first, pair.second, pair.prompt, request_seed(pair.seed, "repeat", number)))
-        for pair, judgement in zip(asked, judgements, strict=True)
+        for pair, judgement in zip(unlabelled_pairs, judgements, strict=True)
         for number in range(repeats if judgement.verdicts else 0)
     ]
-    answers = iter(judge_verdicts(backend, again, mode, RETRY_TEMPERATURE))
+    answers = iter(judge_verdicts(backend, repeated_questions, mode, RETRY_TEMPERATURE))
     return [
         Judgement(j.pair, j.outcome, j.verdicts, j.probability, tuple(next(answers).answer for _ in range(repeats)))
         if j.verdicts
@@ -239,7 +255,10 @@ def ask_judge(
 def _compare_equal(
     backend: Backend, pairs: Sequence[LabelledPair], asked: Sequence[Pair], mode: VerdictMode
 ) -> list[Judgement]:
-    """Do the texts ask for the same? As the reward, it asks nobody about texts that differ at most in white space."""
+    """Asks in both orders whether two texts ask for the same.
+
+    As in the reward, texts that differ at most in white space are equal without a call.
+    """
     same = [pair.first.split() == pair.second.split() for pair in asked]
     verdicts = iter(
         both_orders(backend, equality_prompt(), [p for p, s in zip(asked, same, strict=True) if not s], mode)
@@ -249,19 +268,26 @@ def _compare_equal(
         if is_same:
             judgements.append(Judgement(pair, "Equal"))
             continue
-        given, swapped = next(verdicts)
+        in_order, swapped = next(verdicts)
+        # The orders have to agree; "Equal" is the second label, the negative answer of the prompt.
         outcome: str | None = None
-        if given.answer is not None and swapped.answer is not None:
-            outcome = "tie" if given.answer != swapped.answer else LABELS["equality"][0 if given.answer else 1]
+        if in_order.answer is not None and swapped.answer is not None:
+            outcome = "tie" if in_order.answer != swapped.answer else LABELS["equality"][0 if in_order.answer else 1]
         probability = None
-        if given.log_odds is not None and swapped.log_odds is not None:
-            probability = sigmoid((given.log_odds + swapped.log_odds) / 2)
-        judgements.append(Judgement(pair, outcome, (given, swapped), probability))
+        if in_order.log_odds is not None and swapped.log_odds is not None:
+            probability = sigmoid((in_order.log_odds + swapped.log_odds) / 2)
+        judgements.append(Judgement(pair, outcome, (in_order, swapped), probability))
     return judgements
 
 
 def judgement_row(kind: PairKind, number: int, judgement: Judgement) -> dict[str, Any]:
-    """A row of ``judgements.jsonl``: the judge's words on a pair, by its row number among the pairs."""
+    """Returns a row of ``judgements.jsonl``: the judge's answers about a pair.
+
+    Args:
+        kind: kind of the pair.
+        number: number of the pair in the data, from 1.
+        judgement: the judgement.
+    """
     prompt = equality_prompt() if kind == "equality" else pairwise_prompt()
     words = {True: prompt.positive, False: prompt.negative, None: None}
     verdicts = judgement.verdicts or ()
@@ -278,14 +304,14 @@ def judgement_row(kind: PairKind, number: int, judgement: Judgement) -> dict[str
 
 
 def _figure(kind: PairKind, judgements: Sequence[Judgement], metrics: dict[str, Any], folder: RunFolder) -> Any:
-    measured = {
+    shares = {
         "judge": metrics["accuracy"],
         "judge, where it decides": metrics["accuracy_decided"],
         "judge, by probability": metrics.get("accuracy_by_probability"),
     } | metrics["baselines"]
     bars = {
         f"{name} ({row['of']})": (row["share"], *row["interval"])
-        for name, row in measured.items()
+        for name, row in shares.items()
         if row is not None and row["share"] is not None
     }
     probabilities = [
@@ -297,7 +323,12 @@ def _figure(kind: PairKind, judgements: Sequence[Judgement], metrics: dict[str, 
 
 
 def calibration_table(results: dict[str, Any], name: str) -> Table:
-    """The results as a table for the terminal."""
+    """Returns the results as a table for the terminal.
+
+    Args:
+        results: results of a run.
+        name: name of the judge's backend.
+    """
     metrics, counts = results["metrics"], results["counts"]
 
     def accuracy(row: dict[str, Any] | None) -> str:

@@ -1,4 +1,4 @@
-"""How good a judge is on labelled pairs: accuracy, position bias, self-consistency, invalid rate, and baselines."""
+"""Metrics of a judge on labelled pairs: accuracy, position bias, self-consistency, invalid rate, and baselines."""
 
 from __future__ import annotations
 
@@ -26,29 +26,32 @@ LABELS: dict[PairKind, tuple[str, ...]] = {
     "pairwise": ("first", "second", "tie"),
     "equality": ("Not Equal", "Equal"),
 }
-"""What a pair may be labelled. The first is the one whose probability a judge gives."""
+"""Possible labels of each kind of pair. A judge gives the probability of the first one."""
 
 
 COLUMNS: dict[PairKind, str] = {"pairwise": "better", "equality": "verdict"}
-"""The column of the label, which says of which kind a file is."""
+"""Column that holds the label; it determines the kind of a file."""
 
 
 @dataclass(frozen=True)
 class LabelledPair:
-    """Two texts and what is known of them."""
+    """Two texts and the known answer."""
 
     first: str
     second: str
     label: str
-    """One of :data:`LABELS`."""
+    """Known answer, one of :data:`LABELS`."""
     prompt: str = ""
-    """What both respond to; pairwise only."""
+    """Prompt that both texts respond to; pairwise only."""
 
 
 def read_labelled_pairs(path: str | Path) -> tuple[PairKind, list[LabelledPair]]:
     """Reads rows ``{"prompt", "first", "second", "better"}`` or ``{"first", "second", "verdict"}``.
 
-    Unlike the rows of a run, a user's file may end without a line end, and none of its rows is ever dropped.
+    Unlike the rows of a run, a user's file may end without a line end, and no row is dropped.
+
+    Returns:
+        The kind of the pairs, and the pairs in file order.
 
     Raises:
         InputError: for a file that cannot be read or is empty, or a row with a missing or wrong field.
@@ -82,42 +85,47 @@ def _pair(kind: PairKind, where: str, row: Mapping[str, Any]) -> LabelledPair:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the judge said of one pair."""
+    """Answers of the judge about one pair."""
 
     pair: LabelledPair
     outcome: str | None
-    """A label of the pair's kind, ``tie`` where the two orders disagree, None where one of them has no verdict."""
+    """A label of the pair's kind, ``tie`` if the two orders disagree, None if one of them has no verdict."""
     verdicts: tuple[Verdict, Verdict] | None = None
-    """On the order as given and the swapped one; None where the texts are the same and no one was asked."""
+    """Verdicts on the order as given and on the swapped one; None if the texts are equal and no call was made."""
     probability: float | None = None
-    """Of the kind's first label, over both orders; likelihood mode only."""
+    """Probability of the first of :data:`LABELS`, over both orders; likelihood mode only."""
     repeats: tuple[bool | None, ...] = ()
-    """Sampled answers on the order as given."""
+    """Sampled answers on the order as given; None for a reply without an answer."""
 
 
 def shares(right: int, total: int) -> dict[str, Any]:
-    """A share with its 95% Wilson interval; None where nothing was counted."""
+    """Returns a share with its 95% Wilson interval and its total.
+
+    Args:
+        right: number of right answers.
+        total: number of answers; if it is 0 the share is None.
+    """
     return {"share": right / total if total else None, "interval": list(wilson(right, total)), "of": total}
 
 
 def measure(kind: PairKind, judgements: Sequence[Judgement]) -> dict[str, Any]:
-    """The metrics of a judge.
+    """Returns the metrics of a judge.
 
-    * ``accuracy``: share of all pairs whose outcome is the label. A tie is right only where the label says tie; a pair
-      without an outcome never is.
-    * ``accuracy_decided``: the same among pairs where label and outcome are both no tie.
-    * ``accuracy_by_probability``: share of pairs with a label other than tie on whose side the probability is
-      (likelihood mode).
-    * ``auc``: of that probability (likelihood mode).
-    * ``position_bias``, in [-1, 1]: share of pairs where the text shown first was preferred in both orders, less the
-      share where the one shown second was. Of pairs with two verdicts; pairwise only.
-    * ``order_disagreement``: share of pairs with two verdicts that contradict each other.
-    * ``self_consistency``: chance that two sampled verdicts on a pair are the same, mean over pairs with two or more.
+    * ``accuracy``: share of all pairs whose outcome equals the label. The outcome tie is right only if the label is
+      tie; a pair without an outcome is never right.
+    * ``accuracy_decided``: the same share among pairs where neither label nor outcome is a tie.
+    * ``accuracy_by_probability``: share of pairs, among those with a label other than tie, whose label is the answer
+      that the probability gives when it is cut at 1/2 (likelihood mode).
+    * ``auc``: AUC of the probability on the same pairs (likelihood mode).
+    * ``position_bias``, in [-1, 1]: share of pairs where the text shown first was preferred in both orders, minus the
+      share where the text shown second was preferred in both; among pairs with two verdicts, pairwise only.
+    * ``order_disagreement``: share of pairs whose verdicts contradict each other, among pairs with two verdicts.
+    * ``self_consistency``: probability that two sampled verdicts on a pair are equal, mean over pairs with two or more.
     * ``invalid_rate``: share of pairs without an outcome.
-    * ``baselines``: accuracy of what needs no judge.
+    * ``baselines``: accuracy of rules that need no judge.
 
     Args:
-        kind: of the pairs.
+        kind: kind of the pairs.
         judgements: at least one.
     """
     positive = LABELS[kind][0]
@@ -125,37 +133,38 @@ def measure(kind: PairKind, judgements: Sequence[Judgement]) -> dict[str, Any]:
     decided = [
         j.outcome == j.pair.label for j in judgements if j.outcome not in (None, "tie") and j.pair.label != "tie"
     ]
-    both = [
+    answer_pairs = [
         (j.verdicts[0].answer, j.verdicts[1].answer)
         for j in judgements
         if j.verdicts and None not in (j.verdicts[0].answer, j.verdicts[1].answer)
     ]
-    # A preference has to turn around with the order, sameness has not.
-    disagree = [(given == swapped) == (kind == "pairwise") for given, swapped in both]
+    # Consistent answers differ between the orders for a preference and are the same for equality.
+    disagree = [(in_order == swapped) == (kind == "pairwise") for in_order, swapped in answer_pairs]
     metrics: dict[str, Any] = {
         "accuracy": shares(sum(right), len(right)),
         "accuracy_decided": shares(sum(decided), len(decided)),
-        "order_disagreement": float(np.mean(disagree)) if both else None,
+        "order_disagreement": float(np.mean(disagree)) if answer_pairs else None,
         "position_bias": None,
         "self_consistency": _consistency(judgements),
         "invalid_rate": float(np.mean([j.outcome is None for j in judgements])),
         "baselines": baselines(kind, [j.pair for j in judgements]),
     }
-    if kind == "pairwise" and both:
-        metrics["position_bias"] = float(np.mean([given and swapped for given, swapped in both])) - float(
-            np.mean([not given and not swapped for given, swapped in both])
+    if kind == "pairwise" and answer_pairs:
+        metrics["position_bias"] = float(np.mean([in_order and swapped for in_order, swapped in answer_pairs])) - float(
+            np.mean([not in_order and not swapped for in_order, swapped in answer_pairs])
         )
     labelled = [j for j in judgements if j.pair.label != "tie"]
-    known = [(j.probability, j.pair.label == positive) for j in labelled if j.probability is not None]
-    if known:
-        agreeing = sum((probability > 0.5) == is_so for probability, is_so in known)
-        metrics["accuracy_by_probability"] = shares(agreeing, len(known))
-        metrics["auc"] = auc(*map(list, zip(*known, strict=True)))
+    scored = [(j.probability, j.pair.label == positive) for j in labelled if j.probability is not None]
+    if scored:
+        agreeing = sum((probability > 0.5) == is_positive for probability, is_positive in scored)
+        metrics["accuracy_by_probability"] = shares(agreeing, len(scored))
+        metrics["auc"] = auc(*map(list, zip(*scored, strict=True)))
     return metrics
 
 
 def count(judgements: Sequence[Judgement]) -> dict[str, Any]:
-    """The pairs by label and by what became of them; right, wrong, ties and invalid add up to pairs."""
+    """Returns the number of pairs by label and by result; right, wrong, ties and invalid sum to pairs."""
+    # A tie that is also the label counts as right, not as a tie.
     ties = sum(j.outcome == "tie" != j.pair.label for j in judgements)
     invalid = sum(j.outcome is None for j in judgements)
     right = sum(j.outcome == j.pair.label for j in judgements)
@@ -171,6 +180,7 @@ def count(judgements: Sequence[Judgement]) -> dict[str, Any]:
 
 
 def _consistency(judgements: Sequence[Judgement]) -> float | None:
+    """Returns the mean probability that two of a pair's sampled answers, drawn without replacement, are equal."""
     same = []
     for judgement in judgements:
         answers = [answer for answer in judgement.repeats if answer is not None]
@@ -193,14 +203,14 @@ BASELINES: dict[PairKind, dict[str, Callable[[LabelledPair], str]]] = {
     "pairwise": {"the longer one is better": _longer},
     "equality": {"equal if ROUGE-L is above 0.5": _overlap},
 }
-"""Rules that any judge has to beat, by name."""
+"""Rules without a judge, by name; a useful judge is better than these."""
 
 
 def baselines(kind: PairKind, pairs: Sequence[LabelledPair]) -> dict[str, dict[str, Any]]:
-    """Accuracy, as of a judge, of the simple rules and of always giving the most frequent label."""
-    found = {
+    """Returns the accuracy of the rules in :data:`BASELINES` and of always answering the most frequent label."""
+    accuracies = {
         name: shares(sum(rule(pair) == pair.label for pair in pairs), len(pairs))
         for name, rule in BASELINES[kind].items()
     }
-    [(label, most)] = Counter(pair.label for pair in pairs).most_common(1)
-    return found | {f"always '{label}'": shares(most, len(pairs))}
+    [(label, frequency)] = Counter(pair.label for pair in pairs).most_common(1)
+    return accuracies | {f"always '{label}'": shares(frequency, len(pairs))}

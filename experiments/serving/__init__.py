@@ -1,1 +1,1 @@
-"""What an LLM server can do, and what to set."""
+"""Command that checks an LLM server: capabilities, speed and settings."""

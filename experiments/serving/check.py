@@ -1,4 +1,8 @@
-"""``instructgym serve-check``: what an LLM server can do, how fast it is, and what to set for it, on one screen."""
+"""``instructgym serve-check``: shows the capabilities and speed of an LLM server and the settings to use with it.
+
+The probe is in :mod:`instructgym.llm_backends.serving.probe`, the speed measurement in
+:mod:`instructgym.llm_backends.serving.speed`.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +41,7 @@ TITLES = {
     "seed": "seed",
     "stop": "stop",
 }
-"""Capabilities in words."""
+"""Titles of the capabilities in the table, by name."""
 
 ROLLOUT_NEEDS = (
     "completions",
@@ -50,26 +54,33 @@ ROLLOUT_NEEDS = (
     "adapters",
     "processed_logprobs",
 )
-"""The capabilities without which agents cannot have their episodes written on a server."""
+"""Capabilities that a server needs to write the rollouts of token-level agents."""
 
 
 @dataclass
 class Settings:
-    """What to set."""
+    """Recommended settings for a server."""
 
     backend: dict[str, Any]
-    """A part spec for ``--backend``."""
+    """Part spec for ``--backend``."""
     judge_mode: Literal["likelihood", "verdict"]
+    """Value for ``--mode`` of a judge."""
     rollouts: str
-    """Options of 'nlu'; empty where the server lacks something."""
+    """Options of ``nlu`` for rollouts on the server; empty if the server lacks something."""
     rollouts_lack: list[str] = field(default_factory=list)
-    """What the server must be started with, or what it cannot do."""
+    """Flags that the server must be started with, or capabilities that it lacks."""
     concurrency: int | None = None
-    """The smallest one within 10% of the best throughput; None where nothing was measured without errors."""
+    """Smallest number of requests in flight within 10% of the best throughput; None if no level was free of errors."""
 
 
 def suggest(found: Findings, speeds: Sequence[Speed], key_variable: str = "OPENAI_API_KEY") -> Settings:
-    """Derives the settings from the findings."""
+    """Returns the recommended settings.
+
+    Args:
+        found: findings of the probe.
+        speeds: measured speeds; may be empty.
+        key_variable: environment variable with the key.
+    """
     concurrency = recommended(speeds)
     lack = rollouts_lack(found)
     return Settings(
@@ -82,7 +93,13 @@ def suggest(found: Findings, speeds: Sequence[Speed], key_variable: str = "OPENA
 
 
 def backend_spec(found: Findings, concurrency: int | None, key_variable: str) -> dict[str, Any]:
-    """The part spec of the backend that makes the most of a server; arguments at their defaults are left out."""
+    """Returns the part spec of the most capable backend for a server, without arguments that are at their defaults.
+
+    Args:
+        found: findings of the probe.
+        concurrency: number of requests in flight; None: the backend's default.
+        key_variable: environment variable with the key.
+    """
     part_id = "vllm-server" if found.can("given_logprobs", "token_ids", "logprobs") else "openai"
     forms = {"vllm": "structured_vllm", "json_schema": "structured_json_schema"}
     structured = next((form for form, name in forms.items() if found.can(name)), "none")
@@ -97,18 +114,25 @@ def backend_spec(found: Findings, concurrency: int | None, key_variable: str) ->
         "key_variable": key_variable,
         "concurrency": concurrency,
     }
-    on = part_id == "vllm-server"
-    defaults = {"logprobs": on, "token_ids": on, "structured": "vllm" if on else "none", "concurrency": None}
+    # The defaults of the logprobs, token_ids and structured arguments differ between the two backends.
+    is_vllm = part_id == "vllm-server"
+    defaults = {
+        "logprobs": is_vllm,
+        "token_ids": is_vllm,
+        "structured": "vllm" if is_vllm else "none",
+        "concurrency": None,
+    }
     defaults |= {"max_tokens_field": "max_tokens", "key_variable": "OPENAI_API_KEY"}
     return {"id": part_id, "kwargs": {k: v for k, v in kwargs.items() if k not in defaults or defaults[k] != v}}
 
 
 def rollouts_lack(found: Findings) -> list[str]:
-    """What is missing for the rollouts of token-level agents: flags where they would help, else the capability."""
+    """Returns what a server lacks for rollouts of token-level agents: flags that would help, else the capability."""
     lack = []
     for name in ROLLOUT_NEEDS:
         capability = found.capabilities[name]
         if capability.answer != "yes":
+            # Only vLLM's flags are known, and an unknown answer may have another cause than a flag.
             flags = _flags(name, capability.why) if found.software == "vllm" and capability.answer == "no" else ""
             state = "missing" if capability.answer == "no" else "not known"
             lack.append(flags or f"{TITLES[name]} ({state})")
@@ -119,6 +143,7 @@ def rollouts_lack(found: Findings) -> list[str]:
 
 
 def _flags(name: str, why: str) -> str:
+    """Returns the vLLM flags that give a missing capability; empty if none is known."""
     if name == "processed_logprobs":
         return "--logprobs-mode processed_logprobs"
     if name != "adapters":
@@ -130,40 +155,41 @@ def _flags(name: str, why: str) -> str:
 
 COLOURS = {"yes": "green", "no": "red", "unknown": "yellow"}
 LONGEST_REASON = 110
-"""Characters of a server's reply in the table; the JSON file has all of them."""
+"""Maximum characters of a server's reply in the table; the JSON file has the whole reply."""
 
 
 @dataclass
 class ServeCheck:
-    """Say what an LLM server can do, how fast it is at which concurrency, and what to set."""
+    """Show what an LLM server can do, how fast it is at each concurrency, and which settings to use with it."""
 
     base_url: str
-    """Base URL of a server that speaks OpenAI's API, http://host:port/v1."""
+    """Base URL of a server with OpenAI's API, http://host:port/v1."""
     model: str = ""
-    """Name of a model on the server; by default its only base model."""
+    """Name of the model to check on the server; by default its only base model."""
     style: Literal["auto", "chat", "completion"] = "auto"
-    """Form of request to measure and recommend. auto: chat where the server answers it."""
+    """Form of the requests to measure and recommend: chat messages or plain completions. auto: chat if the server
+    answers chat requests."""
     concurrency: str = "1,4,16"
-    """Numbers of requests in flight to measure, separated by commas."""
+    """Numbers of requests in flight at which speed is measured, separated by commas."""
     requests: int = 16
-    """Prompts at each concurrency. 0: speed is not measured."""
+    """Number of prompts at each concurrency. 0: speed is not measured."""
     prompt_tokens: int = 64
-    """Tokens of each prompt, about."""
+    """Approximate number of tokens of each prompt in the speed measurement."""
     max_tokens: int = 32
-    """Tokens of each completion."""
+    """Number of tokens of each completion in the speed measurement."""
     json: str = ""
-    """File for all findings, as JSON."""
+    """JSON file that all findings are written to. Empty: no file."""
     key_variable: str = "OPENAI_API_KEY"
-    """Environment variable with the key; a server of one's own may need none."""
+    """Name of the environment variable that holds the API key; a local server may need none."""
     timeout: float = 60.0
-    """Seconds for one request."""
+    """Time limit of one request, in seconds."""
 
     @property
     def levels(self) -> list[int]:
-        """The numbers of requests in flight.
+        """The numbers of requests in flight, in ascending order.
 
         Raises:
-            InputError: for anything else than positive integers, or more than there are requests.
+            InputError: for anything but positive integers, or a number above ``requests``.
         """
         try:
             levels = sorted({int(part) for part in self.concurrency.split(",")})
@@ -179,7 +205,14 @@ class ServeCheck:
 
 
 def run(options: ServeCheck, console: Console | None = None) -> dict[str, Any]:
-    """Asks, measures, prints, and returns ``{"server": ..., "speed": ..., "settings": ...}``.
+    """Probes a server, measures its speed, prints a report and returns it.
+
+    Args:
+        options: options of the command.
+        console: console to print to; None: a new one.
+
+    Returns:
+        ``{"server": ..., "speed": ..., "settings": ...}``, JSON-serialisable.
 
     Raises:
         InputError: for bad options, or if there is no server or it refuses the key.
@@ -199,12 +232,12 @@ def run(options: ServeCheck, console: Console | None = None) -> dict[str, Any]:
             options.timeout,
             lambda name: status.update(f"asking: {TITLES.get(name, name)}"),
         )
-        found = probe.run()
+        findings = probe.run()
         speeds = _measured(options, probe, levels, status) if options.requests else []
-    settings = suggest(found, speeds, options.key_variable)
-    _show(console, found, speeds, settings)
-    findings = {
-        "server": asdict(found),
+    settings = suggest(findings, speeds, options.key_variable)
+    _show(console, findings, speeds, settings)
+    report = {
+        "server": asdict(findings),
         "speed": [
             asdict(speed)
             | {"tokens_per_second": speed.tokens_per_second, "requests_per_second": speed.requests_per_second}
@@ -213,20 +246,21 @@ def run(options: ServeCheck, console: Console | None = None) -> dict[str, Any]:
         "settings": asdict(settings),
     }
     if options.json:
-        write_json(Path(options.json), findings)
-    return findings
+        write_json(Path(options.json), report)
+    return report
 
 
 def _measured(options: ServeCheck, probe: ServerProbe, levels: Sequence[int], status: Status) -> list[Speed]:
-    found, needed = probe.found, options.prompt_tokens + options.max_tokens
-    if found.context_length and needed > found.context_length:
+    findings, needed = probe.found, options.prompt_tokens + options.max_tokens
+    if findings.context_length and needed > findings.context_length:
         raise InputError(
-            f"--prompt-tokens and --max-tokens make {needed} tokens, more than the {found.context_length} of "
-            f"{found.model!r}: lower them"
+            f"--prompt-tokens and --max-tokens make {needed} tokens, more than the {findings.context_length} of "
+            f"{findings.model!r}: lower them"
         )
-    extra = {"ignore_eos": True} if found.software == "vllm" else {}
+    # vLLM can ignore EOS, so that every completion has the full number of tokens.
+    extra = {"ignore_eos": True} if findings.software == "vllm" else {}
     return measure_speed(
-        lambda level: probe.openai(found.style, concurrency=level, extra_body=extra),
+        lambda level: probe.openai(findings.style, concurrency=level, extra_body=extra),
         levels,
         options.requests,
         options.prompt_tokens,

@@ -1,1 +1,1 @@
-"""Reward models that are trained here, per token or per response, and the edits they learn from."""
+"""Reward models that the library trains, per token or per response, and the edits they learn from."""

@@ -1,7 +1,8 @@
-"""Minimal edits: pairs of a response and its correction, and which tokens a correction removed and wrote.
+"""Pairs of a response and its minimal edit, and labels for the tokens that the edit removes and adds.
 
-A correction says where a response is wrong, token by token: fine-grained supervision (Xu et al. 2024, arXiv 2406.02756)
-learns a reward per token from it, FIGA (Guo et al. 2023, arXiv 2311.04072) a weight per token.
+A minimal edit marks the wrong tokens of a response. Fine-grained supervision (Xu et al. 2024, arXiv 2406.02756) learns
+a reward per token from these marks, FIGA (Guo et al. 2023, arXiv 2311.04072) a weight per token. The reward model is in
+:mod:`instructgym.rewards.learned.reward_model`.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from ...llm_backends.records import read_user_rows
 UNCHANGED, DELETED, ADDED, SUBSTITUTED = "U", "D", "A", "S"
 
 WHOLE_TABLE = 2**23
-"""Cells of an edit-distance table up to which it is kept whole, at two bits a cell."""
+"""Largest number of cells of an edit-distance table that is kept whole, at two bits per cell."""
 
 COLUMNS = {
     "prompt": ("prompt",),
     "original": ("original", "original_output"),
     "edited": ("edited", "revised_output"),
 }
-"""The texts of a pair and the fields they are read from; the second names are those of FIGA's data set SPA."""
+"""Texts of a pair and the fields that hold them in a file; the second names are those of FIGA's data set SPA."""
 
 
 @dataclass(frozen=True)
@@ -39,26 +40,26 @@ class EditedPair:
     """A less preferred response and its minimal edit."""
 
     prompt: str
-    """What both answer, as the model reads it."""
+    """The prompt that both texts answer, as the model reads it."""
     original: str
     """The less preferred response."""
     edited: str
-    """The same response, made better by changing little of it."""
+    """The same response, improved with few changes."""
     id: str = ""
     """Stable id of the pair."""
     finished: bool = True
-    """Both texts end where their writer ended them, so that an EOS token belongs behind them; False where a token limit
-    cut the original off."""
+    """Whether both texts end where their writer ended them, so that an EOS token follows; False if a token limit cut
+    the original off."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """JSON-able."""
+    """Further JSON-serialisable values."""
 
 
 class Pairs(list[EditedPair]):
-    """Pairs, and what was left out on the way to them.
+    """A list of pairs with counts of the rows that were left out when they were read.
 
     Args:
         pairs: the pairs.
-        dropped: reason to number of rows left out.
+        dropped: maps a reason to the number of rows left out for it; None: no row was left out.
     """
 
     def __init__(self, pairs: Iterable[EditedPair] = (), dropped: Mapping[str, int] | None = None) -> None:
@@ -68,59 +69,65 @@ class Pairs(list[EditedPair]):
 
 @dataclass(frozen=True)
 class EditLabels:
-    """What happened to each token of a pair: one letter per token."""
+    """Edit operation of each token of a pair, one letter per token."""
 
     original: str
-    """``U`` unchanged, ``D`` deleted, ``S`` substituted."""
+    """Labels of the original's tokens: ``U`` unchanged, ``D`` deleted, ``S`` substituted."""
     edited: str
-    """``U`` unchanged, ``A`` added, ``S`` put in another's place."""
+    """Labels of the edited text's tokens: ``U`` unchanged, ``A`` added, ``S`` written in place of another token."""
 
     @property
     def removed(self) -> np.ndarray:
-        """bool, shape (tokens of the original,): the tokens that are gone."""
+        """Mask of the removed tokens, bool, shape (tokens of the original,)."""
         return _changed(self.original)
 
     @property
     def written(self) -> np.ndarray:
-        """bool, shape (tokens of the edited text,): the tokens that are new."""
+        """Mask of the new tokens, bool, shape (tokens of the edited text,)."""
         return _changed(self.edited)
 
     @property
     def distance(self) -> int:
-        """Levenshtein distance: tokens deleted, added and substituted."""
+        """Levenshtein distance: number of tokens deleted, added or substituted."""
         return len(self.original) - self.original.count(UNCHANGED) + self.edited.count(ADDED)
 
     @property
     def edits(self) -> int:
-        """Places that were edited: runs of changes between two unchanged tokens."""
+        """Number of edited places, i.e. runs of changes between two unchanged tokens."""
         # The k-th unchanged token of one side is the k-th of the other, so the gaps between them correspond.
         gaps = zip(self.original.split(UNCHANGED), self.edited.split(UNCHANGED), strict=True)
-        return sum(bool(gone or new) for gone, new in gaps)
+        return sum(bool(removed or added) for removed, added in gaps)
 
 
 def edit_labels(original: Sequence[Hashable], edited: Sequence[Hashable]) -> EditLabels:
     """Labels every token of a pair by a shortest edit script: deletions, additions and substitutions cost 1 each.
 
-    Of all shortest scripts it is the one that a backtrace finds from the ends of both texts: equal tokens are always
-    matched; else, among the steps that lie on a shortest path, a deletion goes before an addition, and that before a
-    substitution (the order of TLCR, Yoon et al. 2024, arXiv 2407.16574). So ABCD -> AXCDE is ``USUU | USUUA``; AB -> BA
-    is ``UD | AU``: of the two scripts with a deletion and an addition, the one that deletes the last token. And as
-    equal tokens are matched from the end, A -> AA adds the first A.
+    Of all shortest scripts the result is the one that a backtrace from the ends of both texts finds: equal tokens are
+    always matched; otherwise, among the steps on a shortest path, a deletion is preferred to an addition, and an
+    addition to a substitution (the order of TLCR, Yoon et al. 2024, arXiv 2407.16574). So ABCD -> AXCDE is
+    ``USUU | USUUA``. AB -> BA is ``UD | AU``: of the two scripts with one deletion and one addition, the one that
+    deletes the last token. A -> AA adds the first A, because equal tokens are matched from the end.
 
-    The table's rows are bit-parallel (Myers 1999, JACM 46(3); Hyyrö 2003): n tokens of the original are n bits of one
-    Python integer, whence O(n / 64) per token of the edited text. Larger tables are kept at every sqrt(m)-th column
-    only and computed again in between during the backtrace, so 5,000 by 5,000 tokens take a few MB.
+    The table is computed bit-parallel (Myers 1999, JACM 46(3); Hyyrö 2003): the n tokens of the original are the n bits
+    of one Python integer, so each token of the edited text takes O(n / 64). For tables of more than
+    :data:`WHOLE_TABLE` cells only every sqrt(m)-th column is kept and the backtrace computes those in between again,
+    so 5,000 by 5,000 tokens take a few MB.
 
     Args:
-        original: n token ids of the response, without special tokens; any hashable items do, words for instance.
-        edited: m token ids of its correction.
+        original: n token ids of the response, without special tokens; other hashable items, such as words, also work.
+        edited: m token ids of its minimal edit.
+
+    Returns:
+        The labels of both sides, one letter per token.
     """
     rows, columns = list(original), list(edited)
-    before, after = [UNCHANGED] * len(rows), [UNCHANGED] * len(columns)
+    original_labels, edited_labels = [UNCHANGED] * len(rows), [UNCHANGED] * len(columns)
     i, j = len(rows), len(columns)
-    while i and j and rows[i - 1] == columns[j - 1]:  # the backtrace would match them without a look at the table
+    # Skip the common suffix: the backtrace would match it without reading the table, which gets smaller.
+    while i and j and rows[i - 1] == columns[j - 1]:
         i, j = i - 1, j - 1
     table = _Table(rows[:i], columns[:j])
+    # Backtrace block by block. The order of the branches is the tie order: match, delete, add, substitute.
     while i and j:
         start, down, right = table.block(j)
         while i and j > start:
@@ -128,29 +135,35 @@ def edit_labels(original: Sequence[Hashable], edited: Sequence[Hashable]) -> Edi
                 i, j = i - 1, j - 1
             elif down[j - start - 1] >> (i - 1) & 1:
                 i -= 1
-                before[i] = DELETED
+                original_labels[i] = DELETED
             elif right[j - start - 1] >> (i - 1) & 1:
                 j -= 1
-                after[j] = ADDED
+                edited_labels[j] = ADDED
             else:
                 i, j = i - 1, j - 1
-                before[i] = after[j] = SUBSTITUTED
-    before[:i], after[:j] = DELETED * i, ADDED * j
-    return EditLabels("".join(before), "".join(after))
+                original_labels[i] = edited_labels[j] = SUBSTITUTED
+    # At an edge of the table only deletions (first column) or additions (first row) are left.
+    original_labels[:i], edited_labels[:j] = DELETED * i, ADDED * j
+    return EditLabels("".join(original_labels), "".join(edited_labels))
 
 
 class _Table:
-    """The distances D[i, j] between prefixes as bits: where they grow by one along i, and where along j."""
+    """Table of the distances D[i, j] between prefixes, as bits: where D grows by one along i, and where along j.
+
+    Args:
+        rows: tokens of the original, one bit each.
+        columns: tokens of the edited text.
+    """
 
     def __init__(self, rows: list[Hashable], columns: list[Hashable]) -> None:
         self.full = (1 << len(rows)) - 1
         self.width = len(columns) if len(rows) * len(columns) <= WHOLE_TABLE else isqrt(len(columns))
-        where: dict[Hashable, int] = dict.fromkeys(columns, 0)
+        positions: dict[Hashable, int] = dict.fromkeys(columns, 0)
         for i, token in enumerate(rows):
-            if token in where:
-                where[token] |= 1 << i
-        self.equal = [where[token] for token in columns]
-        self.states = [(self.full, 0)]  # of the columns 0, width, 2 width, ...
+            if token in positions:
+                positions[token] |= 1 << i
+        self.equal = [positions[token] for token in columns]
+        self.states = [(self.full, 0)]  # bits of the columns 0, width, 2 width, ...
         self.last: tuple[list[int], list[int]] = ([], [])
         for start in range(0, len(columns), max(self.width, 1)):
             down, right, state = self._run(start)
@@ -158,22 +171,25 @@ class _Table:
             self.last = down, right
 
     def block(self, j: int) -> tuple[int, list[int], list[int]]:
-        """The block with column ``j`` (from 1) in it.
+        """Returns the block of columns that contains column ``j``, counted from 1.
 
         Returns:
-            Its start, and for each of its columns ``start + 1, ...`` the rows, as bits, whose distance is one above
-            that of the row before, and those where it is one above that of the column before.
+            The block's start, and for each of its columns ``start + 1, ...`` two bit sets of rows: those whose distance
+            is one above that of the row before, and those whose distance is one above that of the column before.
         """
         number = (j - 1) // self.width
         start = number * self.width
+        # The last block, which the backtrace reads first, is still in memory.
         if start + self.width >= len(self.equal):
             return start, *self.last
         return start, *self._run(start)[:2]
 
     def _run(self, start: int) -> tuple[list[int], list[int], tuple[int, int]]:
+        """Computes one block from its saved first column: the two bit sets of each column, and the next state."""
         full = self.full
         plus, minus = self.states[start // max(self.width, 1)]  # D[i, j] - D[i - 1, j] is +1, is -1
         down, right = [], []
+        # Hyyrö (2003): one column per step; the carry of the addition passes matches down the rows.
         for equal in self.equal[start : start + self.width]:
             diagonal = ((equal & plus) + plus ^ plus) | equal | minus  # D[i, j] is D[i - 1, j - 1]
             grows = minus | full & ~(diagonal | plus)  # D[i, j] - D[i, j - 1] is +1
@@ -193,18 +209,18 @@ def read_pairs(path: str | Path) -> Pairs:
     """Reads pairs from a JSONL file.
 
     A row has the texts ``prompt``, ``original`` (or ``original_output``) and ``edited`` (or ``revised_output``), and
-    may have ``id`` (a hash of the texts where there is none), ``finished`` and ``metadata``.
+    may have ``id`` (default: a hash of the texts), ``finished`` (default: true) and ``metadata`` (default: empty).
 
     Args:
         path: the file.
 
     Returns:
         The pairs in file order. Rows with an ``empty original``, an ``empty edit`` or texts that are ``unchanged``
-        but for blanks around them are left out and counted.
+        except for surrounding white space are left out and counted under these reasons.
 
     Raises:
-        InputError: for a file that cannot be read, is not UTF-8 or leaves no pair; for a line that is no JSON object,
-            or whose field is missing, of a wrong type or holds half a character, naming the line and the field.
+        InputError: if the file cannot be read, is not UTF-8 or holds no usable pair; if a line is not a JSON object, or
+            if a field is missing, has a wrong type or holds a lone surrogate; the message names line and field.
     """
     pairs: list[EditedPair] = []
     dropped: Counter[str] = Counter()
@@ -220,9 +236,10 @@ def read_pairs(path: str | Path) -> Pairs:
 
 
 def write_pairs(path: str | Path, pairs: Iterable[EditedPair]) -> None:
-    """Writes pairs as JSONL that :func:`read_pairs` reads, in one move: the file is there whole or not at all."""
+    """Writes pairs as JSONL for :func:`read_pairs`, atomically: the file is either complete or not written."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Write beside the target, then rename, so that no reader sees half a file.
     scratch = path.with_name(path.name + ".part")
     with scratch.open("w", encoding="utf-8", newline="\n") as file:
         for pair in pairs:
@@ -232,20 +249,20 @@ def write_pairs(path: str | Path, pairs: Iterable[EditedPair]) -> None:
 
 
 def edit_statistics(pairs: Sequence[EditedPair], tokenizer: Tokenizer) -> dict[str, float]:
-    """What the edits of a data set look like, in tokens.
+    """Returns statistics of the edits of a data set, in tokens.
 
     Args:
         pairs: at least one pair.
-        tokenizer: counts the tokens; special tokens are left out.
+        tokenizer: tokenizer that splits the texts; special tokens are not counted.
 
     Returns:
-        ``pairs``; mean ``original_tokens`` and ``edited_tokens``; ``removed_share`` of all original tokens and
-        ``written_share`` of all edited tokens; mean ``edits`` (places) and ``distance`` (Levenshtein) per pair; the
-        share of pairs with ``insertions_only``, ``deletions_only``, a changed first token (``first_changed``) and a
-        text that its writer ended (``finished``).
+        ``pairs``, their number; ``original_tokens`` and ``edited_tokens``, means per pair; ``removed_share``, the share
+        of all original tokens that were removed; ``written_share``, the share of all edited tokens that are new;
+        ``edits`` (places) and ``distance`` (Levenshtein), means per pair; ``insertions_only``, ``deletions_only``,
+        ``first_changed`` (the first edited token is new) and ``finished`` (the writer ended the text), shares of pairs.
 
     Raises:
-        InputError: where there are no pairs.
+        InputError: if there are no pairs.
     """
     if not pairs:
         raise InputError("there are no pairs to describe: pass at least one")
@@ -274,17 +291,17 @@ def _pair(where: str, row: Mapping[str, Any]) -> EditedPair:
     for name, columns in COLUMNS.items():
         column = next((column for column in columns if column in row), None)
         if column is None:
-            has = ", ".join(map(repr, row)) or "nothing"
-            raise InputError(f"{where} needs the text field {' or '.join(map(repr, columns))}; it has {has}")
+            present = ", ".join(map(repr, row)) or "nothing"
+            raise InputError(f"{where} needs the text field {' or '.join(map(repr, columns))}; it has {present}")
         texts[name] = _typed(where, row, column, str, "a text")
         try:
             texts[name].encode()
-        except UnicodeEncodeError as error:  # JSON can say it, UTF-8 and tokenizers cannot
+        except UnicodeEncodeError as error:  # JSON can hold a lone surrogate, UTF-8 and tokenizers cannot
             raise InputError(f"{where}: the field {column!r} holds half a character: mend or delete it") from error
-    known = str(row.get("id") or hashlib.sha1("\x1f".join(texts.values()).encode()).hexdigest()[:12])
+    pair_id = str(row.get("id") or hashlib.sha1("\x1f".join(texts.values()).encode()).hexdigest()[:12])
     finished = _typed(where, row, "finished", bool, "true or false") if "finished" in row else True
     metadata = _typed(where, row, "metadata", dict, "an object") if "metadata" in row else {}
-    return EditedPair(**texts, id=known, finished=finished, metadata=metadata)
+    return EditedPair(**texts, id=pair_id, finished=finished, metadata=metadata)
 
 
 def _typed(where: str, row: Mapping[str, Any], column: str, kind: type, words: str) -> Any:
@@ -294,5 +311,6 @@ def _typed(where: str, row: Mapping[str, Any], column: str, kind: type, words: s
 
 
 def _flaw(pair: EditedPair) -> str:
+    """Returns why a pair cannot be learned from; empty if it can."""
     original, edited = pair.original.strip(), pair.edited.strip()
     return "empty original" if not original else "empty edit" if not edited else "unchanged" * (original == edited)

@@ -1,7 +1,8 @@
 """Reward models on a causal language model: one scalar per response token, or one per response.
 
-The token-level one is that of fine-grained supervision (Xu et al. 2024, arXiv 2406.02756): r(x, y, t) is a linear head
-on the hidden state at token t, and R(x, y) its mean over the response.
+The token-level model is that of fine-grained supervision (Xu et al. 2024, arXiv 2406.02756): r(x, y, t) is the output
+of a linear head on the hidden state at token t, and R(x, y) is its mean over the response.
+:mod:`instructgym.rewards.learned.token_reward` turns a model into a reward.
 """
 
 from __future__ import annotations
@@ -41,21 +42,23 @@ Transform = Literal["identity", "signed-probability"]
 
 
 class RewardModel:
-    """A causal language model with an adapter and a linear head, which scores responses.
+    """A causal language model with an adapter and a linear head that scores responses.
 
-    The reward of token t is the head on the hidden state *after* token t was read: what an action earns depends on the
-    action, EOS included. It never depends on later tokens, so a prefix's rewards are those within the whole response.
-    A new model scores everything 0; :class:`~instructgym.agents.supervised.reward_modelling.RewardTrainer` trains it.
+    The reward of token t is the head's output on the hidden state *after* token t was read, so the reward of an action
+    depends on that action, EOS included. It never depends on later tokens, so the rewards of a prefix equal those of
+    the same tokens in the whole response. A new model scores everything 0;
+    :class:`~instructgym.agents.supervised.reward_modelling.RewardTrainer` trains it.
 
     Args:
-        model: ``"embedded"``, a local path or hub id, a live :class:`CausalLM` (which is then changed in place), or a
-            trunk with adapters of others, as of ``policy.trunk``: the model is then in memory once.
-        lora: what is trained besides the head; rank 0 trains all weights, which no other part can share then.
-        level: ``token``: a reward per response token; ``sequence``: one per response, at its last token.
-        dtype: ``float32``, ``bfloat16`` or ``auto``, as of
+        model: ``"embedded"``, a local path or hub id, a live
+            :class:`~instructgym.llm_backends.local.causal_lm.CausalLM` (which is then changed in place), or a trunk
+            that holds other adapters, such as ``policy.trunk``: the model is then in memory once.
+        lora: adapter that is trained besides the head; rank 0 trains all weights, which no other part can share then.
+        level: ``token``: one reward per response token; ``sequence``: one reward per response, at its last token.
+        dtype: ``float32``, ``bfloat16`` or ``auto``, as in
             :class:`~instructgym.agents.policy.language_model.LanguageModelPolicy`. The head computes in float32.
-        device: ``auto`` takes a GPU where there is one.
-        seed: of the adapter's initial weights.
+        device: device of the model; ``auto`` uses a GPU if there is one.
+        seed: seed of the adapter's initial weights.
 
     Raises:
         InputError: if the model cannot be loaded or has a reward model already, or the level is unknown.
@@ -76,6 +79,7 @@ class RewardModel:
         self.lm, self.model_name = open_model(model, lora, self.dtype, device)
         self.trunk = AdaptedTrunk.of(self.lm)
         with quiet_loading():
+            # The adapter's initial weights are drawn from torch's global generator.
             torch.manual_seed(seed)
             if lora.rank:
                 self.trunk.add(ADAPTER, lora)
@@ -85,32 +89,32 @@ class RewardModel:
             torch.nn.init.zeros_(self.head.weight)
         self.tokenizer: Tokenizer = LoadedTokenizer(self.lm.tokenizer, self.model_name, self.lm.context_length)
         self.loss = ""
-        """Name of the loss it was trained with; empty before."""
+        """Name of the loss that the model was trained with; empty before training."""
         self.transform: Transform = "identity"
-        """What makes rewards of the head's output z: nothing, or 2 sigmoid(z) - 1, in (-1, 1)."""
+        """Map from the head's output z to the reward: z itself, or 2 sigmoid(z) - 1, in (-1, 1)."""
         self.free_level = False
-        """Whether that loss leaves open a constant that could be added to all scores."""
+        """Whether the loss does not change when a constant is added to all scores."""
         self.mean: float | None = None
-        """Mean score of the less preferred responses it was trained on."""
+        """Mean score of the less preferred training responses; None before training."""
         self.std: float | None = None
-        """Their standard deviation."""
+        """Standard deviation of the scores of the less preferred training responses; None before training."""
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """The trained weights by name, those of the head included."""
+        """Returns the trained weights by name, those of the head included."""
         head = {f"reward_head.{name}": parameter for name, parameter in self.head.named_parameters()}
         return self.trunk.parameters(ADAPTER) | head
 
     # --- scoring -----------------------------------------------------------------------------------------------------
 
     def logits(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> torch.Tensor:
-        """The head's output, what the losses are computed from; with a graph where gradients are on.
+        """Returns the head's output, from which the losses are computed; differentiable if gradients are enabled.
 
         Args:
             prompts: n int arrays of token ids, none empty.
-            responses: n int arrays of token ids, none empty, what ends a response included.
+            responses: n int arrays of token ids, none empty, each with its end token if it has one.
 
         Returns:
-            float32; level token: shape (total response tokens,), response after response; sequence: shape (n,).
+            float32; level token: shape (total response tokens,), response after response; level sequence: shape (n,).
 
         Raises:
             InputError: for an empty prompt or response, more tokens than the context, or ids outside the vocabulary.
@@ -119,11 +123,12 @@ class RewardModel:
         with self.trunk.active(ADAPTER, torch.is_grad_enabled()) as lm, autocast(lm, self.dtype):
             hidden = response_hidden(lm, prompts, responses, after=True)
         if self.level == "sequence":
+            # Rows are concatenated, so the cumulative lengths give the position of each last token.
             hidden = hidden[torch.from_numpy(np.cumsum([len(r) for r in responses]) - 1)]
         return self.head(hidden.float()).squeeze(-1)
 
     def rewards(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> torch.Tensor:
-        """Likewise the rewards: the head's output under :attr:`transform`."""
+        """Returns the rewards, i.e. :meth:`logits` under :attr:`transform`; same arguments, shapes and errors."""
         logits = self.logits(prompts, responses)
         return torch.tanh(logits / 2) if self.transform == "signed-probability" else logits  # = 2 sigmoid - 1
 
@@ -131,21 +136,22 @@ class RewardModel:
     def score(
         self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], token_budget: int | None = None
     ) -> list[np.ndarray]:
-        """The rewards without gradients, in micro-batches of like lengths.
+        """Returns the rewards without gradients, computed in micro-batches of similar lengths.
 
         Args:
-            prompts: as of :meth:`logits`.
-            responses: likewise.
-            token_budget: tokens of a micro-batch, padding included; by default what suits the device.
+            prompts: n int arrays of token ids, none empty.
+            responses: n int arrays of token ids, none empty.
+            token_budget: tokens per micro-batch, padding included; None or 0: a default for the device.
 
         Returns:
-            n float32 arrays; level token: of shape (len(response),); sequence: of shape (1,).
+            n float32 arrays; level token: shape (len(response),); level sequence: shape (1,).
 
         Raises:
-            InputError: as :meth:`logits`.
+            InputError: for the same inputs as :meth:`logits`.
         """
         self.check(prompts, responses)
         lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+        # Rows of similar length share a micro-batch, which keeps padding small.
         order = np.argsort(lengths, kind="stable")
         budget = token_budget or (GROUP_TOKENS if self.lm.device.type == "cpu" else PREFILL_TOKENS)
         rows: list[np.ndarray] = [np.empty(0, np.float32)] * len(lengths)
@@ -158,14 +164,15 @@ class RewardModel:
         return rows
 
     def sequence_scores(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> np.ndarray:
-        """R(x, y), float32, shape (n,): at level token the mean of the token rewards, at level sequence the score."""
+        """Returns R(x, y), float32, shape (n,): the mean token reward (level token) or the score (level sequence)."""
         return np.array([row.mean() for row in self.score(prompts, responses)], np.float32)
 
     def check(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> None:
-        """Refuses what the model cannot read.
+        """Checks that the model can read all prompts and responses.
 
         Raises:
-            InputError: naming the row; see :meth:`logits`.
+            InputError: for an empty prompt or response, more tokens than the context, or ids outside the vocabulary;
+                the message names the row.
         """
         limit, vocabulary = self.lm.context_length, self.tokenizer.vocabulary
         for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
@@ -186,7 +193,7 @@ class RewardModel:
     # --- saving and loading ------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path) -> None:
-        """Writes adapter (peft's format) or whole model, head, and ``reward_model.json``, which comes last."""
+        """Writes the adapter (peft's format) or the whole model, then the head, and last ``reward_model.json``."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.lora.rank:
@@ -194,10 +201,11 @@ class RewardModel:
         else:
             self.lm.model.save_pretrained(folder / ADAPTER)
         save_file({k: v.detach().cpu().contiguous() for k, v in self.head.state_dict().items()}, folder / HEAD)
+        # Written last: loading needs this file, so an interrupted save to a new folder is not loaded.
         (folder / SETTINGS).write_text(json.dumps(self.settings(), indent=2) + "\n", "utf-8")
 
     def settings(self) -> dict[str, Any]:
-        """What is known without the weights, JSON-able."""
+        """Returns everything but the weights, as JSON-serialisable values."""
         return {
             "model": self.model_name,
             "lora": asdict(self.lora),
@@ -219,14 +227,13 @@ class RewardModel:
         dtype: str = "auto",
         device: str = "auto",
     ) -> RewardModel:
-        """What :meth:`save` wrote.
+        """Returns the reward model that :meth:`save` wrote.
 
         Args:
-            folder: where.
-            model: the language model below, by default the one it was trained on, by name; a live model or trunk is
-                shared.
-            dtype: as of the class.
-            device: likewise.
+            folder: folder that :meth:`save` wrote.
+            model: base language model; None: the one it was trained on, by name; a live model or trunk is shared.
+            dtype: ``float32``, ``bfloat16`` or ``auto``, as in the constructor.
+            device: device of the model; ``auto`` uses a GPU if there is one.
 
         Raises:
             InputError: if files are missing, broken, or do not fit the model.
@@ -234,26 +241,26 @@ class RewardModel:
         settings = read_reward_settings(folder)
         try:
             lora = LoraSettings(**settings["lora"])
-            built = cls(settings["model"] if model is None else model, lora, settings["level"], dtype, device)
+            reward_model = cls(settings["model"] if model is None else model, lora, settings["level"], dtype, device)
         except ModelLoadError as error:
             hint = "" if model is not None else " (the reward model's own: pass another place of it as model=)"
             raise InputError(f"{error}{hint}") from error
         except TypeError as error:
             raise InputError(f"cannot read a reward model from {folder}: {error}") from error
-        built.restore(folder)
-        return built
+        reward_model.restore(folder)
+        return reward_model
 
     def restore(self, folder: str | Path) -> None:
-        """Reads what :meth:`save` wrote into this model, which must be built alike.
+        """Loads what :meth:`save` wrote into this model, which must have the same ``lora`` and ``level``.
 
         Raises:
             InputError: if files are missing, broken, or do not fit.
         """
         folder, settings = Path(folder), read_reward_settings(folder)
-        for key, mine in (("lora", asdict(self.lora)), ("level", self.level)):
-            if settings[key] != mine:
+        for key, expected in (("lora", asdict(self.lora)), ("level", self.level)):
+            if settings[key] != expected:
                 raise InputError(
-                    f"the reward model in {folder} was built with {key}={settings[key]}, this one with {mine}"
+                    f"the reward model in {folder} was built with {key}={settings[key]}, this one with {expected}"
                 )
         check_fingerprint(settings, self.tokenizer, str(folder))
         try:
@@ -269,10 +276,10 @@ class RewardModel:
 
 
 def read_reward_settings(folder: str | Path) -> dict[str, Any]:
-    """What ``reward_model.json`` says, without loading a model.
+    """Returns the contents of ``reward_model.json`` without loading a model.
 
     Raises:
-        InputError: if it is missing, broken or incomplete.
+        InputError: if the file is missing, broken or incomplete.
     """
     try:
         settings = json.loads((Path(folder) / SETTINGS).read_text("utf-8"))
@@ -288,10 +295,15 @@ _KEYS = {"model", "lora", "level", "loss", "transform", "free_level", "vocabular
 
 
 def check_fingerprint(settings: dict[str, Any], tokenizer: Tokenizer, name: str) -> None:
-    """Refuses a tokenizer that is not the one a reward model was trained with.
+    """Checks that a tokenizer is the one that a reward model was trained with.
+
+    Args:
+        settings: settings of the reward model, see :meth:`RewardModel.settings`.
+        tokenizer: the tokenizer to check.
+        name: name of the reward model in the error message.
 
     Raises:
-        InputError: naming both vocabularies.
+        InputError: if it is another tokenizer; the message names both vocabularies.
     """
     if settings["vocabulary"] != tokenizer.vocabulary or settings["tokenizer"] != tokenizer.fingerprint:
         raise InputError(

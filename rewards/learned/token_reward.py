@@ -1,4 +1,4 @@
-"""What a reward model says as a reward: token by token, or once per response."""
+"""Rewards computed by a trained reward model: per token, or once per response."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ __all__ = ["RewardModel", "SequenceReward", "TokenReward"]
 
 
 class _LearnedReward(Reward):
-    """Holds a reward model, from a folder on first use; its tokenizer is that of the env.
+    """A reward that holds a reward model, loaded from a folder on first use; the env must use its tokenizer.
 
-    Step by step or all at once, rewards are the same in float32; a model in bfloat16 rounds differently by batch.
+    Scoring step by step or all at once gives the same rewards in float32; in bfloat16 rounding depends on the batch.
     """
 
     def __init__(
@@ -30,6 +30,7 @@ class _LearnedReward(Reward):
         self.folder = "" if isinstance(model, RewardModel) else str(model)
         self.scale, self.dtype, self.device = float(scale), dtype, device
         self._model = model if isinstance(model, RewardModel) else None
+        # Only the settings are read here, so that a bad folder fails now; the weights are loaded on first use.
         self._saved = read_reward_settings(self.folder) if self._model is None else {}
         self._lock = threading.Lock()
         self.center = center
@@ -38,17 +39,17 @@ class _LearnedReward(Reward):
 
     @property
     def _settings(self) -> dict[str, Any]:
-        """The file's, until the model is loaded; a live model may be trained on."""
+        """Settings from the file until the model is loaded, then from the model, whose training may continue."""
         return self._saved if self._model is None else self._model.settings()
 
     @property
     def offset(self) -> float:
-        """Subtracted from every reward."""
+        """Constant that is subtracted from every reward."""
         settings = self._settings
         if self.center is not None and not isinstance(self.center, bool):
             return float(self.center)
-        free = settings["free_level"] and settings["mean"] is not None
-        return float(settings["mean"]) if (free if self.center is None else self.center) else 0.0
+        has_open_constant = settings["free_level"] and settings["mean"] is not None
+        return float(settings["mean"]) if (has_open_constant if self.center is None else self.center) else 0.0
 
     @property
     def _name(self) -> str:
@@ -56,7 +57,7 @@ class _LearnedReward(Reward):
 
     @property
     def model(self) -> RewardModel:
-        """The reward model."""
+        """The reward model; loaded on first use."""
         with self._lock:
             if self._model is None:
                 self._model = RewardModel.load(self.folder, dtype=self.dtype, device=self.device)
@@ -72,47 +73,48 @@ class _LearnedReward(Reward):
                     f"reward {self.name!r} reads token ids, which {sample.episode_id!r} has not: use it in a token env"
                 )
         scores = [Score.invalid("no tokens") for _ in samples]
-        written = [i for i, sample in enumerate(samples) if len(sample.token_ids)]  # type: ignore[arg-type]
-        if not written:
+        nonempty = [i for i, sample in enumerate(samples) if len(sample.token_ids)]  # type: ignore[arg-type]
+        if not nonempty:
             return scores
-        # As the env encodes them; many samples are of one prompt.
+        # Encode prompts as the env does, each distinct one once: many samples share a prompt.
         encoded = {
             prompt: np.array(self.model.tokenizer.encode(prompt), np.int32)
-            for prompt in dict.fromkeys(samples[i].prompt for i in written)
+            for prompt in dict.fromkeys(samples[i].prompt for i in nonempty)
         }
-        prompts = [encoded[samples[i].prompt] for i in written]
-        responses = [np.asarray(samples[i].token_ids, np.int32) for i in written]
-        for i, row in zip(written, self.model.score(prompts, responses), strict=True):
+        prompts = [encoded[samples[i].prompt] for i in nonempty]
+        responses = [np.asarray(samples[i].token_ids, np.int32) for i in nonempty]
+        for i, row in zip(nonempty, self.model.score(prompts, responses), strict=True):
             scores[i] = self._score(row)
         return scores
 
     def _score(self, rewards: np.ndarray) -> Score:
+        """Returns the score of a response with these rewards of :meth:`RewardModel.score`."""
         raise NotImplementedError
 
 
 class TokenReward(_LearnedReward):
-    """A token-level reward model's reward of every response token, EOS included.
+    """A reward for every response token, EOS included, from a token-level reward model.
 
-    The model is trained on the mean R(x, y) of its token rewards, while an agent sums what it is paid. Hence two forms:
-    ``causal`` pays r_t when token t is written, so a return grows with the length; ``whole`` pays r_t / T, whose sum is
-    R(x, y) of the whole response, at its end, and hands out the split as credit.
+    The model is trained on the mean R(x, y) of its token rewards, while an agent sums the rewards that it gets. Hence
+    two forms. ``causal`` gives r_t when token t is written, so a return grows with the length. ``whole`` gives R(x, y)
+    at the end of the response, with its split r_t / T over the T tokens as credit.
 
-    Losses that only compare two responses leave open a constant that could be added to all r_t, and in the causal form
-    a response of T tokens would be paid T times that constant for its length alone. ``center`` subtracts the mean score
-    of the less preferred training responses.
+    A loss that only compares two responses does not change when a constant is added to all r_t. In the causal form a
+    response of T tokens would get T times that constant for its length alone. ``center`` removes it: it subtracts the
+    mean score of the less preferred training responses.
 
     Args:
         model: a live reward model, or the folder it was saved in.
         form: ``causal`` or ``whole``.
-        scale: factor of the rewards.
-        center: whether to subtract that mean, or what to subtract; None: the mean, where the model's loss leaves the
-            constant open.
-        dtype: of a model from a folder, as of :class:`RewardModel`.
-        device: likewise.
+        scale: factor that the rewards are multiplied by, after centering.
+        center: True: subtract that mean; False: subtract nothing; a number: subtract it; None: subtract the mean if the
+            model's loss leaves the constant open and the model has a mean.
+        dtype: ``float32``, ``bfloat16`` or ``auto``: dtype of a model loaded from a folder.
+        device: device of a model loaded from a folder; ``auto`` uses a GPU if there is one.
 
     Raises:
-        InputError: if the folder cannot be read, the model is of level sequence, the form is unknown, or ``center``
-            asks for a mean that an untrained model has not.
+        InputError: if the folder cannot be read, the model is of level sequence, the form is unknown, ``scale`` is not
+            finite, or ``center`` is True for an untrained model, which has no mean.
     """
 
     name = "token-reward"
@@ -134,28 +136,34 @@ class TokenReward(_LearnedReward):
                 f"the reward model {self._name} is of level {self._settings['level']}: use the reward sequence-reward"
             )
         self.form = form
+        # Overrides the class attribute: the env reads the timing of the instance.
         self.timing = form  # type: ignore[misc]
 
     def _score(self, rewards: np.ndarray) -> Score:
-        paid = (rewards - np.float32(self.offset)) * np.float32(self.scale)
+        token_rewards = (rewards - np.float32(self.offset)) * np.float32(self.scale)
         if self.form == "whole":
-            paid = paid / np.float32(len(paid))
+            token_rewards = token_rewards / np.float32(len(token_rewards))
         terms = {"mean": float(rewards.mean()), "min": float(rewards.min())}
-        return Score(float(paid.sum(dtype=np.float64)), per_token=paid, terms=terms)
+        # Summed in float64, so that long responses lose no precision.
+        return Score(float(token_rewards.sum(dtype=np.float64)), per_token=token_rewards, terms=terms)
 
 
 class SequenceReward(_LearnedReward):
-    """A reward model's score R(x, y) of the whole response, paid at its end.
+    """A reward model's score R(x, y) of the whole response, given at its end.
 
     Args:
-        model: a live reward model, or the folder it was saved in; one of level token scores the mean of its rewards.
-        scale: as of :class:`TokenReward`.
-        center: likewise.
-        dtype: likewise.
-        device: likewise.
+        model: a live reward model, or the folder it was saved in; a model of level token scores the mean of its token
+            rewards.
+        scale: factor that the score is multiplied by, after centering.
+        center: True: subtract the mean score of the less preferred training responses; False: subtract nothing; a
+            number: subtract it; None: subtract the mean if the model's loss leaves a constant open and the model has a
+            mean.
+        dtype: ``float32``, ``bfloat16`` or ``auto``: dtype of a model loaded from a folder.
+        device: device of a model loaded from a folder; ``auto`` uses a GPU if there is one.
 
     Raises:
-        InputError: if the folder cannot be read, or ``center`` asks for a mean that an untrained model has not.
+        InputError: if the folder cannot be read, ``scale`` is not finite, or ``center`` is True for an untrained model,
+            which has no mean.
     """
 
     name = "sequence-reward"

@@ -1,1 +1,1 @@
-"""What a prompt is worth: the score of a frozen model that it makes solve a task."""
+"""Rewards for prompts: how well a frozen model solves a task with them."""

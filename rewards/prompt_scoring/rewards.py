@@ -1,4 +1,4 @@
-"""The task score of a generated prompt as a reward: a response is an instruction, or a hint, for a frozen model."""
+"""Rewards for generated prompts: the response is an instruction, or a hint, for a frozen model that solves a task."""
 
 from __future__ import annotations
 
@@ -18,42 +18,45 @@ from .task_prompt import Demonstration, LabelledExample, TaskPrompt
 
 Measure = Literal["gap", "accuracy"]
 CORRECT, INCORRECT = 200.0, 180.0
-"""RLPrompt's factors of a gap."""
+"""Factors by which RLPrompt multiplies a positive gap and any other gap."""
 
 
 class TaskReward(Reward):
-    """How well a frozen model does on a task with the response as its instruction.
+    """Score of a frozen model on a task with the response as its instruction.
 
-    ``gap`` is RLPrompt's reward for classification (Deng et al. 2022, arXiv 2205.12548, section 3.2 and its code): of
-    each example p(right label) - the highest p of another label, over the labels, times ``correct`` where it is
-    positive and ``incorrect`` where it is not; the mean over the examples. ``accuracy`` is the share of right answers,
-    in [0, 1]. Standardising over prompts is the agent's.
+    ``gap`` is RLPrompt's reward for classification (Deng et al. 2022, arXiv 2205.12548, section 3.2 and its code): the
+    mean over the examples of p(right label) - the highest p of another label, multiplied by ``correct`` if it is
+    positive and by ``incorrect`` if not. The probabilities are normalised over the labels. ``accuracy`` is the share of
+    right answers, in [0, 1]. To standardise rewards over prompts is left to the agent.
 
-    Task-level: a response is scored on a minibatch of ``size`` of the examples, drawn without replacement by the
-    sample's ``metadata["minibatch"]`` (an int) where there is one, else by ``seed`` alone, so that all responses are
-    scored on the same minibatch. Instance-level, as in Directional Stimulus (Li et al. 2023, arXiv 2302.11520): where
-    ``metadata["example"]`` is a :class:`LabelledExample` (or its fields as a mapping), the response is a hint for that
-    input and is scored on it alone.
+    Task-level scoring: a response is scored on a minibatch of ``size`` examples, drawn without replacement. The draw
+    depends on ``seed`` and the sample's ``metadata["minibatch"]`` (an int); without the latter all responses are scored
+    on the same minibatch. Instance-level scoring, as in Directional Stimulus (Li et al. 2023, arXiv 2302.11520): if
+    ``metadata["example"]`` is a :class:`~instructgym.rewards.prompt_scoring.task_prompt.LabelledExample`
+    (or its fields as a mapping), the response is a hint for that input and is scored on it alone.
 
-    A response that is empty once its surrounding blanks are gone cannot be an instruction: it is worth ``empty``, by
-    default the lowest reward there is, lest an agent whose instructions do worse than chance learns to say nothing.
+    A response that is empty or white space cannot be an instruction: it gets the reward ``empty``, by default the
+    lowest possible one, so that an agent whose instructions do worse than chance does not learn to write nothing.
 
     Args:
-        prompt: the prompt that the response becomes the instruction of; its own instruction, where it has one, must
-            hold ``{response}``, which stands for the response.
-        examples: to draw minibatches from; none where every sample brings its example.
-        size: examples of a minibatch; 0 for all.
-        scorer: a :class:`TaskScorer`, or the arguments of one as a mapping.
+        prompt: prompt whose instruction the response becomes, or its fields as a mapping; an instruction that it has
+            already must contain ``{response}``, which is replaced by the response.
+        examples: examples that minibatches are drawn from; may be empty if every sample has ``metadata["example"]``.
+        size: examples per minibatch; 0: all.
+        scorer: a :class:`~instructgym.rewards.prompt_scoring.scorer.TaskScorer`, or its arguments as a mapping; None:
+            its defaults.
         measure: ``gap`` or ``accuracy``.
         correct: factor of a positive gap.
-        incorrect: factor of any other.
-        empty: the reward of an empty response; None for -``incorrect``, or 0 where ``accuracy`` is measured.
-        seed: of the minibatch.
+        incorrect: factor of any other gap.
+        empty: reward of an empty response; None: -``incorrect``, or 0 if ``measure`` is ``accuracy``.
+        seed: seed of the drawn minibatches.
 
     Raises:
-        InputError: for an unknown measure, a size beyond the examples, batch calibration of single examples, an
-            instruction without ``{response}``, and as :func:`~.task_score.make_scorer`; when scoring, for a task-level
-            sample where there are no examples, and as :meth:`TaskScorer.check`.
+        InputError: for an unknown measure, a size above the number of examples, batch calibration of single examples,
+            an instruction without ``{response}``, and a scorer that
+            :func:`~instructgym.rewards.prompt_scoring.scorer.make_scorer` refuses; when scoring, for a task-level
+            sample if there are no examples, and for prompts or examples that
+            :meth:`~instructgym.rewards.prompt_scoring.scorer.TaskScorer.check` refuses.
     """
 
     name = "task"
@@ -77,12 +80,13 @@ class TaskReward(Reward):
             raise InputError(
                 f"the instruction {self.prompt.instruction!r} of a task reward must have {{response}} or be empty"
             )
-        self.examples = [_example(one) for one in examples]
+        self.examples = [_example(example) for example in examples]
+        # Without examples any size is allowed, because each sample has its own example.
         if size < 0 or size > len(self.examples) > 0:
             raise InputError(f"a minibatch of {size} examples cannot be drawn from {len(self.examples)}: change size")
         self.scorer = make_scorer(scorer)
         self.size = min(size or len(self.examples), len(self.examples))
-        check_batch(self.scorer.calibration, self.size)  # 0: each sample brings its own
+        check_batch(self.scorer.calibration, self.size)  # size 0: each sample has its own example
         self.measure, self.seed = measure, seed
         self.correct, self.incorrect = correct, incorrect
         lowest = -incorrect if measure == "gap" else 0.0
@@ -90,9 +94,9 @@ class TaskReward(Reward):
         self.calls_per_sample = self.scorer.calls_for(self.prompt, max(self.size, 1))
 
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
-        asked = [sample for sample in samples if sample.response.strip()]
-        prompts = [self.prompt_of(sample.response) for sample in asked]
-        minibatches = [self._minibatch(sample) for sample in asked]
+        nonempty = [sample for sample in samples if sample.response.strip()]
+        prompts = [self.prompt_of(sample.response) for sample in nonempty]
+        minibatches = [self._minibatch(sample) for sample in nonempty]
         scores = iter(self.scorer.reward_each(prompts, minibatches, self._score))
         return [
             next(scores) if sample.response.strip() else Score(self.empty, terms={self.name: self.empty})
@@ -100,18 +104,20 @@ class TaskReward(Reward):
         ]
 
     def prompt_of(self, response: str) -> TaskPrompt:
-        """The prompt with a response as its instruction (or in its place there)."""
+        """Returns the prompt with the response as its instruction, or in place of ``{response}`` in the instruction."""
         instruction = (self.prompt.instruction or "{response}").replace("{response}", response.strip())
         return replace(self.prompt, instruction=instruction)
 
     def _minibatch(self, sample: Sample) -> tuple[LabelledExample, ...]:
-        if (own := sample.metadata.get("example")) is not None:
-            return (_example(own),)
+        """Returns the examples that a sample is scored on."""
+        if (example := sample.metadata.get("example")) is not None:
+            return (_example(example),)
         if not self.examples:
             raise InputError("the task reward has no examples: give it some, or each sample metadata['example']")
         if self.size == len(self.examples):
             return tuple(self.examples)
         number = sample.metadata.get("minibatch", 0)
+        # A hash of seed and number: the same minibatch in every process, whatever was drawn before.
         rng = np.random.default_rng(request_seed(self.seed, "minibatch", number))
         return tuple(self.examples[i] for i in sorted(rng.choice(len(self.examples), self.size, replace=False)))
 
@@ -125,8 +131,8 @@ class TaskReward(Reward):
 
 def _prompt(value: Mapping[str, Any]) -> TaskPrompt:
     try:
-        shown = tuple(Demonstration(**one) for one in value.get("demonstrations", ()))
-        return TaskPrompt(**{"instruction": "", **value, "demonstrations": shown})
+        demonstrations = tuple(Demonstration(**fields) for fields in value.get("demonstrations", ()))
+        return TaskPrompt(**{"instruction": "", **value, "demonstrations": demonstrations})
     except TypeError as error:
         raise InputError(f"the prompt of a task reward has the fields of TaskPrompt: {error}") from None
 
@@ -143,16 +149,16 @@ def _example(value: LabelledExample | Mapping[str, Any]) -> LabelledExample:
 class HintedResponse(Reward):
     """ROUGE-L between the sample's reference and the answer of a frozen model that reads the response as a hint.
 
-    The reward of Directional Stimulus prompting for free text (Li et al. 2023, arXiv 2302.11520): the response is a
-    hint, such as keywords, for one input. The model answers greedily, so a hint has one value, in [0, 1]; an empty hint
-    is worth the answer without any.
+    This is the reward of Directional Stimulus prompting for free text (Li et al. 2023, arXiv 2302.11520): the response
+    is a hint, such as keywords, for one input. The model decodes greedily, so each hint has one value, in [0, 1]. An
+    empty hint gets the value of the answer without a hint.
 
     ``sample.reference`` is the reference; ``sample.metadata`` has the input, as ``plain`` (the text that an answer
-    continues) and as ``request`` (what a user asks). The feedback of a score is the answer.
+    continues) and as ``request`` (the question of a user). The feedback of a score is the answer.
 
     Args:
         backend: the frozen model.
-        max_tokens: of an answer.
+        max_tokens: maximum tokens of an answer.
         stop: texts that end an answer.
 
     Raises:
@@ -164,8 +170,8 @@ class HintedResponse(Reward):
 
     def __init__(self, backend: Any = "embedded", max_tokens: int = 48, stop: Sequence[str] = ()) -> None:
         self.backend: Backend = resolve("backend", backend)
-        ends = (stop,) if isinstance(stop, str) else tuple(stop)
-        self.sampling = Sampling(max_tokens=max_tokens, temperature=0.0, stop=ends)
+        stop_texts = (stop,) if isinstance(stop, str) else tuple(stop)
+        self.sampling = Sampling(max_tokens=max_tokens, temperature=0.0, stop=stop_texts)
 
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
         results = self.backend.generate([self.prompt_of(sample) for sample in samples], self.sampling)
@@ -177,7 +183,11 @@ class HintedResponse(Reward):
         ]
 
     def prompt_of(self, sample: Sample) -> Prompt:
-        """What the frozen model reads."""
+        """Returns the prompt that the frozen model reads for a sample.
+
+        Raises:
+            InputError: for a sample without reference or input.
+        """
         plain, request = sample.metadata.get("plain"), sample.metadata.get("request")
         if sample.reference is None or not plain or not request:
             raise InputError(
@@ -199,22 +209,24 @@ METRICS = ("gap", "accuracy")
 
 
 class TaskGain(Reward):
-    """Task score after the edit minus task score before it, on the same examples.
+    """Task score after an edit of the prompt minus the task score before it, on the same examples.
 
-    TEMPERA's reward (Zhang et al. 2023, arXiv 2211.11890) without its scale, which is the agent's. The
+    This is TEMPERA's reward (Zhang et al. 2023, arXiv 2211.11890) without its scale, which is left to the agent. The
     task score is the mean gap, p(right label) - the highest p of another label, in [-1, 1], or the accuracy, in [0, 1].
 
-    A sample's metadata holds ``prompt`` (the new :class:`~.task_prompt.TaskPrompt`), ``examples`` (labelled) and
-    ``previous_score``. The score's terms are ``task-gain``, ``score``, ``accuracy`` and ``gap``; its feedback is the
-    new prompt's failures.
+    A sample's metadata holds ``prompt`` (the new :class:`~instructgym.rewards.prompt_scoring.task_prompt.TaskPrompt`),
+    ``examples`` (labelled) and ``previous_score``. The score's terms are ``task-gain``, ``score``, ``accuracy`` and
+    ``gap``; its feedback lists the new prompt's wrong answers.
 
     Args:
-        scorer: a :class:`~.task_score.TaskScorer`, or the arguments of one as a mapping.
+        scorer: a :class:`~instructgym.rewards.prompt_scoring.scorer.TaskScorer`, or its arguments as a mapping; None:
+            its defaults.
         metric: ``gap`` or ``accuracy``.
-        failures: wrong answers that the feedback tells at most.
+        failures: maximum number of wrong answers in the feedback.
 
     Raises:
-        InputError: for an unknown metric, a negative count, and as :func:`~.task_score.make_scorer`.
+        InputError: for an unknown metric, a negative ``failures``, and a scorer that
+            :func:`~instructgym.rewards.prompt_scoring.scorer.make_scorer` refuses.
     """
 
     name = "task-gain"
@@ -239,15 +251,15 @@ class TaskGain(Reward):
         ]
 
     def evaluate(self, prompts: Sequence[TaskPrompt], examples: Sequence[Sequence[LabelledExample]]) -> list[Score]:
-        """The task scores themselves, all asked for in one batch.
+        """Returns the task scores of prompts, computed in one batch.
 
         Args:
             prompts: n prompts.
-            examples: for each prompt its examples.
+            examples: the examples of each prompt.
 
         Returns:
-            For each prompt a score whose value is the task score, with the terms ``accuracy`` and ``gap`` and the
-            failures as feedback; an invalid one where the model could not serve a request.
+            For each prompt a score whose value is the task score, with the terms ``accuracy`` and ``gap`` and the wrong
+            answers as feedback; an invalid score if the model could not serve a request.
         """
         return self.scorer.reward_each(prompts, examples, self._score)
 

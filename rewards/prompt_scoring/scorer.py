@@ -1,4 +1,4 @@
-"""What a prompt is worth to a frozen language model: its label likelihoods on the examples of a task."""
+"""Scorers of prompts by the label likelihoods that a frozen language model gives on the examples of a task."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from .task_prompt import (
 Calibration: TypeAlias = Literal["none", "contextual", "batch"]
 
 CONTENT_FREE = ("N/A", "[MASK]", "")
-"""The inputs that say nothing."""
+"""Default content-free inputs of contextual calibration."""
 
 
 def calibration_method(calibrate: bool | str) -> Calibration:
-    """The method of a flag: True is ``contextual``, False ``none``.
+    """Returns the calibration method of a name or flag; True is ``contextual``, False is ``none``.
 
     Raises:
         InputError: for an unknown name.
@@ -48,36 +48,48 @@ def calibration_method(calibrate: bool | str) -> Calibration:
 
 
 def check_batch(method: Calibration, examples: int) -> None:
-    """Refuses ``batch`` for fewer than two examples with an InputError: their mean is all that there is of the one."""
+    """Checks that ``batch`` calibration has at least two examples; one example equals the mean of its batch.
+
+    Raises:
+        InputError: for ``batch`` with fewer than two examples.
+    """
     if method == "batch" and examples < 2:
         raise InputError("batch calibration of one example leaves no signal: score more, or use 'contextual'")
 
 
 def normalised(logprobs: np.ndarray) -> np.ndarray:
-    """Log-probs over the labels: float64, of the shape of ``logprobs`` (..., labels), their exponentials summing to 1.
+    """Returns log-probs normalised over the labels, so that their exponentials sum to 1.
 
-    Raises nothing: a label of probability 0 (``-inf``) keeps it as long as another has more.
+    A label of probability 0 (``-inf``) stays at 0 if another label has more.
+
+    Args:
+        logprobs: shape (..., labels), in nats.
+
+    Returns:
+        float64, shape (..., labels), in nats.
     """
     values = np.asarray(logprobs, dtype=np.float64)
+    # Log-sum-exp relative to the highest value, which cannot overflow or become the log of 0.
     highest = values.max(axis=-1, keepdims=True)
     return values - highest - np.log(np.exp(values - highest).sum(axis=-1, keepdims=True))
 
 
 def without_bias(logprobs: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Label log-probs with the bias of a prompt removed.
+    """Returns label log-probs without the bias of their prompt: each label's mean probability on reference inputs.
 
     Args:
-        logprobs: shape (examples, labels), in nats.
-        reference: shape (inputs, labels): those of content-free inputs, or of the batch.
+        logprobs: label log-probs, shape (examples, labels), in nats.
+        reference: label log-probs of content-free inputs or of the batch, shape (inputs, labels), in nats.
 
     Returns:
-        Normalised over the labels, float64, shape (examples, labels).
+        Log-probs normalised over the labels, float64, shape (examples, labels), in nats.
 
     Raises:
-        InputError: without a reference.
+        InputError: if ``reference`` has no inputs.
     """
     if not len(reference):
         raise InputError("calibration needs at least one reference input")
+    # The floor keeps the log finite for a label whose mean probability underflows to 0.
     bias = np.log(np.maximum(np.exp(normalised(reference)).mean(axis=0), np.finfo(np.float64).tiny))
     return normalised(normalised(logprobs) - bias)
 
@@ -94,39 +106,40 @@ __all__ = [
 ]
 
 CHECKED_WORDS = 1024
+"""Sets of verbalizers whose token counts are cached."""
 CACHED_ROWS = 262_144
-"""Pairs of prompt and example whose log-probs are kept; a pair takes some 200 bytes."""
+"""Pairs of prompt and example whose log-probs are cached; a pair takes about 200 bytes."""
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """How one prompt did on the examples it was scored on."""
+    """Predictions and accuracy of one prompt on the examples that it was scored on."""
 
     accuracy: float
     """Share of examples whose label has the highest probability, in [0, 1]."""
     predictions: np.ndarray
-    """int64, shape (examples,): the label of the highest probability, the first one of equals."""
+    """Label of the highest probability, the first one among equals, int64, shape (examples,)."""
     gaps: np.ndarray
-    """float64, shape (examples,), in [-1, 1]: p(label) - the highest p of another one, of ``probabilities``."""
+    """p(label) - the highest p of another label, by ``probabilities``, float64, shape (examples,), in [-1, 1]."""
     logprobs: np.ndarray
-    """float32, shape (examples, labels), in nats: of each verbalizer after the prompt, raw whatever the calibration."""
+    """Log-prob of each verbalizer after the prompt, never calibrated, float32, shape (examples, labels), in nats."""
     probabilities: np.ndarray
-    """float64, shape (examples, labels): normalised over the labels, calibrated where that was asked for."""
+    """Label probabilities that sum to 1, calibrated if requested, float64, shape (examples, labels)."""
     prompt: TaskPrompt
     examples: tuple[LabelledExample, ...] = field(repr=False)
     calls: int = 0
-    """Task-model calls: one per example and label, those of content-free inputs included (a logical count)."""
+    """Task-model calls: one per label and input, content-free inputs and cache hits included."""
 
     @property
     def correct(self) -> np.ndarray:
-        """bool, shape (examples,)."""
+        """Whether each prediction is the right label, bool, shape (examples,)."""
         return self.predictions == np.array([example.label for example in self.examples])
 
     def failures(self, limit: int = 3) -> str:
-        """The wrong answers as text, the most confident ones first, for optimisers that read.
+        """Returns the wrong answers as text, the most confident ones first, for optimisers that read feedback.
 
         Args:
-            limit: wrong answers at most.
+            limit: maximum number of wrong answers.
         """
         wrong = np.flatnonzero(~self.correct)
         worst = wrong[np.argsort(self.gaps[wrong], kind="stable")][:limit]
@@ -142,20 +155,22 @@ class TaskScorer(Part):
     """Scores prompts by the label likelihoods that a frozen model gives them (Brown et al. 2020, section 2.4).
 
     The likelihood of a label is the probability of its verbalizer (the sum of the log-probs of its tokens) after
-    the prompt with the input filled in. All prompts and examples of a call are asked together; what the examples of a
-    prompt share is read once by a model in this process. No pair of prompt and example that is remembered is asked
-    again, so its score stays the same to the last digit. Asked anew (without cache, or by another scorer), a model in
-    this process gives it the same log-probs up to rounding, which depends on the rest of the batch: some 1e-5 nats in
-    float32, far more in bfloat16.
+    the prompt with the input filled in. All prompts and examples of a call are one backend call; a model in this
+    process reads the text that the examples of a prompt share only once. A cached pair of prompt and example is not
+    requested again, so its log-probs stay the same to the last digit. A new request (without cache, or by another
+    scorer) to a model in this process gives the same log-probs up to rounding, which depends on the rest of the batch:
+    about 1e-5 nats in float32, far more in bfloat16.
 
     Args:
-        backend: the frozen model, one that reports log-probs.
-        calibrate: remove the label bias: True or ``contextual``, or ``batch``; see :mod:`~.calibration`.
-        cache: pairs of prompt and example to remember; 0 for none.
-        content_free: the inputs of ``contextual``, in the form of the examples' texts.
+        backend: the frozen model; must report log-probs.
+        calibrate: how the label bias of a prompt is removed (:func:`without_bias`). True or ``contextual``: by the mean
+            label probabilities on ``content_free`` inputs; ``batch``: by those on the scored examples; False or
+            ``none``: not at all.
+        cache: maximum number of cached pairs of prompt and example; 0: no cache.
+        content_free: inputs of ``contextual``, in the form of the examples' texts.
 
     Raises:
-        InputError: for an unknown calibration, a negative cache, and no content-free inputs.
+        InputError: for an unknown calibration, a negative cache, or no content-free inputs.
         UnsupportedRequestError: if the backend reports no log-probs.
     """
 
@@ -184,19 +199,19 @@ class TaskScorer(Part):
         self._lock = threading.Lock()
 
     def label_logprobs(self, prompts: Sequence[TaskPrompt], examples: Sequence[LabelledExample]) -> np.ndarray:
-        """The log-prob of every label's verbalizer, for all prompts and examples.
+        """Returns the log-prob of every label's verbalizer, for all prompts and examples.
 
         Args:
-            prompts: with as many verbalizers each as the task has labels.
-            examples: the inputs; their labels are not looked at.
+            prompts: prompts with one verbalizer per label of the task.
+            examples: the inputs; their labels do not change the result.
 
         Returns:
             float32, shape (prompts, examples, labels), in nats.
 
         Raises:
-            InputError: as :meth:`check`.
-            BackendError: for a request that the model could not serve, and log-probs that are not finite; what it did
-                serve is remembered.
+            InputError: for prompts or examples that :meth:`check` refuses.
+            BackendError: if the model could not serve a request or gave log-probs that are not finite; the other
+                results are cached.
         """
         self.check(prompts, examples)
         return self._ask(prompts, [example.text for example in examples])
@@ -207,16 +222,21 @@ class TaskScorer(Part):
         examples: Sequence[LabelledExample],
         calibrate: bool | str | None = None,
     ) -> list[TaskResult]:
-        """How every prompt does on the examples.
+        """Scores every prompt on the same examples.
 
         Args:
             prompts: the prompts.
             examples: the examples, at least one.
-            calibrate: instead of the scorer's own; raw and calibrated scores share the likelihoods.
+            calibrate: calibration of this call, as in the constructor; None: that of the scorer. Raw and calibrated
+                scores use the same cached likelihoods.
+
+        Returns:
+            One result per prompt, in order.
 
         Raises:
-            InputError: as :meth:`check`; for fewer than two examples under ``batch``, which would leave no signal.
-            BackendError: as :meth:`label_logprobs`.
+            InputError: for prompts or examples that :meth:`check` refuses, and for fewer than two examples with
+                ``batch``, which would leave no signal.
+            BackendError: if the model could not serve a request or gave log-probs that are not finite.
         """
         method = self.calibration if calibrate is None else calibration_method(calibrate)
         check_batch(method, len(examples))
@@ -225,36 +245,40 @@ class TaskScorer(Part):
         extra = list(self.content_free) if method == "contextual" else []
         rows = self._ask(prompts, texts + extra)
         return [
-            _result(prompt, mine[: len(texts)], mine[len(texts) :], method, tuple(examples))
-            for prompt, mine in zip(prompts, rows, strict=True)
+            _result(prompt, prompt_rows[: len(texts)], prompt_rows[len(texts) :], method, tuple(examples))
+            for prompt, prompt_rows in zip(prompts, rows, strict=True)
         ]
 
     def score_each(
         self, prompts: Sequence[TaskPrompt], examples: Sequence[Sequence[LabelledExample]]
     ) -> list[TaskResult]:
-        """How every prompt does on examples of its own; all are asked together.
+        """Scores every prompt on its own examples, in one backend call.
 
         Args:
             prompts: n prompts.
-            examples: for each prompt its examples, at least one.
+            examples: the examples of each prompt, at least one.
+
+        Returns:
+            One result per prompt, in order.
 
         Raises:
-            InputError: as :meth:`score`, and if there are not as many lists of examples as prompts.
-            BackendError: as :meth:`label_logprobs`.
+            InputError: as in :meth:`score`, and if the numbers of prompts and of lists of examples differ.
+            BackendError: if the model could not serve a request or gave log-probs that are not finite.
         """
         if len(prompts) != len(examples):
             raise InputError(f"{len(prompts)} prompts need as many lists of examples, got {len(examples)}")
-        for prompt, mine in zip(prompts, examples, strict=True):
-            check_batch(self.calibration, len(mine))
-            self.check([prompt], mine)
+        for prompt, own_examples in zip(prompts, examples, strict=True):
+            check_batch(self.calibration, len(own_examples))
+            self.check([prompt], own_examples)
         extra = list(self.content_free) if self.calibration == "contextual" else []
-        texts = [[example.text for example in mine] + extra for mine in examples]
-        pairs = [(prompt, text) for prompt, mine in zip(prompts, texts, strict=True) for text in mine]
+        texts = [[example.text for example in own_examples] + extra for own_examples in examples]
+        pairs = [(prompt, text) for prompt, own_examples in zip(prompts, texts, strict=True) for text in own_examples]
+        # All pairs are one backend call; the rows come back in the order of the pairs.
         rows = iter(self._ask_pairs(pairs))
         results = []
-        for prompt, mine in zip(prompts, examples, strict=True):
-            found = [np.array([next(rows) for _ in part], np.float32) for part in (mine, extra)]
-            results.append(_result(prompt, found[0], found[1], self.calibration, tuple(mine)))
+        for prompt, own_examples in zip(prompts, examples, strict=True):
+            parts = [np.array([next(rows) for _ in part], np.float32) for part in (own_examples, extra)]
+            results.append(_result(prompt, parts[0], parts[1], self.calibration, tuple(own_examples)))
         return results
 
     def reward_each(
@@ -263,15 +287,19 @@ class TaskScorer(Part):
         examples: Sequence[Sequence[LabelledExample]],
         reward: Callable[[TaskResult], Score],
     ) -> list[Score]:
-        """A reward for every prompt on examples of its own, invalid where the model could not serve a request.
+        """Returns a reward for every prompt on its own examples.
 
         Args:
             prompts: n prompts.
-            examples: for each prompt its examples, at least one.
-            reward: of a result.
+            examples: the examples of each prompt, at least one.
+            reward: function from a result to its score.
+
+        Returns:
+            One score per prompt; invalid if the model could not serve a request or the prompt is longer than the
+            context.
 
         Raises:
-            InputError: as :meth:`score_each`, but for a prompt over the context.
+            InputError: as in :meth:`score_each`, except for a prompt longer than the context.
         """
         try:
             return [reward(result) for result in self.score_each(prompts, examples)]
@@ -281,21 +309,26 @@ class TaskScorer(Part):
             reason = str(error)
         if len(prompts) == 1:
             return [Score.invalid(reason, self.calls_for(prompts[0], len(examples[0])))]
-        # One prompt's failure is not that of the others, whose answers are remembered.
-        return [self.reward_each([prompt], [mine], reward)[0] for prompt, mine in zip(prompts, examples, strict=True)]
+        # Score prompt by prompt, so that one failure does not affect the others; their results are cached.
+        return [
+            self.reward_each([prompt], [own_examples], reward)[0]
+            for prompt, own_examples in zip(prompts, examples, strict=True)
+        ]
 
     def calls_for(self, prompt: TaskPrompt, examples: int) -> int:
-        """Task-model calls that a prompt's score on so many examples takes, as :attr:`TaskResult.calls` has them."""
+        """Returns the task-model calls that a prompt's score takes, counted as in :attr:`TaskResult.calls`."""
         extra = len(self.content_free) if self.calibration == "contextual" else 0
         return (examples + extra) * len(prompt.verbalizers)
 
     def check(self, prompts: Sequence[TaskPrompt], examples: Sequence[LabelledExample]) -> None:
-        """Refuses what cannot be scored, before a model is loaded where that can be seen without one.
+        """Checks that prompts and examples can be scored, before the model is loaded if possible.
 
         Raises:
-            InputError: without prompts or examples; as :func:`~.task_prompt.check_prompt`; for prompts with different
-                numbers of verbalizers, an example without text or with a label that has no verbalizer, verbalizers
-                that are no tokens, the same tokens or the beginning of another one, and a prompt over the context.
+            InputError: if there are no prompts or no examples; for a prompt that
+                :func:`~instructgym.rewards.prompt_scoring.task_prompt.check_prompt` refuses; for prompts with different
+                numbers of verbalizers; for an example without text or whose label has no verbalizer; for verbalizers
+                that have no tokens, have the same tokens as another or begin another; for a prompt that is longer than
+                the context.
         """
         if not prompts or not examples:
             raise InputError(f"scoring needs prompts and examples, got {len(prompts)} and {len(examples)}")
@@ -312,6 +345,7 @@ class TaskScorer(Part):
                 )
             if not example.text.strip():
                 raise InputError(f"example {example.id!r} has no text: leave it out")
+        # The longest examples decide whether a prompt fits; the longest verbalizer must fit after it.
         room = max(self._checked_tokens(words) for words in dict.fromkeys(prompt.verbalizers for prompt in prompts))
         for number, prompt in enumerate(prompts):
             for example in longest(examples):
@@ -320,7 +354,7 @@ class TaskScorer(Part):
                     raise InputError(f"prompt {number} is too long: {error}") from error
 
     def _checked_tokens(self, words: tuple[str, ...]) -> int:
-        """Tokens of the longest verbalizer; 1 where the backend does not know its tokenizer."""
+        """Returns the tokens of the longest verbalizer; 1 if the backend does not know its tokenizer."""
         if words not in self._checked:
             tokens = self.backend.completion_ids([self._lead + word for word in words])
             for word, ids in zip(words, tokens or [], strict=False):
@@ -334,7 +368,7 @@ class TaskScorer(Part):
 
     @property
     def _lead(self) -> str:
-        """What stands before a verbalizer: a blank, where it goes on from the prompt's text."""
+        """Text before a verbalizer: a blank if the verbalizer continues the prompt's text, else empty."""
         return " " if self.backend.prompt_style == "completion" else ""
 
     def _built(self, text: str) -> Prompt:
@@ -345,11 +379,12 @@ class TaskScorer(Part):
         return np.array(rows, np.float32).reshape(len(prompts), len(texts), len(prompts[0].verbalizers))
 
     def _ask_pairs(self, pairs: Sequence[tuple[TaskPrompt, str]]) -> list[np.ndarray]:
-        """The labels' log-probs, float32, shape (labels,), for each pair of a prompt and an input."""
+        """Returns the labels' log-probs, float32, shape (labels,), for each pair of a prompt and an input."""
         keys: list[bytes] = []
-        found: dict[bytes, np.ndarray] = {}
-        wanted: dict[bytes, tuple[str, str, tuple[str, ...]]] = {}
+        results: dict[bytes, np.ndarray] = {}
+        missing: dict[bytes, tuple[str, str, tuple[str, ...]]] = {}
         name = self.backend.name
+        # Look every pair up in the cache; equal pairs that are missing are requested once.
         with self._lock:
             for prompt, text in pairs:
                 head, rest = prompt.render(text)
@@ -357,22 +392,23 @@ class TaskScorer(Part):
                 keys.append(key)
                 row = self._rows.get(key)
                 if row is not None:
-                    found[key] = row
+                    results[key] = row
                     self._rows.move_to_end(key)
                 else:
-                    wanted.setdefault(key, (head, rest, prompt.verbalizers))
-        if wanted:
-            found |= self._fresh(wanted)
-        return [found[key] for key in keys]
+                    missing.setdefault(key, (head, rest, prompt.verbalizers))
+        if missing:
+            results |= self._fresh(missing)
+        return [results[key] for key in keys]
 
     def _fresh(self, wanted: dict[bytes, tuple[str, str, tuple[str, ...]]]) -> dict[bytes, np.ndarray]:
+        """Requests the log-probs of pairs that are not cached, caches what succeeds and raises the first error."""
         lead = self._lead
         rows = self.backend.choice_logprobs(
             [self._built(head + rest) for head, rest, _ in wanted.values()],
             [[lead + word for word in words] for _, _, words in wanted.values()],
             [self._built(head) if head else "" for head, _, _ in wanted.values()],
         )
-        found: dict[bytes, np.ndarray] = {}
+        results: dict[bytes, np.ndarray] = {}
         failed: list[tuple[str, BackendError]] = []
         for (key, (head, rest, _)), row in zip(wanted.items(), rows, strict=True):
             if isinstance(row, BackendError):
@@ -380,9 +416,10 @@ class TaskScorer(Part):
             elif not np.isfinite(row).all():
                 failed.append((head + rest, BackendError(f"the log-probs {row.tolist()} are not all finite")))
             else:
-                found[key] = row
+                results[key] = row
+        # Cache what succeeded before raising, so that a repeated call requests only the rest.
         with self._lock:
-            self._rows |= found if self.cache else {}
+            self._rows |= results if self.cache else {}
             while len(self._rows) > self.cache:
                 self._rows.popitem(last=False)
         if failed:
@@ -390,14 +427,18 @@ class TaskScorer(Part):
             if isinstance(error, ContextLengthError):
                 raise InputError(f"the prompt {one_line(text)[:60]!r} is too long: {error}") from error
             raise error
-        return found
+        return results
 
 
 def make_scorer(scorer: TaskScorer | Mapping[str, Any] | None) -> TaskScorer:
-    """A task scorer from what rewards take: one that is there, or the arguments of one; None for the defaults.
+    """Returns a task scorer from the ``scorer`` argument of a reward.
+
+    Args:
+        scorer: a scorer, which is returned as it is, or the arguments of one as a mapping; None: the defaults.
 
     Raises:
-        InputError: for anything else, arguments that a scorer does not have, and as :class:`TaskScorer`.
+        InputError: for any other type, for arguments that a scorer does not have, and for those that
+            :class:`TaskScorer` refuses.
     """
     if isinstance(scorer, TaskScorer):
         return scorer
@@ -410,8 +451,10 @@ def make_scorer(scorer: TaskScorer | Mapping[str, Any] | None) -> TaskScorer:
 
 
 def _key(*parts: str) -> bytes:
+    """Returns a hash of the texts that identifies a row of the cache."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
+        # The length before each text keeps ("ab", "c") and ("a", "bc") apart.
         encoded = part.encode()
         digest.update(len(encoded).to_bytes(4, "little") + encoded)
     return digest.digest()
@@ -420,6 +463,15 @@ def _key(*parts: str) -> bytes:
 def _result(
     prompt: TaskPrompt, rows: np.ndarray, content_free: np.ndarray, method: Calibration, examples: tuple[Any, ...]
 ) -> TaskResult:
+    """Returns the result of one prompt from its label log-probs.
+
+    Args:
+        prompt: the prompt.
+        rows: float32, shape (examples, labels), in nats: log-probs of the examples.
+        content_free: float32, shape (inputs, labels), in nats: those of the content-free inputs; empty if not used.
+        method: calibration.
+        examples: the examples.
+    """
     if method == "none":
         decided = normalised(rows)
     else:
@@ -443,22 +495,22 @@ def _result(
 
 
 class CallLimitError(Exception):
-    """The next request would need more task-model calls than are left."""
+    """Raised if the next request needs more task-model calls than are left."""
 
 
 class LimitedScorer(TaskScorer):
-    """As :class:`~.task_score.TaskScorer`, up to a number of task-model calls.
+    """A :class:`TaskScorer` with a limit on its task-model calls.
 
-    A call is one label of one example after one prompt; what the cache answers counts as well, so that the number says
-    what a method asked for, not in which order. Requests that fail do not count.
+    A call is one label of one example after one prompt. Cache hits count as well, so that the number of calls depends
+    on what a method requests and not on the order. Failed requests do not count.
 
     Args:
-        limit: calls at most.
-        *args, **kwargs: as of :class:`~.task_score.TaskScorer`.
+        limit: maximum number of calls.
+        *args, **kwargs: arguments of :class:`TaskScorer`.
 
     Raises:
         InputError: for a limit below 1.
-        CallLimitError: when scoring, before anything is asked that would go beyond the limit.
+        CallLimitError: when scoring, before a request that would exceed the limit.
     """
 
     def __init__(self, limit: int, *args: Any, **kwargs: Any) -> None:
@@ -469,7 +521,7 @@ class LimitedScorer(TaskScorer):
 
     @property
     def left(self) -> int:
-        """Calls until the limit."""
+        """Number of calls until the limit."""
         return self.limit - self.calls
 
     def _ask_pairs(self, pairs: Sequence[tuple[TaskPrompt, str]]) -> list[np.ndarray]:
@@ -480,5 +532,5 @@ class LimitedScorer(TaskScorer):
         try:
             return super()._ask_pairs(pairs)
         except (BackendError, InputError):
-            self.calls -= needed  # what was answered is counted when it is asked for again
+            self.calls -= needed  # the results that succeeded are cached and count when they are requested again
             raise

@@ -1,4 +1,4 @@
-"""Prompts for a frozen model on a labelled task, and the examples that they are scored on."""
+"""Prompts for a frozen model on a labelled task, the examples they are scored on, and checks of both."""
 
 from __future__ import annotations
 
@@ -15,43 +15,44 @@ BLOCK = "Input: {text}\nAnswer:"
 
 @dataclass(frozen=True)
 class LabelledExample:
-    """One input of a task with its right answer."""
+    """One input of a task with its right label."""
 
     id: str
-    """Stable over runs."""
+    """Id of the example, stable over runs."""
     text: str
-    """The filled input, e.g. a sentence, or premise and hypothesis with their names."""
+    """Input text, e.g. a sentence, or premise and hypothesis with their field names."""
     label: int
     """Index of the right label."""
 
 
 @dataclass(frozen=True)
 class Demonstration:
-    """One solved input in a prompt."""
+    """One input with its answer, shown in a prompt."""
 
     text: str
     label: int
-    """Index of its label, by which the prompt's verbalizer is chosen."""
+    """Index of the label, and of its word among the prompt's verbalizers."""
 
 
 @dataclass(frozen=True)
 class TaskPrompt:
-    """What a frozen model reads around an input: an instruction, solved inputs, and the words that stand for labels.
+    """A prompt without its input: an instruction, demonstrations, and verbalizers (the words for the labels).
 
     Raises:
-        InputError: on construction, for a template or block without its places.
+        InputError: on construction, if a placeholder of ``template`` or ``block`` does not occur exactly once.
     """
 
     instruction: str
     demonstrations: tuple[Demonstration, ...] = ()
     verbalizers: tuple[str, ...] = ()
-    """One word (or text) per label, without surrounding blanks."""
+    """One word (or text) per label, without surrounding white space."""
     template: str = TEMPLATE
-    """Where instruction, demonstrations and input stand; must have ``{instruction}`` and ``{input}``."""
+    """Layout of instruction, demonstrations and input; must have ``{instruction}`` and ``{input}`` once each."""
     block: str = BLOCK
-    """One input, open for its answer; must have ``{text}``. Solved inputs are written in the same form."""
+    """Layout of one input up to its answer; must have ``{text}`` once. Demonstrations have the same layout."""
 
     def __post_init__(self) -> None:
+        # Lists become tuples, which keeps prompts hashable; a frozen dataclass allows this only in this way.
         object.__setattr__(self, "demonstrations", tuple(self.demonstrations))
         object.__setattr__(self, "verbalizers", tuple(self.verbalizers))
         for part, places in (("template", ("instruction", "input")), ("block", ("text",))):
@@ -60,34 +61,34 @@ class TaskPrompt:
                     raise InputError(f"a prompt's {part} must have {{{place}}} once, got {getattr(self, part)!r}")
 
     def render(self, text: str) -> tuple[str, str]:
-        """The prompt for one input, to which a blank and a verbalizer are the continuation.
+        """Returns the prompt for one input; a blank and a verbalizer continue it.
 
         Args:
             text: the input.
 
         Returns:
-            Two parts to be joined without a gap: what comes before the input, which all inputs share, and the rest.
-            Where the template puts the input before the instruction, the first part ends before the instruction
-            instead: what all prompts share for one input.
+            Two parts, to be joined without a separator: the text before the input, which all inputs share, and the
+            rest. If the template puts the input before the instruction, the first part ends before the instruction
+            instead: all prompts share it for one input.
         """
         before, between, after = self._pieces
         return (before, f"{text}{between}") if after is None else (f"{before}{text}{between}", after)
 
     @property
     def text(self) -> str:
-        """The whole prompt, for observations: the input's place left open, the verbalizers behind it."""
+        """The whole prompt for observations: ``{text}`` in place of the input, followed by the verbalizers."""
         return "".join(self.render("{text}")) + " " + " | ".join(self.verbalizers)
 
     @cached_property
     def _pieces(self) -> tuple[str, str, str | None]:
-        """What stands before the input's text, and behind it; the rest from the instruction on, where it comes last."""
+        """Texts before and after the input's text; third, the text from the instruction on if the input precedes it."""
         words = self.verbalizers
         opening, closing = self.block.split("{text}")
         solved = "".join(f"{opening}{d.text}{closing} {words[d.label]}\n\n" for d in self.demonstrations)
         values = {"instruction": self.instruction, "demonstrations": solved}
         head, tail = self.template.split("{input}")
         before, split = fill(head, values), tail.find("{instruction}")
-        if not self.instruction.strip():  # no gap where it would stand
+        if not self.instruction.strip():  # an empty instruction leaves no blank lines at the start
             before = before.lstrip()
         if split < 0:
             return before + opening, closing + fill(tail, values), None
@@ -95,17 +96,18 @@ class TaskPrompt:
 
 
 def longest(examples: Sequence[LabelledExample]) -> list[LabelledExample]:
-    """The examples that decide whether a prompt fits, for which alone tokens are counted.
+    """Returns the examples whose tokens are counted to check whether a prompt fits the context.
 
-    The longest in UTF-8 bytes, and the one with most bytes beyond ASCII, where a character can take several tokens.
+    These are the longest in UTF-8 bytes, and the one with the most bytes beyond one per character: outside ASCII a
+    character can take several tokens.
     """
-    sizes = [(len(one.text.encode()), len(one.text)) for one in examples]
-    beyond = [(size - letters, size) for size, letters in sizes]
-    return [examples[i] for i in dict.fromkeys((sizes.index(max(sizes)), beyond.index(max(beyond))))]
+    sizes = [(len(example.text.encode()), len(example.text)) for example in examples]
+    extra_bytes = [(size - letters, size) for size, letters in sizes]
+    return [examples[i] for i in dict.fromkeys((sizes.index(max(sizes)), extra_bytes.index(max(extra_bytes))))]
 
 
 def encodable(text: str) -> bool:
-    """Whether UTF-8 can say a text: half an emoji, which some servers send, it cannot."""
+    """Returns whether UTF-8 can encode a text; it cannot encode lone surrogates, which some servers send."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -114,16 +116,16 @@ def encodable(text: str) -> bool:
 
 
 def check_prompt(prompt: TaskPrompt, where: str = "the prompt") -> None:
-    """Refuses a prompt that no model could be asked with, by its texts alone.
+    """Checks the texts of a prompt; needs no model.
 
     Args:
         prompt: the prompt.
-        where: what to call it in errors.
+        where: name of the prompt in error messages.
 
     Raises:
-        InputError: for a prompt without instruction and demonstrations, text that UTF-8 cannot say, demonstrations
-            without a place in the template or with a label outside the verbalizers, fewer than two verbalizers, and
-            verbalizers that are empty, in blanks, equal, or continued by another one.
+        InputError: for a prompt without instruction and demonstrations, text that UTF-8 cannot encode, demonstrations
+            for which the template has no place or whose label has no verbalizer, fewer than two verbalizers, and
+            verbalizers that are empty, have white space around them, are equal, or begin another verbalizer.
     """
     words = prompt.verbalizers
     if not prompt.instruction.strip() and not prompt.demonstrations:
@@ -137,23 +139,29 @@ def check_prompt(prompt: TaskPrompt, where: str = "the prompt") -> None:
             raise InputError(f"verbalizer {number} of {where} is empty: use a word that the model can say")
         if word != word.strip():
             raise InputError(f"verbalizer {number} of {where} has blanks around it: use {word.strip()!r}, not {word!r}")
+    # Split at white space here; the scorer repeats the check on the model's tokens.
     check_distinct([word.split() for word in words], words, where)
-    for number, shown in enumerate(prompt.demonstrations):
-        if not 0 <= shown.label < len(words):
+    for number, demonstration in enumerate(prompt.demonstrations):
+        if not 0 <= demonstration.label < len(words):
             raise InputError(
-                f"demonstration {number} of {where} has the label {shown.label}: use 0 to {len(words) - 1}"
+                f"demonstration {number} of {where} has the label {demonstration.label}: use 0 to {len(words) - 1}"
             )
     if not encodable(prompt.text):
         raise InputError(f"{where} has characters that UTF-8 cannot say: {prompt.text!r}")
 
 
 def check_distinct(tokens: Sequence[Sequence[object]], words: Sequence[str], where: str) -> None:
-    """Refuses verbalizers of equal tokens, and those that begin with all tokens of another one.
+    """Checks that no verbalizer has the same tokens as another one or begins with all tokens of another one.
 
-    The probability of a text is at least that of every continuation, so the longer one could never be predicted.
+    A text is at least as probable as each of its continuations, so the longer verbalizer could never be predicted.
+
+    Args:
+        tokens: tokens of each verbalizer.
+        words: the verbalizers, for the error message.
+        where: name of the prompt or task in the error message.
 
     Raises:
-        InputError: naming the two.
+        InputError: naming the two verbalizers.
     """
     for i, first in enumerate(tokens):
         for j, second in enumerate(tokens):

@@ -1,1 +1,1 @@
-"""The quality of an instruction with its instance: a linear rule over scorers."""
+"""Rewards for the quality of an instruction with its instance: scorers, and a linear rule over them."""

@@ -1,4 +1,4 @@
-"""Learned scorers of quality from the Hugging Face hub or a local folder: UniEval, and reward models with one logit."""
+"""Learned quality scorers from the Hugging Face hub or a local folder: UniEval, and reward models with one logit."""
 
 from __future__ import annotations
 
@@ -17,17 +17,26 @@ from ...llm_backends.prompting import fill, load_prompts
 from ..base import Reward, Sample, Score
 
 UNIEVAL_TOKENS = 1024
-"""Tokens that UniEval reads; what is longer loses its end, which is that of the dialogue history."""
+"""Maximum tokens of a UniEval input; longer inputs are cut at the end, where the dialogue history is."""
 
 BATCH_TOKENS = 4096
-"""Tokens, padding included, in one forward pass."""
+"""Maximum tokens of one forward pass, padding included."""
 
 _LOCK = threading.Lock()
 
 
 @cache
 def _load(path: str, kind: str, device: str) -> tuple[Any, Any]:
-    """A model, in evaluation mode, and its tokenizer; one copy per process."""
+    """Returns a model in evaluation mode and its tokenizer; one copy per process.
+
+    Args:
+        path: local folder or hub id.
+        kind: name of the transformers class that loads the model, such as ``AutoModelForSeq2SeqLM``.
+        device: device of the model; ``auto`` uses a GPU if there is one.
+
+    Raises:
+        ModelLoadError: if the model cannot be loaded, or lacks weights that would then be random.
+    """
     import transformers
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -40,6 +49,7 @@ def _load(path: str, kind: str, device: str) -> tuple[Any, Any]:
         raise ModelLoadError(
             f"cannot load a {kind.removeprefix('AutoModelFor')} model from {path!r}: {reason}"
         ) from error
+    # transformers only warns about missing weights and fills them with random values.
     if report["missing_keys"]:
         raise ModelLoadError(
             f"{path!r} lacks the weights {sorted(report['missing_keys'])[:3]}, which would be random: it is no trained "
@@ -51,17 +61,19 @@ def _load(path: str, kind: str, device: str) -> tuple[Any, Any]:
 class UniEval(Reward):
     """P(Yes) / (P(Yes) + P(No)) of UniEval-dialog at the first decoder position (Zhong et al. 2022, arXiv 2210.07197).
 
-    A T5 model that was trained to answer questions about a response in a dialogue; the dialogue history is the prompt,
-    and ``coherence`` alone reads it. It asks the questions the checkpoint was trained on, so another checkpoint has to
-    be one of the same training. It was tested with random weights of the same architecture only.
+    UniEval is a T5 model that was trained to answer questions about a response in a dialogue. The prompt is used as the
+    dialogue history; only ``coherence`` reads it. The questions are those that the checkpoint was trained on, so
+    another checkpoint must have been trained on the same questions. The class was tested with random weights of the
+    same architecture only.
 
     Args:
         aspect: ``naturalness``, ``understandability`` or ``coherence``.
         model: local folder or hub id; loaded on first use, once for all aspects.
-        device: ``auto`` takes a GPU where there is one.
+        device: device of the model; ``auto`` uses a GPU if there is one.
 
     Raises:
         ValueError: for another aspect.
+        InputError: when scoring, if the tokenizer has no token for ``Yes`` or ``No``.
         ModelLoadError: on first use, if the model cannot be loaded.
     """
 
@@ -79,8 +91,8 @@ class UniEval(Reward):
         self.template, self.aspect, self.path, self.device = templates[aspect], aspect, model, device
 
     def question(self, sample: Sample) -> str:
-        """The model's input. A turn of the history ends in a line end, and the history in a blank line."""
-        # A separator within a text would open a field of its own.
+        """Returns the model's input; a turn of the history ends with a line end, the history with a blank line."""
+        # UniEval separates fields with "</s>"; inside a text it would start a new field.
         texts = {"response": sample.response, "history": f"{sample.prompt}\n\n"}
         return fill(self.template, {name: text.replace("</s>", "< /s>") for name, text in texts.items()})
 
@@ -93,8 +105,9 @@ class UniEval(Reward):
         yes, no = (self._word(tokenizer, word) for word in ("Yes", "No"))
         texts = [self.question(sample) for sample in samples]
         ids = tokenizer(texts, truncation=True, max_length=UNIEVAL_TOKENS)["input_ids"]
+        # Rows of similar length share a forward pass, which keeps padding small.
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        odds = [0.0] * len(ids)
+        log_odds = [0.0] * len(ids)
         for chunk in token_budget_chunks([len(ids[i]) for i in order], BATCH_TOKENS):
             rows = [order[k] for k in chunk]
             batch = tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="pt").to(model.device)
@@ -103,8 +116,9 @@ class UniEval(Reward):
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], decoder_input_ids=start
             ).logits[:, 0]
             for i, difference in zip(rows, (logits[:, yes] - logits[:, no]).float().tolist(), strict=True):
-                odds[i] = difference
-        values = torch.tensor(odds, dtype=torch.float64).sigmoid().tolist()
+                log_odds[i] = difference
+        # P(Yes) / (P(Yes) + P(No)) is the sigmoid of the difference of the two logits.
+        values = torch.tensor(log_odds, dtype=torch.float64).sigmoid().tolist()
         return [
             Score(value, terms={self.name: value})
             if not math.isnan(value)
@@ -113,6 +127,7 @@ class UniEval(Reward):
         ]
 
     def _word(self, tokenizer: Any, word: str) -> int:
+        """Returns the id of a word's first token."""
         token = tokenizer(word)["input_ids"][0]
         if token == tokenizer.unk_token_id:
             raise InputError(f"the tokenizer of {self.path!r} has no token for {word!r}: it is no UniEval model")
@@ -120,18 +135,18 @@ class UniEval(Reward):
 
 
 class HubRewardModel(Reward):
-    """The logit of a reward model on (prompt, response), as transformers' sequence classification with one label.
+    """The logit of a reward model on (prompt, response), for transformers sequence classifiers with one label.
 
-    Prompt and response go through the tokenizer's chat template, as a message of the user and one of the assistant,
-    or where there is none as a pair of texts. A pair that is longer than the model's context has no score. Reward
-    models with classes of their own cannot be loaded, such as OpenAssistant's on GPT-NeoX.
+    The tokenizer's chat template formats prompt and response as a user and an assistant message; without a template
+    they are encoded as a pair of texts. The score is invalid if the pair is longer than the model's context. Reward
+    models that need a class outside transformers, such as OpenAssistant's on GPT-NeoX, cannot be loaded.
 
     Args:
         model: local folder or hub id; loaded on first use.
-        device: ``auto`` takes a GPU where there is one.
+        device: device of the model; ``auto`` uses a GPU if there is one.
 
     Raises:
-        ModelLoadError: on first use, if the model cannot be loaded or has not one label.
+        ModelLoadError: on first use, if the model cannot be loaded or does not have exactly one label.
     """
 
     name = "hub-reward-model"
@@ -146,6 +161,7 @@ class HubRewardModel(Reward):
         with _LOCK:
             model, tokenizer = self._loaded()
         rows = [self._encode(tokenizer, sample) for sample in samples]
+        # Some configs set no limit; the tokenizer may set a smaller one.
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
         limit = min(positions, tokenizer.model_max_length)
         scores = [
@@ -155,7 +171,7 @@ class HubRewardModel(Reward):
         fit = sorted(
             (i for i, row in enumerate(rows) if len(row["input_ids"]) <= limit), key=lambda i: len(rows[i]["input_ids"])
         )
-        # Without a padding token the model cannot tell where a row ends: one at a time.
+        # The model finds the end of a row by its padding tokens; without such a token each row is its own batch.
         pads = tokenizer.pad_token_id is not None
         lengths = [len(rows[i]["input_ids"]) for i in fit]
         chunks = token_budget_chunks(lengths, BATCH_TOKENS) if pads else ([k] for k in range(len(fit)))
@@ -186,6 +202,7 @@ class HubRewardModel(Reward):
         if not tokenizer.chat_template:
             return dict(tokenizer(sample.prompt, sample.response))
         messages = [{"role": "user", "content": sample.prompt}, {"role": "assistant", "content": sample.response}]
+        # The template writes the special tokens itself.
         text = tokenizer.apply_chat_template(messages, tokenize=False)
         return dict(tokenizer(text, add_special_tokens=False))
 

@@ -1,7 +1,8 @@
-"""The text of one instance: an input and the output that an instruction calls for, read strictly.
+"""Strict parser of the text of one instance: an input and the output that an instruction asks for.
 
-Two orders, as of REFINE-AF (Roy et al., arXiv 2505.06548, stage 3): *input first*, ``Input: ...`` and ``Output: ...``,
-and for classification tasks *output first*, ``Class label: ...`` and ``Input: ...``.
+The fields have one of two orders, as in REFINE-AF (Roy et al., arXiv 2505.06548, stage 3): *input first*,
+``Input: ...`` and ``Output: ...``, and for classification tasks *output first*, ``Class label: ...`` and
+``Input: ...``.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from ...llm_backends.prompting import one_line
 Order = Literal["input_first", "output_first"]
 
 FIELDS: dict[Order, tuple[str, str]] = {"input_first": ("input", "output"), "output_first": ("class label", "input")}
-"""The fields of each order, in that order; the input may be missing."""
+"""Names of the fields of each order, as they follow each other; the input may be missing."""
 
 NO_INPUT = frozenset({"none", "n/a", "no input", "not applicable", "not needed", "<noinput>", "-"})
-"""What models write for an input that a task does not need, without case and a trailing period."""
+"""Texts that models write as the input of a task without input, in lower case and without a trailing period."""
 
 ECHO_WORDS = 4
-"""An instruction of so many words may not stand anywhere in its output; a shorter one may not be the output."""
+"""Minimum words of an instruction that its output may not contain; a shorter one may only not equal the output."""
 
 _FIELD = re.compile(r"[ \t]*(Input|Output|Class label)[ \t]*\d*[ \t]*:[ \t]*", re.IGNORECASE)
 _HEADING = re.compile(r"[ \t]*(Example[ \t]*\d*[ \t]*[.:]?[ \t]*$|(Task|Instruction)[ \t]*:)", re.IGNORECASE)
@@ -31,49 +32,57 @@ _INSIDE = re.compile(r"\b(Input|Output|Class label|Task):")
 
 @dataclass(frozen=True)
 class Instance:
-    """One input of an instruction with the output that it calls for."""
+    """One input of an instruction with the output that the instruction asks for."""
 
     input: str
-    """Empty where the instruction needs none."""
+    """Input of the task; empty if the instruction needs none."""
     output: str
-    """Never empty, where a parser made it."""
+    """Output of the task; never empty if the instance was parsed."""
 
 
 def parse_pair(text: str, order: Order = "input_first", instruction: str = "") -> Instance | None:
-    """Reads a text that is one instance; None where :func:`read_pair` finds it malformed.
+    """Parses a text that is one instance.
 
     Args:
-        text: the whole text, what the prompt opened it with included.
+        text: the whole text, including the opening that the prompt ended with.
         order: which field comes first.
-        instruction: what the instance is of, which its output must not repeat; empty for no such check.
+        instruction: instruction of the instance, which the output must not repeat; empty: not checked.
+
+    Returns:
+        The instance, or None if :func:`read_pair` finds the text malformed.
 
     Raises:
         InputError: for an unknown order.
     """
-    found = read_pair(text, order, instruction)
-    return found if isinstance(found, Instance) else None
+    result = read_pair(text, order, instruction)
+    return result if isinstance(result, Instance) else None
 
 
 def read_pair(text: str, order: Order = "input_first", instruction: str = "") -> Instance | str:
-    """Likewise, but says what is wrong with a malformed text.
+    """Parses a text that is one instance, or returns why it is malformed.
 
-    Fields begin a line, in any case. The field of the input may be missing, or name none (``None``, ``N/A``): the input
-    is then empty. A class label is one line. Reasons, in the order in which they are looked for: ``heading``, a line
-    that begins another example or task; ``no_field``, text before the first field; ``no_output``; ``fields``, two of
-    one kind, one of the other order, or in the wrong order; ``field_inside``, the name of a field with a colon within a
-    line; ``empty_output``; ``long_label``; ``input_is_output``; ``echo``, an output that repeats the instruction;
-    ``ends_with_colon``, an input or output that is unfinished.
+    A field name begins a line, in upper or lower case. The input field may be missing or hold a text for no input
+    (:data:`NO_INPUT`): the input is then empty. A class label is one line.
 
     Args:
-        text: as of :func:`parse_pair`.
-        order: likewise.
-        instruction: likewise.
+        text: the whole text, including the opening that the prompt ended with.
+        order: which field comes first.
+        instruction: instruction of the instance, which the output must not repeat; empty: not checked.
+
+    Returns:
+        The instance, or the first reason that applies, in this order: ``heading``, a line begins another example or
+        task; ``no_field``, there is text before the first field; ``no_output``, there is no output field; ``fields``, a
+        field occurs twice, belongs to the other order or comes in the wrong order; ``field_inside``, a field name with
+        a colon occurs inside a value; ``empty_output``; ``long_label``, the class label has several lines;
+        ``input_is_output``, both are equal; ``echo``, the output repeats the instruction; ``ends_with_colon``, the
+        input or output is unfinished.
 
     Raises:
         InputError: for an unknown order.
     """
     if order not in FIELDS:
         raise InputError(f"order must be input_first or output_first, got {order!r}")
+    # Split the lines into fields; a line without a field name continues the field before it.
     fields: list[tuple[str, str]] = []
     for line in text.strip().splitlines():
         if _HEADING.match(line):
@@ -94,13 +103,14 @@ def read_pair(text: str, order: Order = "input_first", instruction: str = "") ->
     if any(_INSIDE.search(value) for _, value in fields):
         return "field_inside"
     values = {name: value.strip() for name, value in fields}
-    written = values.get("input", "")
-    absent = written.removesuffix(".").casefold() in NO_INPUT
-    instance = Instance("" if absent else written, values[output_name])
+    input_text = values.get("input", "")
+    absent = input_text.removesuffix(".").casefold() in NO_INPUT
+    instance = Instance("" if absent else input_text, values[output_name])
     return _defect(instance, order, instruction) or instance
 
 
 def _defect(instance: Instance, order: Order, instruction: str) -> str:
+    """Returns the reason why the values of an instance are malformed; empty if they are well formed."""
     if not instance.output:
         return "empty_output"
     if order == "output_first" and "\n" in instance.output:
@@ -115,7 +125,9 @@ def _defect(instance: Instance, order: Order, instruction: str) -> str:
 
 
 def _repeats(output: str, instruction: str) -> bool:
-    said, asked = re.findall(r"\w+", output.casefold()), re.findall(r"\w+", instruction.casefold())
-    if len(asked) < ECHO_WORDS:
-        return bool(asked) and said == asked
-    return f" {' '.join(asked)} " in f" {' '.join(said)} "
+    """Returns whether the output repeats the instruction word by word; case and punctuation do not count."""
+    output_words, instruction_words = re.findall(r"\w+", output.casefold()), re.findall(r"\w+", instruction.casefold())
+    if len(instruction_words) < ECHO_WORDS:
+        return bool(instruction_words) and output_words == instruction_words
+    # The blanks around both sides keep matches at word boundaries.
+    return f" {' '.join(instruction_words)} " in f" {' '.join(output_words)} "

