@@ -124,7 +124,7 @@ class TokenProcess:
         for index in indices.values():
             check_index(index, len(self.examples))
         prefixes = {copy: self._prefix(options.get("prefix"), copy) for copy in copies}
-        # Without a seed the data order comes from the copy's generator, which Gymnasium has seeded at random.
+        # No seed was ever set: the data order is drawn from the generator of the first copy.
         if self._unseeded:
             self.restart(int(self.generators[copies[0]].integers(2**31)))
         size = self.settings.group_size
@@ -296,7 +296,7 @@ class TokenProcess:
         ids[: len(prompt)] = prompt
         choices = self._choices_of(example) if self.settings.constrained else None
         base_seed = int(self.generators[copy].integers(2**62))
-        # Writing the prefix as a policy would finds out whether it ends the episode.
+        # The prefix is written like the tokens of a policy, which shows whether it ends the episode.
         episode = TokenEpisode(index, example, prompt, ids, base_seed, choices, given=len(prefix))
         episode.write(prefix, self.tokenizer, self.generation)
         if episode.finish_reason:
