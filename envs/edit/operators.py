@@ -32,7 +32,7 @@ class Operation:
     name: str
     """Name of the operation."""
     summary: str
-    """What the operation does, in a phrase."""
+    """What the operation does, in one sentence."""
     chat: str = ""
     """Request to a chat model, with ``{text}`` in the place of the fenced instruction."""
     header: str = ""
@@ -57,7 +57,7 @@ def _by_name(tables: Sequence[Mapping[str, Any]]) -> dict[str, Operation]:
 
 
 def operation_names() -> tuple[str, ...]:
-    """Returns the names of the six operations of the paper and of the no-op, in the order of the prompt file."""
+    """Returns the names of the paper's six operations, in action order."""
     return tuple(operation.name for operation in load_operations())
 
 
@@ -90,8 +90,8 @@ SAMPLING: dict[str, Sampling] = {
     "completion": Sampling(max_tokens=32, temperature=0.6, top_p=0.9, stop=("\n",)),
     "chat": Sampling(max_tokens=256, temperature=1.0, top_p=0.95, top_k=40),
 }
-"""Default sampling parameters by prompt style: ``chat`` those of the paper, ``completion`` those that SmolLM2-135M edits
-best with. :data:`TOKENS_PER_WORD` is added to ``max_tokens`` for each word of the text."""
+"""Default sampling parameters by prompt style: ``chat``: those of the paper; ``completion``: those that SmolLM2-135M
+edits best with. :data:`TOKENS_PER_WORD` is added to ``max_tokens`` for each word of the text."""
 
 TOKENS_PER_WORD = 1.4
 """Tokens per word of the text that a rewrite gets on top: it repeats most of the text before it adds anything."""
@@ -255,6 +255,7 @@ def best_reply(completions: Sequence[Completion]) -> str:
     """Returns the text of the most likely completion that :func:`tidy` leaves non-empty; empty if there is none."""
     candidates = [(c.mean_logprob, tidy(c.text, cut=c.finish_reason == "length")) for c in completions]
     usable = [(score, reply) for score, reply in candidates if reply]
+    # ``max`` returns the first of equal scores, so the order of the completions breaks ties.
     return max(usable, key=lambda candidate: candidate[0])[1] if usable else ""
 
 
