@@ -57,7 +57,7 @@ class PromptData:
     starts: tuple[TaskPrompt, ...]
     """Prompts that episodes start from."""
     examples: tuple[LabelledExample, ...] = field(repr=False)
-    """The training split, from which minibatches and demonstrations are drawn; within an episode they share no input."""
+    """The training split, from which minibatches and demonstrations are drawn; those of an episode share no input."""
     verbalizer_sets: tuple[tuple[str, ...], ...] = ()
     """Sets of verbalizers, one word per label each, in the order in which they are cycled through."""
     batch_size: int = 16
