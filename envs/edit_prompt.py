@@ -48,7 +48,7 @@ def _parts(
     embedder: Any = "minilm",
 ) -> tuple[PromptProcess, EditObservation]:
     """Returns the process of ``copies`` copies and its observer; see :class:`EditPromptEnv` for the arguments."""
-    # Cheap checks come before data are read and models are loaded.
+    # Settings and ids are checked before data are read.
     if horizon < 1:
         raise InputError(f"horizon must be at least 1, got {horizon}")
     check_on_invalid(on_invalid)
@@ -116,9 +116,9 @@ class EditPromptEnv(TextEditEnv):
     ## Starting State
     A manual instruction of the task, drawn in shuffled epochs, without demonstrations, with the first set of
     verbalizers; a minibatch and a pool of demonstrations, which share no input, drawn from the training split.
-    ``options={"index": i}`` selects the instruction, ``{"prefix": text}`` sets another one, and ``{"prefix":
-    TaskPrompt}`` a whole prompt, whose demonstrations are neither in the minibatch nor in the pool. ``reset(seed=)``
-    restarts everything.
+    ``options={"index": i}`` selects the instruction, ``{"prefix": text}`` sets another one, and
+    ``{"prefix": TaskPrompt}`` a whole prompt, whose demonstrations are neither in the minibatch nor in the pool.
+    ``reset(seed=)`` restarts everything.
 
     ## Episode End
     ``terminated`` is True after ``horizon`` edits; ``truncated`` is always False.
@@ -141,8 +141,8 @@ class EditPromptEnv(TextEditEnv):
         operator: ``edits``, ``phrases``, ``free-text``, or a live
             :class:`~instructgym.envs.prompt_edit.operators.PromptOperator`.
         backend: the rewriter LLM; phrase edits and free text of the caller do not use it.
-        scorer: a :class:`~instructgym.rewards.prompt_scoring.scorer.TaskScorer`, or its arguments, e.g. ``{"calibrate":
-            True}``; ``content_free`` defaults to the task's content-free inputs.
+        scorer: a :class:`~instructgym.rewards.prompt_scoring.scorer.TaskScorer`, or its arguments, e.g.
+            ``{"calibrate": True}``; ``content_free`` defaults to the task's content-free inputs.
         metric: the task score: ``gap`` or ``accuracy``.
         failures: largest number of wrong answers that ``feedback`` lists.
         batch_size: number of examples of a minibatch.

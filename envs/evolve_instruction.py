@@ -24,8 +24,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "published": {"seeds": (PUBLISHED_SEED,), "carry_text": True, "elimination": (), "max_words": 2048},
     "corrected": {"seeds": None, "carry_text": False, "elimination": tuple(STRING_RULES), "max_words": 200},
 }
-"""Arguments by preset. ``published`` (the released code): one seed instruction whose text is never reset, and no edit is
-eliminated. ``corrected``: an episode starts from a seed instruction, and all four elimination rules are active."""
+"""Arguments by preset. ``published`` (the released code): one seed instruction whose text is never reset, and no edit
+is eliminated. ``corrected``: an episode starts from a seed instruction, and all four elimination rules are active."""
 
 
 def _arguments(
