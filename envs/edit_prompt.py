@@ -72,6 +72,7 @@ def _parts(
     first = sets[0]
     if len(first) != len(task.labels):
         raise InputError(f"a set of verbalizers needs one word per label {task.labels}, got {first}")
+    # A named task is loaded with its training split alone, a live one may hold others, which prompts must fit too.
     data = PromptData(
         tuple(TaskPrompt(text.strip(), (), first, task.template, task.block) for text in texts),
         task.examples("train"),

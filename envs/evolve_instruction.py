@@ -47,6 +47,7 @@ def _arguments(
 ) -> dict[str, Any]:
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}: use {', '.join(PRESETS)}")
+    # An argument that is not None overrides the preset.
     defaults = PRESETS[preset]
     rules = defaults["elimination"] if elimination is None else tuple(elimination)
     check_rules(rules)

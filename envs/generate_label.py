@@ -37,6 +37,7 @@ def _arguments(
     on_invalid: str = "retry",
     **others: Any,
 ) -> dict[str, Any]:
+    # Also with ready-made examples the layout selects the stop string.
     check_layout(layout)
     if examples is None:
         examples = load_examples(task, split, data_dir, limit, shots, layout, data_seed)  # type: ignore[arg-type]

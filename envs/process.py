@@ -322,6 +322,7 @@ class ProcessVectorEnv(HasPartSpec, VectorEnv[Any, Any, np.ndarray], Generic[Pro
         ended = [int(copy) for copy in np.flatnonzero(self._done)]
         running = [copy for copy in range(self.num_envs) if not self._done[copy]]
         per_copy: dict[int, dict[str, Any]] = {}
+        # One call steps all running copies, so that the process can batch its LLM calls.
         if running:
             per_action = unbatch(actions, self.num_envs)
             for copy, transition in zip(
@@ -337,6 +338,7 @@ class ProcessVectorEnv(HasPartSpec, VectorEnv[Any, Any, np.ndarray], Generic[Pro
         else:
             observations = self._observations()
         self._done = np.zeros_like(terminated) if self.autoreset_mode is AutoresetMode.SAME_STEP else terminated.copy()
+        # In mode SameStep ``final`` holds the infos of the last steps, and ``per_copy`` those of the resets after them.
         infos: dict[str, Any] = {}
         for copy in range(self.num_envs):
             if copy in final:
@@ -472,6 +474,7 @@ class EpisodeSource:
 
 
 _ALPHABET = string.ascii_letters + string.digits + " .,?!'-\n"
+"""Characters of the random strings of :class:`Unicode`."""
 
 
 class Unicode(Space[str]):
@@ -514,6 +517,7 @@ class Unicode(Space[str]):
         return isinstance(other, Unicode)
 
     def __hash__(self) -> int:
+        # All instances are equal, so they must have the same hash.
         return hash(Unicode)
 
 

@@ -43,6 +43,7 @@ class _EditParts:
             raise ValueError(f"horizon must be at least 1, got {settings.horizon}")
         check_on_invalid(settings.on_invalid)
         rewriter: Backend = resolve("backend", backend)
+        # The rewriter also judges unless another model is given, as in the paper.
         judge = backend if judge_backend is None else judge_backend
         # Reward and observation share one embedder and its cache: a text that one embedded the other need not.
         shared_embedder = resolve("embedder", embedder)

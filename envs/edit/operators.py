@@ -271,6 +271,7 @@ def tidy(reply: str, cut: bool = False) -> str:
     # The split has a capture group: sentences alternate with the white space between them.
     pieces = re.split(r"(?<=[.!?])(\s+)", reply.strip())
     sentences, gaps = pieces[::2], [*pieces[1::2], ""]
+    # A cut reply ends inside a sentence, unless the last one has its end mark.
     if cut and not re.search(r"[.!?][\"')\]]*$", sentences[-1]):
         sentences.pop()
     seen: set[str] = set()

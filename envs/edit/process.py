@@ -302,6 +302,7 @@ class EditProcess:
             self._check_prefix(prefix)
         for copy, (index, prefix) in zip(copies, per_copy, strict=True):
             example = self.source.draw() if index is None else int(index)
+            # An explicit start takes precedence over the carried text.
             if prefix is None and index is None and self.settings.carry_text:
                 prefix = self._carried[copy]
             base_seed = int(self.generators[copy].integers(2**62))
@@ -327,6 +328,7 @@ class EditProcess:
         """
         steps = [self._plan(copy, action) for copy, action in zip(copies, actions, strict=True)]
         self._rewrite([step for step in steps if step.edit.prompt is not None and not step.masked])
+        # String rules come before the reward, so that an eliminated edit costs no call to the judge.
         for step in steps:
             if step.edited:
                 step.eliminated = self._eliminated(step)

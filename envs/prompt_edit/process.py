@@ -152,7 +152,7 @@ class PromptProcess(EditProcess):
         elif prefix is not None:
             prompt = replace(prompt, instruction=prefix)
         unseen = data.unseen(prompt)
-        # One permutation gives the minibatch and, behind it, the pool; they share no text even if examples repeat.
+        # One permutation gives first the minibatch, then the pool; they share no text even if texts repeat in the data.
         order = self.generators[copy].permutation(len(unseen))
         examples = tuple(unseen[i] for i in sorted(order[: data.batch_size]))
         minibatch_texts = {example.text for example in examples}

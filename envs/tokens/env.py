@@ -177,7 +177,7 @@ class Played:
         return batch(self.observer.space, self.observer.encode(states))
 
     def observation(self, i: int, t: int) -> Any:
-        """Returns the observation of copy i after t of its tokens, which is the one that token t was chosen on.
+        """Returns the observation of copy i after t of its tokens, which is the one before token t.
 
         Raises:
             IndexError: unless 0 <= t <= n_consumed[i].
