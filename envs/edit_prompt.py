@@ -1,4 +1,8 @@
-"""EditPrompt: the edit MDP of prompts for a frozen model (TEMPERA, GrIPS)."""
+"""Holds ``instructgym/EditPrompt-v0``: the edit MDP of prompts for a frozen model (TEMPERA, GrIPS).
+
+The process is in :mod:`~instructgym.envs.prompt_edit.process`, the actions are in
+:mod:`~instructgym.envs.prompt_edit.operators`.
+"""
 
 from __future__ import annotations
 
@@ -43,30 +47,34 @@ def _parts(
     observation: str = "last_edit",
     embedder: Any = "minilm",
 ) -> tuple[PromptProcess, EditObservation]:
-    """The process and the observer of ``copies`` copies; see :class:`EditPromptEnv`."""
+    """Returns the process of ``copies`` copies and its observer; see :class:`EditPromptEnv` for the arguments."""
+    # Settings and ids are checked before data are read.
     if horizon < 1:
         raise InputError(f"horizon must be at least 1, got {horizon}")
     check_on_invalid(on_invalid)
     rules = tuple(elimination)
     check_rules(rules)
-    chosen: PromptOperator = resolve("prompt-operator", operator)
+    prompt_operator: PromptOperator = resolve("prompt-operator", operator)
     rewriter = resolve("backend", backend)
-    shared = resolve("embedder", embedder)
-    observer = make_observation(observation, len(chosen.operations), horizon, shared, chosen.mask_size)
+    embeddings = resolve("embedder", embedder)
+    observer = make_observation(
+        observation, len(prompt_operator.operations), horizon, embeddings, prompt_operator.mask_size
+    )
     if not isinstance(task, PromptTask):
         task = load_prompt_task(task, "train", limit, data_seed, data_dir)
     if scorer is None or isinstance(scorer, Mapping):
         scorer = {"content_free": task.content_free, **(scorer or {})}
     reward = TaskGain(scorer, metric, failures)
-    written = task.instructions if instructions is None else instructions
-    if isinstance(written, str) or not all(isinstance(text, str) and text.strip() for text in written):
-        raise InputError(f"instructions must be a list of non-empty texts, got {written!r}")
+    texts = task.instructions if instructions is None else instructions
+    if isinstance(texts, str) or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise InputError(f"instructions must be a list of non-empty texts, got {texts!r}")
     sets = verbalizer_sets(task) if verbalizers is None else _sets(verbalizers)
     first = sets[0]
     if len(first) != len(task.labels):
         raise InputError(f"a set of verbalizers needs one word per label {task.labels}, got {first}")
+    # A named task is loaded with its training split alone, a live one may hold others, which prompts must fit too.
     data = PromptData(
-        tuple(TaskPrompt(text.strip(), (), first, task.template, task.block) for text in written),
+        tuple(TaskPrompt(text.strip(), (), first, task.template, task.block) for text in texts),
         task.examples("train"),
         sets,
         batch_size,
@@ -75,7 +83,7 @@ def _parts(
         held_out=task.validation + task.test,
     )
     settings = EditSettings(horizon, elimination=rules, elimination_ends=False, on_invalid=on_invalid)
-    return PromptProcess(copies, data, chosen, rewriter, reward, settings), observer
+    return PromptProcess(copies, data, prompt_operator, rewriter, reward, settings), observer
 
 
 def _sets(verbalizers: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
@@ -85,64 +93,69 @@ def _sets(verbalizers: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
 
 
 class EditPromptEnv(TextEditEnv):
-    """``instructgym/EditPrompt-v0``: an episode edits a prompt for a frozen model and is paid by the labelled task.
+    """``instructgym/EditPrompt-v0``: an env whose episode edits a prompt for a frozen model, scored on a labelled task.
 
     ## Action Space
-    The operator's. ``edits``: ``Discrete(8)``, LLM edits of the instruction, edits of demonstrations and verbalizers,
-    and a no-op. ``phrases``: ``MultiDiscrete([4, positions])``, an operation and a position. ``free-text``: any string.
-    See :mod:`~instructgym.envs.prompt_edit.operators`. ``action_masks()`` marks impossible edits and nothing else; one
-    taken anyway changes nothing, costs no call and is paid 0, but time goes by.
+    That of the operator. ``edits``: ``Discrete(8)``: LLM edits of the instruction, edits of demonstrations and
+    verbalizers, and a no-op. ``phrases``: ``MultiDiscrete([4, positions])``: an operation and the position of a phrase.
+    ``free-text``: any string. See :mod:`~instructgym.envs.prompt_edit.operators`. ``action_masks()`` excludes the
+    impossible edits and no others; an impossible edit changes nothing, calls no model and gets reward 0; the step still
+    counts towards the horizon.
 
     ## Observation Space
-    That of :class:`~instructgym.envs.edit.env.TextEditEnv`; the text is the whole prompt. ``embedding`` has the
-    ``action_mask`` as well, because the text does not tell which phrases were deleted.
+    That of :class:`~instructgym.envs.edit.env.TextEditEnv`, where the text is the whole prompt. ``embedding`` also has
+    the ``action_mask``, because the text does not show which phrases were deleted.
 
     ## Rewards
-    Task score after the edit minus task score before it, on the episode's minibatch, so that rewards add up to the gain
-    over the start prompt. 0 without a call of the task model for the no-op, for an edit that changed nothing, and for
-    one that is undone: by a rule of ``elimination``, or because its prompt does not fit into the task model's context
-    with the longest example of any loaded split (``info["eliminated_by"] == "context"``). Where rewriter or task model
-    fail, the running mean of valid rewards is paid, ``info["reward_valid"]`` is False and the prompt stays what it was.
+    Task score after the edit minus task score before it, on the episode's minibatch, so that the rewards of an episode
+    sum to the gain over the start prompt. 0, without a call to the task model, for the no-op, for an edit that changed
+    nothing, and for an edit that is undone: by a rule of ``elimination``, or because its prompt does not fit into the
+    task model's context with the longest example of any loaded split (``info["eliminated_by"] == "context"``). If the
+    rewriter or the task model fails, the running mean of the valid rewards is given, ``info["reward_valid"]`` is False
+    and the prompt stays as it was.
 
     ## Starting State
-    A manual instruction of the task, drawn in shuffled epochs, without demonstrations, under the first set of
+    A manual instruction of the task, drawn in shuffled epochs, without demonstrations, with the first set of
     verbalizers; a minibatch and a pool of demonstrations, which share no input, drawn from the training split.
-    ``options={"index": i}`` chooses the instruction, ``{"prefix": text}`` gives another one, ``{"prefix": TaskPrompt}``
-    a whole prompt, whose demonstrations are in neither. ``reset(seed=)`` restores everything.
+    ``options={"index": i}`` selects the instruction, ``{"prefix": text}`` sets another one, and
+    ``{"prefix": TaskPrompt}`` a whole prompt, whose demonstrations are neither in the minibatch nor in the pool.
+    ``reset(seed=)`` restarts everything.
 
     ## Episode End
-    ``terminated`` after ``horizon`` edits.
+    ``terminated`` is True after ``horizon`` edits; ``truncated`` is always False.
 
     ## Info
-    Beside that of TextEditEnv: ``prompt`` (a TaskPrompt), ``score`` and ``start_score`` on the minibatch, ``feedback``
-    (the prompt's failures as text) and ``task_calls`` (of this reset or step: one per example and label, cache hits
-    included).
+    In addition to that of TextEditEnv: ``prompt`` (a TaskPrompt), ``score`` and ``start_score`` on the minibatch,
+    ``feedback`` (the prompt's wrong answers, as text) and ``task_calls`` (task-model calls of this reset or step: one
+    per example and label, including cache hits).
 
     Args:
-        task: a name (``rotten-tomatoes`` is offline), the path of a TOML file, or a
-            :class:`~instructgym.envs.tasks.prompt_search.tasks.PromptTask`, which is taken as it is: ``data_dir``,
-            ``limit`` and ``data_seed`` then do nothing.
-        data_dir: folder of a named task's files.
-        limit: training examples at most, drawn by ``data_seed``; None for all.
-        data_seed: of that choice.
-        instructions: texts to start from; None for the task's manual ones.
-        verbalizers: sets of a word per label, the start's first; None for the task's and the packaged alternatives.
+        task: name of a task (``rotten-tomatoes`` works offline), path of a TOML file, or a
+            :class:`~instructgym.envs.tasks.prompt_search.tasks.PromptTask`, which is used as it is: ``data_dir``,
+            ``limit`` and ``data_seed`` are then ignored.
+        data_dir: folder of the files of a named task.
+        limit: largest number of training examples, drawn by ``data_seed``; None for all.
+        data_seed: seed of that draw.
+        instructions: instructions that episodes start from; None for the task's manual ones.
+        verbalizers: sets of verbalizers, each with one word per label; the first is that of the start prompts. None for
+            the task's own set and the package's alternatives.
         operator: ``edits``, ``phrases``, ``free-text``, or a live
             :class:`~instructgym.envs.prompt_edit.operators.PromptOperator`.
-        backend: the rewriter LLM; phrase edits and a caller's free text never ask it.
-        scorer: a :class:`~instructgym.rewards.TaskScorer`, or its arguments, e.g. ``{"calibrate": True}``; the task's
-            content-free inputs are among them unless others are given.
-        metric: ``gap`` or ``accuracy``.
-        failures: wrong answers that ``feedback`` tells at most.
-        batch_size: examples of a minibatch.
-        pool_size: demonstrations set aside per episode, at most.
-        max_demonstrations: of a prompt, at most.
-        horizon: edits per episode.
-        elimination: string rules that undo an edit, see ``rewards.elimination``.
-        on_invalid: ``retry`` or ``raise``.
+        backend: the rewriter LLM; phrase edits and free text of the caller do not use it.
+        scorer: a :class:`~instructgym.rewards.prompt_scoring.scorer.TaskScorer`, or its arguments, e.g.
+            ``{"calibrate": True}``; ``content_free`` defaults to the task's content-free inputs.
+        metric: the task score: ``gap`` or ``accuracy``.
+        failures: largest number of wrong answers that ``feedback`` lists.
+        batch_size: number of examples of a minibatch.
+        pool_size: largest number of demonstrations in an episode's pool.
+        max_demonstrations: largest number of demonstrations of a prompt.
+        horizon: number of edits per episode.
+        elimination: names of the string rules that undo an edit, see :mod:`~instructgym.rewards.elimination`.
+        on_invalid: what to do without a usable reply or a valid score: ``retry`` (once, then the running mean of the
+            valid rewards) or ``raise``.
         observation: ``last_edit``, ``embedding`` or ``text``.
-        embedder: sentence embeddings for observations.
-        render_mode: ``ansi`` or None.
+        embedder: id or live embedder, which computes sentence embeddings for observations.
+        render_mode: ``ansi``, to render the episode so far, or None.
 
     Raises:
         ValueError: for unknown names and counts out of range.
@@ -151,6 +164,7 @@ class EditPromptEnv(TextEditEnv):
     """
 
     process: PromptProcess
+    """The edit MDP of prompts, with one copy."""
 
     def __init__(self, render_mode: str | None = None, **kwargs: Any) -> None:
         self.process, self.observer = _parts(1, **kwargs)
@@ -159,18 +173,19 @@ class EditPromptEnv(TextEditEnv):
 
 
 class EditPromptVectorEnv(TextEditVectorEnv):
-    """n copies of :class:`EditPromptEnv` that share one batched call per role and step.
+    """A vector env of n copies of :class:`EditPromptEnv`.
 
-    Copy i seeded with s behaves as a single env seeded with s + i, but for the order of the start instructions, which
-    the copies share.
+    A step makes one call to the rewriter and one to the task model for all copies together. Copy i seeded with s
+    behaves as a single env seeded with s + i, except for the order of the start instructions, which the copies share.
 
     Args:
-        num_envs: n.
+        num_envs: number of copies, n.
         autoreset_mode: ``NextStep`` (Gymnasium's default), ``SameStep`` or ``Disabled``.
-        Others: as of :class:`EditPromptEnv`.
+        Others: see :class:`EditPromptEnv`.
     """
 
     process: PromptProcess
+    """The edit MDP of prompts, with ``num_envs`` copies."""
 
     def __init__(
         self,

@@ -1,4 +1,8 @@
-"""GenerateInstance: an input and an output for an instruction as a token MDP, as in REFINE-AF's second stage."""
+"""Holds ``instructgym/GenerateInstance-v0``: an input and an output for an instruction as a token MDP.
+
+This is the second stage of REFINE-AF. The env is a :class:`~instructgym.envs.tokens.env.TokenEnv`; this file turns its
+arguments into prompts, reward and settings.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from .tokens.episode import PromptExample
 from .tokens.process import TokenSettings
 
 MAX_TOKENS = 96
-"""Of a response: an input and an output of two or three sentences each."""
+"""Default length of a response, in tokens: an input and an output of two or three sentences each."""
 
 
 def _arguments(
@@ -30,7 +34,8 @@ def _arguments(
     tokenizer: Any = "embedded",
     **others: Any,
 ) -> dict[str, Any]:
-    tokenizer = resolve("tokenizer", tokenizer)  # once, for the prompts and for the env
+    # Resolved once, so that prompts and env share it.
+    tokenizer = resolve("tokenizer", tokenizer)
     if examples is None:
         examples = instance_prompts(data, split, limit, layout, data_seed, tokenizer)  # type: ignore[arg-type]
     return others | {
@@ -48,36 +53,54 @@ def _arguments(
 
 
 def generate_instance(**kwargs: Any) -> TokenEnv:
-    r"""``instructgym/GenerateInstance-v0``.
+    r"""Builds ``instructgym/GenerateInstance-v0``, in which a policy writes an instance of an instruction.
 
-    The setting of REFINE-AF's second stage (Roy et al., arXiv 2505.06548): the state is an instruction behind a few
-    solved ones, and the tokens written so far; the response is one instance of it, an input (or that none is needed)
-    and its output; its quality is paid with the last token. A blank line, or the beginning of another instance, ends
-    the episode. Classification tasks ask for the label before the input.
+    This is the setting of REFINE-AF's second stage (Roy et al., arXiv 2505.06548). An instance is an input (or the
+    statement that none is needed) and its output; the prompt of a classification task asks for the label before the
+    input.
 
-    Rewards find ``instruction``, ``order`` (``input_first`` or ``output_first``), ``opening`` (the field that the
-    prompt ends with, which belongs before the response) and ``finish_reason`` in a sample's metadata;
+    ## Action Space
+    ``Discrete(vocabulary)``: the id of the next token.
+
+    ## Observation Space
+    Prompt and response so far, by default as padded token ids and their mask.
+
+    ## Rewards
+    By default the quality of the instance, given at the last token; 0 before. The metadata of a reward's sample has
+    ``instruction``, ``order`` (``input_first`` or ``output_first``), ``opening`` (the field that the prompt ends with,
+    which belongs before the response) and ``finish_reason``;
     :func:`~instructgym.envs.tasks.instruction.instance_prompts.read_response` reads an instance from them.
 
+    ## Starting State
+    A prompt of an instruction after a few solved ones (layout ``plain``) or in a chat template (``chat``), drawn in
+    shuffled epochs.
+
+    ## Episode End
+    ``terminated`` is True after a blank line, the beginning of another instance, an end-of-sequence token or
+    ``max_tokens``.
+
+    See :class:`~instructgym.envs.tokens.env.TokenEnv` for the details.
+
     Args:
-        **kwargs: as follows.
+        **kwargs: the keyword arguments below.
 
     Keyword Args:
-        data: ``instructions`` (the package's own), or a file with ``instruction`` and perhaps ``is_classification``,
-            such as the ``instructions.jsonl`` of ``refine-af bootstrap``; see
+        data: source of the instructions: ``instructions`` (the package's own), or a file with ``instruction`` and
+            optionally ``is_classification``, such as the ``instructions.jsonl`` of ``refine-af bootstrap``; see
             :func:`~instructgym.envs.tasks.instruction.instance_prompts.instance_prompts`.
         split: ``train``, ``validation`` or ``test``: 80 / 10 / 10 % by a hash of the instruction; None for all.
-        limit: instructions at most; None for all.
+        limit: largest number of instructions; None for all.
         layout: ``plain``: the response continues a few solved tasks, for any language model; ``chat``: a request in
             the tokenizer's chat template, for models tuned to follow one.
-        data_seed: of limit.
-        examples: ready-made ones in place of the above, with the metadata named above.
-        reward: scores responses; the quality of the instance by default.
-        max_tokens: of a response; one that is cut there is no instance.
-        context_length: tokens of prompt and response at most.
-        group_size: vector form: that many consecutive copies answer the same prompt.
-        on_invalid: ``retry`` or ``raise``.
-        tokenizer, observation, backend, embedder, render_mode: as of :class:`TokenEnv`.
+        data_seed: seed by which the instructions of ``limit`` are drawn.
+        examples: prompts, with the metadata named above, to use instead of those that the arguments above select.
+        reward: the reward that scores responses; by default the quality of the instance.
+        max_tokens: largest number of tokens of a response; a response that is cut there is no instance.
+        context_length: largest number of tokens of prompt and response together.
+        group_size: vector env only: number of consecutive copies that answer the same prompt.
+        on_invalid: what to do without a valid score: ``retry`` (once, then the running mean of the valid rewards) or
+            ``raise``.
+        tokenizer, observation, backend, embedder, render_mode: see :class:`~instructgym.envs.tokens.env.TokenEnv`.
 
     Raises:
         InputError: for data that cannot be used, an unknown layout, and prompts that do not fit.
@@ -86,5 +109,11 @@ def generate_instance(**kwargs: Any) -> TokenEnv:
 
 
 def generate_instance_vector(num_envs: int = 1, **kwargs: Any) -> TokenVectorEnv:
-    """The vector form, for ``gymnasium.make_vec``: as :func:`generate_instance`, with ``autoreset_mode``."""
+    """Builds the vector env for ``gymnasium.make_vec``.
+
+    Args:
+        num_envs: number of copies.
+        **kwargs: the arguments of :func:`generate_instance`, and ``autoreset_mode`` of
+            :class:`~instructgym.envs.tokens.env.TokenVectorEnv`.
+    """
     return TokenVectorEnv(num_envs, **_arguments(**kwargs))

@@ -1,4 +1,8 @@
-"""GenerateLabel: language understanding as a token MDP (RL4GLUE), the answer written between judgement tags."""
+"""Holds ``instructgym/GenerateLabel-v0``: language understanding as a token MDP (RL4GLUE).
+
+The response is the label of an input, written between judgement tags. The env is a
+:class:`~instructgym.envs.tokens.env.TokenEnv`; this file turns its arguments into prompts, reward and settings.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from .tokens.episode import PromptExample
 from .tokens.process import TokenSettings
 
 MAX_TOKENS = 12
-"""Of a response: an answer and the closing tag take at most nine with SmolLM2's tokenizer."""
+"""Default length of a response, in tokens: an answer and the closing tag have at most nine with SmolLM2's tokenizer."""
 
 
 def _arguments(
@@ -33,6 +37,7 @@ def _arguments(
     on_invalid: str = "retry",
     **others: Any,
 ) -> dict[str, Any]:
+    # Also with ready-made examples the layout selects the stop string.
     check_layout(layout)
     if examples is None:
         examples = load_examples(task, split, data_dir, limit, shots, layout, data_seed)  # type: ignore[arg-type]
@@ -51,30 +56,50 @@ def _arguments(
 
 
 def generate_label(**kwargs: Any) -> TokenEnv:
-    """``instructgym/GenerateLabel-v0``.
+    """Builds ``instructgym/GenerateLabel-v0``, in which a policy writes the label of an input, token by token.
+
+    ## Action Space
+    ``Discrete(vocabulary)``: the id of the next token. With ``constrained``, ``info["action_mask"]`` marks the tokens
+    that are allowed, and any other one ends the episode.
+
+    ## Observation Space
+    Prompt and answer so far, by default as padded token ids and their mask.
+
+    ## Rewards
+    At the last token the points of the answer by ``preset``: right, wrong or malformed; 0 before.
+
+    ## Starting State
+    The prompt of an example of the tasks, drawn in shuffled epochs.
+
+    ## Episode End
+    ``terminated`` is True after the closing tag (layout ``tagged``) or the line end (``plain``), an end-of-sequence
+    token or ``max_tokens``; with ``constrained``, after a complete choice or a token that is not allowed.
+
+    See :class:`~instructgym.envs.tokens.env.TokenEnv` for the details.
 
     Args:
-        **kwargs: as follows.
+        **kwargs: the keyword arguments below.
 
     Keyword Args:
-        task: a GLUE or SuperGLUE task, ``rotten-tomatoes`` (offline), or several, separated by commas.
+        task: a GLUE or SuperGLUE task, ``rotten-tomatoes`` (works offline), or several, separated by commas.
         split: ``train``, ``validation`` (held out of train by hash) or ``test`` (the published dev set).
-        data_dir: folder of GLUE's TSV or SuperGLUE's JSONL files; by default the ``datasets`` library fetches them.
-        limit: rows per task; None for all.
-        shots: solved examples before every prompt.
-        layout: ``tagged``: the answer stands in judgement tags (the paper's); ``plain``: behind a cue, to the end of
-            the line.
-        data_seed: of limit and shots.
-        examples: ready-made ones in place of the above.
+        data_dir: folder of GLUE's TSV or SuperGLUE's JSONL files; by default the ``datasets`` library downloads them.
+        limit: number of rows per task; None for all.
+        shots: number of solved examples before every prompt.
+        layout: form of the answer. ``tagged``: in judgement tags, as in the paper; ``plain``: after a cue, up to the
+            end of the line.
+        data_seed: seed by which the rows of ``limit`` and the shots are drawn.
+        examples: prompts to use instead of those that the arguments above select.
         preset: points for right, wrong and malformed answers: ``paper`` (1, 0, -1) or ``code`` (1, -1, -3).
-        reward: another reward in place of the right answer.
-        constrained: only the allowed answers can be written (verbalizer-constrained decoding); False, as published,
-            lets the model write anything.
-        max_tokens: of a response.
-        context_length: tokens of prompt and response at most.
-        group_size: vector form: that many consecutive copies answer the same prompt.
-        on_invalid: ``retry`` or ``raise``.
-        tokenizer, observation, backend, embedder, render_mode: as of :class:`TokenEnv`.
+        reward: a reward to use instead of the comparison with the right answer; ``preset`` is then ignored.
+        constrained: True: only the allowed answers can be written (verbalizer-constrained decoding); False, as
+            published: any token can be written.
+        max_tokens: largest number of tokens of a response.
+        context_length: largest number of tokens of prompt and response together.
+        group_size: vector env only: number of consecutive copies that answer the same prompt.
+        on_invalid: what to do without a valid score: ``retry`` (once, then the running mean of the valid rewards) or
+            ``raise``.
+        tokenizer, observation, backend, embedder, render_mode: see :class:`~instructgym.envs.tokens.env.TokenEnv`.
 
     Raises:
         InputError: for unknown tasks, files that cannot be used, and prompts that do not fit.
@@ -83,5 +108,11 @@ def generate_label(**kwargs: Any) -> TokenEnv:
 
 
 def generate_label_vector(num_envs: int = 1, **kwargs: Any) -> TokenVectorEnv:
-    """The vector form, for ``gymnasium.make_vec``: as :func:`generate_label`, with ``autoreset_mode``."""
+    """Builds the vector env for ``gymnasium.make_vec``.
+
+    Args:
+        num_envs: number of copies.
+        **kwargs: the arguments of :func:`generate_label`, and ``autoreset_mode`` of
+            :class:`~instructgym.envs.tokens.env.TokenVectorEnv`.
+    """
     return TokenVectorEnv(num_envs, **_arguments(**kwargs))

@@ -1,4 +1,8 @@
-"""GeneratePrompt: a prompt for a frozen language model as a token MDP, rewarded by what the model makes of it."""
+"""Holds ``instructgym/GeneratePrompt-v0``: a prompt for a frozen language model, written as a token MDP.
+
+The reward is how well the frozen model does with the prompt (RLPrompt, Directional Stimulus prompting). The env is a
+:class:`~instructgym.envs.tokens.env.TokenEnv`; this file turns its arguments into openings, reward and settings.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +30,13 @@ from .tokens.episode import PromptExample
 from .tokens.process import TokenSettings
 
 Measure = Literal["gap", "accuracy", "rouge"]
+"""How the frozen model's work with a prompt is scored, see :func:`generate_prompt`."""
 MEASURES: tuple[Measure, ...] = ("gap", "accuracy", "rouge")
 
 MAX_TOKENS = 16
-"""Of a prompt: a line. RLPrompt writes 5."""
+"""Default length of a prompt, in tokens: one line. RLPrompt writes 5 tokens."""
 STOPS = ("\n", '"')
-"""A prompt is a line without quotation marks."""
+"""Default stop strings: a prompt is one line without quotation marks."""
 
 
 def _arguments(
@@ -61,7 +66,8 @@ def _arguments(
     **others: Any,
 ) -> dict[str, Any]:
     _check(level, measure)
-    tokenizer = resolve("tokenizer", tokenizer)  # once, for the prompts and for the env
+    # Resolved once, so that prompts and env share it.
+    tokenizer = resolve("tokenizer", tokenizer)
     model = "embedded" if backend is None else backend
     kind = "response" if measure == "rouge" else "task" if level == "task" else "label"
     openings = Openings(kind, layout, tokenizer, opening)
@@ -70,18 +76,24 @@ def _arguments(
         if examples is None:
             examples = response_hints(response_requests(data, split, limit, data_seed), openings)
     elif examples is None or reward is None:
-        scorer = TaskScorer(model, calibrate) if reward is None else None  # refuses before data are read
-        found = load_prompt_task(task, split, limit, data_seed, data_dir)
+        # This scorer, with default content-free inputs, reports bad arguments before data are read.
+        scorer = TaskScorer(model, calibrate) if reward is None else None
+        prompt_task = load_prompt_task(task, split, limit, data_seed, data_dir)
         if scorer is not None:
-            scorer = TaskScorer(scorer.backend, calibrate, content_free=found.content_free)
-            drawn = found.examples(split) if level == "task" else ()
-            prompt = scored_prompt(found, level, instruction)
-            reward = TaskReward(prompt, drawn, size, scorer, measure, seed=data_seed)
+            scorer = TaskScorer(scorer.backend, calibrate, content_free=prompt_task.content_free)
+            scored = prompt_task.examples(split) if level == "task" else ()
+            prompt = scored_prompt(prompt_task, level, instruction)
+            reward = TaskReward(prompt, scored, size, scorer, measure, seed=data_seed)
+            # A stand-in for the longest prompt that the policy can write, to check that it fits.
             longest = reward.prompt_of(" ".join(["any"] * max(max_tokens, 1)))
-            scorer.check([longest], found.examples(split))
+            scorer.check([longest], prompt_task.examples(split))
         if examples is None:
             at_task = level == "task"
-            examples = task_openings(found, minibatches, openings) if at_task else label_hints(found, split, openings)
+            examples = (
+                task_openings(prompt_task, minibatches, openings)
+                if at_task
+                else label_hints(prompt_task, split, openings)
+            )
     return others | {
         "examples": examples,
         "tokenizer": tokenizer,
@@ -107,71 +119,101 @@ def _check(level: str, measure: str) -> None:
 
 
 def generate_prompt(**kwargs: Any) -> TokenEnv:
-    r"""``instructgym/GeneratePrompt-v0``.
+    r"""Builds ``instructgym/GeneratePrompt-v0``, in which a policy writes a prompt for a frozen language model.
 
-    The tokens of an episode are a prompt for a frozen language model; what the model does with it is paid with the last
-    token. Task-level, as in RLPrompt (Deng et al. 2022, arXiv 2205.12548): every episode continues the same short
-    opening with an instruction for a labelled task, which is scored on a minibatch of the split. Instance-level, as in
-    Directional Stimulus prompting (Li et al. 2023, arXiv 2302.11520): the state begins with one input, the response is
-    a hint for it, and the model's answer to this input is scored.
+    Task-level, as in RLPrompt (Deng et al. 2022, arXiv 2205.12548): every episode continues the same short opening with
+    an instruction for a labelled task, which is scored on a minibatch of the split. Instance-level, as in Directional
+    Stimulus prompting (Li et al. 2023, arXiv 2302.11520): the opening holds one input, the response is a hint for it,
+    and the frozen model's answer to this input is scored.
 
-    ``gap`` is RLPrompt's margin reward, in [-180, 200], of which agents take z-scores; ``accuracy`` is in [0, 1]. Both
-    come from label likelihoods (:class:`~instructgym.rewards.prompt_scoring.rewards.TaskReward`), nothing is
-    generated; an empty instruction or hint is worth the least, -180 or 0. ``rouge`` has the model answer and compares
-    with the reference (:class:`~instructgym.rewards.prompt_scoring.rewards.HintedResponse`); an empty hint is
-    worth the answer without any.
+    ## Action Space
+    ``Discrete(vocabulary)``: the id of the next token.
+
+    ## Observation Space
+    Opening and prompt so far, by default as padded token ids and their mask.
+
+    ## Rewards
+    At the last token the score of the frozen model with the prompt, by ``measure``; 0 before.
+
+    - ``gap``: RLPrompt's margin reward, in [-180, 200], of which agents take z-scores. It is computed from label
+      likelihoods, nothing is generated (:class:`~instructgym.rewards.prompt_scoring.rewards.TaskReward`). An empty
+      instruction or hint gets -180.
+    - ``accuracy``: the share of right answers, in [0, 1], from the same label likelihoods. An empty instruction or hint
+      gets 0.
+    - ``rouge``: ROUGE-L of the model's answer and the reference
+      (:class:`~instructgym.rewards.prompt_scoring.rewards.HintedResponse`). An empty hint gets the score of the answer
+      without a hint.
+
     The same prompt on the same minibatch or input always gets the same score: to the last digit while the label
-    likelihoods are remembered, else up to the rounding of a model that reads it in another batch (in float32 some 1e-5
-    nats of a likelihood, and by RLPrompt's factors some 1e-3 of a ``gap``).
+    likelihoods are cached, else up to the rounding of a model that reads it in another batch (in float32 about 1e-5
+    nats of a likelihood and, by RLPrompt's factors, about 1e-3 of a ``gap``).
 
-    Options that do not apply are not looked at: ``rouge`` reads no ``task``, ``data_dir``, ``size``, ``minibatches``,
-    ``instruction`` and ``calibrate``, the other measures no ``data``; instance-level has no ``size`` and
-    ``minibatches``. With a ``reward``, ``calibrate``, ``size`` and ``instruction`` do nothing, and ``measure`` only
-    says whether examples are labelled or answered; with ``examples``, ``minibatches`` and ``opening`` do nothing, and
-    with both no task is read.
+    ## Starting State
+    Task-level: the opening, with one of the minibatches; instance-level: the opening with one input. Both are drawn in
+    shuffled epochs.
+
+    ## Episode End
+    ``terminated`` is True after an end-of-sequence token, a stop string or ``max_tokens``.
+
+    See :class:`~instructgym.envs.tokens.env.TokenEnv` for the details.
+
+    Options that do not apply are ignored: ``rouge`` ignores ``task``, ``data_dir``, ``size``, ``minibatches``,
+    ``instruction`` and ``calibrate``, the other measures ignore ``data``, and the level ``instance`` ignores ``size``
+    and ``minibatches``. With a ``reward``, ``calibrate``, ``size`` and ``instruction`` are ignored, and ``measure``
+    only determines whether the examples have labels or reference answers. With ``examples``, ``minibatches`` and
+    ``opening`` are ignored. With both, no task is read.
 
     Args:
-        **kwargs: as follows.
+        **kwargs: the keyword arguments below.
 
     Keyword Args:
-        task: the labelled task, of GLUE or SuperGLUE or ``rotten-tomatoes`` (offline).
-        level: ``task`` or ``instance``.
-        measure: ``gap``, ``accuracy``, or, instance-level, ``rouge``.
-        data: for ``rouge`` in place of task: ``reviews`` (offline), or a JSONL file with ``prompt`` or ``instruction``
-            and ``reference``; see :func:`~instructgym.envs.tasks.responses.openings.response_prompts`.
-        data_dir: folder of the task's files; by default the ``datasets`` library fetches them.
-        split: ``train``, ``validation`` or ``test``, on which prompts are scored.
-        limit: its examples at most; None for all.
-        data_seed: of limit and minibatches.
-        size: task-level: examples of a minibatch; 0 for all of the split.
-        minibatches: task-level: so many are drawn once; each episode is about one of them, and those about the same one
-            form a group.
-        layout: ``plain``: the response continues the opening; ``chat``: it answers it, in the tokenizer's chat
-            template.
-        opening: another one than the package's; of a hint with ``{input}``, or with ``{request}`` for ``rouge``.
-        instruction: what the frozen model reads before the input, with ``{response}`` where the response goes; for the
-            labelled tasks.
-        calibrate: as of :class:`~instructgym.rewards.prompt_scoring.scorer.TaskScorer`.
-        examples: ready-made ones in place of the above.
-        reward: another reward.
-        backend: the frozen model; the embedded one by default.
-        max_tokens: of a prompt.
-        stop: texts that end a prompt, of which they are no part; a line end or a quotation mark by default.
-        context_length: tokens of opening and prompt at most.
-        group_size: vector form: that many consecutive copies are about the same minibatch or input.
-        on_invalid: ``retry`` or ``raise``.
-        tokenizer, observation, embedder, render_mode: as of :class:`TokenEnv`.
+        task: the labelled task: one of GLUE or SuperGLUE, or ``rotten-tomatoes`` (works offline).
+        level: what a prompt is for: ``task`` (the whole task) or ``instance`` (one input).
+        measure: the score of a prompt: ``gap``, ``accuracy`` or, only with level ``instance``, ``rouge``.
+        data: source of the inputs of ``rouge``, which has no task: ``reviews`` (works offline), or a JSONL file with
+            ``prompt`` or ``instruction`` and ``reference``; see
+            :func:`~instructgym.envs.tasks.responses.openings.response_prompts`.
+        data_dir: folder of the task's files; by default the ``datasets`` library downloads them.
+        split: the split on which prompts are scored: ``train``, ``validation`` or ``test``.
+        limit: largest number of examples of the split; None for all.
+        data_seed: seed by which the examples of ``limit`` and the minibatches are drawn.
+        size: task-level: number of examples of a minibatch; 0 for the whole split.
+        minibatches: task-level: number of minibatches, which are drawn once; an episode is scored on one of them, and
+            episodes with the same one form a group.
+        layout: ``plain``: the response continues the opening; ``chat``: the opening is a message in the tokenizer's
+            chat template, which the response answers.
+        opening: the text that the policy reads first, with ``{input}`` for a hint and ``{request}`` for ``rouge``; None
+            for the package's own.
+        instruction: the text that the frozen model reads before the input, with ``{response}`` in the place of the
+            response; only for labelled tasks.
+        calibrate: how to remove the label bias, see :class:`~instructgym.rewards.prompt_scoring.scorer.TaskScorer`.
+        examples: openings to use instead of those that the arguments above select.
+        reward: a reward to use instead of that of ``measure``.
+        backend: the frozen model; None for the embedded one.
+        max_tokens: largest number of tokens of a prompt.
+        stop: texts that end a prompt and are no part of it; by default a line end and a quotation mark.
+        context_length: largest number of tokens of opening and prompt together.
+        group_size: vector env only: number of consecutive copies with the same minibatch or input.
+        on_invalid: what to do without a valid score: ``retry`` (once, then the running mean of the valid rewards) or
+            ``raise``.
+        tokenizer, observation, embedder, render_mode: see :class:`~instructgym.envs.tokens.env.TokenEnv`.
 
     Raises:
         InputError: for an unknown level or measure, a task without labels, data that cannot be used, a minibatch larger
-            than the split, batch calibration of single examples, an opening or instruction without its place, openings
-            that do not fit, verbalizers or examples that cannot be scored, and prompts of ``max_tokens`` that would not
-            fit into the frozen model's context.
+            than the split, batch calibration of single examples, an opening or instruction without its placeholder,
+            openings that do not fit, verbalizers or examples that cannot be scored, and prompts of ``max_tokens`` that
+            would not fit into the frozen model's context.
         UnsupportedRequestError: for a backend that reports no log-probs where labels are scored.
     """
     return TokenEnv(**_arguments(**kwargs))
 
 
 def generate_prompt_vector(num_envs: int = 1, **kwargs: Any) -> TokenVectorEnv:
-    """The vector form, for ``gymnasium.make_vec``: as :func:`generate_prompt`, with ``autoreset_mode``."""
+    """Builds the vector env for ``gymnasium.make_vec``.
+
+    Args:
+        num_envs: number of copies.
+        **kwargs: the arguments of :func:`generate_prompt`, and ``autoreset_mode`` of
+            :class:`~instructgym.envs.tokens.env.TokenVectorEnv`.
+    """
     return TokenVectorEnv(num_envs, **_arguments(**kwargs))

@@ -1,4 +1,8 @@
-"""GenerateResponse: a free response to a prompt as a token MDP, the setting of learning from fine-grained rewards."""
+"""Holds ``instructgym/GenerateResponse-v0``: a free response to a prompt as a token MDP.
+
+This is the setting of learning from fine-grained rewards. The env is a
+:class:`~instructgym.envs.tokens.env.TokenEnv`; this file turns its arguments into prompts, reward and settings.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from .tokens.episode import PromptExample
 from .tokens.process import TokenSettings
 
 MAX_TOKENS = 48
-"""Of a response: two sentences of a review."""
+"""Default length of a response, in tokens: two sentences of a review."""
 
 
 def _arguments(
@@ -31,7 +35,8 @@ def _arguments(
     tokenizer: Any = "embedded",
     **others: Any,
 ) -> dict[str, Any]:
-    tokenizer = resolve("tokenizer", tokenizer)  # once, for the prompts and for the env
+    # Resolved once, so that prompts and env share it.
+    tokenizer = resolve("tokenizer", tokenizer)
     if examples is None:
         examples = response_prompts(data, split, limit, layout, data_seed, tokenizer)  # type: ignore[arg-type]
     return others | {
@@ -49,30 +54,49 @@ def _arguments(
 
 
 def generate_response(**kwargs: Any) -> TokenEnv:
-    r"""``instructgym/GenerateResponse-v0``.
+    r"""Builds ``instructgym/GenerateResponse-v0``, in which a policy writes a free response, token by token.
 
-    The setting of fine-grained supervision (Xu et al. 2024, arXiv 2406.02756): the state is a prompt and the tokens
-    written so far, an action is a token. A *causal* reward pays every token when it is written, the end-of-sequence
-    token included; a *terminal* one pays the last token.
+    This is the setting of fine-grained supervision (Xu et al. 2024, arXiv 2406.02756).
+
+    ## Action Space
+    ``Discrete(vocabulary)``: the id of the next token.
+
+    ## Observation Space
+    Prompt and response so far, by default as padded token ids and their mask.
+
+    ## Rewards
+    A *causal* reward is given at every token when it is written, including the end-of-sequence token; a *terminal* or
+    *whole* one at the last token.
+
+    ## Starting State
+    A prompt of the data, drawn in shuffled epochs.
+
+    ## Episode End
+    ``terminated`` is True after an end-of-sequence token, a stop string or ``max_tokens``.
+
+    See :class:`~instructgym.envs.tokens.env.TokenEnv` for the details.
 
     Args:
-        **kwargs: as follows.
+        **kwargs: the keyword arguments below.
 
     Keyword Args:
-        data: ``reviews`` (openings of film reviews, offline), ``instructions`` (the package's own), or a JSONL file
-            with ``prompt`` or ``instruction``; see :func:`~instructgym.envs.tasks.responses.openings.response_prompts`.
+        data: source of the prompts: ``reviews`` (openings of film reviews, works offline), ``instructions`` (the
+            package's own), or a JSONL file with ``prompt`` or ``instruction``; see
+            :func:`~instructgym.envs.tasks.responses.openings.response_prompts`.
         split: ``train``, ``validation`` or ``test``: 80 / 10 / 10 % by a hash of the text.
-        limit: prompts at most; None for all.
-        layout: ``plain``: the response continues the prompt; ``chat``: the tokenizer's chat template around it.
-        data_seed: of limit and openings.
-        examples: ready-made ones in place of the above.
-        reward: scores responses, with any timing; the sentiment of the text by default.
-        max_tokens: of a response.
-        stop: texts that end a response, of which they are no part; a line end, for instance.
-        context_length: tokens of prompt and response at most.
-        group_size: vector form: that many consecutive copies answer the same prompt.
-        on_invalid: ``retry`` or ``raise``.
-        tokenizer, observation, backend, embedder, render_mode: as of :class:`TokenEnv`.
+        limit: largest number of prompts; None for all.
+        layout: ``plain``: the response continues the prompt; ``chat``: the prompt is a message in the tokenizer's chat
+            template.
+        data_seed: seed by which the prompts of ``limit`` and the lengths of the openings are drawn.
+        examples: prompts to use instead of those that the arguments above select.
+        reward: the reward that scores responses, of any timing; by default the sentiment of the text.
+        max_tokens: largest number of tokens of a response.
+        stop: texts, e.g. a line end, that end a response and are no part of it.
+        context_length: largest number of tokens of prompt and response together.
+        group_size: vector env only: number of consecutive copies that answer the same prompt.
+        on_invalid: what to do without a valid score: ``retry`` (once, then the running mean of the valid rewards) or
+            ``raise``.
+        tokenizer, observation, backend, embedder, render_mode: see :class:`~instructgym.envs.tokens.env.TokenEnv`.
 
     Raises:
         InputError: for data that cannot be used, an unknown layout, and prompts that do not fit.
@@ -81,5 +105,11 @@ def generate_response(**kwargs: Any) -> TokenEnv:
 
 
 def generate_response_vector(num_envs: int = 1, **kwargs: Any) -> TokenVectorEnv:
-    """The vector form, for ``gymnasium.make_vec``: as :func:`generate_response`, with ``autoreset_mode``."""
+    """Builds the vector env for ``gymnasium.make_vec``.
+
+    Args:
+        num_envs: number of copies.
+        **kwargs: the arguments of :func:`generate_response`, and ``autoreset_mode`` of
+            :class:`~instructgym.envs.tokens.env.TokenVectorEnv`.
+    """
     return TokenVectorEnv(num_envs, **_arguments(**kwargs))

@@ -1,4 +1,9 @@
-"""The Gymnasium faces of a process: one copy as an ``Env``, n copies as a ``VectorEnv``."""
+"""Holds what both MDPs share: a process wrapped as a Gymnasium ``Env`` or ``VectorEnv``, reset options, data order.
+
+A :class:`Process` implements an MDP for n copies (Gymnasium's sub-environments) at once, so that all of them share one
+batched LLM call. :class:`ProcessEnv` wraps one copy and :class:`ProcessVectorEnv` wraps n. The two processes are
+:class:`~instructgym.envs.edit.process.EditProcess` and :class:`~instructgym.envs.tokens.process.TokenProcess`.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +25,14 @@ from ..llm_backends.errors import RunError
 
 
 class PartSpec(EnvSpec):
-    """An env's spec that, asked for JSON, names the argument that holds a live object."""
+    """An env spec whose JSON export refuses live objects and names the argument that holds one."""
 
     def to_json(self) -> str:
-        """The spec as JSON.
+        """Returns the spec as JSON.
 
         Raises:
-            ValueError: naming the argument and the form that can be saved.
+            ValueError: if an argument holds a live object; the message names the argument and the forms that can be
+                saved.
         """
         for key, value in self.kwargs.items():
             if not _is_json(value):
@@ -46,17 +52,18 @@ def _is_json(value: Any) -> bool:
 
 
 class HasPartSpec:
-    """Makes the spec that Gymnasium hands to an env a :class:`PartSpec`."""
+    """A mixin for envs that turns the spec which Gymnasium assigns into a :class:`PartSpec`."""
 
     _spec: EnvSpec | None = None
 
     @property
     def spec(self) -> EnvSpec | None:
-        """The spec the env was made from."""
+        """The spec that the env was made from; None before Gymnasium has assigned one."""
         return self._spec
 
     @spec.setter
     def spec(self, spec: EnvSpec | None) -> None:
+        # gymnasium.make assigns a plain EnvSpec after the constructor has run: only a setter can replace it.
         self._spec = (
             spec
             if spec is None or isinstance(spec, PartSpec)
@@ -65,16 +72,18 @@ class HasPartSpec:
 
 
 ON_INVALID = ("retry", "raise")
+"""What an env does when there is no valid score: ask once more and then impute the reward, or raise."""
 RESET_OPTIONS = frozenset({"index", "prefix", "reset_mask"})
+"""Keys that the ``options`` of ``reset`` may have."""
 
 
 class InvalidRewardError(RunError):
-    """The rewriter or the judge gave no usable answer, and the env was told to raise."""
+    """An error of envs with ``on_invalid="raise"``: the rewriter or the reward returned nothing usable."""
 
 
 @dataclass(frozen=True)
 class Transition:
-    """What one copy's step gave."""
+    """The outcome of one step of one copy."""
 
     reward: float
     terminated: bool
@@ -83,36 +92,55 @@ class Transition:
 
 @dataclass
 class RunningMean:
-    """The mean of the valid rewards so far: what is paid where there is no verdict."""
+    """A running mean of the valid rewards, which an env gives as the reward of a step without a valid score."""
 
     total: float = 0.0
+    """Sum of the rewards so far."""
     count: int = 0
+    """Number of rewards so far."""
 
     def add(self, value: float) -> None:
-        """Takes one more reward in."""
+        """Adds one reward."""
         self.total, self.count = self.total + value, self.count + 1
 
     @property
     def value(self) -> float:
-        """The mean; 0 before any reward."""
+        """The mean; 0 before the first reward."""
         return self.total / self.count if self.count else 0.0
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Refuses unknown reset options with a ValueError."""
+    """Checks the names of reset options.
+
+    Raises:
+        ValueError: for a name that is not in :data:`RESET_OPTIONS`.
+    """
     unknown = set(options) - RESET_OPTIONS
     if unknown:
         raise ValueError(f"unknown reset option {sorted(unknown)[0]!r}: use {', '.join(sorted(RESET_OPTIONS))}")
 
 
 def check_on_invalid(on_invalid: str) -> None:
-    """Refuses anything but :data:`ON_INVALID` with a ValueError."""
+    """Checks the setting ``on_invalid``.
+
+    Raises:
+        ValueError: unless it is one of :data:`ON_INVALID`.
+    """
     if on_invalid not in ON_INVALID:
         raise ValueError(f"on_invalid must be one of {', '.join(ON_INVALID)}, got {on_invalid!r}")
 
 
 def copy_option(options: Mapping[str, Any], key: str, copy: int, copies: int) -> Any:
-    """A reset option's value for one copy: its entry where a list, tuple or array holds one per copy.
+    """Returns the value of a reset option for one copy; None if the option is not set.
+
+    Args:
+        options: the options of ``reset``.
+        key: name of the option.
+        copy: index of the copy.
+        copies: number of copies of the env.
+
+    Returns:
+        The copy's entry if the option is a list, tuple or array (one entry per copy), else the value itself.
 
     Raises:
         ValueError: if there are more or fewer entries than copies.
@@ -126,39 +154,48 @@ def copy_option(options: Mapping[str, Any], key: str, copy: int, copies: int) ->
 
 
 def check_index(index: Any, size: int) -> None:
-    """Refuses ``options["index"]`` outside the examples with a ValueError; None is no choice."""
+    """Checks ``options["index"]`` against the number of examples; None, for a drawn example, passes.
+
+    Raises:
+        ValueError: unless 0 <= index < size.
+    """
     if index is not None and not 0 <= int(index) < size:
         raise ValueError(f"options['index'] must be in [0, {size}), got {index}")
 
 
 class Process(Protocol):
-    """n copies of an MDP."""
+    """An MDP that runs n copies of itself at once.
+
+    ``copies`` in the methods are the indices of the copies that a call is about.
+    """
 
     generators: list[np.random.Generator]
+    """Random generator of each copy."""
 
     def restart(self, seed: int) -> None:
-        """Restores everything that outlives an episode."""
+        """Resets everything that outlives an episode to what it is after seeding with ``seed``."""
 
     def begin(self, copies: Sequence[int], options: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-        """Starts an episode in each of the copies; one info each."""
+        """Starts an episode in each of the copies and returns one info per copy."""
 
     def step(self, actions: Sequence[Any], copies: Sequence[int]) -> list[Transition]:
-        """Applies one action per copy."""
+        """Applies one action per copy and returns one transition per copy."""
 
     def mask(self, copy: int) -> np.ndarray:
-        """int8 mask of the actions that are possible in a copy."""
+        """Returns an int8 mask, 1 for each action that is possible in the copy."""
 
     def state(self, copy: int) -> Any:
-        """What an observation of the copy is made of."""
+        """Returns the state from which an :class:`Observer` makes the copy's observation."""
 
 
 class Observer(Protocol):
-    """Turns states into observations."""
+    """An object that turns states into observations."""
 
     space: spaces.Space[Any]
+    """Space of one observation."""
 
     def encode(self, states: Sequence[Any]) -> list[Any]:
-        """One observation per state; no two share memory."""
+        """Returns one observation per state; no two share memory."""
 
 
 ProcessT = TypeVar("ProcessT", bound=Process)
@@ -166,16 +203,28 @@ ObserverT = TypeVar("ObserverT", bound=Observer)
 
 
 class ProcessEnv(HasPartSpec, gym.Env[Any, Any], Generic[ProcessT, ObserverT]):
-    """One copy of a process. A subclass's constructor sets ``process``, ``observer`` and the spaces."""
+    """A Gymnasium env that wraps one copy of a process.
+
+    The constructor of a subclass sets ``process``, ``observer`` and the spaces.
+    """
 
     process: ProcessT
     observer: ObserverT
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Starts an episode; see the class for options and what a seed restores."""
+        """Starts an episode and returns its first observation and info.
+
+        Args:
+            seed: restarts the process, e.g. its data order, as the docstring of the env tells; None goes on with it.
+            options: ``index`` and ``prefix``, as the docstring of the env tells.
+
+        Raises:
+            ValueError: for ``reset_mask``, and as ``begin`` of the process.
+        """
         super().reset(seed=seed)
         if options and "reset_mask" in options:
             raise ValueError("options['reset_mask'] is for the vector form")
+        # The process draws from the env's own generator, so that Gymnasium's seeding covers both.
         self.process.generators[0] = self.np_random
         if seed is not None:
             self.process.restart(seed)
@@ -183,12 +232,12 @@ class ProcessEnv(HasPartSpec, gym.Env[Any, Any], Generic[ProcessT, ObserverT]):
         return self._observation(), info
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """Takes one step."""
+        """Applies an action; returns observation, reward, terminated, truncated (always False) and info."""
         [transition] = self.process.step([action], [0])
         return self._observation(), transition.reward, transition.terminated, False, transition.info
 
     def action_masks(self) -> np.ndarray:
-        """bool, shape (n,): the actions that are possible now (what MaskablePPO asks for)."""
+        """Returns the actions that are possible now: bool, shape (n,), in the form that MaskablePPO calls for."""
         return self.process.mask(0).astype(bool)
 
     def _observation(self) -> Any:
@@ -196,7 +245,10 @@ class ProcessEnv(HasPartSpec, gym.Env[Any, Any], Generic[ProcessT, ObserverT]):
 
 
 class ProcessVectorEnv(HasPartSpec, VectorEnv[Any, Any, np.ndarray], Generic[ProcessT, ObserverT]):
-    """n copies of a process. A subclass's constructor sets ``process`` and ``observer``, then calls ``_setup``."""
+    """A Gymnasium vector env that wraps n copies of a process.
+
+    The constructor of a subclass sets ``process`` and ``observer``, then calls ``_setup``.
+    """
 
     process: ProcessT
     observer: ObserverT
@@ -219,44 +271,71 @@ class ProcessVectorEnv(HasPartSpec, VectorEnv[Any, Any, np.ndarray], Generic[Pro
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """Starts an episode in every copy, or in those of ``options["reset_mask"]``."""
+        """Starts an episode in every copy, or in the copies that ``options["reset_mask"]`` selects.
+
+        Args:
+            seed: copy i gets the seed ``seed + i``; a sequence holds the seed of each copy, or None to leave it alone.
+                If all copies are reset, the seed of copy 0 also restarts what the copies share, e.g. the data order.
+            options: ``reset_mask`` (bool array, shape (num_envs,)); ``index`` and ``prefix``, one value or one per
+                copy, as the docstring of the env tells.
+
+        Returns:
+            The batched observation of all copies, and the infos of those that were reset.
+
+        Raises:
+            ValueError: for an unknown option, a mask of another shape or without a copy, another number of seeds than
+                copies, and as ``begin`` of the process.
+        """
         infos = self.start(seed=seed, options=options)
         return self._batch(self._observations()), infos
 
     def start(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Does what :meth:`reset` does but for the observations, which are not built, and returns the infos."""
+        """Does what :meth:`reset` does without building observations, and returns the infos."""
         options = dict(options or {})
         check_options(options)
-        chosen = self._reset_mask(options.pop("reset_mask", None))
+        selected = self._reset_mask(options.pop("reset_mask", None))
         seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int | np.integer) else list(seed or [])
         if seeds and len(seeds) != self.num_envs:
             raise ValueError(f"one seed per copy is needed ({self.num_envs}), got {len(seeds)}")
-        copies = [int(copy) for copy in np.flatnonzero(chosen)]
+        copies = [int(copy) for copy in np.flatnonzero(selected)]
         for copy in copies:
             if seeds and seeds[copy] is not None:
                 self.process.generators[copy], _ = seeding.np_random(int(seeds[copy]))  # type: ignore[arg-type]
-        if seeds and seeds[0] is not None and chosen.all():
+        # A reset of some copies must not restart what the others are still using.
+        if seeds and seeds[0] is not None and selected.all():
             self.process.restart(int(seeds[0]))
         infos: dict[str, Any] = {}
         for copy, info in zip(copies, self.process.begin(copies, options), strict=True):
             infos = self._add_info(infos, info, copy)
-        self._done[chosen] = False
+        self._done[selected] = False
         return infos
 
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Steps all copies; rewards are float64, shape (num_envs,)."""
+        """Applies one action per copy.
+
+        In autoreset mode ``NextStep`` a copy whose episode has ended is reset instead and gets reward 0.
+
+        Returns:
+            Batched observations, rewards (float64, shape (num_envs,)), terminated and truncated (bool, shape
+            (num_envs,), the latter all False) and infos.
+
+        Raises:
+            RuntimeError: in autoreset mode ``Disabled``, if the episode of a copy has ended.
+            ValueError: if there are more or fewer actions than copies.
+        """
         if self.autoreset_mode is AutoresetMode.DISABLED:
             self._refuse_ended(self._done)
         rewards, terminated = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=bool)
         ended = [int(copy) for copy in np.flatnonzero(self._done)]
         running = [copy for copy in range(self.num_envs) if not self._done[copy]]
         per_copy: dict[int, dict[str, Any]] = {}
+        # One call steps all running copies, so that the process can batch its LLM calls.
         if running:
-            taken = unbatch(actions, self.num_envs)
+            per_action = unbatch(actions, self.num_envs)
             for copy, transition in zip(
-                running, self.process.step([taken[copy] for copy in running], running), strict=True
+                running, self.process.step([per_action[copy] for copy in running], running), strict=True
             ):
                 rewards[copy], terminated[copy] = transition.reward, transition.terminated
                 per_copy[copy] = transition.info
@@ -268,6 +347,7 @@ class ProcessVectorEnv(HasPartSpec, VectorEnv[Any, Any, np.ndarray], Generic[Pro
         else:
             observations = self._observations()
         self._done = np.zeros_like(terminated) if self.autoreset_mode is AutoresetMode.SAME_STEP else terminated.copy()
+        # In mode SameStep ``final`` holds the infos of the last steps, and ``per_copy`` those of the resets after them.
         infos: dict[str, Any] = {}
         for copy in range(self.num_envs):
             if copy in final:
@@ -276,7 +356,7 @@ class ProcessVectorEnv(HasPartSpec, VectorEnv[Any, Any, np.ndarray], Generic[Pro
         return self._batch(observations), rewards, terminated, np.zeros(self.num_envs, dtype=bool), infos
 
     def action_masks(self) -> np.ndarray:
-        """bool, shape (num_envs, n): the actions that are possible now."""
+        """Returns the actions that are possible now: bool, shape (num_envs, n)."""
         return np.stack([self.process.mask(copy) for copy in range(self.num_envs)]).astype(bool)
 
     def _refuse_ended(self, ended: np.ndarray) -> None:
@@ -288,8 +368,13 @@ class ProcessVectorEnv(HasPartSpec, VectorEnv[Any, Any, np.ndarray], Generic[Pro
     def _reset_ended(
         self, terminated: np.ndarray, per_copy: dict[int, dict[str, Any]]
     ) -> tuple[list[Any], dict[int, dict[str, Any]]]:
-        """Resets the copies that ended; last and first observations are encoded in one call."""
+        """Resets the copies that have ended and adds the infos of their resets to ``per_copy``.
+
+        Returns:
+            One observation per copy, and ``final_obs`` and ``final_info`` of each copy that has ended.
+        """
         ended = [int(copy) for copy in np.flatnonzero(terminated)]
+        # ``begin`` replaces the last states, so they are read before it; all states are encoded in one call.
         last_states = [self.process.state(copy) for copy in ended]
         infos = self.process.begin(ended) if ended else []
         states = [self.process.state(copy) for copy in range(self.num_envs)]
@@ -318,42 +403,50 @@ class ProcessVectorEnv(HasPartSpec, VectorEnv[Any, Any, np.ndarray], Generic[Pro
 
 
 def batch(space: spaces.Space[Any], observations: Sequence[Any]) -> Any:
-    """Observations of a single space as one of the vector form's."""
+    """Stacks observations of a single space into one observation of the batched space."""
     return concatenate(space, observations, create_empty_array(space, len(observations)))  # type: ignore[arg-type]
 
 
 def check_mask(mask: Any, count: int, name: str) -> None:
-    """Refuses anything but a bool array of shape (count,) with a ValueError."""
+    """Checks a mask over the copies; ``name`` is its name in the error message.
+
+    Raises:
+        ValueError: unless it is a bool array of shape (count,).
+    """
     if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_ or mask.shape != (count,):
         raise ValueError(f"{name} must be a bool array of shape ({count},), got {mask!r}")
 
 
 def check_copies(num_envs: int) -> None:
-    """Refuses a vector env without copies with a ValueError."""
+    """Checks the number of copies of a vector env.
+
+    Raises:
+        ValueError: if it is below 1.
+    """
     if num_envs < 1:
         raise ValueError(f"num_envs must be at least 1, got {num_envs}")
 
 
 def unbatch(actions: Any, count: int) -> list[Any]:
-    """The actions of a vector env as a list, one per copy.
+    """Returns the batched actions of a vector env as a list with one action per copy.
 
     Raises:
-        ValueError: if there are more or fewer.
+        ValueError: if there are more or fewer than ``count``.
     """
-    taken = list(actions)
-    if len(taken) != count:
-        raise ValueError(f"one action per copy is needed ({count}), got {len(taken)}")
-    return taken
+    per_copy = list(actions)
+    if len(per_copy) != count:
+        raise ValueError(f"one action per copy is needed ({count}), got {len(per_copy)}")
+    return per_copy
 
 
 class EpisodeSource:
-    """Draws indices of n examples in shuffled epochs: none comes twice before all have come once.
+    """A sampler of example indices in shuffled epochs: no index comes twice before all have come once.
 
     Args:
         size: number of examples.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if ``size`` is below 1.
     """
 
     def __init__(self, size: int) -> None:
@@ -363,12 +456,12 @@ class EpisodeSource:
         self.seed(0)
 
     def seed(self, seed: int) -> None:
-        """Starts again, in the order that belongs to the seed."""
+        """Goes back to the first epoch, in the order that the seed determines."""
         self._seed, self._epoch, self._position = int(seed), 0, 0
         self._order = self._shuffled()
 
     def draw(self) -> int:
-        """Index of the next example."""
+        """Returns the index of the next example."""
         if self._position == self.size:
             self._epoch, self._position = self._epoch + 1, 0
             self._order = self._shuffled()
@@ -376,27 +469,34 @@ class EpisodeSource:
         return int(self._order[self._position - 1])
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the source stands, JSON-able."""
+        """Returns the position in the data order: seed, epoch and draws in the epoch, as JSON-able integers."""
         return {"seed": self._seed, "epoch": self._epoch, "position": self._position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from :meth:`state_dict`."""
+        """Restores the position that :meth:`state_dict` returned."""
         self._seed, self._epoch, self._position = state["seed"], state["epoch"], state["position"]
         self._order = self._shuffled()
 
     def _shuffled(self) -> np.ndarray:
+        # The order depends on seed and epoch alone, so that three integers restore the source.
         return np.random.default_rng([self._seed, self._epoch]).permutation(self.size)
 
 
 _ALPHABET = string.ascii_letters + string.digits + " .,?!'-\n"
+"""Characters of the random strings of :class:`Unicode`."""
 
 
 class Unicode(Space[str]):
-    """Any string. Gymnasium's ``Text`` refuses the empty string, blanks and letters outside its character set.
+    """A Gymnasium space that contains every string.
+
+    Gymnasium's ``Text`` refuses the empty string, blanks and letters outside its character set.
 
     Args:
-        sample_length: longest string that ``sample`` returns.
-        seed: of ``sample``.
+        sample_length: length of the longest string that ``sample`` returns, in characters.
+        seed: seed, or random generator, of ``sample``.
+
+    Raises:
+        ValueError: if ``sample_length`` is below 1.
     """
 
     def __init__(self, sample_length: int = 32, seed: int | np.random.Generator | None = None) -> None:
@@ -407,14 +507,16 @@ class Unicode(Space[str]):
 
     @property
     def is_np_flattenable(self) -> bool:
+        """False: strings have no array form of fixed size."""
         return False
 
     def sample(self, mask: Any = None, probability: Any = None) -> str:
-        """A random string over letters, digits and some punctuation; takes no mask."""
+        """Returns a random string of letters, digits, blanks, line ends and some punctuation; ignores its arguments."""
         length = int(self.np_random.integers(self.sample_length + 1))
         return "".join(self.np_random.choice(list(_ALPHABET), size=length))
 
     def contains(self, x: Any) -> bool:
+        """Returns whether ``x`` is a string."""
         return isinstance(x, str)
 
     def __repr__(self) -> str:
@@ -424,8 +526,9 @@ class Unicode(Space[str]):
         return isinstance(other, Unicode)
 
     def __hash__(self) -> int:
+        # All instances are equal, so they must have the same hash.
         return hash(Unicode)
 
 
 class InvalidRewardRateError(RunError):
-    """Too many rewards were imputed for want of a verdict; the agent would learn from made-up numbers."""
+    """An error of training: so many rewards are imputed that the agent would learn from made-up numbers."""

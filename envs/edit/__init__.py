@@ -1,1 +1,1 @@
-"""The edit MDP: the state is a text, an action is an edit."""
+"""Holds the edit MDP: the state is a text, an action edits it."""

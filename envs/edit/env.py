@@ -1,4 +1,8 @@
-"""TextEditEnv: the edit MDP as a Gymnasium environment, and its vector form."""
+"""Holds TextEditEnv and TextEditVectorEnv, the edit MDP as a Gymnasium environment and vector environment.
+
+The MDP itself is in :mod:`~instructgym.envs.edit.process`, the meaning of an action in
+:mod:`~instructgym.envs.edit.operators`.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ DEFAULT_SETTINGS = EditSettings()
 
 
 class _EditParts:
-    """What the single and the vector env have in common: building the process from arguments."""
+    """A base of the single and the vector env, which builds the process from their arguments."""
 
     process: EditProcess
     observer: EditObservation
@@ -39,60 +43,69 @@ class _EditParts:
             raise ValueError(f"horizon must be at least 1, got {settings.horizon}")
         check_on_invalid(settings.on_invalid)
         rewriter: Backend = resolve("backend", backend)
+        # The rewriter also judges unless another model is given, as in the paper.
         judge = backend if judge_backend is None else judge_backend
-        shared = resolve("embedder", embedder)  # one memory: what the reward embedded the observation need not
-        scorer: Reward = resolve("reward", reward, backend=judge, embedder=shared)
+        # Reward and observation share one embedder and its cache: a text that one embedded the other need not.
+        shared_embedder = resolve("embedder", embedder)
+        scorer: Reward = resolve("reward", reward, backend=judge, embedder=shared_embedder)
         self.process = EditProcess(copies, instructions, operator, rewriter, scorer, settings)
-        self.observer = make_observation(observation, len(operator.operations), settings.horizon, shared)
+        self.observer = make_observation(observation, len(operator.operations), settings.horizon, shared_embedder)
 
     @property
     def backend(self) -> Backend:
-        """The rewriter, with its usage counters."""
+        """The rewriter LLM, with its usage counters."""
         return self.process.backend
 
     @property
     def reward(self) -> Reward:
-        """The reward."""
+        """The reward that scores edits."""
         return self.process.reward
 
     @property
     def operations(self) -> tuple[str, ...]:
-        """Names of the operations."""
+        """Names of the operations, in the order of their indices."""
         return self.process.operator.operations
 
 
 class TextEditEnv(_EditParts, ProcessEnv[EditProcess, EditObservation]):
-    """An episode edits one text, step by step, and is paid for every edit.
+    """A Gymnasium env whose episode edits one text, step by step, with a reward for every edit.
 
     ## Action Space
-    The operator's, by default ``Discrete(n)``: one operation each.
+    That of the operator, for an LLMOperator ``Discrete(n)``: one operation per action. ``info["action_mask"]`` (int8)
+    and ``action_masks()`` mark the possible actions; any other gets reward 0 and changes nothing, and the step still
+    counts towards the horizon.
 
     ## Observation Space
     ``last_edit``: ``Box(0, 1, (n,), float32)``, one-hot of the last operation, zeros at the start. ``embedding``: a
-    Dict of that, ``progress`` (1,) and the text's sentence ``embedding`` (384,). ``text``: the text (any string).
+    Dict of ``last_edit``, ``progress`` (float32, shape (1,), step / horizon) and ``embedding`` (float32, shape (d,),
+    the text's sentence embedding; d is 384 for the default embedder). ``text``: the text itself (any string).
 
     ## Rewards
-    The reward's value of (text before, text after). 0 without an LLM call for a masked action, for the no-op and for an
-    eliminated edit. Where judge or rewriter give nothing usable, the running mean of valid rewards is paid and
-    ``info["reward_valid"]`` is False.
+    The score that the reward gives to the pair of the text before and the text after the edit. 0, without a call to
+    the reward, for a masked action, the no-op and an eliminated edit. If the judge or the rewriter returns nothing
+    usable, the running mean of the valid rewards is given and ``info["reward_valid"]`` is False.
 
     ## Starting State
-    A seed instruction, drawn in shuffled epochs; ``options={"index": i}`` chooses one, ``{"prefix": text}`` starts from
-    any text. ``reset(seed=)`` restores everything, the data order and the diversity pool included.
+    A seed instruction, drawn in shuffled epochs. ``options={"index": i}`` selects one, ``{"prefix": text}`` starts from
+    any text. ``reset(seed=)`` restarts everything, including the data order and the diversity pool.
 
     ## Episode End
-    ``terminated`` after ``horizon`` edits or when an elimination rule strikes; ``info["finish_reason"]`` says which.
+    ``terminated`` is True after ``horizon`` edits or when an edit breaks an elimination rule; ``info["finish_reason"]``
+    is ``horizon`` or the name of the rule. ``truncated`` is always False.
 
     Args:
-        instructions: the texts episodes start from.
-        operator: what actions mean.
-        backend: the rewriter LLM.
-        reward: scores edits.
-        judge_backend: the LLM of rewards that need one and name none; the rewriter by default, as in the paper.
+        instructions: the texts that episodes start from.
+        operator: defines the actions and how they edit a text.
+        backend: id or live backend: the rewriter LLM.
+        reward: id, ``"module:factory"``, Reward or function of the samples that scores edits.
+        judge_backend: the LLM of a reward that needs one and names none; None for the rewriter, as in the paper.
         observation: ``last_edit``, ``embedding`` or ``text``.
-        embedder: sentence embeddings for observations and rewards.
-        settings: horizon, elimination, what to do without a verdict.
-        render_mode: ``ansi`` or None.
+        embedder: id or live embedder, which computes sentence embeddings for observations and rewards.
+        settings: horizon, elimination rules, and what to do without a valid score.
+        render_mode: ``ansi``, to render the episode so far, or None.
+
+    Raises:
+        ValueError: for a horizon below 1, and for an unknown ``on_invalid``, observation mode or part.
     """
 
     metadata = {"render_modes": ["ansi"], "render_fps": 1}
@@ -114,25 +127,27 @@ class TextEditEnv(_EditParts, ProcessEnv[EditProcess, EditObservation]):
         self.render_mode = render_mode
 
     def render(self) -> str | None:
-        """The episode so far, one line per edit, in render mode ``ansi``."""
+        """Returns the episode so far in render mode ``ansi``, one line per edit; else, or before a reset, None."""
         episode = self.process.episodes[0]
         return "\n".join(episode.history) if self.render_mode == "ansi" and episode is not None else None
 
 
 class TextEditVectorEnv(_EditParts, ProcessVectorEnv[EditProcess, EditObservation]):
-    """n copies of :class:`TextEditEnv` that share one batched call per role and step.
+    """A vector env of n copies of :class:`~instructgym.envs.edit.env.TextEditEnv` with one batched call per LLM role.
 
-    Copy i seeded with s behaves as a single env seeded with s + i, but for what the copies share: the order of the
-    examples (no example twice before all came once) and a diversity reward's pool (all score against its state at the
-    start of the step, then insert in index order).
+    A step makes one call to the rewriter and one to the reward for all copies together.
 
-    ``reset(options={"reset_mask": bool array})`` resets some copies; a seed given with it reseeds those copies'
-    requests and leaves data order and pool alone. ``index`` and ``prefix`` may be given per copy.
+    Copy i seeded with s behaves as a single env seeded with s + i, except for what the copies share: the order of the
+    examples (no example comes twice before all have come once) and the pool of a diversity reward (all copies are
+    scored against its state at the start of the step, then their texts are inserted in index order).
+
+    ``reset(options={"reset_mask": bool array})`` resets some of the copies; a seed passed with it reseeds the requests
+    of those copies and leaves data order and pool alone. ``index`` and ``prefix`` may be passed per copy.
 
     Args:
-        num_envs: n.
+        num_envs: number of copies, n.
         autoreset_mode: ``NextStep`` (Gymnasium's default), ``SameStep`` or ``Disabled``.
-        Others: as of :class:`TextEditEnv`.
+        Others: see :class:`~instructgym.envs.edit.env.TextEditEnv`.
     """
 
     def __init__(
@@ -154,7 +169,7 @@ class TextEditVectorEnv(_EditParts, ProcessVectorEnv[EditProcess, EditObservatio
         self._setup(num_envs, operator.action_space, render_mode, autoreset_mode)
 
     def render(self) -> tuple[str, ...] | None:
-        """The episodes so far, one text per copy, in render mode ``ansi``."""
+        """Returns the episodes so far, one text per copy, in render mode ``ansi``, else None."""
         if self.render_mode != "ansi":
             return None
         return tuple("\n".join(e.history) if e is not None else "" for e in self.process.episodes)

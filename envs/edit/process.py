@@ -1,6 +1,8 @@
-"""The edit MDP itself, for n copies at once: one request per role and step, however many copies there are.
+"""Holds the edit MDP for n copies at once: a step calls the rewriter once and the reward once for all copies.
 
-The Gymnasium env, the Gymnasium vector env and the stable-baselines3 VecEnv are thin faces of this class.
+:class:`~instructgym.envs.edit.env.TextEditEnv`, :class:`~instructgym.envs.edit.env.TextEditVectorEnv` and the
+stable-baselines3 VecEnv are thin wrappers of :class:`EditProcess`. A step plans the edits, rewrites the texts, applies
+the elimination rules, scores what is left and makes a transition of it (:meth:`EditProcess.step`).
 """
 
 from __future__ import annotations
@@ -29,32 +31,42 @@ from ..tasks.instruction.seeds import Instruction
 from .operators import Edit, Operator
 
 OBSERVATIONS = ("last_edit", "embedding", "text")
+"""The observation modes, see :func:`make_observation`."""
 
 
 @dataclass(frozen=True)
 class EditState:
-    """The state of one copy: what an observation may be made of."""
+    """The state of one copy, from which its observation is made."""
 
     text: str
+    """The text as edited so far."""
     last_operation: int | None
     """Index of the last executed operation; None before the first."""
     step: int
+    """Number of steps taken in the episode."""
     mask: np.ndarray | None = None
-    """The possible actions, where the text does not tell them."""
+    """int8 mask of the possible actions, if they do not follow from the text; else None."""
 
 
 class EditObservation(ABC):
-    """Turns states into observations, a batch at a time."""
+    """An observer that turns a batch of states into observations."""
 
     space: spaces.Space[Any]
+    """Space of one observation."""
 
     @abstractmethod
     def encode(self, states: Sequence[EditState]) -> list[Any]:
-        """One observation per state; no two share memory."""
+        """Returns one observation per state; no two share memory."""
 
 
 class LastEdit(EditObservation):
-    """float32 one-hot of the last executed operation, shape (operations,); zeros at the start (TeaMs-RL's)."""
+    """An observer that returns the last executed operation, the observation of TeaMs-RL.
+
+    An observation is a float32 one-hot vector, shape (operations,), zeros at the start.
+
+    Args:
+        operations: number of operations.
+    """
 
     def __init__(self, operations: int) -> None:
         self.space = spaces.Box(0.0, 1.0, (operations,), np.float32)
@@ -69,9 +81,17 @@ class LastEdit(EditObservation):
 
 
 class LastEditEmbedding(EditObservation):
-    """Dict of ``last_edit`` as above, ``progress`` (step / horizon, shape (1,)) and the text's ``embedding`` ((d,)).
+    """An observer that returns the last operation, the progress of the episode and the embedding of the text.
 
-    With ``actions``, the entries of a mask, also ``action_mask``: float32, shape (actions,), 1 where possible.
+    An observation is a Dict of float32 arrays: ``last_edit``, as in :class:`LastEdit`; ``progress``, shape (1,), step /
+    horizon; ``embedding``, shape (d,), the text's sentence embedding, clipped to [-1, 1]; and, if ``actions`` is
+    above 0, ``action_mask``, shape (actions,), 1 where an action is possible.
+
+    Args:
+        operations: number of operations.
+        horizon: number of edits per episode.
+        embedder: computes the sentence embedding, of dimension d.
+        actions: number of entries of the action mask; 0 for none.
     """
 
     def __init__(self, operations: int, horizon: int, embedder: Embedder, actions: int = 0) -> None:
@@ -86,6 +106,7 @@ class LastEditEmbedding(EditObservation):
         self.space = spaces.Dict(parts)
 
     def encode(self, states: Sequence[EditState]) -> list[dict[str, np.ndarray]]:
+        # The vectors have length 1 up to rounding, so an entry can be just outside the Box.
         vectors = np.clip(self._embedder.embed([state.text for state in states]), -1.0, 1.0)
         return [
             {
@@ -99,7 +120,7 @@ class LastEditEmbedding(EditObservation):
 
 
 class TextObservation(EditObservation):
-    """The text itself, a str."""
+    """An observer that returns the text itself, a str."""
 
     def __init__(self) -> None:
         self.space = Unicode()
@@ -109,14 +130,14 @@ class TextObservation(EditObservation):
 
 
 def make_observation(mode: str, operations: int, horizon: int, embedder: Any, actions: int = 0) -> EditObservation:
-    """The observation of the given mode, one of :data:`OBSERVATIONS`.
+    """Returns the observer of a mode.
 
     Args:
-        mode: which.
-        operations: entries of the last edit's one-hot.
-        horizon: edits per episode.
-        embedder: of ``embedding``.
-        actions: entries of the mask that ``embedding`` shows; 0 for none.
+        mode: ``last_edit``, ``embedding`` or ``text``.
+        operations: number of operations, the length of the last edit's one-hot vector.
+        horizon: number of edits per episode.
+        embedder: id or live embedder of the mode ``embedding``; other modes ignore it.
+        actions: number of entries of the action mask in the mode ``embedding``; 0 for no mask.
 
     Raises:
         ValueError: for an unknown mode.
@@ -132,80 +153,92 @@ def make_observation(mode: str, operations: int, horizon: int, embedder: Any, ac
 
 @dataclass(frozen=True)
 class EditSettings:
-    """What defines an edit MDP besides its parts."""
+    """The settings of an edit MDP, apart from its instructions, operator, rewriter and reward."""
 
     horizon: int = 6
-    """Edits per episode at most."""
+    """Largest number of edits of an episode."""
     carry_text: bool = False
-    """Start an episode from the text the last one ended with (TeaMs-RL's released code), not from a new seed."""
+    """True: an episode starts from the text that the copy's last one ended with (TeaMs-RL's released code); False: from
+    a new seed instruction."""
     elimination: tuple[str, ...] = ()
-    """String rules (see ``rewards.elimination``) that end an episode, with reward 0, when an edit breaks one."""
+    """String rules (see :mod:`~instructgym.rewards.elimination`) that eliminate an edit: it gets reward 0, the text
+    stays as it was, and the episode ends (unless ``elimination_ends`` is False)."""
     elimination_ends: bool = True
-    """False: an eliminated edit leaves the text as it was, is paid 0, and the episode goes on."""
+    """False: the episode goes on after an eliminated edit."""
     on_invalid: str = "retry"
-    """``retry``: ask once more, then pay the running mean of valid rewards and say so; ``raise``: stop."""
+    """What to do without a usable reply or a valid score. ``retry``: ask once more, then give the running mean of the
+    valid rewards and set ``info["reward_valid"]`` to False; ``raise``: raise an InvalidRewardError."""
 
 
 @dataclass
 class EditEpisode:
-    """One copy's episode."""
+    """The episode of one copy."""
 
     index: int
-    """Which instruction."""
+    """Index of the instruction."""
     start: str
     """The text at the start."""
     document: Any
-    """What is edited: a text, or an object whose ``str()`` is its text."""
+    """The text as edited so far, or an object whose ``str()`` is that text."""
     base_seed: int
-    """From which the seeds of the episode's requests are derived."""
+    """Seed from which the seeds of the episode's requests are derived."""
     step: int = 0
+    """Number of steps taken."""
     last_operation: int | None = None
+    """Index of the last executed operation; None before the first."""
     history: list[str] = field(default_factory=list)
-    """Lines for ``render``."""
+    """The lines that ``render`` returns: the start text and one line per edit."""
 
     @property
     def text(self) -> str:
-        """The text as it stands."""
+        """The text as edited so far."""
         return str(self.document)
 
     @property
     def state(self) -> EditState:
-        """What observations are made of."""
+        """The state from which the observation is made."""
         return EditState(self.text, self.last_operation, self.step)
 
 
 @dataclass
 class EditStep:
-    """One copy's step in the making."""
+    """One step of one copy, filled in by the phases of :meth:`EditProcess.step`."""
 
     copy: int
+    """Index of the copy."""
     edit: Edit
+    """The edit that the action means."""
     previous: Any
     """The document before the edit."""
     document: Any
-    """The document after it."""
+    """The document after the edit."""
     masked: bool = False
+    """Whether the action is impossible, so that nothing is done."""
     rewrite_calls: int = 0
+    """Number of requests to the rewriter."""
     error: str = ""
+    """Why the rewriter failed; empty if it did not."""
     eliminated: str = ""
+    """Name of the elimination rule that the edit breaks; empty if it breaks none."""
     score: Score | None = None
+    """The reward's score; None if none was due."""
 
     @property
     def edited(self) -> bool:
-        """Whether there is a new text to judge: not so for a masked action, the no-op and a failed request."""
+        """Whether there is an edit to score: False for a masked action, the no-op and a failed request."""
         return not (self.masked or self.error or (self.edit.prompt is None and self.document == self.previous))
 
 
 class EditProcess:
-    """Steps n copies of an edit MDP.
+    """An edit MDP that steps n copies with one call to the rewriter and one to the reward.
 
     Args:
         copies: number of copies.
-        instructions: the examples.
-        operator: what actions mean.
-        backend: the rewriter.
+        instructions: the texts that episodes start from.
+        operator: defines the actions and how they edit a text.
+        backend: the rewriter LLM.
         reward: scores edits.
-        settings: horizon and rules.
+        settings: horizon, elimination rules, and what to do without a valid score.
     """
 
     def __init__(
@@ -232,7 +265,11 @@ class EditProcess:
         self._mean = RunningMean()
 
     def restart(self, seed: int) -> None:
-        """Restores everything that outlives an episode: data order, diversity pool, carried texts, running mean."""
+        """Resets everything that outlives an episode: the reward's memory, carried texts, running mean, data order.
+
+        Args:
+            seed: seed of the data order.
+        """
         self._forget()
         self.source.seed(seed)
         self._unseeded = False
@@ -241,9 +278,9 @@ class EditProcess:
         """Starts an episode in each of the copies.
 
         Args:
-            copies: which.
-            options: ``index`` (an int, or one per copy of the env) chooses the example, ``prefix`` (a str, or one per
-                copy) the text to start from.
+            copies: indices of the copies.
+            options: ``index`` (an int, or one per copy of the env) selects the instruction, ``prefix`` (a str, or one
+                per copy) is the text to start from instead.
 
         Returns:
             One info per copy.
@@ -253,31 +290,45 @@ class EditProcess:
         """
         options = options or {}
         check_options(options)
+        # No seed was ever set: the data order is drawn from the generator of the first copy.
         if self._unseeded:
             self.restart(int(self.generators[copies[0]].integers(2**31)))
-        wanted = [
+        per_copy = [
             [copy_option(options, key, copy, len(self.episodes)) for key in ("index", "prefix")] for copy in copies
         ]
-        for index, prefix in wanted:  # all of them, before an episode is replaced
+        # All options are checked before an episode is replaced.
+        for index, prefix in per_copy:
             check_index(index, len(self.instructions))
             self._check_prefix(prefix)
-        for copy, (index, prefix) in zip(copies, wanted, strict=True):
-            chosen = self.source.draw() if index is None else int(index)
+        for copy, (index, prefix) in zip(copies, per_copy, strict=True):
+            example = self.source.draw() if index is None else int(index)
+            # An explicit start takes precedence over the carried text.
             if prefix is None and index is None and self.settings.carry_text:
                 prefix = self._carried[copy]
             base_seed = int(self.generators[copy].integers(2**62))
-            self.episodes[copy] = self._open(copy, chosen, prefix, base_seed)
+            self.episodes[copy] = self._open(copy, example, prefix, base_seed)
         self._opened(copies)
         return [self._start_info(self._episode(copy)) for copy in copies]
 
     def step(self, actions: Sequence[Any], copies: Sequence[int]) -> list[Transition]:
-        """Applies one action per copy: at most one call to the rewriter and one to the reward for all of them.
+        """Applies one action per copy, with at most one call to the rewriter and one to the reward for all of them.
+
+        Failed requests are repeated once, with ``on_invalid="retry"``.
+
+        Args:
+            actions: one action per copy.
+            copies: indices of the copies.
+
+        Returns:
+            One transition per copy.
 
         Raises:
-            InvalidRewardError: with ``on_invalid="raise"``, where the rewriter or the judge gave nothing usable.
+            ValueError: for an action outside the action space.
+            InvalidRewardError: with ``on_invalid="raise"``, if the rewriter or the judge returned nothing usable.
         """
         steps = [self._plan(copy, action) for copy, action in zip(copies, actions, strict=True)]
         self._rewrite([step for step in steps if step.edit.prompt is not None and not step.masked])
+        # String rules come before the reward, so that an eliminated edit costs no call to the judge.
         for step in steps:
             if step.edited:
                 step.eliminated = self._eliminated(step)
@@ -285,11 +336,11 @@ class EditProcess:
         return [self._advance(step) for step in steps]
 
     def mask(self, copy: int) -> np.ndarray:
-        """int8 mask of the actions that are possible in a copy."""
+        """Returns an int8 mask, 1 for each action that is possible in the copy."""
         return self.operator.mask(self._episode(copy).document)
 
     def state(self, copy: int) -> EditState:
-        """What an observation of the copy is made of."""
+        """Returns the state from which the copy's observation is made."""
         return self._episode(copy).state
 
     def _episode(self, copy: int) -> EditEpisode:
@@ -299,19 +350,24 @@ class EditProcess:
         return episode
 
     def _check_prefix(self, prefix: Any) -> None:
-        """Refuses what an episode cannot start from with a ValueError; None is no choice."""
+        """Checks a prefix; None passes.
+
+        Raises:
+            ValueError: unless it can be the start of an episode.
+        """
         if prefix is not None and not (isinstance(prefix, str) and prefix.strip()):
             raise ValueError(f"options['prefix'] must be a non-empty text, got {prefix!r}")
 
     def _open(self, copy: int, index: int, prefix: Any, base_seed: int) -> EditEpisode:
-        """A copy's new episode on an example; ``prefix`` is what to start from in the place of the example's text."""
+        """Returns a new episode of a copy on an example; ``prefix``, if not None, replaces the example's text."""
         text = self.instructions[index].text if prefix is None else prefix
         return EditEpisode(index, text, text, base_seed, history=[text])
 
     def _opened(self, copies: Sequence[int]) -> None:
-        """Called once the episodes of ``copies`` are open, for work that is done for all of them together."""
+        """Does the work that all new episodes of ``copies`` share; a hook for subclasses that does nothing here."""
 
     def _plan(self, copy: int, action: Any) -> EditStep:
+        """Returns the step that an action begins; a masked action gets an edit that changes nothing."""
         episode = self._episode(copy)
         if not self.operator.action_space.contains(action):
             raise ValueError(f"action {action!r} is not in {self.operator.action_space}")
@@ -322,11 +378,13 @@ class EditProcess:
         return EditStep(copy, edit, document, document if edit.result is None else edit.result)
 
     def _rewrite(self, steps: list[EditStep]) -> None:
-        """Fills in the rewritten texts; a failed request is sent once more under another seed."""
+        """Sends the requests to the rewriter and fills in the new texts; failed requests are sent once more."""
         pending = steps
         for attempt in range(2 if self.settings.on_invalid == "retry" else 1):
             if not pending:
                 break
+            # A seed depends on episode, step and attempt alone: results do not change with the number of copies, and a
+            # retry samples something else.
             seeds = [
                 request_seed(self._episode(s.copy).base_seed, self._episode(s.copy).step, attempt) for s in pending
             ]
@@ -334,25 +392,27 @@ class EditProcess:
                 [s.edit.prompt for s in pending],  # type: ignore[misc]
                 [s.edit.sampling.with_seed(seed) for s, seed in zip(pending, seeds, strict=True)],  # type: ignore[union-attr]
             )
-            again = []
+            failures = []
             for step, result in zip(pending, results, strict=True):
                 step.rewrite_calls += 1
                 if isinstance(result, BackendError):
                     step.error = str(result)
-                    if not isinstance(result, ContextLengthError):  # too long today is too long tomorrow
-                        again.append(step)
+                    # A retry cannot help a prompt that is too long.
+                    if not isinstance(result, ContextLengthError):
+                        failures.append(step)
                 else:
                     step.error, step.document = "", self.operator.finish(step.edit, step.previous, result)
-            pending = again
+            pending = failures
         failed = [step for step in steps if step.error]
         if failed and self.settings.on_invalid == "raise":
             raise InvalidRewardError(f"the rewriter failed on copy {failed[0].copy}: {failed[0].error}")
 
     def _eliminated(self, step: EditStep) -> str:
-        """The rule that an edit breaks; empty if it breaks none."""
+        """Returns the name of the rule that an edit breaks; empty if it breaks none."""
         return eliminated_by(str(step.document), str(step.previous), self.settings.elimination) or ""
 
     def _score(self, steps: list[EditStep]) -> None:
+        """Scores the edits and adds the valid rewards to the running mean."""
         if not steps:
             return
         samples = [self._sample(step) for step in steps]
@@ -379,6 +439,7 @@ class EditProcess:
         )
 
     def _advance(self, step: EditStep) -> Transition:
+        """Applies a finished step to its episode and returns reward, end and info."""
         episode = self._episode(step.copy)
         operation = self.operator.operations[step.edit.operation]
         valid = not step.error and (step.score is None or step.score.valid)
@@ -389,7 +450,7 @@ class EditProcess:
             reward = step.score.value
         if not step.masked:
             episode.last_operation = step.edit.operation
-        # An eliminated edit fails: the text stays what it was.
+        # An eliminated edit is undone; ``info["edit"]`` still shows it.
         episode.document = step.previous if step.eliminated else step.document
         episode.step += 1
         finish = (self.settings.elimination_ends and step.eliminated) or (

@@ -1,1 +1,1 @@
-"""The edit MDP on prompts of a frozen model: instruction, demonstrations, verbalizers."""
+"""Holds the edit MDP on prompts of a frozen model: edits of instruction, demonstrations and verbalizers."""

@@ -1,4 +1,8 @@
-"""The document of the prompt edit MDP: a task prompt, with what edits may draw on and what they took away."""
+"""Holds the document of the prompt edit MDP: a task prompt, what edits may add to it, and the phrases they deleted.
+
+:class:`PromptDraft` is what the operators in :mod:`~instructgym.envs.prompt_edit.operators` edit. Phrases are split by
+punctuation and function words, without a parser.
+"""
 
 from __future__ import annotations
 
@@ -17,22 +21,25 @@ OPENERS = frozenset(
     using when where whether which while who with without
     """.split()
 )
-"""Words that begin a new phrase."""
+"""Words, in lower case, that begin a new phrase."""
 
 SHORTEST = 2
-"""Words a phrase has at least before an opener may end it."""
+"""Smallest number of words of a phrase that the next opener may end."""
 
 _ENDS = re.compile(r"[.,;:!?][\"')\]]*$")
 
 
 def split_phrases(text: str) -> tuple[str, ...]:
-    """The phrases of a text; joined by blanks they are the text again, but for runs of white space.
+    """Returns the phrases of a text; joined by blanks they are the text again, except for runs of white space.
+
+    A phrase ends at a punctuation mark, and before one of :data:`OPENERS` if it has :data:`SHORTEST` words.
 
     Example:
         >>> split_phrases("Read the review, and decide whether it is good or bad.")
         ('Read the review,', 'and decide', 'whether it is good', 'or bad.')
     """
     phrases: list[list[str]] = []
+    # Whether the last phrase may take another word.
     open_phrase = False
     for word in text.split():
         starts = word.strip("\"'([").casefold() in OPENERS and open_phrase and len(phrases[-1]) >= SHORTEST
@@ -44,36 +51,39 @@ def split_phrases(text: str) -> tuple[str, ...]:
 
 
 def join_phrases(phrases: Sequence[str]) -> str:
-    """The text of phrases."""
+    """Returns the text that the phrases make, joined by blanks."""
     return " ".join(phrases)
 
 
 @dataclass(frozen=True, eq=False)
 class DraftContext:
-    """What an episode's edits may draw on."""
+    """The material that the edits of an episode may use, and the limits they must keep."""
 
     pool: tuple[Demonstration, ...] = ()
-    """Solved inputs of the training split outside the episode's minibatch, no text twice."""
+    """Demonstrations that may be added: solved inputs of the training split outside the episode's minibatch, with no
+    text twice."""
     verbalizer_sets: tuple[tuple[str, ...], ...] = ()
     """The task's sets of verbalizers, in the order in which they are cycled through."""
     max_demonstrations: int = 4
-    """Demonstrations that a prompt may have."""
+    """Largest number of demonstrations of a prompt."""
     fits: Callable[[TaskPrompt], bool] = field(default=lambda prompt: True)
-    """Whether a prompt can be scored: whether it fits into the context, where that is known."""
+    """Returns whether a prompt can be scored, e.g. whether it fits into the task model's context; by default all do."""
 
 
 @dataclass(frozen=True)
 class PromptDraft:
-    """A prompt being edited. Drafts are equal if their prompts are; ``str(draft)`` is the prompt's text."""
+    """A prompt that is being edited. Drafts are equal if their prompts are; ``str(draft)`` is the prompt's text."""
 
     prompt: TaskPrompt
+    """The prompt as edited so far."""
     context: DraftContext = field(default_factory=DraftContext, compare=False, repr=False)
+    """The material that edits may use."""
     phrases: tuple[str, ...] = field(default=(), compare=False)
-    """The instruction's phrases, kept apart so that an edit moves no boundary; empty: split the instruction."""
+    """The instruction's phrases, stored so that an edit keeps their boundaries; empty: split the instruction."""
     deleted: tuple[str, ...] = field(default=(), compare=False)
-    """Phrases deleted and not added back, the last one last."""
+    """Phrases that were deleted and not added back, in the order of their deletion."""
     seed: int = field(default=0, compare=False)
-    """Of what the next edit draws."""
+    """Seed of the next edit's random choices."""
 
     def __str__(self) -> str:
         return self.prompt.text
@@ -84,42 +94,49 @@ class PromptDraft:
         return self.prompt.instruction
 
     def split(self) -> tuple[str, ...]:
-        """The instruction's phrases, as the last phrase edit left them."""
+        """Returns the instruction's phrases, with the boundaries that the last phrase edit left."""
         return self.phrases or split_phrases(self.instruction)
 
     def with_prompt(self, **changes: Any) -> PromptDraft:
-        """The draft with fields of its prompt replaced; a new instruction is split anew."""
+        """Returns the draft with fields of its prompt replaced.
+
+        A new instruction also drops the stored phrases and the deleted ones.
+        """
         if "instruction" in changes:
             return replace(self, prompt=replace(self.prompt, **changes), phrases=(), deleted=())
         return replace(self, prompt=replace(self.prompt, **changes))
 
     def with_phrases(self, phrases: tuple[str, ...], deleted: tuple[str, ...]) -> PromptDraft:
-        """The draft with the instruction that the phrases make."""
-        changed = replace(self.prompt, instruction=join_phrases(phrases))
-        return replace(self, prompt=changed, phrases=phrases, deleted=deleted)
+        """Returns the draft with the instruction that the phrases make."""
+        prompt = replace(self.prompt, instruction=join_phrases(phrases))
+        return replace(self, prompt=prompt, phrases=phrases, deleted=deleted)
 
     def next_demonstration(self) -> Demonstration | None:
-        """The demonstration that adding would add: drawn among those that are not shown yet and still fit.
+        """Returns the demonstration to add, drawn by the seed among those of the pool that are not shown yet and fit.
 
-        None where there is none, be it that the prompt holds as many as it may.
+        Returns:
+            The demonstration; None if there is none, or the prompt has as many as it may.
         """
         shown = self.prompt.demonstrations
         if len(shown) >= self.context.max_demonstrations:
             return None
-        texts = {one.text for one in shown}
+        texts = {demonstration.text for demonstration in shown}
+        # A shuffled pass stops at the first demonstration that fits: not all of the pool has to be checked.
         for index in self._draws().permutation(len(self.context.pool)):
-            one = self.context.pool[index]
-            if one.text not in texts and self.context.fits(replace(self.prompt, demonstrations=(*shown, one))):
-                return one
+            demonstration = self.context.pool[index]
+            if demonstration.text not in texts and self.context.fits(
+                replace(self.prompt, demonstrations=(*shown, demonstration))
+            ):
+                return demonstration
         return None
 
     def swappable(self) -> list[tuple[int, int]]:
-        """The pairs of demonstrations whose exchange changes the prompt."""
+        """Returns the pairs (i, j), i < j, of demonstrations whose exchange changes the prompt."""
         shown = self.prompt.demonstrations
         return [(i, j) for j in range(len(shown)) for i in range(j) if shown[i] != shown[j]]
 
     def next_verbalizers(self) -> tuple[str, ...] | None:
-        """The next of the task's sets of verbalizers that fits, in a cycle; None where there is no other one."""
+        """Returns the next set of verbalizers in the cycle that fits; None if there is no other one."""
         sets, now = self.context.verbalizer_sets, self.prompt.verbalizers
         start = sets.index(now) + 1 if now in sets else 0
         for step in range(len(sets)):
@@ -129,8 +146,9 @@ class PromptDraft:
         return None
 
     def draw(self, count: int) -> int:
-        """An index below ``count``, drawn by the draft's seed."""
+        """Returns an index below ``count``, drawn by the draft's seed."""
         return int(self._draws().integers(count))
 
     def _draws(self) -> np.random.Generator:
+        # A new generator each time: mask and edit must draw the same, and a draft is immutable.
         return np.random.default_rng(self.seed)

@@ -1,4 +1,7 @@
-"""Operators on prompts: LLM and demonstration edits, phrase edits, and free text."""
+"""Holds the operators on prompts: edits of the whole prompt, edits of phrases, and free text.
+
+The documents that they edit are in :mod:`~instructgym.envs.prompt_edit.drafts`.
+"""
 
 from __future__ import annotations
 
@@ -20,38 +23,41 @@ from ..tasks.prompt_search.tasks import PromptTask
 from .drafts import PromptDraft
 
 FILE = "prompt_edits"
+"""Name of the prompt file of the operations."""
 
 
 class PromptOperator(Operator[PromptDraft]):
-    """The actions of ``instructgym/EditPrompt-v0``.
+    """A definition of the actions of ``instructgym/EditPrompt-v0``.
 
-    A mask of 0 stands for an edit that is impossible on the draft and for nothing else; whatever it lets through
-    changes the prompt, but for the no-op and for a rewriter that answers nothing new.
+    A mask entry is 0 if the edit is impossible on the draft, and for no other reason. An edit that the mask admits
+    changes the prompt, except for the no-op and for a rewriter that replies nothing new.
     """
 
     @abstractmethod
     def plan(self, action: Any, text: PromptDraft, style: PromptStyle) -> Edit:
-        """What the action asks for; rules give the new draft at once."""
+        """Returns the edit that an action means; edits by rule have the new draft as their result."""
 
     def finish(self, edit: Edit, text: PromptDraft, completions: Sequence[Completion]) -> PromptDraft:
-        """The draft with the most likely usable reply as its instruction."""
+        """Returns the draft with the most likely usable reply as its instruction, else the draft itself."""
         reply = best_reply(completions)
+        # A reply that UTF-8 cannot encode, with a lone surrogate, could not be sent to the task model.
         new = bool(reply) and reply != text.instruction and encodable(reply)
         return text.with_prompt(instruction=reply) if new else text
 
 
 class PromptEdits(PromptOperator):
-    """``Discrete(n)``: one edit of the whole prompt per action.
+    """An operator with one edit of the whole prompt per action; the action space is ``Discrete(n)``.
 
-    ``rephrase``, ``shorten``, ``add_constraint``: an LLM rewrites the instruction, where there is one.
-    ``add_demonstration``: one of the training split, drawn among those not shown. ``swap_demonstrations``,
-    ``drop_demonstration``: two of them, or one, drawn; the last one stays in a prompt without instruction.
-    ``swap_verbalizers``: the task's next set. ``no_op``, always the last: leaves the prompt alone and costs nothing, so
-    that some action is always possible.
+    ``rephrase``, ``shorten``, ``add_constraint``: an LLM rewrites the instruction, if there is one.
+    ``add_demonstration``: adds one of the training split, drawn among those that are not shown.
+    ``swap_demonstrations``: exchanges two that are shown, drawn. ``drop_demonstration``: removes one, drawn; impossible
+    for the only one in a prompt without instruction. ``swap_verbalizers``: takes the task's next set. ``no_op``, always
+    among the actions and by default the last: leaves the prompt alone and calls no LLM, so that some action is always
+    possible.
 
     Args:
-        operations: names in action order; None for all seven.
-        candidates: rewrites drawn per edit; the one with the highest mean token log-prob is taken.
+        operations: names of the operations, in action order; None for all seven. ``no_op`` is appended if missing.
+        candidates: number of rewrites sampled per edit; the one with the highest mean token log-prob is used.
         sampling: sampling parameters that replace the defaults of the prompt style.
 
     Raises:
@@ -80,21 +86,22 @@ class PromptEdits(PromptOperator):
         return Edit(index, result=self._rule(operation.name, text) or text)
 
     def mask(self, text: PromptDraft) -> np.ndarray:
-        can = [
-            bool(text.instruction.strip()) if one.chat else self._rule(one.name, text) is not None
-            for one in self._operations
+        possible = [
+            bool(text.instruction.strip()) if operation.chat else self._rule(operation.name, text) is not None
+            for operation in self._operations
         ]
-        return np.array(can, dtype=np.int8)
+        return np.array(possible, dtype=np.int8)
 
     @staticmethod
     def _rule(name: str, draft: PromptDraft) -> PromptDraft | None:
-        """The draft after an edit that needs no LLM; None where it is impossible."""
+        """Returns the draft after an edit that needs no LLM; None if the edit is impossible."""
         shown = list(draft.prompt.demonstrations)
         if name == "add_demonstration":
             added = draft.next_demonstration()
             return None if added is None else draft.with_prompt(demonstrations=(*shown, added))
         if name == "drop_demonstration":
-            if not shown or (len(shown) == 1 and not draft.instruction.strip()):  # nothing would be left
+            # A prompt needs an instruction or a demonstration.
+            if not shown or (len(shown) == 1 and not draft.instruction.strip()):
                 return None
             del shown[draft.draw(len(shown))]
             return draft.with_prompt(demonstrations=tuple(shown))
@@ -112,19 +119,20 @@ class PromptEdits(PromptOperator):
 
 
 class PhraseEdits(PromptOperator):
-    """``MultiDiscrete[operation, position]``: edits of the instruction's phrases, without a rewriter.
+    """An operator that edits single phrases of the instruction, without a rewriter.
 
-    ``delete`` takes the phrase out, unless it is the only one; ``swap`` exchanges it with the next one, the last with
-    the first; ``add_back`` puts the phrase that was deleted last behind it; ``no_op`` leaves the prompt alone. The
-    edits of GrIPS (Prasad et al. 2023) and TEMPERA (Zhang et al. 2023); phrases are those of
+    The action space is ``MultiDiscrete([4, positions])``: an operation and the position of a phrase. ``delete`` removes
+    the phrase, unless it is the only one; ``swap`` exchanges it with the next one, and the last with the first;
+    ``add_back`` inserts the phrase that was deleted last after it; ``no_op`` leaves the prompt alone. These are edits
+    of GrIPS (Prasad et al. 2023) and TEMPERA (Zhang et al. 2023); phrases are those of
     :func:`~instructgym.envs.prompt_edit.drafts.split_phrases`.
 
-    The mask has one entry per operation, then one per position, as MaskablePPO reads it. All positions of an
-    instruction admit the same operations, so no pair that it lets through is impossible, with one exception: swapping
-    two equal phrases, where others differ, leaves the prompt as it was.
+    The mask has one entry per operation, then one per position, as MaskablePPO expects it. All positions of an
+    instruction admit the same operations, so every pair that the mask admits is possible, with one exception: swapping
+    two equal phrases, while others differ, leaves the prompt as it was.
 
     Args:
-        positions: phrases that can be named; those behind them are out of reach.
+        positions: number of phrases that actions can select; those after them cannot be edited.
 
     Raises:
         InputError: for fewer than one position.
@@ -145,15 +153,15 @@ class PhraseEdits(PromptOperator):
     def mask(self, text: PromptDraft) -> np.ndarray:
         count = len(text.split())
         reach = min(count, self.positions)
-        can = {
+        possible = {
             "delete": count > 1,
             "swap": any(self._edited("swap", position, text).split() != text.split() for position in range(reach)),
             "add_back": bool(text.deleted) and text.context.fits(self._edited("add_back", 0, text).prompt),
             NO_OP: True,
         }
-        # Without a phrase the first position is on for the no-op, so that each dimension has something to choose.
+        # Without a phrase the first position is on for the no-op, so that no dimension of the mask is all zeros.
         positions = [position < max(count, 1) for position in range(self.positions)]
-        return np.array([*(can[name] for name in self.operations), *positions], dtype=np.int8)
+        return np.array([*(possible[name] for name in self.operations), *positions], dtype=np.int8)
 
     @staticmethod
     def _edited(name: str, position: int, draft: PromptDraft) -> PromptDraft:
@@ -172,17 +180,17 @@ class PhraseEdits(PromptOperator):
 
 
 class FreeText(PromptOperator):
-    """Any text: a new instruction, the caller's own or a rewriter's.
+    """An operator whose action is any text: a new instruction, or a request to the rewriter to change it.
 
     Args:
         by: ``caller``: the action is the new instruction, and an action without letters or digits is impossible;
-            ``llm``: the action says how to change the instruction (the feedback in ``info``, or what someone made of
-            it), and the rewriter does so; without text it is free to choose.
-        candidates: rewrites drawn per edit; the one with the highest mean token log-prob is taken.
+            ``llm``: the action tells the rewriter how to change the instruction, for instance with the feedback in
+            ``info``; an empty action leaves the change to the rewriter.
+        candidates: number of rewrites sampled per edit; the one with the highest mean token log-prob is used.
         sampling: sampling parameters that replace the defaults of the prompt style.
 
     Raises:
-        ValueError: for anything else, a count below 1, or a sampling parameter that does not exist.
+        ValueError: for any other ``by``, a count below 1, or a sampling parameter that does not exist.
     """
 
     operations = ("rewrite",)
@@ -208,16 +216,17 @@ class FreeText(PromptOperator):
         return Edit(0, build_prompt(style, chat, completion), self._requests.sampling(text.instruction, style))
 
     def possible(self, action: Any, text: PromptDraft) -> bool:
-        """Whether the text can be an instruction: one with something to read in it, that UTF-8 can say."""
+        """Returns whether UTF-8 can encode the action and, if it is the instruction, it has a letter or digit."""
         return encodable(action) and (self.by == "llm" or any(letter.isalnum() for letter in action))
 
 
 def verbalizer_sets(task: PromptTask) -> tuple[tuple[str, ...], ...]:
-    """The task's verbalizers, then the packaged alternatives for labels of these names."""
+    """Returns the task's own verbalizers, then the package's other sets for labels of these names; none twice."""
     names = [label.casefold() for label in task.labels]
     sets = [task.verbalizers]
     for table in load_prompts(__package__, FILE)["verbalizers"]:
         if sorted(table["labels"]) == sorted(names):
+            # The table may list the labels in another order than the task.
             places = [table["labels"].index(name) for name in names]
             sets += [tuple(words[place] for place in places) for words in table["sets"]]
     return tuple(dict.fromkeys(sets))

@@ -1,4 +1,8 @@
-"""The edit MDP of prompts: an episode edits a task prompt and is paid for the change of its score on a minibatch."""
+"""Holds the edit MDP of prompts: the reward of an edit is the change of the prompt's task score on a minibatch.
+
+:class:`PromptProcess` adds to :class:`~instructgym.envs.edit.process.EditProcess` a minibatch and a pool of
+demonstrations per episode, the score of the start prompt, and the check that a prompt fits into the task model.
+"""
 
 from __future__ import annotations
 
@@ -20,41 +24,50 @@ from .drafts import DraftContext, PromptDraft
 from .operators import PromptOperator
 
 OVER_CONTEXT = "context"
-"""What eliminates an edit whose prompt does not fit into the task model's context."""
+"""Value of ``info["eliminated_by"]`` for an edit whose prompt does not fit into the task model's context."""
 
 
 @dataclass
 class PromptEpisode(EditEpisode):
-    """One copy's episode on a prompt."""
+    """The episode of one copy on a prompt."""
 
     document: PromptDraft
+    """The draft as edited so far."""
     examples: tuple[LabelledExample, ...] = ()
     """The minibatch that all of the episode's prompts are scored on."""
     start_score: float = 0.0
+    """Task score of the start prompt on the minibatch."""
     score: float = 0.0
-    """Task score of the prompt as it stands."""
+    """Task score of the prompt as edited so far."""
     feedback: str = ""
-    """Its failures."""
+    """Wrong answers of the prompt as edited so far, as text."""
     task_calls: int = 0
-    """Task-model calls of the last reset or step."""
+    """Number of task-model calls of the last reset or step."""
 
 
 @dataclass(frozen=True)
 class PromptData:
-    """What episodes are made of."""
+    """The start prompts and examples of episodes, and how many examples an episode uses.
+
+    Raises:
+        InputError: on construction, without a start prompt, for a number out of range, and if a start prompt leaves too
+            few examples for a minibatch.
+    """
 
     starts: tuple[TaskPrompt, ...]
     """Prompts that episodes start from."""
     examples: tuple[LabelledExample, ...] = field(repr=False)
-    """The training split: minibatches and demonstrations are drawn from it, and never share an input."""
+    """The training split, from which minibatches and demonstrations are drawn; those of an episode share no input."""
     verbalizer_sets: tuple[tuple[str, ...], ...] = ()
+    """Sets of verbalizers, one word per label each, in the order in which they are cycled through."""
     batch_size: int = 16
-    """Examples of a minibatch."""
+    """Number of examples of a minibatch."""
     pool_size: int = 64
-    """Examples set aside as an episode's demonstrations to add, at most."""
+    """Largest number of examples of an episode that may be added as demonstrations."""
     max_demonstrations: int = 4
+    """Largest number of demonstrations of a prompt."""
     held_out: tuple[LabelledExample, ...] = field(default=(), repr=False)
-    """Examples that prompts are scored on elsewhere, e.g. those of other splits: a prompt must fit them as well."""
+    """Examples on which prompts are scored outside the env, e.g. those of other splits: a prompt must fit them too."""
 
     def __post_init__(self) -> None:
         if not self.starts:
@@ -66,43 +79,44 @@ class PromptData:
             self.unseen(prompt)
 
     def unseen(self, prompt: TaskPrompt) -> list[LabelledExample]:
-        """The training examples that are no demonstrations of a prompt.
+        """Returns the training examples whose input is no demonstration of a prompt.
 
         Raises:
             InputError: if there are too few for a minibatch.
         """
-        shown = {one.text for one in prompt.demonstrations}
-        found = [one for one in self.examples if one.text not in shown]
-        if self.batch_size > len(found):
+        shown = {example.text for example in prompt.demonstrations}
+        unseen = [example for example in self.examples if example.text not in shown]
+        if self.batch_size > len(unseen):
             raise InputError(
-                f"a batch_size of {self.batch_size} is more than the {len(found)} training examples that the prompt "
+                f"a batch_size of {self.batch_size} is more than the {len(unseen)} training examples that the prompt "
                 "does not show: lower it, or raise the limit"
             )
-        return found
+        return unseen
 
     @cached_property
     def hardest(self) -> tuple[LabelledExample, ...]:
-        """The longest examples, and one of the last label: what a scorer checks a prompt by."""
+        """The longest examples and one with the last label: a prompt that can be scored on these can be on all."""
         everything = (*self.examples, *self.held_out)
-        return (*longest(everything), max(everything, key=lambda one: one.label))
+        return (*longest(everything), max(everything, key=lambda example: example.label))
 
 
 class PromptProcess(EditProcess):
-    """Steps n copies of the prompt edit MDP.
+    """The edit MDP of prompts, which steps n copies with one call to the rewriter and one to the task model.
 
     Args:
         copies: number of copies.
         data: start prompts and examples.
-        operator: what actions mean.
-        backend: the rewriter.
-        reward: scores prompts.
-        settings: horizon and rules.
+        operator: defines the actions and how they edit a prompt.
+        backend: the rewriter LLM.
+        reward: scores prompts with the task model.
+        settings: horizon, elimination rules, and what to do without a valid score.
 
     Raises:
         InputError: for prompts, verbalizers and examples that cannot be scored, and batch calibration of one example.
     """
 
     reward: TaskGain
+    """The reward, with the scorer of the task model."""
 
     def __init__(
         self,
@@ -115,8 +129,8 @@ class PromptProcess(EditProcess):
     ) -> None:
         self.data = data
         check_batch(reward.scorer.calibration, data.batch_size)
-        words = [replace(data.starts[0], verbalizers=verbalizers) for verbalizers in data.verbalizer_sets]
-        reward.scorer.check([*data.starts, *words], [*data.examples, *data.held_out])
+        variants = [replace(data.starts[0], verbalizers=verbalizers) for verbalizers in data.verbalizer_sets]
+        reward.scorer.check([*data.starts, *variants], [*data.examples, *data.held_out])
         instructions = [Instruction(prompt.instruction) for prompt in data.starts]
         super().__init__(copies, instructions, operator, backend, reward, settings)
 
@@ -127,8 +141,9 @@ class PromptProcess(EditProcess):
         else:
             super()._check_prefix(prefix)
             if prefix is not None:
-                written = [replace(start, instruction=prefix) for start in self.data.starts]
-                self.reward.scorer.check(written, self.data.hardest)
+                # The example is not drawn yet, so the instruction must be possible in every start prompt.
+                prompts = [replace(start, instruction=prefix) for start in self.data.starts]
+                self.reward.scorer.check(prompts, self.data.hardest)
 
     def _open(self, copy: int, index: int, prefix: Any, base_seed: int) -> PromptEpisode:
         data, prompt = self.data, self.data.starts[index]
@@ -137,14 +152,15 @@ class PromptProcess(EditProcess):
         elif prefix is not None:
             prompt = replace(prompt, instruction=prefix)
         unseen = data.unseen(prompt)
+        # One permutation gives first the minibatch, then the pool; they share no text even if texts repeat in the data.
         order = self.generators[copy].permutation(len(unseen))
         examples = tuple(unseen[i] for i in sorted(order[: data.batch_size]))
-        seen = {example.text for example in examples}
+        minibatch_texts = {example.text for example in examples}
         pool: dict[str, Demonstration] = {}
         for i in order[data.batch_size :]:
             if len(pool) == data.pool_size:
                 break
-            if unseen[i].text not in seen:
+            if unseen[i].text not in minibatch_texts:
                 pool[unseen[i].text] = Demonstration(unseen[i].text, unseen[i].label)
         context = DraftContext(tuple(pool.values()), data.verbalizer_sets, data.max_demonstrations, self._fits)
         draft = PromptDraft(prompt, context)
@@ -160,13 +176,18 @@ class PromptProcess(EditProcess):
     def _opened(self, copies: Sequence[int]) -> None:
         try:
             self._score_starts(copies)
-        except BaseException:  # an episode without a score must not be stepped
+        # An episode without a start score must not be stepped, not even after a keyboard interrupt.
+        except BaseException:
             for copy in copies:
                 self.episodes[copy] = None
             raise
 
     def _score_starts(self, copies: Sequence[int]) -> None:
-        """Scores the start prompts, all in one batch."""
+        """Scores the start prompts in one batch and, with ``on_invalid="retry"``, the failed ones once more.
+
+        Raises:
+            InvalidRewardError: if a start prompt has no valid score.
+        """
         pending = [self._prompt_episode(copy) for copy in copies]
         for _ in range(2 if self.settings.on_invalid == "retry" else 1):
             scores = self.reward.evaluate([e.document.prompt for e in pending], [e.examples for e in pending])
@@ -190,7 +211,7 @@ class PromptProcess(EditProcess):
 
     def _plan(self, copy: int, action: Any) -> EditStep:
         episode = self._prompt_episode(copy)
-        # What an edit draws depends on the episode and the step, not on what was drawn before.
+        # The random choices of an edit depend on the episode and the step alone, not on earlier draws.
         episode.document = replace(episode.document, seed=request_seed(episode.base_seed, episode.step, "edit"))
         return super()._plan(copy, action)
 
@@ -200,7 +221,7 @@ class PromptProcess(EditProcess):
         return super()._eliminated(step)
 
     def _score(self, steps: list[EditStep]) -> None:
-        # What an LLM left as it was has its score already.
+        # A prompt that the rewriter left unchanged has a score already.
         super()._score([step for step in steps if step.document != step.previous])
 
     def _sample(self, step: EditStep) -> Sample:
@@ -216,13 +237,14 @@ class PromptProcess(EditProcess):
         if score is not None and score.valid:
             episode.score, episode.feedback = score.terms["score"], score.feedback
         elif score is not None:
-            # A prompt without a score is not taken over: the score so far is always that of the prompt as it stands.
+            # An edit without a valid score is undone, so that ``episode.score`` is always the score of its prompt.
             episode.document = step.previous
             mask = self.operator.mask(episode.document)
             transition.info.update({"text": episode.text, "action_mask": mask})
         return replace(transition, info=transition.info | self._prompt_info(episode))
 
     def state(self, copy: int) -> EditState:
+        """Returns the copy's state with its action mask, which does not follow from the text."""
         return replace(super().state(copy), mask=self.mask(copy))
 
     def _start_info(self, episode: EditEpisode) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""The token MDP: the state is a prompt and what was written so far, an action is a token."""
+"""Holds the token MDP: the state is a prompt and the response so far, an action appends a token."""

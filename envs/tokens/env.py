@@ -1,4 +1,8 @@
-"""TokenEnv: the token MDP as a Gymnasium environment."""
+"""Holds TokenEnv and TokenVectorEnv, the token MDP as a Gymnasium environment and vector environment.
+
+:class:`TokenVectorEnv` can also take a whole response per copy (:meth:`TokenVectorEnv.play`), which calls the reward
+once instead of once per token. The MDP itself is in :mod:`~instructgym.envs.tokens.process`.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ DEFAULT_SETTINGS = TokenSettings()
 
 
 class TokenParts:
-    """What the single and the vector env have in common: building the process from arguments."""
+    """A base of the single and the vector env, which builds the process from their arguments."""
 
     process: TokenProcess
     observer: TokenObservation
@@ -41,6 +45,7 @@ class TokenParts:
     ) -> None:
         if reward is None:
             raise InputError("reward is missing: pass an id, 'module:factory', a Reward or a function of the samples")
+        # Without a backend the reward is built without one, so that its own default applies.
         defaults = {"embedder": resolve("embedder", embedder)} | ({} if backend is None else {"backend": backend})
         scorer = resolve("reward", reward, **defaults)
         self.process = TokenProcess(copies, examples, resolve("tokenizer", tokenizer), scorer, settings)
@@ -49,60 +54,64 @@ class TokenParts:
 
     @property
     def generation(self) -> GenerationSpec:
-        """What a generator has to know to write responses that the env takes whole."""
+        """What a generator must know so that its responses end where the env ends them."""
         return self.process.generation
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """What a token is."""
+        """The tokenizer whose token ids are the actions."""
         return self.process.tokenizer
 
     @property
     def has_references(self) -> bool:
-        """Whether every example has a reference response, the ``info["reference"]`` of its episodes' last steps."""
+        """Whether every example has a reference response, which is ``info["reference"]`` at the end of an episode."""
         return all(example.reference is not None for example in self.process.examples)
 
     @property
     def reward(self) -> Reward:
-        """The reward."""
+        """The reward that scores responses."""
         return self.process.reward
 
 
 class TokenEnv(TokenParts, ProcessEnv[TokenProcess, TokenObservation]):
-    """An episode is one response to a prompt, written token by token.
+    """A Gymnasium env whose episode is one response to a prompt, written token by token.
 
     ## Action Space
-    ``Discrete(vocabulary)``: the next token. Where responses are constrained to an example's choices,
-    ``info["action_mask"]`` (int8) and :meth:`action_masks` say which tokens are allowed; another one ends the episode.
+    ``Discrete(vocabulary)``: the id of the next token. If responses are constrained to an example's choices,
+    ``info["action_mask"]`` (int8, shape (vocabulary,)) and :meth:`action_masks` mark the allowed tokens; any other
+    token ends the episode.
 
     ## Observation Space
-    ``tokens``: a Dict of ``ids`` (``Box``, int32, shape (context_length,), prompt and response, right-padded with 0)
-    and ``mask`` (int8, 1 where there is a token). ``onehot``: ``MultiDiscrete``, the same ids with ``vocabulary`` as
-    padding, for learners that one-hot it; small vocabularies only.
+    Prompt and response so far. ``tokens``: a Dict of ``ids`` (``Box``, int32, shape (context_length,), right-padded
+    with 0) and ``mask`` (int8, same shape, 1 where there is a token). ``onehot``: ``MultiDiscrete``, the same ids
+    padded with ``vocabulary``, for learners that one-hot encode it; small vocabularies only.
 
-    ## Rewards By the timing of the reward: *terminal* and *whole* rewards are given at the last token, *causal* ones at
-    every token. Where there is no verdict, the running mean of valid rewards is given and ``info["reward_valid"]`` is
-    False.
+    ## Rewards
+    The score of the response, given according to the reward's timing: *terminal* and *whole* rewards at the last token
+    (0 before), *causal* ones at every token. Without a valid score, the running mean of the valid rewards is given and
+    ``info["reward_valid"]`` is False.
 
     ## Starting State
-    A prompt, drawn in shuffled epochs; ``options={"index": i}`` chooses one, ``{"prefix": token ids or text}`` starts
-    from a response that is partly written. ``reset(seed=)`` restores everything, the data order and the reward's memory
-    included.
+    A prompt, drawn in shuffled epochs. ``options={"index": i}`` selects an example, ``{"prefix": token ids or text}``
+    starts from a response that is partly written. ``reset(seed=)`` restarts everything, including the data order and
+    the reward's memory.
 
     ## Episode End
-    ``terminated``, and ``info["finish_reason"]`` says why: ``illegal`` or ``choice`` (constrained: a token that is not
-    allowed, a choice complete), ``eos``, ``stop`` (a stop string; neither is part of ``info["text"]``) or ``length``
-    (``max_tokens`` written). ``info["reference"]`` is then the example's reference response, if it has one.
+    ``terminated`` is True after the last token, and ``info["finish_reason"]`` is the reason: ``illegal`` (constrained:
+    a token that is not allowed), ``choice`` (constrained: a choice is complete), ``eos`` (an end-of-sequence token),
+    ``stop`` (a stop string) or ``length`` (``max_tokens`` are written). ``info["text"]`` is the response without the
+    end-of-sequence token or stop string, ``info["reference"]`` the example's reference response, if it has one.
+    ``truncated`` is always False.
 
     Args:
-        examples: the prompts.
-        tokenizer: what a token is.
-        reward: scores responses.
-        settings: where responses end, what to do without a verdict.
+        examples: the prompts that episodes continue.
+        tokenizer: id or live tokenizer, whose token ids are the actions.
+        reward: id, ``"module:factory"``, Reward or function of the samples that scores responses; required.
+        settings: where responses end, and what to do without a valid score.
         observation: ``tokens`` or ``onehot``.
-        backend: the judge LLM of rewards that need one and name none; the reward's own default if None.
-        embedder: sentence embeddings for rewards.
-        render_mode: ``ansi`` or None.
+        backend: the judge LLM of a reward that needs one and names none; None for the reward's own default.
+        embedder: id or live embedder, which computes sentence embeddings for rewards.
+        render_mode: ``ansi``, to render the text so far, or None.
 
     Raises:
         ValueError: for bad settings, examples, parts and observations; see
@@ -127,7 +136,7 @@ class TokenEnv(TokenParts, ProcessEnv[TokenProcess, TokenObservation]):
         self.render_mode = render_mode
 
     def render(self) -> str | None:
-        """Prompt and response so far, in render mode ``ansi``."""
+        """Returns the text of prompt and response so far in render mode ``ansi``, else None."""
         return self.process.render(0) if self.render_mode == "ansi" else None
 
 
@@ -194,39 +203,42 @@ def missing_members(env: Any) -> list[str]:
 
 @dataclass(eq=False)
 class Played:
-    """The outcome of one play of n copies, the same as that of stepping each through its tokens until it ended."""
+    """The outcome of one play of n copies: what stepping each through its tokens until it ended would have returned."""
 
     rewards: list[np.ndarray]
     """n arrays, float32, shape (tokens consumed,): the reward of each step."""
     credit: list[np.ndarray] | None
-    """For a *whole* reward, likewise: its split over the tokens. The share of tokens written before is not in it."""
+    """For a *whole* reward: n arrays, float32, shape (tokens consumed,), its split over the tokens, without the share
+    of the tokens that were written before this play. None for other rewards."""
     n_consumed: np.ndarray
-    """int64, shape (n,): tokens taken."""
+    """int64, shape (n,): number of tokens that were appended."""
     n_dropped: np.ndarray
-    """int64, shape (n,): tokens that came after the end."""
+    """int64, shape (n,): number of tokens that came after the end of the episode."""
     terminated: np.ndarray
-    """bool, shape (n,): whose episode ended in this play."""
+    """bool, shape (n,): True for each copy whose episode ended in this play."""
     truncated: np.ndarray
     """bool, shape (n,): all False."""
     valid: np.ndarray
-    """bool, shape (n,): False where there was no verdict and rewards are imputed."""
+    """bool, shape (n,): False for a copy without a valid score, whose reward is imputed."""
     appended: list[np.ndarray]
-    """n arrays, int32: tokens that the environment added; none in a single turn."""
+    """n arrays, int32: tokens that the environment added; all empty, as an episode has a single turn."""
     infos: list[dict[str, Any]]
-    """The info of each copy's last step; of a copy that took none, the same keys about where it stands."""
+    """n infos: that of the copy's last step; for a copy that took no step, the same keys about its current state."""
     reset_infos: list[dict[str, Any]]
-    """In autoreset mode ``SAME_STEP``, the info of the reset of each copy that ended; else empty."""
+    """n infos. In autoreset mode ``SAME_STEP``: that of the reset of each copy that ended; else empty dicts."""
     turns: Sequence[Turn] = field(repr=False)
+    """The turn of each copy."""
     observer: TokenObservation = field(repr=False)
+    """Makes the observations."""
 
     @cached_property
     def final_obs(self) -> Any:
-        """The batched observations after the last tokens, before any autoreset; made when asked for."""
+        """The batched observations after the last tokens, before any autoreset; computed on first access."""
         states = [turn.episode.state(turn.start + turn.count) for turn in self.turns]
         return batch(self.observer.space, self.observer.encode(states))
 
     def observation(self, i: int, t: int) -> Any:
-        """Copy i's observation after t of its tokens, before token t.
+        """Returns the observation of copy i after t of its tokens, which is the one before token t.
 
         Raises:
             IndexError: unless 0 <= t <= n_consumed[i].
@@ -239,41 +251,48 @@ class Played:
 
 @dataclass(frozen=True, eq=False)
 class _Written:
-    """A play whose tokens are consumed."""
+    """A play whose tokens are written and whose scores are due."""
 
     turns: list[Turn]
+    """The turn of each copy."""
     samples: dict[int, Sample]
+    """The samples to score, by copy."""
     n_dropped: np.ndarray
+    """int64, shape (n,): number of tokens that came after the end of the episode."""
     reset_infos: list[dict[str, Any]]
+    """The info of each copy's autoreset; empty for a copy without one."""
 
 
 @dataclass(eq=False)
 class _Pending:
-    """A play whose scores are on their way."""
+    """A play whose responses are being scored in another thread."""
 
     written: _Written
     scores: Future[dict[int, Score]]
     outcome: Played | Exception | None = None
+    """The finished play, or the error that scoring raised; None until the scores were waited for."""
 
 
 class TokenVectorEnv(TokenParts, ProcessVectorEnv[TokenProcess, TokenObservation]):
-    """n copies of :class:`~instructgym.envs.tokens.env.TokenEnv` that share one batched call to the reward.
+    """A vector env of n copies of :class:`~instructgym.envs.tokens.env.TokenEnv` that share each call to the reward.
 
-    Copy i seeded with s behaves as a single env seeded with s + i, but for what the copies share: the order of the
-    examples (no example twice before all came once) and the reward's memory. With ``group_size=g`` copies 0 to g-1
-    answer one prompt, and so on; they are reset together.
+    Copy i seeded with s behaves as a single env seeded with s + i, except for what the copies share: the order of the
+    examples (no example comes twice before all have come once) and the reward's memory. With ``group_size=g`` copies 0
+    to g-1 answer one prompt, copies g to 2g-1 the next one, and so on; the copies of a group are reset together.
 
-    ``reset(options={"reset_mask": bool array})`` resets some copies; a seed given with it reseeds those copies'
-    requests and leaves data order and memory alone. ``index`` and ``prefix`` may be given per copy.
+    ``reset(options={"reset_mask": bool array})`` resets some of the copies; a seed passed with it reseeds the requests
+    of those copies and leaves data order and memory alone. ``index`` and ``prefix`` may be passed per copy.
 
-    :meth:`play` takes a whole response per copy and says what stepping the copies, token by token and side by side,
-    would have said, but the reward is called once: a reward with memory sees all responses at the same time, and a
-    *causal* reward without a verdict on a response leaves all its tokens of this play without one.
+    :meth:`play` takes a whole response per copy and returns what stepping the copies, token by token and side by side,
+    would have returned, with two differences, because the reward is called once: a reward with memory sees all
+    responses at the same time, and if a *causal* reward has no valid score for a response, all its tokens of this play
+    get an imputed reward.
 
     Args:
-        num_envs: n.
-        autoreset_mode: ``Disabled`` (the default), ``SameStep`` or ``NextStep``; groups need ``Disabled``.
-        Others: as of :class:`~instructgym.envs.tokens.env.TokenEnv`.
+        num_envs: number of copies, n.
+        autoreset_mode: ``Disabled`` (the default), ``SameStep`` or ``NextStep``; ``group_size`` above 1 needs
+            ``Disabled``.
+        Others: see :class:`~instructgym.envs.tokens.env.TokenEnv`.
     """
 
     _pending: _Pending | None = None
@@ -300,33 +319,42 @@ class TokenVectorEnv(TokenParts, ProcessVectorEnv[TokenProcess, TokenObservation
 
     @property
     def group_size(self) -> int:
-        """That many consecutive copies answer the same prompt."""
+        """Number of consecutive copies that answer the same prompt."""
         return self.process.settings.group_size
 
     def start(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        if seed is not None and self._pending is not None:  # a seed makes the reward forget: not while it scores
+        """Starts episodes as in the base class; with a seed, waits first for the scores of a running play."""
+        # A seed clears the reward's memory, which must not happen while another thread scores with it.
+        if seed is not None and self._pending is not None:
             self._settle(self._pending)
         return super().start(seed=seed, options=options)
 
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Appends one token per copy; rewards are float64, shape (num_envs,)."""
+        """Appends one token per copy; rewards are float64, shape (num_envs,).
+
+        Raises:
+            RuntimeError: while a play is not waited for, and in autoreset mode ``Disabled``, if an episode has ended.
+        """
         self._refuse_pending()
         return super().step(actions)
 
     def render(self) -> tuple[str, ...] | None:
-        """Prompt and response so far, one text per copy, in render mode ``ansi``."""
+        """Returns the texts of prompt and response so far, one per copy, in render mode ``ansi``, else None."""
         if self.render_mode != "ansi":
             return None
         return tuple(self.process.render(copy) for copy in range(self.num_envs))
 
     def prompts(self) -> list[np.ndarray]:
-        """What to continue: one int32 array per copy, prompt and the tokens written so far, unpadded."""
+        """Returns the token ids to continue: one int32 array per copy, prompt and response so far, unpadded."""
         return [self.process.state(copy).copy() for copy in range(self.num_envs)]
 
     def constraints(self) -> list[Choices | None]:
-        """What each copy may still write, behind :meth:`prompts`; None where any token is allowed or it has ended."""
+        """Returns what each copy may write after its :meth:`prompts`.
+
+        An entry is None if any token is allowed or the episode has ended.
+        """
         episodes = [self.process.episode(copy) for copy in range(self.num_envs)]
         return [
             None if episode.choices is None or episode.finish_reason else episode.choices.after(episode.tokens)
@@ -334,38 +362,42 @@ class TokenVectorEnv(TokenParts, ProcessVectorEnv[TokenProcess, TokenObservation
         ]
 
     def play(self, actions: Sequence[Any], mask: np.ndarray | None = None) -> Played:
-        """Writes a sequence of tokens per copy, from where it stands to the end of its episode.
+        """Appends a sequence of tokens per copy, from its current state to the end of its episode at most.
 
-        Tokens after the end are dropped and counted. A sequence that ends before its episode leaves it running, and an
-        empty one changes nothing.
+        Tokens after the end are dropped and counted. If a sequence ends before the episode does, the episode goes on;
+        an empty sequence changes nothing.
 
         Args:
-            actions: n sequences of token ids, of any lengths; those where ``mask`` is False are ignored.
-            mask: bool, shape (n,): the copies to play; all by default.
+            actions: n sequences of token ids, of any lengths; those of copies that ``mask`` leaves out are ignored.
+            mask: bool, shape (n,): the copies to play; None for all.
+
+        Returns:
+            The rewards and infos of all steps, see :class:`Played`.
 
         Raises:
-            ValueError: in autoreset mode ``NEXT_STEP``, and for a token, dropped ones included, outside the vocabulary.
-            RuntimeError: where a copy to play has ended, or an earlier play was not waited for.
-            InvalidRewardError: with ``on_invalid="raise"``, where there is no verdict.
+            ValueError: in autoreset mode ``NEXT_STEP``, and for a token outside the vocabulary, even a dropped one.
+            RuntimeError: if the episode of a copy to play has ended, or an earlier play was not waited for.
+            InvalidRewardError: with ``on_invalid="raise"``, if there is no valid score.
         """
         written = self._write(actions, mask)
         return self._finish(written, self.process.scorer.ask(written.samples))
 
     def play_async(self, actions: Sequence[Any], mask: np.ndarray | None = None) -> None:
-        """Writes like :meth:`play` and scores in a thread of its own; :meth:`play_wait` has the outcome.
+        """Appends tokens as :meth:`play` does and scores them in another thread; :meth:`play_wait` returns the outcome.
 
-        Copies may be reset and :meth:`prompts` read at once.
+        Meanwhile copies may be reset and :meth:`prompts` read.
         """
         written = self._write(actions, mask)
+        # One worker is enough: only one play may be pending.
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="play")
         self._pending = _Pending(written, self._executor.submit(self.process.scorer.ask, written.samples))
 
     def play_wait(self) -> Played:
-        """The outcome of the last :meth:`play_async`.
+        """Waits for the scores of the last :meth:`play_async` and returns its outcome.
 
         Raises:
-            RuntimeError: if there is none.
+            RuntimeError: if there is no play to wait for.
             Exception: whatever the scoring raised.
         """
         if self._pending is None:
@@ -377,7 +409,7 @@ class TokenVectorEnv(TokenParts, ProcessVectorEnv[TokenProcess, TokenObservation
         return outcome
 
     def state_dict(self) -> dict[str, Any]:
-        """Data order, running mean and random generators, JSON-able; running episodes are not in it.
+        """Returns data order, running mean and random generators, JSON-able; running episodes are not in it.
 
         Raises:
             RuntimeError: while a play is not waited for.
@@ -386,10 +418,10 @@ class TokenVectorEnv(TokenParts, ProcessVectorEnv[TokenProcess, TokenObservation
         return self.process.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from :meth:`state_dict`: the next ``reset()`` does what it would have done there.
+        """Restores what :meth:`state_dict` returned: the next ``reset()`` does what it would have done then.
 
         Raises:
-            ValueError: if the state is of another number of copies.
+            ValueError: if the state is that of another number of copies.
             RuntimeError: while a play is not waited for.
         """
         self._refuse_pending()
@@ -397,7 +429,7 @@ class TokenVectorEnv(TokenParts, ProcessVectorEnv[TokenProcess, TokenObservation
         self._done[:] = False
 
     def close_extras(self, **kwargs: Any) -> None:
-        """Waits for a score on its way and ends the thread."""
+        """Waits for a running call to the reward and ends the scoring thread."""
         if self._executor is not None:
             self._executor.shutdown()
             self._executor = None
@@ -408,18 +440,24 @@ class TokenVectorEnv(TokenParts, ProcessVectorEnv[TokenProcess, TokenObservation
             raise ValueError("play needs autoreset_mode 'Disabled' or 'SameStep'")
         if mask is not None:
             check_mask(mask, self.num_envs, "mask")
-        chosen = np.ones(self.num_envs, dtype=bool) if mask is None else mask
-        taken = unbatch(actions, self.num_envs)
-        self._refuse_ended(self._done & chosen)
-        tokens = [self.process.check_tokens(taken[i]) if chosen[i] else [] for i in range(self.num_envs)]
+        selected = np.ones(self.num_envs, dtype=bool) if mask is None else mask
+        sequences = unbatch(actions, self.num_envs)
+        self._refuse_ended(self._done & selected)
+        # All tokens are checked before one is written, so that an error leaves every episode as it was.
+        tokens = [self.process.check_tokens(sequences[i]) if selected[i] else [] for i in range(self.num_envs)]
         turns = [Turn(episode := self.process.episode(i), len(episode.tokens)) for i in range(self.num_envs)]
         for copy, turn in enumerate(turns):
             turn.count = self.process.advance(copy, tokens[copy])
-        dropped = np.array([len(mine) - turn.count for mine, turn in zip(tokens, turns, strict=True)], np.int64)
+        dropped = np.array([len(sequence) - turn.count for sequence, turn in zip(tokens, turns, strict=True)], np.int64)
         return _Written(turns, self.process.scorer.samples(turns), dropped, self._autoreset(turns))
 
     def _autoreset(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
-        """Notes which copies have ended, and resets them where the mode says so, in the order of their ends."""
+        """Marks the copies whose episode ended as done or, in autoreset mode ``SAME_STEP``, resets them.
+
+        Returns:
+            The info of each copy's reset; empty for a copy without one.
+        """
+        # Ordered by the length of their turns: side by side, shorter ones end first and draw their examples first.
         ended = sorted((copy for copy, turn in enumerate(turns) if turn.ended), key=lambda copy: turns[copy].count)
         infos: list[dict[str, Any]] = [{} for _ in turns]
         if self.autoreset_mode is AutoresetMode.DISABLED:
@@ -430,6 +468,7 @@ class TokenVectorEnv(TokenParts, ProcessVectorEnv[TokenProcess, TokenObservation
         return infos
 
     def _settle(self, pending: _Pending) -> Played | Exception:
+        # The outcome is remembered: a reset may settle a play before ``play_wait`` returns it.
         if pending.outcome is None:
             try:
                 pending.outcome = self._finish(pending.written, pending.scores.result())
@@ -439,18 +478,20 @@ class TokenVectorEnv(TokenParts, ProcessVectorEnv[TokenProcess, TokenObservation
 
     def _finish(self, written: _Written, scores: dict[int, Score]) -> Played:
         turns = written.turns
-        rewarded = self.process.scorer.assign_rewards(turns, scores)
+        turn_rewards = self.process.scorer.assign_rewards(turns, scores)
         whole = self.reward.timing == "whole"
         return Played(
-            rewards=[one.rewards.astype(np.float32) for one in rewarded],
-            credit=[one.credit.astype(np.float32) for one in rewarded] if whole else None,
+            rewards=[turn_reward.rewards.astype(np.float32) for turn_reward in turn_rewards],
+            credit=[turn_reward.credit.astype(np.float32) for turn_reward in turn_rewards] if whole else None,
             n_consumed=np.array([turn.count for turn in turns], np.int64),
             n_dropped=written.n_dropped,
             terminated=np.array([turn.ended for turn in turns]),
             truncated=np.zeros(self.num_envs, dtype=bool),
-            valid=np.array([one.valid for one in rewarded]),
+            valid=np.array([turn_reward.valid for turn_reward in turn_rewards]),
             appended=[np.zeros(0, np.int32) for _ in turns],
-            infos=[self.process.step_info(turn, one) for turn, one in zip(turns, rewarded, strict=True)],
+            infos=[
+                self.process.step_info(turn, turn_reward) for turn, turn_reward in zip(turns, turn_rewards, strict=True)
+            ],
             reset_infos=written.reset_infos,
             turns=turns,
             observer=self.observer,
@@ -461,8 +502,8 @@ class TokenVectorEnv(TokenParts, ProcessVectorEnv[TokenProcess, TokenObservation
             raise RuntimeError("a play is under way: call play_wait() first")
 
     def _reset_mask(self, mask: Any) -> np.ndarray:
-        chosen, size = super()._reset_mask(mask), self.process.settings.group_size
-        groups = chosen.reshape(-1, size)
+        selected, size = super()._reset_mask(mask), self.process.settings.group_size
+        groups = selected.reshape(-1, size)
         if (groups.any(axis=1) != groups.all(axis=1)).any():
             raise ValueError(f"options['reset_mask'] splits a group: copies are reset in groups of {size}")
-        return chosen
+        return selected

@@ -1,4 +1,8 @@
-"""One episode of the token MDP: which tokens end it, and the text it has come to."""
+"""Holds one episode of the token MDP: its state, which tokens end it, its observations and its rewards.
+
+Read :class:`TokenEpisode` first (tokens in, end and text out), then :class:`TokenScorer` (a response in, one reward per
+token out). :mod:`~instructgym.envs.tokens.process` runs n episodes at once.
+"""
 
 from __future__ import annotations
 
@@ -20,91 +24,97 @@ from ..process import InvalidRewardError, RunningMean
 
 @dataclass(frozen=True)
 class PromptExample:
-    """One example: the prompt that an episode continues."""
+    """An example: a prompt that an episode continues, with what is known about the right response."""
 
     id: str
-    """Stable over runs; episodes of one id form a group."""
+    """Id of the example, the same in every run; episodes with the same id form a group."""
     prompt: str
     """The text that the response continues, without a trailing blank."""
     reference: str | None = None
-    """The right answer, as the response should say it, without surrounding blanks."""
+    """The right answer in the form that a response should have, without surrounding blanks; None if there is none."""
     choices: tuple[str, ...] = ()
-    """The allowed answers (verbalizers), without surrounding blanks; none where the answer is free."""
+    """The allowed answers (verbalizers), without surrounding blanks; empty if the answer is free."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """JSON-able; handed to rewards and metrics."""
+    """JSON-able values that are passed to rewards and metrics."""
 
 
 @dataclass(frozen=True)
 class GenerationSpec:
-    """What a generator has to know so that its responses end where the env ends them."""
+    """The rules of the env that a generator needs so that its responses end where the env ends them."""
 
     tokenizer: str
-    """The tokenizer's name: models whose tokenizer has this name count alike."""
+    """Name of the tokenizer; models whose tokenizer has this name use the same token ids."""
     vocabulary: int
     """Number of token ids, the size of the action space."""
     eos_ids: frozenset[int]
-    """Tokens that end a response."""
+    """Ids of the end-of-sequence tokens."""
     stop: tuple[str, ...]
-    """Texts that end a response."""
+    """Stop strings: texts that end a response."""
     max_tokens: int
-    """Tokens of a response at most."""
+    """Largest number of tokens of a response."""
     context_length: int
-    """Tokens of prompt and response at most."""
+    """Largest number of tokens of prompt and response together."""
 
 
 @dataclass(eq=False)
 class TokenEpisode:
-    """One copy's episode."""
+    """The episode of one copy."""
 
     index: int
-    """Which example."""
+    """Index of the example."""
     example: PromptExample
+    """The example whose prompt the episode continues."""
     prompt: np.ndarray
-    """int32, shape (prompt tokens,); shared by episodes, never written to."""
+    """int32, shape (prompt tokens,): token ids of the prompt; shared by episodes, never written to."""
     ids: np.ndarray
     """int32, shape (prompt tokens + max_tokens,): prompt and response, zeros where nothing is written yet."""
     base_seed: int
-    """From which the seed of the episode's score is derived."""
+    """Seed from which the seed of the reward's sample is derived."""
     choices: Choices | None = None
-    """The allowed responses, where decoding is constrained."""
+    """The allowed responses if decoding is constrained, else None."""
     tokens: list[int] = field(default_factory=list)
-    """The response so far."""
+    """Token ids of the response so far."""
     given: int = 0
-    """How many of them ``options["prefix"]`` gave."""
+    """Number of these tokens that come from ``options["prefix"]``."""
     finish_reason: str = ""
-    """Why the episode ended: ``illegal``, ``choice``, ``eos``, ``stop`` or ``length``."""
+    """Why the episode ended: ``illegal``, ``choice``, ``eos``, ``stop`` or ``length``; empty while it is running."""
     text: str = ""
-    """The response's text, without what ended it; empty before the end."""
+    """Text of the response without the end-of-sequence token or stop string that ended it; empty before the end."""
 
     def state(self, written: int | None = None) -> np.ndarray:
-        """int32: prompt and the first ``written`` response tokens (all by default); a view that is never rewritten."""
+        """Returns the prompt and the first ``written`` response tokens (None for all), int32.
+
+        The result is a view whose values never change: tokens are only appended.
+        """
         return self.ids[: len(self.prompt) + (len(self.tokens) if written is None else written)]
 
     def response(self, tokenizer: Tokenizer) -> str:
-        """The response's text so far."""
+        """Returns the text of the response so far."""
         return self.text if self.finish_reason else tokenizer.decode(self.tokens)
 
     def write(self, tokens: Sequence[int], tokenizer: Tokenizer, spec: GenerationSpec) -> int:
         """Appends tokens until the episode ends.
 
         Args:
-            tokens: ids in [0, vocabulary).
-            tokenizer: decodes them.
+            tokens: token ids in [0, vocabulary).
+            tokenizer: decodes the response.
             spec: where responses end.
 
         Returns:
-            How many were appended, the last one included.
+            Number of tokens that were appended, including the one that ended the episode.
         """
         written, prompt = self.tokens, len(self.prompt)
         stop = spec.stop
         if stop and len(tokens) > 1 and not any("\N{REPLACEMENT CHARACTER}" in text for text in stop):
-            # A text without a stop string has none at any of its tokens: one look spares one per token.
+            # If the whole text has no stop string, none of its beginnings has one: one check replaces one per token.
+            # U+FFFD is the exception: it is decoded for a character of which later tokens add the missing bytes.
             whole = tokenizer.decode([*written, *tokens[: spec.max_tokens]])
             stop = stop if any(text in whole for text in stop) else ()
         for count, token in enumerate(tokens):
             if self.finish_reason:
                 return count
-            # Tokens that left the trie are never looked up: its memory stays as small as the choices.
+            # Only prefixes of choices are looked up, as the first illegal token ends the episode: the cache of the trie
+            # stays as small as the choices.
             legal = self.choices is None or token in self.choices.allowed(written)  # type: ignore[operator]
             self.ids[prompt + len(written)] = token
             written.append(token)
@@ -125,23 +135,33 @@ class TokenEpisode:
 
 
 TOKEN_OBSERVATIONS = ("tokens", "onehot")
+"""The observation modes, see :func:`make_token_observation`."""
 
 ONEHOT_LIMIT = 65_536
-"""Inputs of a learner's first layer at most: one-hot observations are for small vocabularies."""
+"""Largest number of inputs of a learner's first layer: one-hot observations are for small vocabularies."""
 
 
 class TokenObservation(ABC):
-    """Turns states (int32 arrays of token ids, prompt first) into observations."""
+    """An observer that turns states (int32 arrays of token ids, prompt first) into observations."""
 
     space: spaces.Space[Any]
+    """Space of one observation."""
 
     @abstractmethod
     def encode(self, states: Sequence[np.ndarray]) -> list[Any]:
-        """One observation per state; no two share memory."""
+        """Returns one observation per state; no two share memory."""
 
 
 class TokenIds(TokenObservation):
-    """Dict of ``ids`` (int32, shape (length,), right-padded with 0) and ``mask`` (int8, shape (length,))."""
+    """An observer that returns token ids and a mask of the positions that hold a token.
+
+    An observation is a Dict of ``ids`` (int32, shape (length,), right-padded with 0) and ``mask`` (int8, shape
+    (length,), 1 where there is a token).
+
+    Args:
+        vocabulary: number of token ids.
+        length: length of the arrays, in tokens.
+    """
 
     def __init__(self, vocabulary: int, length: int) -> None:
         self._length = length
@@ -163,7 +183,17 @@ class TokenIds(TokenObservation):
 
 
 class OneHotTokens(TokenObservation):
-    """int64, shape (length,): token ids, ``vocabulary`` where there is none; learners one-hot a MultiDiscrete."""
+    """An observer that returns token ids in a MultiDiscrete space, which learners one-hot encode.
+
+    An observation is int64, shape (length,), right-padded with the id ``vocabulary``.
+
+    Args:
+        vocabulary: number of token ids.
+        length: length of the array, in tokens.
+
+    Raises:
+        InputError: if the one-hot encoding would have more than :data:`ONEHOT_LIMIT` entries.
+    """
 
     def __init__(self, vocabulary: int, length: int) -> None:
         if length * (vocabulary + 1) > ONEHOT_LIMIT:
@@ -182,10 +212,15 @@ class OneHotTokens(TokenObservation):
 
 
 def make_token_observation(mode: str, vocabulary: int, length: int) -> TokenObservation:
-    """The observation of the given mode, one of :data:`TOKEN_OBSERVATIONS`.
+    """Returns the observer of a mode.
+
+    Args:
+        mode: ``tokens`` or ``onehot``.
+        vocabulary: number of token ids.
+        length: length of an observation, in tokens.
 
     Raises:
-        ValueError: for an unknown mode, and for ``onehot`` where it would be too wide.
+        ValueError: for an unknown mode, and for ``onehot`` if it would be too wide.
     """
     if mode == "tokens":
         return TokenIds(vocabulary, length)
@@ -196,17 +231,18 @@ def make_token_observation(mode: str, vocabulary: int, length: int) -> TokenObse
 
 @dataclass(eq=False)
 class Turn:
-    """The tokens that one copy wrote in one call."""
+    """The tokens that were appended to one copy's episode in one call."""
 
     episode: TokenEpisode
+    """The copy's episode."""
     start: int
-    """Response tokens before."""
+    """Number of response tokens before the turn."""
     count: int = 0
-    """Tokens written."""
+    """Number of tokens that the turn appended."""
 
     @property
     def ended(self) -> bool:
-        """Whether they ended the episode."""
+        """Whether the turn ended the episode."""
         return bool(self.count and self.episode.finish_reason)
 
 
@@ -215,27 +251,27 @@ class TurnReward:
     """The rewards of a turn's tokens."""
 
     rewards: np.ndarray
-    """float64, shape (count,)."""
+    """float64, shape (count,): reward of each token."""
     credit: np.ndarray
-    """float64, shape (count,): the split of a *whole* reward over the turn's tokens; else the rewards."""
+    """float64, shape (count,): the split of a *whole* reward over the turn's tokens; for other timings the rewards."""
     score: Score | None = None
-    """None where nothing was due."""
+    """The score behind the rewards; None if no score was due."""
 
     @property
     def valid(self) -> bool:
-        """False where the rewards are imputed."""
+        """False if there is no valid score and the rewards are imputed."""
         return self.score is None or self.score.valid
 
 
 class TokenScorer:
-    """Asks the reward about turns and splits what it says over their tokens.
+    """A scorer of turns: calls the reward and splits each score over the tokens of its turn.
 
-    Asking and splitting are apart, so that the former may run in another thread.
+    The two are separate methods, :meth:`ask` and :meth:`assign_rewards`, so that the call may run in another thread.
 
     Args:
         reward: scores responses.
-        tokenizer: decodes unfinished ones.
-        on_invalid: ``retry`` or ``raise``.
+        tokenizer: decodes unfinished responses.
+        on_invalid: what to do without a valid score: ``retry`` or ``raise``.
     """
 
     def __init__(self, reward: Reward, tokenizer: Tokenizer, on_invalid: str) -> None:
@@ -243,17 +279,20 @@ class TokenScorer:
         self.mean = RunningMean()
 
     def forget(self) -> None:
-        """Forgets the valid rewards, and makes the reward forget what it has seen."""
+        """Resets the running mean and clears the reward's memory."""
         self.reward.reset()
         self.mean = RunningMean()
 
     def samples(self, turns: Sequence[Turn]) -> dict[int, Sample]:
-        """The samples on which a verdict is due now, by position in ``turns``."""
+        """Returns the samples whose scores are due now, by position in ``turns``.
+
+        A *causal* reward is due for every turn with tokens, any other for the turns that ended their episode.
+        """
         causal = self.reward.timing == "causal"
         return {i: self._sample(turn.episode) for i, turn in enumerate(turns) if turn.ended or (causal and turn.count)}
 
     def ask(self, samples: Mapping[int, Sample]) -> dict[int, Score]:
-        """Scores all samples in one call, and those without a verdict once more."""
+        """Scores all samples in one call and, with ``on_invalid="retry"``, those without a valid score once more."""
         if not samples:
             return {}
         retries = 1 if self.on_invalid == "retry" else 0
@@ -261,20 +300,28 @@ class TokenScorer:
         return dict(zip(samples, scores, strict=True))
 
     def assign_rewards(self, turns: Sequence[Turn], scores: Mapping[int, Score]) -> list[TurnReward]:
-        """Splits the scores over the tokens and imputes where there is none, as if the turns had been stepped together.
+        """Splits the scores over the tokens and imputes missing ones, as if the turns had been stepped together.
+
+        Args:
+            turns: the turns.
+            scores: scores by position in ``turns``.
+
+        Returns:
+            The rewards of each turn.
 
         Raises:
-            InputError: if a causal or whole reward's split is missing, not finite, or of another length or sum.
-            InvalidRewardError: with ``on_invalid="raise"``, where there is no verdict.
+            InputError: if ``per_token`` of a causal or whole reward is missing, not finite, or of the wrong length, or
+                if that of a whole one does not sum to its value.
+            InvalidRewardError: with ``on_invalid="raise"``, if there is no valid score.
         """
-        rewarded = []
+        rewards = []
         for i, turn in enumerate(turns):
             score = scores.get(i)
             if score is not None and not score.valid and self.on_invalid == "raise":
                 raise InvalidRewardError(f"no verdict on a response to {turn.episode.example.id}: {score.feedback}")
-            rewarded.append(self._split(turn, score))
-        self._impute(turns, rewarded)
-        return rewarded
+            rewards.append(self._split(turn, score))
+        self._impute(turns, rewards)
+        return rewards
 
     def _split(self, turn: Turn, score: Score | None) -> TurnReward:
         rewards = np.zeros(turn.count)
@@ -283,6 +330,7 @@ class TokenScorer:
         if self.reward.timing == "terminal":
             rewards[-1] = score.value
             return TurnReward(rewards, rewards.copy(), score)
+        # per_token covers the whole response; the tokens before the turn have had their share.
         split = self._checked_split(turn, score)[turn.start :].astype(np.float64)
         if self.reward.timing == "causal":
             return TurnReward(split, split.copy(), score)
@@ -300,28 +348,31 @@ class TokenScorer:
             raise InputError(f"per_token of reward {name!r} is not finite")
         if self.reward.timing == "whole":
             total, size = float(split.sum(dtype=np.float64)), float(np.abs(split).sum(dtype=np.float64))
+            # The float32 parts may cancel, so the tolerance scales with the sum of their sizes.
             if abs(total - score.value) > 1e-4 * max(1.0, size, abs(score.value)):
                 raise InputError(f"per_token of reward {name!r} sums to {total:.6g}, its value is {score.value:.6g}")
         return split
 
     def _impute(self, turns: Sequence[Turn], rewarded: Sequence[TurnReward]) -> None:
-        """Pays the running mean where there is no verdict; the mean takes rewards in by step, then by copy."""
+        """Sets the rewards without a valid score to the running mean, and adds the valid ones to it."""
         causal = self.reward.timing == "causal"
         due: dict[int, list[TurnReward]] = {}
-        for turn, one in zip(turns, rewarded, strict=True):
-            if one.score is not None:
+        for turn, turn_reward in zip(turns, rewarded, strict=True):
+            if turn_reward.score is not None:
                 for step in range(turn.count) if causal else (turn.count - 1,):
-                    due.setdefault(step, []).append(one)
+                    due.setdefault(step, []).append(turn_reward)
+        # As in stepping side by side, the valid rewards of a step are added before its missing ones are set.
         for step in sorted(due):
-            for one in due[step]:
-                if one.valid:
-                    self.mean.add(float(one.rewards[step]))
-            for one in due[step]:
-                if not one.valid:
-                    one.rewards[step] = one.credit[step] = self.mean.value
+            for turn_reward in due[step]:
+                if turn_reward.valid:
+                    self.mean.add(float(turn_reward.rewards[step]))
+            for turn_reward in due[step]:
+                if not turn_reward.valid:
+                    turn_reward.rewards[step] = turn_reward.credit[step] = self.mean.value
 
     def _sample(self, episode: TokenEpisode) -> Sample:
         example, count = episode.example, len(episode.tokens)
+        # The policy did not write the prefix.
         mask = np.ones(count, dtype=bool)
         mask[: episode.given] = False
         return Sample(

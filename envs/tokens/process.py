@@ -1,6 +1,8 @@
-"""The token MDP itself, for n copies at once: the state is prompt and response, an action appends a token.
+"""Holds the token MDP for n copies at once: the state is prompt and response, an action appends a token.
 
-The Gymnasium env, the Gymnasium vector env and its fast path are thin faces of this class.
+:class:`~instructgym.envs.tokens.env.TokenEnv` and :class:`~instructgym.envs.tokens.env.TokenVectorEnv`, with the
+latter's fast path ``play``, are thin wrappers of :class:`TokenProcess`. What ends an episode and how a score becomes
+rewards is in :mod:`~instructgym.envs.tokens.episode`.
 """
 
 from __future__ import annotations
@@ -22,36 +24,37 @@ from .episode import GenerationSpec, PromptExample, TokenEpisode, TokenScorer, T
 
 @dataclass(frozen=True)
 class TokenSettings:
-    """What defines a token MDP besides its parts."""
+    """The settings of a token MDP, apart from its examples, tokenizer and reward."""
 
     max_tokens: int = 16
-    """Tokens of a response at most."""
+    """Largest number of tokens of a response."""
     stop: tuple[str, ...] = ()
-    """Texts that end a response, of which they are no part."""
+    """Stop strings: each ends a response and is no part of its text."""
     constrained: bool = False
-    """Only an example's choices may be written: any other token ends the episode as ``illegal``."""
+    """True: a response must be one of its example's choices; any other token ends the episode as ``illegal``."""
     on_invalid: str = "retry"
-    """``retry``: ask once more, then pay the running mean of valid rewards and say so; ``raise``: stop."""
+    """What to do without a valid score. ``retry``: ask the reward once more, then give the running mean of the valid
+    rewards and set ``info["reward_valid"]`` to False; ``raise``: raise an InvalidRewardError."""
     context_length: int = 1024
-    """Tokens of prompt and response at most; the tokenizer's own limit holds too."""
+    """Largest number of tokens of prompt and response together; the tokenizer's own limit holds too."""
     group_size: int = 1
-    """That many consecutive copies of a vector env answer the same prompt."""
+    """Number of consecutive copies of a vector env that answer the same prompt."""
 
 
 class TokenProcess:
-    """Steps n copies of a token MDP.
+    """A token MDP that steps n copies with one call to the reward.
 
     Args:
         copies: number of copies.
-        examples: the prompts.
-        tokenizer: what a token is.
+        examples: the prompts that episodes continue.
+        tokenizer: encodes prompts and decodes responses; its token ids are the actions.
         reward: scores responses.
-        settings: where responses end.
+        settings: where responses end, what to do without a valid score, and the size of groups.
 
     Raises:
         ValueError: for settings out of range, no example, a prompt that is empty or leaves no room for a response, and
-            under ``constrained`` for an example without choices or with choices that cannot be written; for a reward
-            that reads token ids of another tokenizer.
+            under ``constrained`` for an example without choices or with choices that cannot be written (longer than
+            ``max_tokens``, equal in tokens); for a reward that reads token ids of another tokenizer.
     """
 
     def __init__(
@@ -83,48 +86,51 @@ class TokenProcess:
         self._choices: dict[tuple[str, ...], Choices] = {}
         self._unseeded = True
         self._check_prompts()
+        # Encodes all choices now, so that bad ones are reported before the first episode.
         if settings.constrained:
             for example in self.examples:
                 self._choices_of(example)
 
     @property
     def reward(self) -> Reward:
-        """The reward."""
+        """The reward that scores responses."""
         return self.scorer.reward
 
     def restart(self, seed: int) -> None:
-        """Restores everything that outlives an episode: data order, the reward's memory, running mean."""
+        """Resets everything that outlives an episode: data order (by ``seed``), the reward's memory, running mean."""
         self.scorer.forget()
         self.source.seed(seed)
         self._unseeded = False
 
     def begin(self, copies: Sequence[int], options: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-        """Starts an episode in each of the copies; those of one group are about the same example.
+        """Starts an episode in each of the copies; the copies of a group continue the same example.
 
         Args:
-            copies: which, whole groups.
-            options: ``index`` (an int, or one per copy of the env) chooses the example, ``prefix`` (token ids or text,
-                or one of them per copy) is the response written so far.
+            copies: indices of the copies, in whole groups.
+            options: ``index`` (an int, or one per copy of the env) selects the example, ``prefix`` (token ids or text,
+                or one of them per copy) is the response that is written already.
 
         Returns:
             One info per copy.
 
         Raises:
-            ValueError: for an unknown option, an index out of range or at odds within a group, and a prefix that leaves
-                no room or ends the episode.
+            ValueError: for an unknown option, an index that is out of range or differs within a group, and a prefix
+                that leaves no room or ends the episode.
         """
         options = options or {}
         check_options(options)
-        chosen = {copy: copy_option(options, "index", copy, len(self.episodes)) for copy in copies}
-        for index in chosen.values():
+        # All options are checked before an episode is replaced or an example drawn.
+        indices = {copy: copy_option(options, "index", copy, len(self.episodes)) for copy in copies}
+        for index in indices.values():
             check_index(index, len(self.examples))
         prefixes = {copy: self._prefix(options.get("prefix"), copy) for copy in copies}
+        # No seed was ever set: the data order is drawn from the generator of the first copy.
         if self._unseeded:
             self.restart(int(self.generators[copies[0]].integers(2**31)))
         size = self.settings.group_size
         drawn: dict[int, int] = {}
         for copy in copies:
-            group, index = copy // size, chosen[copy]
+            group, index = copy // size, indices[copy]
             if group not in drawn:
                 drawn[group] = self.source.draw() if index is None else int(index)
             elif index is not None and int(index) != drawn[group]:
@@ -133,11 +139,19 @@ class TokenProcess:
         return [self._start_info(self.episode(copy)) for copy in copies]
 
     def step(self, actions: Sequence[Any], copies: Sequence[int]) -> list[Transition]:
-        """Appends one token per copy: at most one call to the reward (and one retry) for all of them.
+        """Appends one token per copy, with at most one call to the reward (and one retry) for all of them.
+
+        Args:
+            actions: one token id per copy.
+            copies: indices of the copies; their episodes must be running.
+
+        Returns:
+            One transition per copy.
 
         Raises:
             ValueError: for an action outside the vocabulary; nothing is written then.
-            InvalidRewardError: with ``on_invalid="raise"``, where there is no verdict.
+            RuntimeError: if an episode has ended or none was started.
+            InvalidRewardError: with ``on_invalid="raise"``, if there is no valid score.
         """
         tokens = [self._token(action) for action in actions]
         turns = []
@@ -150,23 +164,23 @@ class TokenProcess:
         ]
 
     def advance(self, copy: int, tokens: Sequence[int]) -> int:
-        """Appends tokens, ids in [0, vocabulary), until the episode ends, without scoring; returns how many."""
+        """Appends tokens, ids in [0, vocabulary), until the episode ends, and returns how many; scores nothing."""
         return self.episode(copy).write(tokens, self.tokenizer, self.generation)
 
     def score(self, turns: Sequence[Turn]) -> list[TurnReward]:
-        """Returns the rewards of the turns; the reward is called once for all that are due."""
+        """Returns the rewards of the turns, with one call to the reward for all scores that are due."""
         return self.scorer.assign_rewards(turns, self.scorer.ask(self.scorer.samples(turns)))
 
     def mask(self, copy: int) -> np.ndarray:
-        """int8, shape (vocabulary,): the tokens that are allowed next; all once an episode has ended."""
+        """Returns the tokens that are allowed next: int8, shape (vocabulary,); all 1 once the episode has ended."""
         return self._mask(self.episode(copy))
 
     def state(self, copy: int) -> np.ndarray:
-        """int32: prompt and response so far, what an observation of the copy is made of."""
+        """Returns the state from which the copy's observation is made: token ids of prompt and response, int32."""
         return self.episode(copy).state()
 
     def episode(self, copy: int) -> TokenEpisode:
-        """The copy's episode.
+        """Returns the copy's episode.
 
         Raises:
             RuntimeError: before the first reset.
@@ -177,10 +191,10 @@ class TokenProcess:
         return episode
 
     def running(self, copy: int) -> TokenEpisode:
-        """Likewise, and it has not ended.
+        """Returns the copy's episode, which must be running.
 
         Raises:
-            RuntimeError: if it has.
+            RuntimeError: before the first reset, and if the episode has ended.
         """
         episode = self.episode(copy)
         if episode.finish_reason:
@@ -188,12 +202,15 @@ class TokenProcess:
         return episode
 
     def render(self, copy: int) -> str:
-        """Prompt and response so far; empty before the first reset."""
+        """Returns the text of prompt and response so far; empty before the first reset."""
         episode = self.episodes[copy]
         return "" if episode is None else episode.example.prompt + self.tokenizer.decode(episode.tokens)
 
     def state_dict(self) -> dict[str, Any]:
-        """Data order, running mean and random generators, JSON-able; episodes and the reward's memory are not in it."""
+        """Returns data order, running mean and random generators, JSON-able.
+
+        Running episodes and the reward's memory are not in it.
+        """
         return {
             "source": self.source.state_dict(),
             "mean": [self.scorer.mean.total, self.scorer.mean.count],
@@ -202,10 +219,12 @@ class TokenProcess:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from :meth:`state_dict`: the next reset does what it would have done there.
+        """Restores what :meth:`state_dict` returned: the next reset does what it would have done then.
+
+        Running episodes are dropped and the reward's memory is cleared.
 
         Raises:
-            ValueError: if the state is of another number of copies.
+            ValueError: if the state is that of another number of copies.
         """
         if len(state["generators"]) != len(self.generators):
             raise InputError(f"the state is of {len(state['generators'])} copies, this env has {len(self.generators)}")
@@ -219,10 +238,10 @@ class TokenProcess:
         self._unseeded = bool(state["unseeded"])
 
     def check_tokens(self, tokens: Any) -> list[int]:
-        """A sequence of token ids as a list.
+        """Returns a sequence of token ids as a list.
 
         Raises:
-            ValueError: unless it is one-dimensional and all are integers in [0, vocabulary).
+            ValueError: unless it is one-dimensional and all ids are integers in [0, vocabulary).
         """
         ids = np.asarray(tokens)
         if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
@@ -232,7 +251,7 @@ class TokenProcess:
         return ids.tolist()
 
     def step_info(self, turn: Turn, rewarded: TurnReward) -> dict[str, Any]:
-        """The info of a turn's last step."""
+        """Returns the info of a turn's last step."""
         episode, written = turn.episode, turn.start + turn.count
         score = rewarded.score
         return self._start_info(episode) | {
@@ -277,6 +296,7 @@ class TokenProcess:
         ids[: len(prompt)] = prompt
         choices = self._choices_of(example) if self.settings.constrained else None
         base_seed = int(self.generators[copy].integers(2**62))
+        # The prefix is written like the tokens of a policy, which shows whether it ends the episode.
         episode = TokenEpisode(index, example, prompt, ids, base_seed, choices, given=len(prefix))
         episode.write(prefix, self.tokenizer, self.generation)
         if episode.finish_reason:
@@ -287,6 +307,7 @@ class TokenProcess:
         return episode
 
     def _prefix(self, value: Any, copy: int) -> list[int]:
+        # A flat sequence of integers is one prefix for all copies, any other sequence has one entry per copy.
         if isinstance(value, list | tuple | np.ndarray) and not _is_ids(value):
             value = copy_option({"prefix": value}, "prefix", copy, len(self.episodes))
         if value is None:
@@ -316,7 +337,7 @@ class TokenProcess:
         self._prompts[index] = np.array(ids, np.int32)
 
     def _check_prompts(self) -> None:
-        # A token is at least one byte, so most prompts are known to fit without being encoded.
+        # A token is at least one byte, so a prompt with few enough bytes fits; only the others are encoded here.
         room = self.generation.context_length - self.settings.max_tokens - self.tokenizer.hf.num_special_tokens_to_add()
         doubtful = [
             i
@@ -332,6 +353,7 @@ class TokenProcess:
         if words not in self._choices:
             if not words:
                 raise InputError(f"constrained responses need choices, example {example.id!r} has none")
+            # The prompt ends without a blank, so a choice is written with one before it.
             ids = [self.tokenizer.encode_continuation(" " + word) for word in words]
             longest = max(map(len, ids))
             if longest > self.settings.max_tokens:
