@@ -1,8 +1,8 @@
 """Instances of an instruction: prompts that ask a model for inputs with outputs, strict parsers, and cleaning.
 
 There are two orders, as in Self-Instruct (Wang et al., arXiv 2212.10560) and REFINE-AF (arXiv 2505.06548, stage 3):
-*input first*, and for classification tasks *output first*: the label is written before an input that fits it, because
-otherwise most inputs get the same label.
+*input first*, and for classification tasks *output first*: the label comes before an input that fits it, so that not
+all inputs get the same label.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def instance_prompt(style: PromptStyle, instruction: str, order: Order) -> Promp
     table = load_prompts(__package__, "refine_af")[order]
     chat = fill(table["chat"], {"instruction": instruction, "limit": str(MAX_INSTANCES)})
     shots = [f"Task: {one_line(task['instruction'])}\n{_written(task['instances'], order)}" for task in table["tasks"]]
-    # For input first, the few-shot form ends after the task, so that the model decides whether there is an input.
+    # For input first nothing follows the task: the reply may begin with `Example 1` or, without input, with `Output:`.
     query = f"Task: {one_line(instruction)}\n{'Class label:' if order == 'output_first' else ''}"
     return build_prompt(style, chat, "\n\n".join([table["header"], *shots, query]))
 
