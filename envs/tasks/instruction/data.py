@@ -117,6 +117,7 @@ def read_instruction_data(path: str | Path, option: str = "") -> InstructionData
     """
     path = Path(path)
     data = InstructionData()
+    # The id is a hash of request and output, so equal examples have equal ids.
     seen: set[str] = set()
     rows = _parquet_rows(path, option) if path.suffix == ".parquet" else read_rows(path, option)
     for where, row in rows:

@@ -70,6 +70,7 @@ def task_openings(task: PromptTask, minibatches: int, openings: Openings) -> lis
     if minibatches < 1:
         raise InputError(f"minibatches must be at least 1, got {minibatches}")
     text = openings.fill(labels=_labels(task))
+    # The number of the minibatch makes the ids differ, so that each example is a group of its own.
     return [
         PromptExample(f"{task.name}/minibatch-{number}", text, metadata={"task": task.name, "minibatch": number})
         for number in range(minibatches)
@@ -138,6 +139,7 @@ def scored_prompt(task: PromptTask, level: Level, instruction: str | None = None
     Raises:
         InputError: if the instruction lacks ``{response}``.
     """
+    # `fill` leaves placeholders without a value as they are, so {response} stays in the text.
     if instruction is None:
         with_hint = fill(_forms("label")["instruction"], {"instruction": task.instructions[0]})
         instruction = "{response}" if level == "task" else with_hint

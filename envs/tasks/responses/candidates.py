@@ -164,7 +164,7 @@ class _Draw:
         similarities = pairwise_rouge_l(texts, stem=True)[np.triu_indices(len(texts), k=1)]
         mean, largest = float(similarities.mean()), float(similarities.max())
         self.done = largest < threshold - TOLERANCE
-        # A set below the threshold is always kept; else a tie in the mean goes to the earlier try.
+        # A set below the threshold is always kept; otherwise, of tries with equal means, the first is kept.
         if self.done or self.best is None or mean < self.best[0] - TOLERANCE:
             self.best = (mean, largest, heat, texts, tuple(c.finish_reason != "length" for c in result))
 

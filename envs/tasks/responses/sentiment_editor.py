@@ -34,7 +34,7 @@ NEGATORS = frozenset(
 NEGATING_PAIRS = frozenset([("far", "from"), ("anything", "but"), ("free", "of"), ("devoid", "of")])
 # Words that strengthen "too" and are replaced together with it.
 INTENSIFIERS = frozenset("far much way all just".split())
-# Words after "too" that name no quality of the film.
+# Words before which "too" is left alone: "too much", "too bad".
 NOT_DEGREES = frozenset("much many often late little few far soon bad close well".split())
 # Words that need a negation before them, so that it cannot be removed: "works any wonders".
 ANY_WORDS = frozenset("any anything anyone anywhere much enough either anymore many at until".split())
@@ -118,18 +118,19 @@ def _words(text: str) -> list[_Word]:
     gaps = [text[last.end() : match.start()] for last, match in pairwise(matches)]
     if not matches:
         return []
-    # Quotation marks, brackets and asterisks alone do not end a clause; nor do commas and apostrophes end a sentence.
+    # Quotation marks, brackets and asterisks alone do not start a clause; commas, apostrophes and closing brackets do
+    # not start a sentence (or quotation), at whose beginning a capital is no sign of a name.
     opens = [True, *(bool(gap.strip(" \t\n\"'()*")) for gap in gaps)]
-    starts = [True, *(bool(re.search(r"[^\s,')]", gap)) for gap in gaps)]  # of a sentence, a quotation or the like
-    capitalised = [match[0][0].isupper() and not match[0].isupper() for match in matches]
-    mid_sentence = [title and not start for title, start in zip(capitalised, starts, strict=True)]
+    starts = [True, *(bool(re.search(r"[^\s,')]", gap)) for gap in gaps)]
+    title_case = [match[0][0].isupper() and not match[0].isupper() for match in matches]
+    mid_sentence = [title and not start for title, start in zip(title_case, starts, strict=True)]
     return [
         _Word(
             match.start(),
             match.end(),
             match[0].lower().replace("’", "'"),
             opens[i],
-            mid_sentence[i] or (capitalised[i] and i + 1 < len(matches) and mid_sentence[i + 1] and not opens[i + 1]),
+            mid_sentence[i] or (title_case[i] and i + 1 < len(matches) and mid_sentence[i + 1] and not opens[i + 1]),
         )
         for i, match in enumerate(matches)
     ]
@@ -166,7 +167,7 @@ def _applied(text: str, words: Sequence[_Word], swaps: Sequence[_Swap]) -> str:
                 before = before[: article.start()] + (article[1][0] + right[1:]) + article[2]
         else:
             capital = old[0].isupper()
-            # With a removed word goes the white space after it.
+            # The white space after a removed word is removed as well.
             end += len(text[end:]) - len(text[end:].lstrip())
         pieces += [before, new]
         done = end
@@ -299,7 +300,9 @@ def _verb(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
     # At the start of a clause "don't" is an imperative: "Don't work too hard."
     if word == "don't" and base in _table("negated") and at and not words[at].opens:
         return _Swap(at, verb, base)
-    if word in CAN and base in _table("negated") and base not in ("help", "have"):  # "can't help laughing"
+    if (
+        word in CAN and base in _table("negated") and base not in ("help", "have")
+    ):  # "can't help laughing", "can't have"
         return _Swap(at, verb - 1, CAN[word])
     if word == "never" and base in _forms():
         return _Swap(at, verb - 1, "always")
