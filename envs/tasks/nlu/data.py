@@ -194,7 +194,7 @@ def load_rows(
 ) -> list[dict[str, Any]]:
     """Loads the rows of one task: a text per field, ``label`` as published, ``idx`` and a stable ``id``.
 
-    A row of ReCoRD is a query with its ``entities`` and ``answers``; :func:`record_candidates` fills candidates into it.
+    A row of ReCoRD is a query with its ``entities`` and ``answers``; :func:`record_candidates` fills one in.
 
     Args:
         task: the task, or its name.

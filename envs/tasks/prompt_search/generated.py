@@ -32,7 +32,7 @@ class Openings:
         layout: ``plain``: the response continues a text; ``chat``: it answers a message, in the chat template.
         tokenizer: the tokenizer with the chat template; None for the layout ``plain``.
         opening: the text or message; None: the package's own. For the kind ``label`` it must have the placeholder
-            ``{input}``, for ``response`` ``{request}``; in both kinds with labels ``{labels}`` is filled in as well.
+            ``{input}``, for ``response`` ``{request}``; for ``task`` and ``label`` it may have ``{labels}``.
 
     Raises:
         InputError: if the layout is unknown, the opening lacks its placeholder, or ``chat`` has no tokenizer; when
