@@ -1,1 +1,1 @@
-"""Where episodes come from: seed instructions, operations on them, and the order in which examples are drawn."""
+"""Data of the environments: tasks, prompts and examples from the package, from local files or from the hub."""

@@ -1,1 +1,1 @@
-"""Instruction data: seeds, filters, pools, instances, held-out tasks."""
+"""Instruction data: seed instructions, filters, task pools, instances, held-out tasks."""

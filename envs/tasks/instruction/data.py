@@ -1,4 +1,4 @@
-"""Instruction data: rows of an instruction, perhaps an input, and an output, from the usual files; their prompts."""
+"""Instruction data: rows with an instruction, an optional input and an output, from the usual files; their prompts."""
 
 from __future__ import annotations
 
@@ -16,65 +16,66 @@ from ....llm_backends.records import read_user_rows, read_user_text, user_text
 
 DataLayout = Literal["chat", "plain", "alpaca"]
 """``chat``: a user's message in the tokenizer's chat template; ``plain``: a text that the response continues;
-``alpaca``: the text of Stanford Alpaca."""
+``alpaca``: the prompt text of Stanford Alpaca."""
 DATA_LAYOUTS: tuple[DataLayout, ...] = ("chat", "plain", "alpaca")
 
 OPENINGS: dict[DataLayout, str] = {"chat": "", "plain": " ", "alpaca": "\n"}
-"""What stands between prompt and response: a prompt ends without a blank, and a chat template where the answer begins.
-"""
+"""Maps a layout to the text between prompt and response: prompts end without a blank, and a chat template ends where
+the answer begins."""
 
 INSTRUCTIONS = ("instruction", "prompt")
 INPUTS = ("input", "context")
 OUTPUTS = ("output", "response")
-"""Columns of a flat row, the first that is there: Alpaca's, then those of other data sets."""
+"""Columns of a flat row, Alpaca's first, then those of other data sets; the first that a row has is read."""
 
 
 @dataclass(frozen=True)
 class InstructionExample:
-    """One row, texts without surrounding blanks."""
+    """One row; its texts have no surrounding blanks."""
 
     instruction: str
     input: str
-    """Empty where the instruction needs none."""
+    """Empty if the instruction needs none."""
     output: str
     id: str = ""
-    """By default the first 12 hex digits of the SHA-1 of request and output: equal in whatever file the row stands."""
+    """By default the first 12 hex digits of the SHA-1 of request and output, the same in every file with this row."""
 
     def __post_init__(self) -> None:
         if not self.id:
+            # Request and output are hashed as a list, so that no two different pairs give the same text.
             text = json.dumps([request_text(self), self.output])
             object.__setattr__(self, "id", hashlib.sha1(text.encode()).hexdigest()[:12])
 
     def row(self) -> dict[str, str]:
-        """The example, JSON-able."""
+        """Returns the example as a JSON-able row."""
         return {"id": self.id, "instruction": self.instruction, "input": self.input, "output": self.output}
 
 
 @dataclass
 class InstructionData:
-    """What a file holds."""
+    """The contents of a file."""
 
     examples: list[InstructionExample] = field(default_factory=list)
-    """In file order, no two with the same request and output."""
+    """The examples in file order, no two with the same request and output."""
     duplicates: int = 0
-    """Rows that were left out for that."""
+    """Number of rows that were left out because an earlier one has the same request and output."""
 
 
 def request_text(example: InstructionExample) -> str:
-    """The user's message: the instruction and, behind a blank line, its input."""
+    """Returns the user's message: the instruction and, after a blank line, its input."""
     return instruction_form(example.instruction, example.input, "chat")
 
 
 def prompt_text(example: InstructionExample, layout: DataLayout, tokenizer: Tokenizer | None = None) -> str:
-    """The prompt that the response continues, behind ``OPENINGS[layout]``.
+    """Returns the prompt; the response follows it after ``OPENINGS[layout]``.
 
     Args:
-        example: its output is not looked at.
+        example: the example; its output is ignored.
         layout: how the request is written.
-        tokenizer: whose chat template the layout ``chat`` takes.
+        tokenizer: the tokenizer whose chat template the layout ``chat`` uses; None for the other layouts.
 
     Raises:
-        InputError: for an unknown layout, and for ``chat`` without a tokenizer that has a chat template.
+        InputError: if the layout is unknown, or ``chat`` has no tokenizer with a chat template.
     """
     if layout not in DATA_LAYOUTS:
         raise InputError(f"unknown layout {layout!r}: use {', '.join(DATA_LAYOUTS)}")
@@ -86,7 +87,13 @@ def prompt_text(example: InstructionExample, layout: DataLayout, tokenizer: Toke
 
 
 def instruction_form(instruction: str, given: str, layout: str) -> str:
-    """An instruction and its input (may be empty) as text: ``plain`` to continue, ``chat`` to answer, or ``alpaca``."""
+    """Writes an instruction and its input as one text.
+
+    Args:
+        instruction: the instruction.
+        given: its input; empty if it has none.
+        layout: ``plain``: a text to continue; ``chat``: a message to answer; ``alpaca``: the text of Stanford Alpaca.
+    """
     templates = load_prompts(__package__, "layouts")["instruction_with_input" if given else "instruction"]
     return fill(templates[layout], {"instruction": instruction, "input": given})
 
@@ -97,53 +104,63 @@ def read_instruction_data(path: str | Path, option: str = "") -> InstructionData
     Args:
         path: a JSONL file, a JSON file with one list, or a ``.parquet`` file. A row is one of
 
-            * flat, as Alpaca's: ``instruction``, perhaps ``input``, ``output`` (or ``prompt``, ``context``,
+            * flat, as in Alpaca: ``instruction``, optionally ``input``, and ``output`` (or ``prompt``, ``context``,
               ``response``); the instances of ``refine-af bootstrap`` and the data of ``evolve generate`` are such rows;
-            * ``messages``: one of the user, one of the assistant;
-            * ``instances``, a list of ``input`` and ``output``, as in Self-Instruct's ``seed_tasks.jsonl``: one
-              example per instance.
-        option: the command's option that names the file, for errors.
+            * ``messages``: one message of the user, one of the assistant;
+            * ``instances``, a list of objects with ``input`` and ``output``, as in Self-Instruct's
+              ``seed_tasks.jsonl``: one example per instance.
+        option: the command-line option that names the file, for error messages.
 
     Raises:
-        InputError: for a file that cannot be read or holds no row, and for a row that cannot be used, an empty output
-            included, naming row and field.
+        InputError: if the file cannot be read or holds no rows, or a row cannot be used (an empty output included);
+            the message names row and field.
     """
     path = Path(path)
-    found = InstructionData()
+    data = InstructionData()
+    # The id is a hash of request and output, so equal examples have equal ids.
     seen: set[str] = set()
     rows = _parquet_rows(path, option) if path.suffix == ".parquet" else read_rows(path, option)
     for where, row in rows:
         for example in _examples(where, row):
             if example.id in seen:
-                found.duplicates += 1
+                data.duplicates += 1
             else:
                 seen.add(example.id)
-                found.examples.append(example)
-    if not found.examples:
+                data.examples.append(example)
+    if not data.examples:
         raise InputError(f"{f'{option} {path}'.strip()} holds no rows: nothing to learn from")
-    return found
+    return data
 
 
 def _parquet_rows(path: Path, option: str) -> list[tuple[str, dict[str, Any]]]:
+    """Reads the rows of a Parquet file, each with its location."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    called = f"{option} {path}".strip()
+    name = f"{option} {path}".strip()
     try:
         rows = pq.read_table(path).to_pylist()
     except (OSError, pa.ArrowException) as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
-        raise InputError(f"cannot read {called}: {reason}") from error
+        raise InputError(f"cannot read {name}: {reason}") from error
     return [(f"{path} row {number}", row) for number, row in enumerate(rows, start=1)]
 
 
 def read_rows(path: Path, option: str = "") -> list[tuple[str, dict[str, Any]]]:
-    """The objects of a JSONL file or of a JSON file's list, each with the words that say where it stands.
+    """Reads the objects of a JSONL file or of a JSON file with one list.
+
+    Args:
+        path: the file.
+        option: the command-line option that names the file, for error messages.
+
+    Returns:
+        For each object its location, for error messages (``"FILE row 3"`` or ``"FILE item 3"``), and the object.
 
     Raises:
-        InputError: for a file that cannot be read, broken JSON, and an item that is no object.
+        InputError: if the file cannot be read, is broken JSON, or has an item that is not an object.
     """
     text = read_user_text(path, option)
+    # The rows of JSONL are objects, so a text that begins with a bracket is one JSON list.
     if not text.lstrip().startswith("["):
         return read_user_rows(path, option)
     try:
@@ -159,6 +176,7 @@ def read_rows(path: Path, option: str = "") -> list[tuple[str, dict[str, Any]]]:
 
 
 def _examples(where: str, row: Mapping[str, Any]) -> list[InstructionExample]:
+    """Returns the examples of one row in any of the three formats."""
     if "messages" in row:
         return [_from_messages(where, row["messages"])]
     instruction = user_text(where, row, _column(row, INSTRUCTIONS)).strip()
@@ -168,13 +186,17 @@ def _examples(where: str, row: Mapping[str, Any]) -> list[InstructionExample]:
 
 
 def instances_of(where: str, row: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """The instances of a row, each with the words that say where it stands.
+    """Returns the instances of a row, each with its location for error messages.
+
+    Args:
+        where: the location of the row.
+        row: the row.
 
     Raises:
-        InputError: if they are no list of objects, or there are none.
+        InputError: if the field ``instances`` is not a list of objects, or is empty.
     """
     instances = row.get("instances")
-    if not isinstance(instances, list) or not instances or not all(isinstance(one, dict) for one in instances):
+    if not isinstance(instances, list) or not instances or not all(isinstance(item, dict) for item in instances):
         raise InputError(f"{where}: field 'instances' must be a list of objects with 'input' and 'output', not empty")
     return [(f"{where} instance {number}", instance) for number, instance in enumerate(instances, start=1)]
 
@@ -188,6 +210,7 @@ def _example(where: str, instruction: str, row: Mapping[str, Any]) -> Instructio
 
 
 def _from_messages(where: str, messages: Any) -> InstructionExample:
+    """Returns the example of a chat with one message of the user and one of the assistant."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise InputError(f"{where}: field 'messages' must be a list of objects with 'role' and 'content'")
     roles = [message.get("role") for message in messages]
@@ -204,15 +227,15 @@ def _from_messages(where: str, messages: Any) -> InstructionExample:
 
 
 def _column(row: Mapping[str, Any], names: tuple[str, ...]) -> str:
-    """The first of the columns that the row has; the first of all where it has none."""
+    """Returns the first of the columns that the row has; if it has none, the first, for the error message to name."""
     return next((name for name in names if row.get(name) is not None), names[0])
 
 
 def optional_text(where: str, row: Mapping[str, Any], name: str) -> str:
-    """A text that may be missing, null or blank, without surrounding blanks.
+    """Returns a text without surrounding blanks; empty if it is missing, null or blank.
 
     Raises:
-        InputError: if it is something else.
+        InputError: if the value is not a text, or holds a lone surrogate, which UTF-8 cannot encode.
     """
     value = row.get(name)
     if value is None or (isinstance(value, str) and not value.strip()):

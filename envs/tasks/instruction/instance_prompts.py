@@ -1,7 +1,8 @@
-"""Prompts whose response is one instance of an instruction: an input, or none, and the output that it calls for.
+"""Prompts whose response is one instance of an instruction: an input, or none, and the output for it.
 
-The prompt ends in the name of the first field (its *opening*), so that a model only has to go on. Classification tasks
-ask for the label first, as in REFINE-AF (Roy et al., arXiv 2505.06548) and Self-Instruct (arXiv 2212.10560).
+The prompt ends with the name of the first field (its *opening*), so that a model only has to continue. For
+classification tasks the label comes first, as in REFINE-AF (Roy et al., arXiv 2505.06548) and Self-Instruct (arXiv
+2212.10560).
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from .pool import Task, load_tasks
 from .seeds import SPLITS, in_split, read_seed_rows
 
 Layout = Literal["plain", "chat"]
-"""``plain``: a few solved tasks, to be continued; ``chat``: a request in the tokenizer's chat template, and the opening
-of its answer."""
+"""``plain``: a few solved tasks and one to continue; ``chat``: a request in the tokenizer's chat template, followed by
+the opening of its answer."""
 
 OWN = "instructions"
-"""The data that is the package's own seed instructions."""
+"""Name of the package's own seed tasks as data."""
 STOPS = ("\n\n", "\nTask:", "\nExample", "\nClass label:")
-"""Where one finished instance ends: a blank line, or the beginning of another one."""
+"""Stop strings of an instance: a blank line, or the beginning of another instance."""
 
 
 def instance_prompts(
@@ -40,26 +41,27 @@ def instance_prompts(
     seed: int = 0,
     tokenizer: Tokenizer | None = None,
 ) -> list[PromptExample]:
-    """Prompts for one instance each.
+    """Builds one prompt per instruction, each for one instance.
 
     Args:
-        data: ``"instructions"``, the package's own, or a file with ``instruction`` and perhaps ``is_classification``,
-            which asks for the label first, and ``id``: the ``instructions.jsonl`` of ``refine-af bootstrap``, or
-            anything that :func:`~instructgym.envs.tasks.instruction.pool.load_tasks` reads.
-        split: ``"train"``, ``"validation"`` or ``"test"``, 80 / 10 / 10 % by a hash of the instruction, the package's
-            and a file's alike; None for all.
-        limit: take so many at random, a smaller limit taking a part of a larger one's; all, in file order, where None.
+        data: ``"instructions"``, the package's own, or a file with ``instruction`` and optionally
+            ``is_classification`` (true: the label comes first) and ``id``: the ``instructions.jsonl`` of ``refine-af
+            bootstrap``, or any file that :func:`~instructgym.envs.tasks.instruction.pool.load_tasks` reads.
+        split: ``"train"``, ``"validation"`` or ``"test"``, 80 / 10 / 10 % by a hash of the instruction, for the
+            package's instructions and for a file; None: all.
+        limit: number of instructions to draw at random; those of a smaller limit are a subset of those of a larger
+            one. None: all, in file order.
         layout: ``"plain"`` or ``"chat"``.
-        seed: of the limit.
-        tokenizer: whose chat template the layout ``"chat"`` renders.
+        seed: seed of that draw.
+        tokenizer: the tokenizer whose chat template the layout ``"chat"`` uses; None for the layout ``"plain"``.
 
     Returns:
         One example per instruction. ``metadata`` has ``task`` (``instructions`` or the file's name), ``instruction``,
         ``order`` (``input_first`` or ``output_first``) and ``opening``, the field that the prompt ends with.
 
     Raises:
-        InputError: for an unknown split or layout, a limit below 1, a split without rows, a file that cannot be used,
-            an id or an instruction that comes twice, and a tokenizer without chat template.
+        InputError: if the split or layout is unknown, the limit is below 1, the split has no rows, the file cannot be
+            used, an id or an instruction occurs twice, or the tokenizer has no chat template.
     """
     if layout not in LAYOUTS:
         raise InputError(f"unknown layout {layout!r}: use {' or '.join(LAYOUTS)}")
@@ -70,22 +72,25 @@ def instance_prompts(
     if layout == "chat" and tokenizer is None:
         raise InputError("layout 'chat' needs a tokenizer: pass that of the model")
     name, tasks = _tasks(data)
-    chosen = [task for task in tasks if split is None or in_split(task.instruction, split)]
-    if not chosen:
+    selected = [task for task in tasks if split is None or in_split(task.instruction, split)]
+    if not selected:
         raise InputError(f"none of the {len(tasks)} instructions of {data} falls into the split {split!r}: add some")
     if limit is not None:
-        random.Random(f"{seed}/limit").shuffle(chosen)
-        chosen = chosen[:limit]
-    return [_example(task, name, tokenizer if layout == "chat" else None) for task in chosen]
+        random.Random(f"{seed}/limit").shuffle(selected)
+        selected = selected[:limit]
+    return [_example(task, name, tokenizer if layout == "chat" else None) for task in selected]
 
 
 def read_response(response: str, metadata: Mapping[str, Any]) -> Instance | str:
-    """The instance that a response to such a prompt is, or what is wrong with it.
+    """Parses the response to a prompt of :func:`instance_prompts`.
 
     Args:
-        response: its text.
-        metadata: of its example, with the ``finish_reason`` of the episode: what was cut by length is ``cut``; other
-            defects are those of :func:`~instructgym.rewards.quality.instance_format.read_pair`.
+        response: the text of the response.
+        metadata: the metadata of its example, and the ``finish_reason`` of the episode.
+
+    Returns:
+        The instance, or the name of the defect: ``cut`` if the response ended at the token limit, else one of
+        :func:`~instructgym.rewards.quality.instance_format.read_pair`.
     """
     if metadata["finish_reason"] == "length":
         return "cut"
@@ -93,19 +98,21 @@ def read_response(response: str, metadata: Mapping[str, Any]) -> Instance | str:
 
 
 def _tasks(data: str | Path) -> tuple[str, list[Task]]:
+    """Returns the name of the data and its tasks, with distinct ids and instructions."""
     if data == OWN:
         return OWN, load_tasks()
     path = Path(data)
     if not path.suffix and not path.exists():
         raise InputError(f"unknown data {str(data)!r}: use {OWN!r} or a file of instructions")
     tasks = load_tasks(path)
+    # Without a known type of task, the order of the fields is unknown.
     rows = [row for _, row in read_seed_rows(path) if isinstance(row, dict)]
-    unsorted = {str(row["instruction"]).strip() for row in rows if row.get("task_type_error")}
-    tasks = [task for task in tasks if task.instruction.strip() not in unsorted]
+    untyped = {str(row["instruction"]).strip() for row in rows if row.get("task_type_error")}
+    tasks = [task for task in tasks if task.instruction.strip() not in untyped]
     for what, values in (("id", [t.id for t in tasks]), ("instruction", [t.instruction for t in tasks])):
-        twice, times = Counter(values).most_common(1)[0]
+        value, times = Counter(values).most_common(1)[0]
         if times > 1:
-            raise InputError(f"{path} has the {what} {twice[:60]!r} {times} times: delete all rows but one")
+            raise InputError(f"{path} has the {what} {value[:60]!r} {times} times: delete all rows but one")
     return path.stem, tasks
 
 
@@ -122,14 +129,15 @@ def _example(task: Task, name: str, tokenizer: Tokenizer | None) -> PromptExampl
 
 
 def few_shot_prompt(instruction: str, order: Order) -> str:
-    """The completion form: solved tasks, and one that ends in the name of its first field."""
+    """Returns the completion form: solved tasks, and the instruction, which ends with the name of its first field."""
     table = _table(order)
     shots = [[f"Task: {shot['instruction']}", *_fields(shot, order)] for shot in table["tasks"]]
-    asked = [f"Task: {one_line(instruction)}", _line(FIELDS[order][0], "").rstrip()]
-    return "\n\n".join([table["header"], *("\n".join(lines) for lines in [*shots, asked])])
+    query = [f"Task: {one_line(instruction)}", _line(FIELDS[order][0], "").rstrip()]
+    return "\n\n".join([table["header"], *("\n".join(lines) for lines in [*shots, query])])
 
 
 def _fields(shot: Mapping[str, str], order: Order) -> Sequence[str]:
+    # A class label is the output of its row.
     return [_line(name, shot["input" if name == "input" else "output"]) for name in FIELDS[order]]
 
 

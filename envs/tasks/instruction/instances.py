@@ -1,8 +1,8 @@
 """Instances of an instruction: prompts that ask a model for inputs with outputs, strict parsers, and cleaning.
 
-Two orders, as in Self-Instruct (Wang et al., arXiv 2212.10560) and REFINE-AF (arXiv 2505.06548, stage 3): *input
-first*, and for classification tasks *output first*, the label before an input that it fits, lest one label gets all
-inputs.
+There are two orders, as in Self-Instruct (Wang et al., arXiv 2212.10560) and REFINE-AF (arXiv 2505.06548, stage 3):
+*input first*, and for classification tasks *output first*: the label comes before an input that fits it, so that not
+all inputs get the same label.
 """
 
 from __future__ import annotations
@@ -19,46 +19,47 @@ from ....rewards.quality.instance_format import NO_INPUT, Instance, Order
 
 MAX_INSTANCES = 5
 STOPS = (f"Example {MAX_INSTANCES + 1}", "Task:")
-"""Where a reply ends: one example more than wanted, or a new task."""
+"""Stop strings of a reply: the heading of one example too many, or a new task."""
 
 _EXAMPLE = re.compile(r"\s*Example\s*\d*\s*[.:]?\s*$", re.IGNORECASE)
 _FIELD = re.compile(r"\s*(Input|Output|Class label)\s*\d*\s*:[ \t]*", re.IGNORECASE)
 
 
 Piece: TypeAlias = Instance | str
-"""What a parser reads from one block of a reply; the text of a block that breaks the format stands for itself."""
+"""What a parser returns for one block of a reply: an instance, or the text of a block that breaks the format."""
 
 
 @dataclass
 class Cleaned:
-    """What is left of a reply, and what is not."""
+    """The instances that are kept from a reply, and the pieces that are dropped."""
 
     kept: list[Instance] = field(default_factory=list)
     dropped: list[tuple[Piece, str]] = field(default_factory=list)
-    """Each with the reason."""
+    """Pairs of a piece and the reason why it is dropped."""
 
     @property
     def reasons(self) -> Counter[str]:
-        """How many were dropped for which reason."""
+        """Number of dropped pieces by reason."""
         return Counter(reason for _, reason in self.dropped)
 
 
 def order_for(is_classification: bool) -> Order:
-    """The order that a task's type asks for."""
+    """Returns the order of fields for a type of task."""
     return "output_first" if is_classification else "input_first"
 
 
 def instance_prompt(style: PromptStyle, instruction: str, order: Order) -> Prompt:
-    """The request for instances of an instruction, in the form that a backend asks for."""
+    """Returns the prompt that asks for instances of an instruction, in the form that a backend needs."""
     table = load_prompts(__package__, "refine_af")[order]
     chat = fill(table["chat"], {"instruction": instruction, "limit": str(MAX_INSTANCES)})
     shots = [f"Task: {one_line(task['instruction'])}\n{_written(task['instances'], order)}" for task in table["tasks"]]
-    asked = f"Task: {one_line(instruction)}\n{'Class label:' if order == 'output_first' else ''}"
-    return build_prompt(style, chat, "\n\n".join([table["header"], *shots, asked]))
+    # For input first nothing follows the task: the reply may begin with `Example 1` or, without input, with `Output:`.
+    query = f"Task: {one_line(instruction)}\n{'Class label:' if order == 'output_first' else ''}"
+    return build_prompt(style, chat, "\n\n".join([table["header"], *shots, query]))
 
 
 def _written(instances: Sequence[Mapping[str, Any]], order: Order) -> str:
-    """Demonstrations in the format that the parsers read."""
+    """Returns demonstrations in the format that the parsers read."""
     if order == "output_first":
         return "\n".join(f"Class label: {shot['output']}\nInput: {shot['input']}" for shot in instances)
     if len(instances) == 1 and not instances[0]["input"]:
@@ -74,8 +75,11 @@ def parse_instances(reply: str, order: Order, continues: bool = False) -> list[P
 
     Args:
         reply: the model's reply.
-        order: the order that was asked for.
-        continues: the prompt was in the few-shot form, which for output first ends in ``Class label:``.
+        order: the order of the prompt.
+        continues: whether the prompt was in the few-shot form, which for output first ends with ``Class label:``.
+
+    Returns:
+        The pieces of the reply in order: instances, and the texts of malformed blocks.
     """
     if order == "output_first":
         return parse_output_first(f"Class label: {reply.lstrip()}" if continues else reply)
@@ -83,10 +87,10 @@ def parse_instances(reply: str, order: Order, continues: bool = False) -> list[P
 
 
 def parse_input_first(reply: str) -> list[Piece]:
-    """Reads ``Example N / Input: ... / Output: ...`` blocks.
+    """Parses ``Example N / Input: ... / Output: ...`` blocks.
 
-    The heading and the input may be missing; text before the output that names no field is the input as it stands. A
-    block without an output field, with two, or with anything after its output but the next block, is malformed.
+    The heading and the input may be missing; text before the output without a field name is the input. A block is
+    malformed if it has no output field, two output fields, a class label, or another field after its output.
     """
     pieces: list[Piece] = []
     for block in _blocks(reply):
@@ -101,7 +105,10 @@ def parse_input_first(reply: str) -> list[Piece]:
 
 
 def _blocks(reply: str) -> list[list[tuple[str, str]]]:
-    """Blocks of (field, value): a heading begins a new one, and so does an input field that follows an output."""
+    """Splits a reply into blocks of (field, value): a heading starts a new block, as does an input after an output.
+
+    Text before the first field of a block has the field name ``""``.
+    """
     blocks: list[list[tuple[str, str]]] = [[]]
     for line in reply.splitlines():
         if _EXAMPLE.match(line):
@@ -111,7 +118,7 @@ def _blocks(reply: str) -> list[list[tuple[str, str]]]:
             if name == "input" and blocks[-1] and blocks[-1][-1][0] == "output":
                 blocks.append([])
             blocks[-1].append((name, line[label.end() :]))
-        elif blocks[-1]:
+        elif blocks[-1]:  # a further line of the last field
             name, value = blocks[-1][-1]
             blocks[-1][-1] = (name, f"{value}\n{line}")
         else:
@@ -120,9 +127,9 @@ def _blocks(reply: str) -> list[list[tuple[str, str]]]:
 
 
 def parse_output_first(reply: str) -> list[Piece]:
-    """Reads ``Class label: ... / Input: ...`` blocks.
+    """Parses ``Class label: ... / Input: ...`` blocks.
 
-    The input may be missing. Text before the first label is malformed, and so is a block with an output field, with two
+    The input may be missing. Text before the first label is malformed; so is a block with an output field, with two
     inputs, or with text between the line of its label and its input.
     """
     before, *blocks = re.split(r"^\s*Class label\s*\d*\s*:", reply, flags=re.IGNORECASE | re.MULTILINE)
@@ -138,24 +145,25 @@ def parse_output_first(reply: str) -> list[Piece]:
 
 
 def _input(text: str) -> str:
+    """Returns the input without surrounding blanks; empty if the model wrote that there is none."""
     text = text.strip()
     return "" if text.removesuffix(".").casefold() in NO_INPUT else text
 
 
 def clean(pieces: Sequence[Piece], cut: bool = False, limit: int = MAX_INSTANCES, instruction: str = "") -> Cleaned:
-    """Drops what the rules of Self-Instruct drop from the instances of one instruction.
+    """Drops the instances of one instruction that the rules of Self-Instruct reject.
 
-    Reasons, in the order in which they are looked for: ``cut``, the last piece of a reply that was cut by length;
-    ``malformed``; ``too_many``, those after the first ``limit``; ``empty_output``; ``input_is_output``;
-    ``echo``, an output that repeats the instruction (ours: small models do that); ``ends_with_colon``, of the input or
-    the output, which are unfinished; ``contradiction``, *all* that are left, if
-    one non-empty input has two different outputs; ``duplicate``, an input and output that came before.
+    Reasons, in the order in which they are checked: ``cut``, the last piece of a reply that was cut by length;
+    ``malformed``; ``too_many``, instances after the first ``limit``; ``empty_output``; ``input_is_output``; ``echo``,
+    an output that repeats the instruction (not a rule of Self-Instruct; small models do this); ``ends_with_colon``, an
+    unfinished input or output; ``contradiction``, *all* remaining instances, if one non-empty input has two different
+    outputs; ``duplicate``, an instance with the input and output of an earlier one.
 
     Args:
-        pieces: what was parsed from the reply for one instruction.
-        cut: the reply ended at the token limit.
-        limit: instances kept at most.
-        instruction: what the instances are of.
+        pieces: the pieces parsed from the reply for one instruction.
+        cut: whether the reply ended at the token limit.
+        limit: number of instances to read at most.
+        instruction: the instruction of the instances; empty: do not check for ``echo``.
     """
     cleaned, pieces = Cleaned(), list(pieces)
     if cut and pieces:
@@ -163,24 +171,27 @@ def clean(pieces: Sequence[Piece], cut: bool = False, limit: int = MAX_INSTANCES
     cleaned.dropped += [(piece, "malformed") for piece in pieces if isinstance(piece, str)]
     instances = [piece for piece in pieces if isinstance(piece, Instance)]
     cleaned.dropped += [(instance, "too_many") for instance in instances[limit:]]
-    left: list[Instance] = []
+    # Defects of single instances.
+    remaining: list[Instance] = []
     for instance in instances[:limit]:
         reason = _defect(instance, instruction)
         if reason:
             cleaned.dropped.append((instance, reason))
         else:
-            left.append(instance)
+            remaining.append(instance)
+    # `setdefault` returns the first output of an input: a different one contradicts it.
     outputs: dict[str, str] = {}
-    if any(i.input and outputs.setdefault(i.input, i.output) != i.output for i in left):
-        cleaned.dropped += [(instance, "contradiction") for instance in left]
+    if any(i.input and outputs.setdefault(i.input, i.output) != i.output for i in remaining):
+        cleaned.dropped += [(instance, "contradiction") for instance in remaining]
         return cleaned
-    cleaned.kept = list(dict.fromkeys(left))
-    again = Counter(left) - Counter(cleaned.kept)
-    cleaned.dropped += [(instance, "duplicate") for instance in again.elements()]
+    cleaned.kept = list(dict.fromkeys(remaining))
+    duplicates = Counter(remaining) - Counter(cleaned.kept)
+    cleaned.dropped += [(instance, "duplicate") for instance in duplicates.elements()]
     return cleaned
 
 
 def _defect(instance: Instance, instruction: str) -> str | None:
+    """Returns why an instance is dropped regardless of the others; None if there is no reason."""
     if not instance.output:
         return "empty_output"
     if instance.input == instance.output:

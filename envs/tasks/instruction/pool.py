@@ -1,9 +1,9 @@
-"""A pool of tasks that grows by bootstrapping: what is shown to a model, what it is asked, which replies enter.
+"""A pool of tasks that grows by bootstrapping: its prompts, the parser of replies, the filters, and the pool itself.
 
-Stage 1 of REFINE-AF (arXiv 2505.06548), which is Self-Instruct (Wang et al., arXiv 2212.10560) with a small model: six
-seed tasks and two machine-made ones are shown as a numbered list, the model goes on with the list, and what passes the
-filters and a ROUGE-L gate enters the pool. Classification tasks are told from others, for their instances are made in
-another order.
+This is stage 1 of REFINE-AF (arXiv 2505.06548), i.e. Self-Instruct (Wang et al., arXiv 2212.10560) with a small model:
+six seed tasks and two machine-made ones are shown as a numbered list, the model continues the list, and the items that
+pass the filters and a ROUGE-L gate enter the pool. A further prompt asks which tasks are classification tasks, because
+their instances are generated in another order (:mod:`~instructgym.envs.tasks.instruction.instances`, read next).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .seeds import SeedFileError, read_seed_rows, seed_instruction
 
 MIN_WORDS, MAX_WORDS = 4, 150
 BLOCKED_WORDS = [*"image images graph graphs picture pictures file files map maps draw plot".split(), "go to"]
-"""What a model of text cannot do; matched as whole words in any case."""
+"""Words of tasks that a text-only model cannot do; matched as whole words in any letter case."""
 _BLOCKED = re.compile(rf"\b(?:{'|'.join(BLOCKED_WORDS)})\b", re.IGNORECASE)
 
 
@@ -42,7 +42,7 @@ class Rule:
     reason: str
     """Why such instructions are unwanted."""
     drops: Callable[[str], bool]
-    """Takes the normalized text."""
+    """Returns whether the rule drops a text, as :func:`normalized` returns it."""
 
 
 FILTERS: tuple[Rule, ...] = (
@@ -60,17 +60,17 @@ FILTERS: tuple[Rule, ...] = (
         lambda text: text.casefold().startswith("write a program"),
     ),
 )
-"""The rules in the order in which they are asked; the first that drops a text names the reason."""
+"""The rules in the order in which they are applied; the name of the first that drops a text is the reason."""
 
 
 def normalized(text: str) -> str:
-    """The text on one line, its first letter upper case."""
+    """Returns the text on one line, with its first letter in upper case."""
     text = one_line(text)
     return text[:1].upper() + text[1:]
 
 
 def dropped_by(text: str) -> str | None:
-    """Name of the first rule of :data:`FILTERS` that drops the normalized text; None if it is kept."""
+    """Returns the name of the first rule of :data:`FILTERS` that drops the normalized text; None if none does."""
     return next((rule.name for rule in FILTERS if rule.drops(text)), None)
 
 
@@ -78,19 +78,19 @@ _NUMBER = re.compile(r"\s*(\d{1,4}) ?[.)](?:\s+|$)")
 
 
 def parse_numbered(reply: str, first: int = 9, last: int = 15, continues: bool = False) -> list[str]:
-    """The items of a numbered list that a model wrote.
+    """Parses a numbered list that a model wrote.
 
-    Numbers must count up by one from ``first``; a line with another number ends the list. An item goes on until the
-    next number or blank line; whatever stands between a blank line and the next number is no part of the list.
+    Numbers must count up by one from ``first``; a line with another number ends the list. An item ends at the next
+    number or at a blank line; text between a blank line and the next number is ignored.
 
     Args:
         reply: the model's reply.
         first: number of the first item.
-        last: items above this number are left out.
-        continues: the prompt ends in the first number, so that the reply begins with the first item's text.
+        last: number of the last item to return.
+        continues: whether the prompt ends with the first number, so that the reply begins with the first item's text.
 
     Returns:
-        The items in order, each on one line; those with no text are empty.
+        The items in order, each on one line; an item without text is an empty string.
     """
     items: list[list[str]] = []
     is_open = False
@@ -102,7 +102,7 @@ def parse_numbered(reply: str, first: int = 9, last: int = 15, continues: bool =
                 break
             items.append([line[number.end() :]])
             is_open = True
-        elif number is not None and items:
+        elif number is not None and items:  # before the first item, other numbers are part of a preamble
             break
         elif not line.strip():
             is_open = False
@@ -112,6 +112,7 @@ def parse_numbered(reply: str, first: int = 9, last: int = 15, continues: bool =
 
 
 DEMONSTRATIONS, MACHINE_DEMONSTRATIONS = 8, 2
+"""Tasks that a prompt shows, and how many of them are machine-made at most."""
 LAST_ITEM = 15
 """Number of the last item that a reply may hold: at most seven new instructions."""
 
@@ -123,12 +124,12 @@ class Task:
     instruction: str
     instances: tuple[Instance, ...] = ()
     is_classification: bool | None = None
-    """None where nobody has said."""
+    """None if unknown."""
     id: str = ""
     name: str = ""
 
     def row(self) -> dict[str, Any]:
-        """The task in Self-Instruct's format, JSON-able."""
+        """Returns the task as a JSON-able row in Self-Instruct's format."""
         return {
             "id": self.id,
             "name": self.name,
@@ -140,27 +141,27 @@ class Task:
 
 @dataclass(frozen=True)
 class Considered:
-    """What became of one candidate."""
+    """The decision on one candidate."""
 
     instruction: str
     """The normalized text."""
     rejected_by: str | None
-    """Name of the filter, or ``rouge``; None where the candidate entered the pool."""
+    """Name of the filter that rejected the candidate, or ``rouge``; None if it entered the pool."""
     similarity: float = 0.0
-    """ROUGE-L F-measure to the nearest task of the pool; 0 where a filter rejected the text before."""
+    """ROUGE-L F-measure to the nearest task of the pool; 0 if a filter rejected the candidate before the gate."""
     nearest: str = ""
-    """Instruction of that task."""
+    """Instruction of the nearest task."""
     id: str = ""
-    """Of the new task, where it entered the pool."""
+    """Id of the new task; empty if the candidate was rejected."""
 
 
 def packaged_tasks() -> Path:
-    """The file of the package's own seed tasks, in Self-Instruct's format."""
+    """Returns the path of the package's own seed tasks, in Self-Instruct's format."""
     return Path(str(files(__package__).joinpath("seed_data", "tasks.jsonl")))
 
 
 def load_tasks(seeds: str | Path | None = None) -> list[Task]:
-    """Tasks from a file.
+    """Loads tasks from a file.
 
     Args:
         seeds: Self-Instruct's ``seed_tasks.jsonl``, or any file that
@@ -168,16 +169,17 @@ def load_tasks(seeds: str | Path | None = None) -> list[Task]:
             tasks, 64 with one instance each.
 
     Raises:
-        SeedFileError: for a file that cannot be used, naming the row and the field.
+        SeedFileError: if the file cannot be used; the message names the row and the field.
     """
     path = packaged_tasks() if seeds is None else Path(seeds)
     return [_task(path, where, row) for where, row in read_seed_rows(path)]
 
 
 def _task(path: Path, where: str, row: Any) -> Task:
+    """Checks one row of a seed file and returns its task."""
     instruction = seed_instruction(path, where, row)
     instances = row.get("instances")
-    if instances is None:  # Alpaca keeps the one instance in the row itself
+    if instances is None:  # in Alpaca's format the row itself is the one instance
         instances = [row] if isinstance(row.get("output"), str) else []
     if not isinstance(instances, list):
         raise SeedFileError(f"seed file {path} {where} needs a list 'instances', it has {type(instances).__name__}")
@@ -197,50 +199,61 @@ def _task(path: Path, where: str, row: Any) -> Task:
 
 
 def held_out(tasks: Sequence[Task], n: int = 40) -> tuple[list[Task], list[Task]]:
-    """Sets tasks aside for evaluation: those n whose instructions have the smallest SHA-1.
+    """Sets aside the n tasks for evaluation whose instructions have the smallest SHA-1.
 
-    The choice depends on the texts alone, not on their order.
+    The selection depends on the texts alone, not on their order.
+
+    Args:
+        tasks: all tasks.
+        n: number of tasks to set aside.
 
     Returns:
-        The tasks that may be demonstrated and the n that must not be, each in the order given.
+        The tasks that may be demonstrated and the n that must not be, both in the order of ``tasks``.
 
     Raises:
-        ValueError: if fewer than eight would be left to demonstrate.
+        ValueError: if n is negative, or fewer than eight tasks would be left to demonstrate.
     """
     if not 0 <= n <= len(tasks) - DEMONSTRATIONS:
         raise ValueError(
             f"cannot hold {n} of {len(tasks)} tasks out: a prompt shows {DEMONSTRATIONS}, so many must be left"
         )
     by_hash = sorted(range(len(tasks)), key=lambda i: hashlib.sha1(tasks[i].instruction.encode()).hexdigest())
-    chosen = set(by_hash[:n])
+    held = set(by_hash[:n])
     return (
-        [task for i, task in enumerate(tasks) if i not in chosen],
-        [task for i, task in enumerate(tasks) if i in chosen],
+        [task for i, task in enumerate(tasks) if i not in held],
+        [task for i, task in enumerate(tasks) if i in held],
     )
 
 
 def evaluation_split(tasks: Sequence[Task], n: int) -> tuple[list[Task], list[Task]]:
-    """As :func:`held_out`, but at most a quarter: what all stages of an experiment keep apart.
+    """Splits tasks with :func:`held_out`, setting a quarter of them aside at most.
+
+    All stages of an experiment use this split, so that no stage demonstrates a task that another evaluates on.
+
+    Args:
+        tasks: all tasks.
+        n: number of tasks to set aside.
 
     Raises:
-        ValueError: likewise.
+        ValueError: if n is negative, or fewer than eight tasks would be left to demonstrate.
     """
     return held_out(tasks, min(n, len(tasks) // 4))
 
 
 class InstructionPool:
-    """Seed tasks and the machine-made ones that were accepted.
+    """Seed tasks and the machine-made tasks that were accepted.
 
     Args:
         seeds: tasks to start from, at least eight.
-        held: tasks that are never demonstrated; nothing similar to them enters the pool either.
-        threshold: largest ROUGE-L to any task of the pool, seeds and held ones included.
-        path: JSONL file of the machine-made tasks. What it holds is loaded (a torn last line is dropped), and every
-            task that enters is appended. None keeps them in memory only.
+        held: tasks that are never demonstrated; tasks similar to them are rejected as well.
+        threshold: largest ROUGE-L F-measure that a new task may have to any task of the pool, seeds and held tasks
+            included.
+        path: JSONL file of the machine-made tasks. Its tasks are loaded (a torn last line is dropped), and every task
+            that enters the pool is appended. None: keep them in memory only.
 
     Raises:
-        ValueError: for fewer than eight seeds, or a threshold outside (0, 1].
-        InputError: for a file that holds something other than tasks.
+        ValueError: if there are fewer than eight seeds, or the threshold is outside (0, 1].
+        InputError: if the file holds something other than tasks.
     """
 
     def __init__(
@@ -264,19 +277,21 @@ class InstructionPool:
                     raise InputError(f"{error}; the file is the pool's own, choose another") from error
 
     def demonstrations(self, seed: int) -> list[Task]:
-        """Eight tasks in random order: two machine-made ones, or as many as there are, and seeds.
+        """Draws eight tasks in random order: two machine-made ones, or fewer if there are fewer, and seeds.
 
         Args:
-            seed: determines the draw, together with what is in the pool.
+            seed: seed of the draw, which also depends on the tasks in the pool.
         """
         generator = np.random.default_rng(seed)
-        machine = min(MACHINE_DEMONSTRATIONS, len(self.machine))
-        chosen = [self.machine[i] for i in generator.choice(len(self.machine), machine, replace=False)]
-        chosen += [self.seeds[i] for i in generator.choice(len(self.seeds), DEMONSTRATIONS - machine, replace=False)]
-        return [chosen[i] for i in generator.permutation(len(chosen))]
+        machine_count = min(MACHINE_DEMONSTRATIONS, len(self.machine))
+        drawn = [self.machine[i] for i in generator.choice(len(self.machine), machine_count, replace=False)]
+        drawn += [
+            self.seeds[i] for i in generator.choice(len(self.seeds), DEMONSTRATIONS - machine_count, replace=False)
+        ]
+        return [drawn[i] for i in generator.permutation(len(drawn))]
 
     def consider(self, text: str) -> Considered:
-        """Lets a generated instruction into the pool if it passes the filters and the gate."""
+        """Adds a generated instruction to the pool if it passes the filters and the ROUGE-L gate."""
         text = normalized(text)
         if reason := dropped_by(text):
             return Considered(text, reason)
@@ -285,6 +300,7 @@ class InstructionPool:
         if self.gate.rejects(similarity):
             return Considered(text, "rouge", similarity, nearest)
         task = Task(text, id=f"machine_task_{len(self.machine)}")
+        # On disk first: if the write fails, the pool in memory does not hold a task that the file lacks.
         if self.path is not None:
             append_lines(self.path, [task.row()])
         self._enter(task)
@@ -297,14 +313,18 @@ class InstructionPool:
 
 
 def instruction_prompt(style: PromptStyle, demonstrations: Sequence[Task]) -> Prompt:
-    """The request to go on with a numbered list of tasks, in the form that a backend asks for.
+    """Returns the prompt that asks to continue a numbered list of tasks, in the form that a backend needs.
 
-    The few-shot form ends in the number of the first new task: read the reply with
+    The few-shot form ends with the number of the first new task: parse the reply with
     ``parse_numbered(reply, first=len(demonstrations) + 1, continues=True)``.
+
+    Args:
+        style: the form: a chat message, or a text to complete.
+        demonstrations: the tasks of the list, in order.
     """
     table = load_prompts(__package__, "refine_af")["instructions"]
     first = len(demonstrations) + 1
-    # A colon at the end asks a small model for the input, where the next task is wanted.
+    # After a colon at the end, a small model writes the task's input instead of the next task.
     items = [f"{n}. {one_line(task.instruction).rstrip(':')}" for n, task in enumerate(demonstrations, start=1)]
     numbers = {"count": len(items), "wanted": LAST_ITEM - len(items), "first": first, "last": LAST_ITEM}
     chat = fill(table["chat"], {"tasks": "\n".join(items)} | {name: str(value) for name, value in numbers.items()})
@@ -312,9 +332,9 @@ def instruction_prompt(style: PromptStyle, demonstrations: Sequence[Task]) -> Pr
 
 
 def task_type_prompt() -> VerdictPrompt:
-    """The question whether an instruction is a classification task; the positive answer says that it is.
+    """Returns the judge's prompt whether an instruction is a classification task; the positive answer means that it is.
 
-    :func:`~instructgym.rewards.judges.verdict.judge_verdicts` asks it.
+    It is for :func:`~instructgym.rewards.judges.verdict.judge_verdicts`.
     """
     table = load_prompts(__package__, "refine_af")["task_type"]
     return VerdictPrompt.from_file(table, ("Instruction", "Classification"), ("instruction",))

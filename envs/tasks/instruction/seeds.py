@@ -1,4 +1,4 @@
-"""Seed instructions: from the package, from a list, or from a file in any of the usual formats."""
+"""Seed instructions from the package, from a list, or from a file in one of the usual formats."""
 
 from __future__ import annotations
 
@@ -13,45 +13,49 @@ from typing import Any
 from ....llm_backends.errors import InputError
 
 SPLITS = {"train": range(0, 8), "validation": range(8, 9), "test": range(9, 10)}
-"""Tenths of the hash space: an instruction's split depends on its text alone, not on the file around it."""
+"""Maps a split to its tenths of the hash space: the split of an instruction depends on its text alone."""
 
 
 class SeedFileError(InputError):
-    """A seed file that cannot be used; the message says where and why."""
+    """A seed file that cannot be used; the message names the place and the reason."""
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction, with the input it came with."""
+    """One instruction and its input."""
 
     text: str
     input: str = ""
+    """Empty if the instruction has none."""
     id: str = ""
+    """By default the first 12 hex digits of the SHA-1 of text and input."""
 
     def __post_init__(self) -> None:
         if not self.id:
+            # The dataclass is frozen.
             object.__setattr__(self, "id", hashlib.sha1(f"{self.text}\n{self.input}".encode()).hexdigest()[:12])
 
 
 def packaged_seeds() -> Path:
-    """The file of the package's own seeds."""
+    """Returns the path of the package's own seed file."""
     return Path(str(files(__package__).joinpath("seed_data", "instructions.jsonl")))
 
 
 def load_instructions(
     seeds: str | Path | Sequence[str | Instruction] | None = None, split: str | None = None
 ) -> list[Instruction]:
-    """Seed instructions.
+    """Loads seed instructions.
 
     Args:
         seeds: a file (JSONL or a JSON list of objects with ``instruction``, Alpaca's JSON, Self-Instruct's
             ``seed_tasks.jsonl``, or plain text with one instruction a line), a list of texts, or None for the
             package's own seeds.
-        split: ``"train"``, ``"validation"`` or ``"test"`` for a fixed 80 / 10 / 10 % by hash; None for all.
+        split: ``"train"``, ``"validation"`` or ``"test"`` for a fixed 80 / 10 / 10 % split by hash; None: all.
 
     Raises:
-        SeedFileError: for a file that is missing, empty, not UTF-8, torn, or has rows without ``instruction``.
-        ValueError: for an unknown split, or one that is empty.
+        SeedFileError: if the file is missing, empty, not UTF-8 or torn, or has rows without ``instruction``.
+        InputError: if the split is unknown.
+        ValueError: if the split is empty.
     """
     if seeds is None:
         instructions = read_instructions(packaged_seeds())
@@ -63,17 +67,17 @@ def load_instructions(
             raise SeedFileError("the list of seeds is empty or holds an empty text")
     if split is None:
         return instructions
-    chosen = [i for i in instructions if in_split(i.text, split)]
-    if not chosen:
+    matches = [i for i in instructions if in_split(i.text, split)]
+    if not matches:
         raise ValueError(f"none of the {len(instructions)} seeds falls into the split {split!r}")
-    return chosen
+    return matches
 
 
 def in_split(text: str, split: str) -> bool:
-    """Whether an instruction falls into a split, by the hash of its text.
+    """Returns whether an instruction belongs to a split, by the hash of its text.
 
     Raises:
-        ValueError: for an unknown split.
+        InputError: if the split is unknown.
     """
     if split not in SPLITS:
         raise InputError(f"unknown split {split!r}: use {', '.join(SPLITS)} or none")
@@ -81,15 +85,19 @@ def in_split(text: str, split: str) -> bool:
 
 
 def read_instructions(path: Path) -> list[Instruction]:
-    """Reads a seed file; see :func:`load_instructions`."""
+    """Reads the instructions of a seed file in one of the formats of :func:`load_instructions`."""
     return [seed_instruction(path, where, row) for where, row in read_seed_rows(path)]
 
 
 def read_seed_rows(path: Path) -> list[tuple[str, Any]]:
-    """The rows of a seed file as they stand there, each with its place; a line of plain text is one ``instruction``.
+    """Reads the rows of a seed file unchanged, without checking their contents.
+
+    Returns:
+        For each row its place (``"line 3"`` or ``"item 3"``, from 1) and the row; a line of plain text becomes
+        ``{"instruction": line}``.
 
     Raises:
-        SeedFileError: see :func:`load_instructions`; what the rows hold is not looked at.
+        SeedFileError: if the file is missing, empty, not UTF-8, torn, or holds no rows.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -99,6 +107,7 @@ def read_seed_rows(path: Path) -> list[tuple[str, Any]]:
         raise SeedFileError(f"seed file {path} is not UTF-8: {error.reason} at byte {error.start}") from error
     if not text.strip():
         raise SeedFileError(f"seed file {path} is empty")
+    # Without a known suffix, the first character decides between JSON and plain text.
     first = text.lstrip()[0]
     if path.suffix in (".json", ".jsonl") or (path.suffix != ".txt" and first in "[{"):
         rows = _json_rows(path, text)
@@ -111,6 +120,7 @@ def read_seed_rows(path: Path) -> list[tuple[str, Any]]:
 
 
 def _json_rows(path: Path, text: str) -> list[tuple[str, Any]]:
+    """Reads the items of a JSON list, or else the lines of JSONL, each with its place."""
     if text.lstrip().startswith("["):
         try:
             rows = json.loads(text)
@@ -129,22 +139,27 @@ def _json_rows(path: Path, text: str) -> list[tuple[str, Any]]:
 
 
 def seed_instruction(path: Path, where: str, row: Any) -> Instruction:
-    """The instruction of one row of a seed file.
+    """Returns the instruction of one row of a seed file.
+
+    Args:
+        path: the seed file, for error messages.
+        where: the row's place in the file, for error messages.
+        row: the row, as :func:`read_seed_rows` returns it.
 
     Raises:
-        SeedFileError: naming file and place, for a row without a usable text field ``instruction``.
+        SeedFileError: if the row has no usable text field ``instruction``; the message names file and place.
     """
     if not isinstance(row, dict) or not isinstance(row.get("instruction"), str):
         has = f"it has {', '.join(map(repr, row))}" if isinstance(row, dict) else f"it is a {type(row).__name__}"
         raise SeedFileError(f"seed file {path} {where} needs a text field 'instruction'; {has}")
     if not row["instruction"].strip():
         raise SeedFileError(f"seed file {path} {where} has an empty instruction")
-    instances = row.get("instances")  # Self-Instruct keeps inputs there
+    instances = row.get("instances")  # Self-Instruct's rows have their inputs here
     first = instances[0] if isinstance(instances, list) and instances and isinstance(instances[0], dict) else row
     fields = (row["instruction"].strip(), str(first.get("input") or ""), str(row.get("id") or ""))
     try:
         "".join(fields).encode()
-    except UnicodeEncodeError as error:  # JSON can say it, UTF-8 and tokenizers cannot
-        half = ascii(error.object[error.start])
-        raise SeedFileError(f"seed file {path} {where} holds half a character (surrogate {half})") from error
+    except UnicodeEncodeError as error:  # JSON escapes can hold a lone surrogate
+        surrogate = ascii(error.object[error.start])
+        raise SeedFileError(f"seed file {path} {where} holds half a character (surrogate {surrogate})") from error
     return Instruction(*fields)

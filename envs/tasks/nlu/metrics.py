@@ -1,7 +1,7 @@
-"""Official metrics of GLUE and SuperGLUE over parsed answers.
+"""Official metrics of GLUE and SuperGLUE, computed from parsed answers.
 
-A malformed answer is wrong and never replaced by a guess: where there are two classes it counts as the other one, with
-more it is a class of its own that nobody asked for, and for a number it is the far end of the scale.
+A malformed answer is always wrong: in a task with two classes it counts as the class that is not the label, in a task
+with more classes as an extra class, and in a regression task as the end of the scale that is farther from the label.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ MALFORMED = ""
 
 
 def format_rate(predictions: Sequence[str | None]) -> float:
-    """Share of predictions that are not malformed (None), 0 to 1; 0 where there is none."""
+    """Returns the share of predictions that are not malformed (None), in [0, 1]; 0 if there are no predictions."""
     return sum(prediction is not None for prediction in predictions) / len(predictions) if predictions else 0.0
 
 
 def evaluate(task_name: str, predictions: Sequence[str | None], examples: Sequence[PromptExample]) -> dict[str, float]:
-    """Scores a task's predictions.
+    """Computes a task's metrics from its predictions.
 
     Args:
         task_name: name of the task.
-        predictions: one answer per example, as :func:`~instructgym.rewards.ground_truth.parse_label` gives it; None,
-            or a text that is no allowed answer, is malformed.
-        examples: of that task alone, labelled; for MultiRC, ReCoRD and AXg complete ones, as
-            :func:`~instructgym.envs.tasks.nlu.data.load_examples` gives them.
+        predictions: one answer per example, as :func:`~instructgym.rewards.ground_truth.parse_label` returns it; None,
+            or a text that is not an allowed answer, is malformed.
+        examples: labelled examples of that task alone; for MultiRC, ReCoRD and AXg whole questions, queries and pairs,
+            as :func:`~instructgym.envs.tasks.nlu.data.load_examples` returns them.
 
     Returns:
-        The task's metrics, the main one first, and ``format_rate``. Shares and F1 are in [0, 1] and correlations in
-        [-1, 1], 0 where they are undefined (nothing varies).
+        The task's metrics, the main one first, then ``format_rate``. Shares and F1 are in [0, 1] and correlations in
+        [-1, 1], 0 where they are undefined (all labels, or all predictions, are equal).
 
     Raises:
-        InputError: for an unknown task, no examples, examples without a label or of another task, and a number of
-            predictions that differs from theirs.
+        InputError: if the task is unknown, there are no examples, an example has no label or belongs to another task,
+            or the numbers of predictions and examples differ.
     """
     task = get_task(task_name)
     if not examples or len(predictions) != len(examples):
@@ -59,6 +59,7 @@ def evaluate(task_name: str, predictions: Sequence[str | None], examples: Sequen
         valid = sum(number is not None for number in numbers)
         return {name: values[name] for name in task.metrics} | {"format_rate": valid / len(numbers)}
     answers = [None if text is None else parse_label(text, task.words) for text in predictions]
+    # `em` and `f1` are computed below: which examples they group depends on the task.
     scores = {name: _METRICS[name](task, answers, examples) for name in task.metrics if name not in ("em", "f1")}
     if task.name == "ReCoRD":
         scores |= _record(answers, examples)
@@ -74,10 +75,12 @@ Examples = Sequence[PromptExample]
 
 
 def _wrong(task: NLUTask, gold: str) -> str:
+    """Returns the class that a malformed answer counts as, which is never the label."""
     return next(word for word in task.words if word != gold) if len(task.words) == 2 else MALFORMED
 
 
 def _classes(task: NLUTask, answers: Answers, examples: Examples) -> tuple[list[str], list[str]]:
+    """Returns the labels and the predicted classes, with malformed answers replaced by wrong classes."""
     gold = [str(example.reference) for example in examples]
     return gold, [_wrong(task, right) if word is None else word for right, word in zip(gold, answers, strict=True)]
 
@@ -92,28 +95,35 @@ def _f1(task: NLUTask, answers: Answers, examples: Examples) -> float:
 
 def _class_f1(gold: Sequence[str], predicted: Sequence[str], word: str) -> float:
     hits = sum(a == b == word for a, b in zip(gold, predicted, strict=True))
+    # The guard makes F1 0 for a class that occurs in neither the labels nor the predictions.
     return 2 * hits / max(sum(a == word for a in gold) + sum(b == word for b in predicted), 1)
 
 
 def _f1_macro(task: NLUTask, answers: Answers, examples: Examples) -> float:
-    """Over the classes that occur in the labels or the predictions."""
+    """Returns the mean F1 over the classes that occur in the labels or the predictions."""
     gold, predicted = _classes(task, answers, examples)
+    # A malformed answer is a miss of its label's class, not a class to average over.
     words = sorted({*gold, *predicted} - {MALFORMED})
     return sum(_class_f1(gold, predicted, word) for word in words) / len(words)
 
 
 def _mcc(task: NLUTask, answers: Answers, examples: Examples) -> float:
-    """Matthews' correlation, for any number of classes: the covariance of one-hot rows, normalised."""
+    """Returns Matthews' correlation for any number of classes: the normalised covariance of one-hot rows."""
     gold, predicted = _classes(task, answers, examples)
     words = sorted({*gold, *predicted})
-    one, two = (np.array([[word == w for w in words] for word in side], dtype=np.float64) for side in (gold, predicted))
-    one, two = one - one.mean(axis=0), two - two.mean(axis=0)
-    scale = float(np.sqrt((one * one).sum() * (two * two).sum()))
-    return float((one * two).sum()) / scale if scale > 0 else 0.0
+    gold_onehot, predicted_onehot = (
+        np.array([[word == w for w in words] for word in side], dtype=np.float64) for side in (gold, predicted)
+    )
+    gold_onehot, predicted_onehot = (
+        gold_onehot - gold_onehot.mean(axis=0),
+        predicted_onehot - predicted_onehot.mean(axis=0),
+    )
+    scale = float(np.sqrt((gold_onehot * gold_onehot).sum() * (predicted_onehot * predicted_onehot).sum()))
+    return float((gold_onehot * predicted_onehot).sum()) / scale if scale > 0 else 0.0
 
 
 def _gender_parity(task: NLUTask, answers: Answers, examples: Examples) -> float:
-    """Share of the pairs, which differ in the pronoun's gender alone, that get one and the same well-formed answer."""
+    """Returns the share of pairs, which differ only in the pronoun's gender, with two equal well-formed answers."""
     pairs = [group for group in _grouped(task, answers, examples).values() if len(group) == 2]
     if not pairs:
         raise InputError(f"{task.name} needs both rows of a pair for its gender parity: pass complete pairs")
@@ -121,39 +131,41 @@ def _gender_parity(task: NLUTask, answers: Answers, examples: Examples) -> float
 
 
 def _multirc_em(task: NLUTask, answers: Answers, examples: Examples) -> float:
-    """Share of the questions all of whose answers are judged rightly."""
+    """Returns the share of questions for which the predictions for all candidate answers are right."""
     groups = _grouped(task, answers, examples).values()
     return sum(all(word == example.reference for word, example in group) for group in groups) / len(groups)
 
 
 def _record(answers: Answers, examples: Examples) -> dict[str, float]:
-    """Per query, the first candidate that is affirmed against the right entities; nothing affirmed is wrong."""
+    """Scores the first candidate of each query that is answered "Yes"; a query without such a candidate scores 0."""
     queries: dict[Hashable, list[str]] = {}
-    right: dict[Hashable, Sequence[str]] = {}
+    entities: dict[Hashable, Sequence[str]] = {}
     for word, example in zip(answers, examples, strict=True):
         key: Hashable = _idx(example, "passage", "query")
-        right[key] = example.metadata["answers"]
+        entities[key] = example.metadata["answers"]
         queries.setdefault(key, []).extend([example.metadata["candidate"]] if word == "Yes" else [])
     totals = {"em": 0.0, "f1": 0.0}
     for query, affirmed in queries.items():
         if affirmed:
-            totals["em"] += exact_match(affirmed[0], right[query])
-            totals["f1"] += token_f1(affirmed[0], right[query])
+            totals["em"] += exact_match(affirmed[0], entities[query])
+            totals["f1"] += token_f1(affirmed[0], entities[query])
     return {name: total / len(queries) for name, total in totals.items()}
 
 
 def _grouped(
     task: NLUTask, answers: Answers, examples: Examples
 ) -> Mapping[Hashable, list[tuple[str | None, PromptExample]]]:
+    """Groups (answer, example) pairs by what the metric scores together: a question, or a pair of sentences."""
     groups: dict[Hashable, list[tuple[str | None, PromptExample]]] = defaultdict(list)
     for word, example in zip(answers, examples, strict=True):
         if task.name == "MultiRC":
-            _idx(example, "paragraph", "question")
+            _idx(example, "paragraph", "question")  # raises if the idx is incomplete; `scored_with` would accept it
         groups[scored_with(task, {"idx": example.metadata.get("idx")})].append((word, example))
     return groups
 
 
 def _idx(example: PromptExample, *names: str) -> tuple[Any, ...]:
+    """Returns the named parts of the example's ``idx``, or raises InputError if one is missing."""
     idx = example.metadata.get("idx")
     if not isinstance(idx, Mapping) or not all(name in idx for name in names):
         raise InputError(f"example {example.id!r} needs an idx with {' and '.join(names)}: take it from the data")
@@ -161,12 +173,13 @@ def _idx(example: PromptExample, *names: str) -> tuple[Any, ...]:
 
 
 def _correlations(numbers: Sequence[float | None], gold: Sequence[float]) -> dict[str, float]:
-    """Pearson and Spearman; a malformed number is the end of the scale farther from the label."""
+    """Returns Pearson's and Spearman's correlation; None counts as the end of the scale farther from the label."""
     middle = (LOW + HIGH) / 2
     predicted = [
         (LOW if right > middle else HIGH) if number is None else clamp(number)
         for number, right in zip(numbers, gold, strict=True)
     ]
+    # scipy returns NaN if one side is constant.
     if len(set(predicted)) < 2 or len(set(gold)) < 2:
         return {"pearson": 0.0, "spearman": 0.0}
     return {

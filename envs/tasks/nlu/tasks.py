@@ -1,6 +1,6 @@
-"""GLUE and SuperGLUE as text generation: one table of prompts, words, label maps, metrics and hub names.
+"""GLUE and SuperGLUE as text generation: one table of prompts, verbalizers, label maps, metrics and hub names.
 
-Two layouts of the same tasks. ``tagged``: a header that names the task and the required form, the filled input, and an
+Each task has two layouts. ``tagged``: a header that names the task and the required form, the filled input, and an
 opened judgement tag; the response is ``" Positive </Judgement>"``. ``plain``: the input and a cue such as
 ``"Sentiment:"``; the response is ``" Positive"`` and a line end.
 """
@@ -22,81 +22,81 @@ Layout = Literal["tagged", "plain"]
 OPEN_TAG = "<Judgement>"
 CLOSE_TAG = "</Judgement>"
 STOPS: dict[str, str] = {"tagged": CLOSE_TAG, "plain": "\n"}
-"""Layout to the stop string of its responses."""
+"""Maps a layout to the stop string of its responses."""
 
 
 @dataclass(frozen=True)
 class NLUTask:
-    """One task: how its rows become prompts, and their labels words."""
+    """One task: how its rows are turned into prompts, and its labels into words."""
 
     name: str
     suite: str
-    """``GLUE``, ``SuperGLUE`` or ``offline``; :data:`SUITES` lists the members of each, RTE being in two."""
+    """``GLUE``, ``SuperGLUE`` or ``offline``; :data:`SUITES` lists the members of each (RTE is in two)."""
     wording: str
-    """Name of its table in ``prompts/nlu.toml``."""
+    """Name of the task's table in ``prompts/nlu.toml``."""
     words: tuple[str, ...] = ()
-    """The allowed answers, the positive class first; none for a regression task."""
+    """The allowed answers (verbalizers), the positive class first; empty for a regression task."""
     label_map: Mapping[str, str] = field(default_factory=dict)
-    """Raw label as GLUE's TSV, SuperGLUE's JSONL or the hub has it, as text, to word."""
+    """Maps a raw label of GLUE's TSV, SuperGLUE's JSONL or the hub, as text, to its word."""
     kind: Literal["label", "regression"] = "label"
     metrics: tuple[str, ...] = ("accuracy",)
     """Names of the official metrics, the main one first."""
     columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Field (or ``label``) to the columns that may hold it, where that is not a column of the field's own name."""
+    """Maps a field (or ``label``) to the columns that may hold it; a field that is absent has a column of its name."""
     headerless: tuple[str, ...] = ()
-    """The columns of a TSV file without a header line."""
+    """The columns of a TSV file without a header line; empty if the task's files have one."""
     hub: tuple[str, str] = ("", "")
-    """Path and configuration for ``datasets.load_dataset``."""
+    """Path and configuration for ``datasets.load_dataset``; empty for a task that comes with a package."""
     train_split: str = "train"
-    """Hub split to train on; empty for sets that are for evaluation alone."""
+    """Hub split to train on; empty for a set that is for evaluation only."""
     test_split: str = "validation"
-    """Hub split to report on: the labels of GLUE's and SuperGLUE's test splits are hidden."""
+    """Hub split to report on, usually the validation split: the labels of the test splits are hidden."""
     folders: tuple[str, ...] = ()
-    """Names of its folder in a local copy, beside the task's own name."""
+    """Names that the task's folder in a local copy may have, besides the task's own name."""
     test_files: tuple[str, ...] = ("dev.tsv", "val.jsonl", "dev.jsonl", "validation.jsonl")
     """Local files to report on, in order of preference."""
     shots_from: str = ""
-    """Task whose training rows serve as demonstrations, where it has none itself."""
+    """Task whose training rows serve as demonstrations; empty: the task's own."""
     group_by: str = ""
-    """Field whose equal values never straddle the train and validation splits; all fields where empty."""
+    """Field whose equal values are always in one split, train or validation; empty: all fields together."""
     labelled: bool = True
-    """False where the public copy has no labels, so that predictions can be made but not scored."""
+    """False if the public copy has no labels, so that predictions can be made but not scored."""
 
     @property
     def template(self) -> str:
-        """The filled input, with a place for every field."""
+        """The input's text, with a placeholder ``{name}`` for every field."""
         return load_prompts(__package__, "nlu")[self.wording]["input"]
 
     @property
     def cue(self) -> str:
-        """What the plain layout puts before the answer."""
+        """The words before the answer in the plain layout, without their colon."""
         return load_prompts(__package__, "nlu")[self.wording]["cue"]
 
     @property
     def description(self) -> str:
-        """What to decide, in one sentence."""
+        """The decision that the task asks for, in one sentence."""
         return load_prompts(__package__, "nlu")[self.wording]["description"]
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Names of the texts of a row, in the order of the prompt."""
+        """Names of the text fields of a row, in the order of the prompt."""
         return tuple(re.findall(r"\{(\w+)\}", self.template))
 
     @property
     def eval_only(self) -> bool:
-        """Whether there is nothing to train on."""
+        """Whether the task has no training rows."""
         return not self.train_split
 
     @property
     def header(self) -> str:
-        """The description with the required form: the shared beginning of all tagged prompts, with its line end."""
+        """The description and the required form: the first line of all tagged prompts, with its line end."""
         if self.kind == "regression":
             return f"{self.description} Reply with one decimal, in the form {OPEN_TAG} 2.5 {CLOSE_TAG}.\n"
         forms = [f"{OPEN_TAG} {word} {CLOSE_TAG}" for word in self.words]
         return f"{self.description} Reply in the form {', '.join(forms[:-1])} or {forms[-1]}.\n"
 
     def answer(self, raw: Any) -> str | None:
-        """The word (or number, with one decimal) for a raw label; None where the label is hidden or unknown."""
+        """Returns the word (or number, with one decimal) for a raw label; None if the label is hidden or unknown."""
         if is_hidden(raw):
             return None
         if self.kind == "label":
@@ -109,13 +109,14 @@ class NLUTask:
 
 
 def label_key(raw: Any) -> str:
-    """A raw label as the label maps write it: booleans as ``True`` and ``False``, integers without a point."""
+    """Returns a raw label as the label maps write it: ``True`` or ``False``, integers without a decimal point."""
+    # The same label is an integer, a float, a boolean or a text, depending on the file format.
     key = str(int(raw)) if isinstance(raw, float) and raw.is_integer() else str(raw).strip()
     return key.capitalize() if key.casefold() in ("true", "false") else key
 
 
 def is_hidden(raw: Any) -> bool:
-    """Whether a raw label says that there is none: absent, empty, or -1 as the hub writes it."""
+    """Returns whether a raw label means that there is none: absent, empty, or -1 as on the hub."""
     return raw is None or label_key(raw) in ("", "-1")
 
 
@@ -131,6 +132,8 @@ _PREMISE = {
     "label": ("gold_label", "label"),
 }
 _GLUE, _SUPERGLUE = "nyu-mll/glue", "aps/super_glue"
+
+# Tasks that others of the table are variants of.
 
 _SST2 = NLUTask(
     "SST-2",
@@ -202,7 +205,8 @@ _TABLE = (
     ),
     NLUTask("QNLI", "GLUE", "QNLI", words=_YES_NO, label_map=_ENTAILED, hub=(_GLUE, "qnli")),
     _RTE,
-    # The hypotheses of one sentence share its words and differ in their labels.
+    # WNLI's numbers mean the opposite of RTE's. The hypotheses of one sentence share its words but not their label, so
+    # they are kept in one split.
     replace(_RTE, name="WNLI", label_map={"1": "Yes", "0": "No"}, hub=(_GLUE, "wnli"), group_by="sentence1"),
     replace(
         _MNLI,
@@ -224,6 +228,7 @@ _TABLE = (
     NLUTask(
         "BoolQ", "SuperGLUE", "BoolQ", words=_YES_NO, label_map=_TRUTH, hub=(_SUPERGLUE, "boolq"), group_by="passage"
     ),
+    # CB numbers its labels in another order than MNLI.
     replace(
         _MNLI,
         name="CB",
@@ -315,23 +320,24 @@ _TABLE = (
 )
 
 TASKS: dict[str, NLUTask] = {task.name: task for task in _TABLE}
-"""Name to task. ``MNLI-mm`` is MNLI's mismatched evaluation set; ``rotten-tomatoes`` needs no download."""
+"""Maps a name to its task. ``MNLI-mm`` is MNLI's mismatched evaluation set; ``rotten-tomatoes`` needs no download."""
 
 SUITES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "GLUE": tuple(task.name for task in _TABLE if task.suite == "GLUE"),
+        # RTE belongs to both suites; the table lists it under GLUE.
         "SuperGLUE": (*(task.name for task in _TABLE if task.suite == "SuperGLUE"), "RTE"),
         "offline": ("rotten-tomatoes",),
     }
 )
-"""Suite to the names of its tasks."""
+"""Maps a suite to the names of its tasks."""
 
 
 def get_task(name: str) -> NLUTask:
-    """The task of that name.
+    """Returns the task of that name.
 
     Raises:
-        InputError: for an unknown name, listing the known ones.
+        InputError: if the name is unknown; the message lists the known ones.
     """
     if name not in TASKS:
         raise InputError(f"unknown task {name!r}: use one of {', '.join(TASKS)}")
@@ -339,7 +345,7 @@ def get_task(name: str) -> NLUTask:
 
 
 def render(task: NLUTask | str, row: Mapping[str, Any], layout: Layout = "tagged") -> tuple[str, str]:
-    """The prompt of a row in two parts, to be joined without a gap.
+    """Returns the prompt of a row in two parts, to be joined without a separator.
 
     Args:
         task: the task, or its name.
@@ -351,7 +357,7 @@ def render(task: NLUTask | str, row: Mapping[str, Any], layout: Layout = "tagged
         opened tag or the cue.
 
     Raises:
-        InputError: for an unknown task or layout, or a row that lacks a field.
+        InputError: if the task or layout is unknown, or the row lacks a field.
     """
     task = get_task(task) if isinstance(task, str) else task
     check_layout(layout)
@@ -363,13 +369,13 @@ def render(task: NLUTask | str, row: Mapping[str, Any], layout: Layout = "tagged
 
 
 def response_text(word: str, layout: Layout = "tagged") -> str:
-    """What a right response says in full, its stop string included: ``" Positive </Judgement>"``."""
+    """Returns the full text of a response that answers ``word``, with its stop string: ``" Positive </Judgement>"``."""
     check_layout(layout)
     return f" {word} {CLOSE_TAG}" if layout == "tagged" else f" {word}\n"
 
 
 def few_shot_header(task: NLUTask | str, rows: Sequence[Mapping[str, Any]], layout: Layout = "tagged") -> str:
-    """The header followed by solved rows, for prompts that share them all.
+    """Returns the header followed by solved rows, the common beginning of all few-shot prompts of a task.
 
     Args:
         task: the task, or its name.
@@ -377,7 +383,7 @@ def few_shot_header(task: NLUTask | str, rows: Sequence[Mapping[str, Any]], layo
         layout: ``"tagged"`` or ``"plain"``.
 
     Raises:
-        InputError: for a row without a label of the task.
+        InputError: if the task or layout is unknown, or a row has no label of the task.
     """
     task = get_task(task) if isinstance(task, str) else task
     check_layout(layout)
@@ -391,6 +397,6 @@ def few_shot_header(task: NLUTask | str, rows: Sequence[Mapping[str, Any]], layo
 
 
 def check_layout(layout: str) -> None:
-    """Refuses an unknown layout with an InputError."""
+    """Raises an InputError if the layout is unknown."""
     if layout not in STOPS:
         raise InputError(f"unknown layout {layout!r}: use {' or '.join(STOPS)}")

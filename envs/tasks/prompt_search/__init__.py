@@ -1,1 +1,1 @@
-"""Labelled tasks for which prompts are sought."""
+"""Labelled tasks for prompt search, and examples whose response is a prompt."""

@@ -1,4 +1,8 @@
-"""Episodes whose tokens are a prompt for a frozen model: an instruction for a whole task, or a hint for one input."""
+"""Episodes whose response is a prompt for a frozen model: an instruction for a whole task, or a hint for one input.
+
+The policy reads an *opening* and writes an instruction or hint; :func:`scored_prompt` puts that into the prompt with
+which the frozen model is scored.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +24,19 @@ LEVELS: tuple[Level, ...] = ("task", "instance")
 
 
 class Openings:
-    """What the policy reads before it writes.
+    """The form of the prompts that the policy reads before it writes an instruction or hint.
 
     Args:
-        kind: ``task``, ``label`` or ``response``.
+        kind: ``task``: an instruction for a labelled task; ``label``: a hint for an input of a labelled task;
+            ``response``: a hint for a request whose answer is free text.
         layout: ``plain``: the response continues a text; ``chat``: it answers a message, in the chat template.
-        tokenizer: whose template that is.
-        opening: the text or message; by default the package's own. Of a ``label`` it must have ``{input}``, of a
-            ``response`` ``{request}``.
+        tokenizer: the tokenizer with the chat template; None for the layout ``plain``.
+        opening: the text or message; None: the package's own. For the kind ``label`` it must have the placeholder
+            ``{input}``, for ``response`` ``{request}``; for ``task`` and ``label`` it may have ``{labels}``.
 
     Raises:
-        InputError: for an unknown layout, an opening without its place, and a tokenizer without chat template.
+        InputError: if the layout is unknown, the opening lacks its placeholder, or ``chat`` has no tokenizer; when
+            filling, if the tokenizer has no chat template.
     """
 
     def __init__(self, kind: str, layout: Layout, tokenizer: Tokenizer | None, opening: str | None) -> None:
@@ -45,25 +51,26 @@ class Openings:
         self.tokenizer = tokenizer if layout == "chat" else None
 
     def fill(self, **values: str) -> str:
-        """The prompt of an example."""
+        """Returns the opening with its placeholders replaced by the values, in the chat template if there is one."""
         text = fill(self.form, values)
         return text if self.tokenizer is None else self.tokenizer.chat_text([{"role": "user", "content": text}])
 
 
 def task_openings(task: PromptTask, minibatches: int, openings: Openings) -> list[PromptExample]:
-    """Openings of an instruction, all the same; each is scored on a minibatch of its own.
+    """Returns examples for writing an instruction, all with the same prompt; each is scored on its own minibatch.
 
     Args:
         task: the labelled task.
-        minibatches: how many.
-        openings: of kind ``task``.
+        minibatches: number of minibatches and of examples.
+        openings: openings of kind ``task``.
 
     Raises:
-        InputError: for fewer than one minibatch.
+        InputError: if there is less than one minibatch.
     """
     if minibatches < 1:
         raise InputError(f"minibatches must be at least 1, got {minibatches}")
     text = openings.fill(labels=_labels(task))
+    # The number of the minibatch makes the ids differ, so that each example is a group of its own.
     return [
         PromptExample(f"{task.name}/minibatch-{number}", text, metadata={"task": task.name, "minibatch": number})
         for number in range(minibatches)
@@ -71,54 +78,71 @@ def task_openings(task: PromptTask, minibatches: int, openings: Openings) -> lis
 
 
 def label_hints(task: PromptTask, split: str, openings: Openings) -> list[PromptExample]:
-    """Openings of a hint, of kind ``label``, one for each example of a split of a labelled task."""
+    """Returns examples for writing a hint, one for each example of a split of a labelled task.
+
+    Args:
+        task: the labelled task.
+        split: ``train``, ``validation`` or ``test``.
+        openings: openings of kind ``label``.
+    """
     return [
         PromptExample(
-            one.id,
-            openings.fill(input=one.text, labels=_labels(task)),
-            metadata={"task": task.name, "example": asdict(one)},
+            example.id,
+            openings.fill(input=example.text, labels=_labels(task)),
+            metadata={"task": task.name, "example": asdict(example)},
         )
-        for one in task.examples(split)
+        for example in task.examples(split)
     ]
 
 
 def response_hints(requests: Sequence[Request], openings: Openings) -> list[PromptExample]:
-    """Openings of a hint, of kind ``response``, one for each request whose answer is free text.
+    """Returns examples for writing a hint, one for each request whose answer is free text.
 
-    ``metadata`` has the request as the frozen model gets it: ``plain``, a text to continue, and ``request``, a message.
+    ``metadata`` has the request in the forms for the frozen model: ``plain``, a text to continue, and ``request``, a
+    message.
+
+    Args:
+        requests: the requests, each with a reference.
+        openings: openings of kind ``response``.
 
     Raises:
-        InputError: for a request without a reference, or with one in which ROUGE finds nothing to compare.
+        InputError: if a request has no reference, or one in which ROUGE finds nothing to compare.
     """
     hints = []
-    for one in requests:
-        if one.reference is None:
-            raise InputError(f"{one.id} has no reference answer, by which hints are scored: give each row a reference")
-        if not rouge_l(one.reference, one.reference):
+    for request in requests:
+        if request.reference is None:
             raise InputError(
-                f"{one.id}: the reference {one.reference[:80]!r} has none of the letters a to z and digits that ROUGE "
-                "reads: leave the row out"
+                f"{request.id} has no reference answer, by which hints are scored: give each row a reference"
             )
-        metadata = dict(one.metadata) | {"plain": one.plain, "request": one.chat}
-        hints.append(PromptExample(one.id, openings.fill(request=one.chat), one.reference, metadata=metadata))
+        # 0 for a text compared with itself: ROUGE finds no tokens in it.
+        if not rouge_l(request.reference, request.reference):
+            raise InputError(
+                f"{request.id}: the reference {request.reference[:80]!r} has none of the letters a to z and digits "
+                "that ROUGE reads: leave the row out"
+            )
+        metadata = dict(request.metadata) | {"plain": request.plain, "request": request.chat}
+        hints.append(
+            PromptExample(request.id, openings.fill(request=request.chat), request.reference, metadata=metadata)
+        )
     return hints
 
 
 def scored_prompt(task: PromptTask, level: Level, instruction: str | None = None) -> TaskPrompt:
-    """What the frozen model reads, ``{response}`` standing for what was written.
+    """Returns the prompt of the frozen model, with the placeholder ``{response}`` for the policy's response.
 
     Args:
         task: the labelled task.
-        level: ``task``: the response is the instruction; ``instance``: it follows one, as a hint.
-        instruction: with ``{response}``; by default the response alone, or the task's first manual instruction and the
-            hint.
+        level: ``task``: the response is the instruction; ``instance``: the response is a hint after an instruction.
+        instruction: a text with ``{response}``; None: for ``task`` the response alone, for ``instance`` the task's
+            first manual instruction followed by the hint.
 
     Raises:
-        InputError: for an instruction without ``{response}``.
+        InputError: if the instruction lacks ``{response}``.
     """
+    # `fill` leaves placeholders without a value as they are, so {response} stays in the text.
     if instruction is None:
-        hinted = fill(_forms("label")["instruction"], {"instruction": task.instructions[0]})
-        instruction = "{response}" if level == "task" else hinted
+        with_hint = fill(_forms("label")["instruction"], {"instruction": task.instructions[0]})
+        instruction = "{response}" if level == "task" else with_hint
     _check_place(instruction, "instruction", "response")
     return task.prompt(instruction)
 
@@ -132,5 +156,6 @@ def _labels(task: PromptTask) -> str:
 
 
 def _check_place(text: str, argument: str, place: str) -> None:
+    """Raises an InputError if the text lacks a placeholder."""
     if f"{{{place}}}" not in text:
         raise InputError(f"{argument} must have {{{place}}}, got {text!r}")

@@ -26,17 +26,20 @@ FIELDS = {"name", "labels", "verbalizers", "instructions", "template", "block", 
 
 
 def read_prompt_task(path: Path) -> tuple[dict[str, Any], dict[str, list[LabelledExample]]]:
-    """A task and its examples by split.
+    """Reads a task and its examples from a TOML file.
 
-    The file has ``labels`` (a list of names), ``instructions`` (a list, not empty), and where they differ from the
-    defaults ``name``, ``verbalizers`` (one per label), ``template`` and ``block``. Examples are JSONL files, named
-    relative to the TOML file: ``train``, ``validation`` and ``test``, or one file ``data``, which is split
-    80 / 10 / 10 % by a hash of the texts. A row has ``text``, ``label`` (a name, or, where no name is a number, its
-    number from 0), and perhaps ``id``.
+    The file has ``labels`` (a list of names), ``instructions`` (a list, not empty), and optionally ``name`` (default:
+    the file's name), ``verbalizers`` (one per label; default: the labels), ``template`` and ``block``. Examples are
+    JSONL files, named relative to the TOML file: ``train``, ``validation`` and ``test``, or one file ``data``, which is
+    split 80 / 10 / 10 % by a hash of the texts. A row has ``text``, ``label`` (a name or, if no name is a number, its
+    number from 0), and optionally ``id``.
+
+    Returns:
+        The fields of the task, defaults filled in, and the examples by split.
 
     Raises:
-        InputError: for a file that is no such description or has no instruction, rows without text or with an unknown
-            label, and a text that stands in two splits.
+        InputError: if the file is not such a description or has no instruction, a row has no text or an unknown label,
+            or a text occurs in two splits.
     """
     try:
         task = tomllib.loads(read_user_text(path))
@@ -44,11 +47,12 @@ def read_prompt_task(path: Path) -> tuple[dict[str, Any], dict[str, list[Labelle
         raise InputError(f"{path} is no TOML file: {error}") from error
     if unknown := sorted(set(task) - FIELDS):
         raise InputError(f"{path} has the unknown field {unknown[0]!r}: use {', '.join(sorted(FIELDS))}")
+    # Check the fields and fill in their defaults.
     for name, default in (("labels", []), ("verbalizers", task.get("labels", [])), ("instructions", [])):
         value = task.setdefault(name, default)
-        if not isinstance(value, list) or not all(isinstance(one, str) and one.strip() for one in value):
+        if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
             raise InputError(f"{path}: the field {name!r} must be a list of texts, got {value!r}")
-        task[name] = [one.strip() for one in value]
+        task[name] = [text.strip() for text in value]
     for name, default in (("name", path.stem), ("template", TEMPLATE), ("block", BLOCK)):
         if not isinstance(task.setdefault(name, default), str):
             raise InputError(f"{path}: the field {name!r} must be a text, got {task[name]!r}")
@@ -60,12 +64,13 @@ def read_prompt_task(path: Path) -> tuple[dict[str, Any], dict[str, list[Labelle
         )
     if not task["instructions"]:
         raise InputError(f"{path}: the field 'instructions' must have at least one text, what a person would write")
-    given = [name for name in ("data", *SPLITS) if name in task]
-    if not given or ("data" in given and len(given) > 1):
+    sources = [name for name in ("data", *SPLITS) if name in task]
+    if not sources or ("data" in sources and len(sources) > 1):
         raise InputError(f"{path} must name its examples: either 'data', or files by split: {', '.join(SPLITS)}")
+    # Read the examples; a text in two splits would let a prompt be tested on what it was fitted to.
     splits: dict[str, list[LabelledExample]] = {name: [] for name in SPLITS}
     seen: dict[str, str] = {}
-    for name in given:
+    for name in sources:
         for example, where in _file_examples(path.parent / str(task.pop(name)), task):
             split = name if name != "data" else _file_split(example.text)
             if seen.setdefault(example.text, split) != split:
@@ -75,11 +80,13 @@ def read_prompt_task(path: Path) -> tuple[dict[str, Any], dict[str, list[Labelle
 
 
 def _file_split(text: str) -> str:
+    """Returns the split of a text by its hash."""
     return next(name for name, part in SPLITS.items() if int(text_hash(text) * 10) in part)
 
 
 def _file_examples(path: Path, task: dict[str, Any]) -> list[tuple[LabelledExample, str]]:
-    labels, found = task["labels"], []
+    """Reads the examples of a JSONL file, each with its location for error messages."""
+    labels, examples = task["labels"], []
     numbered = not any(name.lstrip("-").isdigit() for name in labels)  # a digit that is a name is not a number
     for number, (where, row) in enumerate(read_user_rows(path)):
         label = row.get("label")
@@ -88,8 +95,8 @@ def _file_examples(path: Path, task: dict[str, Any]) -> list[tuple[LabelledExamp
         elif not numbered or isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(labels):
             raise InputError(f"{where}: the label {row.get('label')!r} is none of {', '.join(labels)}: use one of them")
         example_id = f"{task['name']}/{path.stem}-{row.get('id', number)}"
-        found.append((LabelledExample(example_id, user_text(where, row, "text").strip(), label), where))
-    return found
+        examples.append((LabelledExample(example_id, user_text(where, row, "text").strip(), label), where))
+    return examples
 
 
 ALL_SPLITS = tuple(SPLITS)
@@ -103,32 +110,39 @@ class PromptTask:
     labels: tuple[str, ...]
     """Names of the labels, by index."""
     verbalizers: tuple[str, ...]
-    """The words that stand for them in prompts, unless a prompt says otherwise."""
+    """The words for the labels in prompts, one per label, unless a prompt has its own."""
     instructions: tuple[str, ...]
     """Instructions written by people."""
     train: tuple[LabelledExample, ...] = field(default=(), repr=False)
     validation: tuple[LabelledExample, ...] = field(default=(), repr=False)
     test: tuple[LabelledExample, ...] = field(default=(), repr=False)
+    """Examples by split; empty if the split was not loaded."""
     template: str = TEMPLATE
     block: str = BLOCK
     content_free: tuple[str, ...] = CONTENT_FREE
-    """Inputs in the form of the examples that say nothing, for :class:`TaskScorer`."""
+    """Inputs without content, in the form of the examples, by which
+    :class:`~instructgym.rewards.prompt_scoring.scorer.TaskScorer` calibrates."""
 
     def examples(self, split: str) -> tuple[LabelledExample, ...]:
-        """The examples of ``train``, ``validation`` or ``test``.
+        """Returns the examples of ``train``, ``validation`` or ``test``.
 
         Raises:
-            InputError: for an unknown split, and one that was not loaded.
+            InputError: if the split is unknown or was not loaded.
         """
         if split not in SPLITS:
             raise InputError(f"unknown split {split!r}: use {', '.join(SPLITS)}")
-        found: tuple[LabelledExample, ...] = getattr(self, split)
-        if not found:
+        examples: tuple[LabelledExample, ...] = getattr(self, split)
+        if not examples:
             raise InputError(f"the split {split!r} of {self.name} was not loaded: name it in load_prompt_task")
-        return found
+        return examples
 
     def prompt(self, instruction: str, demonstrations: Sequence[Demonstration] = ()) -> TaskPrompt:
-        """A prompt of this task with its verbalizers and its form."""
+        """Returns a prompt with this task's verbalizers, template and block.
+
+        Args:
+            instruction: the instruction of the prompt.
+            demonstrations: solved inputs that the prompt shows.
+        """
         return TaskPrompt(instruction, tuple(demonstrations), self.verbalizers, self.template, self.block)
 
 
@@ -139,35 +153,37 @@ def load_prompt_task(
     seed: int = 0,
     data_dir: str | Path = "",
 ) -> PromptTask:
-    """A task of :data:`~.nlu_tasks.TASKS`, or one of a file.
+    """Loads a task of :data:`~instructgym.envs.tasks.nlu.tasks.TASKS`, or one from a file.
 
     Args:
-        name: a task's name, or the path of a TOML file as :func:`~.prompt_task_file.read_prompt_task` reads it.
-        split: the splits to load.
-        limit: examples per split at most, drawn by ``seed``, a smaller limit taking a part of a larger one's; all where
-            None.
-        seed: of that choice.
-        data_dir: of the named tasks, as of :func:`~.nlu_data.load_rows`.
+        name: a task's name, or the path of a TOML file for :func:`read_prompt_task`.
+        split: the split or splits to load.
+        limit: number of rows per split to draw at random; those of a smaller limit are a subset of those of a larger
+            one. None: all rows.
+        seed: seed of that draw, and of the candidates of ReCoRD's training rows.
+        data_dir: folder with the data of the named tasks, as in :func:`~instructgym.envs.tasks.nlu.data.load_rows`;
+            empty: load from the hub.
 
     Raises:
-        InputError: for an unknown task or split, a task without labels, a split without examples, and as
-            :func:`~.nlu_data.load_rows` or :func:`~.prompt_task_file.read_prompt_task`.
+        InputError: if the task or split is unknown, the task has no labels, a split has no examples, or
+            :func:`~instructgym.envs.tasks.nlu.data.load_rows` or :func:`read_prompt_task` raises it.
     """
-    wanted = (split,) if isinstance(split, str) else tuple(split)
-    for part in wanted:
+    splits = (split,) if isinstance(split, str) else tuple(split)
+    for part in splits:
         if part not in SPLITS:
             raise InputError(f"unknown split {part!r}: use {', '.join(SPLITS)}")
     if str(name).endswith(".toml"):
-        return _from_file(Path(name), wanted, limit, seed)
+        return _from_file(Path(name), splits, limit, seed)
     task = get_task(str(name))
     if task.kind != "label" or not task.labelled:
         raise InputError(f"{task.name} has no labels to predict: use a task with labels")
     examples: dict[str, Any] = {
-        part: _nlu_examples(task, load_rows(task, part, data_dir, limit, seed), part, seed) for part in wanted
+        part: _nlu_examples(task, load_rows(task, part, data_dir, limit, seed), part, seed) for part in splits
     }
     written = load_prompts(__package__, "prompt_tasks").get(task.wording, {}).get("instructions", [])
     instructions = (task.description, *written)
-    # The name of a single field belongs to the block: an input that says nothing then stands behind it as well.
+    # The name of a single field is part of the block, so that content-free inputs get it as well. With several fields
+    # it is part of each example's text, so the content-free inputs are filled into the task's template.
     single = len(task.fields) == 1
     shape = task.template.replace(f"{{{task.fields[0]}}}", "{text}") if single else "{text}"
     filled = tuple(fill(task.template, dict.fromkeys(task.fields, text)) for text in CONTENT_FREE)
@@ -183,8 +199,10 @@ def load_prompt_task(
 
 
 def _nlu_examples(task: NLUTask, rows: Sequence[dict[str, Any]], split: str, seed: int) -> tuple[LabelledExample, ...]:
+    """Returns the labelled examples of rows; for training, ReCoRD gives one right and one wrong candidate per row."""
     examples = []
     for row in rows:
+        # The draw of a row depends on the seed and its id alone, as in `load_examples`.
         rng = random.Random(f"{seed}/{row['id']}") if split == "train" else None
         for filled in record_candidates(row, rng) if task.name == "ReCoRD" else [row]:
             word = task.answer(filled["label"])
@@ -203,27 +221,29 @@ def _from_file(path: Path, wanted: Sequence[str], limit: int | None, seed: int) 
     for part in wanted:
         if not splits[part]:
             raise InputError(f"{path} has no examples for the split {part!r}: add some, or load other splits")
+        # The shuffle does not depend on the limit, so a smaller limit gives a subset of a larger one.
         random.Random(f"{seed}/limit").shuffle(splits[part])
     labels, words, instructions = (tuple(task[name]) for name in ("labels", "verbalizers", "instructions"))
     form = PromptTask(task["name"], labels, words, instructions, template=task["template"], block=task["block"])
-    chosen: dict[str, Any] = {part: tuple(splits[part][:limit]) for part in wanted}
-    return replace(form, **chosen)
+    subsets: dict[str, Any] = {part: tuple(splits[part][:limit]) for part in wanted}
+    return replace(form, **subsets)
 
 
 def minibatch(task: PromptTask, split: str, size: int, seed: int) -> tuple[LabelledExample, ...]:
-    """Examples drawn without replacement, the same ones for the same seed.
+    """Draws examples without replacement; the same seed gives the same examples.
 
     Args:
         task: the task.
         split: the split to draw from.
         size: number of examples.
-        seed: of the draw.
+        seed: seed of the draw.
 
     Raises:
-        InputError: for a size below 1 or beyond the split, and a split that was not loaded.
+        InputError: if the size is below 1 or above that of the split, or the split is unknown or was not loaded.
     """
     examples = task.examples(split)
     if not 1 <= size <= len(examples):
         raise InputError(f"a minibatch of {size} examples cannot be drawn from {len(examples)} of {split}: change size")
+    # The split is part of the seed, so that draws from different splits are independent.
     rng = np.random.default_rng(request_seed(seed, "minibatch", split))
     return tuple(examples[i] for i in rng.choice(len(examples), size, replace=False))

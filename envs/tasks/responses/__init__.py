@@ -1,1 +1,1 @@
-"""Free responses: what they answer, candidates for ranking, and minimal edits of them."""
+"""Free-text responses: their prompts, candidates for ranking, and minimal edits."""

@@ -1,7 +1,7 @@
-"""Several different responses to one prompt, and files of responses with scores: what rankings are made of and kept in.
+"""Candidates for rankings: drawing several different responses to one prompt, and files of responses with scores.
 
-Tuna (Li et al. 2023, arXiv 2310.13385) draws four responses anew, each time at a higher temperature, until they differ
-enough from each other by ROUGE-L.
+Tuna (Li et al. 2023, arXiv 2310.13385) draws four responses again and again, each time at a higher temperature, until
+they differ enough from each other by ROUGE-L.
 """
 
 from __future__ import annotations
@@ -24,25 +24,28 @@ from ....rewards.texts.rouge import TOLERANCE, pairwise_rouge_l
 
 @dataclass(frozen=True)
 class DiverseSampling:
-    """How different responses are drawn. The defaults are those of Tuna's released code.
+    """Settings for drawing different responses. The defaults are those of Tuna's released code.
 
     Raises:
-        InputError: on construction, for a value out of range.
+        InputError: on construction, if a value is out of range.
     """
 
     n: int = 4
     """Responses per prompt."""
     temperature: float = 1.0
-    """Of the first try."""
+    """Sampling temperature of the first try."""
     step: float = 0.1
-    """By how much the temperature rises from try to try."""
+    """Increase of the temperature from try to try."""
     tries: int = 3
-    """At most."""
+    """Largest number of tries."""
     threshold: float = 0.8
-    """Responses differ enough when the ROUGE-L F-measure (on stems) of every two of them is below this."""
+    """Responses differ enough if the ROUGE-L F-measure (on stems) of every two of them is below this."""
     max_tokens: int = 512
+    """Tokens of a response at most."""
     top_p: float = 1.0
+    """Probability mass of nucleus sampling; 1 samples from all tokens."""
     stop: tuple[str, ...] = ()
+    """Texts that end a response."""
 
     def __post_init__(self) -> None:
         for name, valid, rule in (
@@ -58,9 +61,14 @@ class DiverseSampling:
                 raise InputError(f"DiverseSampling.{name} must be {rule}, got {getattr(self, name)!r}")
 
     def request(self, attempt: int, seed: int) -> Sampling:
-        """Of a try, counted from 0."""
-        heat = round(self.temperature + attempt * self.step, 6)  # 1.2, not 1.2000000000000002
-        return Sampling(self.max_tokens, heat, self.top_p, stop=self.stop, n=self.n, seed=seed)
+        """Returns the sampling settings of a try.
+
+        Args:
+            attempt: number of the try, from 0.
+            seed: seed of the request.
+        """
+        temperature = round(self.temperature + attempt * self.step, 6)  # 1.2, not 1.2000000000000002
+        return Sampling(self.max_tokens, temperature, self.top_p, stop=self.stop, n=self.n, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -68,26 +76,26 @@ class Candidates:
     """The responses drawn for one prompt."""
 
     texts: tuple[str, ...]
-    """n responses; none where every try failed. One may be empty or the same as another: see :attr:`distinct`."""
+    """n responses; none if every try failed. One may be empty or the same as another: see :attr:`distinct`."""
     temperature: float
-    """That of the try they are from; of the last try, where all failed."""
+    """Temperature of the try that the responses are from; that of the last try if all failed."""
     tries: int
-    """Requests made."""
+    """Number of requests made."""
     max_rouge: float | None
-    """Largest ROUGE-L F-measure of two of them; None where there are no texts."""
+    """Largest ROUGE-L F-measure of two of the responses; None if there are none."""
     errors: tuple[BackendError, ...] = ()
-    """Of the tries that failed."""
+    """Errors of the tries that failed."""
     finished: tuple[bool, ...] = ()
-    """n: whether the writer ended the response, not the limit of tokens."""
+    """For each of the n responses, whether the writer ended it, and not the token limit."""
 
     @property
     def distinct(self) -> tuple[str, ...]:
-        """Those that say something, without those that repeat an earlier one up to white space; in order."""
+        """The responses that are not blank and differ from all earlier ones in more than white space, in order."""
         return tuple(self.texts[number] for number in self.chosen)
 
     @property
     def chosen(self) -> tuple[int, ...]:
-        """Numbers of the responses in :attr:`distinct`."""
+        """Indices of the responses in :attr:`distinct`."""
         twins = distinct_texts(self.texts)[1]
         return tuple(n for n, text in enumerate(self.texts) if text.strip() and twins.index(twins[n]) == n)
 
@@ -99,37 +107,37 @@ def sample_candidates(
     seed: int = 0,
     rows: Sequence[int] | None = None,
 ) -> list[Candidates]:
-    """Draws responses that differ from each other, for all prompts side by side: one backend call per try.
+    """Draws responses that differ from each other, for all prompts together: one backend call per try.
 
     All responses to a prompt are drawn again, at a higher temperature, until every two of them have a ROUGE-L below the
-    threshold. Where no try gets there, the set with the lowest mean ROUGE-L is kept. A request that fails counts as a
+    threshold. If no try reaches that, the set with the lowest mean ROUGE-L is kept. A request that fails counts as a
     try; a prompt that is too long for the context is not tried again.
 
     Args:
-        backend: any that generates.
+        backend: a backend that can generate.
         prompts: k prompts.
-        settings: how to draw.
-        seed: of the run. The request of a try has the seed ``request_seed(seed, row, try)``, with tries from 0.
-        rows: numbers of the prompts in the run, so that a part of them gives the same responses; by default 0 to k-1.
+        settings: settings of the draw.
+        seed: seed of the run. The request of a try has the seed ``request_seed(seed, row, try)``, with tries from 0.
+        rows: numbers of the prompts in the run, so that a subset of prompts gets the same responses; None: 0 to k-1.
 
     Returns:
         k results, in order.
 
     Raises:
         InputError: if the lengths differ.
-        ValueError: for an empty prompt.
+        ValueError: if a prompt is empty.
     """
     rows = range(len(prompts)) if rows is None else rows
     if len(rows) != len(prompts):
         raise InputError(f"sample_candidates got {len(prompts)} prompts but {len(rows)} row numbers")
     draws = [_Draw() for _ in prompts]
     for attempt in range(settings.tries):
-        open_ones = [i for i, draw in enumerate(draws) if not draw.done]
-        if not open_ones:
+        unfinished = [i for i, draw in enumerate(draws) if not draw.done]
+        if not unfinished:
             break
-        samplings = [settings.request(attempt, request_seed(seed, rows[i], attempt)) for i in open_ones]
-        results = backend.generate([prompts[i] for i in open_ones], samplings)
-        for i, sampling, result in zip(open_ones, samplings, results, strict=True):
+        samplings = [settings.request(attempt, request_seed(seed, rows[i], attempt)) for i in unfinished]
+        results = backend.generate([prompts[i] for i in unfinished], samplings)
+        for i, sampling, result in zip(unfinished, samplings, results, strict=True):
             draws[i].take(sampling.temperature, result, settings.threshold)
     return [draw.result() for draw in draws]
 
@@ -145,49 +153,53 @@ class _Draw:
         """Mean and largest ROUGE-L, temperature, texts, which of them are finished."""
 
     def take(self, heat: float, result: Any, threshold: float) -> None:
-        """Looks at what a try gave."""
+        """Records the result of a try."""
         self.tries, self.heat = self.tries + 1, heat
         if isinstance(result, BackendError):
             self.errors.append(result)
             self.done = isinstance(result, ContextLengthError)
             return
         texts = tuple(completion.text for completion in result)
-        similar = pairwise_rouge_l(texts, stem=True)[np.triu_indices(len(texts), k=1)]
-        mean, largest = float(similar.mean()), float(similar.max())
+        # Each pair of responses once.
+        similarities = pairwise_rouge_l(texts, stem=True)[np.triu_indices(len(texts), k=1)]
+        mean, largest = float(similarities.mean()), float(similarities.max())
         self.done = largest < threshold - TOLERANCE
+        # A set below the threshold is always kept; otherwise, of tries with equal means, the first is kept.
         if self.done or self.best is None or mean < self.best[0] - TOLERANCE:
             self.best = (mean, largest, heat, texts, tuple(c.finish_reason != "length" for c in result))
 
     def result(self) -> Candidates:
-        """What is kept of it."""
+        """Returns the responses of the best try."""
         if self.best is None:
             return Candidates((), self.heat, self.tries, None, tuple(self.errors))
-        _, largest, heat, texts, finished = self.best
-        return Candidates(texts, heat, self.tries, largest, tuple(self.errors), finished)
+        _, largest, temperature, texts, finished = self.best
+        return Candidates(texts, temperature, self.tries, largest, tuple(self.errors), finished)
 
 
 @dataclass(frozen=True)
 class RankedList:
-    """Candidates for one prompt and what each is worth.
+    """Candidates for one prompt and their scores.
 
     Raises:
-        InputError: on construction, without candidates, for a blank one, or scores that are not one finite number each.
+        InputError: on construction, if there are no candidates, one is blank, or the scores are not one finite number
+            per candidate.
     """
 
     id: str
     """Stable id of the prompt."""
     prompt: str
-    """What the candidates answer, as the model reads it."""
+    """The prompt that the candidates answer, as the model reads it."""
     candidates: tuple[str, ...]
     """n different or equal responses, none of them blank."""
     scores: tuple[float, ...]
     """n finite numbers, higher for the better candidate, equal for ties."""
     reference: str | None = None
-    """The right answer, where there is one."""
+    """The right answer; None if there is none."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """JSON-able."""
 
     def __post_init__(self) -> None:
+        # `__setattr__` of the base class, because the dataclass is frozen.
         object.__setattr__(self, "candidates", tuple(self.candidates))
         object.__setattr__(self, "scores", tuple(map(float, self.scores)))
         where = f"ranked list {self.id!r}"
@@ -198,7 +210,7 @@ class RankedList:
                 raise InputError(f"{where}: field 'candidates' has a blank text in place {number}: leave it out")
             try:
                 text.encode()
-            except UnicodeEncodeError as error:  # servers send them in JSON escapes, no file holds them
+            except UnicodeEncodeError as error:  # servers send lone surrogates in JSON escapes
                 raise InputError(f"{where}: field 'candidates' has half a character in place {number}") from error
         if len(self.scores) != len(self.candidates):
             raise InputError(
@@ -210,22 +222,27 @@ class RankedList:
 
 
 FIELDS = ("id", "prompt", "candidates", "scores", "reference", "metadata")
-"""Of a row of a file of ranked lists; the last two may be missing."""
+"""Fields of a row in a file of ranked lists; the last two are optional."""
 
 
 def write_ranked_lists(path: str | Path, lists: Iterable[RankedList]) -> None:
-    """Writes ranked lists as JSONL that :func:`read_ranked_lists` reads, in one move: the file is whole or absent."""
+    """Writes ranked lists as JSONL for :func:`read_ranked_lists`; the file appears at once, whole.
+
+    Args:
+        path: the file; missing folders are created.
+        lists: the ranked lists.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(path.name + ".part")
     with scratch.open("w", encoding="utf-8", newline="\n") as file:
-        for one in lists:
-            file.write(json.dumps(ranked_row(one), ensure_ascii=False, allow_nan=False) + "\n")
+        for ranked in lists:
+            file.write(json.dumps(ranked_row(ranked), ensure_ascii=False, allow_nan=False) + "\n")
     scratch.replace(path)
 
 
 def ranked_row(one: RankedList) -> dict[str, Any]:
-    """The row of a ranked list in a file; without a reference or metadata, these fields are left out."""
+    """Returns the row of a ranked list in a file; a missing reference and empty metadata are left out."""
     row = {"id": one.id, "prompt": one.prompt, "candidates": list(one.candidates), "scores": list(one.scores)}
     row |= {} if one.reference is None else {"reference": one.reference}
     return row | ({"metadata": dict(one.metadata)} if one.metadata else {})
@@ -244,18 +261,17 @@ def read_ranked_lists(path: str | Path) -> list[RankedList]:
         The lists in file order.
 
     Raises:
-        InputError: for a file that cannot be read, is not UTF-8 or has no rows; for a line that is no JSON object, a
-            field that is missing, unknown, of a wrong type or without use, or an id that comes twice, naming the row
-            and the field.
+        InputError: if the file cannot be read, is not UTF-8 or has no rows; if a line is not a JSON object, a field is
+            missing, unknown, of a wrong type or unusable, or an id occurs twice; the message names row and field.
     """
     lists: list[RankedList] = []
     seen: dict[str, str] = {}
     for where, row in read_user_rows(path, "the ranked lists"):
-        one = _ranked_list(where, row)
-        if one.id in seen:
-            raise InputError(f"{where}: field 'id' {one.id!r} is that of {seen[one.id]}: give each row its own")
-        seen[one.id] = where
-        lists.append(one)
+        ranked = _ranked_list(where, row)
+        if ranked.id in seen:
+            raise InputError(f"{where}: field 'id' {ranked.id!r} is that of {seen[ranked.id]}: give each row its own")
+        seen[ranked.id] = where
+        lists.append(ranked)
     if not lists:
         raise InputError(f"{path} holds no ranked list: it is empty")
     return lists
@@ -266,7 +282,7 @@ def _ranked_list(where: str, row: Mapping[str, Any]) -> RankedList:
     if unknown:
         raise InputError(f"{where}: unknown field {min(unknown)!r}: use {', '.join(FIELDS)}")
     texts, scores = _listed(where, row, "candidates"), _listed(where, row, "scores")
-    # Each candidate as a field of its own, so that the error names the one that is wrong.
+    # Each candidate gets a field name, so that an error names the one that is wrong.
     candidates = {f"candidates[{number}]": text for number, text in enumerate(texts)}
     for number, score in enumerate(scores):
         if isinstance(score, bool) or not isinstance(score, int | float):
@@ -279,11 +295,12 @@ def _ranked_list(where: str, row: Mapping[str, Any]) -> RankedList:
     reference = None if row.get("reference") is None else user_text(where, row, "reference")
     try:
         return RankedList(row_id, prompt, checked, tuple(scores), reference, metadata)
-    except (InputError, OverflowError) as error:  # the latter for an integer beyond every float
+    except (InputError, OverflowError) as error:  # OverflowError: an integer too large for a float
         raise InputError(f"{where}: {error}") from error
 
 
 def _listed(where: str, row: Mapping[str, Any], name: str) -> list[Any]:
+    """Returns the list in a field of a row, or raises InputError."""
     value = row.get(name)
     if not isinstance(value, list):
         has = "it is missing" if name not in row else f"got {json.dumps(value)[:60]}"

@@ -1,7 +1,8 @@
-"""Editors: who makes minimal edits of responses, and which edits are kept as pairs for fine-grained supervision.
+"""Editors, which propose minimal edits of responses, and the selection of edits for fine-grained supervision.
 
-The data of Xu et al. 2024 (arXiv 2406.02756): the less preferred response of a preference data set is edited, by people
-or by a language model, so that it becomes better and keeps most of its text.
+The idea is that of Xu et al. 2024 (arXiv 2406.02756): the less preferred response of a preference data set is edited,
+by people or by a language model, so that it becomes better and keeps most of its text. The pairs are those of
+:mod:`~instructgym.rewards.learned.edits`.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from ....rewards.learned.edits import ADDED, DELETED
 
 
 def respaced(original: str, edited: str) -> str:
-    """The edited text with the original's blanks and line ends between words that stayed or were exchanged.
+    """Restores the original's white space in an edited text, between words that are unchanged or substituted.
 
-    Token by token, a line end that a language model dropped while it copied is a change; nobody meant it. The white
-    space before the first and after the last word is always the original's.
+    A line end that a language model dropped while copying would count as an edit of a token, although it was not meant
+    as one. The white space before the first and after the last word is always the original's.
 
     Args:
         original: the text.
@@ -36,10 +37,13 @@ def respaced(original: str, edited: str) -> str:
     gaps, words = _split(original)
     new_gaps, new_words = _split(edited)
     labels = edit_labels(words, new_words)
+    # The k-th word of the edit that was not added has the place of the k-th word of the original that was not deleted.
     slots = (i for i, letter in enumerate(labels.original) if letter != DELETED)
-    came_from = [None if letter == ADDED else next(slots) for letter in labels.edited]  # whose place each word has
+    came_from = [None if letter == ADDED else next(slots) for letter in labels.edited]
     for j in range(1, len(new_words)):
         before, here = came_from[j - 1], came_from[j]
+        # Neighbours keep the gap between them; a line end before a word is kept whatever precedes the word. `here` is
+        # None for an added word, and 0 for the original's first word, which has no gap between words before it.
         if here and (before == here - 1 or "\n" in gaps[here]):
             new_gaps[j] = gaps[here]
     new_gaps[0], new_gaps[-1] = gaps[0], gaps[-1]
@@ -47,13 +51,13 @@ def respaced(original: str, edited: str) -> str:
 
 
 def _split(text: str) -> tuple[list[str], list[str]]:
-    """The white space before each word and behind the last, and the words."""
+    """Splits a text into the white space before each word and after the last one, and the words."""
     pieces = re.split(r"(\S+)", text)
     return pieces[::2], pieces[1::2]
 
 
 TOKENS_PER_WORD, SPARE_TOKENS = 2.0, 32
-"""Room for an edit: a minimal one is about as long as its original."""
+"""Token limit of an edit, per word of the original and in addition: a minimal edit is about as long as its original."""
 
 
 @dataclass(frozen=True)
@@ -61,24 +65,25 @@ class EditRequest:
     """One response to be edited."""
 
     prompt: str
-    """What the response answers."""
+    """The prompt that the response answers."""
     response: str
     """The less preferred response."""
     id: str = ""
     """Stable id, which the pair inherits."""
     seed: int = 0
-    """Seed of whatever the editor draws."""
+    """Seed of the editor's random draws."""
     better: str | None = None
-    """The preferred response, where there is one: an editor may borrow from it."""
+    """The preferred response, from which an editor may borrow; None if there is none."""
     finished: bool = True
-    """As of :class:`~instructgym.rewards.learned.edits.EditedPair`."""
+    """True if the writer ended the response, False if a token limit cut it off; the pair inherits it
+    (:class:`~instructgym.rewards.learned.edits.EditedPair`)."""
 
 
 class Editor(Part, ABC):
-    """Who proposes minimal edits."""
+    """Base class of editors, which propose minimal edits of responses."""
 
     name: str = "editor"
-    """Says who edited; pairs carry it in their metadata."""
+    """Name of the editor in the metadata of pairs."""
 
     @abstractmethod
     def propose(self, requests: Sequence[EditRequest], attempt: int = 0) -> list[str | BackendError | None]:
@@ -86,15 +91,16 @@ class Editor(Part, ABC):
 
         Args:
             requests: n requests.
-            attempt: how many proposals for these requests were rejected already; part of what seeds the draws.
+            attempt: number of proposals for these requests that were rejected before; together with a request's seed
+                it seeds the draws.
 
         Returns:
-            n edited texts, in order; None where the editor has nothing to propose, the error where its request failed.
+            n edited texts, in order; None if the editor has nothing to propose, the error if its request failed.
         """
 
 
 class FunctionEditor(Editor):
-    """A user's function as an editor, ``(request) -> text or None``."""
+    """An editor that calls a user's function, ``(request) -> text or None``."""
 
     def __init__(self, function: Callable[[EditRequest], str | None]) -> None:
         self.function = function
@@ -105,20 +111,21 @@ class FunctionEditor(Editor):
 
 
 class LLMEditor(Editor):
-    """Asks a language model to mend a response with as few changed words as possible.
+    """An editor that asks a language model to correct a response with as few changed words as possible.
 
-    The first attempt decodes greedily, later ones sample. Where words are unchanged, the line ends and blanks of the
-    original are restored, since models reflow what they copy. An edit that the token limit cut off is a failed request.
+    The first attempt decodes greedily, later ones sample. Between unchanged words the white space of the original is
+    restored, because models reflow the text that they copy. An edit that the token limit cut off is a failed request.
 
     Args:
         backend: the language model.
-        style: ``"chat"`` asks in words, ``"completion"`` by a few demonstrations (for small base models), ``"auto"``
-            takes the form that the backend needs.
+        style: ``"chat"`` asks with an instruction, ``"completion"`` with a few demonstrations (for small base models),
+            ``"auto"`` with the form that the backend needs.
         goal: ``"helpful"`` corrects answers, ``"positive"`` turns a negative tone into a positive one.
-        temperature: of the attempts after the first.
+        temperature: sampling temperature of the attempts after the first.
 
     Raises:
-        InputError: for an unknown style or goal.
+        InputError: if the style or goal is unknown.
+        ValueError: if the temperature is out of range.
     """
 
     def __init__(
@@ -137,7 +144,9 @@ class LLMEditor(Editor):
         self.style: PromptStyle = self.backend.prompt_style if style == "auto" else style
         self.name = f"{self.backend.name}, goal {goal}"
         self._table = tables[goal]
-        self._later = Sampling(temperature=temperature)  # refuses a temperature out of range now
+        self._later = Sampling(
+            temperature=temperature
+        )  # built here so that a temperature out of range is an error at once
 
     def propose(self, requests: Sequence[EditRequest], attempt: int = 0) -> list[str | BackendError | None]:
         if not requests:
@@ -151,7 +160,7 @@ class LLMEditor(Editor):
         ]
 
     def prompt(self, request: EditRequest) -> Any:
-        """The request to the language model, in the editor's style."""
+        """Returns the prompt for the language model, in the editor's style."""
         table, better = self._table, request.better
         hint, names = "", ["prompt", "response", "edited"]
         labels = ["Request", "Response", "Corrected response"]
@@ -163,6 +172,7 @@ class LLMEditor(Editor):
             labels.insert(2, "Better response")
         shots = [[shot[name] for name in names] for shot in table["demonstrations"]]
         completion = few_shot(table["header"], labels, shots, [values[name] for name in names[:-1]])
+        # The hint is put into the template before filling, so that `fill` sees its tags and escapes them in values.
         chat = fill(table["chat"].replace("{better}", hint), values)
         return build_prompt(self.style, chat, completion)
 
@@ -172,11 +182,13 @@ class LLMEditor(Editor):
             self._later,
             max_tokens=SPARE_TOKENS + math.ceil(TOKENS_PER_WORD * words),
             temperature=self._later.temperature if attempt else 0.0,
+            # A demonstration is one line per field: a line end closes the edit.
             stop=("\n",) if self.style == "completion" else (),
             seed=request_seed(request.seed, "edit", attempt),
         )
 
     def _finish(self, request: EditRequest, completion: Completion) -> str | BackendError:
+        """Returns the edit with the original's white space, or an error if it was cut off."""
         if completion.finish_reason == "length":
             return BackendError(f"the edit was cut off after {len(completion.token_ids)} tokens")
         return respaced(request.response, completion.text) if completion.text.strip() else ""
@@ -184,18 +196,19 @@ class LLMEditor(Editor):
 
 @dataclass(frozen=True)
 class EditBounds:
-    """What counts as a minimal edit, by the words that changed.
+    """Bounds of a minimal edit, in words.
 
     Raises:
-        InputError: on construction, for bounds out of range.
+        InputError: on construction, if a bound is out of range.
     """
 
     min_changed: float = 0.0
-    """Share of words that more than so many have to change."""
+    """Share of changed words that an edit must exceed; the share is the Levenshtein distance in words divided by the
+    number of words of the longer text."""
     max_changed: float = 0.4
-    """Share of words that at most so many may change: Levenshtein distance over the longer text's words."""
+    """Largest share of changed words."""
     max_length_ratio: float = 1.5
-    """The edit has at most so many times the original's words."""
+    """Largest number of words of the edit, as a multiple of the original's."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_changed < self.max_changed <= 1:
@@ -206,7 +219,7 @@ class EditBounds:
             raise InputError(f"max_length_ratio must be at least 1, got {self.max_length_ratio}")
 
     def reason(self, original: str, edited: str) -> str | None:
-        """Why an edit is rejected: ``empty``, ``copy``, ``too long`` or ``rewrite``; None where it is not."""
+        """Returns why an edit is rejected: ``empty``, ``copy``, ``too long`` or ``rewrite``; None if it is accepted."""
         before, after = original.split(), edited.split()
         if not after:
             return "empty"
@@ -220,18 +233,18 @@ class EditBounds:
 
 @dataclass(frozen=True)
 class Edited:
-    """Edits that were kept, and what became of the others."""
+    """The edits that were kept, and counts of the others."""
 
     pairs: Pairs
-    """In the order of the requests; ``pairs.dropped`` counts the reasons of what was dropped."""
+    """The kept edits in the order of the requests; ``pairs.dropped`` counts the reasons of dropped requests."""
     attempts: int = 0
-    """Proposals asked for."""
+    """Number of proposals requested from the editor."""
     rejected: dict[str, int] = field(default_factory=dict)
-    """Reason to number of proposals rejected, those included that a later attempt made up for."""
+    """Number of rejected proposals by reason, including those of requests for which a later attempt was accepted."""
 
     @property
     def dropped(self) -> dict[str, int]:
-        """The last reason of each request without a pair, to their number."""
+        """Number of requests without a pair by the reason of their last rejection."""
         return self.pairs.dropped
 
 
@@ -242,24 +255,25 @@ def edit_responses(
     improves: Any | None = None,
     retries: int = 2,
 ) -> Edited:
-    """Has responses edited and keeps the edits that are minimal and, where a reward is given, better.
+    """Edits responses and keeps the edits that are minimal and, if a reward is passed, score higher.
 
-    A rejected proposal is asked for again under another seed. Requests whose last proposal is rejected are dropped:
-    ``empty response`` (nothing to edit, nobody is asked), ``no edit`` (the editor has none), ``failed`` (its request
-    failed), ``broken text`` (half a character), ``empty``, ``copy``, ``too long``, ``rewrite`` (:class:`EditBounds`),
-    ``no better``, ``no verdict``.
+    After a rejected proposal the editor is called again with another seed. Requests whose last proposal is rejected are
+    dropped, with one of the reasons ``empty response`` (nothing to edit; the editor is not called), ``no edit`` (the
+    editor proposes none), ``failed`` (its request failed), ``broken text`` (a lone surrogate, which UTF-8 cannot
+    encode), ``empty``, ``copy``, ``too long``, ``rewrite`` (see :class:`EditBounds`), ``no better`` (the score is not
+    higher than the original's) and ``no verdict`` (the reward gives no valid score to one of the two).
 
     Args:
         editor: an :class:`Editor`, its id, or a function of a request.
-        requests: what to edit.
-        bounds: what counts as minimal.
-        improves: a reward, or its id: an edit has to score higher than the original. It sees the request's prompt, and
-            ``better`` as the reference.
-        retries: how often to ask again.
+        requests: the responses to edit.
+        bounds: bounds of a minimal edit.
+        improves: a reward, or its id: an edit has to score higher than the original. The reward gets the request's
+            prompt, and ``better`` as the reference. None: no such condition.
+        retries: number of further attempts after the first.
 
     Raises:
-        InputError: for a negative number of retries.
-        BackendError: the first of them, where every request failed in every attempt: that is no property of the texts.
+        InputError: if the number of retries is negative.
+        BackendError: if every request failed in every attempt, which is no property of the texts; the first error.
     """
     if retries < 0:
         raise InputError(f"retries must be at least 0, got {retries}")
@@ -271,16 +285,17 @@ def edit_responses(
     kept: dict[int, tuple[str, int]] = {}
     rejected: Counter[str] = Counter()
     attempts, errors = 0, []
+    # Each attempt: propose edits, check their bounds, score them, and try the rejected ones again.
     for attempt in range(retries + 1):
         if not open_:
             break
-        asked = [requests[i] for i in open_]
-        attempts += len(asked)
+        batch = [requests[i] for i in open_]
+        attempts += len(batch)
         reasons: dict[int, str] = {}
         proposals: dict[int, str] = {}
-        for i, text in zip(open_, editor.propose(asked, attempt), strict=True):
+        for i, text in zip(open_, editor.propose(batch, attempt), strict=True):
             if isinstance(text, str):
-                # A server's JSON can hold half a character, which tokenizers and files cannot.
+                # A server's JSON can hold a lone surrogate, which tokenizers and files cannot.
                 broken = any("\ud800" <= letter <= "\udfff" for letter in text)
                 reason = "broken text" if broken else bounds.reason(requests[i].response, text)
                 if reason is None:
@@ -310,16 +325,25 @@ def _not_better(
     baseline: dict[int, float | None],
     attempt: int,
 ) -> dict[int, str]:
-    """Reasons against proposals that the reward does not score above their originals; fills ``baseline``."""
+    """Returns the reason for each proposal that scores no higher than its original, and updates ``baseline``.
+
+    Args:
+        reward: the reward.
+        requests: all requests.
+        proposals: index of a request to its proposal.
+        baseline: index of a request to the score of its original response, None without a valid score; updated.
+        attempt: number of the attempt, from 0; part of the seeds.
+    """
 
     def sample(i: int, text: str, role: str) -> Sample:
         request = requests[i]
         seed = request_seed(request.seed, role, attempt)
         return Sample(text, request.prompt, request.better, episode_id=request.id, seed=seed)
 
-    unscored = [i for i in proposals if baseline.get(i) is None]  # no verdict on the original: asked again
+    unscored = [i for i in proposals if baseline.get(i) is None]  # score the original again if it had no valid score
     samples = [sample(i, text, "edited") for i, text in proposals.items()]
     scores = reward.reward([*samples, *(sample(i, requests[i].response, "original") for i in unscored)])
+    # Edits and originals are scored in one call; the originals come last.
     values = [score.value if score.valid else None for score in scores]
     baseline |= dict(zip(unscored, values[len(samples) :], strict=True))
     reasons = {}

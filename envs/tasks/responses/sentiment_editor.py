@@ -1,4 +1,8 @@
-"""A rule that turns sentences of film reviews positive by exchanging a few words, without a language model."""
+"""An editor that makes sentences of film reviews positive with word-exchange rules, without a language model.
+
+The text is split into words; at each word the rules of :data:`RULES` are tried in order, and the swaps they return are
+written into the text. The opposites are in ``prompts/sentiment_swaps.toml``.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +19,12 @@ from .editors import Editor, EditRequest
 WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 LONGEST_PHRASE = 4
 
+# Forms of "be" and the like, after which "not" and "never" negate an adjective.
 BE = frozenset(
     "is are was were be been being isn't aren't wasn't weren't feels seems feel seem it's he's she's".split()
 )
 AND = frozenset(["and", "but", "or", "yet"])
+# Words that may come between a negation and the word of praise that it negates.
 FILLERS = frozenset("very particularly really especially that as a an the all exactly terribly quite even so".split())
 NEGATORS = frozenset(
     "not never no nor neither without hardly barely scarcely rarely seldom nothing nobody none cannot avoid avoids "
@@ -26,32 +32,40 @@ NEGATORS = frozenset(
     "against".split()
 )
 NEGATING_PAIRS = frozenset([("far", "from"), ("anything", "but"), ("free", "of"), ("devoid", "of")])
+# Words that strengthen "too" and are replaced together with it.
 INTENSIFIERS = frozenset("far much way all just".split())
+# Words before which "too" is left alone: "too much", "too bad".
 NOT_DEGREES = frozenset("much many often late little few far soon bad close well".split())
+# Words that need a negation before them, so that it cannot be removed: "works any wonders".
 ANY_WORDS = frozenset("any anything anyone anywhere much enough either anymore many at until".split())
 AUXILIARIES = {"isn't": "is", "aren't": "are", "wasn't": "was", "weren't": "were"}
+# Index of the verb form, in the table [negated], that replaces the auxiliary and its verb.
 DO = {"does": 0, "doesn't": 0, "did": 1, "didn't": 1}
 CAN = {"can't": "can", "cannot": "can", "couldn't": "could", "won't": "will"}
 SOFTENERS = frozenset(["quite", "ever", "really", "fully", "entirely"])
 VOWEL_EXCEPTIONS = ("one", "uni", "use", "eu")
-"""Beginnings that are spelled with a vowel and said with a consonant."""
+"""Beginnings of words that are spelled with a vowel but pronounced with a consonant, so that they take "a"."""
 
 
 @dataclass(frozen=True)
 class _Word:
+    """One word and its place in the text."""
+
     start: int
+    """Index of its first character."""
     end: int
+    """Index after its last character."""
     text: str
-    """Lower-case, with straight apostrophes."""
+    """The word in lower case with straight apostrophes; empty if a swap has removed it."""
     opens: bool
-    """It is the first of its clause: the text's first word, or one behind punctuation."""
+    """Whether it is the first word of a clause: the text's first word, or one after punctuation."""
     named: bool
-    """It looks like a part of a name: it has a capital in the middle of a sentence, or before a word that does."""
+    """Whether it looks like part of a name: capitalised within a sentence, or capitalised before such a word."""
 
 
 @dataclass(frozen=True)
 class _Swap:
-    """Words ``first`` to ``last`` (inclusive) become ``text``; nothing where it is empty."""
+    """A replacement of the words ``first`` to ``last`` (indices, inclusive) by ``text``; empty: they are removed."""
 
     first: int
     last: int
@@ -59,14 +73,16 @@ class _Swap:
 
 
 class SentimentEditor(Editor):
-    """Exchanges words of negative sentiment for opposites of the same part of speech, and turns some negations.
+    """An editor that replaces words of negative sentiment by opposites of the same part of speech.
 
-    A table of everyday film-review English (``prompts/sentiment_swaps.toml``) holds the opposites; where it has
-    several, the request's seed and the attempt choose. Negations are taken off words of praise ("not funny", "doesn't
-    work", "neither sharp nor new", "no charm"), and "too slow to" becomes "slow enough to". Words that are themselves
-    negated ("never dull") stay. Capitals and "a" / "an" are kept right; every other character stays as it is.
+    A table of everyday film-review English (``prompts/sentiment_swaps.toml``) holds the opposites; if a word has
+    several, the request's seed and the attempt select one. Negations of words of praise are removed ("not funny",
+    "doesn't work", "neither sharp nor new", "no charm"), and "too slow to" becomes "slow enough to". Negative words
+    that are themselves negated ("never dull") are unchanged. Capitals and "a" / "an" are adapted; every other character
+    is unchanged.
 
-    It knows no syntax: on sentences whose verdict hangs on irony or context it finds nothing (None), or too little.
+    The rules do not parse: on sentences whose sentiment depends on irony or context they change nothing (None), or too
+    little.
     """
 
     name = "sentiment-swaps"
@@ -75,49 +91,56 @@ class SentimentEditor(Editor):
         return [self.edit(request.response, request_seed(request.seed, "edit", attempt)) for request in requests]
 
     def edit(self, text: str, seed: int = 0) -> str | None:
-        """The edited text; None where there is nothing to swap.
+        """Returns the edited text; None if there is nothing to swap.
 
         Args:
             text: the text.
-            seed: of the choice among opposites.
+            seed: seed of the selection among several opposites.
         """
         words = _words(text)
         swaps: list[_Swap] = []
         at = 0
         while at < len(words):
-            swap = next((found for rule in RULES if (found := rule(words, at, seed)) is not None), None)
+            swap = next((candidate for rule in RULES if (candidate := rule(words, at, seed)) is not None), None)
             at += 1
             if swap is not None:
                 swaps.append(swap)
                 at = swap.last + 1
+                # Later rules have to see the words as they are after this swap.
                 _rewrite(words, swap)
         edited = _applied(text, words, swaps)
         return None if edited == text else edited
 
 
 def _words(text: str) -> list[_Word]:
+    """Splits a text into words, with the first words of clauses and the likely names marked."""
     matches = list(WORD.finditer(text))
     gaps = [text[last.end() : match.start()] for last, match in pairwise(matches)]
     if not matches:
         return []
+    # Quotation marks, brackets and asterisks alone do not start a clause; commas, apostrophes and closing brackets do
+    # not start a sentence (or quotation), at whose beginning a capital is no sign of a name.
     opens = [True, *(bool(gap.strip(" \t\n\"'()*")) for gap in gaps)]
-    starts = [True, *(bool(re.search(r"[^\s,')]", gap)) for gap in gaps)]  # of a sentence, a quotation or the like
-    titled = [match[0][0].isupper() and not match[0].isupper() for match in matches]
-    inner = [title and not start for title, start in zip(titled, starts, strict=True)]
+    starts = [True, *(bool(re.search(r"[^\s,')]", gap)) for gap in gaps)]
+    title_case = [match[0][0].isupper() and not match[0].isupper() for match in matches]
+    mid_sentence = [title and not start for title, start in zip(title_case, starts, strict=True)]
     return [
         _Word(
             match.start(),
             match.end(),
             match[0].lower().replace("’", "'"),
             opens[i],
-            inner[i] or (titled[i] and i + 1 < len(matches) and inner[i + 1] and not opens[i + 1]),
+            mid_sentence[i] or (title_case[i] and i + 1 < len(matches) and mid_sentence[i + 1] and not opens[i + 1]),
         )
         for i, match in enumerate(matches)
     ]
 
 
 def _rewrite(words: list[_Word], swap: _Swap) -> None:
-    """Makes the words what they are after a swap: a negation that is gone negates nothing any more."""
+    """Updates the words of a swap, so that a negation that was removed no longer negates the words after it.
+
+    Only the last word of the new text is kept, at the swap's last place, and not if it is a negation itself.
+    """
     new = swap.text.lower().split()[-1:]
     for at in range(swap.first, swap.last + 1):
         stays = at == swap.last and new and new[0] not in NEGATORS
@@ -125,8 +148,9 @@ def _rewrite(words: list[_Word], swap: _Swap) -> None:
 
 
 def _applied(text: str, words: Sequence[_Word], swaps: Sequence[_Swap]) -> str:
+    """Returns the text with the swaps, which are in order, written into it."""
     pieces, done = [], 0
-    capital = False
+    capital = False  # a removed word had a capital, which the next text inherits
     for swap in swaps:
         start, end = words[swap.first].start, words[swap.last].end
         new = swap.text
@@ -136,12 +160,14 @@ def _applied(text: str, words: Sequence[_Word], swaps: Sequence[_Swap]) -> str:
             before, capital = _capitalised(before), not before.strip()
         if new:
             new = new.upper() if old.isupper() and len(old) > 1 else _capitalised(new) if old[0].isupper() else new
+            # An article directly before the new word has to fit its first sound.
             article = re.search(r"(?<![\w'’])(a|an)(\s+)$", before, re.IGNORECASE)
             if article:
                 right = "an" if _vowel(new) else "a"
                 before = before[: article.start()] + (article[1][0] + right[1:]) + article[2]
         else:
             capital = old[0].isupper()
+            # The white space after a removed word is removed as well.
             end += len(text[end:]) - len(text[end:].lstrip())
         pieces += [before, new]
         done = end
@@ -154,45 +180,51 @@ def _capitalised(text: str) -> str:
 
 
 def _vowel(text: str) -> bool:
+    """Returns whether a text takes "an" as its article."""
     text = text.lower()
     return (text[0] in "aeiou" and not text.startswith(VOWEL_EXCEPTIONS)) or text.startswith(("honest", "hour"))
 
 
 @cache
 def _table(name: str) -> dict[str, tuple[str, ...]]:
+    """Returns a table of the file, with every value as a tuple."""
     entries = load_prompts(__package__, "sentiment_swaps")[name]
     return {key: (value,) if isinstance(value, str) else tuple(value) for key, value in entries.items()}
 
 
 @cache
 def _single() -> dict[str, tuple[str, ...]]:
+    """Returns the opposites of single words."""
+    # For a word in several tables the last one wins.
     return {**_table("nouns"), **_table("verbs"), **_table("adverbs"), **_table("adjectives")}
 
 
 @cache
 def _praise() -> frozenset[str]:
+    """Returns the words of praise: a list, and the opposites of negative adjectives."""
     opposites = {word for words in _table("adjectives").values() for word in words}
     return frozenset(_lists("positive")) | opposites - set(_table("adjectives"))
 
 
 @cache
 def _lists(name: str) -> frozenset[str]:
+    """Returns a word list of the file."""
     return frozenset(load_prompts(__package__, "sentiment_swaps")["lists"][name].split())
 
 
 @cache
 def _forms() -> dict[str, str]:
-    """Each form of a verb of ``[negated]`` that follows "never": he, and in the past."""
+    """Maps each form of a verb of ``[negated]`` that follows "never" (third person, past) to its base form."""
     return {form: base for base, forms in _table("negated").items() for form in forms}
 
 
 def _text(words: Sequence[_Word], at: int) -> str:
-    """The word at a place; nothing behind the end or where a new clause starts there."""
+    """Returns the word at an index; an empty string after the end, or if a new clause starts there."""
     return words[at].text if at < len(words) and not words[at].opens else ""
 
 
 def _negated(words: Sequence[_Word], at: int) -> bool:
-    """Whether one of the three words before, in the same clause, turns the meaning round."""
+    """Returns whether one of the three words before, in the same clause, is a negation."""
     for back in range(at - 1, max(at - 4, -1), -1):
         if words[back + 1].opens:
             return False
@@ -204,11 +236,12 @@ def _negated(words: Sequence[_Word], at: int) -> bool:
 
 
 def _chosen(options: Sequence[str], at: int, seed: int) -> str:
+    # Hashing the word's index with the seed makes the draws within a text independent of each other.
     return options[request_seed(seed, at) % len(options)]
 
 
 def _praised(words: Sequence[_Word], at: int) -> bool:
-    """Whether praise stands here, behind at most two words of degree."""
+    """Returns whether a word of praise follows from ``at`` on, after at most two filler words."""
     for ahead in range(at, at + 3):
         word = _text(words, ahead)
         if word in _praise():
@@ -219,16 +252,17 @@ def _praised(words: Sequence[_Word], at: int) -> bool:
 
 
 def _phrase(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
+    """Replaces a phrase of the table, the longest that begins here, by an opposite."""
     for length in range(LONGEST_PHRASE, 1, -1):
-        found = [words[at].text, *(_text(words, at + ahead) for ahead in range(1, length))]
-        options = _table("phrases").get(" ".join(found))
+        window = [words[at].text, *(_text(words, at + ahead) for ahead in range(1, length))]
+        options = _table("phrases").get(" ".join(window))
         if options and not _negated(words, at) and not any(word.named for word in words[at : at + length]):
             return _Swap(at, at + length - 1, _chosen(options, at, seed))
     return None
 
 
 def _not(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
-    """Takes the negation off praise: "isn't very funny", "is not a good film", "never funny", "nothing new"."""
+    """Removes the negation of praise: "isn't very funny", "is not a good film", "never funny", "nothing new"."""
     word = words[at].text
     before = words[at - 1].text if at and not words[at].opens else ""
     if word in AUXILIARIES and _praised(words, at + 1):
@@ -239,6 +273,7 @@ def _not(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
         return _Swap(at, at, "always")
     if word == "nothing" and _text(words, at + 1) in _praise() - {"well", "good"}:
         return _Swap(at, at, "something")
+    # "less funny" as well as "less than funny"
     if word == "less" and _text(words, at + 1 + (_text(words, at + 1) == "than")) in _praise():
         return _Swap(at, at, "more")
     if word in ("rarely", "seldom") and (_praised(words, at + 1) or _text(words, at + 1) in _forms()):
@@ -249,7 +284,7 @@ def _not(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
 
 
 def _verb(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
-    """Takes the negation off a verb of success: "doesn't work", "can't sustain", "never quite finds"."""
+    """Removes the negation of a verb of success: "doesn't work", "can't sustain", "never quite finds"."""
     word, verb = words[at].text, at + 1
     if word in ("does", "did"):
         if _text(words, verb) != "not":
@@ -262,9 +297,12 @@ def _verb(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
         return None
     if word in DO and base in _table("negated"):
         return _Swap(at, verb, _table("negated")[base][DO[word]])
+    # At the start of a clause "don't" is an imperative: "Don't work too hard."
     if word == "don't" and base in _table("negated") and at and not words[at].opens:
         return _Swap(at, verb, base)
-    if word in CAN and base in _table("negated") and base not in ("help", "have"):  # "can't help", "can't have"
+    if (
+        word in CAN and base in _table("negated") and base not in ("help", "have")
+    ):  # "can't help laughing", "can't have"
         return _Swap(at, verb - 1, CAN[word])
     if word == "never" and base in _forms():
         return _Swap(at, verb - 1, "always")
@@ -272,7 +310,7 @@ def _verb(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
 
 
 def _too(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
-    """Turns "too slow to" into "slow enough to", and "is too slow" into "is never too slow"."""
+    """Changes "too slow to" to "slow enough to", and "is too slow" to "is never too slow"."""
     first = at
     at += words[at].text in INTENSIFIERS
     if at >= len(words) or words[at].text != "too" or (at > first and words[at].opens) or _negated(words, first):
@@ -290,7 +328,7 @@ def _too(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
 
 
 def _goods(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
-    """Turns the want of something good round: "no charm", "little suspense", "without any wit"."""
+    """Changes the absence of a merit to its presence: "no charm", "little suspense", "without any wit"."""
     word, place = words[at].text, at + 1
     if word not in ("no", "little", "without"):
         return None
@@ -305,7 +343,7 @@ def _goods(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
 
 
 def _neither(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
-    """Turns "neither funny" into "both funny"; the "nor" that follows is turned by :func:`_nor`."""
+    """Changes "neither funny" to "both funny"; :func:`_nor` changes the "nor" that follows."""
     ahead = [_text(words, at + step) for step in range(1, 7)]
     if words[at].text == "neither" and "nor" in ahead and _praised(words, at + 1):
         return _Swap(at, at, "both")
@@ -313,6 +351,7 @@ def _neither(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
 
 
 def _nor(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
+    """Changes "nor" to "and" after a "neither" that has become "both"."""
     back = range(max(at - 6, 0), at)
     if words[at].text == "nor" and any(words[place].text == "both" for place in back):
         return _Swap(at, at, "and")
@@ -320,7 +359,7 @@ def _nor(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
 
 
 def _opposite(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
-    """An opposite from the table, for a word that is not itself negated."""
+    """Replaces a word by an opposite from the table, unless it is negated or part of a name."""
     options = _single().get(words[at].text)
     if not options or words[at].named or _negated(words, at):
         return None
@@ -337,4 +376,4 @@ RULES: tuple[Callable[[Sequence[_Word], int, int], _Swap | None], ...] = (
     _nor,
     _opposite,
 )
-"""What is tried at each word, in order; the first that applies is taken."""
+"""The rules that are tried at each word, in order; the first that returns a swap is applied."""
