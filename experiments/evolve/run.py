@@ -1,8 +1,9 @@
-"""``instructgym evolve run``: all stages of TeaMs-RL. Does an agent's data help fine-tuning more than random evolution's?
+"""``instructgym evolve run``: all stages of TeaMs-RL.
 
-Both data sets cost the same number of LLM calls, the agent's training included. One model is then fine-tuned on equally
-many rows of each, evaluated on held-out tasks and attacked by membership inference. Random evolution is Evol-Instruct
-with this library's operations, rules and filters.
+Does fine-tuning on an agent's data help more than fine-tuning on data of random evolution? Both data sets
+cost the same number of LLM calls, the agent's training included. One model is then fine-tuned on equally many rows of
+each, evaluated on held-out tasks and attacked by membership inference. Random evolution is Evol-Instruct with this
+library's operations, rules and filters.
 
 :mod:`~instructgym.experiments.teaching.run` has the stages that follow the generation of the data.
 """
@@ -71,7 +72,7 @@ class EvolveTeaching(TeachingOptions):
 
 
 def _cost(arm: str, folder: Path) -> dict[str, float]:
-    """Returns the LLM calls of one data set by kind, their sum, and its ratio to Evol-Instruct's three calls per edit."""
+    """Returns the LLM calls of one data set by kind, their sum, and its ratio to Evol-Instruct's 3 calls per edit."""
     result = read_json(folder / "arm.json")
     if result is None:
         raise InputError(f"the data of {arm} in {folder} are not finished: repeat 'evolve run'")
