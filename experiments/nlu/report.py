@@ -201,7 +201,7 @@ def _rank(arm: str) -> int:
 
 
 def _row(runs: Sequence[ReportedRun], task: str) -> dict[str, Any]:
-    """Returns an arm's row: main metric and format rate, greedy and sampled, labels and minutes, as means over seeds."""
+    """Returns an arm's row: main metric and format rate, greedy and sampled, labels, and minutes; means over seeds."""
     # The first metric of a task is its main metric.
     main = next(iter(runs[0].metrics["greedy"][task]))
     row: dict[str, Any] = {"metric": main, "seeds": len(runs), "labels": runs[0].counts["labels"]}
