@@ -86,6 +86,7 @@ def accounting(run_dir: str | Path) -> dict[str, Any]:
     options = config["options"]
     training = _account({kind: _count(trained, f"{kind}_calls", folder) for kind in ("rewrite", "judge")}, folder)
     datasets = {}
+    # Each data set made with the policy has a run folder of its own.
     for place in sorted((folder / "generate").glob("*/config.json")):
         results = read_json(place.parent / "results.json")
         if results is None:
@@ -114,6 +115,7 @@ def _dataset(made: Mapping[str, Any], folder: Path, horizon: int, training: int)
     account = _account(made["counts"].get("calls", {}), folder)
     evolving = seeds * horizon * EVOL_INSTRUCT_CALLS
     figures: dict[str, Any] = {"status": made["status"], "seeds": seeds, "rows": rows, "evol_instruct_calls": evolving}
+    # Figures for generation alone, and with all calls of the training added.
     for name, calls in (("", account["all_calls"]), ("_with_training", account["all_calls"] + training)):
         per_row = calls / rows if rows else None
         figures[f"calls_per_row{name}"] = per_row

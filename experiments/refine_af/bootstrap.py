@@ -321,7 +321,7 @@ def run(options: RefineAFBootstrap, console: Console | None = None) -> dict[str,
 
 def _check_context(options: RefineAFBootstrap, roles: dict[str, Backend], seeds: Sequence[Task]) -> None:
     """Checks that the longest requests fit the context of the models; raises an InputError if they do not."""
-    # Length in characters stands in for tokens: the eight longest seeds make the longest prompt of seeds.
+    # Length in characters approximates length in tokens: the eight longest seeds make the longest prompt of seeds.
     longest = sorted(seeds, key=lambda task: len(task.instruction), reverse=True)[:DEMONSTRATIONS]
     settings, where = options.settings, options.seeds or "the package's seeds"
     writer = roles["instructions"]
@@ -382,9 +382,9 @@ def _bootstrap(
 ) -> dict[str, Any]:
     """Runs both stages as far as the time limit allows, and returns the results."""
     begun, limit = time.monotonic(), TimeLimit(options.minutes, journal)
-    replies = len(journal)
+    replies = len(journal)  # those of earlier starts, which are replayed
     record = _Record(folder)
-    instructions = record.rows["instructions"]
+    instructions = record.rows["instructions"]  # the list itself: it grows with every batch
     batches = barren = done = 0
     stopped = False
     with Tracker(folder, options.track, step_name="batches") as tracker:

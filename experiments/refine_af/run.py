@@ -156,8 +156,10 @@ def stages(options: RefineAFRun) -> tuple[RefineAFBootstrap, RefineAFTrain, list
     instructions = str(root / "bootstrap" / "instructions.jsonl")
     updates, batch = UPDATES[scale]
     requests, tokens = REQUESTS[scale]
+    # --model names a model, bootstrapping needs the backend that runs it.
     kind = "embedded" if options.model == "embedded" else "transformers"
     model = {} if options.model == "embedded" else {"model": options.model}
+    # Training and generation share max_tokens: 'refine-af generate' refuses a policy that was trained with another.
     shared: dict[str, Any] = {
         "instructions": instructions,
         "dtype": options.dtype,

@@ -65,6 +65,7 @@ class RefineAFTrain(InstanceOptions):
         check_counts(self, "epochs", "lora_rank")
         if self.scale not in SCALES:
             raise InputError(f"--scale must be {' or '.join(SCALES)}, got {self.scale!r}")
+        # The quality reward and the format rate are terms of the reward already.
         for name in self.logged:
             if name in (QUALITY, FORMAT) or not re.fullmatch(r"[\w.:-]+", name):
                 raise InputError(f"--metrics are ids of other rewards, separated by commas, got {name!r}")
@@ -112,6 +113,7 @@ def run(options: RefineAFTrain, console: Console | None = None) -> dict[str, Any
             dtype=options.dtype,
             seed=options.seed,
         )
+        # One sub-environment per instance of an update.
         env = gym.make_vec(
             ENV_ID,
             num_envs=batch,
@@ -162,6 +164,7 @@ def learned(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """
     keys = {"reward": "rollout/reward", "format_rate": f"rollout/terms/{FORMAT}", "kl": "train/kl"}
     means: dict[str, float | None] = {}
+    # At most half of the updates, so that first and last updates do not overlap.
     count = min(ENDS, len(rows) // 2)
     for name, key in keys.items():
         for end, part in (("first", rows[:count]), ("last", rows[len(rows) - count :])):

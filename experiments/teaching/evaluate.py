@@ -98,7 +98,7 @@ def plot_rouge(metrics: Mapping[str, Mapping[str, float]], pairs: Mapping[str, P
     rows = list(metrics.values())
     means, low, high = (np.array([row[key] for row in rows]) for key in ("rouge_l", "rouge_l_low", "rouge_l_high"))
     colours = [COLOURS[k % len(COLOURS)] for k in range(len(rows))]
-    # Matplotlib refuses negative error bars, which rounding could give.
+    # Matplotlib refuses negative error bars, and a bootstrap interval need not contain the mean.
     errors = np.maximum([means - low, high - means], 0)
     axes[0, 0].bar(range(len(rows)), means, yerr=errors, color=colours, capsize=4)
     axes[0, 0].set_xticks(range(len(rows)), list(metrics))
@@ -274,15 +274,15 @@ def run(options: Evaluate, console: Console | None = None) -> dict[str, Any]:
     layout = common_layout(arms, options.layout)
     tasks = load_evaluation_tasks(options.tasks or None, options.held_out, options.task_names or None)
     questions = _questions(tasks, options.max_instances or None)
-    kept = _fitting(questions, arms, layout, options)
-    if not kept:
+    requests = _fitting(questions, arms, layout, options)
+    if not requests:
         raise InputError(f"no instance fits --context-length {options.context_length} beside --max-tokens")
-    seen = {arm.name: seen_in_training(arm, [question.request for question in kept]) for arm in arms if arm.run}
+    seen = {arm.name: seen_in_training(arm, [question.request for question in requests]) for arm in arms if arm.run}
     for name, count in seen.items():
         if count:
-            console.print(f"warning: {name} was trained on {count} of the {len(kept)} requests", style="yellow")
+            console.print(f"warning: {name} was trained on {count} of the {len(requests)} requests", style="yellow")
     if options.dry_run:
-        console.print(f"would answer {len(kept)} instances by {', '.join(arm.name for arm in arms)}")
+        console.print(f"would answer {len(requests)} instances by {', '.join(arm.name for arm in arms)}")
         return {}
     # A run is resumed only with the same weights: stored responses belong to them.
     weights = digest([weights_digest(policy_folder(arm.run, "--policy")) for arm in arms if arm.run])
@@ -290,10 +290,10 @@ def run(options: Evaluate, console: Console | None = None) -> dict[str, Any]:
         if isinstance(opened, dict):
             return opened
         try:
-            answered = {arm.name: _answers(opened, arm, layout, kept, options, console) for arm in arms}
+            answered = {arm.name: _answers(opened, arm, layout, requests, options, console) for arm in arms}
         except OutOfTimeError:
             return opened.stopped()
-        rows = _scored(kept, answered)
+        rows = _scored(requests, answered)
         write_lines(opened.folder.file(PREDICTIONS), rows)
         names = [row["task"] for row in rows]
         scores = {arm.name: task_scores(names, [row["arms"][arm.name]["rouge_l"] for row in rows]) for arm in arms}
@@ -302,6 +302,7 @@ def run(options: Evaluate, console: Console | None = None) -> dict[str, Any]:
             arm.name: _macro(scores[arm.name], names, [row["arms"][arm.name] for row in rows], options.seed)
             for arm in arms
         }
+        # Compare every arm with all arms before it, the base model first.
         pairs = {
             f"{second.name} vs {first.name}": compare_paired(scores[second.name], scores[first.name], options.seed)
             for i, first in enumerate(arms)
@@ -312,9 +313,9 @@ def run(options: Evaluate, console: Console | None = None) -> dict[str, Any]:
             {"arms": metrics, "comparisons": {name: asdict(pair) | pair.shares for name, pair in pairs.items()}},
             {
                 "tasks": len(set(names)),
-                "instances": len(kept),
+                "instances": len(requests),
                 "dropped": {
-                    "too long": len(questions) - len(kept),
+                    "too long": len(questions) - len(requests),
                     "tasks without an instance left": len(tasks) - len(set(names)),
                 },
                 "seen in training": seen,
@@ -341,6 +342,7 @@ def _fitting(
 ) -> list[HeldOutRequest]:
     """Returns the questions whose prompts leave room for a response with every arm's tokenizer."""
     fits = np.ones(len(questions), dtype=bool)
+    # Arms with one base model share its tokenizer.
     for model in dict.fromkeys(arm.model for arm in arms):
         tokenizer = tokenizer_of(model)
         if tokenizer.context_length < options.context_length:

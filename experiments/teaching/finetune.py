@@ -189,6 +189,7 @@ def run(options: Finetune, console: Console | None = None) -> dict[str, Any]:
     with stage(options, "finetune", console) as opened:
         if isinstance(opened, dict):
             return opened
+        # Written before training: a resumed run raises an error if the data have changed.
         for name, numbers in ((TRAIN, rows.train), (HELD_OUT, rows.held_out)):
             write_once(opened.folder.file(name), [data.examples[i].row() for i in numbers])
         policy = LanguageModelPolicy(

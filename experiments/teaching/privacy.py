@@ -174,9 +174,9 @@ def _arm(options: Privacy, name: str, run_folder: Path) -> _AttackedArm:
     longest = options.context_length or trained.get("context_length") or tokenizer.context_length
     shown = demonstrations([row.example for row in rows], layout, tokenizer)
     fits = [len(tokens.prompt) + len(tokens.response) <= longest for tokens in shown]
-    kept = [row for row, fit in zip(rows, fits, strict=True) if fit]
+    fitting = [row for row, fit in zip(rows, fits, strict=True) if fit]
     for side in SIDES:
-        if not any(row.member == (side == "members") for row in kept):
+        if not any(row.member == (side == "members") for row in fitting):
             raise InputError(f"none of the rows of {files[side]} fits {longest} tokens: raise --context-length")
     _check_reference(options.model, tokenizer)
     return _AttackedArm(
@@ -184,9 +184,9 @@ def _arm(options: Privacy, name: str, run_folder: Path) -> _AttackedArm:
         folder=folder,
         weights=weights_digest(folder),
         model=settings["model"],
-        rows=kept,
+        rows=fitting,
         shown=[tokens for tokens, fit in zip(shown, fits, strict=True) if fit],
-        too_long=len(rows) - len(kept),
+        too_long=len(rows) - len(fitting),
     )
 
 
@@ -205,6 +205,7 @@ def _rows(files: Mapping[str, str], options: Privacy) -> list[_Row]:
                 "cannot be both trained on and held out, delete one of the two"
             )
     rows = []
+    # Each side has its own generator: the draw of members does not depend on the non-members.
     for side, examples in examples_of.items():
         numbers: Sequence[int] = range(len(examples))
         if 0 < options.limit < len(examples):

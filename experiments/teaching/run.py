@@ -99,6 +99,7 @@ class TeachingOptions(ABC):
         Raises:
             InputError: for an option that cannot be used, naming it.
         """
+        # A comma separates the run folders that the option --policy of later stages takes.
         if not self.run_dir or "," in self.run_dir:
             raise InputError(f"--run-dir must name the folder of the experiment, without a comma, got {self.run_dir!r}")
         check_output(self.root / "report" / "report.md")
@@ -118,6 +119,7 @@ class TeachingOptions(ABC):
             if not 0 <= getattr(self, name) < 2**32:
                 raise InputError(f"--{name.replace('_', '-')} must be in [0, 2**32), got {getattr(self, name)}")
         self._finetune("", Path("data.jsonl"), 0).check()
+        # Raises an error if the layout needs a chat template that the model's tokenizer lacks.
         prompt_text(InstructionExample("a", "", "b"), self.sft_layout, tokenizer_of(self.model))
         self.evaluation_tasks()
 
@@ -247,10 +249,10 @@ def _keep_apart(data: Path, out: Path, known: list[str], console: Console) -> No
     """Copies a data set without the rows that resemble an evaluation task; ``known`` are the tasks' instructions."""
     examples = read_instruction_data(data).examples
     gate = RougeGate(0.7, known)
-    kept = [example.row() for example in examples if not gate.rejects(gate.nearest(example.instruction)[0])]
-    if len(kept) < len(examples):
-        console.print(f"{data}: {len(examples) - len(kept)} rows resemble an evaluation task and are left out")
-    write_once(out, kept)
+    rows = [example.row() for example in examples if not gate.rejects(gate.nearest(example.instruction)[0])]
+    if len(rows) < len(examples):
+        console.print(f"{data}: {len(examples) - len(rows)} rows resemble an evaluation task and are left out")
+    write_once(out, rows)
 
 
 def _tuned(options: TeachingOptions) -> str:
