@@ -1,1 +1,1 @@
-"""TeaMs-RL: an agent picks edit operations that evolve instructions."""
+"""The experiments of TeaMs-RL: an agent chooses the edit operations that evolve seed instructions."""

@@ -1,7 +1,8 @@
-"""``instructgym evolve compare``: agents and baselines at equal LLM budget, training calls included.
+"""``instructgym evolve compare``: compares agents and baselines at equal LLM budget, training calls included.
 
-Every arm gets the same number of LLM calls per seed. A learner spends part of it on training; the rest, and all of a
-baseline's, goes into generation, which cycles over the seed instructions until the budget does not cover another chunk.
+Every arm (an agent or a baseline) gets the same number of LLM calls per random seed. A learner spends part of its
+budget on training. The rest, and the whole budget of a baseline, goes into generation, which cycles over the seed
+instructions until the budget does not cover another chunk.
 """
 
 from __future__ import annotations
@@ -37,13 +38,14 @@ from .train import run as train
 
 
 def plot_comparison(arms: Mapping[str, Mapping[str, Any]], budget: int, path: Path) -> Path:
-    """Agents and baselines side by side, with 95% t-intervals over seeds.
+    """Plots agents and baselines side by side, with 95% t-intervals over seeds, and returns the path.
 
     Args:
-        arms: by name: ``curves`` (per seed, lists of (calls spent, accepted)), ``training`` (per seed, lists of
-            (steps, return) or empty), ``results`` (per seed, the metrics of the table).
+        arms: results by name of the arm: ``curves`` (per seed, a list of (LLM calls spent, instructions accepted)),
+            ``training`` (per seed, a list of (environment steps, return), empty for an arm without training),
+            ``results`` (per seed, the metrics of the table).
         budget: LLM calls per arm and seed.
-        path: the PNG.
+        path: PNG file to write.
     """
     figure, axes = panels(2, 2)
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(arms)}
@@ -74,7 +76,9 @@ def _plot_returns(axis: Any, arms: Mapping[str, Mapping[str, Any]], colours: Map
         curves = [curve for curve in arm["training"] if curve]
         if not curves:
             continue
+        # Average over seeds on the range of steps that every seed covers.
         grid = np.linspace(max(c[0][0] for c in curves), min(c[-1][0] for c in curves), 60)
+        # Several episodes may end in one step: the dict keeps one value per step, as np.interp needs rising steps.
         smoothed = [
             dict(zip((s for s, _ in c), smooth([r for _, r in c], max(len(c) // 8, 5)), strict=True)) for c in curves
         ]
@@ -88,6 +92,7 @@ def _plot_returns(axis: Any, arms: Mapping[str, Mapping[str, Any]], colours: Map
 def _plot_accepted(axis: Any, arms: Mapping[str, Mapping[str, Any]], colours: Mapping[str, str], budget: int) -> None:
     grid = np.linspace(0, budget, 80)
     for name, arm in arms.items():
+        # A learner's curve begins after its training calls: the point (0, 0) is put before it.
         rows = [np.interp(grid, [0, *(c for c, _ in curve)], [0, *(a for _, a in curve)]) for curve in arm["curves"]]
         band(axis, grid, np.array(rows), name, colours[name])
     axis.set(title="Accepted instructions", xlabel="LLM calls spent, training included", ylabel="accepted")
@@ -100,6 +105,7 @@ def _plot_bars(
     positions = np.arange(len(arms), dtype=np.float64)
     width = 0.8 / len(keys)
     for k, (key, label) in enumerate(keys.items()):
+        # The bars of one arm are centred on its tick.
         means, errors = zip(*(_mean_error(arm["results"], key) for arm in arms.values()), strict=True)
         bars = axis.bar(
             positions + (k - (len(keys) - 1) / 2) * width,
@@ -127,6 +133,7 @@ def _plot_bars(
 
 
 def _mean_error(results: Sequence[Mapping[str, Any]], key: str) -> tuple[float, float]:
+    """Returns the mean of a metric over seeds and the half-width of its 95% t-interval, 0 for a single seed."""
     values = [row[key] for row in results if row[key] is not None]
     if not values:
         return float("nan"), 0.0
@@ -135,7 +142,9 @@ def _mean_error(results: Sequence[Mapping[str, Any]], key: str) -> tuple[float, 
 
 
 BUDGET = {"smoke": 700, "report": 2400}
+"""LLM calls per arm and seed, by ``--scale``."""
 TRAINING_EPISODES = {"smoke": 20, "report": 80}
+"""Episodes that a learner trains for, by ``--scale``."""
 
 COLUMNS = {
     "mean_return": "return per episode",
@@ -153,21 +162,22 @@ class EvolveCompare(EnvOptions):
     """Compare agents and baselines at equal LLM budget."""
 
     algorithms: str = "TRPO,PPO,random,schedule"
-    """Arms, separated by commas: learners and baselines as of 'evolve train'."""
+    """Arms to compare, separated by commas: learners and baselines that 'evolve train --algorithm' takes."""
     repeats: int = 3
-    """Seeds per arm: --seed, --seed + 1, ..."""
+    """Random seeds per arm: --seed, --seed + 1, ..."""
     calls: int = 0
-    """LLM calls per arm and seed, training included: rewrites, verdicts and answers. 0: by --scale."""
+    """LLM calls per arm and random seed, training included: rewrites, judge verdicts and answers. 0: by --scale, 700
+    or 2400."""
     episodes: int = 0
-    """Training of each learner, in full episodes. 0: by --scale."""
+    """Length of each learner's training, in full episodes. 0: by --scale, 20 or 80."""
     n_steps: int = 6
-    """Steps of each copy per update in training."""
+    """Steps of each environment per policy update in training."""
     chunk: int = 16
-    """Seeds evolved together in generation."""
+    """Seed instructions evolved together in one batch of generation."""
     answer_tokens: int = 64
-    """Longest answer, in tokens."""
+    """Maximum length of an answer, in tokens."""
     rouge_threshold: float = 0.7
-    """Drop an instruction whose ROUGE-L to a seed or an accepted one is above this."""
+    """Drop an instruction if its ROUGE-L to a seed or to an accepted instruction is above this."""
 
     def check(self) -> None:
         super().check()
@@ -187,7 +197,7 @@ class EvolveCompare(EnvOptions):
 
     @property
     def arms(self) -> list[str]:
-        """Names of the arms, in their own spelling."""
+        """Names of the arms, in the spelling that the library uses."""
         return [check_algorithm(name.strip()) for name in self.algorithms.split(",") if name.strip()]
 
     @property
@@ -196,20 +206,23 @@ class EvolveCompare(EnvOptions):
         return self.calls or BUDGET[self.scale]
 
     def training(self, arm: str, seed: int, run_dir: str) -> EvolveTrain:
-        """The options of one arm's training."""
-        mine = {k: v for k, v in vars(self).items() if k in EvolveTrain.__dataclass_fields__}
+        """Returns the options with which 'evolve train' trains one arm."""
+        shared = {k: v for k, v in vars(self).items() if k in EvolveTrain.__dataclass_fields__}
         episodes = self.episodes or TRAINING_EPISODES[self.scale]
-        # The tracker gets the comparison as one entry, with its figure and table.
+        # Only the comparison is logged to the tracker, as one entry with its figure and table.
         return EvolveTrain(
-            **mine | {"algorithm": arm, "seed": seed, "run_dir": run_dir, "episodes": episodes, "track": "none"}
+            **shared | {"algorithm": arm, "seed": seed, "run_dir": run_dir, "episodes": episodes, "track": "none"}
         )
 
 
 def run(options: EvolveCompare, console: Console | None = None) -> dict[str, Any]:
-    """Runs every arm under every seed, or those that are missing, and returns the table.
+    """Runs every arm under every seed, except those that are finished, and returns the results.
+
+    Returns:
+        ``status``, ``counts`` and ``metrics``: by arm, mean and half-width of the 95% t-interval of each metric.
 
     Raises:
-        InputError: for bad input, before anything heavy.
+        InputError: for bad input, before any expensive work.
     """
     console = console or Console()
     options.check()
@@ -230,6 +243,7 @@ def run(options: EvolveCompare, console: Console | None = None) -> dict[str, Any
     with folder.opened():
         runs: dict[str, list[dict[str, Any]]] = {}
         for repeat in range(options.repeats):
+            # Arms in the inner loop: a run that is stopped early has about as many seeds of each arm.
             for arm in options.arms:
                 result = _arm(options, folder, arm, options.seed + repeat, instructions, deadline, console)
                 if result is None:
@@ -240,7 +254,13 @@ def run(options: EvolveCompare, console: Console | None = None) -> dict[str, Any
 
 
 def _check_budget(options: EvolveCompare, verdicts: int) -> None:
-    """Refuses a budget that does not cover training and one chunk; ``verdicts`` are the judge's calls per edit."""
+    """Raises an InputError if the budget does not cover an arm's training and one chunk of generation.
+
+    Args:
+        options: options of the comparison.
+        verdicts: judge calls per edit.
+    """
+    # An edit costs a rewrite and verdicts, in generation an answer too.
     per_chunk = options.chunk * options.horizon * (2 + verdicts)
     for arm in options.arms:
         training = 0 if arm in BASELINES else options.training(arm, options.seed, "").timesteps * (1 + verdicts)
@@ -260,27 +280,32 @@ def _arm(
     deadline: float,
     console: Console,
 ) -> dict[str, Any] | None:
-    """One arm under one seed; None if time ran out."""
-    place = folder.path / "arms" / f"{arm}-seed{seed}"
-    done = read_json(place / "arm.json")
-    if done is not None:
-        return done
-    left = (deadline - time.monotonic()) / 60
-    if left <= 0:
+    """Trains one arm under one seed and generates with it; returns the stored result if it is finished.
+
+    Returns:
+        The result; None if time ran out.
+    """
+    arm_folder = folder.path / "arms" / f"{arm}-seed{seed}"
+    stored = read_json(arm_folder / "arm.json")
+    if stored is not None:
+        return stored
+    minutes = (deadline - time.monotonic()) / 60
+    if minutes <= 0:
         return None
-    trained = replace(options.training(arm, seed, str(place)), minutes=left if math.isfinite(left) else 0.0)
+    # For 'evolve train', 0 minutes mean no limit.
+    trained = replace(options.training(arm, seed, str(arm_folder)), minutes=minutes if math.isfinite(minutes) else 0.0)
     training_calls = 0
     if arm not in BASELINES:
         results = train(trained, console)
         if results["status"] != "finished":
             return None
         training_calls = results["counts"]["rewrite_calls"] + results["counts"]["judge_calls"]
-    result = _generate(options, trained, place, instructions, training_calls, deadline, console)
+    result = _generate(options, trained, arm_folder, instructions, training_calls, deadline, console)
     if result is None:
         return None
-    curve = [(row["timesteps"], row["return"]) for row in read_records(place / "episodes.jsonl")]
+    curve = [(row["timesteps"], row["return"]) for row in read_records(arm_folder / "episodes.jsonl")]
     result |= {"training": curve, "seed": seed}
-    write_json(place / "arm.json", result)
+    write_json(arm_folder / "arm.json", result)
     return result
 
 
@@ -293,7 +318,11 @@ def _generate(
     deadline: float,
     console: Console,
 ) -> dict[str, Any] | None:
-    """Generates until the budget does not cover another chunk; None if time ran out."""
+    """Loads or makes the arm's agent and generates until the budget does not cover another chunk.
+
+    Returns:
+        Metrics and the curve of accepted instructions; None if time ran out.
+    """
     roles = roles_of(trained, Journal(place / "generate.jsonl"))
     env = generation_env(trained, roles, instructions, options.chunk)
     if trained.algorithm in BASELINES:
@@ -316,6 +345,8 @@ def _generate_rows(
     deadline: float,
     console: Console,
 ) -> dict[str, Any] | None:
+    """Evolves chunk after chunk, writes the accepted rows, and returns the metrics; None if time ran out."""
+    # Replayed chunks give the same rows again: the writer appends only those that the file lacks.
     rows = RowWriter(place / "data.jsonl")
     texts: list[str] = []
     returns: list[float] = []
@@ -325,13 +356,14 @@ def _generate_rows(
     with StepProgress(f"{trained.algorithm} seed {trained.seed} generates", options.budget, console) as progress:
         for epoch, members in _rounds(seeds, options.chunk):
             progress.update(spent, f"{len(texts)} accepted")
+            # Reserve the most that a chunk may cost, so that no arm exceeds the budget.
             if spent + generator.max_chunk_calls > options.budget:
                 break
             if time.monotonic() >= deadline:
                 return None
             result = generator.chunk(members, epoch)
             if not result.calls.total():
-                break  # a policy that only does nothing would never spend its budget
+                break  # a policy that only chooses the no-op makes no calls and would never spend its budget
             for row in result.accepted:
                 rows.write(row)
             texts += [row["instruction"] for row in result.accepted]
@@ -349,7 +381,7 @@ def _generate_rows(
 
 
 def _rounds(count: int, size: int) -> Iterator[tuple[int, list[int]]]:
-    """Chunks of the seeds, round after round, with the number of the round."""
+    """Yields the number of the round and the indices of a chunk, over all ``count`` seeds, in endless rounds."""
     for epoch in itertools.count():
         for members in chunks(count, size):
             yield epoch, members
@@ -358,6 +390,7 @@ def _rounds(count: int, size: int) -> Iterator[tuple[int, list[int]]]:
 def _report(
     options: EvolveCompare, folder: RunFolder, runs: dict[str, list[dict[str, Any]]], console: Console
 ) -> dict[str, Any]:
+    """Draws the figure, writes the table, and returns the results of the comparison."""
     arms = {
         arm: {
             "results": results,

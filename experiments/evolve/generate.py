@@ -1,7 +1,7 @@
-"""``instructgym evolve generate``: the trained policy evolves every seed, a model answers, filters drop the rest.
+"""``instructgym evolve generate``: evolves every seed with the trained policy, filters the texts and answers them.
 
-Every intermediate text of an episode is a candidate, as in TeaMs-RL. A candidate is dropped by the four elimination
-rules (on the edit and on the answer) and by ROUGE-L above a threshold to any seed or accepted instruction.
+Every intermediate text of an episode is a candidate, as in TeaMs-RL. A candidate is dropped if the edit or its answer
+breaks one of the four elimination rules, or if its ROUGE-L to a seed or an accepted instruction is above a threshold.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ class EvolveGenerate(RunOptions):
     """Make an instruction data set with a trained policy."""
 
     backend: str = ""
-    """Who rewrites, judges and answers, written as for training; by default as the policy was trained."""
+    """Model that rewrites, judges and answers, written as for 'evolve train'. By default the one of the training."""
     seeds: str = ""
-    """Seed instructions to evolve, in any of the formats of training. By default the package's own."""
+    """Seed instructions to evolve, in any format of 'evolve train --seeds'. By default the package's own."""
     out: str = ""
-    """The data set: .jsonl, or .parquet for Parquet. By default data.jsonl in the run folder."""
+    """File to write the data set to: .jsonl, or .parquet for Parquet. By default data.jsonl in the run folder."""
     format: str = "alpaca"
-    """alpaca: instruction, input, output. messages: a chat of two messages."""
+    """Format of a row. alpaca: fields instruction, input and output. messages: a chat of two messages."""
     limit: int = 0
-    """Evolve only the first so many seeds. 0: all."""
+    """Number of seeds to evolve, taken from the beginning of the list. 0: all."""
     chunk: int = 16
-    """Seeds evolved together in one batch."""
+    """Seed instructions evolved together in one batch."""
     rouge_threshold: float = 0.7
-    """Drop an instruction whose ROUGE-L to a seed or an accepted one is above this."""
+    """Drop an instruction if its ROUGE-L to a seed or to an accepted instruction is above this."""
     answer_tokens: int = 96
-    """Longest answer, in tokens; an answer that is cut there loses its unfinished sentence."""
+    """Maximum length of an answer, in tokens; an answer that is cut off there loses its unfinished sentence."""
     responder_backend: str = ""
-    """Who answers, written like --backend; by default the rewriter."""
+    """Model that answers, written like --backend. By default the rewriter."""
     deterministic: bool = False
     """Take the policy's most likely operation instead of sampling one."""
 
@@ -68,15 +68,15 @@ class EvolveGenerate(RunOptions):
 
     @property
     def settings(self) -> GenerationSettings:
-        """The options that concern the generator."""
+        """Settings of the generator."""
         return GenerationSettings(self.seed, self.chunk, self.rouge_threshold, self.answer_tokens, self.deterministic)
 
 
 def run(options: EvolveGenerate, console: Console | None = None) -> dict[str, Any]:
-    """Generates, or goes on generating, and returns the results.
+    """Generates the data set, or resumes its generation, and returns the results.
 
     Raises:
-        InputError: for bad input, before anything heavy.
+        InputError: for bad input, before any expensive work.
     """
     console = console or Console()
     options.check()
@@ -84,8 +84,10 @@ def run(options: EvolveGenerate, console: Console | None = None) -> dict[str, An
     instructions = load_seeds(options.seeds)
     instructions = instructions[: options.limit or len(instructions)]
     out = Path(options.out) if options.out else Path(options.run_dir) / "data.jsonl"
+    # Parquet is written at the end, from JSONL rows beside it.
     rows_path = out.with_suffix(".jsonl")
     check_output(rows_path)
+    # The hash separates output files that have one name in different folders.
     name = f"{out.stem}-{request_seed(str(out.resolve())) % 16**6:06x}"
     config = identity(options, instructions) | {
         "out": str(out.resolve()),
@@ -93,6 +95,7 @@ def run(options: EvolveGenerate, console: Console | None = None) -> dict[str, An
     }
     folder = RunFolder(Path(options.run_dir) / "generate" / name, config, "evolve generate")
     with input_errors():
+        # Roles without a journal: they check the options before the run folder is opened.
         probe = roles_of(trained, None, options.responder_backend)
     check_context(probe.rewriter, instructions, options.seeds)
     if options.dry_run:
@@ -122,6 +125,7 @@ def _generate(
     out: Path,
     console: Console,
 ) -> dict[str, Any]:
+    """Evolves chunk after chunk, writes accepted and rejected rows, and returns the results."""
     begun, limit = time.monotonic(), TimeLimit(options.minutes, journal)
     rows = RowWriter(out.with_suffix(".jsonl"))
     rejected = RowWriter(folder.file("rejected.jsonl"))
@@ -172,14 +176,14 @@ def _generate(
 
 
 def formatted(row: dict[str, Any], style: str, roles: Roles) -> dict[str, Any]:
-    """A row of the data set: the pair in the chosen format, then where it comes from."""
+    """Returns a row of the data set: instruction and output in the format ``style``, then their origin."""
     pair = in_format(row, style)
     origin = {k: v for k, v in row.items() if k not in ("instruction", "input", "output", "seed_index", "epoch")}
     return pair | origin | {"rewriter": roles.rewriter.name, "responder": roles.responder.name}
 
 
 def in_format(row: Mapping[str, Any], style: str) -> dict[str, Any]:
-    """Instruction, input and output of a row as one of :data:`FORMATS` has them."""
+    """Returns instruction, input and output of a row in the format ``style``, one of :data:`FORMATS`."""
     if style == "alpaca":
         return {"instruction": row["instruction"], "input": row["input"], "output": row["output"]}
     question = f"{row['instruction']}\n\n{row['input']}".strip()
@@ -187,19 +191,19 @@ def in_format(row: Mapping[str, Any], style: str) -> dict[str, Any]:
 
 
 def write_parquet(source: Path, target: Path) -> None:
-    """Writes the rows of a JSONL file as Parquet, in one move."""
+    """Writes the rows of a JSONL file as Parquet; the target is there whole or not at all."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     scratch = target.with_suffix(".parquet.part")
-    # The terms differ from reward to reward, and Parquet has no type for an object without fields.
+    # As text: the terms differ from reward to reward, and Parquet has no type for an object without fields.
     rows = [row | {"reward_terms": json.dumps(row["reward_terms"])} for row in read_records(source)]
     pq.write_table(pa.Table.from_pylist(rows), scratch)
     scratch.replace(target)
 
 
 def generation_table(results: dict[str, Any], out: Path) -> Table:
-    """The results as a table for the terminal."""
+    """Returns the results as a table for the terminal."""
     counts, metrics = results["counts"], results["metrics"]
     table = Table(title=f"{out}", show_header=False)
     for name, value in (
@@ -222,7 +226,7 @@ def _two(value: float | None) -> str:
 
 
 def trained_options(options: EvolveGenerate) -> EvolveTrain:
-    """The options the policy was trained with, under the backend and model that generation names, if it names any.
+    """Returns the options that the policy was trained with; ``--backend`` and ``--model``, if given, replace theirs.
 
     Raises:
         InputError: if the run folder holds no training run or no policy.
@@ -236,12 +240,13 @@ def trained_options(options: EvolveGenerate) -> EvolveTrain:
     known = {f.name for f in fields(EvolveTrain)}
     trained = EvolveTrain(**{k: v for k, v in stored["options"].items() if k in known})
     if options.backend:
+        # The model of the training belongs to its backend.
         trained.backend, trained.model = options.backend, ""
     trained.model = options.model or trained.model
     return trained
 
 
 def _fingerprint(checkpoint: Path) -> str:
-    """Which policy: generation must not be resumed with another one."""
+    """Returns a hash of the saved policy: generation must not be resumed with another policy."""
     data = b"".join((checkpoint / name).read_bytes() for name in ("agent.json", "policy.safetensors"))
     return f"{request_seed(data.hex()):016x}"

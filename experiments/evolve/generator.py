@@ -1,4 +1,4 @@
-"""Evolving chunks of seeds with a policy: what ``evolve generate`` and ``evolve compare`` have in common."""
+"""The generator of instructions that ``evolve generate`` and ``evolve compare`` share: evolves seeds with a policy."""
 
 from __future__ import annotations
 
@@ -27,26 +27,32 @@ from .train import EnvOptions, Roles, make_env
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How instructions are made and filtered."""
+    """Settings of generating and filtering instructions."""
 
     seed: int = 0
+    """Seed of episodes, sampled actions and answers."""
     chunk: int = 16
-    """Seeds evolved together in one batch."""
+    """Seed instructions evolved together in one batch."""
     rouge_threshold: float = 0.7
-    """ROUGE-L to a seed or an earlier instruction above which one is dropped."""
+    """Largest ROUGE-L of an instruction to a seed or an accepted instruction; above it the instruction is dropped."""
     answer_tokens: int = 96
+    """Maximum length of an answer, in tokens."""
     deterministic: bool = False
     """Take the policy's most likely operation instead of sampling one."""
 
 
 @dataclass
 class Generated:
-    """What one chunk of seeds gave."""
+    """The result of evolving one chunk of seeds."""
 
     accepted: list[dict[str, Any]] = field(default_factory=list)
+    """Rows of accepted instructions, with their answers."""
     rejected: list[dict[str, Any]] = field(default_factory=list)
+    """Rows of dropped candidates, with the reason as ``rejected_by``."""
     returns: list[float] = field(default_factory=list)
+    """Return of each episode."""
     calls: Counter[str] = field(default_factory=Counter)
+    """LLM calls by kind: ``rewrite``, ``judge`` and ``answer``."""
 
 
 class InstructionGenerator:
@@ -54,9 +60,10 @@ class InstructionGenerator:
 
     Args:
         agent: the policy.
-        env: the env it acts in, with as many copies as a chunk has seeds; elimination must not end episodes.
-        roles: the language models.
-        settings: thresholds and sampling.
+        env: the vector env it acts in, with at least as many sub-environments as a chunk has seeds; elimination must
+            not end episodes.
+        roles: the language models that rewrite, judge and answer.
+        settings: sampling and thresholds.
     """
 
     def __init__(self, agent: Any, env: VectorToVecEnv, roles: Roles, settings: GenerationSettings) -> None:
@@ -69,15 +76,15 @@ class InstructionGenerator:
 
     @property
     def max_chunk_calls(self) -> int:
-        """LLM calls that one chunk takes at most, retries aside: rewrite, verdicts and answer of every step."""
+        """Largest number of LLM calls of one chunk, without retries: rewrite, verdicts and answer of every step."""
         return self.settings.chunk * self.process.settings.horizon * (2 + self.process.reward.calls_per_sample)
 
     def chunk(self, rows: Sequence[int], epoch: int = 0) -> Generated:
-        """Evolves the instructions with the given indices.
+        """Evolves the seed instructions with the given indices, filters the texts and answers those that are left.
 
         Args:
-            rows: at most ``chunk`` indices.
-            epoch: another one gives other requests for the same rows.
+            rows: indices of at most ``chunk`` seed instructions.
+            epoch: number of the pass over the seeds; requests for the same rows differ between epochs.
         """
         episodes = self._evolve(rows, epoch)
         result = Generated()
@@ -89,12 +96,16 @@ class InstructionGenerator:
         return result
 
     def _evolve(self, rows: Sequence[int], epoch: int) -> list[list[Transition]]:
+        """Plays one episode of full horizon per row and returns its transitions."""
+        # The last chunk may be smaller than the vector env: the other sub-environments rest.
         copies = list(range(len(rows)))
         indices = np.zeros(len(self.process.episodes), dtype=np.int64)
         indices[: len(rows)] = rows
         seed = self.settings.seed
+        # An episode's seed depends on its row, not on the chunks before it: a resumed run repeats it.
         for copy, row in zip(copies, rows, strict=True):
             self.process.generators[copy], _ = seeding.np_random(request_seed(seed, "generate", epoch, row))
+        # The policy samples the actions of a chunk together, so the chunk's first row seeds it.
         self._reseed(request_seed(seed, "policy", epoch, rows[0]))
         self.process.begin(copies, {"index": indices})
         episodes: list[list[Transition]] = [[] for _ in rows]
@@ -102,6 +113,7 @@ class InstructionGenerator:
         for _ in range(self.process.settings.horizon):
             observation = self._observe(copies)
             actions, state = self._predict(observation, state, starts, copies)
+            # Only the first step resets the state of a recurrent policy.
             starts[:] = False
             for episode, transition in zip(episodes, self.process.step(list(actions), copies), strict=True):
                 episode.append(transition)
@@ -117,6 +129,7 @@ class InstructionGenerator:
         return batch if self.normalizer is None else self.normalizer.normalize_obs(batch)
 
     def _predict(self, observation: Any, state: Any, starts: np.ndarray, copies: Sequence[int]) -> tuple[Any, Any]:
+        """Returns an action per sub-environment and the policy's next recurrent state."""
         masks = np.stack([self.process.mask(copy) for copy in copies]).astype(bool)
         kwargs = {"state": state, "episode_start": starts, "deterministic": self.settings.deterministic}
         if isinstance(self.agent, BaselineAgent) or type(self.agent).__name__ == "MaskablePPO":
@@ -127,11 +140,12 @@ class InstructionGenerator:
         if isinstance(self.agent, BaselineAgent):
             self.agent.rng = np.random.default_rng(seed)
         else:
-            set_random_seed(seed % 2**32)
+            set_random_seed(seed % 2**32)  # NumPy's global generator takes 32 bits
 
     def _filter(
         self, instruction: Instruction, row: int, transitions: Sequence[Transition], epoch: int, result: Generated
     ) -> list[dict[str, Any]]:
+        """Returns the candidates of one episode that pass the filters; the others go to ``result.rejected``."""
         survivors = []
         lineage: list[dict[str, Any]] = []
         for step, transition in enumerate(transitions, start=1):
@@ -154,10 +168,11 @@ class InstructionGenerator:
             }
             unchanged = info["edit"] == info["previous_text"]
             if not unchanged and not info["eliminated_by"]:
-                lineage.append(edit)  # the text went on from here
+                lineage.append(edit)  # an eliminated edit leaves the text as it was: later edits do not build on it
             reason = info["eliminated_by"] or ("no_information_gain" if unchanged else "")
             if info["rewrite_failed"]:
                 reason = "rewriter_failed"
+            # Last, because the gate adds every text that it accepts to its pool.
             if not reason and not self.gate.accept(info["edit"]):
                 reason = "rouge"
             if reason:
@@ -167,6 +182,7 @@ class InstructionGenerator:
         return survivors
 
     def _answer(self, candidates: list[dict[str, Any]], result: Generated) -> None:
+        """Answers the candidates and sorts them into ``result.accepted`` and ``result.rejected``."""
         prompts: list[list[Message]] = [
             [{"role": "user", "content": f"{c['instruction']}\n\n{c['input']}".strip()}] for c in candidates
         ]
@@ -199,7 +215,7 @@ class InstructionGenerator:
 def generation_env(
     trained: EnvOptions, roles: Roles, instructions: Sequence[Instruction], copies: int
 ) -> VectorToVecEnv:
-    """The env for generation: each seed from its own text, all rules on, no rule ends an episode."""
+    """Returns the env for generation: episodes start from their seed's text, all rules are on, none ends an episode."""
     return make_env(
         trained,
         roles,
@@ -212,13 +228,19 @@ def generation_env(
 
 
 def chunks(count: int, size: int) -> Iterator[list[int]]:
-    """Row numbers 0..count-1 in chunks: their composition depends on row numbers only."""
+    """Yields the row numbers 0 to ``count - 1`` in chunks; the same rows always share a chunk."""
     for start in range(0, count, size):
         yield list(range(start, min(start + size, count)))
 
 
 def dataset_metrics(texts: Sequence[str], calls: Counter[str], returns: Sequence[float]) -> dict[str, Any]:
-    """What a set of accepted instructions is worth, and what it cost."""
+    """Returns diversity and length of a set of accepted instructions, their mean return and their cost in LLM calls.
+
+    Args:
+        texts: the accepted instructions.
+        calls: LLM calls by kind.
+        returns: return of each episode.
+    """
     spent = sum(calls.values())
     return {
         "mean_return": float(np.mean(returns)) if returns else 0.0,

@@ -1,8 +1,8 @@
-"""What an evolved data set cost in LLM calls, against Evol-Instruct.
+"""``instructgym evolve queries``: counts the LLM calls behind evolved data sets and compares them with Evol-Instruct's.
 
-TeaMs-RL counts its queries against WizardLM's Evol-Instruct, which spends three calls on every seed in every round:
-evolve, judge, answer (Xu et al. 2023, arXiv 2304.12244). A round is an edit of ours, so the same seeds and rounds cost
-Evol-Instruct seeds x horizon x 3 calls.
+TeaMs-RL compares its queries with those of WizardLM's Evol-Instruct, which spends three calls on every seed in every
+round: evolve, judge, answer (Xu et al. 2023, arXiv 2304.12244). One edit here corresponds to one round there, so for
+the same seeds and rounds Evol-Instruct needs seeds x horizon x 3 calls.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ...llm_backends.errors import InputError
 from ..runs.folder import read_json
 
 ROLES = {"rewrite": "rewriter", "judge": "judge", "answer": "responder"}
-"""Kinds of calls, and the role that serves each."""
+"""Kinds of LLM calls, and the role that serves each."""
 EVOL_INSTRUCT_CALLS = 3
-"""Of Evol-Instruct per seed and round: evolve, judge, answer."""
+"""LLM calls of Evol-Instruct per seed and round: evolve, judge, answer."""
 
 
 @dataclass
@@ -31,14 +31,14 @@ class QueryAccounting:
     """Count the LLM calls behind the data sets of one 'evolve' run folder."""
 
     run_dir: str = ""
-    """Run folder of 'evolve train', with the data sets that 'evolve generate' made from it."""
+    """Run folder of 'evolve train', which also holds the data sets that 'evolve generate' made with its policy."""
 
 
 def run(options: QueryAccounting, console: Console | None = None) -> dict[str, Any]:
-    """Prints the table and returns the figures.
+    """Prints the table of LLM calls and returns the figures of :func:`accounting`.
 
     Raises:
-        InputError: as of :func:`accounting`.
+        InputError: if the folder is not named, holds no ended run of ``evolve train``, or a file of it is broken.
     """
     if not options.run_dir:
         raise InputError("--run-dir is missing: name the run folder of 'evolve train'")
@@ -48,27 +48,28 @@ def run(options: QueryAccounting, console: Console | None = None) -> dict[str, A
 
 
 def accounting(run_dir: str | Path) -> dict[str, Any]:
-    """What training and the data sets of a run folder cost.
+    """Counts the LLM calls of the training and of all data sets in a run folder.
 
-    Calls are logical ones, as env and generator count them: a request that failed and was sent again is two, a reply
-    from the journal of a resumed run one, and so is a verdict by the likelihoods of both answers, for which the judge
-    scores two texts. ``sent`` is what went to the models, from ``usage.json``: every text that was written or scored,
-    without replies from journal or cache and without what was sent by starts that were killed.
+    Calls are logical calls, as env and generator count them. A request that failed and was sent again counts twice. A
+    reply from the journal of a resumed run counts once. A verdict by the likelihoods of both answers counts once,
+    although the judge scores two texts for it. ``sent`` is what was sent to the models, from ``usage.json``: every text
+    that was written or scored, without replies from journal or cache and without requests of processes that were
+    killed.
 
     Args:
         run_dir: run folder of ``evolve train``.
 
     Returns:
-        JSON-able. ``algorithm``; ``learner``: False for a baseline, to whose data sets training adds nothing;
-        ``horizon``: edits per seed; ``training``: an account; ``datasets``: by name (file name and a hash of its path)
+        A JSON-able dict. ``algorithm``; ``learner``: False for a baseline, to whose data sets training adds nothing;
+        ``horizon``: edits per seed; ``training``: an account; ``datasets``: by name (file name and a hash of its path),
         an account with ``status``, ``seeds``, ``rows`` and
 
-        * ``calls_per_row`` of generation, ``calls_per_row_with_training``: training counted whole into every data set;
-          None without rows;
+        * ``calls_per_row``: calls of generation per row; ``calls_per_row_with_training``: the same with all calls of
+          the training added to every data set; None without rows;
         * ``evol_instruct_calls``: seeds x horizon x 3;
-        * ``ratio``, ``ratio_with_training``: calls over those;
-        * ``ratio_per_row``, ``ratio_per_row_with_training``: calls per row over the 3 of an Evol-Instruct whose every
-          evolution becomes a row. It drops some too, so this is the most that can be held against ours.
+        * ``ratio``, ``ratio_with_training``: calls divided by ``evol_instruct_calls``; None without seeds;
+        * ``ratio_per_row``, ``ratio_per_row_with_training``: calls per row divided by 3, the calls per row of an
+          Evol-Instruct that keeps every evolution. Evol-Instruct drops some too, so this is an upper bound.
 
         ``total``: an account of training and all data sets. An account has ``calls`` by kind (``rewrite``, ``judge``,
         ``answer``), ``all_calls``, and ``sent`` by role (``requests``, ``prompt_tokens``, ``completion_tokens``).
@@ -85,11 +86,12 @@ def accounting(run_dir: str | Path) -> dict[str, Any]:
     options = config["options"]
     training = _account({kind: _count(trained, f"{kind}_calls", folder) for kind in ("rewrite", "judge")}, folder)
     datasets = {}
+    # Each data set made with the policy has a run folder of its own.
     for place in sorted((folder / "generate").glob("*/config.json")):
-        made = read_json(place.parent / "results.json")
-        if made is None:
+        results = read_json(place.parent / "results.json")
+        if results is None:
             raise InputError(f"the generation in {place.parent} has not ended: repeat its 'evolve generate' command")
-        datasets[place.parent.name] = _dataset(made, place.parent, options["horizon"], training["all_calls"])
+        datasets[place.parent.name] = _dataset(results, place.parent, options["horizon"], training["all_calls"])
     return {
         "algorithm": options["algorithm"],
         "learner": options["algorithm"] not in BASELINES,
@@ -101,20 +103,29 @@ def accounting(run_dir: str | Path) -> dict[str, Any]:
 
 
 def _dataset(made: Mapping[str, Any], folder: Path, horizon: int, training: int) -> dict[str, Any]:
-    """The account of one data set."""
+    """Returns the account of one data set.
+
+    Args:
+        made: results of its ``evolve generate``.
+        folder: run folder of its ``evolve generate``.
+        horizon: edits per seed.
+        training: LLM calls of the training.
+    """
     seeds, rows = _count(made, "seeds", folder), _count(made, "accepted", folder)
     account = _account(made["counts"].get("calls", {}), folder)
-    theirs = seeds * horizon * EVOL_INSTRUCT_CALLS
-    figures: dict[str, Any] = {"status": made["status"], "seeds": seeds, "rows": rows, "evol_instruct_calls": theirs}
+    evolving = seeds * horizon * EVOL_INSTRUCT_CALLS
+    figures: dict[str, Any] = {"status": made["status"], "seeds": seeds, "rows": rows, "evol_instruct_calls": evolving}
+    # Figures for generation alone, and with all calls of the training added.
     for name, calls in (("", account["all_calls"]), ("_with_training", account["all_calls"] + training)):
         per_row = calls / rows if rows else None
         figures[f"calls_per_row{name}"] = per_row
-        figures[f"ratio{name}"] = calls / theirs if theirs else None
+        figures[f"ratio{name}"] = calls / evolving if evolving else None
         figures[f"ratio_per_row{name}"] = None if per_row is None else per_row / EVOL_INSTRUCT_CALLS
     return account | figures
 
 
 def _account(calls: Mapping[str, int], folder: Path) -> dict[str, Any]:
+    """Returns calls by kind, their sum, and the requests and tokens by role from the folder's ``usage.json``."""
     counted = {kind: int(calls.get(kind, 0)) for kind in ROLES}
     usage = read_json(folder / "usage.json") or {}
     sent = {
@@ -126,6 +137,8 @@ def _account(calls: Mapping[str, int], folder: Path) -> dict[str, Any]:
 
 
 def _total(accounts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the sum of accounts."""
+    # Start from 0 for every kind: Counter.update keeps zeros, so that no kind is missing.
     calls: Counter[str] = Counter(dict.fromkeys(ROLES, 0))
     sent: dict[str, Counter[str]] = {}
     for account in accounts:
@@ -140,6 +153,7 @@ def _total(accounts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _count(results: Mapping[str, Any], name: str, folder: Path) -> int:
+    """Returns one of the counts of a stage's results; raises an InputError if they lack it."""
     value = results.get("counts", {}).get(name)
     if not isinstance(value, int):
         raise InputError(f"{folder / 'results.json'} has no count {name!r}: it was not written by this command")
@@ -147,15 +161,15 @@ def _count(results: Mapping[str, Any], name: str, folder: Path) -> int:
 
 
 def accounting_table(account: Mapping[str, Any]) -> Table:
-    """The figures of :func:`accounting` as a table for the terminal."""
+    """Returns the figures of :func:`accounting` as a table for the terminal."""
     kind = "" if account["learner"] else ", a baseline: its training adds nothing to the data"
     table = Table(title=f"LLM calls ({account['algorithm']}{kind})")
     for title in ("", *ROLES, "all", "rows", "per row", "of Evol-Instruct's", "per row, of its 3"):
         table.add_column(title, justify="right" if title else "left")
     table.add_row("training", *_calls(account["training"]))
-    for name, one in account["datasets"].items():
-        table.add_row(name, *_calls(one), str(one["rows"]), *_ratios(one, ""))
-        table.add_row("  training included", *[""] * 5, *_ratios(one, "_with_training"))
+    for name, dataset in account["datasets"].items():
+        table.add_row(name, *_calls(dataset), str(dataset["rows"]), *_ratios(dataset, ""))
+        table.add_row("  training included", *[""] * 5, *_ratios(dataset, "_with_training"))
     table.add_row("total", *_calls(account["total"]))
     return table
 
@@ -165,6 +179,7 @@ def _calls(account: Mapping[str, Any]) -> list[str]:
 
 
 def _ratios(one: Mapping[str, Any], name: str) -> list[str]:
+    """Returns the last cells of a data set's row; ``name`` is the suffix of the figures' keys."""
     per_row, ratio, row_ratio = (one[f"{key}{name}"] for key in ("calls_per_row", "ratio", "ratio_per_row"))
     return [
         "-" if per_row is None else f"{per_row:.2f}",

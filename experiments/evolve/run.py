@@ -1,8 +1,11 @@
-"""``instructgym evolve run``: TeaMs-RL to its end. Does an agent's data teach more than that of random evolution?
+"""``instructgym evolve run``: all stages of TeaMs-RL.
 
-Both data sets cost the same number of LLM calls, the agent's training included; then one model is fine-tuned once on
-equally many rows of each, evaluated on held-out tasks and attacked by membership inference. Random evolution is
-Evol-Instruct with this library's operations, rules and filters.
+Does fine-tuning on an agent's data help more than fine-tuning on data of random evolution? Both data sets
+cost the same number of LLM calls, the agent's training included. One model is then fine-tuned on equally many rows of
+each, evaluated on held-out tasks and attacked by membership inference. Random evolution is Evol-Instruct with this
+library's operations, rules and filters.
+
+:mod:`~instructgym.experiments.teaching.run` has the stages that follow the generation of the data.
 """
 
 from __future__ import annotations
@@ -25,21 +28,25 @@ from .compare import run as compare
 from .queries import EVOL_INSTRUCT_CALLS
 
 RANDOM = "random"
+"""The arm that evolves at random."""
 CALLS = {"smoke": 190, "report": 1600}
+"""LLM calls per data set, by ``--scale``."""
 EPISODES = {"smoke": 4, "report": 48}
+"""Episodes that the agent trains for, by ``--scale``."""
 COPIES = {"smoke": 6, "report": 16}
-"""Episodes side by side in training, and seeds in generation: their requests share a batch."""
+"""Environments stepped together in training, and seeds evolved together in generation: their requests share a batch."""
 ANSWER_TOKENS = {"smoke": 32, "report": 64}
+"""Maximum tokens of an answer, by ``--scale``."""
 
 
 @dataclass
 class EvolveTeaching(TeachingOptions):
-    """Options of the stages behind the making of the data."""
+    """Options of the stages that follow the generation of the data."""
 
     name: ClassVar[str] = "evolve run"
 
     algorithm: str = "TRPO"
-    """The agent, as of 'evolve train'."""
+    """Algorithm of the agent: any learner that 'evolve train --algorithm' takes."""
 
     def check(self) -> None:
         super().check()
@@ -49,6 +56,7 @@ class EvolveTeaching(TeachingOptions):
 
     @property
     def data(self) -> dict[str, Path]:
+        # The first data set is the one that the report compares the others with.
         folder = self.root / "compare" / "arms"
         return {arm: folder / f"{arm}-seed{self.seed}" / "data.jsonl" for arm in (RANDOM, self.algorithm)}
 
@@ -64,12 +72,13 @@ class EvolveTeaching(TeachingOptions):
 
 
 def _cost(arm: str, folder: Path) -> dict[str, float]:
-    """LLM calls of one data set by kind, and against Evol-Instruct's three for every edit."""
-    made = read_json(folder / "arm.json")
-    if made is None:
+    """Returns the LLM calls of one data set by kind, their sum, and its ratio to Evol-Instruct's 3 calls per edit."""
+    result = read_json(folder / "arm.json")
+    if result is None:
         raise InputError(f"the data of {arm} in {folder} are not finished: repeat 'evolve run'")
-    calls = {kind: float(made["calls"].get(kind, 0)) for kind in ("training", "rewrite", "judge", "answer")}
-    rows, total = float(made["accepted"]), sum(calls.values())
+    calls = {kind: float(result["calls"].get(kind, 0)) for kind in ("training", "rewrite", "judge", "answer")}
+    rows, total = float(result["accepted"]), sum(calls.values())
+    # Every edit costs one rewrite, so the rewrites count the edits.
     figures = calls | {"all": total, "of Evol-Instruct's": total / (EVOL_INSTRUCT_CALLS * calls["rewrite"])}
     return figures | {"rows made": rows} | ({"calls per row": total / rows} if rows else {})
 
@@ -94,13 +103,13 @@ class EvolveRun(EvolveTeaching):
     """Make data with an agent and at random for equally many LLM calls, fine-tune on both, evaluate, attack, report."""
 
     backend: str = '{"id": "embedded", "kwargs": {"dtype": "auto"}}'
-    """Who rewrites, judges and answers, as of 'evolve train'."""
+    """Model that rewrites, judges and answers, written as for 'evolve train'."""
     reward: str = "judge + diversity"
-    """What the agent is paid, as of 'evolve train'."""
+    """Reward of the agent, written as for 'evolve train'."""
     calls: int = 0
     """LLM calls per data set, training included. 0: by --scale, 190 or 1600."""
     episodes: int = 0
-    """Training of the agent, in episodes. 0: by --scale, 4 or 48."""
+    """Length of the agent's training, in episodes. 0: by --scale, 4 or 48."""
 
     def check(self) -> None:
         super().check()
@@ -109,7 +118,7 @@ class EvolveRun(EvolveTeaching):
 
 
 def run(options: EvolveRun, console: Console | None = None) -> dict[str, Any]:
-    """Runs the stages that are not finished and returns the report's figures.
+    """Runs the stages that are not finished and returns the figures of the report.
 
     Raises:
         InputError: for bad input.
@@ -123,14 +132,19 @@ def _run(options: EvolveRun, console: Console) -> dict[str, Any]:
         console.print(f"would make data with {options.algorithm} and at random, and compare them in {options.root}")
         return {}
     with options.opened():
+        # One comparison with two arms makes both data sets.
         options.deadline.run(compare, make_data(options), console)
     return teach(options, console)
 
 
 def make_data(options: EvolveRun) -> EvolveCompare:
-    """The options of the comparison that makes both data sets; its seeds, those not held out, are written to a file."""
+    """Returns the options of the comparison that makes both data sets, after writing its seeds to a file.
+
+    The seeds are the tasks that are not held out for evaluation.
+    """
     tasks = load_tasks(options.seeds or None)
     with input_errors():
+        # With evaluation tasks of their own, no seed has to be held out.
         shown, _ = evaluation_split(tasks, 0 if options.tasks else options.held_out)
     seeds = options.root / "seeds.jsonl"
     write_once(seeds, [task.row() for task in shown])

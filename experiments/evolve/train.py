@@ -1,8 +1,8 @@
-"""``instructgym evolve train``: an agent learns which edit operations pay (TeaMs-RL, stage 1).
+"""``instructgym evolve train``: trains an agent to choose edit operations with high reward (TeaMs-RL, stage 1).
 
 A run is resumed by replaying it: learner, env and normaliser start again from the seed, and the journal answers every
-request that a model has answered before. That restores all of their state, whatever the algorithm, for the price of
-the learner's own arithmetic.
+request that a model answered before. This restores their whole state, whatever the algorithm, and costs only the
+learner's own computation.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ OPERATION_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC
 
 
 def plot_training(episodes: Sequence[Mapping[str, Any]], updates: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """Learning curve of one run, and the mix of operations over its updates.
+    """Plots the learning curve of one run and the shares of the operations over its updates, and returns the path.
 
     Args:
         episodes: rows of ``episodes.jsonl``.
         updates: rows of ``metrics.jsonl``.
-        path: the PNG.
+        path: PNG file to write.
     """
     figure, axes = panels(2)
     left, right = axes[0]
@@ -66,6 +66,7 @@ def plot_training(episodes: Sequence[Mapping[str, Any]], updates: Sequence[Mappi
         )
         right.set_ylim(0, 1)
         handles, labels = right.get_legend_handles_labels()
+        # Reversed, so that the legend lists the operations as they are stacked, from top to bottom.
         right.legend(handles[::-1], labels[::-1], frameon=False, bbox_to_anchor=(1.0, 1.0), loc="upper left")
     right.set(title="Operations chosen (last 96 steps)", xlabel="environment steps", ylabel="share")
     figure.savefig(path, dpi=130)
@@ -77,29 +78,31 @@ ENV_ID = "instructgym/EvolveInstruction-v0"
 
 @dataclass
 class EnvOptions(RunOptions):
-    """Options that describe the environment."""
+    """Options of the environment."""
 
     seeds: str = ""
-    """Seed instructions: JSONL or JSON with 'instruction', Alpaca JSON, Self-Instruct's seed_tasks.jsonl, or plain
-    text. By default the package's own."""
+    """File of seed instructions: JSONL or JSON with 'instruction', Alpaca JSON, Self-Instruct's seed_tasks.jsonl, or
+    plain text with one instruction a line. By default the package's own."""
     preset: str = "corrected"
-    """corrected: a seed per episode, text reset, elimination rules active. published: as TeaMs-RL's code, one seed."""
+    """corrected: every episode starts from the text of a seed instruction, and the elimination rules are active.
+    published: as in TeaMs-RL's code, one seed instruction whose text is never reset, and no elimination."""
     observation: str = "last_edit"
-    """last_edit: one-hot of the last operation (the paper's). embedding: that, progress and a sentence embedding."""
+    """last_edit: one-hot vector of the last operation, as in the paper. embedding: that vector, the progress of the
+    episode and a sentence embedding of the text."""
     reward: str = "judge"
-    """A sum of rewards, e.g. 'judge' or 'judge + 0.5*diversity'; a weight of 0 logs a term without paying it."""
+    """Sum of rewards, e.g. 'judge' or 'judge + 0.5*diversity'; a term with weight 0 is logged but not rewarded."""
     judge_backend: str = ""
-    """Who judges, written like --backend; by default the rewriter itself, as in the paper."""
+    """Model that judges, written like --backend. By default the rewriter itself, as in the paper."""
     horizon: int = 6
     """Edits per episode."""
     candidates: int = 1
-    """Rewrites drawn per edit, of which the most likely is taken. Each edit still counts as one call."""
+    """Rewrites sampled per edit, of which the most likely is used. Each edit still counts as one LLM call."""
     operations: str = ""
-    """Edit operations in action order, separated by commas; by default the paper's six."""
+    """Edit operations in the order of their action indices, separated by commas. By default the paper's six."""
     no_op: bool = False
-    """Add a seventh action that leaves the text alone and calls nobody."""
+    """Add an action (the seventh, with the paper's six) that leaves the text unchanged and makes no LLM call."""
     num_envs: int = 8
-    """Copies stepped together; their requests share one batch."""
+    """Environments stepped together; their requests share one batch."""
 
     def check(self) -> None:
         super().check()
@@ -109,15 +112,24 @@ class EnvOptions(RunOptions):
 
 @dataclass
 class Roles:
-    """The language models of a run, their replies kept in its journal."""
+    """The language models of a run, by role; their replies are stored in its journal."""
 
     rewriter: Backend
+    """Applies the edit operations."""
     judge: Backend
+    """Answers the reward's questions."""
     responder: Backend
+    """Answers the evolved instructions."""
 
 
 def roles_of(options: EnvOptions, journal: Journal | None, responder: str = "") -> Roles:
-    """The roles that the options describe; equal parts are built once, each role counts its own usage in a journal."""
+    """Builds the roles that the options describe; roles with equal options share one backend.
+
+    Args:
+        options: options that name the backends.
+        journal: journal that stores the replies, so that each role counts its own usage; None for bare backends.
+        responder: backend of the responder in its command-line form; empty for the rewriter's.
+    """
     backend = parse_part(options.backend, options.model)
     judge = parse_part(options.judge_backend) if options.judge_backend else backend
     parts = {"rewriter": backend, "judge": judge, "responder": parse_part(responder) if responder else backend}
@@ -127,7 +139,7 @@ def roles_of(options: EnvOptions, journal: Journal | None, responder: str = "") 
 def make_env(
     options: EnvOptions, roles: Roles, instructions: Sequence[Instruction] | None, **kwargs: Any
 ) -> VectorToVecEnv:
-    """The vector env that the options describe; ``kwargs`` replace its arguments."""
+    """Returns the vector env that the options describe; ``kwargs`` replace its arguments."""
     arguments: dict[str, Any] = {
         "preset": options.preset,
         "seeds": instructions,
@@ -145,15 +157,20 @@ def make_env(
 
 
 def load_seeds(path: str) -> list[Instruction]:
-    """Seed instructions from a file, or the package's own for an empty path."""
+    """Returns the seed instructions of a file, or the package's own for an empty path."""
     return load_instructions(path or None)
 
 
 def check_context(backend: Backend, instructions: Sequence[Instruction], where: str) -> None:
-    """Refuses seeds whose requests would not fit the rewriter's context.
+    """Checks that the requests for every seed and operation fit the rewriter's context.
+
+    Args:
+        backend: the rewriter.
+        instructions: the seeds.
+        where: file of the seeds, for the error message.
 
     Raises:
-        InputError: naming the seed.
+        InputError: for a seed that is too long, naming it.
     """
     operator = LLMOperator()
     for number, instruction in enumerate(instructions, start=1):
@@ -169,14 +186,17 @@ def check_context(backend: Backend, instructions: Sequence[Instruction], where: 
 
 
 def identity(options: RunOptions, instructions: Sequence[Instruction] | None) -> dict[str, Any]:
-    """What makes a run the same run: its options and its seed instructions, whatever the file around them."""
+    """Returns what identifies a run when it is resumed: its options and a hash of its seed instructions.
+
+    The hash depends on the instructions alone, not on the format of their file.
+    """
     texts = [[i.text, i.input, i.id] for i in instructions or []]
     digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
     return asdict(options) | {"seed_instructions": digest}
 
 
 def describe(env: gym.vector.VectorEnv[Any, Any, Any]) -> str:
-    """One line on the env of a dry run."""
+    """Returns one line that describes the env, for a dry run."""
     return (
         f"{env.num_envs} copies, {env.single_action_space}, observation {env.single_observation_space}, "
         f"{len(env.unwrapped.process.instructions)} seeds"  # type: ignore[attr-defined]
@@ -184,7 +204,9 @@ def describe(env: gym.vector.VectorEnv[Any, Any, Any]) -> str:
 
 
 EPISODES = {"smoke": 40, "report": 400}
+"""Episodes to train for, by ``--scale``."""
 CHECKPOINT_SECONDS = 60.0
+"""Least seconds between two checkpoints."""
 
 
 @dataclass
@@ -192,15 +214,18 @@ class EvolveTrain(EnvOptions):
     """Train an agent to evolve instructions."""
 
     algorithm: str = "TRPO"
-    """TRPO (the paper's), PPO, A2C, DQN, MaskablePPO, RecurrentPPO; baselines: random, round-robin, schedule."""
+    """Learner: TRPO (the paper's), PPO, A2C, DQN, MaskablePPO or RecurrentPPO; or baseline: random, round-robin or
+    schedule."""
     episodes: int = 0
-    """Length of training in full episodes: episodes x horizon steps, rounded up to whole rollouts. 0: by --scale."""
+    """Length of training in full episodes: episodes x horizon steps, rounded up to whole rollouts. 0: by --scale, 40 or
+    400."""
     n_steps: int = 6
-    """Steps of each copy per update (on-policy algorithms)."""
+    """Steps of each environment per policy update, for on-policy algorithms."""
     normalize_observation: bool = False
-    """Normalise observations by running statistics, clipped to 5 (the paper's filter); saved with the policy."""
+    """Normalise observations by their running mean and deviation, clipped to 5, like the paper's filter. The statistics
+    are saved with the policy."""
     max_invalid_share: float = 0.2
-    """Stop with an error when the judge or rewriter gave nothing usable on more than this share of recent steps."""
+    """Stop with an error if the judge or the rewriter gave no usable reply on more than this share of recent steps."""
 
     def check(self) -> None:
         super().check()
@@ -214,24 +239,26 @@ class EvolveTrain(EnvOptions):
 
     @property
     def timesteps(self) -> int:
-        """Env steps to train for, in whole rollouts."""
+        """Number of env steps to train for, in whole rollouts."""
+        # DQN collects one step per environment between two updates.
         rollout = self.num_envs * (1 if self.algorithm == "DQN" else self.n_steps)
         return math.ceil((self.episodes or EPISODES[self.scale]) * self.horizon / rollout) * rollout
 
 
 def run(options: EvolveTrain, console: Console | None = None) -> dict[str, Any]:
-    """Trains, or resumes training, and returns the results.
+    """Trains the agent, or resumes its training, and returns the results.
 
     Args:
-        options: the options.
-        console: where to print.
+        options: options of the run.
+        console: console to print to; None for a new one.
 
     Raises:
-        InputError: for bad input, before anything heavy.
-        InvalidRewardRateError: if too many rewards had no verdict.
+        InputError: for bad input, before any expensive work.
+        InvalidRewardRateError: if too many steps got no verdict.
     """
     console = console or Console()
     options.check()
+    # None: the preset 'published' brings its one seed.
     instructions = load_seeds(options.seeds) if options.seeds or options.preset != "published" else None
     folder = RunFolder(options.run_dir, identity(options, instructions), "evolve train")
     with input_errors():
@@ -248,6 +275,7 @@ def run(options: EvolveTrain, console: Console | None = None) -> dict[str, Any]:
 
 
 def _train(options: EvolveTrain, folder: RunFolder, env: VecEnv, journal: Journal, console: Console) -> dict[str, Any]:
+    """Trains the agent, saves its policy, draws the figure and returns the results."""
     begun, replayed = time.monotonic(), len(journal)
     wrapped: VecEnv = VecMonitor(env)
     if options.normalize_observation:
@@ -257,10 +285,12 @@ def _train(options: EvolveTrain, folder: RunFolder, env: VecEnv, journal: Journa
         agent.set_logger(tracker.logger())
         rows = RowWriter(folder.file("episodes.jsonl"))
         episodes = EpisodeRows(rows.write)
+        # Replayed steps add nothing to the journal: the time limit begins with the first new reply.
         stop = StopAtDeadline(60 * options.minutes, counts=lambda: len(journal) > replayed)
         save = _Checkpoint(options, folder)
         guard = InvalidRewardGuard(options.max_invalid_share)
         with StepProgress(f"{options.algorithm} seed {options.seed}", options.timesteps, console) as progress:
+            # stable-baselines3 counts the interval of the log in episodes for DQN, in updates for the others.
             agent.learn(
                 options.timesteps,
                 callback=[episodes, guard, stop, save, ShowProgress(progress)],
@@ -300,7 +330,7 @@ def _train(options: EvolveTrain, folder: RunFolder, env: VecEnv, journal: Journa
 
 
 class _Checkpoint(BaseCallback):
-    """Saves the policy at the start of a rollout, i.e. after an update, at most once a minute."""
+    """A callback that saves the policy at the start of a rollout, i.e. after an update, at most once a minute."""
 
     def __init__(self, options: EvolveTrain, folder: RunFolder) -> None:
         super().__init__()
@@ -315,7 +345,7 @@ class _Checkpoint(BaseCallback):
             self.save(self.model)
 
     def save(self, agent: Any) -> None:
-        """Saves now."""
+        """Saves the policy now."""
         save_policy(agent, self.folder.path / "checkpoints", self.options.algorithm, self.options.n_steps)
         self._last = time.monotonic()
 

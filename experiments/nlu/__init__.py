@@ -1,1 +1,1 @@
-"""RL for language understanding."""
+"""Experiments on language understanding by reinforcement learning."""

@@ -1,4 +1,4 @@
-"""``instructgym nlu report``: run folders gathered into the paper's table (tasks by methods) and learning curves."""
+"""``instructgym nlu report``: gathers run folders into the paper's table (tasks by methods) and learning curves."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ from .run import NLU
 
 
 def plot_nlu(curves: Mapping[str, Any], figures: Mapping[str, Any], path: Path) -> Path:
-    """Learning curves of language-understanding runs, a row of axes per task; dotted lines are evaluations.
+    """Plots learning curves and final scores of language-understanding runs, a row of axes per task; returns the path.
 
     Args:
-        curves: by task and arm, one list of (labels seen, share right, share well-formed) per seed.
-        figures: by task and arm, what is known of its evaluation (``greedy``: mean and half-width).
-        path: the PNG.
+        curves: by task and arm, one list of (labels seen, share of right answers, share of well-formed answers) per
+            seed.
+        figures: by task and arm, a row of the table: ``greedy`` (mean and half-width of the main metric), ``metric``
+            (its name), ``examples`` (number of evaluated rows).
+        path: PNG file to write.
     """
     tasks = list(figures)
     figure, axes = panels(2, len(tasks))
@@ -35,6 +37,7 @@ def plot_nlu(curves: Mapping[str, Any], figures: Mapping[str, Any], path: Path) 
         for k, arm in enumerate(arms):
             colour, runs = COLOURS[k % len(COLOURS)], curves.get(task, {}).get(arm, [])
             if runs:
+                # Average over seeds on the range of labels that every seed covers.
                 grid = np.linspace(max(r[0][0] for r in runs), min(r[-1][0] for r in runs), 80)
                 columns = [np.array(run).T for run in runs]
                 rows = [np.interp(grid, c[0], smooth(c[1], max(len(c[1]) // 8, 1))) for c in columns]
@@ -43,6 +46,7 @@ def plot_nlu(curves: Mapping[str, Any], figures: Mapping[str, Any], path: Path) 
         if left.get_legend_handles_labels()[1]:
             left.legend(frameon=False, fontsize=8)
         means = [100 * figures[task][arm]["greedy"][0] for arm in arms]
+        # The half-width of a single seed is NaN: draw no error bar.
         errors = [0 if np.isnan(h := figures[task][arm]["greedy"][1]) else 100 * h for arm in arms]
         bars = right.barh(
             range(len(arms)), means, xerr=errors, color=[COLOURS[k % len(COLOURS)] for k in range(len(arms))]
@@ -58,16 +62,19 @@ def plot_nlu(curves: Mapping[str, Any], figures: Mapping[str, Any], path: Path) 
 
 
 UNTRAINED = ("majority", "zero-shot", "few-shot")
+"""Methods without training."""
 NEUTRAL = set("seed run_dir data_dir eval_data_dir minutes save_every track dry_run token_budget".split())
 NEUTRAL |= {"servers", "adapter_dir"}
+"""Options that do not make two runs different arms."""
 TRAINING = {"labels", "passes", "batch_size", "group_size", "learning_rate", "schedule", "optimizer", "epochs"} | {
     "kl_coefficient",
     "lora_rank",
     "rollouts",
 }
-"""Options that say nothing of a method that is not trained."""
+"""Options without effect on a method that is not trained."""
 
 ORDER = ("majority", "zero-shot", "few-shot", "sft", "ppo", "grpo", "rloo")
+"""Order of the methods in the table."""
 
 
 @dataclass
@@ -77,7 +84,7 @@ class NLUReport:
     runs: tuple[str, ...] = ("runs/nlu",)
     """Run folders, or folders of run folders."""
     out: str = "runs/nlu-report"
-    """Folder for report.md and curves.png."""
+    """Folder to write report.md and curves.png to."""
 
 
 @dataclass(frozen=True)
@@ -85,14 +92,16 @@ class ReportedRun:
     """One finished run."""
 
     options: Mapping[str, Any]
+    """Options of the run, with defaults for those that it did not record."""
     metrics: Mapping[str, Any]
+    """Metrics by decoding (``greedy``, ``sampled``), task and name."""
     counts: Mapping[str, Any]
     curve: list[tuple[float, float, float]]
-    """Of each update: labels seen, share of right answers, share of well-formed ones."""
+    """For each update: labels seen, share of right answers, share of well-formed answers."""
 
     @property
     def arm(self) -> str:
-        """The method and, where it matters, how it starts."""
+        """Name of the arm: the method and, except for ``majority``, how it starts."""
         method, start, shots = (self.options[key] for key in ("method", "start", "shots"))
         if method == "majority":
             return "majority"
@@ -100,14 +109,15 @@ class ReportedRun:
 
     @property
     def differences(self) -> dict[str, str]:
-        """Options in which runs of one arm may not differ if they are to be taken for its seeds."""
+        """Options, as text, that must be equal in runs that count as seeds of one arm."""
         left_out = NEUTRAL | (TRAINING if self.options["method"] in UNTRAINED else set())
+        # The majority answer depends on the training labels, although nothing is trained.
         left_out -= {"labels"} if self.options["method"] == "majority" else set()
         return {key: str(value) for key, value in self.options.items() if key not in left_out}
 
 
 def run(options: NLUReport, console: Console | None = None) -> dict[str, Any]:
-    """Writes ``report.md`` and ``curves.png`` and returns the table's figures, by task and arm.
+    """Writes ``report.md`` and ``curves.png`` and returns the figures of the table by task and arm.
 
     Raises:
         InputError: if there is no finished run.
@@ -116,7 +126,7 @@ def run(options: NLUReport, console: Console | None = None) -> dict[str, Any]:
     folders = dict.fromkeys(
         path.parent for folder in options.runs for path in sorted(Path(folder).rglob("results.json"))
     )
-    runs = [found for folder in folders if (found := _read(folder))]
+    runs = [reported for folder in folders if (reported := _read(folder))]
     if not runs:
         raise InputError(f"no finished run of 'nlu' in {', '.join(options.runs)}")
     out = Path(options.out)
@@ -131,6 +141,7 @@ def run(options: NLUReport, console: Console | None = None) -> dict[str, Any]:
 
 
 def _read(folder: Path) -> ReportedRun | None:
+    """Reads a run folder; returns None if it holds no finished run of ``nlu``."""
     config, results = read_json(folder / "config.json"), read_json(folder / "results.json")
     if config is None or config.get("command") != "nlu" or results is None or results.get("status") != "finished":
         return None
@@ -141,15 +152,23 @@ def _read(folder: Path) -> ReportedRun | None:
         for row in rows
         if "rollout/labels" in row
     ]
-    options = asdict(NLU()) | config["options"]  # an option that an older run did not know had its default's effect
+    options = asdict(NLU()) | config["options"]  # options that are newer than the run had the effect of their defaults
     return ReportedRun(options, results["metrics"], results["counts"], curve)
 
 
 def _named(runs: Sequence[ReportedRun]) -> dict[str, list[ReportedRun]]:
-    """Runs by the name of their arm: its seeds together; what else they differ in becomes part of the name."""
+    """Groups runs by arm and names the groups.
+
+    Runs of one arm that differ in nothing but :data:`NEUTRAL` options are its seeds. If runs of one arm differ in other
+    options, they form several groups, whose names contain these options.
+
+    Raises:
+        InputError: for two runs of one group with the same seed.
+    """
     groups: dict[str, dict[tuple[tuple[str, str], ...], list[ReportedRun]]] = {}
     for run in runs:
         groups.setdefault(run.arm, {}).setdefault(tuple(sorted(run.differences.items())), []).append(run)
+    # Name each group by its arm and the options in which the groups of that arm differ.
     named: dict[str, list[ReportedRun]] = {}
     for arm in sorted(groups, key=lambda arm: (_rank(arm), arm)):
         options = [dict(key) for key in groups[arm]]
@@ -164,22 +183,26 @@ def _named(runs: Sequence[ReportedRun]) -> dict[str, list[ReportedRun]]:
 
 
 def _figures(runs: Sequence[ReportedRun]) -> dict[str, dict[str, dict[str, Any]]]:
-    """By task and arm: the main metric greedy and sampled, format rates, labels, minutes; means over seeds."""
+    """Returns the rows of the table by task and arm."""
     tasks = dict.fromkeys(task for run in runs for task in run.metrics["greedy"])
     return {task: {arm: _row(members, task) for arm, members in _on(task, runs).items()} for task in tasks}
 
 
 def _on(task: str, runs: Sequence[ReportedRun]) -> dict[str, list[ReportedRun]]:
-    """The arms that were evaluated on a task."""
+    """Returns the arms that were evaluated on a task, with their runs."""
     return _named([run for run in runs if task in run.metrics["greedy"]])
 
 
 def _rank(arm: str) -> int:
+    """Returns the place of an arm in the table, that of its method in :data:`ORDER`."""
     name = arm.partition(",")[0]
+    # The arm of few-shot begins with the number of examples, as in "4-shot".
     return ORDER.index("few-shot" if name.endswith("-shot") and name[0].isdigit() else name)
 
 
 def _row(runs: Sequence[ReportedRun], task: str) -> dict[str, Any]:
+    """Returns an arm's row: main metric and format rate, greedy and sampled, labels, and minutes; means over seeds."""
+    # The first metric of a task is its main metric.
     main = next(iter(runs[0].metrics["greedy"][task]))
     row: dict[str, Any] = {"metric": main, "seeds": len(runs), "labels": runs[0].counts["labels"]}
     for how in ("greedy", "sampled"):
@@ -195,13 +218,13 @@ def _row(runs: Sequence[ReportedRun], task: str) -> dict[str, Any]:
 
 
 def _curves(runs: Sequence[ReportedRun]) -> dict[str, dict[str, list[list[tuple[float, float, float]]]]]:
-    """By task of the evaluation and arm, the learning curves of its runs."""
+    """Returns the learning curves of the runs by evaluation task and arm."""
     tasks = dict.fromkeys(task for run in runs for task in run.metrics["greedy"])
     curves = {
         task: {
-            arm: kept
+            arm: recorded
             for arm, members in _on(task, runs).items()
-            if (kept := [run.curve for run in members if run.curve])
+            if (recorded := [run.curve for run in members if run.curve])
         }
         for task in tasks
     }
@@ -209,6 +232,8 @@ def _curves(runs: Sequence[ReportedRun]) -> dict[str, dict[str, list[list[tuple[
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
+    """Returns the cells of an arm's row as text, in the order of :data:`TITLES`."""
+
     def figure(pair: Any) -> str:
         mean, half = pair
         return f"{100 * mean:.1f}" + ("" if np.isnan(half) else f" ± {100 * half:.1f}")
@@ -229,7 +254,7 @@ TITLES = ("metric", "greedy", "T = 1", "format, greedy", "format, T = 1", "label
 
 
 def figures_markdown(figures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """Returns the table in Markdown; percentages, with 95% t-intervals where there are several seeds."""
+    """Returns the table in Markdown: percentages, with 95% t-intervals if there are several seeds."""
     rows = [[task, arm, *_cells(row)] for task, arms in figures.items() for arm, row in arms.items()]
     return markdown([["task", "method, start", *TITLES], *rows])
 

@@ -1,4 +1,4 @@
-"""``instructgym nlu``: language understanding by reinforcement learning (RL4GLUE) and what it is compared with."""
+"""``instructgym nlu run``: language understanding by reinforcement learning (RL4GLUE), and the methods to compare."""
 
 from __future__ import annotations
 
@@ -43,14 +43,18 @@ def answers(
     seed: int = 0,
     **env_options: Any,
 ) -> list[dict[str, Any]]:
-    """What the policy answers, one row per example: ``episode_id``, ``text``, ``finish_reason``, ``prediction``.
+    """Generates the policy's answers.
 
     Args:
-        policy: who answers.
-        examples: what it is asked.
-        temperature: 0 for greedy decoding.
-        seed: of sampled answers; an answer depends on it and the example alone.
+        policy: policy that answers.
+        examples: prompts, with allowed answers and reference.
+        temperature: sampling temperature; 0 for greedy decoding.
+        seed: seed of sampled answers; an answer depends only on it, the example and its place in the list.
         env_options: arguments of ``GenerateLabel``, as in training.
+
+    Returns:
+        One row per example: ``episode_id``, ``text``, ``finish_reason``, ``prediction`` (the parsed answer, None if it
+        is malformed) and ``reference``.
     """
     rows = []
     for example, response in zip(
@@ -69,34 +73,45 @@ def answers(
 
 
 def scores(examples: Sequence[PromptExample], predictions: Sequence[str | None]) -> dict[str, dict[str, float]]:
-    """The official metrics by task."""
+    """Returns the official metrics by task and name.
+
+    Args:
+        examples: labelled examples of one or more tasks.
+        predictions: one answer per example; None is malformed.
+    """
     tasks = dict.fromkeys(str(example.metadata["task"]) for example in examples)
-    chosen = {task: [i for i, e in enumerate(examples) if e.metadata["task"] == task] for task in tasks}
+    rows_of = {task: [i for i, e in enumerate(examples) if e.metadata["task"] == task] for task in tasks}
     return {
         task: evaluate(task, [predictions[i] for i in rows], [examples[i] for i in rows])
-        for task, rows in chosen.items()
+        for task, rows in rows_of.items()
     }
 
 
 def majority(train: Sequence[PromptExample], examples: Sequence[PromptExample]) -> list[str]:
-    """For each example the most frequent answer of its task in training (the mean, where answers are numbers)."""
+    """Predicts for each example the most frequent training answer of its task, or the mean if answers are numbers.
+
+    Args:
+        train: training examples; those without a reference are ignored.
+        examples: examples to predict.
+    """
     best: dict[str, str] = {}
     for task in dict.fromkeys(str(example.metadata["task"]) for example in [*train, *examples]):
-        known = [e for e in train if e.metadata["task"] == task and e.reference is not None]
-        if known and known[0].metadata["kind"] == "regression":
-            best[task] = f"{np.mean([float(e.reference or 0) for e in known]):.1f}"
+        labelled = [e for e in train if e.metadata["task"] == task and e.reference is not None]
+        if labelled and labelled[0].metadata["kind"] == "regression":
+            best[task] = f"{np.mean([float(e.reference or 0) for e in labelled]):.1f}"
         else:
-            counted = Counter(str(e.reference) for e in known)
-            best[task] = counted.most_common(1)[0][0] if counted else ""
+            frequencies = Counter(str(e.reference) for e in labelled)
+            best[task] = frequencies.most_common(1)[0][0] if frequencies else ""
     return [best[str(example.metadata["task"])] for example in examples]
 
 
 Method = Literal["majority", "zero-shot", "few-shot", "sft", "ppo", "grpo", "rloo"]
 
 AGENTS: dict[str, type[RolloutAgent]] = {"ppo": TokenPPO, "grpo": GRPO, "rloo": RLOO}
+"""Methods that train by reinforcement learning."""
 
 SMOKE = {"labels": 64, "eval_limit": 32}
-"""What ``--scale smoke`` cuts a run to."""
+"""Upper limits of these options with ``--scale smoke``."""
 
 
 @dataclass
@@ -104,81 +119,94 @@ class NLU:
     """Train or evaluate one method on language-understanding tasks."""
 
     task: str = "rotten-tomatoes"
-    """GLUE or SuperGLUE task, or several separated by commas (one policy for all); rotten-tomatoes needs no data."""
+    """GLUE or SuperGLUE task, or several separated by commas (one policy for all). rotten-tomatoes is included in the
+    package and needs no download."""
     method: Method = "ppo"
-    """majority, zero-shot, few-shot (no training); sft, ppo, grpo, rloo."""
+    """Without training: majority (the most frequent label), zero-shot or few-shot; with training: sft (supervised),
+    ppo, grpo or rloo (reinforcement learning)."""
     start: str = "constrained"
-    """constrained: only the allowed answers can be written; free: anything, as published; few-shot-header: free behind
-    solved examples; sft:N: free, after supervised training on N labels, which is also the KL reference."""
+    """How the policy starts and answers. constrained: decoding allows only the task's answers; free: any text, as
+    published; few-shot-header: any text, after solved examples in the prompt; sft:N: any text, after supervised
+    training on N labels, which also gives the reference policy of the KL penalty."""
     model: str = "embedded"
-    """embedded, or a local path or hub id of a causal language model."""
+    """Model of the policy: embedded, or a local path or hub id of a causal language model."""
     data_dir: str = ""
-    """Folder of GLUE's TSV or SuperGLUE's JSONL files; without it the datasets library fetches them."""
+    """Folder of GLUE's TSV or SuperGLUE's JSONL files. By default the datasets library downloads them."""
     run_dir: str = "runs/nlu"
-    """Run folder."""
+    """Folder of the run. A folder with an unfinished run of the same options is resumed."""
     labels: int = 3000
-    """Training labels per task at most; 0 for all."""
+    """Maximum number of training labels per task. 0: all."""
     passes: int = 1
     """Passes over the training prompts."""
     layout: Literal["tagged", "plain"] = "tagged"
-    """tagged: answers between judgement tags; plain: behind a cue, to the end of the line."""
+    """Where the response holds the answer. tagged: between judgement tags; plain: after a cue, up to the end of the
+    line."""
     shots: int = 4
-    """Solved examples of few-shot and few-shot-header."""
+    """Number of solved examples before each prompt, with --method few-shot or --start few-shot-header."""
     preset: Literal["paper", "code"] = "paper"
-    """Points for right, wrong and malformed answers: paper (1, 0, -1) or code (1, -1, -3)."""
+    """Rewards of right, wrong and malformed answers: paper (1, 0, -1) or code (1, -1, -3)."""
     eval_task: str = ""
-    """Evaluate on these tasks instead, for transfer."""
+    """Tasks to evaluate on, separated by commas, to measure transfer. By default those of --task."""
     eval_data_dir: str = ""
-    """Folder of their files; by default --data-dir."""
+    """Folder of the data files of --eval-task. By default --data-dir."""
     eval_split: Literal["validation", "test"] = "test"
-    """validation: rows held out of train, for tuning; test: the published dev set."""
+    """Rows to evaluate on. validation: rows held out of the training set, for tuning; test: the published development
+    set."""
     eval_limit: int = 0
-    """Rows to evaluate on per task at most; 0 for all."""
+    """Maximum number of rows to evaluate on, per task. 0: all."""
     batch_size: int = 64
-    """Prompts per update."""
+    """Prompts per update of ppo, grpo and rloo."""
     group_size: int = 4
-    """Samples per prompt (grpo, rloo)."""
+    """Responses sampled per prompt by grpo and rloo."""
     learning_rate: float = 3e-4
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Learning-rate schedule, with 10% warm-up and down to a tenth."""
+    """Learning-rate schedule after a warm-up of 10%; linear and cosine end at a tenth of the peak."""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
-    """adamw or adafactor."""
+    """Optimiser of the training: adamw or adafactor."""
     epochs: int = 1
-    """Passes over the episodes of an update (ppo, grpo, rloo)."""
+    """Passes of ppo, grpo and rloo over the episodes of an update."""
     kl_coefficient: float = 0.02
-    """Weight of the KL penalty against the start; 0 saves the reference pass."""
+    """Weight of the KL penalty to the policy before training. 0: no penalty, which saves the forward pass of the
+    reference policy."""
     lora_rank: int = 16
-    """Rank of the adapters."""
+    """Rank of the LoRA adapters."""
     token_budget: int = 1024
-    """Tokens of a micro-batch."""
+    """Maximum tokens of a micro-batch."""
     rollouts: Literal["process", "vllm"] = "process"
-    """Who writes the episodes (ppo, grpo, rloo): this process, or the vLLM servers of --servers."""
+    """Where ppo, grpo and rloo generate their episodes. process: in this process; vllm: on the vLLM servers of
+    --servers."""
     servers: str = ""
     """Base URLs of vLLM servers of the same model, http://host:port/v1, separated by commas."""
     adapter_dir: str = ""
-    """Folder that the servers see under the same path, for handing over adapters; by default a temporary one."""
+    """Folder through which adapters are passed to the vLLM servers, which must see it under the same path. By default a
+    temporary folder."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic; auto: bfloat16 where the hardware computes in it."""
+    """Number format of the computation. auto: bfloat16 if the hardware supports it."""
     max_tokens: int = 12
-    """Tokens of an answer at most."""
+    """Maximum tokens of an answer."""
     context_length: int = 512
-    """Tokens of prompt and answer at most."""
+    """Maximum tokens of prompt and answer together."""
     save_every: int = 5
     """Updates between checkpoints."""
     scale: Literal["smoke", "report"] = "report"
-    """smoke: a few minutes on two cores; report: as the options say."""
+    """Size of the run. smoke: a few minutes on two cores, with at most 64 labels and 32 evaluated rows per task;
+    report: as the other options set it."""
     seed: int = 0
-    """Of labels, order, tokens and weights."""
+    """Seed of the choice of labels, their order, sampled tokens and initial weights."""
     minutes: float = 0.0
-    """Stop cleanly after this time; repeating the command goes on. 0: no limit."""
+    """Stop cleanly after so many minutes; the same command continues the run. 0: no limit."""
     track: str = "none"
-    """none or wandb."""
+    """wandb: log to Weights & Biases too. none: files only."""
     dry_run: bool = False
-    """Check everything, load no model."""
+    """Check options and data, and stop before a model is loaded."""
 
     def check(self) -> None:
-        """Refuses options that contradict each other or name nothing."""
+        """Checks the options, after reducing them to those of ``--scale smoke`` if it is set.
+
+        Raises:
+            InputError: for options that exclude each other or have an unknown value, naming them.
+        """
         check_tracker(self.track)
         if self.scale == "smoke":
             self.labels = min(self.labels or SMOKE["labels"], SMOKE["labels"])
@@ -210,26 +238,26 @@ class NLU:
 
     @property
     def constrained(self) -> bool:
-        """Whether only the allowed answers can be written."""
+        """Whether decoding allows only the task's answers."""
         return self.start == "constrained"
 
     @property
     def urls(self) -> list[str]:
-        """The servers' base URLs."""
+        """Base URLs of the vLLM servers."""
         return [url.strip() for url in self.servers.split(",") if url.strip()]
 
     @property
     def shown(self) -> int:
-        """Solved examples before each prompt."""
+        """Number of solved examples before each prompt."""
         return self.shots if self.method == "few-shot" or self.start == "few-shot-header" else 0
 
     @property
     def warm_labels(self) -> int:
-        """Labels of the supervised start."""
+        """Number of labels of the supervised warm start."""
         return int(self.start.partition(":")[2] or 0)
 
     def env_options(self) -> dict[str, Any]:
-        """Arguments of the environment, examples and tokenizer aside."""
+        """Returns the arguments of the environment, except examples and tokenizer."""
         return {
             "layout": self.layout,
             "preset": self.preset,
@@ -244,22 +272,24 @@ class _Data:
     """The examples of a run."""
 
     train: list[PromptExample]
+    """Training examples, without those of the warm start."""
     warm: list[PromptExample]
+    """Examples of the supervised warm start."""
     evaluation: list[PromptExample]
 
 
 def run(options: NLU, console: Console | None = None) -> dict[str, Any]:
-    """Trains (or resumes), evaluates, and returns the results.
+    """Trains the policy, or resumes its training, evaluates it, and returns the results.
 
     Raises:
-        InputError: for bad input, before a model is loaded where that can be seen.
+        InputError: for bad input; before a model is loaded, if it can be detected without one.
     """
     console = console or Console()
     options.check()
     data = _load(options)
     processes = Processes()
     path = Path(options.run_dir)
-    if not processes.is_main:  # of several, one writes the run; the others keep a scratch folder within it
+    if not processes.is_main:  # the main process writes the run; every other one uses a scratch folder within it
         path, console = path / "ranks" / str(processes.index), Console(quiet=True)
     folder = RunFolder(path, asdict(options), "nlu")
     if options.dry_run:
@@ -275,10 +305,15 @@ def run(options: NLU, console: Console | None = None) -> dict[str, Any]:
 
 
 def _load(options: NLU) -> _Data:
+    """Loads and shuffles the training examples and loads those of the evaluation.
+
+    Raises:
+        InputError: for data that cannot be used, evaluation rows without a label, and too few labels to train on.
+    """
     limit = options.labels or None
     train = load_examples(options.task, "train", options.data_dir, limit, options.shown, options.layout, options.seed)
     train = [example for example in train if example.reference is not None]
-    # The tasks of a mixture come one after the other.
+    # Shuffle: the examples of several tasks are loaded one task after the other.
     train = [train[i] for i in np.random.default_rng(options.seed).permutation(len(train))]
     evaluation = load_examples(
         options.eval_task or options.task,
@@ -294,26 +329,28 @@ def _load(options: NLU) -> _Data:
         raise InputError(
             f"{hidden.id} of the {options.eval_split} split has no label: choose another --eval-task or split"
         )
-    scores(evaluation, [None] * len(evaluation))  # rows that a metric cannot use are refused before training
+    scores(evaluation, [None] * len(evaluation))  # raises an error before training for rows that a metric cannot use
     if len(train) <= options.warm_labels:
         raise InputError(f"--start {options.start} leaves none of the {len(train)} labels for training")
     return _Data(train[options.warm_labels :], train[: options.warm_labels], evaluation)
 
 
 class _Run:
-    """One run: what its steps share."""
+    """One run, with the state that its steps share."""
 
     def __init__(
         self, options: NLU, folder: RunFolder, tracker: Tracker, console: Console, processes: Processes
     ) -> None:
         self.options, self.folder, self.tracker, self.console = options, folder, tracker, console
         self.processes = processes
+        # Not in ``folder``, which differs between processes: all of them share the checkpoints.
         checkpoints = Path(options.run_dir) / "checkpoints"
         self.training = TokenTraining(
             folder, tracker, console, processes, checkpoints, options.minutes, options.save_every
         )
 
     def go(self, data: _Data) -> dict[str, Any]:
+        """Trains if the method needs it, evaluates with greedy decoding and with sampling, and returns the results."""
         options = self.options
         if options.method == "majority":
             guesses = majority(data.train, data.evaluation)
@@ -330,6 +367,7 @@ class _Run:
         if options.method in ("sft", *AGENTS):
             done = self._train(policy, data, counts)
             counts["train_seconds"] = self.training.seconds
+            # Out of time, or a helper process of a distributed training: only the main process evaluates.
             if (results := self.training.unfinished(done, counts)) is not None:
                 return results
             policy.save(self.folder.file("policy", "policy.json").parent)
@@ -343,18 +381,20 @@ class _Run:
         return self._finish(data, metrics, counts)
 
     def _check_lengths(self, policy: LanguageModelPolicy, data: _Data) -> None:
-        """Refuses prompts over the context, of training and evaluation alike."""
+        """Raises an InputError if prompts of training or evaluation do not fit the context."""
         if policy.lm.context_length < self.options.context_length:
             raise InputError(
                 f"{self.options.model} reads {policy.lm.context_length} tokens: set --context-length to that or less"
             )
         trains = [data.warm, data.train] if self.options.method in ("sft", *AGENTS) else []
+        # Making the env checks the lengths of its prompts.
         for examples in filter(None, [data.evaluation, *trains]):
             gym.make_vec(
                 ENV_ID, num_envs=1, examples=examples, tokenizer=policy.tokenizer, **self.options.env_options()
             ).close()
 
     def _finish(self, data: _Data, metrics: Mapping[str, Any], counts: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes, logs and prints the results, and returns them."""
         results = self.folder.finish(
             metrics,
             {
@@ -374,10 +414,11 @@ class _Run:
     # --- training ------------------------------------------------------------------------------------------------
 
     def _train(self, policy: LanguageModelPolicy, data: _Data, counts: dict[str, Any]) -> bool:
-        """Trains to the end, or as far as the time goes; says whether it came to the end."""
+        """Trains the policy as far as the time limit allows, and returns whether training has finished."""
         options, training = self.options, self.training
         if options.method == "sft":
             return self._supervised(policy, data.train, options.passes, counts, tracked=True)
+        # A checkpoint includes the warm start and the frozen reference policy.
         if training.saved is None and data.warm:
             self._supervised(policy, data.warm, 4, counts, tracked=False)
             policy.freeze_reference("sft")
@@ -391,6 +432,7 @@ class _Run:
             if not training.learn(agent, total, f"{options.method} on {options.task}", labels):
                 return False
         finally:
+            # Unload the run's adapters from the servers even if training fails; one process does it for all.
             if agent.engine is not None and self.processes.is_main:
                 agent.engine.close()
         counts |= {"updates": agent.updates, "tokens": agent.num_timesteps, "episodes": agent.episodes}
@@ -400,6 +442,7 @@ class _Run:
         return True
 
     def _agent(self, policy: LanguageModelPolicy, data: _Data) -> RolloutAgent:
+        """Builds the agent of the method on a training env."""
         options = self.options
         group = 1 if options.method == "ppo" else options.group_size
         env = gym.make_vec(
@@ -433,6 +476,15 @@ class _Run:
         counts: dict[str, Any],
         tracked: bool,
     ) -> bool:
+        """Trains the policy on references, and returns whether training has finished.
+
+        Args:
+            policy: policy to train.
+            examples: examples whose references are imitated.
+            passes: passes over the examples.
+            counts: gets the number of optimiser steps as ``sft_steps``.
+            tracked: False for a warm start, which leaves no metrics or checkpoints and is not cut short.
+        """
         options = self.options
         trainer = SFT(
             policy,
@@ -451,6 +503,7 @@ class _Run:
         return done
 
     def _demonstration(self, policy: LanguageModelPolicy, example: PromptExample) -> TokenizedDemonstration:
+        """Returns the prompt of an example and its reference answer as token ids."""
         tokenizer, answer = policy.tokenizer, str(example.reference)
         prompt = tokenizer.encode(example.prompt)
         if not self.options.constrained:
@@ -458,6 +511,7 @@ class _Run:
                 prompt, tokenizer.encode_continuation(response_text(answer, self.options.layout))
             )
         response = tokenizer.encode_continuation(f" {answer}")
+        # Under constrained decoding, the loss is among the allowed tokens of each position.
         choices = Choices([tokenizer.encode_continuation(f" {word}") for word in example.choices])
         allowed = [choices.allowed(response[:t]) for t in range(len(response))]
         return TokenizedDemonstration(prompt, response, [tokens for tokens in allowed if tokens is not None])

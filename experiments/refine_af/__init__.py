@@ -1,1 +1,1 @@
-"""REFINE-AF: a small model bootstraps instructions and learns from automated feedback."""
+"""The experiments of REFINE-AF: a small model bootstraps instructions and learns from automated feedback."""

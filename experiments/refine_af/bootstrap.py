@@ -1,6 +1,8 @@
-"""``instructgym refine-af bootstrap``: a language model grows a pool of seed tasks, then answers the new ones.
+"""``instructgym refine-af bootstrap``: a language model adds instructions to a pool of seed tasks and writes instances.
 
-Stages 1 and 3 of REFINE-AF, with the model as it is. A run is resumed by replaying it from its journal.
+Stages 1 and 3 of REFINE-AF (Roy et al., arXiv 2505.06548), with a model that is not trained for them. A run is resumed
+by replaying it from its journal. :mod:`~instructgym.envs.tasks.instruction.pool` holds the prompts, the filters and the
+pool.
 """
 
 from __future__ import annotations
@@ -42,36 +44,42 @@ from ..runs.statistics import distinct_n, mean_pairwise_distance
 
 @dataclass(frozen=True)
 class BootstrapSettings:
-    """How tasks are made."""
+    """Settings of the requests for instructions and instances."""
 
     seed: int = 0
+    """Seed of demonstrations and sampled replies."""
     batch: int = 5
-    """Requests for instructions that are sent together, all from the pool as it was before."""
+    """Requests for instructions that are sent together; their demonstrations come from the pool before the batch."""
     temperature: float = 0.7
-    """Of instructions; instances are decoded greedily."""
+    """Sampling temperature of instructions; instances are decoded greedily."""
     top_p: float = 0.9
+    """Nucleus (top-p) of the sampling of instructions."""
     instruction_tokens: int = 1024
+    """Maximum tokens of a list of instructions."""
     instance_tokens: int = 350
+    """Maximum tokens of a list of instances."""
     keep_cut: bool = False
-    """Keep the finished items of a list that was cut by length."""
+    """Keep the finished items of a list that was cut off at the token limit."""
 
 
 @dataclass
 class Rows:
-    """What one batch gave, JSON-able."""
+    """The JSON-able rows that one batch of requests gave."""
 
     accepted: list[dict[str, Any]] = field(default_factory=list)
+    """Rows of instructions or instances."""
     rejected: list[dict[str, Any]] = field(default_factory=list)
+    """Rows of what was dropped, each with the reason as ``rejected_by``."""
 
 
 class Bootstrapper:
-    """Makes instructions and instances; every request and draw depends on its number and on what is in the pool.
+    """Generates instructions and instances; every request depends only on its number, the seed and the pool.
 
     Args:
-        pool: the pool that grows.
-        writer: who writes instructions and says whether they are classification tasks.
-        answerer: who writes instances.
-        settings: sampling.
+        pool: the pool of tasks; accepted instructions are added to it.
+        writer: the language model that writes instructions and classifies them as classification tasks or others.
+        answerer: the language model that writes instances.
+        settings: sampling and limits.
     """
 
     def __init__(
@@ -84,12 +92,16 @@ class Bootstrapper:
         self.pool, self.writer, self.answerer, self.settings = pool, writer, answerer, settings
 
     def instructions(self, batch: int, target: int) -> Rows:
-        """Asks for one batch of instructions and lets into the pool what passes.
+        """Requests one batch of instructions and adds those that pass the filters to the pool.
 
         Args:
             batch: number of the batch.
-            target: machine-made tasks in the pool at which to stop.
+            target: number of machine-made tasks in the pool at which to stop.
+
+        Returns:
+            Rows of the accepted instructions, with their type, and of the rejected ones.
         """
+        # All prompts are built before a reply enters the pool, so the requests can be sent together.
         seed, size = self.settings.seed, self.settings.batch
         shown = [self.pool.demonstrations(request_seed(seed, "demonstrations", batch, i)) for i in range(size)]
         prompts = [instruction_prompt(self.writer.prompt_style, tasks) for tasks in shown]
@@ -98,25 +110,25 @@ class Bootstrapper:
         rows = Rows()
         for request, result in enumerate(self.writer.generate(prompts, samplings)):
             origin = {"batch": batch, "request": request}
-            items, defect = self._items(result)
+            items, defects = self._items(result)
             rows.rejected += [
-                {"stage": "instruction", "rejected_by": reason, **origin, **how} for reason, how in defect
+                {"stage": "instruction", "rejected_by": reason, **origin, **details} for reason, details in defects
             ]
             for item in items:
                 if len(self.pool.machine) >= target:
                     break
-                found = self.pool.consider(item)
-                nearest = {"similarity": round(found.similarity, 6), "nearest": found.nearest}
-                if found.rejected_by:
-                    why = {"stage": "instruction", "rejected_by": found.rejected_by}
-                    rows.rejected.append(why | {"instruction": found.instruction} | origin | nearest)
+                candidate = self.pool.consider(item)
+                nearest = {"similarity": round(candidate.similarity, 6), "nearest": candidate.nearest}
+                if candidate.rejected_by:
+                    rejection = {"stage": "instruction", "rejected_by": candidate.rejected_by}
+                    rows.rejected.append(rejection | {"instruction": candidate.instruction} | origin | nearest)
                 else:
-                    rows.accepted.append(Task(found.instruction, id=found.id).row() | origin | nearest)
+                    rows.accepted.append(Task(candidate.instruction, id=candidate.id).row() | origin | nearest)
         self._classify(rows)
         return rows
 
     def _items(self, result: Result) -> tuple[list[str], list[tuple[str, dict[str, Any]]]]:
-        """The items of one reply, and what is wrong with it."""
+        """Returns the items of one reply, and its defects as pairs of a reason and details."""
         if isinstance(result, BackendError):
             return [], [("backend_failed", {"error": str(result)})]
         text, cut = result[0].text, result[0].finish_reason == "length"
@@ -126,10 +138,11 @@ class Bootstrapper:
             return [], [("no_items", {"text": text})]
         if not cut:
             return items, []
+        # The last item of a list that was cut off is unfinished.
         return (items[:-1] if self.settings.keep_cut else []), [("cut", {"text": text})]
 
     def _classify(self, rows: Rows) -> None:
-        """Fills in which of the accepted instructions are classification tasks."""
+        """Sets ``is_classification`` in the rows of accepted instructions; None, with the error, without a verdict."""
         prompt, seed = task_type_prompt(), self.settings.seed
         questions = [
             Question(prompt, {"instruction": row["instruction"]}, request_seed(seed, "task type", row["id"]))
@@ -141,39 +154,42 @@ class Bootstrapper:
                 row["task_type_error"] = verdict.why
 
     def instances(self, tasks: Sequence[Mapping[str, Any]]) -> Rows:
-        """Asks for the instances of tasks.
+        """Requests instances of tasks, parses the replies and drops instances that break the rules.
 
         Args:
             tasks: rows of ``instructions.jsonl``; those of unknown type are rejected.
+
+        Returns:
+            Rows of the accepted and of the rejected instances.
         """
         rows = Rows()
-        known = [task for task in tasks if task["is_classification"] is not None]
-        orders = [order_for(task["is_classification"]) for task in known]
+        typed = [task for task in tasks if task["is_classification"] is not None]
+        orders = [order_for(task["is_classification"]) for task in typed]
         style = self.answerer.prompt_style
         prompts = [
-            instance_prompt(style, task["instruction"], order) for task, order in zip(known, orders, strict=True)
+            instance_prompt(style, task["instruction"], order) for task, order in zip(typed, orders, strict=True)
         ]
         sampling = instance_sampling(self.settings)
-        samplings = [sampling.with_seed(request_seed(self.settings.seed, "instances", task["id"])) for task in known]
-        replies = dict(zip((task["id"] for task in known), self.answerer.generate(prompts, samplings), strict=True))
+        samplings = [sampling.with_seed(request_seed(self.settings.seed, "instances", task["id"])) for task in typed]
+        replies = dict(zip((task["id"] for task in typed), self.answerer.generate(prompts, samplings), strict=True))
         for task in tasks:
             origin = {"task_id": task["id"], "instruction": task["instruction"]}
-            why = {"stage": "instance"} | origin
+            rejection = {"stage": "instance"} | origin
             if task["id"] not in replies:
-                rows.rejected.append(why | {"rejected_by": "no_task_type", "error": task["task_type_error"]})
+                rows.rejected.append(rejection | {"rejected_by": "no_task_type", "error": task["task_type_error"]})
                 continue
             reply = replies[task["id"]]
             if isinstance(reply, BackendError):
-                rows.rejected.append(why | {"rejected_by": "backend_failed", "error": str(reply)})
+                rows.rejected.append(rejection | {"rejected_by": "backend_failed", "error": str(reply)})
                 continue
             order = order_for(task["is_classification"])
             pieces = parse_instances(reply[0].text, order, style == "completion")
             if not pieces:
-                rows.rejected.append(why | {"rejected_by": "no_instances", "text": reply[0].text})
+                rows.rejected.append(rejection | {"rejected_by": "no_instances", "text": reply[0].text})
             cleaned = clean(pieces, reply[0].finish_reason == "length", instruction=task["instruction"])
             for piece, reason in cleaned.dropped:
-                what = asdict(piece) if isinstance(piece, Instance) else {"text": piece}
-                rows.rejected.append(why | {"rejected_by": reason} | what)
+                content = asdict(piece) if isinstance(piece, Instance) else {"text": piece}
+                rows.rejected.append(rejection | {"rejected_by": reason} | content)
             rows.accepted += [
                 {"instruction": task["instruction"], "input": i.input, "output": i.output, "task_id": task["id"]}
                 | {"is_classification": task["is_classification"]}
@@ -183,21 +199,27 @@ class Bootstrapper:
 
 
 def instruction_sampling(writer: Backend, settings: BootstrapSettings) -> Sampling:
-    """How instructions are sampled. A few-shot list ends at a blank line; every list ends before item 16."""
+    """Returns how instructions are sampled.
+
+    A list ends before item 16. A list that a completion model continues also ends at a blank line.
+    """
     stop = (f"\n{LAST_ITEM + 1}.", *(("\n\n",) if writer.prompt_style == "completion" else ()))
     return Sampling(settings.instruction_tokens, settings.temperature, settings.top_p, stop=stop)
 
 
 def instance_sampling(settings: BootstrapSettings) -> Sampling:
-    """How instances are decoded: greedily, as in Self-Instruct."""
+    """Returns how instances are decoded: greedily, as in Self-Instruct."""
     return replace(Sampling(settings.instance_tokens, temperature=0.0), stop=STOPS)
 
 
 TARGET = {"smoke": 10, "report": 400}
+"""New instructions to accept, by ``--scale``."""
 INSTRUCTION_TOKENS = {"smoke": 192, "report": 1024}
+"""Maximum tokens of a list of instructions, by ``--scale``."""
 INSTANCE_TOKENS = {"smoke": 96, "report": 350}
+"""Maximum tokens of a list of instances, by ``--scale``."""
 CHUNK = 16
-"""Instructions whose instances are asked for together."""
+"""Instructions whose instances are requested together."""
 
 
 @dataclass
@@ -205,35 +227,39 @@ class RefineAFBootstrap(RunOptions):
     """Grow a pool of instructions from seed tasks, and write instances of the new ones."""
 
     backend: str = "embedded"
-    """Who writes instructions, tells classification tasks from others and writes instances: embedded, transformers,
-    openai, scripted, 'module:factory', or JSON {"id": ..., "kwargs": {...}}, which may hold a budget."""
+    """Model that writes instructions, decides which are classification tasks, and writes instances: embedded,
+    transformers, openai, scripted, 'module:factory', or JSON {"id": ..., "kwargs": {...}}, which may hold a budget."""
     instance_backend: str = ""
-    """Who writes instances, written like --backend; by default the same. Stage 3 of REFINE-AF takes the tuned model."""
+    """Model that writes instances, written like --backend. By default that of --backend; stage 3 of REFINE-AF uses the
+    trained model."""
     seeds: str = ""
-    """Seed tasks: Self-Instruct's seed_tasks.jsonl, or JSONL, JSON or plain text with instructions. By default the
-    package's own."""
+    """File of seed tasks: Self-Instruct's seed_tasks.jsonl, or JSONL, JSON or plain text with instructions. By default
+    the package's own."""
     held_out: int = 40
-    """Seeds kept for evaluation: never demonstrated, and nothing like them is accepted. At most a quarter of all."""
+    """Seed tasks held out for evaluation, at most a quarter of all. They are never shown in prompts, and instructions
+    similar to them are dropped."""
     target: int = 0
     """New instructions to accept. 0: by --scale, 10 or 400."""
     batch: int = 5
     """Requests for instructions sent together."""
     patience: int = 10
-    """Go on to the instances after so many batches in a row of which no instruction was accepted."""
+    """Stop asking for instructions, and go on to the instances, after so many batches in a row without an accepted
+    one."""
     rouge_threshold: float = 0.7
-    """Drop an instruction whose ROUGE-L to a seed or an accepted one is above this."""
+    """Drop an instruction if its ROUGE-L to a seed or to an accepted instruction is above this."""
     temperature: float = 0.7
-    """Of instructions. Instances are decoded greedily."""
+    """Sampling temperature of instructions. Instances are decoded greedily."""
     top_p: float = 0.9
-    """Nucleus of instructions. Self-Instruct: 0.5 with a presence penalty, without which small models repeat items."""
+    """Nucleus (top-p) of the sampling of instructions. Self-Instruct uses 0.5 with a presence penalty; without that
+    penalty small models repeat items."""
     instruction_tokens: int = 0
-    """Longest list of new instructions, in tokens. 0: by --scale, 192 or 1024."""
+    """Maximum length of a list of new instructions, in tokens. 0: by --scale, 192 or 1024."""
     instance_tokens: int = 0
-    """Longest list of instances, in tokens. 0: by --scale, 96 or 350."""
+    """Maximum length of a list of instances, in tokens. 0: by --scale, 96 or 350."""
     keep_cut: bool = False
-    """Keep the finished items of a list that was cut by length. Self-Instruct drops the whole list."""
+    """Keep the finished items of a list that was cut off at the token limit. Self-Instruct drops the whole list."""
     instances: bool = True
-    """Ask for instances of the new instructions. 'refine-af generate' writes them with a policy instead."""
+    """Write instances of the new instructions too. Without it, 'refine-af generate' can write them with a policy."""
 
     def check(self) -> None:
         super().check()
@@ -245,7 +271,7 @@ class RefineAFBootstrap(RunOptions):
 
     @property
     def settings(self) -> BootstrapSettings:
-        """The options that concern the requests."""
+        """Settings of the requests."""
         return BootstrapSettings(
             self.seed,
             self.batch,
@@ -257,14 +283,14 @@ class RefineAFBootstrap(RunOptions):
         )
 
     def roles(self, journal: Journal | None) -> dict[str, Backend]:
-        """The language models of the run."""
+        """Builds the language models of the run, by role; without a journal their replies are not stored."""
         part = parse_part(self.backend, self.model)
-        other = parse_part(self.instance_backend) if self.instance_backend else part
-        return journaled_roles({"instructions": part, "instances": other}, journal)
+        instance_part = parse_part(self.instance_backend) if self.instance_backend else part
+        return journaled_roles({"instructions": part, "instances": instance_part}, journal)
 
 
 def run(options: RefineAFBootstrap, console: Console | None = None) -> dict[str, Any]:
-    """Bootstraps, or goes on, and returns the results.
+    """Bootstraps instructions and instances, or resumes it, and returns the results.
 
     Raises:
         InputError: for bad input, before a model is loaded.
@@ -294,7 +320,8 @@ def run(options: RefineAFBootstrap, console: Console | None = None) -> dict[str,
 
 
 def _check_context(options: RefineAFBootstrap, roles: dict[str, Backend], seeds: Sequence[Task]) -> None:
-    """Refuses seeds of which eight may not fit a request."""
+    """Checks that the longest requests fit the context of the models; raises an InputError if they do not."""
+    # Length in characters approximates length in tokens: the eight longest seeds make the longest prompt of seeds.
     longest = sorted(seeds, key=lambda task: len(task.instruction), reverse=True)[:DEMONSTRATIONS]
     settings, where = options.settings, options.seeds or "the package's seeds"
     writer = roles["instructions"]
@@ -315,10 +342,10 @@ def _check_context(options: RefineAFBootstrap, roles: dict[str, Backend], seeds:
 
 
 class _Record:
-    """Files and counters of a run.
+    """The output files and counters of a run.
 
     Args:
-        folder: the run.
+        folder: folder of the run.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -328,7 +355,7 @@ class _Record:
         self.reasons: dict[str, Counter[str]] = {name: Counter() for name in self.writers}
 
     def add(self, kind: str, rows: Rows) -> None:
-        """Writes what one batch gave."""
+        """Writes and counts the rows of one batch; ``kind`` is ``instructions`` or ``instances``."""
         for row in rows.accepted:
             self.writers[kind].write(row)
         for row in rows.rejected:
@@ -337,7 +364,7 @@ class _Record:
         self.reasons[kind].update(row["rejected_by"] for row in rows.rejected)
 
     def counters(self) -> dict[str, int]:
-        """For ``metrics.jsonl``."""
+        """Returns the counters for a row of ``metrics.jsonl``."""
         return {name: len(rows) for name, rows in self.rows.items()} | {
             f"rejected/{kind}/{reason}": count
             for kind, reasons in self.reasons.items()
@@ -353,13 +380,15 @@ def _bootstrap(
     journal: Journal,
     console: Console,
 ) -> dict[str, Any]:
+    """Runs both stages as far as the time limit allows, and returns the results."""
     begun, limit = time.monotonic(), TimeLimit(options.minutes, journal)
-    replies = len(journal)
+    replies = len(journal)  # those of earlier starts, which are replayed
     record = _Record(folder)
-    instructions = record.rows["instructions"]
+    instructions = record.rows["instructions"]  # the list itself: it grows with every batch
     batches = barren = done = 0
     stopped = False
     with Tracker(folder, options.track, step_name="batches") as tracker:
+        # Stage 1: instructions, until the target is reached or ``patience`` batches in a row gave none.
         with StepProgress("instructions", target, console) as progress:
             while len(instructions) < target and barren < options.patience:
                 if stopped := limit.reached():
@@ -369,6 +398,7 @@ def _bootstrap(
                 batches, barren = batches + 1, 0 if rows.accepted else barren + 1
                 tracker.write(record.counters(), {}, step=batches)
                 progress.update(len(instructions), f"{sum(record.reasons['instructions'].values())} dropped")
+        # Stage 3: instances of the accepted instructions.
         answered = len(instructions) if options.instances else 0
         with StepProgress("instructions with instances", answered, console) as progress:
             while not stopped and done < answered:
@@ -405,9 +435,10 @@ def _bootstrap(
 
 
 def _metrics(record: _Record) -> dict[str, Any]:
-    """What the new tasks are worth; shares are None where there is nothing to share."""
+    """Returns rates, diversity and lengths of the new tasks; None where there is nothing to average."""
     tasks, instances = record.rows["instructions"], record.rows["instances"]
     texts = [task["instruction"] for task in tasks]
+    # The acceptance rate counts single instructions, not replies that failed as a whole.
     seen = len(tasks) + sum(n for r, n in record.reasons["instructions"].items() if r not in NO_CANDIDATE)
     answered = {row["task_id"] for row in instances}
     return {
@@ -424,7 +455,7 @@ def _metrics(record: _Record) -> dict[str, Any]:
 
 
 NO_CANDIDATE = frozenset({"backend_failed", "no_items", "cut"})
-"""Reasons that concern a whole reply, not one instruction."""
+"""Reasons for dropping a whole reply, not one instruction."""
 
 
 def _results_table(results: dict[str, Any], folder: RunFolder) -> Table:

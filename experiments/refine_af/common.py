@@ -1,4 +1,4 @@
-"""What training and generation of ``instructgym refine-af`` share: options, prompts, and the reward of instances."""
+"""Options, prompts and the reward of instances, which training and generation of ``instructgym refine-af`` share."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from ..runs.training import TrainingOptions, digest
 
 ENV_ID = "instructgym/GenerateInstance-v0"
 QUALITY, PRESET = "quality", "instruction_mining"
+"""Id of the quality reward and its default preset."""
 REMEMBERING = "earlier"
-"""The preset that compares an output with those before it."""
+"""The preset of the quality reward that compares an output with earlier outputs."""
 
 
 @dataclass
@@ -29,25 +30,26 @@ class InstanceOptions(TrainingOptions):
 
     instructions: str = ""
     """File of instructions: the instructions.jsonl of 'refine-af bootstrap', Self-Instruct's seed_tasks.jsonl, or
-    JSONL, JSON or plain text; rows with is_classification true ask for the label first. By default the package's
-    own."""
+    JSONL, JSON or plain text. For rows with is_classification true, the prompt asks for the label before the input. By
+    default the package's own instructions."""
     held_out: int = 40
-    """Of tasks that come with instances, keep so many for evaluation, as 'refine-af bootstrap' does; at most a
-    quarter."""
+    """If the tasks come with instances, number of tasks held out for evaluation, the same as in 'refine-af bootstrap';
+    at most a quarter of all."""
     layout: Literal["plain", "chat"] = "plain"
-    """plain: behind a few solved tasks; chat: a request in the model's chat template."""
+    """How prompts are written. plain: after a few solved tasks; chat: as a request in the model's chat template."""
     max_tokens: int = 96
-    """Tokens of an instance at most."""
+    """Maximum tokens of an instance."""
     context_length: int = 512
-    """Tokens of prompt and instance at most."""
+    """Maximum tokens of prompt and instance together."""
     temperature: float = 0.7
-    """At which instances are sampled, and the policy is trained."""
+    """Temperature at which instances are sampled, in training and in generation."""
     reward: str = QUALITY
-    """What an instance is worth: quality, or other rewards as of 'evolve train'."""
+    """Reward of an instance: quality, or other rewards written as for 'evolve train'."""
     reward_preset: str = PRESET
-    """Weights of the quality reward, by name."""
+    """Name of the weights of the quality reward."""
     format_penalty: float = 0.0
-    """What a response costs that is no instance, by the quality reward. 0: by the preset, 1 for most."""
+    """Penalty that the quality reward gives to a response that is not an instance. 0: that of the preset, 1 for
+    most."""
 
     def check(self) -> None:
         super().check()
@@ -58,31 +60,38 @@ class InstanceOptions(TrainingOptions):
             raise InputError("--temperature must be above 0")
 
     def prompts(self, split: str | None, tokenizer: Tokenizer) -> list[PromptExample]:
-        """The prompts of a split, or all.
+        """Returns the prompts of a split, without those of held-out tasks.
+
+        Args:
+            split: name of the split; None for all instructions.
+            tokenizer: tokenizer of the policy's model.
 
         Raises:
-            InputError: for a file that cannot be used, and prompts that do not fit the context beside a response.
+            InputError: for a file that cannot be used, and for prompts that leave no room for a response in the
+                context.
         """
         examples = instance_prompts(self.instructions or OWN, split, layout=self.layout, tokenizer=tokenizer)
         tasks = load_tasks(self.instructions or None)
         if any(task.instances for task in tasks):
             with input_errors():
-                kept = min(self.held_out, max(len(tasks) - DEMONSTRATIONS, 0))
-                hidden = {task.instruction for task in evaluation_split(tasks, kept)[1]}
+                # evaluation_split refuses to leave fewer tasks than a bootstrapping prompt shows.
+                count = min(self.held_out, max(len(tasks) - DEMONSTRATIONS, 0))
+                hidden = {task.instruction for task in evaluation_split(tasks, count)[1]}
             examples = [example for example in examples if example.metadata["instruction"] not in hidden]
         if not examples:
             raise InputError(f"{self.instructions or 'the package'} has no instruction for this stage: add some")
+        # Making the env checks the lengths of all prompts.
         gym.make_vec(
             ENV_ID, num_envs=1, examples=examples, tokenizer=tokenizer, reward=well_formed, **self.env_options()
         ).close()
         return examples
 
     def env_options(self) -> dict[str, Any]:
-        """Arguments of the environment, examples, reward and tokenizer aside."""
+        """Returns the arguments of the environment, except examples, reward and tokenizer."""
         return {"max_tokens": self.max_tokens, "context_length": self.context_length}
 
     def reward_part(self) -> Any:
-        """The reward in the form that ``resolve`` takes."""
+        """Returns the reward in the form that ``resolve`` takes."""
         if self.reward != QUALITY:
             return parse_reward(self.reward)
         backend = {"id": "embedded", "kwargs": {"dtype": self.dtype}}
@@ -93,10 +102,10 @@ class InstanceOptions(TrainingOptions):
 
 
 def prompts_digest(examples: Sequence[PromptExample]) -> str:
-    """A short hash of prompts: a run that is resumed must find the same."""
+    """Returns a short hash of the prompts, by which a resumed run checks that they are the same."""
     return digest([[example.id, example.prompt] for example in examples])
 
 
 def well_formed(samples: Sequence[Sample]) -> list[float]:
-    """1 for a response that is an instance, else 0: the format rate is its mean."""
+    """Returns 1 for each response that is an instance, else 0; the mean is the format rate."""
     return [float(not isinstance(read_response(s.response, s.metadata), str)) for s in samples]

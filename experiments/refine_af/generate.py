@@ -1,6 +1,6 @@
-"""``instructgym refine-af generate``: a policy writes instances of instructions, and rules drop some of them.
+"""``instructgym refine-af generate``: a policy writes instances of instructions, and rules drop the unusable ones.
 
-Stage 3 of REFINE-AF (Roy et al., arXiv 2505.06548), by the policy of 'refine-af train' or by the model as it is.
+Stage 3 of REFINE-AF (Roy et al., arXiv 2505.06548), with the policy of 'refine-af train' or with an untrained model.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ from ..runs.training import OutOfTimeError, policy_folder, stage, tokenizer_of, 
 from .common import ENV_ID, REMEMBERING, InstanceOptions, prompts_digest
 
 CHUNK = 64
-"""Responses written together: a chunk is kept whole or made again."""
+"""Responses generated together; a chunk that was not completed is generated again."""
 RESPONSES = "responses.jsonl"
+"""File of all responses in the run folder."""
 
 
 @dataclass
@@ -43,21 +44,22 @@ class RefineAFGenerate(InstanceOptions):
     """Make a data set: instances of instructions by a trained policy, or by a model as it is."""
 
     policy: str = ""
-    """Run folder of 'refine-af train'; empty: the model as it is."""
+    """Run folder of 'refine-af train', whose policy writes the instances. Empty: the untrained --model does."""
     model: str = ""
-    """embedded (by default), or a local path or hub id, for a model as it is; a policy has its own."""
+    """Untrained model that writes the instances: embedded (by default), or a local path or hub id. Not with --policy,
+    which brings its own model."""
     samples: int = 1
-    """Draws per instruction. If two of them answer one input differently, all are dropped."""
+    """Instances sampled per instruction. If two of them give different outputs for one input, all are dropped."""
     reward: str = ""
-    """Score every instance, by quality or other rewards as of 'evolve train'; empty: none."""
+    """Reward that scores every instance: quality, or other rewards written as for 'evolve train'. Empty: no scores."""
     seeds: str = ""
-    """File of seed tasks whose own instances are added to the data set, those held out left out."""
+    """File of seed tasks whose own instances are added to the data set, except those of held-out tasks."""
     limit: int = 0
-    """Take only the first so many instructions. 0: all."""
+    """Number of instructions to use, taken from the beginning of the file. 0: all."""
     format: str = "alpaca"
-    """alpaca: instruction, input, output. messages: a chat of two messages."""
+    """Format of a row. alpaca: fields instruction, input and output. messages: a chat of two messages."""
     out: str = ""
-    """The data set, .jsonl. By default data.jsonl in the run folder."""
+    """File to write the data set to, .jsonl. By default data.jsonl in the run folder."""
 
     def check(self) -> None:
         super().check()
@@ -73,12 +75,14 @@ class RefineAFGenerate(InstanceOptions):
 
     @property
     def target(self) -> Path:
-        """The file of the data set."""
+        """File that the data set is written to."""
         return Path(self.out) if self.out else Path(self.run_dir) / "data.jsonl"
 
 
 def run(options: RefineAFGenerate, console: Console | None = None) -> dict[str, Any]:
-    """Generates, or goes on, and returns the results. The run folder gets ``responses.jsonl`` and ``rejected.jsonl``.
+    """Generates the data set, or resumes its generation, and returns the results.
+
+    The run folder also gets all responses (``responses.jsonl``) and those that were dropped (``rejected.jsonl``).
 
     Raises:
         InputError: for bad input, before a model is loaded.
@@ -100,8 +104,9 @@ def run(options: RefineAFGenerate, console: Console | None = None) -> dict[str, 
     if options.dry_run:
         console.print(f"would write {total} instances of {len(examples)} instructions into {options.target}")
         return {}
-    made_by = {"weights": weights_digest(start)} if start is not None else {}
-    with stage(options, "refine-af generate", console, False, prompts=prompts_digest(examples), **made_by) as opened:
+    # A run is resumed only with the same prompts and, for a policy, the same weights.
+    weights = {"weights": weights_digest(start)} if start is not None else {}
+    with stage(options, "refine-af generate", console, False, prompts=prompts_digest(examples), **weights) as opened:
         if isinstance(opened, dict):
             return opened
         if start is None:
@@ -111,6 +116,7 @@ def run(options: RefineAFGenerate, console: Console | None = None) -> dict[str, 
 
         def rows(first: int) -> list[dict[str, Any]]:
             opened.check_time()
+            # The samples of one instruction are consecutive rows.
             numbers = range(first, min(first + CHUNK, total))
             return _written(options, policy, reward, [examples[i // options.samples] for i in numbers], first)
 
@@ -146,18 +152,19 @@ def run(options: RefineAFGenerate, console: Console | None = None) -> dict[str, 
 
 
 def _check_training(options: RefineAFGenerate) -> None:
-    """Refuses to ask a policy in another way than it was trained."""
+    """Raises an InputError if the policy was trained with another layout or maximum length of responses."""
     config = read_json(Path(options.policy) / "config.json") if options.policy else None
     if config is None or config.get("command") != "refine-af train":
         return
     for name in ("layout", "max_tokens"):
-        mine, theirs = getattr(options, name), config["options"][name]
-        if mine != theirs:
+        value, trained = getattr(options, name), config["options"][name]
+        if value != trained:
             option = f"--{name.replace('_', '-')}"
-            raise InputError(f"{options.policy} was trained with {option} {theirs}, not {mine}: give it here too")
+            raise InputError(f"{options.policy} was trained with {option} {trained}, not {value}: give it here too")
 
 
 def _unpaid(samples: Sequence[Sample]) -> list[float]:
+    """Gives every sample reward 0, for an env that must have a reward when no scores are wanted."""
     return [0.0] * len(samples)
 
 
@@ -168,7 +175,15 @@ def _written(
     examples: Sequence[PromptExample],
     first: int,
 ) -> list[dict[str, Any]]:
-    """One response per example; what it is depends on the number of its row, and the run's seed."""
+    """Returns a row with one response per example, which depends on the run's seed and the row's number.
+
+    Args:
+        options: options of the run.
+        policy: policy that writes the responses.
+        reward: reward that scores them.
+        examples: prompts of the chunk.
+        first: number of the chunk's first row.
+    """
     seed = request_seed(options.seed, "instances", first)
     responses = respond(policy, ENV_ID, examples, options.temperature, seed, reward=reward, **options.env_options())
     return [
@@ -185,25 +200,29 @@ def _written(
 
 
 def _cleaned(rows: Sequence[Mapping[str, Any]], samples: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of instances that are kept, and of responses that are not, each with the reason.
+    """Splits responses into instances that are accepted and responses that are rejected.
 
     Args:
-        rows: of ``responses.jsonl``, the draws of an instruction one after the other.
-        samples: draws of each.
+        rows: rows of ``responses.jsonl``; the responses to an instruction are consecutive.
+        samples: responses per instruction.
+
+    Returns:
+        Rows of the accepted instances, and rows of the rejected responses with the reason as ``rejected_by``.
     """
     accepted, rejected = [], []
     for start in range(0, len(rows), samples):
         drawn = rows[start : start + samples]
+        # A parsed response is an instance, or a str: the reason why it is none.
         read = [read_response(row["text"], row) for row in drawn]
-        found = [(row, piece) for row, piece in zip(drawn, read, strict=True) if isinstance(piece, Instance)]
+        instances = [(row, piece) for row, piece in zip(drawn, read, strict=True) if isinstance(piece, Instance)]
         rejected += [
             dict(row) | {"rejected_by": piece} for row, piece in zip(drawn, read, strict=True) if isinstance(piece, str)
         ]
-        cleaned = clean([piece for _, piece in found], limit=samples, instruction=drawn[0]["instruction"])
-        left, reasons = list(cleaned.kept), dict(cleaned.dropped)
-        for row, piece in found:
-            if piece in left:  # of equal ones the first is kept
-                left.remove(piece)
+        cleaned = clean([piece for _, piece in instances], limit=samples, instruction=drawn[0]["instruction"])
+        remaining, reasons = list(cleaned.kept), dict(cleaned.dropped)
+        for row, piece in instances:
+            if piece in remaining:  # the first of equal instances is accepted, the others are duplicates
+                remaining.remove(piece)
                 accepted.append(dict(row) | asdict(piece))
             else:
                 rejected.append(dict(row) | {"rejected_by": reasons[piece]})
@@ -211,10 +230,10 @@ def _cleaned(rows: Sequence[Mapping[str, Any]], samples: int) -> tuple[list[dict
 
 
 def _seed_rows(options: RefineAFGenerate) -> list[dict[str, Any]]:
-    """The instances of the seed tasks that are not held out.
+    """Returns the instances of the seed tasks that are not held out; none without ``--seeds``.
 
     Raises:
-        InputError: for a file that cannot be used, or without any.
+        InputError: for a file that cannot be used or has no instances.
     """
     if not options.seeds:
         return []
@@ -233,7 +252,7 @@ def _instances(task: Task) -> Iterator[dict[str, Any]]:
 
 
 def _origin(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Where a row of the data set comes from."""
+    """Returns the fields that hold the origin of a row and its reward."""
     return {"id": row["id"], "source": row.get("source", "generated"), "reward": row.get("reward")}
 
 
@@ -243,7 +262,8 @@ def _metrics(
     accepted: Sequence[Mapping[str, Any]],
     rejected: Sequence[Mapping[str, Any]],
 ) -> dict[str, float | None]:
-    """What the responses are worth; None where there is nothing to take a mean of."""
+    """Returns rates and means over the responses; None where there is nothing to average."""
+    # A contradiction or a duplicate has the format of an instance.
     malformed = sum(row["rejected_by"] not in ("contradiction", "duplicate") for row in rejected)
     outputs = [row["output"] for row in accepted]
     return {
@@ -259,5 +279,6 @@ def _metrics(
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
+    """Returns the mean of the values that are not None; None if there are none."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None

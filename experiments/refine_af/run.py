@@ -1,8 +1,11 @@
-"""``instructgym refine-af run``: all stages of REFINE-AF. Do the instances of a model trained by feedback teach more?
+"""``instructgym refine-af run``: all stages of REFINE-AF.
 
-A model bootstraps instructions from seed tasks. Instances of the same instructions are then written twice: by the model
-as it is, which makes Self-Instruct's data, and by the one that was trained on automated feedback. One model is
-fine-tuned on equally many rows of each and evaluated on held-out tasks.
+Does fine-tuning help more if the instances come from a model that was trained on automated feedback? A model bootstraps
+instructions from seed tasks. Instances of the same instructions are then written twice: by the untrained model, which
+gives Self-Instruct's data, and by the model trained on feedback. One model is fine-tuned on equally many rows of each
+and evaluated on held-out tasks.
+
+:mod:`~instructgym.experiments.teaching.run` has the stages that follow the generation of the data.
 """
 
 from __future__ import annotations
@@ -28,19 +31,24 @@ from .train import RefineAFTrain
 from .train import run as train
 
 SELF_INSTRUCT, REFINE_AF = "self-instruct", "refine-af"
+"""The arms: instances by the untrained model, and by the model trained on feedback."""
 TARGET = {"smoke": 12, "report": 300}
+"""New instructions to accept, by ``--scale``."""
 REQUESTS = {"smoke": (4, 128), "report": (16, 200)}
-"""For instructions, sent together, and the tokens of each."""
+"""Requests for instructions that are sent together, and maximum tokens of each reply, by ``--scale``."""
 UPDATES = {"smoke": (2, 8), "report": (20, 48)}
+"""Updates of the training on feedback, and instances per update, by ``--scale``."""
 SAMPLES = 2
+"""Instances sampled per instruction."""
 LEARNING_RATE = 5e-4
-"""Of the training by feedback, which makes few updates."""
+"""Learning rate of the training on feedback, which makes few updates."""
 INSTANCE_TOKENS = {"smoke": 48, "report": 64}
+"""Maximum tokens of an instance, by ``--scale``."""
 
 
 @dataclass
 class RefineAFTeaching(TeachingOptions):
-    """Options of the stages behind the making of the data."""
+    """Options of the stages that follow the generation of the data."""
 
     name: ClassVar[str] = "refine-af run"
 
@@ -54,12 +62,13 @@ class RefineAFTeaching(TeachingOptions):
 
     def costs(self) -> dict[str, dict[str, float]]:
         _counts(self.root / "bootstrap")
+        # The journal holds one line per reply; both arms use the instructions.
         with (self.root / "bootstrap" / "journal.jsonl").open("rb") as replies:
-            asked = sum(1 for _ in replies)
+            calls = sum(1 for _ in replies)
         trained = _counts(self.root / "train")["episodes"]
         return {
             arm: {
-                "for instructions": float(asked),
+                "for instructions": float(calls),
                 "training episodes": float(trained if arm == REFINE_AF else 0),
                 "instances drawn": float(_counts(path.parent)["responses"]),
                 "rows made": float(_counts(path.parent)["rows"]),
@@ -69,6 +78,7 @@ class RefineAFTeaching(TeachingOptions):
 
 
 def _counts(folder: Path) -> dict[str, Any]:
+    """Returns the counts of a finished stage; raises an InputError if it has not finished."""
     results = read_json(folder / "results.json") or {}
     if results.get("status") != "finished":
         raise InputError(f"the stage in {folder} is not finished: repeat 'refine-af run'")
@@ -97,12 +107,12 @@ class RefineAFRun(RefineAFTeaching):
     target: int = 0
     """New instructions to accept. 0: by --scale, 12 or 300."""
     updates: int = 0
-    """Updates of the training by feedback. 0: by --scale, 2 or 20."""
+    """Updates of the training on feedback. 0: by --scale, 2 or 20."""
     samples: int = SAMPLES
-    """Instances drawn per instruction."""
+    """Instances sampled per instruction."""
     reward_preset: str = "no_und"
-    """Weights of the quality reward, by name. no_und: Instruction Mining's rule without what it pays for being hard to
-    understand."""
+    """Name of the weights of the quality reward. no_und: the rule of Instruction Mining without its negative weight of
+    understandability, which rewards outputs that are hard to understand."""
 
     def check(self) -> None:
         super().check()
@@ -115,7 +125,7 @@ class RefineAFRun(RefineAFTeaching):
 
 
 def run(options: RefineAFRun, console: Console | None = None) -> dict[str, Any]:
-    """Runs the stages that are not finished and returns the report's figures.
+    """Runs the stages that are not finished and returns the figures of the report.
 
     Raises:
         InputError: for bad input.
@@ -125,30 +135,33 @@ def run(options: RefineAFRun, console: Console | None = None) -> dict[str, Any]:
 
 def _run(options: RefineAFRun, console: Console) -> dict[str, Any]:
     options.check()
-    first, second, generations = stages(options)
-    second.check()
+    bootstrapping, training, generations = stages(options)
+    training.check()
     if options.dry_run:
-        bootstrap(replace(first, dry_run=True), console)
+        # The later stages need the file of instructions, which does not exist yet.
+        bootstrap(replace(bootstrapping, dry_run=True), console)
         console.print(f"then training, two data sets, fine-tuning and evaluation, in {options.root}")
         return {}
     with options.opened():
-        options.deadline.run(bootstrap, first, console)
-        options.deadline.run(train, second, console)
-        for one in generations:
-            options.deadline.run(generate, one, console)
+        options.deadline.run(bootstrap, bootstrapping, console)
+        options.deadline.run(train, training, console)
+        for generation in generations:
+            options.deadline.run(generate, generation, console)
     return teach(options, console)
 
 
 def stages(options: RefineAFRun) -> tuple[RefineAFBootstrap, RefineAFTrain, list[RefineAFGenerate]]:
-    """The options of the stages that make the data."""
+    """Returns the options of the stages that generate the data: bootstrapping, training, and generation by arm."""
     root, scale = options.root, options.scale
-    made = str(root / "bootstrap" / "instructions.jsonl")
+    instructions = str(root / "bootstrap" / "instructions.jsonl")
     updates, batch = UPDATES[scale]
     requests, tokens = REQUESTS[scale]
+    # --model names a model, bootstrapping needs the backend that runs it.
     kind = "embedded" if options.model == "embedded" else "transformers"
     model = {} if options.model == "embedded" else {"model": options.model}
+    # Training and generation share max_tokens: 'refine-af generate' refuses a policy that was trained with another.
     shared: dict[str, Any] = {
-        "instructions": made,
+        "instructions": instructions,
         "dtype": options.dtype,
         "seed": options.seed,
         "track": options.track,

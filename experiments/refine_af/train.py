@@ -1,7 +1,7 @@
-"""``instructgym refine-af train``: token-level PPO on the quality of instances, with a KL penalty from the base model.
+"""``instructgym refine-af train``: token-level PPO on the quality of instances, with a KL penalty to the base model.
 
-Stage 2 of REFINE-AF (Roy et al., arXiv 2505.06548). The paper does not give optimiser, KL weight and sizes: they are
-ours.
+Stage 2 of REFINE-AF (Roy et al., arXiv 2505.06548). The paper does not give optimiser, KL weight and sizes; the values
+here are this library's.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from ..runs.training import TokenTraining, stage, tokenizer_of
 from .common import ENV_ID, QUALITY, InstanceOptions, prompts_digest, well_formed
 
 SIZES = {"smoke": (4, 16), "report": (80, 48)}
-"""Updates, and instances per update."""
+"""Updates, and instances per update, by ``--scale``."""
 ENDS = 3
-"""Updates over which the results average at both ends of the training, or half of all."""
+"""Updates that the results average over at the beginning and the end of training, at most half of all updates."""
 FORMAT = "well_formed"
+"""Name of the logged reward that is 1 for a response that is an instance."""
 
 
 @dataclass
@@ -39,54 +40,56 @@ class RefineAFTrain(InstanceOptions):
     """Train a model by token-level PPO to write instances of instructions."""
 
     model: str = "embedded"
-    """embedded, or a local path or hub id of a causal language model; also the KL reference."""
+    """Model to train: embedded, or a local path or hub id of a causal language model. The untrained model is the
+    reference policy of the KL penalty."""
     metrics: str = ""
-    """Rewards that are logged and not paid, separated by commas: ids or 'module:factory'."""
+    """Rewards that are logged but not trained on, separated by commas: ids or 'module:factory'."""
     scale: str = "smoke"
     """Size of the run where a count is left at 0: smoke (minutes) or report (up to two hours)."""
     updates: int = 0
-    """Updates. 0: by --scale, 4 or 80."""
+    """Number of updates. 0: by --scale, 4 or 80."""
     batch_size: int = 0
     """Instances per update. 0: by --scale, 16 or 48."""
     epochs: int = 2
     """Passes over the instances of an update."""
     learning_rate: float = 3e-4
-    """Peak learning rate (cosine, 10% warm-up)."""
+    """Peak learning rate (cosine schedule, 10% warm-up)."""
     kl_coefficient: float = 0.01
-    """Weight of the KL penalty against the base model. The quality reward is of the order of 0.1: so is what a few nats
-    cost."""
+    """Weight of the KL penalty to the base model. With the default, a KL of a few nats costs about as much as the
+    quality reward gives, which is of the order of 0.1."""
     lora_rank: int = 16
-    """Rank of the adapters."""
+    """Rank of the LoRA adapters."""
 
     def check(self) -> None:
         super().check()
         check_counts(self, "epochs", "lora_rank")
         if self.scale not in SCALES:
             raise InputError(f"--scale must be {' or '.join(SCALES)}, got {self.scale!r}")
+        # The quality reward and the format rate are terms of the reward already.
         for name in self.logged:
             if name in (QUALITY, FORMAT) or not re.fullmatch(r"[\w.:-]+", name):
                 raise InputError(f"--metrics are ids of other rewards, separated by commas, got {name!r}")
 
     @property
     def logged(self) -> list[str]:
-        """Names of the rewards that are not paid."""
+        """Names of the rewards that are logged but not trained on, without duplicates."""
         return list(dict.fromkeys(name.strip() for name in self.metrics.split(",") if name.strip()))
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Updates, and instances per update."""
+        """Number of updates, and instances per update."""
         updates, batch = SIZES[self.scale]
         return self.updates or updates, self.batch_size or batch
 
     def rewards(self) -> WeightedSum:
-        """What is paid, the format rate and the metrics beside it with weight 0."""
+        """Returns the reward to train on; format rate and metrics are terms of weight 0, which are only logged."""
         metrics: dict[str, Any] = {FORMAT: FunctionReward(well_formed)}
         metrics |= {name: resolve("reward", parse_reward(name)) for name in self.logged}
         return WeightedSum({QUALITY: self.reward_part()} | metrics, dict.fromkeys(metrics, 0.0))
 
 
 def run(options: RefineAFTrain, console: Console | None = None) -> dict[str, Any]:
-    """Trains (or resumes), saves the policy, and returns the results.
+    """Trains the policy, or resumes its training, saves it, and returns the results.
 
     Raises:
         InputError: for bad input, before a model is loaded.
@@ -110,6 +113,7 @@ def run(options: RefineAFTrain, console: Console | None = None) -> dict[str, Any
             dtype=options.dtype,
             seed=options.seed,
         )
+        # One sub-environment per instance of an update.
         env = gym.make_vec(
             ENV_ID,
             num_envs=batch,
@@ -130,6 +134,7 @@ def run(options: RefineAFTrain, console: Console | None = None) -> dict[str, Any
             token_budget=options.token_budget,
         )
         done = opened.learn(agent, updates, "ppo on instances")
+        # Out of time, or a helper process of a distributed training: only the main process saves the policy.
         if (results := opened.unfinished(done)) is not None:
             return results
         policy.save(opened.folder.file("policy", "policy.json").parent)
@@ -137,6 +142,7 @@ def run(options: RefineAFTrain, console: Console | None = None) -> dict[str, Any
 
 
 def _finish(opened: TokenTraining, agent: TokenPPO, console: Console) -> dict[str, Any]:
+    """Draws the figure, writes and prints the results, and returns them."""
     rows = read_records(opened.folder.path / "metrics.jsonl")
     opened.tracker.image("training", plot_instance_training(rows, opened.folder.file("figures", "training.png")))
     counts = {"updates": agent.updates, "tokens": agent.num_timesteps, "episodes": agent.episodes}
@@ -148,16 +154,20 @@ def _finish(opened: TokenTraining, agent: TokenPPO, console: Console) -> dict[st
 
 
 def learned(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Means over the first and the last updates of reward, format rate and KL, by name and ``_first`` or ``_last``.
+    """Averages reward, format rate and KL over the first and over the last updates.
 
     Args:
-        rows: of ``metrics.jsonl``, one per update; None where none of them has a figure.
+        rows: rows of ``metrics.jsonl``, one per update.
+
+    Returns:
+        Means by ``reward``, ``format_rate`` or ``kl`` with ``_first`` or ``_last``; None where no row has a value.
     """
     keys = {"reward": "rollout/reward", "format_rate": f"rollout/terms/{FORMAT}", "kl": "train/kl"}
-    found: dict[str, float | None] = {}
+    means: dict[str, float | None] = {}
+    # At most half of the updates, so that first and last updates do not overlap.
     count = min(ENDS, len(rows) // 2)
     for name, key in keys.items():
         for end, part in (("first", rows[:count]), ("last", rows[len(rows) - count :])):
             values = [row[key] for row in part if row.get(key) is not None]
-            found[f"{name}_{end}"] = float(np.mean(values)) if values else None
-    return found
+            means[f"{name}_{end}"] = float(np.mean(values)) if values else None
+    return means

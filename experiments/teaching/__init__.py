@@ -1,1 +1,1 @@
-"""Fine-tuning on made data, evaluation on held-out tasks, membership inference."""
+"""Experiments on generated data: fine-tuning, evaluation on held-out tasks, membership inference."""

@@ -1,7 +1,8 @@
-"""``instructgym evaluate``: zero-shot responses of fine-tuned models to held-out tasks, by ROUGE-L.
+"""``instructgym evaluate``: scores zero-shot responses of fine-tuned models to held-out tasks by ROUGE-L.
 
-The evaluation of Self-Instruct and Super-NaturalInstructions: a task's score is the mean of its instances' ROUGE-L, a
-model's the mean over tasks. REFINE-AF reports the share of tasks on which one model beats another.
+This is the evaluation of Self-Instruct and Super-NaturalInstructions: the score of a task is the mean ROUGE-L of its
+instances, the score of a model the mean over tasks. REFINE-AF reports the share of tasks on which one model has a
+higher score than another.
 """
 
 from __future__ import annotations
@@ -54,12 +55,12 @@ from .finetune import TRAIN
 def tables(
     metrics: Mapping[str, Mapping[str, float]], pairs: Mapping[str, PairedComparison], counts: Mapping[str, Any]
 ) -> list[Table]:
-    """The results for the terminal.
+    """Returns the results as tables for the terminal.
 
     Args:
         metrics: by arm: ``rouge_l`` with its interval, ``exact_match``, ``tokens`` and ``finished``.
-        pairs: by name the comparisons.
-        counts: of tasks and instances.
+        pairs: comparisons of two arms, by name.
+        counts: ``tasks`` and ``instances``.
     """
     arms = Table(title=f"{counts['tasks']} tasks, {counts['instances']} instances (macro averages, percent)")
     for column in ("arm", "ROUGE-L", "95% interval", "exact match", "finished", "tokens"):
@@ -86,26 +87,27 @@ def tables(
 
 
 def plot_rouge(metrics: Mapping[str, Mapping[str, float]], pairs: Mapping[str, PairedComparison], path: Path) -> Path:
-    """Macro ROUGE-L of the arms, and its differences with the shares of tasks won, as bars with 95% intervals.
+    """Plots ROUGE-L of the arms and its pairwise differences as bars with 95% intervals, and returns the path.
 
     Args:
-        metrics: as of :func:`tables`.
-        pairs: likewise.
-        path: the PNG.
+        metrics: by arm: ``rouge_l`` (the mean over tasks), ``rouge_l_low`` and ``rouge_l_high``.
+        pairs: comparisons of two arms, by name; without any, the plot of differences is left out.
+        path: PNG file to write.
     """
     figure, axes = panels(2 if pairs else 1)
     rows = list(metrics.values())
     means, low, high = (np.array([row[key] for row in rows]) for key in ("rouge_l", "rouge_l_low", "rouge_l_high"))
     colours = [COLOURS[k % len(COLOURS)] for k in range(len(rows))]
+    # Matplotlib refuses negative error bars, and a bootstrap interval need not contain the mean.
     errors = np.maximum([means - low, high - means], 0)
     axes[0, 0].bar(range(len(rows)), means, yerr=errors, color=colours, capsize=4)
     axes[0, 0].set_xticks(range(len(rows)), list(metrics))
     axes[0, 0].set(title="ROUGE-L, mean over tasks", ylabel="F-measure")
     if pairs:
-        right, found = axes[0, 1], list(pairs.values())
-        gaps, low, high = (np.array([getattr(p, key) for p in found]) for key in ("difference", "low", "high"))
+        right, comparisons = axes[0, 1], list(pairs.values())
+        gaps, low, high = (np.array([getattr(p, key) for p in comparisons]) for key in ("difference", "low", "high"))
         right.barh(
-            range(len(found)),
+            range(len(comparisons)),
             gaps,
             xerr=np.maximum([gaps - low, high - gaps], 0),
             color=COLOURS[6],
@@ -115,7 +117,7 @@ def plot_rouge(metrics: Mapping[str, Mapping[str, float]], pairs: Mapping[str, P
         labels = [
             f"{name}\nwon {100 * p.shares['won']:.0f}%, tied {100 * p.shares['tied']:.0f}%" for name, p in pairs.items()
         ]
-        right.set_yticks(range(len(found)), labels, fontsize=8)
+        right.set_yticks(range(len(comparisons)), labels, fontsize=8)
         right.axvline(0, color="#555555", linewidth=1)
         right.invert_yaxis()
         right.set(title="Difference in ROUGE-L", xlabel="F-measure, mean over tasks")
@@ -125,6 +127,7 @@ def plot_rouge(metrics: Mapping[str, Mapping[str, float]], pairs: Mapping[str, P
 
 
 BASE = "base"
+"""The arm of the base model."""
 
 
 @dataclass(frozen=True)
@@ -135,20 +138,20 @@ class Arm:
     model: str
     """Its base model."""
     run: str = ""
-    """Run folder of what was fine-tuned; empty for the base model as it is."""
+    """Run folder of the fine-tuning; empty for the base model itself."""
     layout: DataLayout | None = None
-    """In which it was trained, where the run says so."""
+    """Layout of the requests in its training; None if the run does not record it."""
 
 
 def find_arms(policy: str, model: str = "") -> list[Arm]:
-    """The base model, then the policies in the order in which they are named.
+    """Returns the arm of the base model, then those of the policies in the order in which they are named.
 
     Args:
-        policy: run folders separated by commas, each with a name if wanted: ``ours=runs/a,runs/b``.
-        model: the base model; by default that of the first policy, or embedded.
+        policy: run folders separated by commas, each with an optional name: ``ours=runs/a,runs/b``.
+        model: the base model; empty for that of the first policy, or embedded without policies.
 
     Raises:
-        InputError: for a run folder without a policy, and a name that is unusable or comes twice.
+        InputError: for a run folder without a policy, and for a name that is unusable or used twice.
     """
     arms: list[Arm] = []
     for piece in filter(None, (text.strip() for text in policy.split(","))):
@@ -165,16 +168,22 @@ def find_arms(policy: str, model: str = "") -> list[Arm]:
 
 
 def _trained_layout(folder: str) -> DataLayout | None:
+    """Returns the layout that a run's ``config.json`` records; None if it records none of :data:`DATA_LAYOUTS`."""
     config = read_json(Path(folder) / "config.json") or {}
     layout = (config.get("options") or {}).get("layout")
     return layout if layout in DATA_LAYOUTS else None
 
 
 def common_layout(arms: Sequence[Arm], asked: str = "auto") -> DataLayout:
-    """The one layout in which all arms are asked: that of their training, ``chat`` where no run says, or the one asked.
+    """Returns the layout in which all arms get the requests.
+
+    Args:
+        arms: the models.
+        asked: a layout, which is returned as it is, or ``auto``: the layout of the arms' training, ``chat`` if no run
+            records one.
 
     Raises:
-        InputError: if they were trained in different ones and none is asked for.
+        InputError: for ``auto``, if the arms were trained in different layouts.
     """
     if asked != "auto":
         return asked  # type: ignore[return-value]
@@ -186,17 +195,19 @@ def common_layout(arms: Sequence[Arm], asked: str = "auto") -> DataLayout:
 
 
 def seen_in_training(arm: Arm, requests: Sequence[InstructionExample]) -> int | None:
-    """How many of the requests are among those that the arm was fine-tuned on; None where its run does not say."""
+    """Returns how many of the requests the arm was fine-tuned on; None if its run has no file of training rows."""
     path = Path(arm.run) / TRAIN
     if not arm.run or not path.exists():
         return None
     trained = {request_text(InstructionExample(r["instruction"], r["input"], r["output"])) for r in read_records(path)}
-    return sum(request_text(one) in trained for one in requests)
+    return sum(request_text(request) in trained for request in requests)
 
 
 CHUNK = 32
+"""Responses generated together and appended to their file at once."""
 ENV_ID = "instructgym/GenerateResponse-v0"
 PREDICTIONS = "predictions.jsonl"
+"""File of all responses and scores in the run folder."""
 
 
 @dataclass
@@ -204,25 +215,29 @@ class Evaluate(TrainingOptions):
     """Answer held-out tasks with a base model and what was fine-tuned from it, and compare the answers' ROUGE-L."""
 
     policy: str = ""
-    """Run folders of fine-tuned models, separated by commas, each with a name if wanted: ours=runs/a,random=runs/b.
-    The base model is always an arm as well, called base."""
+    """Run folders of fine-tuned models, separated by commas, each with an optional name: ours=runs/a,random=runs/b. The
+    base model is always compared too, under the name base."""
     tasks: str = ""
-    """A task of Super-NaturalInstructions or a folder of them, JSONL in the user-oriented format, or seed tasks in
-    Self-Instruct's format. By default the package's own seed tasks."""
+    """Evaluation tasks: a task of Super-NaturalInstructions or a folder of them, JSONL in the user-oriented format, or
+    seed tasks in Self-Instruct's format. By default the package's own seed tasks."""
     task_names: str = ""
-    """File with one task name a line: take those alone, Super-NaturalInstructions' test tasks for instance."""
+    """File with one task name a line: evaluate on these tasks only, e.g. on the test tasks of
+    Super-NaturalInstructions."""
     held_out: int = HELD_OUT
-    """Of seed tasks, take those that bootstrapping keeps out: so many, a quarter of all at most. 0: take all."""
+    """If the tasks are seed tasks, number of tasks to evaluate on: those that bootstrapping holds out, at most a
+    quarter of all. 0: all seed tasks."""
     max_instances: int = 10
-    """Instances of a task, the first of each; 0 for all."""
+    """Instances per task, taken from its beginning. 0: all."""
     model: str = ""
-    """The base model. By default that of the first policy, or embedded."""
+    """The base model: embedded, or a local path or hub id. By default that of the first policy, or embedded."""
     layout: Literal["auto", "chat", "plain", "alpaca"] = "auto"
-    """How requests are written, by all arms alike. auto: as the policies were trained, chat without any."""
+    """How requests are written, for all models alike: in the model's chat template, as a text to continue, or as
+    Stanford Alpaca did. auto: as in the training of the policies, chat without policies."""
     max_tokens: int = 96
-    """Tokens of a response at most."""
+    """Maximum tokens of a response."""
     context_length: int = 1024
-    """Tokens of request and response at most; instances that are longer for any arm are dropped and counted."""
+    """Maximum tokens of request and response together; instances that are too long for any model are dropped and
+    counted."""
 
     def check(self) -> None:
         super().check()
@@ -231,19 +246,23 @@ class Evaluate(TrainingOptions):
 
 @dataclass(frozen=True)
 class HeldOutRequest:
-    """One instance of a task."""
+    """One instance of a task, as the models are asked."""
 
     id: str
+    """Name of the task and number of the instance."""
     task: str
+    """Name of the task."""
     request: InstructionExample
+    """Instruction, input, and the first reference as output."""
     references: tuple[str, ...]
+    """Reference outputs, at least one."""
 
 
 def run(options: Evaluate, console: Console | None = None) -> dict[str, Any]:
-    """Answers and scores, and returns macro averages, comparisons of all pairs of arms, and counts.
+    """Generates and scores the responses of all arms; returns macro averages, comparisons of all pairs, and counts.
 
-    Writes ``responses/ARM.jsonl`` (chunk by chunk; what stands there is never generated again), ``predictions.jsonl``
-    (a row per instance with every arm's response and scores), ``tasks.json`` (score by arm and task) and
+    Writes ``responses/ARM.jsonl`` (chunk by chunk; stored chunks are not generated again), ``predictions.jsonl`` (a row
+    per instance with every arm's response and scores), ``tasks.json`` (score by arm and task) and
     ``figures/rouge.png``.
 
     Raises:
@@ -255,25 +274,26 @@ def run(options: Evaluate, console: Console | None = None) -> dict[str, Any]:
     layout = common_layout(arms, options.layout)
     tasks = load_evaluation_tasks(options.tasks or None, options.held_out, options.task_names or None)
     questions = _questions(tasks, options.max_instances or None)
-    kept = _fitting(questions, arms, layout, options)
-    if not kept:
+    requests = _fitting(questions, arms, layout, options)
+    if not requests:
         raise InputError(f"no instance fits --context-length {options.context_length} beside --max-tokens")
-    seen = {arm.name: seen_in_training(arm, [question.request for question in kept]) for arm in arms if arm.run}
+    seen = {arm.name: seen_in_training(arm, [question.request for question in requests]) for arm in arms if arm.run}
     for name, count in seen.items():
         if count:
-            console.print(f"warning: {name} was trained on {count} of the {len(kept)} requests", style="yellow")
+            console.print(f"warning: {name} was trained on {count} of the {len(requests)} requests", style="yellow")
     if options.dry_run:
-        console.print(f"would answer {len(kept)} instances by {', '.join(arm.name for arm in arms)}")
+        console.print(f"would answer {len(requests)} instances by {', '.join(arm.name for arm in arms)}")
         return {}
+    # A run is resumed only with the same weights: stored responses belong to them.
     weights = digest([weights_digest(policy_folder(arm.run, "--policy")) for arm in arms if arm.run])
     with stage(options, "evaluate", console, distributed=False, weights=weights) as opened:
         if isinstance(opened, dict):
             return opened
         try:
-            answered = {arm.name: _answers(opened, arm, layout, kept, options, console) for arm in arms}
+            answered = {arm.name: _answers(opened, arm, layout, requests, options, console) for arm in arms}
         except OutOfTimeError:
             return opened.stopped()
-        rows = _scored(kept, answered)
+        rows = _scored(requests, answered)
         write_lines(opened.folder.file(PREDICTIONS), rows)
         names = [row["task"] for row in rows]
         scores = {arm.name: task_scores(names, [row["arms"][arm.name]["rouge_l"] for row in rows]) for arm in arms}
@@ -282,6 +302,7 @@ def run(options: Evaluate, console: Console | None = None) -> dict[str, Any]:
             arm.name: _macro(scores[arm.name], names, [row["arms"][arm.name] for row in rows], options.seed)
             for arm in arms
         }
+        # Compare every arm with all arms before it, the base model first.
         pairs = {
             f"{second.name} vs {first.name}": compare_paired(scores[second.name], scores[first.name], options.seed)
             for i, first in enumerate(arms)
@@ -292,9 +313,9 @@ def run(options: Evaluate, console: Console | None = None) -> dict[str, Any]:
             {"arms": metrics, "comparisons": {name: asdict(pair) | pair.shares for name, pair in pairs.items()}},
             {
                 "tasks": len(set(names)),
-                "instances": len(kept),
+                "instances": len(requests),
                 "dropped": {
-                    "too long": len(questions) - len(kept),
+                    "too long": len(questions) - len(requests),
                     "tasks without an instance left": len(tasks) - len(set(names)),
                 },
                 "seen in training": seen,
@@ -310,22 +331,23 @@ def run(options: Evaluate, console: Console | None = None) -> dict[str, Any]:
 
 def _questions(tasks: Sequence[EvaluationTask], limit: int | None) -> list[HeldOutRequest]:
     return [
-        HeldOutRequest(f"{task.name}/{number}", task.name, InstructionExample(task.instruction, given, refs[0]), refs)
+        HeldOutRequest(f"{task.name}/{number}", task.name, InstructionExample(task.instruction, text, refs[0]), refs)
         for task in tasks
-        for number, (given, refs) in enumerate(task.instances[:limit])
+        for number, (text, refs) in enumerate(task.instances[:limit])
     ]
 
 
 def _fitting(
     questions: Sequence[HeldOutRequest], arms: Sequence[Arm], layout: DataLayout, options: Evaluate
 ) -> list[HeldOutRequest]:
-    """The questions whose prompts leave room for a response, by every arm's tokenizer."""
+    """Returns the questions whose prompts leave room for a response with every arm's tokenizer."""
     fits = np.ones(len(questions), dtype=bool)
+    # Arms with one base model share its tokenizer.
     for model in dict.fromkeys(arm.model for arm in arms):
         tokenizer = tokenizer_of(model)
         if tokenizer.context_length < options.context_length:
             raise InputError(f"{model} reads {tokenizer.context_length} tokens: set --context-length to that or less")
-        prompts = tokenizer.encode_batch([prompt_text(one.request, layout, tokenizer) for one in questions])
+        prompts = tokenizer.encode_batch([prompt_text(item.request, layout, tokenizer) for item in questions])
         fits &= [len(ids) + options.max_tokens <= options.context_length for ids in prompts]
     return [question for question, fit in zip(questions, fits, strict=True) if fit]
 
@@ -338,16 +360,17 @@ def _answers(
     options: Evaluate,
     console: Console,
 ) -> list[dict[str, Any]]:
-    """An arm's responses, one row per question. Its model is loaded if some are missing, and let go on return.
+    """Returns an arm's responses, one row per question; its model is loaded only if some are missing, then freed.
 
     Raises:
-        InputError: if the responses that stand in the run folder are to other questions.
-        OutOfTimeError: between chunks.
+        InputError: if the responses that the run folder holds are to other questions.
+        OutOfTimeError: between chunks, if the time budget is spent.
     """
     path = opened.folder.path / "responses" / f"{arm.name}.jsonl"
     for row, question in zip(read_records(path), questions, strict=False):
         if row.get("id") != question.id or row.get("request") != question.request.row():
             raise InputError(f"{path} answers other tasks: they have changed since, choose another --run-dir")
+    # A list, so that clearing it drops the only reference to the model.
     loaded: list[LanguageModelPolicy] = []
 
     def rows(start: int) -> list[dict[str, Any]]:
@@ -356,7 +379,7 @@ def _answers(
             loaded.append(_policy(arm, options))
         chunk = questions[start : start + CHUNK]
         tokenizer = loaded[0].tokenizer
-        examples = [PromptExample(one.id, prompt_text(one.request, layout, tokenizer)) for one in chunk]
+        examples = [PromptExample(item.id, prompt_text(item.request, layout, tokenizer)) for item in chunk]
         responses = respond(
             loaded[0],
             ENV_ID,
@@ -368,40 +391,42 @@ def _answers(
         )
         return [
             {
-                "id": one.id,
-                "task": one.task,
-                "request": one.request.row(),
+                "id": item.id,
+                "task": item.task,
+                "request": item.request.row(),
                 "response": response.text.strip(),
                 "finish_reason": response.finish_reason,
                 "tokens": len(response.token_ids),
             }
-            for one, response in zip(chunk, responses, strict=True)
+            for item, response in zip(chunk, responses, strict=True)
         ]
 
     try:
         return chunked_rows(path, len(questions), CHUNK, rows, f"responses of {arm.name}", console)
     finally:
-        if loaded:  # the next arm's model must not find this one in memory
+        if loaded:  # free the memory before the next arm's model is loaded
             loaded.clear()
             gc.collect()
             torch.cuda.empty_cache()
 
 
 def _policy(arm: Arm, options: Evaluate) -> LanguageModelPolicy:
+    """Loads an arm's policy; the base model gets an untrained adapter."""
     if arm.run:
         return policy_from(policy_folder(arm.run, "--policy"), dtype=options.dtype)
-    # A new adapter changes nothing, and the base model computes as the others do.
+    # An untrained adapter does not change the outputs, and the base model computes in the same way as the other arms.
     return LanguageModelPolicy(arm.model, value="none", reference="none", dtype=options.dtype)
 
 
 def _no_reward(samples: Sequence[Sample]) -> list[Score]:
+    """Gives every sample reward 0: the env must have a reward, and responses are scored later."""
     return [Score(0.0) for _ in samples]
 
 
 def _scored(
     questions: Sequence[HeldOutRequest], answered: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> list[dict[str, Any]]:
-    """One row per question with all arms' responses and their scores."""
+    """Returns one row per question with all arms' responses and their scores."""
     return [
         {
             "id": question.id,
@@ -427,6 +452,14 @@ def _scored(
 def _macro(
     scores: Mapping[str, float], names: Sequence[str], rows: Sequence[Mapping[str, Any]], seed: int
 ) -> dict[str, float]:
+    """Returns an arm's macro averages over tasks; ``tokens`` and ``finished`` are means over instances.
+
+    Args:
+        scores: ROUGE-L by task.
+        names: name of the task of each row.
+        rows: the arm's response and scores to each question.
+        seed: seed of the bootstrap.
+    """
     mean, low, high = macro_interval(scores, seed)
     exact = task_scores(names, [row["exact_match"] for row in rows])
     return {

@@ -1,6 +1,7 @@
 """``instructgym finetune``: supervised fine-tuning of a language model on a data set of instructions.
 
-What the data teach is then measured by ``instructgym evaluate``, what they give away by ``instructgym privacy``.
+``instructgym evaluate`` then measures what the model has learned, ``instructgym privacy`` whether it gives its training
+rows away.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from ..runs.options import check_counts
 from ..runs.training import TrainingOptions, stage, tokenizer_of
 
 TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
+"""Files of the run folder: the rows trained on, and those withheld from training."""
 
 
 @dataclass
@@ -39,25 +41,28 @@ class Finetune(TrainingOptions):
     """Fine-tune a language model on instruction data; the loss is on the responses alone."""
 
     data: str = ""
-    """Data set: JSONL, JSON or Parquet with instruction, input, output (or messages, or Self-Instruct's instances)."""
+    """File of the data set: JSONL, JSON or Parquet with instruction, input and output (or messages, or Self-Instruct's
+    instances)."""
     model: str = "embedded"
-    """embedded, or a local path or hub id of a causal language model."""
+    """Model to fine-tune: embedded, or a local path or hub id of a causal language model."""
     limit: int = 0
-    """Train on exactly so many rows, drawn by the seed: equal sizes for data sets to be compared. 0: on all."""
+    """Train on exactly this number of rows, drawn at random by the seed, so that data sets are compared at equal size.
+    0: all rows."""
     holdout: float = 0.0
-    """Rows withheld from training, for membership inference: a share if below 1, else a number."""
+    """Rows withheld from training, for membership inference: a share of all rows if below 1, else a number of rows."""
     layout: Literal["chat", "plain", "alpaca"] = "chat"
-    """How a request is written: in the model's chat template, as a text to continue, or as Stanford Alpaca did."""
+    """How requests are written. chat: in the model's chat template; plain: as a text to continue; alpaca: as in
+    Stanford Alpaca."""
     epochs: int = 3
-    """Passes over the data."""
+    """Passes over the training rows."""
     batch_size: int = 16
     """Rows per optimiser step."""
     learning_rate: float = 2e-4
-    """Peak learning rate (cosine, 10% warm-up)."""
+    """Peak learning rate (cosine schedule, 10% warm-up)."""
     lora_rank: int = 16
-    """Rank of the adapter; 0 trains all weights."""
+    """Rank of the LoRA adapter. 0: train all weights."""
     context_length: int = 512
-    """Tokens of request and response at most; longer rows are dropped and counted."""
+    """Maximum tokens of request and response together; longer rows are dropped and counted."""
 
     def check(self) -> None:
         super().check()
@@ -73,18 +78,19 @@ class Finetune(TrainingOptions):
 def demonstrations(
     examples: Sequence[InstructionExample], layout: DataLayout, tokenizer: Tokenizer
 ) -> list[TokenizedDemonstration]:
-    """Token ids of prompts and responses as fine-tuning sees them, each response with an end-of-sequence token.
+    """Tokenizes examples for fine-tuning; each response ends with an end-of-sequence token.
 
     Args:
-        examples: what is asked and answered.
-        layout: how the request is written.
-        tokenizer: of the model.
+        examples: the requests and their responses.
+        layout: how the requests are written.
+        tokenizer: tokenizer of the model.
 
     Raises:
         InputError: if the tokenizer has no end-of-sequence token or, for the layout ``chat``, no chat template.
     """
     if not tokenizer.eos_ids:
         raise InputError(f"the tokenizer of {tokenizer.name} has no EOS token, by which responses could end")
+    # A tokenizer may have several end-of-sequence tokens: always take the same one.
     end = min(tokenizer.eos_ids)
     prompts = tokenizer.encode_batch([prompt_text(example, layout, tokenizer) for example in examples])
     return [
@@ -95,23 +101,24 @@ def demonstrations(
 
 @dataclass(frozen=True)
 class Rows:
-    """What becomes of the rows of a data set."""
+    """The split of a data set's rows."""
 
     train: list[int]
-    """Numbers of the rows to train on."""
+    """Indices of the rows to train on."""
     held_out: list[int]
-    """Of those that are withheld."""
+    """Indices of the rows withheld from training."""
     too_long: int
+    """Number of rows that do not fit the context."""
     unused: int
-    """Beyond the limit."""
+    """Number of rows beyond the limit."""
 
 
 def split_rows(lengths: Sequence[int], options: Finetune) -> Rows:
-    """Decides which rows are trained on, which withheld: at random by the seed, among those that are short enough.
+    """Draws the rows to train on and those to withhold, by the seed, from the rows that fit the context.
 
     Args:
         lengths: tokens of each row.
-        options: with limit, holdout, context length and seed.
+        options: options with limit, holdout, context length and seed.
 
     Raises:
         InputError: if too few rows are left to train on, naming the option.
@@ -121,22 +128,23 @@ def split_rows(lengths: Sequence[int], options: Finetune) -> Rows:
         raise InputError(f"no row of {options.data} fits --context-length {options.context_length}")
     rng = np.random.default_rng(request_seed(options.seed, "finetune rows"))
     order = [fitting[i] for i in rng.permutation(len(fitting))]
+    # The withheld rows come first in the drawn order: the limit does not change them.
     withheld = round(options.holdout * len(order)) if options.holdout < 1 else int(options.holdout)
     left = len(order) - withheld
     if left < max(options.limit, 1):
-        asked = f"--limit {options.limit} needs as many" if options.limit else "none may be withheld"
+        reason = f"--limit {options.limit} needs as many" if options.limit else "none may be withheld"
         raise InputError(
             f"{options.data} has {len(order)} usable rows of {len(lengths)}; --holdout {options.holdout:g} withholds "
-            f"{withheld} and leaves {max(left, 0)}, but {asked}"
+            f"{withheld} and leaves {max(left, 0)}, but {reason}"
             if withheld
-            else f"{options.data} has {len(order)} usable rows of {len(lengths)}, but {asked}: lower it, or make more"
+            else f"{options.data} has {len(order)} usable rows of {len(lengths)}, but {reason}: lower it, or make more"
         )
     train = sorted(order[withheld:][: options.limit or None])
     return Rows(train, sorted(order[:withheld]), len(lengths) - len(order), left - len(train))
 
 
 def usable_rows(options: Finetune) -> int:
-    """How many rows of the data set could be trained on: those that fit the context, duplicates counted once.
+    """Returns how many rows of the data set can be trained on: those that fit the context, duplicates counted once.
 
     Raises:
         InputError: for data that cannot be used.
@@ -145,6 +153,7 @@ def usable_rows(options: Finetune) -> int:
 
 
 def _read(options: Finetune) -> tuple[InstructionData, list[TokenizedDemonstration]]:
+    """Returns the data set, and its rows as token ids."""
     data = read_instruction_data(options.data, "--data")
     tokenizer = tokenizer_of(options.model)
     if tokenizer.context_length < options.context_length:
@@ -155,13 +164,14 @@ def _read(options: Finetune) -> tuple[InstructionData, list[TokenizedDemonstrati
 
 
 def _lengths(shown: Sequence[TokenizedDemonstration]) -> list[int]:
-    return [len(one.prompt) + len(one.response) for one in shown]
+    """Returns the tokens of prompt and response of each row."""
+    return [len(row.prompt) + len(row.response) for row in shown]
 
 
 def run(options: Finetune, console: Console | None = None) -> dict[str, Any]:
-    """Trains (or resumes), saves the policy and returns the results.
+    """Fine-tunes the model, or resumes it, saves the policy and returns the results.
 
-    The run folder holds ``policy/``, and the rows trained on and withheld in ``train.jsonl`` and ``held_out.jsonl``.
+    The run folder gets ``policy/``, and the rows trained on and withheld in ``train.jsonl`` and ``held_out.jsonl``.
 
     Raises:
         InputError: for bad input, before a model is loaded.
@@ -179,6 +189,7 @@ def run(options: Finetune, console: Console | None = None) -> dict[str, Any]:
     with stage(options, "finetune", console) as opened:
         if isinstance(opened, dict):
             return opened
+        # Written before training: a resumed run raises an error if the data have changed.
         for name, numbers in ((TRAIN, rows.train), (HELD_OUT, rows.held_out)):
             write_once(opened.folder.file(name), [data.examples[i].row() for i in numbers])
         policy = LanguageModelPolicy(
@@ -194,8 +205,9 @@ def run(options: Finetune, console: Console | None = None) -> dict[str, Any]:
             epochs=options.epochs,
             token_budget=options.token_budget,
         )
-        chosen = [shown[i] for i in rows.train]
-        done = opened.supervised(trainer, chosen, f"fine-tuning on {Path(options.data).name}")
+        training_rows = [shown[i] for i in rows.train]
+        done = opened.supervised(trainer, training_rows, f"fine-tuning on {Path(options.data).name}")
+        # Out of time, or a helper process of a distributed training: only the main process saves the policy.
         if (results := opened.unfinished(done)) is not None:
             return results
         policy.save(opened.folder.file("policy", "policy.json").parent)
@@ -206,11 +218,11 @@ def run(options: Finetune, console: Console | None = None) -> dict[str, Any]:
                 "held_out": len(rows.held_out),
                 "unused": rows.unused,
                 "dropped": {"too long": rows.too_long, "duplicates": data.duplicates},
-                "response_tokens": sum(len(one.response) for one in chosen),
+                "response_tokens": sum(len(row.response) for row in training_rows),
                 "steps": trainer.steps,
                 "seconds": opened.seconds,
             },
         )
         opened.tracker.summary(results["metrics"])
-        console.print(f"trained on {len(chosen)} rows in {opened.seconds:.0f} s, loss {trainer.loss:.3f}")
+        console.print(f"trained on {len(training_rows)} rows in {opened.seconds:.0f} s, loss {trainer.loss:.3f}")
         return results

@@ -1,7 +1,8 @@
-"""Membership inference: can rows that a model was fine-tuned on be told from rows of the same source that it was not?
+"""Membership inference: do a model's log-probs reveal which rows of a data set it was fine-tuned on?
 
-Every attack gives a row one number, higher for a row taken for a member (Yeom et al. 2018, Carlini et al. 2022). The
-area under its ROC curve is 0.5 where it does no better than guessing.
+Members are the rows that the model was fine-tuned on, non-members other rows of the same source. An attack gives every
+row a score, higher for a row that it takes for a member (Yeom et al. 2018, Carlini et al. 2022). The area under its ROC
+curve (AUC) is 0.5 if the attack is no better than guessing.
 """
 
 from __future__ import annotations
@@ -24,38 +25,43 @@ from ..runs.report import COLOURS, panels
 from ..runs.statistics import auc
 
 ATTACKS = ("loss", "calibrated", "min_k")
-"""``loss``: negative mean loss per token; ``calibrated``: the reference model's mean loss less the model's own;
-``min_k``: mean log-prob of the least likely tokens (Min-K% Prob, Shi et al. 2023, arXiv 2310.16789)."""
+"""Names of the attacks. ``loss``: negative mean loss per token; ``calibrated``: mean loss of the reference model minus
+that of the model; ``min_k``: mean log-prob of the least likely tokens (Min-K% Prob, Shi et al. 2023, arXiv
+2310.16789)."""
 
 TITLES = {"loss": "loss", "calibrated": "loss against the reference", "min_k": "Min-20% log-prob"}
 
 SIDES = ("members", "nonmembers")
 
 MIN_K = 20
-"""Percent of a response's tokens that ``min_k`` takes, the value of Shi et al."""
+"""Percentage of a response's tokens that ``min_k`` averages over, the value of Shi et al."""
 FALSE_POSITIVES = 0.01
+"""False positive rate at which the true positive rate is reported."""
 RESAMPLES = 2000
+"""Bootstrap samples behind an interval."""
 
 
 @dataclass(frozen=True)
 class AttackMetrics:
-    """How well one attack tells members from non-members."""
+    """How well one attack separates members from non-members."""
 
     auc: float
-    """Area under the ROC curve: the chance that a member scores above a non-member, ties by halves."""
+    """Area under the ROC curve: the probability that a member scores above a non-member, a tie counting one half."""
     auc_low: float
+    """Lower end of the 95% percentile bootstrap interval of the AUC; members and non-members are resampled
+    separately."""
     auc_high: float
-    """Percentile bootstrap 95% interval of the AUC, members and non-members resampled apart."""
+    """Upper end of that interval."""
     distance_to_chance: float
     """|AUC - 0.5|."""
     tpr_at_1_percent_fpr: float | None
-    """Largest share of members found by a threshold that takes at most 1% of the non-members for members."""
+    """Largest true positive rate of a threshold whose false positive rate is at most 1%; None with too few rows."""
     reason: str
-    """Why that share is not known; empty where it is."""
+    """Why that rate is None; empty if it is not."""
 
     @property
     def verdict(self) -> str:
-        """What the interval says, in words."""
+        """Meaning of the AUC's interval, in words."""
         if self.auc_low > 0.5:
             return "members are told from non-members"
         if self.auc_high < 0.5:
@@ -63,17 +69,17 @@ class AttackMetrics:
         return "no better than guessing, as far as these rows tell"
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, JSON-able."""
+        """Returns the metrics and the verdict, JSON-able."""
         return asdict(self) | {"verdict": self.verdict}
 
 
 def attack_scores(logprobs: np.ndarray, reference: np.ndarray, k: int = MIN_K) -> dict[str, float]:
-    """The score of one row by each of :data:`ATTACKS`, in nats per token.
+    """Scores one row by each of :data:`ATTACKS`, in nats per token.
 
     Args:
-        logprobs: float, shape (tokens,): log-probs in nats of the response's tokens by the model, given its prompt.
-        reference: float, shape (tokens,): by the reference model.
-        k: percent of the tokens that ``min_k`` takes; at least one token.
+        logprobs: log-probs of the response's tokens by the model, given the prompt; float, shape (tokens,), in nats.
+        reference: log-probs of the same tokens by the reference model; float, shape (tokens,), in nats.
+        k: percentage of the tokens, the least likely ones, that ``min_k`` averages over; at least one token.
 
     Raises:
         InputError: for an empty response, shapes that differ, and a k outside of (0, 100].
@@ -100,32 +106,38 @@ def score_rows(
 ) -> list[dict[str, float]]:
     """Scores rows by every attack.
 
-    Both models read the same batches, so that a model that is its own reference gives ``calibrated`` scores of 0.
+    Both models get the same batches, so a model that is its own reference gives ``calibrated`` scores of 0.
 
     Args:
         policy: the fine-tuned model, at temperature 1.
-        reference: whose reference model is taken; the policy itself where that is the model without its adapter.
+        reference: policy whose reference model is the reference of the attack; ``policy`` itself if that is the model
+            without its adapter.
         rows: prompts and responses as in training.
-        token_budget: tokens of a batch, padding included.
+        token_budget: maximum tokens of a batch, padding included.
+
+    Returns:
+        For each row, its score by attack.
     """
+    # Rows of similar length share a batch, which saves padding.
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt) + len(rows[i].response))
     scores: list[dict[str, float]] = [{}] * len(rows)
     lengths = [len(rows[i].prompt) + len(rows[i].response) for i in order]
     for chunk in token_budget_chunks(lengths, token_budget):
-        members = [order[position] for position in chunk]
-        prompts = [np.asarray(rows[i].prompt, dtype=np.int32) for i in members]
-        responses = [np.asarray(rows[i].response, dtype=np.int32) for i in members]
-        free = [None] * len(members)
+        indices = [order[position] for position in chunk]
+        prompts = [np.asarray(rows[i].prompt, dtype=np.int32) for i in indices]
+        responses = [np.asarray(rows[i].response, dtype=np.int32) for i in indices]
+        free = [None] * len(indices)
+        # The models return the log-probs of all responses in one array: split it by response.
         ends = np.cumsum([len(response) for response in responses])[:-1]
         own = policy.score(prompts, responses, free, values=False).logprobs.float().cpu().numpy()
         other = reference.reference_logprobs(prompts, responses, free).float().cpu().numpy()
-        for i, mine, theirs in zip(members, np.split(own, ends), np.split(other, ends), strict=True):
-            scores[i] = attack_scores(mine, theirs)
+        for i, row_own, row_other in zip(indices, np.split(own, ends), np.split(other, ends), strict=True):
+            scores[i] = attack_scores(row_own, row_other)
     return scores
 
 
 def roc(members: Sequence[float], nonmembers: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """False and true positive rates at every threshold, both float64, shape (thresholds,), rising from 0 to 1."""
+    """Returns false and true positive rates at every threshold, both float64, shape (thresholds,), from 0 to 1."""
     from sklearn.metrics import roc_curve
 
     labels = [1] * len(members) + [0] * len(nonmembers)
@@ -136,16 +148,16 @@ def roc(members: Sequence[float], nonmembers: Sequence[float]) -> tuple[np.ndarr
 def attack_metrics(
     member_scores: Sequence[float], nonmember_scores: Sequence[float], seed: int = 0, resamples: int = RESAMPLES
 ) -> AttackMetrics:
-    """AUC with its interval, and the true positive rate at 1% false positives.
+    """Computes the AUC of an attack with its interval, and the true positive rate at 1% false positives.
 
-    With fewer than 100 non-members a single one is more than 1% of them: the rate is then None with the reason, for
-    what lies between the curve's first points would be made up.
+    With fewer than 100 non-members, a single one is more than 1% of them. The rate is then None, with the reason: it
+    could only be interpolated between the first points of the curve.
 
     Args:
-        member_scores: of rows that the model was trained on, higher = taken for a member.
-        nonmember_scores: of rows that it was not trained on.
-        seed: of the bootstrap.
-        resamples: of the bootstrap.
+        member_scores: scores of rows that the model was trained on; higher means more likely a member.
+        nonmember_scores: scores of rows that it was not trained on.
+        seed: seed of the bootstrap.
+        resamples: number of bootstrap samples.
 
     Raises:
         InputError: without members or non-members, and for a score that is not finite.
@@ -164,38 +176,42 @@ def attack_metrics(
         reason = f"{len(others)} non-members: one of them is more than 1%, at least 100 are needed"
     else:
         false_positives, true_positives = roc(members.tolist(), others.tolist())
+        # The tolerance keeps a threshold at exactly 1%, whatever the rounding.
         rate = float(true_positives[false_positives <= FALSE_POSITIVES + 1e-12].max())
     return AttackMetrics(value, float(low), float(high), abs(value - 0.5), rate, reason)
 
 
 def _resampled_aucs(members: np.ndarray, others: np.ndarray, seed: int, resamples: int) -> np.ndarray:
-    """float64, shape (resamples,): the AUC under draws with replacement from either side."""
+    """Returns the AUC of bootstrap samples of members and of non-members; float64, shape (resamples,)."""
     rng = np.random.default_rng(seed)
     count, pairs = len(members), len(members) * len(others)
-    rows = max(1_000_000 // (count + len(others)), 1)  # drawn together: bounds memory
-    found = []
+    rows = max(1_000_000 // (count + len(others)), 1)  # bootstrap samples drawn together, which bounds the memory
+    aucs = []
     for start in range(0, resamples, rows):
         drawn = [rng.choice(side, (min(rows, resamples - start), len(side))) for side in (members, others)]
+        # The AUC is the Mann-Whitney statistic of the members' ranks, divided by the number of pairs.
         ranks = stats.rankdata(np.concatenate(drawn, axis=1), axis=1)
-        found.append((ranks[:, :count].sum(axis=1) - count * (count + 1) / 2) / pairs)
-    return np.concatenate(found)
+        aucs.append((ranks[:, :count].sum(axis=1) - count * (count + 1) / 2) / pairs)
+    return np.concatenate(aucs)
 
 
 @dataclass(frozen=True)
 class LengthShift:
-    """Whether members and non-members differ in length, which an attack may find in the place of memory."""
+    """Whether members and non-members differ in length, which an attack may detect instead of memorisation."""
 
     members: float
+    """Mean tokens per response of members."""
     nonmembers: float
-    """Mean tokens per response."""
+    """Mean tokens per response of non-members."""
     p_value: float
-    """Of Welch's t-test of equal means; 1 where neither side varies and the means are equal."""
+    """p-value of Welch's t-test of equal means; 1 if a side has fewer than two rows, or if neither side varies and the
+    means are equal."""
     auc: float
-    """What the length alone reaches as an attack, longer = taken for a member."""
+    """AUC of the length alone as an attack; longer means more likely a member."""
 
     @property
     def found(self) -> bool:
-        """Whether the means differ at the 5% level."""
+        """Whether the means differ significantly at the 5% level."""
         return self.p_value < 0.05
 
 
@@ -204,32 +220,34 @@ def length_shift(members: Sequence[int], nonmembers: Sequence[int]) -> LengthShi
 
     Args:
         members: tokens of each member's response.
-        nonmembers: of each non-member's.
+        nonmembers: tokens of each non-member's response.
     """
-    ours, theirs = np.asarray(members, dtype=np.float64), np.asarray(nonmembers, dtype=np.float64)
-    if len(ours) < 2 or len(theirs) < 2 or ours.std() + theirs.std() == 0:
-        p_value = 1.0 if min(len(ours), len(theirs)) < 2 or ours.mean() == theirs.mean() else 0.0
+    inside, outside = np.asarray(members, dtype=np.float64), np.asarray(nonmembers, dtype=np.float64)
+    # The t-test is undefined for fewer than two rows and without any variance.
+    if len(inside) < 2 or len(outside) < 2 or inside.std() + outside.std() == 0:
+        p_value = 1.0 if min(len(inside), len(outside)) < 2 or inside.mean() == outside.mean() else 0.0
     else:
-        p_value = float(stats.ttest_ind(ours, theirs, equal_var=False).pvalue)
-    by_length = auc([*ours, *theirs], [True] * len(ours) + [False] * len(theirs))
+        p_value = float(stats.ttest_ind(inside, outside, equal_var=False).pvalue)
+    by_length = auc([*inside, *outside], [True] * len(inside) + [False] * len(outside))
     assert by_length is not None
-    return LengthShift(float(ours.mean()), float(theirs.mean()), p_value, by_length)
+    return LengthShift(float(inside.mean()), float(outside.mean()), p_value, by_length)
 
 
 def side_of(rows: Sequence[Mapping[str, Any]], side: str) -> list[Mapping[str, Any]]:
-    """The rows of ``scores.jsonl`` that are of a side of :data:`SIDES`."""
+    """Returns the rows of ``scores.jsonl`` that belong to one of :data:`SIDES`."""
     return [row for row in rows if row["member"] == (side == "members")]
 
 
 def plot_roc(scores: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path:
-    """ROC curves of all attacks, one panel per policy, with the diagonal of guessing.
+    """Plots the ROC curves of all attacks, one panel per policy, and returns the path; the diagonal is guessing.
 
     Args:
-        scores: by policy, rows of ``scores.jsonl``.
-        path: the PNG.
+        scores: rows of ``scores.jsonl`` by policy.
+        path: PNG file to write.
     """
     columns = min(len(scores), 3)
     figure, axes = panels(columns, -(-len(scores) // columns))
+    # The grid of panels may have more places than there are policies.
     for axis in list(axes.flat)[len(scores) :]:
         axis.set_axis_off()
     for axis, (name, rows) in zip(axes.flat, scores.items(), strict=False):

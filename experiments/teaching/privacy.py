@@ -1,9 +1,11 @@
 """``instructgym privacy``: membership inference on fine-tuned policies, as TeaMs-RL reports it (ROC and AUC).
 
-Members are the rows that a policy was fine-tuned on, non-members those of the same data that were held out. Which
-attack TeaMs-RL ran is not known; the attacks here are those of ``experiments/membership.py``. Rows that were evolved
-from one seed are alike: where some are members and some are not, the attacks have it harder, and the intervals, which
-take rows for independent, are too narrow.
+Members are the rows that a policy was fine-tuned on, non-members the rows of the same data that were withheld. It is
+not known which attack TeaMs-RL ran; the attacks here are those of
+:mod:`~instructgym.experiments.teaching.membership`.
+
+Rows that were evolved from one seed are similar. If some of them are members and others are not, the attacks are
+harder, and the intervals, which assume independent rows, are too narrow.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ from .finetune import HELD_OUT, TRAIN, demonstrations
 from .membership import ATTACKS, SIDES, attack_metrics, length_shift, plot_roc, score_rows, side_of
 
 CHUNK = 64
+"""Rows scored together and appended to the file of scores at once."""
 SCORES = "scores.jsonl"
+"""File of all rows' scores in the run folder."""
 
 
 @dataclass
@@ -40,39 +44,44 @@ class Privacy(TrainingOptions):
     """Tell the rows that policies were fine-tuned on from held-out ones (membership inference)."""
 
     policy: str = ""
-    """Run folder of a fine-tuning, or several to compare: name=RUN,name=RUN."""
+    """Run folder of 'finetune', or several to compare: name=RUN,name=RUN."""
     members: str = ""
-    """Rows the policy was trained on, in any format of 'finetune --data'; by default the run's train.jsonl."""
+    """File of rows that the policy was trained on, in any format of 'finetune --data'. By default train.jsonl of its
+    run folder."""
     nonmembers: str = ""
-    """Rows it was not trained on, likewise; by default the run's held_out.jsonl."""
+    """File of rows that the policy was not trained on, in any format of 'finetune --data'. By default held_out.jsonl of
+    its run folder."""
     model: str = "base"
-    """Reference of the calibrated attack: base (the model that the policy was trained from), or embedded, a local path
-    or hub id of another model with the same tokenizer."""
+    """Reference model of the calibrated attack: base (the model that the policy was trained from), or embedded, a local
+    path or hub id of another model with the same tokenizer."""
     layout: Literal["", "chat", "plain", "alpaca"] = ""
-    """How rows were shown in training; by default as the fine-tuning run says."""
+    """How requests were written in training: chat, plain or alpaca. By default as recorded in the policy's run
+    folder."""
     context_length: int = 0
-    """Tokens of a row at most; longer ones are left out. 0: as in training."""
+    """Maximum tokens of a row; longer rows are left out. 0: as in training."""
     limit: int = 0
-    """Rows of either side at most, drawn at random. 0: all."""
+    """Maximum number of members, and of non-members, drawn at random. 0: all."""
     resamples: int = 2000
-    """Of the bootstrap behind each interval."""
+    """Bootstrap samples behind each interval."""
 
     def check(self) -> None:
         super().check()
         check_counts(self, "resamples")
         if bool(self.members) != bool(self.nonmembers):
-            given, other = ("members", "nonmembers") if self.members else ("nonmembers", "members")
-            raise InputError(f"--{given} without --{other}: name both files, or neither to take those of the run")
+            present, missing = ("members", "nonmembers") if self.members else ("nonmembers", "members")
+            raise InputError(f"--{present} without --{missing}: name both files, or neither to take those of the run")
 
 
 @dataclass(frozen=True)
 class _Row:
-    """One row of either side."""
+    """One row to score."""
 
     member: bool
+    """Whether the policy was trained on it."""
     number: int
-    """Of the row among those of its file, from 0."""
+    """Index of the row in its file, from 0."""
     example: InstructionExample
+    """Request and response."""
 
 
 @dataclass
@@ -81,14 +90,20 @@ class _AttackedArm:
 
     name: str
     folder: Path
+    """Folder of the policy."""
     weights: str
+    """Digest of the policy's weights."""
     model: str
+    """The base model."""
     rows: list[_Row]
+    """Members, then non-members."""
     shown: list[TokenizedDemonstration]
+    """The rows as token ids, as in training."""
     too_long: int
+    """Number of rows that were left out because of their length."""
 
     def key(self, index: int) -> dict[str, Any]:
-        """What a stored score of a row must agree with."""
+        """Returns the fields by which a stored score is recognised as that of a row."""
         row = self.rows[index]
         return {
             "policy": self.name,
@@ -100,7 +115,7 @@ class _AttackedArm:
 
 
 def run(options: Privacy, console: Console | None = None) -> dict[str, Any]:
-    """Scores all rows by all attacks, draws the curves and returns the results.
+    """Scores all rows by all attacks, draws the ROC curves and returns the results.
 
     Raises:
         InputError: for bad input, before a model is loaded.
@@ -134,6 +149,12 @@ def run(options: Privacy, console: Console | None = None) -> dict[str, Any]:
 
 
 def _arm(options: Privacy, name: str, run_folder: Path) -> _AttackedArm:
+    """Reads a policy's rows and tokenizes them as in its training.
+
+    Raises:
+        InputError: for a layout that is not known, rows that cannot be used, and a reference model with another
+            tokenizer.
+    """
     folder = policy_folder(str(run_folder), "--policy")
     trained = (read_json(run_folder / "config.json") or {}).get("options", {})
     layout = options.layout or trained.get("layout")
@@ -145,16 +166,17 @@ def _arm(options: Privacy, name: str, run_folder: Path) -> _AttackedArm:
         side: getattr(options, side) or str(run_folder / default)
         for side, default in zip(SIDES, (TRAIN, HELD_OUT), strict=True)
     }
+    # A run without --holdout has an empty file of withheld rows.
     held_out = Path(files["nonmembers"])
     if not options.nonmembers and held_out.exists() and not held_out.stat().st_size:
         raise InputError(f"{run_folder} withheld no rows from training: fine-tune with --holdout, or name --nonmembers")
     rows = _rows(files, options)
     longest = options.context_length or trained.get("context_length") or tokenizer.context_length
     shown = demonstrations([row.example for row in rows], layout, tokenizer)
-    fits = [len(one.prompt) + len(one.response) <= longest for one in shown]
-    kept = [row for row, fit in zip(rows, fits, strict=True) if fit]
+    fits = [len(tokens.prompt) + len(tokens.response) <= longest for tokens in shown]
+    fitting = [row for row, fit in zip(rows, fits, strict=True) if fit]
     for side in SIDES:
-        if not any(row.member == (side == "members") for row in kept):
+        if not any(row.member == (side == "members") for row in fitting):
             raise InputError(f"none of the rows of {files[side]} fits {longest} tokens: raise --context-length")
     _check_reference(options.model, tokenizer)
     return _AttackedArm(
@@ -162,24 +184,29 @@ def _arm(options: Privacy, name: str, run_folder: Path) -> _AttackedArm:
         folder=folder,
         weights=weights_digest(folder),
         model=settings["model"],
-        rows=kept,
-        shown=[one for one, fit in zip(shown, fits, strict=True) if fit],
-        too_long=len(rows) - len(kept),
+        rows=fitting,
+        shown=[tokens for tokens, fit in zip(shown, fits, strict=True) if fit],
+        too_long=len(rows) - len(fitting),
     )
 
 
 def _rows(files: Mapping[str, str], options: Privacy) -> list[_Row]:
-    """The rows of both files, members first; with a limit, at most so many of either, drawn by the seed."""
-    found = {side: read_instruction_data(path, f"--{side}").examples for side, path in files.items()}
-    members = {example.id: number for number, example in enumerate(found["members"], start=1)}
-    for number, example in enumerate(found["nonmembers"], start=1):
+    """Returns the rows of both files, members first; with a limit, at most that many of each, drawn by the seed.
+
+    Raises:
+        InputError: for a row that is in both files.
+    """
+    examples_of = {side: read_instruction_data(path, f"--{side}").examples for side, path in files.items()}
+    members = {example.id: number for number, example in enumerate(examples_of["members"], start=1)}
+    for number, example in enumerate(examples_of["nonmembers"], start=1):
         if example.id in members:
             raise InputError(
                 f"row {number} of {files['nonmembers']} is row {members[example.id]} of {files['members']}: a row "
                 "cannot be both trained on and held out, delete one of the two"
             )
     rows = []
-    for side, examples in found.items():
+    # Each side has its own generator: the draw of members does not depend on the non-members.
+    for side, examples in examples_of.items():
         numbers: Sequence[int] = range(len(examples))
         if 0 < options.limit < len(examples):
             numbers = sorted(random.Random(f"{options.seed}/{side}").sample(numbers, options.limit))
@@ -188,6 +215,7 @@ def _rows(files: Mapping[str, str], options: Privacy) -> list[_Row]:
 
 
 def _check_reference(model: str, tokenizer: Tokenizer) -> None:
+    """Raises an InputError for a reference model with another tokenizer, whose losses per token are not comparable."""
     if model != "base" and tokenizer_of(model).fingerprint != tokenizer.fingerprint:
         raise InputError(f"--model {model} counts other tokens than the policy's model: its losses do not compare")
 
@@ -195,7 +223,11 @@ def _check_reference(model: str, tokenizer: Tokenizer) -> None:
 def _scores(
     options: Privacy, opened: TokenTraining, arms: Sequence[_AttackedArm]
 ) -> dict[str, list[dict[str, Any]]] | None:
-    """The scores of every row by policy, those that are stored read; None when the time is over."""
+    """Returns the scores of every row by policy, after computing those that are not stored; None if time ran out.
+
+    Raises:
+        InputError: for a stored score of another row or of other weights.
+    """
     path = opened.folder.file(SCORES)
     stored = {(row["policy"], row["member"], row["row"]): row for row in read_records(path, repair=True)}
     scores: dict[str, list[dict[str, Any]]] = {}
@@ -208,19 +240,20 @@ def _scores(
                     f"{path} has the score of another row or of other weights for {place}: --policy {arm.folder} or "
                     "its rows have changed since; choose another --run-dir"
                 )
-        # Whole chunks, whatever of one is stored: what stands in a batch with a row must not depend on a kill.
+        # Always score whole chunks, even if some rows are stored: the batch of a row must not depend on interruptions.
         starts = [s for s in range(0, len(keys), CHUNK) if any(place not in stored for place in places[s : s + CHUNK])]
         models = _models(options, arm) if starts else None
         for start in starts:
             assert models is not None
-            made = score_rows(*models, arm.shown[start : start + CHUNK], options.token_budget)
+            results = score_rows(*models, arm.shown[start : start + CHUNK], options.token_budget)
             new = []
-            for offset, row in enumerate(made, start=start):
-                if places[offset] not in stored:
-                    tokens = len(arm.shown[offset].response)
-                    stored[places[offset]] = keys[offset] | {"tokens": tokens} | row
-                    new.append(stored[places[offset]])
+            for index, row in enumerate(results, start=start):
+                if places[index] not in stored:
+                    tokens = len(arm.shown[index].response)
+                    stored[places[index]] = keys[index] | {"tokens": tokens} | row
+                    new.append(stored[places[index]])
             append_lines(path, new)
+            # The time limit does not stop a run that has scored everything.
             last = start == starts[-1] and arm is arms[-1]
             if options.minutes and opened.seconds > 60 * options.minutes and not last:
                 return None
@@ -229,17 +262,17 @@ def _scores(
 
 
 def _models(options: Privacy, arm: _AttackedArm) -> tuple[LanguageModelPolicy, LanguageModelPolicy]:
-    """The policy at temperature 1, and the policy whose reference is the one to compare with."""
+    """Loads the policy at temperature 1, and the policy that holds the reference model of the attack."""
     policy = policy_from(arm.folder, temperature=1.0, dtype=options.dtype)
     if options.model == "base" and (policy.lora.rank or policy.reference == "base"):
-        policy.reference = "base"  # whatever it was trained against: the model without any adapter
+        policy.reference = "base"  # the model without an adapter, whatever the reference in training was
         return policy, policy
     model = arm.model if options.model == "base" else options.model
     return policy, LanguageModelPolicy(model, value="none", dtype=options.dtype)
 
 
 def _measured(rows: Sequence[Mapping[str, Any]], options: Privacy) -> dict[str, Any]:
-    """Metrics of each attack on one policy, its lengths and what to beware of."""
+    """Returns the metrics of each attack on one policy, the lengths of its rows, and warnings."""
     members, others = (side_of(rows, side) for side in SIDES)
     shift = length_shift([row["tokens"] for row in members], [row["tokens"] for row in others])
     warnings = []
@@ -266,17 +299,18 @@ def _measured(rows: Sequence[Mapping[str, Any]], options: Privacy) -> dict[str, 
 
 
 def _show(metrics: Mapping[str, Any], console: Console) -> None:
+    """Prints the table of the attacks, then warnings and the reasons for missing rates."""
     table = Table(title="Membership inference (0.5: guessing; intervals: 95%, bootstrap)")
     for title in ("policy", "attack", "AUC", "|AUC - 0.5|", "TPR at 1% FPR", ""):
         table.add_column(title, justify="right" if title and title not in ("policy", "attack") else "left")
     for name, measured in metrics.items():
-        for attack, found in measured["attacks"].items():
-            area = f"{found['auc']:.3f} [{found['auc_low']:.3f}, {found['auc_high']:.3f}]"
-            rate = found["tpr_at_1_percent_fpr"]
+        for attack, figures in measured["attacks"].items():
+            area = f"{figures['auc']:.3f} [{figures['auc_low']:.3f}, {figures['auc_high']:.3f}]"
+            rate = figures["tpr_at_1_percent_fpr"]
             shown = "-" if rate is None else f"{rate:.3f}"
-            table.add_row(name, attack, area, f"{found['distance_to_chance']:.3f}", shown, found["verdict"])
+            table.add_row(name, attack, area, f"{figures['distance_to_chance']:.3f}", shown, figures["verdict"])
     console.print(table)
     for name, measured in metrics.items():
-        reasons = dict.fromkeys(found["reason"] for found in measured["attacks"].values() if found["reason"])
+        reasons = dict.fromkeys(figures["reason"] for figures in measured["attacks"].values() if figures["reason"])
         for remark in [*measured["warnings"], *(f"no TPR at 1% FPR: {reason}" for reason in reasons)]:
             console.print(f"{name}: {remark}", highlight=False)

@@ -1,4 +1,4 @@
-"""What the data sets of an experiment taught, side by side: a table, figures, and what each data set cost."""
+"""The report of an experiment: scores of the models fine-tuned on each data set, comparisons, and costs of the data."""
 
 from __future__ import annotations
 
@@ -18,31 +18,35 @@ from ..runs.statistics import PairedComparison, compare_paired, macro_interval
 from .evaluate import BASE
 
 ATTACK = "calibrated"
-"""The attack that the table shows: the loss less that of the base model."""
+"""The attack that the table shows: the base model's loss minus the model's own."""
 
 
 @dataclass
 class TaughtArm:
-    """The base model, or one data set: its fine-tuned models, one per seed."""
+    """The base model, or a data set with the models fine-tuned on it, one per seed."""
 
     name: str
+    """``base``, or the name of the data set."""
     tasks: dict[str, float] = field(default_factory=dict)
-    """ROUGE-L by task, the mean over seeds."""
+    """ROUGE-L by task, averaged over seeds."""
     exact_match: float = 0.0
+    """Exact match averaged over tasks and seeds."""
     seeds: list[float] = field(default_factory=list)
     """Macro ROUGE-L of each seed."""
     rows: int = 0
-    """Trained on."""
+    """Number of rows trained on."""
     attacks: list[Mapping[str, Any]] = field(default_factory=list)
-    """Of each seed: the metrics of every attack."""
+    """Per seed, the metrics of every attack by its name."""
 
     @property
     def auc(self) -> tuple[float, float, float] | None:
-        """AUC of the calibrated attack with its interval: the mean over seeds of all three."""
-        found = [attack[ATTACK] for attack in self.attacks]
-        if not found:
+        """AUC of the calibrated attack and the ends of its interval, averaged over seeds; None without attacks."""
+        calibrated = [attack[ATTACK] for attack in self.attacks]
+        if not calibrated:
             return None
-        area, low, high = (float(np.mean([one[key] for one in found])) for key in ("auc", "auc_low", "auc_high"))
+        area, low, high = (
+            float(np.mean([metrics[key] for metrics in calibrated])) for key in ("auc", "auc_low", "auc_high")
+        )
         return area, low, high
 
 
@@ -58,18 +62,19 @@ def report(
 
     Args:
         root: folder of the experiment.
-        arms: names of the data sets, the one to be compared with first.
-        models: names of the fine-tuned models: that of the data set, a hyphen and the seed.
-        costs: of each data set, LLM calls by kind; a row of the table each.
-        title: heading.
-        console: where the table goes.
+        arms: names of the data sets; the first is the one that the others are compared with.
+        models: names of the fine-tuned models: name of the data set, a hyphen and the seed.
+        costs: LLM calls by kind, for each data set.
+        title: heading of the report.
+        console: console to print the tables to.
 
     Raises:
-        InputError: if the evaluation or the attacks have not finished.
+        InputError: if the evaluation or the attacks have not finished, or a model was not evaluated.
     """
     taught = _gather(root, arms, models)
     base = taught[0]
     macro = {arm.name: macro_interval(arm.tasks) for arm in taught}
+    # Compare every data set with the base model, and with the first data set.
     pairs = {(arm.name, BASE): compare_paired(arm.tasks, base.tasks) for arm in taught[1:]}
     pairs |= {(arm.name, taught[1].name): compare_paired(arm.tasks, taught[1].tasks) for arm in taught[2:]}
     out = root / "report"
@@ -91,7 +96,7 @@ def report(
             }
             for arm in taught
         },
-        "comparisons": {f"{one} vs {other}": asdict(pair) | pair.shares for (one, other), pair in pairs.items()},
+        "comparisons": {f"{first} vs {second}": asdict(pair) | pair.shares for (first, second), pair in pairs.items()},
         "costs": {name: dict(cost) for name, cost in costs.items()},
     }
     write_json(out / "results.json", results)
@@ -102,13 +107,16 @@ def report(
 
 
 def _gather(root: Path, names: Sequence[str], models: Sequence[str]) -> list[TaughtArm]:
+    """Reads the results of evaluation and attacks; returns the base model, then the data sets in order."""
     evaluated = _finished(root / "evaluate")
+    # Without withheld rows there is no attack.
     attacked = _finished(root / "privacy")["metrics"] if (root / "privacy").exists() else {}
     tasks = read_json(root / "evaluate" / "tasks.json") or {}
     metrics = evaluated["metrics"]["arms"]
     base = TaughtArm(BASE, dict(tasks[BASE]), metrics[BASE]["exact_match"], [metrics[BASE]["rouge_l"]])
     arms = [base]
     for name in names:
+        # The name of a data set may contain hyphens itself: split at the last one.
         seeds = [model for model in models if model.rpartition("-")[0] == name]
         if missing := [seed for seed in seeds if seed not in metrics]:
             raise InputError(f"{root / 'evaluate'} did not evaluate {missing[0]}: repeat that stage in a new folder")
@@ -126,6 +134,7 @@ def _gather(root: Path, names: Sequence[str], models: Sequence[str]) -> list[Tau
 
 
 def _finished(folder: Path) -> dict[str, Any]:
+    """Returns the results of a finished stage; raises an InputError if it has not finished."""
     results = read_json(folder / "results.json")
     if results is None or results.get("status") != "finished":
         raise InputError(f"{folder} holds no finished run: run that stage first")
@@ -164,14 +173,15 @@ def _score_rows(
 
 def _pair_rows(pairs: Mapping[tuple[str, str], PairedComparison]) -> list[list[str]]:
     rows = [["task by task", "won", "tied", "lost", "difference (95%)"]]
-    for (one, other), pair in pairs.items():
+    for (first, second), pair in pairs.items():
         shares = [f"{100 * share:.0f}%" for share in pair.shares.values()]
         gap = f"{100 * pair.difference:+.1f} ({100 * pair.low:+.1f} to {100 * pair.high:+.1f})"
-        rows.append([f"{one} against {other}", *shares, gap])
+        rows.append([f"{first} against {second}", *shares, gap])
     return rows
 
 
 def _cost_rows(costs: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
+    # Data sets may have different kinds of cost: keep the order in which they appear.
     kinds = list(dict.fromkeys(kind for cost in costs.values() for kind in cost))
     rows = [["LLM calls", *kinds]]
     for name, cost in costs.items():
@@ -184,12 +194,12 @@ def _count(value: float) -> str:
 
 
 def plot_taught(arms: Sequence[TaughtArm], macro: Mapping[str, tuple[float, float, float]], path: Path) -> Path:
-    """ROUGE-L of all arms, and how well members are told from others, with 95% intervals; dots are seeds.
+    """Plots ROUGE-L and membership inference of all arms with 95% intervals, and returns the path; dots are seeds.
 
     Args:
-        arms: the base model first.
-        macro: by arm: mean, low and high.
-        path: the PNG.
+        arms: the arms, the base model first.
+        macro: by arm, mean ROUGE-L over tasks and the ends of its interval.
+        path: PNG file to write.
     """
     figure, axes = panels(2)
     left, right = axes[0]

@@ -1,7 +1,8 @@
-"""Does made data teach? Fine-tuning one model on each of several data sets of equal size, and measuring it.
+"""Does fine-tuning on synthetic data help? Fine-tunes one model on each of several data sets of equal size.
 
 The last stages of REFINE-AF (arXiv 2505.06548) and TeaMs-RL (arXiv 2403.08694): supervised fine-tuning, zero-shot
-evaluation on held-out tasks, membership inference. Everything lies in one folder, a stage that is finished is kept.
+evaluation on held-out tasks, membership inference. All stages write to one folder; finished stages are not repeated.
+:mod:`~instructgym.experiments.evolve.run` and :mod:`~instructgym.experiments.refine_af.run` generate the data first.
 """
 
 from __future__ import annotations
@@ -32,69 +33,73 @@ from .privacy import run as privacy
 from .report import report
 
 SFT_SEEDS = {"smoke": 1, "report": 3}
+"""Fine-tuning runs per data set, by ``--scale``."""
 MOST_ROWS = {"smoke": 40, "report": 240}
-"""Of each data set, where nothing else is asked for."""
+"""Maximum rows of each data set without ``--size``, by ``--scale``."""
 RESPONSE_TOKENS = {"smoke": 32, "report": 96}
-"""Of an answer to an evaluation task."""
+"""Maximum tokens of a response to an evaluation task, by ``--scale``."""
 LEAST_ROWS = 8
-"""Rows of a data set below which nothing is trained."""
+"""Minimum rows of a data set; with fewer, nothing is trained."""
 
 
 @dataclass
 class TeachingOptions(ABC):
-    """Options of fine-tuning on made data and of what is measured then."""
+    """Options of fine-tuning on generated data and of the evaluation that follows."""
 
     name: ClassVar[str]
-    """Of the whole experiment, as a command."""
+    """Command of the whole experiment."""
 
     run_dir: str = ""
     """Folder of the experiment, which holds the run folders of all its stages."""
     scale: Literal["smoke", "report"] = "report"
-    """smoke: under three minutes on two cores; report: up to two hours."""
+    """Size of the experiment. smoke: under three minutes on two cores; report: up to two hours."""
     model: str = "embedded"
-    """Who is fine-tuned: embedded, or a local path or hub id of a causal language model."""
+    """Model to fine-tune: embedded, or a local path or hub id of a causal language model."""
     seeds: str = ""
-    """Seed tasks: Self-Instruct's seed_tasks.jsonl, or JSONL with 'instruction' and 'instances'. By default the
+    """File of seed tasks: Self-Instruct's seed_tasks.jsonl, or JSONL with 'instruction' and 'instances'. By default the
     package's own."""
     held_out: int = 40
-    """Seed tasks kept for evaluation, a quarter of all at most, chosen by a hash of their text: never shown to a model
-    that makes data, and no row that resembles one is trained on."""
+    """Seed tasks held out for evaluation, at most a quarter of all, chosen by a hash of their text. They are never
+    shown to a model that generates data, and rows that resemble one of them are not trained on."""
     tasks: str = ""
-    """Evaluation tasks in place of the held-out seeds: Super-NaturalInstructions' JSON files, or JSONL with
+    """Evaluation tasks, in place of the held-out seed tasks: Super-NaturalInstructions' JSON files, or JSONL with
     'instruction' and 'instances'."""
     seed: int = 0
-    """Of the making of the data; fine-tuning has seeds of its own."""
+    """Seed of the generation of the data; the seeds of fine-tuning are set by --sft-seeds."""
     size: int = 0
-    """Rows of each data set, those that are withheld for membership inference included. 0: as many as the smallest
-    has, by --scale at most 40 or 240."""
+    """Rows of each data set, including those withheld for membership inference. 0: as many as the smallest data set
+    has, but at most 40 or 240, by --scale."""
     withheld: float = 0.25
-    """Share of the rows that nobody trains on: the non-members of membership inference. 0: no attack."""
+    """Share of the rows withheld from training, as the non-members of membership inference. 0: no membership
+    inference."""
     sft_layout: Literal["chat", "plain", "alpaca"] = "chat"
-    """How requests are written: in the model's chat template, as a text to continue, or as Stanford Alpaca did."""
+    """How requests are written in fine-tuning and evaluation. chat: in the model's chat template; plain: as a text to
+    continue; alpaca: as in Stanford Alpaca."""
     sft_epochs: int = 2
     """Passes over the rows in fine-tuning."""
     sft_learning_rate: float = 5e-4
-    """Peak learning rate of fine-tuning (cosine, 10% warm-up)."""
+    """Peak learning rate of fine-tuning (cosine schedule, 10% warm-up)."""
     sft_seeds: int = 0
-    """Repetitions of fine-tuning, with seeds 0, 1, ... 0: by --scale, 1 or 3."""
+    """Number of fine-tuning runs per data set, with seeds 0, 1, and so on. 0: by --scale, 1 or 3."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic; auto: bfloat16 where the hardware computes in it."""
+    """Number format of the computation. auto: bfloat16 if the hardware supports it."""
     minutes: float = 0.0
     """Stop cleanly after so many minutes; the same command goes on from there. 0: no limit."""
     track: str = "none"
-    """none or wandb."""
+    """wandb: log to Weights & Biases too. none: files only."""
     dry_run: bool = False
-    """Check the options, load no model."""
+    """Check the options and stop before a model is loaded."""
 
     def __post_init__(self) -> None:
         self.deadline = Deadline(self.minutes)
 
     def check(self) -> None:
-        """Refuses what can be refused without a model, the evaluation tasks and the options of later stages included.
+        """Checks everything that needs no model, including the evaluation tasks and the options of later stages.
 
         Raises:
-            InputError: naming the option.
+            InputError: for an option that cannot be used, naming it.
         """
+        # A comma separates the run folders that the option --policy of later stages takes.
         if not self.run_dir or "," in self.run_dir:
             raise InputError(f"--run-dir must name the folder of the experiment, without a comma, got {self.run_dir!r}")
         check_output(self.root / "report" / "report.md")
@@ -114,18 +119,19 @@ class TeachingOptions(ABC):
             if not 0 <= getattr(self, name) < 2**32:
                 raise InputError(f"--{name.replace('_', '-')} must be in [0, 2**32), got {getattr(self, name)}")
         self._finetune("", Path("data.jsonl"), 0).check()
+        # Raises an error if the layout needs a chat template that the model's tokenizer lacks.
         prompt_text(InstructionExample("a", "", "b"), self.sft_layout, tokenizer_of(self.model))
         self.evaluation_tasks()
 
     @property
     def root(self) -> Path:
-        """The folder of the experiment."""
+        """Folder of the experiment."""
         return Path(self.run_dir).resolve()
 
     @property
     @abstractmethod
     def data(self) -> dict[str, Path]:
-        """Files of the data sets by arm, the one to be compared with first."""
+        """Files of the data sets by arm; the first is the one that the others are compared with."""
 
     @property
     @abstractmethod
@@ -134,14 +140,14 @@ class TeachingOptions(ABC):
 
     @abstractmethod
     def costs(self) -> dict[str, dict[str, float]]:
-        """By arm: what its data cost, by kind.
+        """Returns the cost of each arm's data, by kind of cost.
 
         Raises:
             InputError: if a data set is not finished.
         """
 
     def evaluation_tasks(self) -> list[EvaluationTask]:
-        """What the models are evaluated on.
+        """Loads the tasks that the models are evaluated on.
 
         Raises:
             InputError: for files that cannot be used.
@@ -150,9 +156,9 @@ class TeachingOptions(ABC):
             return load_evaluation_tasks(self.tasks or self.seeds or None, 0 if self.tasks else self.held_out)
 
     def identity(self) -> dict[str, Any]:
-        """What may not change between the stages of one experiment."""
-        asked = digest([[task.name, task.instruction] for task in self.evaluation_tasks()])
-        return {"model": self.model, "evaluation_tasks": asked}
+        """Returns the options that must not change between the stages of one experiment."""
+        tasks = digest([[task.name, task.instruction] for task in self.evaluation_tasks()])
+        return {"model": self.model, "evaluation_tasks": tasks}
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -165,7 +171,8 @@ class TeachingOptions(ABC):
             yield
 
     def runs(self) -> dict[str, Finetune]:
-        """Fine-tuning of every arm under every seed, by the names of the models; sizes are left open."""
+        """Returns the options of every fine-tuning run by the name of its model; the number of rows is not set yet."""
+        # Seeds in the outer loop: all arms are fine-tuned under one seed before the next.
         seeds = range(self.sft_seeds or SFT_SEEDS[self.scale])
         return {
             f"{arm}-{seed}": self._finetune(arm, self.root / "data" / f"{arm}.jsonl", seed)
@@ -189,15 +196,15 @@ class TeachingOptions(ABC):
 
 
 def _context(options: TeachingOptions, stage: type[Finetune | Evaluate]) -> int:
-    """A stage's own limit, or the model's where that is smaller."""
+    """Returns the context length of a stage: its default, or that of the model if it is smaller."""
     return min(stage.context_length, tokenizer_of(options.model).context_length)
 
 
 def teach(options: TeachingOptions, console: Console) -> dict[str, Any]:
-    """All stages behind the making of the data; returns the report's figures.
+    """Runs all stages that follow the generation of the data and returns the figures of the report.
 
     Raises:
-        OutOfTimeError: if the time does not do for all of them.
+        OutOfTimeError: if the time budget is spent before all stages have finished.
     """
     finetune_arms(options, console)
     evaluate_arms(options, console)
@@ -211,10 +218,10 @@ def finetune_arms(options: TeachingOptions, console: Console) -> None:
 
     Raises:
         InputError: if a data set is missing, not finished or too small.
-        OutOfTimeError: between two models, or within one.
+        OutOfTimeError: if the time budget is spent, between two models or while one is trained.
     """
     options.check()
-    options.costs()  # refuses data that are still being made
+    options.costs()  # raises an error if the data are not finished
     if options.dry_run:
         console.print(f"would fine-tune {', '.join(options.runs())} in {options.root}")
         return
@@ -223,7 +230,7 @@ def finetune_arms(options: TeachingOptions, console: Console) -> None:
         for arm, path in options.data.items():
             _keep_apart(path, options.root / "data" / f"{arm}.jsonl", known, console)
         runs = options.runs()
-        by_data = {run.data: run for run in runs.values()}  # all seeds of an arm read the same
+        by_data = {run.data: run for run in runs.values()}  # all seeds of an arm read the same file
         usable = {data: usable_rows(run) for data, run in by_data.items()}
         size = options.size or min(*usable.values(), MOST_ROWS[options.scale])
         small = [f"{Path(data).stem} has {count}" for data, count in usable.items() if count < max(size, LEAST_ROWS)]
@@ -232,26 +239,27 @@ def finetune_arms(options: TeachingOptions, console: Console) -> None:
                 f"fine-tuning needs {max(size, LEAST_ROWS)} usable rows of each data set, but {', '.join(small)}: make "
                 "more data, or lower --size"
             )
+        # Membership inference needs at least one non-member.
         withheld = max(round(options.withheld * size), 1) if options.withheld else 0
         for run in runs.values():
             options.deadline.run(finetune, replace(run, limit=size - withheld, holdout=float(withheld)), console)
 
 
 def _keep_apart(data: Path, out: Path, known: list[str], console: Console) -> None:
-    """Copies a data set without the rows that resemble an evaluation task."""
+    """Copies a data set without the rows that resemble an evaluation task; ``known`` are the tasks' instructions."""
     examples = read_instruction_data(data).examples
     gate = RougeGate(0.7, known)
-    kept = [example.row() for example in examples if not gate.rejects(gate.nearest(example.instruction)[0])]
-    if len(kept) < len(examples):
-        console.print(f"{data}: {len(examples) - len(kept)} rows resemble an evaluation task and are left out")
-    write_once(out, kept)
+    rows = [example.row() for example in examples if not gate.rejects(gate.nearest(example.instruction)[0])]
+    if len(rows) < len(examples):
+        console.print(f"{data}: {len(examples) - len(rows)} rows resemble an evaluation task and are left out")
+    write_once(out, rows)
 
 
 def _tuned(options: TeachingOptions) -> str:
-    """The fine-tuned models in the form that evaluation and attack take.
+    """Returns the fine-tuned models in the form of the option ``--policy`` of evaluation and attack.
 
     Raises:
-        InputError: if one has not finished.
+        InputError: if a fine-tuning has not finished.
     """
     folders = {name: Path(run.run_dir) for name, run in options.runs().items()}
     for name, folder in folders.items():
@@ -261,13 +269,13 @@ def _tuned(options: TeachingOptions) -> str:
 
 
 def evaluate_arms(options: TeachingOptions, console: Console) -> None:
-    """Evaluates the base model and the fine-tuned ones on the held-out tasks, then attacks the latter.
+    """Evaluates the base model and the fine-tuned models on the held-out tasks, then attacks the fine-tuned ones.
 
-    The attack is membership inference: rows that were trained on against those withheld.
+    The attack is membership inference, with the rows trained on as members and the withheld rows as non-members.
 
     Raises:
         InputError: if a model is missing.
-        OutOfTimeError: before all have answered.
+        OutOfTimeError: if the time budget is spent before all models are evaluated and attacked.
     """
     options.check()
     policies = _tuned(options)
@@ -290,7 +298,7 @@ def evaluate_arms(options: TeachingOptions, console: Console) -> None:
 
 
 def write_report(options: TeachingOptions, console: Console) -> dict[str, Any]:
-    """Gathers the finished stages."""
+    """Gathers the finished stages into a report and returns its figures."""
     options.check()
     costs = options.costs()
     if options.dry_run:
