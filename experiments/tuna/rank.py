@@ -44,8 +44,8 @@ class TunaRank(Stage):
     candidates at once), pairwise (a judge compares two at a time), ground-truth (ROUGE-L to the reference response), or
     JSON {"id": ..., "kwargs": {...}}."""
     backend: str = "embedded"
-    """Language model of the teacher or judge: embedded, transformers, openai, vllm, 'module:factory', or JSON {"id": ...,
-    "kwargs": {...}}. A teacher gets the prompts in the --layout of 'tuna candidates'."""
+    """Language model of the teacher or judge: embedded, transformers, openai, vllm, 'module:factory', or JSON {"id":
+    ..., "kwargs": {...}}. A teacher gets the prompts in the --layout of 'tuna candidates'."""
 
     def check(self) -> None:
         super().check()
@@ -68,8 +68,8 @@ class TunaRank(Stage):
 def run(options: TunaRank, console: Console | None = None) -> dict[str, Any]:
     """Ranks the candidates, or resumes an unfinished run, and returns the results.
 
-    Writes ``rankings.jsonl``, the output of the ranker for every request, and ``ranked.jsonl``, the lists of two or more
-    candidates with a valid ranking.
+    Writes ``rankings.jsonl``, the output of the ranker for every request, and ``ranked.jsonl``, the lists of two or
+    more candidates with a valid ranking.
 
     Raises:
         InputError: if the input is invalid (before a model is loaded), if no request has a valid ranking, or if all
