@@ -1,5 +1,4 @@
-"""Shared parts of the ``instructgym fine-grained`` commands: options, splits of the prompts, and policies in run
-folders."""
+"""Shared parts of the ``instructgym fine-grained`` commands: options, splits of the prompts and policies."""
 
 from __future__ import annotations
 

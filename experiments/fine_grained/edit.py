@@ -120,8 +120,7 @@ def _chunk(
     start: int,
     editing: Editing,
 ) -> list[dict[str, Any]]:
-    """Samples two responses to each prompt of a chunk, ranks them and edits the worse ones; returns a row per
-    prompt."""
+    """Samples and ranks two responses to each prompt of a chunk, edits the worse one and returns a row per prompt."""
     # The seed depends on the position of the chunk: a resumed run draws the same responses.
     seed = request_seed(options.seed, "pairs", start)
     drawn = [

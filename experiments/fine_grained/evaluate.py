@@ -1,5 +1,4 @@
-"""``instructgym fine-grained evaluate``: scores responses to held-out prompts and compares them with a reference
-policy."""
+"""``instructgym fine-grained evaluate``: scores responses to held-out prompts and compares two policies."""
 
 from __future__ import annotations
 
@@ -161,6 +160,7 @@ def wilson_win_rate(wins: Sequence[float | None]) -> dict[str, float | None]:
     Raises:
         InputError: if no prompt has a verdict.
     """
+    # Outcomes may be fractions: Wilson's interval gets their sum as the number of wins.
     known = np.array([win for win in wins if win is not None])
     if not len(known):
         raise InputError("the judge gave no verdict on any response")
@@ -201,8 +201,9 @@ def _reference(options: FineGrainedEvaluate, examples: Sequence[PromptExample]) 
         value, reference_value = getattr(options, name), config["options"].get(name)
         if value != reference_value:
             option = name.replace("_", "-")
-            raise InputError(f"--against {options.against} was evaluated with --{option} {reference_value}, not
-            {value}")
+            raise InputError(
+                f"--against {options.against} was evaluated with --{option} {reference_value}, not {value}"
+            )
     rows = {row["id"]: row for row in read_records(Path(options.against) / RESPONSES)}
     missing = [e.id for e in examples if e.id not in rows or rows[e.id]["prompt"] != e.prompt]
     if missing:
