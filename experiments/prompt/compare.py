@@ -1,5 +1,4 @@
-"""``instructgym prompt compare``: runs methods on tasks with equal numbers of task-model calls and writes the
-report."""
+"""``instructgym prompt compare``: compares methods on tasks at equal numbers of task-model calls."""
 
 from __future__ import annotations
 

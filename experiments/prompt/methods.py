@@ -293,8 +293,7 @@ def run_search(search: PromptSearch, method: str) -> None:
 
 
 class _Best(BaseCallback):
-    """A callback that validates the best prompts of each rollout, by their scores on the minibatches of the
-    episodes."""
+    """A callback that validates the best prompts of each rollout, by their scores on minibatches."""
 
     def __init__(self, search: PromptSearch) -> None:
         super().__init__()
@@ -404,17 +403,19 @@ def incumbents(task: PromptTask, history: Sequence[Mapping[str, Any]]) -> list[t
 def test_incumbents(
     task: PromptTask, history: Sequence[Mapping[str, Any]], calls: int, backend: Backend
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Tests the best prompt on all test examples, and the best at each quarter of the calls on the first of them.
+    """Tests the best prompt on all test examples, and the best after each quarter of the calls on the first 300 of
+    them.
 
     Args:
-        task: with the test examples.
+        task: task with the test examples.
         history: rows of ``prompts.jsonl``.
-        calls: that the search had.
-        backend: the frozen model.
+        calls: limit on the task-model calls of the search.
+        backend: frozen task model.
 
     Returns:
-        A row per quarter with ``calls``, ``raw`` and ``calibrated`` accuracy, and a row per test example with its
-        ``id``, its ``label``, and what the best prompt predicts, ``raw`` and ``calibrated``.
+        A row with ``calls``, ``raw`` and ``calibrated`` accuracy per quarter after which there is a prompt, and a row
+        per test example with its ``id``, its ``label``, and the ``raw`` and ``calibrated`` predictions of the best
+        prompt.
     """
     scorer = TaskScorer(backend, content_free=task.content_free)
     bests = incumbents(task, history)
