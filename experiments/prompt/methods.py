@@ -403,8 +403,7 @@ def incumbents(task: PromptTask, history: Sequence[Mapping[str, Any]]) -> list[t
 def test_incumbents(
     task: PromptTask, history: Sequence[Mapping[str, Any]], calls: int, backend: Backend
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Tests the best prompt on all test examples, and the best after each quarter of the calls on the first 300 of
-    them.
+    """Tests the best prompt on all test examples, and the best after each quarter of the calls on the first ones.
 
     Args:
         task: task with the test examples.

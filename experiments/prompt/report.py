@@ -56,8 +56,7 @@ class SearchRun:
 
     @cached_property
     def validated(self) -> tuple[float, float]:
-        """Accuracy of the best prompt on the validation examples and its mean gap, which decides between equal
-        accuracies."""
+        """Validation accuracy of the best prompt and its mean gap, which decides between equal accuracies."""
         best = [row for row in read_records(self.folder / PROMPTS) if row["best"]][-1]
         return best["accuracy"], best["gap"]
 
@@ -131,7 +130,7 @@ def _gather(folders: Sequence[Path]) -> dict[str, dict[str, list[SearchRun]]]:
         run = SearchRun(config["options"], results, folder)
         arms = by_task.setdefault(run.options["task"], {})
         method_runs = arms.setdefault(run.options["method"], [])
-        # Comparing with one earlier run is enough: that run was compared with those before it.
+        # Comparing with the first run is enough: all earlier ones agree with it.
         for other in next(iter(arms.values()))[:1]:
             _refuse_differing(run, other, SAME)
         for other in method_runs[:1]:
@@ -150,15 +149,14 @@ def _refuse_differing(run: SearchRun, other: SearchRun, names: Sequence[str]) ->
 
 
 def _best_learned(arms: Mapping[str, Sequence[SearchRun]]) -> list[SearchRun]:
-    """Returns the search by a learning method whose prompt is best on the validation examples, as a list of at most
-    one."""
+    """Returns a list of the one search by a learning method with the best prompt by validation, or an empty list."""
     learned = [run for name in LEARNING for run in arms.get(name, ())]
     return [max(learned, key=lambda run: run.validated)] if learned else []
 
 
 def _figures(runs: Sequence[SearchRun], manual: Sequence[SearchRun]) -> dict[str, Any]:
-    """Returns test accuracies of a method on a task, raw and calibrated, and their differences to the manual
-    prompts."""
+    """Returns the results of a method on a task: test accuracies, their difference to manual prompts, curve and
+    counts."""
     figures: dict[str, Any] = {"seeds": sorted(run.options["seed"] for run in runs)}
     base = _right(manual, runs[0]) if manual else None
     for kind in KINDS:
@@ -166,7 +164,7 @@ def _figures(runs: Sequence[SearchRun], manual: Sequence[SearchRun]) -> dict[str
         mean, half = _interval(right)
         figures[kind] = {"mean": mean, "half": half, "values": right.mean(axis=1).tolist()}
         if base is not None:
-            # Differences on the same examples: the interval is narrower than that of two separate means.
+            # Paired: differences on the same test examples.
             mean, half = _interval(right - base[kind].mean(axis=0))
             figures[kind]["over_manual"] = {"mean": mean, "half": half}
     curves = [{row["calls"]: row for row in run.metrics["curve"]} for run in runs]
