@@ -155,8 +155,7 @@ def _best_learned(arms: Mapping[str, Sequence[SearchRun]]) -> list[SearchRun]:
 
 
 def _figures(runs: Sequence[SearchRun], manual: Sequence[SearchRun]) -> dict[str, Any]:
-    """Returns the results of a method on a task: test accuracies, their difference to manual prompts, curve and
-    counts."""
+    """Returns the results of a method on a task, with differences to the manual prompts if there are any."""
     figures: dict[str, Any] = {"seeds": sorted(run.options["seed"] for run in runs)}
     base = _right(manual, runs[0]) if manual else None
     for kind in KINDS:
