@@ -1,5 +1,4 @@
-"""``instructgym bench backend``: compares the cached server backend with a bare concurrent client on the same
-server."""
+"""``instructgym bench backend``: compares the cached server backend with a bare concurrent client."""
 
 from __future__ import annotations
 
@@ -93,8 +92,7 @@ def run(options: BenchBackend, console: Console | None = None) -> dict[str, Any]
 
 
 def _ours(options: BenchBackend, store: ReplyStore, texts: list[str]) -> tuple[float, int, int]:
-    """Returns the seconds for all requests, how many of them were sent, and how many were sent when all are
-    repeated."""
+    """Returns the seconds for all requests, how many of them were sent, and how many were sent on a repetition."""
     inner = OpenAIBackend(options.model, options.server, concurrency=options.concurrency, attempts=2)
     backend = Cached(inner, store)
     sampling = Sampling(max_tokens=options.max_tokens, temperature=0.0)

@@ -58,8 +58,7 @@ class BenchRollouts:
 
 
 def run(options: BenchRollouts, console: Console | None = None) -> dict[str, Any]:
-    """Measures all sides and returns ``{"ours": ..., "theirs": ..., "base_model": ..., "ratio": ..., "settings":
-    ...}``.
+    """Measures all sides and returns ``{"ours", "theirs", "base_model", "ratio", "settings"}``.
 
     ``ours`` is vLLM with the adapter, including the time to push it; ``theirs`` is sampling in this process;
     ``base_model`` is vLLM without an adapter.
@@ -136,7 +135,6 @@ def _alternate(
     }
     rates: dict[str, list[float]] = {side: [] for side in SIDES}
     for number in range(options.rounds + 1):
-        # Each round has new prompts, so that no side finds them in its prefix cache.
         batch = prompts[number * options.batch : (number + 1) * options.batch]
         samplings = [sampling.with_seed(request_seed(number, i)) for i in range(options.batch)]
         for side, write in sides.items():

@@ -59,8 +59,7 @@ def module_command(name: str) -> list[str]:
 
 
 def script_command(python: str, name: str) -> list[str]:
-    """Returns the command that runs a file of ``workers/`` in any interpreter; the file must not import this
-    library."""
+    """Returns the command that runs a file of ``workers/`` in any interpreter, without this library."""
     return [python, str(WORKERS / f"{name}.py")]
 
 
@@ -128,25 +127,25 @@ def settings_of(options: SidesOptions, python: str, note: str) -> dict[str, Any]
 
 def check_fits(options: Any, folder: str) -> None:
     """Raises an InputError if ``prompt_tokens`` and ``response_tokens`` do not fit into the context of the model."""
-    needed, context_length = options.prompt_tokens + options.response_tokens, Tokenizer(folder).context_length
-    if needed > context_length:
+    needed, limit = options.prompt_tokens + options.response_tokens, Tokenizer(folder).context_length
+    if needed > limit:
         raise InputError(
-            f"--prompt-tokens and --response-tokens make {needed} tokens, the model reads {context_length}: lower one of them"
+            f"--prompt-tokens and --response-tokens make {needed} tokens, the model reads {limit}: lower one of them"
         )
 
 
 def print_sides(title: str, against: str, figures: Mapping[str, Any], console: Console) -> None:
     """Prints the results of :func:`measure_sides`, which must have ``settings``, as a table."""
-    ours, theirs, ratio = figures["ours"], figures["theirs"], figures["ratio"]
+    ours, baseline, ratio = figures["ours"], figures["theirs"], figures["ratio"]
     table = Table(title=title, caption=figures["settings"]["note"])
     for column in ("", "ours", against, "ratio (median, min to max)"):
         table.add_column(column)
     for name, measure in MEASURES.items():
         spread = f"{ratio[name]:.2f} ({ratio[f'{name}_min']:.2f} to {ratio[f'{name}_max']:.2f})"
-        table.add_row(measure, f"{ours[name]:.0f}", f"{theirs[name]:.0f}", spread)
-    table.add_row("memory before training, MB", f"{ours['start_mb']:.0f}", f"{theirs['start_mb']:.0f}", "")
-    table.add_row("tokens measured", str(ours["tokens"]), str(theirs["tokens"]), "")
-    table.add_row("computes in", ours["computes_in"], theirs["computes_in"], "")
+        table.add_row(measure, f"{ours[name]:.0f}", f"{baseline[name]:.0f}", spread)
+    table.add_row("memory before training, MB", f"{ours['start_mb']:.0f}", f"{baseline['start_mb']:.0f}", "")
+    table.add_row("tokens measured", str(ours["tokens"]), str(baseline["tokens"]), "")
+    table.add_row("computes in", ours["computes_in"], baseline["computes_in"], "")
     console.print(table)
 
 
