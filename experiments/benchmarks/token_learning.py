@@ -82,7 +82,7 @@ def counting_env(**options: Any) -> gym.vector.VectorEnv[Any, Any, Any]:
 
 
 def tokens_of_ours(seed: int, learning_rate: float = OURS_RATE) -> int:
-    """Returns the number of tokens until PPO of this library reaches the target; about CAP if it does not."""
+    """Returns the number of tokens until PPO of this library reaches the target; CAP or a little more if not."""
     from ...agents import LanguageModelPolicy, LoraSettings, TokenPPO
 
     env = counting_env()
@@ -104,7 +104,7 @@ def tokens_of_ours(seed: int, learning_rate: float = OURS_RATE) -> int:
 
 
 def tokens_of_sb3(seed: int, learning_rate: float = THEIRS_RATE) -> int:
-    """Returns the number of tokens until PPO of stable-baselines3 reaches the target; about CAP if it does not."""
+    """Returns the number of tokens until PPO of stable-baselines3 reaches the target; CAP or a little more if not."""
     from stable_baselines3 import PPO
     from stable_baselines3.common.vec_env import VecMonitor
 

@@ -27,8 +27,7 @@ def trl_folder() -> Path:
 
 
 def installed(python: str | Path) -> dict[str, str] | None:
-    """Returns the versions of TRL and of :data:`SHARED` in an interpreter's environment; None if a package is
-    missing."""
+    """Returns the versions of TRL and :data:`SHARED` in an environment; None if a package or Python is missing."""
     try:
         done = subprocess.run([python, "-c", _PROBE], capture_output=True, text=True, env=clean_environment(1))
     except OSError:
@@ -37,8 +36,7 @@ def installed(python: str | Path) -> dict[str, str] | None:
 
 
 def clean_environment(threads: int) -> dict[str, str]:
-    """Returns environment variables for a measured process: the number of threads, no GPU, no model hub, no
-    PYTHONPATH."""
+    """Returns environment variables for a measured process: its threads, no GPU, no model hub, no PYTHONPATH."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "PYTHONPATH"))}
     return inherited | {
         "OMP_NUM_THREADS": str(threads),
