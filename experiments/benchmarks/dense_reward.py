@@ -55,7 +55,7 @@ Placement = Literal["dense", "terminal"]
 
 @dataclass
 class BenchDenseReward:
-    """Tokens until 90% of what a policy writes is good: a reward model pays each token, or their sum at the end."""
+    """Tokens until 90% of what a policy writes is good: with a reward for each token, or their sum at the end."""
 
     seeds: int = 5
     """Number of seeds of each policy."""

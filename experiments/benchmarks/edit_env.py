@@ -75,7 +75,7 @@ def run(options: BenchEditEnv, console: Console | None = None) -> dict[str, Any]
     rng = np.random.default_rng(options.seed)
     indices = np.arange(options.num_envs) % len(seeds)
     vector.reset(seed=options.seed, options={"index": indices})
-    # The vector env gives its i-th env the seed `seed + i`.
+    # Copy i of the vector env behaves as a single env with the seed `seed + i`.
     for i, env in enumerate(serial_envs):
         env.reset(seed=options.seed + i, options={"index": int(indices[i])})
 

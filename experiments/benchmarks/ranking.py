@@ -99,6 +99,7 @@ def run(options: BenchRanking, console: Console | None = None) -> dict[str, Any]
     with tempfile.TemporaryDirectory(prefix="instructgym-bench-") as scratch:
         folder = model_folder(options.model, Path(scratch))
         check_fits(options, folder)
+        # Both sides read the same pairs from one file.
         pairs, pair_count = Path(scratch) / "pairs.json", options.batch * (options.steps + 1)
         sizes = (options.prompt_tokens, options.response_tokens)
         pairs.write_text(json.dumps(make_pairs(folder, pair_count, *sizes, options.seed)), "utf-8")

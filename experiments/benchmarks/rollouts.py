@@ -111,9 +111,10 @@ def _measure(options: BenchRollouts, folder: str, url: str) -> tuple[dict[str, l
 def _alternate(
     options: BenchRollouts, folder: str, policy: LanguageModelPolicy, engine: VLLMEngine
 ) -> tuple[dict[str, list[float]], float]:
-    """Measures all sides alternately; returns the same as :func:`_measure`."""
+    """Measures all sides alternately; returns the rates and push seconds of :func:`_measure`."""
     processes = Processes()
     engine.take(policy, processes)
+    # An adapter has its base model as the parent; the server must have exactly one base model.
     [base] = [model["id"] for model in engine.servers[0].models() if not model.get("parent")]
     plain = VLLMServerBackend(base, engine.servers[0].url, "completion", concurrency=256, timeout=600)
     texts = make_prompts(folder, options.batch * (options.rounds + 1), options.prompt_tokens)

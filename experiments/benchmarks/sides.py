@@ -90,6 +90,7 @@ class Side:
             lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
             last = lines[-1] if lines else done.returncode
             raise InputError(f"the process that measures {self.name!r} failed: {last}")
+        # Libraries may print before: the result is the last line.
         return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -108,6 +109,7 @@ def measure_sides(ours: Side, theirs: Side, rounds: int) -> dict[str, Any]:
     works = [(ours.work(), theirs.work()) for _ in range(rounds)]
     our_works, their_works = [list(side) for side in zip(*works, strict=True)]
     figures = {"ours": _side(our_works), "theirs": _side(their_works), "ratio": {}}
+    # Ratios within a round: both sides are measured one right after the other.
     for name in MEASURES:
         ratios = [_measures(a)[name] / _measures(b)[name] for a, b in works]
         figures["ratio"] |= {

@@ -101,6 +101,7 @@ def run(options: BenchTaskScore, console: Console | None = None) -> dict[str, An
         with tempfile.TemporaryDirectory(prefix="instructgym-bench-") as scratch:
             folder = model_folder(options.model, Path(scratch))
             backend = TransformersBackend(folder, options.dtype, "auto", "completion")
+            # Warm-up on two prompts and two examples.
             _measure(backend, prompts[:2], examples[:2], 2, options.batch)
             for _ in range(options.rounds):
                 logprobs, durations = _measure(backend, prompts, examples, options.naive_prompts, options.batch)
@@ -145,6 +146,7 @@ def draw_task_prompts(options: BenchTaskScore) -> tuple[list[TaskPrompt], list[L
         raise InputError(f"{task.name} has too few examples of {LONGEST} characters at most: ask for fewer")
     if not options.demonstrations and len(instructions) < options.prompts:
         raise InputError(f"{task.name} has {len(instructions)} instructions: use --demonstrations for more prompts")
+    # Each prompt has demonstrations of its own, so that no two prompts are equal.
     prompts = []
     for number in range(options.prompts):
         solved_examples = shown[number * options.demonstrations : (number + 1) * options.demonstrations]

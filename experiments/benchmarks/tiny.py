@@ -57,7 +57,7 @@ def build_tiny(folder: Path) -> None:
         pad_token_id=257,
     )
     with quiet_loading():
-        torch.manual_seed(0)
+        torch.manual_seed(0)  # both sides load these weights, and every run of the benchmark has the same
         GPT2LMHeadModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -84,7 +84,7 @@ def make_prompts(folder: str, count: int, length: int) -> list[str]:
     for number in range(40 * count):
         words = (WORDS[(7 * number + k) % len(WORDS)] for k in range(length))
         text = f"{WORDS[number % len(WORDS)]} {number}: write about {' '.join(words)}"
-        # Cut to the length; a text whose tokens change on the way back to text is left out.
+        # Cut to the length. A text that does not encode to that many tokens again is left out.
         ids = tokenizer(text, truncation=True, max_length=length)["input_ids"]
         text = tokenizer.decode(ids, skip_special_tokens=True)
         if len(tokenizer(text)["input_ids"]) == length and text.strip():

@@ -69,6 +69,7 @@ class StageOptions(TrainingOptions):
             InputError: if there are none.
         """
         everything = response_prompts(self.data, "train", None, self.layout, self.data_seed, tokenizer_of(model))
+        # The same permutation in every stage: the shares of the stages do not overlap.
         order = np.random.default_rng(self.data_seed).permutation(len(everything))
         first, last = (round(share * len(everything)) for share in SHARES[part])
         examples = [everything[i] for i in order[first:last][: limit or None]]

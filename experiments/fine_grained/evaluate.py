@@ -205,6 +205,7 @@ def _reference(options: FineGrainedEvaluate, examples: Sequence[PromptExample]) 
                 f"--against {options.against} was evaluated with --{option} {reference_value}, not {value}"
             )
     rows = {row["id"]: row for row in read_records(Path(options.against) / RESPONSES)}
+    # Ids alone are not enough: other data may have equal ids.
     missing = [e.id for e in examples if e.id not in rows or rows[e.id]["prompt"] != e.prompt]
     if missing:
         raise InputError(

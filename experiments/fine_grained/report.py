@@ -103,6 +103,7 @@ class _ArmRuns:
         """
         names = sorted({name for results in self.evaluations for name in results["metrics"]})
         figures = {name: self.mean(name) for name in names} | {"seeds": len(self.evaluations)}
+        # Only prompts that every seed has a verdict on.
         prompts = set.intersection(*(set(wins) for wins in self.wins)) if self.wins else set()
         if prompts:
             pooled = wilson_win_rate(

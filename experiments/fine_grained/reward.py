@@ -134,7 +134,7 @@ def run(options: FineGrainedRewardModel, console: Console | None = None) -> dict
 def _draw(model: RewardModel, pairs: Sequence[TokenizedPair], folder: Path) -> None:
     """Draws heat maps of the token rewards of some original and edited responses."""
     rows = []
-    for pair in pairs[:SHOWN]:
+    for pair in pairs[:SHOWN]:  # two rows per pair: original and edited
         for name, ids in (("original", pair.original), ("edited", pair.edited)):
             [rewards] = model.score([pair.prompt], [ids])
             rows.append(HeatRow(token_texts(ids.tolist(), model.tokenizer), rewards.tolist(), name))

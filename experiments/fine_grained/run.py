@@ -1,4 +1,7 @@
-"""``instructgym fine-grained run``: runs all stages of the experiment one after the other; each can be resumed."""
+"""``instructgym fine-grained run``: runs all stages of the experiment, one after the other.
+
+By default the experiment has four arms: the supervised policy and three arms of PPO. Each stage can be resumed.
+"""
 
 from __future__ import annotations
 

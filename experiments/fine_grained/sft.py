@@ -78,7 +78,8 @@ def run(options: FineGrainedSFT, console: Console | None = None) -> dict[str, An
         blank = (
             "" if options.layout == "chat" else " "
         )  # a chat template ends where the response begins, a plain prompt needs a blank
-        shown = [
+        # Every response ends with an end-of-sequence token, by which the policy learns to stop.
+        demonstrations = [
             TokenizedDemonstration(
                 tokenizer.encode(example.prompt), [*tokenizer.encode_continuation(f"{blank}{example.reference}"), end]
             )
@@ -86,7 +87,7 @@ def run(options: FineGrainedSFT, console: Console | None = None) -> dict[str, An
         ]
         fitting = [
             demonstration
-            for demonstration in shown
+            for demonstration in demonstrations
             if len(demonstration.prompt) + len(demonstration.response) <= options.context_length
         ]
         if not fitting:
@@ -99,7 +100,7 @@ def run(options: FineGrainedSFT, console: Console | None = None) -> dict[str, An
             {"loss": trainer.loss},
             {
                 "demonstrations": len(fitting),
-                "dropped": {"too long": len(shown) - len(fitting)},
+                "dropped": {"too long": len(demonstrations) - len(fitting)},
                 "steps": trainer.steps,
                 "seconds": opened.seconds,
             },

@@ -194,6 +194,7 @@ def run(options: PromptRun, console: Console | None = None) -> dict[str, Any]:
     identity = {name: value for name, value in (asdict(options) | sized).items() if name != "test"}
     folder = RunFolder(options.run_dir, identity, "prompt run")
     stored = read_json(folder.path / "results.json") or {}
+    # A finished search with the same number of test examples has nothing left to do.
     if folder.results is not None and stored["counts"]["test"] == len(task.test):
         return folder.finished(console) or {}
     with folder.opened(), Tracker(folder, options.track) as tracker:

@@ -50,6 +50,7 @@ def run(options: TunaReport, console: Console | None = None) -> dict[str, Any]:
     # The bootstrap takes the seed of the evaluation: its intervals are the same on every call.
     seed = int(((read_json(root / EVALUATION / "judged" / "config.json") or {}).get("options") or {}).get("seed", 0))
     others = [name for name in tasks if name != figures["against"]]
+    # Paired over tasks: every arm was evaluated on the same ones.
     gaps = {name: compare_paired(tasks[name], tasks[figures["against"]], seed) for name in others}
     tables = [_arm_rows(figures, gaps, trained), _ranking_rows(rankings)]
     out.mkdir(parents=True, exist_ok=True)

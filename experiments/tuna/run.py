@@ -339,7 +339,7 @@ def _run(options: TunaRun, console: Console) -> dict[str, Any]:
         )
         return {}
     tasks_digest = digest([[task.name, task.instruction] for task in tasks])
-    # Only what all stages share: each stage checks its other options against its own run folder.
+    # These options may not change between runs of one folder; the run folders of the stages check the others.
     fixed = ("model", "order", "scale", "judge_backend", "evaluation_judge")
     identity = {name: getattr(options, name) for name in fixed} | {"evaluation_tasks": tasks_digest, "arms": arms}
     with RunFolder(options.root, identity, "tuna run").opened():

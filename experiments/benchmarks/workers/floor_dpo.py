@@ -84,8 +84,7 @@ class DPOFloor:
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """Takes a warm-up step, then the measured steps; without ``micro`` in ``spec`` returns the best micro-batch
-    instead."""
+    """Measures steps after a warm-up step; without ``micro`` in ``spec`` returns the fastest micro-batch instead."""
     torch.set_num_threads(spec["threads"])
     torch.manual_seed(0)
     floor, size = DPOFloor(spec), spec["batch"]

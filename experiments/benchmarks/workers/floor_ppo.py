@@ -56,6 +56,7 @@ class Floor:
         self.prompts = torch.tensor([tokenizer(prompt)["input_ids"] for prompt in spec["prompts"]])
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.model, self.optimizer = adapted(spec)
+        # Without an end-of-sequence token every response has the full length.
         self.model.generation_config.eos_token_id = None
 
     def _cast(self) -> Any:
@@ -98,8 +99,7 @@ class Floor:
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """Runs a warm-up update, then the measured updates; without ``micro`` in ``spec`` returns the best micro-batch
-    instead."""
+    """Measures updates after a warm-up; without ``micro`` in ``spec`` returns the fastest micro-batch instead."""
     torch.set_num_threads(spec["threads"])
     torch.manual_seed(0)
     floor = Floor(spec)
