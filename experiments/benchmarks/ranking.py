@@ -116,9 +116,8 @@ def run(options: BenchRanking, console: Console | None = None) -> dict[str, Any]
         if options.against == "floor":
             dtype = training_dtype("auto" if options.dtype == "default" else options.dtype, "cpu")
             baseline = Side("floor", module_command("floor_dpo"), spec | {"dtype": dtype})
-            baseline = replace(
-                baseline, spec=baseline.spec | baseline.work()
-            )  # without "micro" the worker returns its fastest micro-batch
+            # Without "micro" in its spec, the worker returns its fastest micro-batch.
+            baseline = replace(baseline, spec=baseline.spec | baseline.work())
         else:
             trl_options = {"micro": min(options.trl_pairs, options.batch), "checkpointing": options.checkpointing}
             baseline = Side("trl", script_command(python, "trl_dpo"), spec | trl_options)

@@ -78,9 +78,8 @@ def run(options: BenchTokenPPO, console: Console | None = None) -> dict[str, Any
         if options.against == "floor":
             dtype = training_dtype("auto" if options.dtype == "default" else options.dtype, "cpu")
             baseline = replace(baseline, spec=spec | {"dtype": dtype})
-            baseline = replace(
-                baseline, spec=baseline.spec | baseline.work()
-            )  # without "micro" the worker returns its fastest micro-batch
+            # Without "micro" in its spec, the worker returns its fastest micro-batch.
+            baseline = replace(baseline, spec=baseline.spec | baseline.work())
         figures = measure_sides(Side("ours", module_command("ppo"), spec), baseline, options.rounds)
     figures["settings"] = settings_of(options, python, NOTES[options.against])
     title = f"PPO on {options.model}, {options.batch} x {options.response_tokens} tokens, threads: {options.threads}"

@@ -93,7 +93,7 @@ def color_scale(rows: Sequence[HeatRow], limit: float | None = None) -> float:
 
 
 def color(value: float, limit: float) -> tuple[str, str]:
-    """Returns background and text colour, as ``#rrggbb``, of a value on a map from -``limit`` over 0 to +``limit``."""
+    """Returns background and text colour, as ``#rrggbb``, of a value on a map from -``limit`` to ``limit``."""
     share = float(np.clip(value / limit, -1.0, 1.0))
     middle, end = (_rgb(name) for name in (MIDDLE, HIGH if share > 0 else LOW))
     mixed = middle + abs(share) * (end - middle)

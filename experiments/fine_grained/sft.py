@@ -75,9 +75,8 @@ def run(options: FineGrainedSFT, console: Console | None = None) -> dict[str, An
             token_budget=options.token_budget,
         )
         tokenizer, end = policy.tokenizer, min(policy.tokenizer.eos_ids)
-        blank = (
-            "" if options.layout == "chat" else " "
-        )  # a chat template ends where the response begins, a plain prompt needs a blank
+        # A chat template ends where the response begins; a plain prompt needs a blank before it.
+        blank = "" if options.layout == "chat" else " "
         # Every response ends with an end-of-sequence token, by which the policy learns to stop.
         demonstrations = [
             TokenizedDemonstration(
@@ -85,11 +84,7 @@ def run(options: FineGrainedSFT, console: Console | None = None) -> dict[str, An
             )
             for example in examples
         ]
-        fitting = [
-            demonstration
-            for demonstration in demonstrations
-            if len(demonstration.prompt) + len(demonstration.response) <= options.context_length
-        ]
+        fitting = [demo for demo in demonstrations if len(demo.prompt) + len(demo.response) <= options.context_length]
         if not fitting:
             raise InputError(f"no demonstration fits --context-length {options.context_length}")
         done = opened.supervised(trainer, fitting, f"sft on {options.data}")

@@ -129,14 +129,12 @@ def _run(options: PromptCompare, console: Console) -> dict[str, Any]:
     out = options.root / "report"
     check_output(out / "report.md")
     # One dry run per task and method finds invalid options before the first search.
-    for search_options in {
-        (search_options.task, search_options.method): search_options for search_options in runs
-    }.values():
-        search(PromptRun(**vars(search_options) | {"dry_run": True}), Console(quiet=True))
+    for planned in {(planned.task, planned.method): planned for planned in runs}.values():
+        search(PromptRun(**vars(planned) | {"dry_run": True}), Console(quiet=True))
     if options.dry_run:
         console.print(f"would make {len(runs)} searches in {options.run_dir}")
         return {}
-    for search_options in runs:
+    for planned in runs:
         limit.check()
-        search(search_options, console)
-    return write_prompt_report([Path(search_options.run_dir) for search_options in runs], out, console)
+        search(planned, console)
+    return write_prompt_report([Path(planned.run_dir) for planned in runs], out, console)

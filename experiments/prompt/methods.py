@@ -105,9 +105,8 @@ class PromptSearch:
 
     def _loses(self, prompt: TaskPrompt) -> bool:
         """Returns whether a prompt gets fewer of the first validation examples right than the best prompt so far."""
-        if (
-            self._result is None or self.scorer.calibration == "batch"
-        ):  # batch calibration estimates the label bias over all examples
+        # Batch calibration estimates the label bias over all examples: a part of them gives other predictions.
+        if self._result is None or self.scorer.calibration == "batch":
             return False
         first = self.validation[: -(-len(self.validation) // RACE)]
         result = self._scored(prompt, first)
@@ -359,11 +358,7 @@ def _write(search: PromptSearch, agent_class: Any, value: str, options: Mapping[
         returns = batch.per_episode(batch.own_rewards)
         texts = [str(info["text"]).strip() for info in batch.infos]
         search.validate_best(
-            [
-                (float(episode_return), task.prompt(text))
-                for episode_return, text in zip(returns, texts, strict=True)
-                if text
-            ]
+            [(float(score), task.prompt(text)) for score, text in zip(returns, texts, strict=True) if text]
         )
         silent = silent + 1 if search.scorer.calls == before else 0
 
@@ -403,7 +398,7 @@ def incumbents(task: PromptTask, history: Sequence[Mapping[str, Any]]) -> list[t
 def test_incumbents(
     task: PromptTask, history: Sequence[Mapping[str, Any]], calls: int, backend: Backend
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Tests the best prompt on all test examples, and the best after each quarter of the calls on the first ones.
+    """Tests the best prompt on all test examples, and the best after each quarter of the calls on the first of them.
 
     Args:
         task: task with the test examples.

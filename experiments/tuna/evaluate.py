@@ -138,9 +138,8 @@ def _judged(judge: Reward, rows: Sequence[Mapping[str, Any]], options: TunaEvalu
         {"id": row["id"], "task": row["task"], "wins": {}, "agreed": {}, "same": {}} for row in rows
     ]
     for (number, name), sample, score in zip(places, samples, score_with_retries(judge, samples), strict=True):
-        differs = (
-            sample.response.split() != str(sample.reference).split()
-        )  # the same response is a tie in any order: no agreement to measure
+        # Equal responses are a tie in any order: there is no agreement to measure.
+        differs = sample.response.split() != str(sample.reference).split()
         outcomes[number]["wins"][name] = score.value if score.valid else None
         outcomes[number]["agreed"][name] = score.terms.get("agreement") if score.valid and differs else None
         outcomes[number]["same"][name] = not differs

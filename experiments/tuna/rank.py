@@ -179,9 +179,8 @@ def _prompt(ranker: Ranker, example: InstructionExample, layout: DataLayout) -> 
     if layout == "chat" or not isinstance(ranker, ProbabilisticRanker):
         return request_text(example)
     opening = OPENINGS[layout]
-    return prompt_text(example, layout) + (
-        opening if opening != " " else ""
-    )  # the teacher adds the blank to a raw prompt itself
+    # The teacher adds the blank to a raw prompt itself.
+    return prompt_text(example, layout) + (opening if opening != " " else "")
 
 
 def _said(row: Mapping[str, Any], found: CandidateScores, calls: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 The idea (Li et al. 2023, arXiv 2310.13385): a model is fine-tuned on requests with reference responses (in the paper,
 Alpaca). The probabilistic stage then ranks responses of a teacher to the same requests by the teacher's likelihood. In
-the contextual stage a judge ranks responses of the model itself.
+the contextual stage a judge ranks responses of the model itself. DPO and PPO learn from the same contextual rankings.
 """
 
 from __future__ import annotations
@@ -277,9 +277,8 @@ class _Chain:
             return self.trained(name, start, self.probabilistic(), loss, first)
         if name == CONTEXTUAL:
             return self.trained(name, start, self.contextual(start), loss, first)
-        # The second stage starts from the policy of the first. The contextual stage ranks the responses of the policy
-        # that
-        # it starts from; the teacher's ranking does not depend on the policy.
+        # The second stage starts from the policy of the first. The contextual stage ranks responses of the policy from
+        # which it starts; the teacher's ranking does not depend on the policy.
         if name == TUNA and self.options.starts_probabilistic:
             middle = self.arm(PROBABILISTIC)
             return self.trained(name, middle, self.contextual(middle), loss, second)

@@ -15,9 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.append(
-    os.path.dirname(os.path.abspath(__file__))
-)  # last, so that files of this folder do not hide installed modules
+# Last, so that files of this folder do not hide installed modules.
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))
 
 from trl_ppo import adapters, peak_mb, set_surroundings  # type: ignore[import-not-found]
 
