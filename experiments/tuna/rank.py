@@ -179,7 +179,7 @@ def _prompt(ranker: Ranker, example: InstructionExample, layout: DataLayout) -> 
     if layout == "chat" or not isinstance(ranker, ProbabilisticRanker):
         return request_text(example)
     opening = OPENINGS[layout]
-    # The teacher adds the blank to a raw prompt itself.
+    # The ranker puts the blank before each candidate itself.
     return prompt_text(example, layout) + (opening if opening != " " else "")
 
 
