@@ -1,1 +1,1 @@
-"""Speed, measured side by side in one run."""
+"""Benchmarks that measure this library and a baseline side by side in one run."""

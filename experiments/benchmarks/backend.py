@@ -1,4 +1,4 @@
-"""``instructgym bench backend``: cache and limits against a bare concurrent client, on the same server."""
+"""``instructgym bench backend``: compares the cached server backend with a bare concurrent client."""
 
 from __future__ import annotations
 
@@ -29,24 +29,25 @@ class BenchBackend:
     server: str = "http://127.0.0.1:8000/v1"
     """Base URL of any OpenAI-compatible server."""
     model: str = "model"
-    """Name of its model."""
+    """Name of the model on that server."""
     requests: int = 256
-    """Requests of ours; half of them are duplicates, and the bare client sends the other half."""
+    """Number of requests to the cached backend, half of them duplicates. The bare client sends half as many, all
+    different."""
     concurrency: int = 16
-    """Requests in flight, of both."""
+    """Maximum number of concurrent requests, on each side."""
     max_tokens: int = 8
-    """Tokens of each reply at most."""
+    """Maximum number of tokens of each reply."""
     rounds: int = 3
-    """Measurements of each side, taken in turn after one to warm up."""
+    """Measurements of each side, taken alternately after a warm-up."""
     json: str = ""
-    """File for the figures, as JSON."""
+    """JSON file for the results. Empty: do not write one."""
 
 
 def run(options: BenchBackend, console: Console | None = None) -> dict[str, Any]:
-    """Measures and returns ``{"ours": ..., "theirs": ..., "ratio": ..., "settings": ...}``.
+    """Measures both sides and returns ``{"ours": ..., "theirs": ..., "ratio": ..., "settings": ...}``.
 
     Raises:
-        InputError: for options out of range, or a server that cannot be used.
+        InputError: if an option is out of range, or the server cannot be used.
         BackendError: if a request fails.
     """
     console = console or Console()
@@ -56,26 +57,27 @@ def run(options: BenchBackend, console: Console | None = None) -> dict[str, Any]
     if options.json:
         check_output(Path(options.json))
     unique = options.requests // 2
-    mine: list[float] = []
-    plain: list[float] = []
+    our_rates: list[float] = []
+    client_rates: list[float] = []
     sent: list[int] = []
-    again: list[int] = []
+    sent_again: list[int] = []
     with tempfile.TemporaryDirectory(prefix="instructgym-bench-") as scratch:
         for number in range(options.rounds + 1):
-            # Texts that no prefix cache of the server has seen, of one length on both sides.
+            # New texts, which are in no prefix cache of the server, of equal length on both sides.
             texts = [[f"{side} {number:03d}-{i:05d}: name a word." for i in range(unique)] for side in "AB"]
             store = ReplyStore(Path(scratch) / f"{number}.db")
             seconds, first, second = _ours(options, store, texts[0])
-            their_seconds = asyncio.run(_bare(options, texts[1]))
+            client_seconds = asyncio.run(_bare(options, texts[1]))
             sent.append(first)
-            again.append(second)
+            sent_again.append(second)
             if number:  # the first round warms up
-                mine.append(unique / seconds)
-                plain.append(unique / their_seconds)
-    ratios = np.array(mine) / np.array(plain)
+                our_rates.append(unique / seconds)
+                client_rates.append(unique / client_seconds)
+    # Ratios within a round: both sides are measured one right after the other.
+    ratios = np.array(our_rates) / np.array(client_rates)
     figures = {
-        "ours": {"requests_per_second": float(np.median(mine)), "sent": max(sent), "sent_again": max(again)},
-        "theirs": {"requests_per_second": float(np.median(plain)), "sent": unique},
+        "ours": {"requests_per_second": float(np.median(our_rates)), "sent": max(sent), "sent_again": max(sent_again)},
+        "theirs": {"requests_per_second": float(np.median(client_rates)), "sent": unique},
         "ratio": {
             "requests_per_second": float(np.median(ratios)),
             "requests_per_second_min": float(ratios.min()),
@@ -90,11 +92,11 @@ def run(options: BenchBackend, console: Console | None = None) -> dict[str, Any]
 
 
 def _ours(options: BenchBackend, store: ReplyStore, texts: list[str]) -> tuple[float, int, int]:
-    """Seconds for all requests, how many of them were sent, and how many when all are asked once more."""
+    """Returns the seconds for all requests, how many of them were sent, and how many were sent on a repetition."""
     inner = OpenAIBackend(options.model, options.server, concurrency=options.concurrency, attempts=2)
     backend = Cached(inner, store)
     sampling = Sampling(max_tokens=options.max_tokens, temperature=0.0)
-    inner.sender.connected()  # as the bare client is, before its time begins
+    inner.sender.connected()  # connects before the clock starts, as the bare client does
     begun = time.perf_counter()
     for result in backend.generate(texts + texts[::-1], sampling):
         if isinstance(result, BackendError):
@@ -106,14 +108,14 @@ def _ours(options: BenchBackend, store: ReplyStore, texts: list[str]) -> tuple[f
 
 
 async def _bare(options: BenchBackend, texts: list[str]) -> float:
-    """The same number of different requests by the client alone."""
+    """Sends as many different requests with the bare client and returns the seconds for all of them."""
     from openai import AsyncOpenAI
 
     key = os.environ.get("OPENAI_API_KEY", "").strip() or NO_KEY
     slots = asyncio.Semaphore(options.concurrency)
     async with AsyncOpenAI(base_url=options.server, api_key=key, max_retries=0) as client:
 
-        async def one(text: str) -> None:
+        async def send(text: str) -> None:
             async with slots:
                 await client.chat.completions.create(
                     model=options.model,
@@ -123,18 +125,19 @@ async def _bare(options: BenchBackend, texts: list[str]) -> float:
                 )
 
         begun = time.perf_counter()
-        await asyncio.gather(*(one(text) for text in texts))
+        await asyncio.gather(*(send(text) for text in texts))
         return time.perf_counter() - begun
 
 
 def _print(options: BenchBackend, figures: dict[str, Any], console: Console) -> None:
+    """Prints the results as a table."""
     name, ratio = "requests_per_second", figures["ratio"]
     table = Table(title=f"{options.requests} requests, half of them duplicates, {options.concurrency} in flight")
     for title in ("", "cached backend (ours)", "bare client", "ratio (median, min to max)"):
         table.add_column(title)
     spread = f"{ratio[name]:.2f} ({ratio[f'{name}_min']:.2f} to {ratio[f'{name}_max']:.2f})"
-    ours, theirs = figures["ours"], figures["theirs"]
-    table.add_row("different requests per second", f"{ours[name]:.1f}", f"{theirs[name]:.1f}", spread)
-    table.add_row("requests sent", str(ours["sent"]), str(theirs["sent"]), "")
+    ours, client = figures["ours"], figures["theirs"]
+    table.add_row("different requests per second", f"{ours[name]:.1f}", f"{client[name]:.1f}", spread)
+    table.add_row("requests sent", str(ours["sent"]), str(client["sent"]), "")
     table.add_row("sent when asked again", str(ours["sent_again"]), "", "")
     console.print(table)

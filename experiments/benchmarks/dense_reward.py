@@ -1,13 +1,14 @@
-"""``instructgym bench dense-reward``: tokens until good responses, paid token by token and paid at the end.
+"""``instructgym bench dense-reward``: compares rewards per token with their sum at the end of the response.
 
-The vocabulary has 32 words, of which 24 are bad, and a response has at most 32 tokens. An editor swaps the bad words
-of responses for good ones, a token-level reward model learns from these minimal edits alone (``mean_bt``; Xu et al.
-2024, arXiv 2406.02756), and two policies learn from that model with the same PPO: *dense* is paid the model's reward of
-every token when it is written, *terminal* the sum of the same rewards at the last token. Both pay a KL penalty per
-token. What is reported is the true share of good tokens, which neither sees.
+The vocabulary has 32 words, of which 24 are bad, and a response has at most 32 tokens. An editor replaces the bad words
+of responses by good ones, a token-level reward model learns from these minimal edits alone (``mean_bt``; Xu et al.
+2024, arXiv 2406.02756), and two policies learn from that model with the same PPO: *dense* gets the model's reward of
+every token when the token is written, *terminal* gets the sum of the same rewards at the last token. Both have a KL
+penalty per token. The result is the number of tokens until responses are good by the true share of good tokens, which
+neither policy sees.
 
-Learning rate and GAE's lambda of each were chosen from :data:`LEARNING_RATES` and :data:`LAMBDAS` by the median over
-three other seeds (100 to 102).
+Learning rate and lambda of GAE were chosen for each policy from :data:`LEARNING_RATES` and :data:`LAMBDAS` by the
+median over three other seeds (100 to 102).
 """
 
 from __future__ import annotations
@@ -47,36 +48,36 @@ DENSE_RATE, DENSE_LAMBDA = 3e-2, 0.5
 TERMINAL_RATE, TERMINAL_LAMBDA = 1e-2, 0.95
 TARGET, WINDOW, CAP = 0.9, 64, 20_000
 EPISODES = 3_000
-"""A policy whose responses have shrunk to nothing is given up after so many."""
+"""Maximum number of episodes: a limit for policies whose responses have become so short that CAP is out of reach."""
 
 Placement = Literal["dense", "terminal"]
 
 
 @dataclass
 class BenchDenseReward:
-    """Tokens until 90% of what a policy writes is good: a reward model pays each token, or their sum at the end."""
+    """Tokens until 90% of what a policy writes is good: with a reward for each token, or their sum at the end."""
 
     seeds: int = 5
-    """Seeds of each."""
+    """Number of seeds of each policy."""
     dense_rate: float = DENSE_RATE
-    """Learning rate of the policy that is paid token by token."""
+    """Learning rate of the dense policy, which gets a reward for every token."""
     dense_lambda: float = DENSE_LAMBDA
-    """GAE's lambda of that policy."""
+    """Lambda of generalised advantage estimation (GAE) of the dense policy, in [0, 1]."""
     terminal_rate: float = TERMINAL_RATE
-    """Learning rate of the policy that is paid at the end."""
+    """Learning rate of the terminal policy, which gets the sum of the rewards at the last token."""
     terminal_lambda: float = TERMINAL_LAMBDA
-    """GAE's lambda of that policy."""
+    """Lambda of generalised advantage estimation (GAE) of the terminal policy, in [0, 1]."""
     first_seed: int = 0
-    """The first seed; each has a reward model of its own."""
+    """The first seed. Each seed trains its own reward model."""
     json: str = ""
-    """File for the figures, as JSON."""
+    """JSON file for the results. Empty: do not write one."""
 
 
 class PaidAtTheEnd(Reward):
-    """The sum of a causal reward, paid at the last token: the same return, without the place.
+    """A reward that gives the sum of a causal reward at the last token: the same return without credit per token.
 
     Args:
-        reward: the causal one.
+        reward: the causal reward.
     """
 
     name = "paid-at-the-end"
@@ -92,12 +93,20 @@ class PaidAtTheEnd(Reward):
 
 
 def edited_pairs(count: int, seed: int) -> list[EditedPair]:
-    """Random responses of 8 to 31 words, a fifth of them bad, and the same with a good word for each bad one."""
+    """Returns pairs of a random response of 8 to 31 words and its edit.
+
+    A fifth of the words of a response is bad; the edit has a good word in place of each of them.
+
+    Args:
+        count: number of pairs.
+        seed: seed of the random words and lengths.
+    """
     rng = np.random.default_rng(seed)
     good, bad = [i for i in range(len(WORDS)) if i not in BAD], sorted(BAD)
     pairs = []
     for number in range(count):
         edited = rng.choice(good, size=rng.integers(8, LENGTH))
+        # Word for word: original and edit have one length, so an edit changes nothing but single words.
         original = np.where(rng.random(len(edited)) < BAD_SHARE, rng.choice(bad, size=len(edited)), edited)
         before, after = (" ".join(WORDS[i] for i in side) for side in (original, edited))
         pairs.append(EditedPair(WORDS[int(rng.integers(len(WORDS)))], before, after, str(number)))
@@ -105,12 +114,12 @@ def edited_pairs(count: int, seed: int) -> list[EditedPair]:
 
 
 def true_return(tokens: np.ndarray) -> float:
-    """The good tokens of a response, as a share of the most that it can have."""
+    """Returns the number of good tokens of a response as a share of the maximum, in [0, 1]."""
     return sum(int(token) < len(WORDS) and int(token) not in BAD for token in tokens) / LENGTH
 
 
 def trained_reward(seed: int) -> tuple[RewardModel, dict[str, float]]:
-    """A token-level reward model of the edits, and how it does on held-out ones."""
+    """Trains a token-level reward model on edits and returns it with its metrics on held-out edits."""
     from ...agents.supervised.reward_modelling import RewardTrainer, evaluate_reward_model, tokenize_pairs
     from ...llm_backends.training.adapters import LoraSettings
     from ...rewards.learned.reward_model import RewardModel
@@ -127,21 +136,22 @@ def trained_reward(seed: int) -> tuple[RewardModel, dict[str, float]]:
 
 
 def reward_of(model: RewardModel, measures: dict[str, float], placement: Placement) -> Reward:
-    """The model's reward in one of its places, by the held-out edits.
+    """Returns the reward of the model in one placement, with a scale from the held-out edits.
 
-    A swap is worth 1 / LENGTH on average, as in the true return, and a word drawn at random is worth nothing: so an
-    untrained policy gains nothing from stopping early or late.
+    On average, an edited word changes the return by 1 / LENGTH, as in the true return, and a random word has reward 0.
+    An untrained policy thus gains nothing from shorter or longer responses.
     """
     from ...rewards.learned.token_reward import TokenReward
 
     removed, written = measures["removed_reward"], measures["written_reward"]
+    # Expected reward of a word from the uniform distribution over good and bad words.
     center = removed + (written - removed) * (1.0 - len(BAD) / len(WORDS))
     dense = TokenReward(model, scale=1.0 / (LENGTH * (written - removed)), center=center)
     return dense if placement == "dense" else PaidAtTheEnd(dense)
 
 
 def tokens_needed(seed: int, reward: Reward, learning_rate: float, lam: float) -> int:
-    """Tokens that PPO needs under the reward; CAP where it does not get there."""
+    """Returns the number of tokens until PPO reaches the target with the reward; CAP if it does not."""
     import gymnasium as gym
 
     from ...agents import LanguageModelPolicy, LoraSettings, TokenPPO
@@ -177,10 +187,13 @@ def tokens_needed(seed: int, reward: Reward, learning_rate: float, lam: float) -
 
 
 def run(options: BenchDenseReward, console: Console | None = None) -> dict[str, Any]:
-    """Measures and returns ``{"ours": dense, "theirs": terminal, "ratio": ..., "reward_model": ...}``.
+    """Measures both placements and returns their results.
+
+    Returns:
+        ``{"ours": dense, "theirs": terminal, "ratio": ..., "reward_model": ..., "settings": ...}``.
 
     Raises:
-        InputError: for options out of range and a file that cannot be written.
+        InputError: if an option is out of range or the JSON file cannot be written.
     """
     console = console or Console()
     if options.seeds < 1:

@@ -1,4 +1,4 @@
-"""``instructgym bench edit-env``: the vector form against serial copies, on the same actions and texts."""
+"""``instructgym bench edit-env``: compares the vector env with serial envs on the same actions and texts."""
 
 from __future__ import annotations
 
@@ -25,25 +25,30 @@ class BenchEditEnv:
     """Steps per second of n batched copies against n copies stepped one after the other."""
 
     num_envs: int = 8
-    """Copies."""
+    """Number of envs on each side."""
     rounds: int = 6
-    """Vector steps measured; each is followed by the same step on the serial copies. One warm-up round besides."""
+    """Number of measured vector steps, after one warm-up. Each is followed by the same step of the serial envs."""
     backend: str = "embedded"
-    """Rewriter and judge, as of 'evolve train'."""
+    """Backend of rewriter and judge: embedded, transformers, openai, vllm, 'module:factory', or JSON {"id": ...,
+    "kwargs": {...}}."""
     model: str = ""
-    """Model path or hub id for the backend."""
+    """Model path or hub id for the backend. Empty: the default of the backend."""
     reward: str = "judge"
-    """Reward, as of 'evolve train'."""
+    """Reward of the environment: an id, or a weighted sum such as 'judge + 0.5*diversity'."""
     seeds: str = ""
-    """Seed instructions; by default the package's own."""
+    """File of seed instructions. Empty: those of the package."""
     seed: int = 0
     """Seed of texts and actions."""
     json: str = ""
-    """File for the figures, as JSON."""
+    """JSON file for the results. Empty: do not write one."""
 
 
 def run(options: BenchEditEnv, console: Console | None = None) -> dict[str, Any]:
-    """Measures and returns ``{"ours": ..., "theirs": ..., "ratio": ...}``."""
+    """Measures both sides and returns ``{"ours": ..., "theirs": ..., "ratio": ..., "settings": ...}``.
+
+    Raises:
+        InputError: if an option is out of range or a part cannot be built.
+    """
     console = console or Console()
     if options.num_envs < 1 or options.rounds < 1:
         raise InputError("--num-envs and --rounds must be at least 1")
@@ -53,6 +58,7 @@ def run(options: BenchEditEnv, console: Console | None = None) -> dict[str, Any]
     seeds = load_seeds(options.seeds)
 
     def arguments() -> dict[str, Any]:
+        """Returns the arguments of an env, with backends of its own."""
         return {
             "seeds": seeds,
             "carry_text": False,
@@ -65,15 +71,16 @@ def run(options: BenchEditEnv, console: Console | None = None) -> dict[str, Any]
 
     with input_errors():
         vector = gym.make_vec(ENV_ID, num_envs=options.num_envs, **arguments())
-        copies = [gym.make(ENV_ID, **arguments()) for _ in range(options.num_envs)]
+        serial_envs = [gym.make(ENV_ID, **arguments()) for _ in range(options.num_envs)]
     rng = np.random.default_rng(options.seed)
     indices = np.arange(options.num_envs) % len(seeds)
     vector.reset(seed=options.seed, options={"index": indices})
-    for i, env in enumerate(copies):
+    # Copy i of the vector env behaves as a single env with the seed `seed + i`.
+    for i, env in enumerate(serial_envs):
         env.reset(seed=options.seed + i, options={"index": int(indices[i])})
 
-    ours: list[float] = []
-    theirs: list[float] = []
+    vector_rates: list[float] = []
+    serial_rates: list[float] = []
     same = 0
     rewriter = vector.unwrapped.backend  # type: ignore[attr-defined]
     judge = getattr(vector.unwrapped.reward, "backend", None)  # type: ignore[attr-defined]
@@ -84,24 +91,25 @@ def run(options: BenchEditEnv, console: Console | None = None) -> dict[str, Any]
         start = time.perf_counter()
         infos = vector.step(actions)[-1]
         middle = time.perf_counter()
-        serial = [env.step(action)[-1]["text"] for env, action in zip(copies, actions, strict=True)]
+        serial_texts = [env.step(action)[-1]["text"] for env, action in zip(serial_envs, actions, strict=True)]
         end = time.perf_counter()
         after = (rewriter.usage.calls, judge.usage.calls if judge else 0)
+        # Backend calls of the vector step only: the serial envs have their own backends.
         calls.append((after[0] - before[0], after[1] - before[1]))
-        same += sum(a == b for a, b in zip(infos["text"], serial, strict=True))
+        same += sum(a == b for a, b in zip(infos["text"], serial_texts, strict=True))
         if round_number:  # the first round loads models and fills prefix caches
-            ours.append(options.num_envs / (middle - start))
-            theirs.append(options.num_envs / (end - middle))
-    ratios = np.array(ours) / np.array(theirs)
+            vector_rates.append(options.num_envs / (middle - start))
+            serial_rates.append(options.num_envs / (end - middle))
+    ratios = np.array(vector_rates) / np.array(serial_rates)
     figures: dict[str, Any] = {
         "ours": {
-            "steps_per_second": float(np.median(ours)),
+            "steps_per_second": float(np.median(vector_rates)),
             "backend_calls_per_vector_step": {
                 "rewriter": max(c[0] for c in calls),
                 "judge": max(c[1] for c in calls),
             },
         },
-        "theirs": {"steps_per_second": float(np.median(theirs))},
+        "theirs": {"steps_per_second": float(np.median(serial_rates))},
         "ratio": {
             "steps_per_second": float(np.median(ratios)),
             "steps_per_second_min": float(ratios.min()),

@@ -1,4 +1,4 @@
-"""``instructgym bench ranking``: our DPO against TRL's, or against the passes that no DPO can avoid."""
+"""``instructgym bench ranking``: compares DPO of this library with TRL, or with the passes that no DPO can avoid."""
 
 from __future__ import annotations
 
@@ -41,38 +41,38 @@ class BenchRanking(SidesOptions):
     """Response tokens per CPU-second and peak memory of DPO with LoRA, ours and TRL's (or the bare passes)."""
 
     steps: int = 4
-    """Measured optimiser steps; one comes before them to warm up."""
+    """Number of measured optimiser steps, after one warm-up step."""
     batch: int = 16
     """Pairs per optimiser step."""
     prompt_tokens: int = 48
-    """Tokens of every prompt."""
+    """Number of tokens of every prompt."""
     response_tokens: int = 64
-    """Tokens of the longest responses; the shortest have half as many."""
+    """Number of tokens of the longest responses. The shortest have half as many."""
     seed: int = 0
-    """Of the pairs."""
+    """Seed of the random words and lengths of the pairs."""
     trl_pairs: int = 8
-    """Pairs of TRL's micro-batches, no more than the batch: fewer take less memory and, to a point, more time."""
+    """Pairs per micro-batch of TRL, at most --batch. Fewer pairs take less memory and, to a point, more time."""
     checkpointing: bool = False
-    """TRL's gradient checkpointing, on by its own default: less memory, more time."""
+    """Let TRL use gradient checkpointing, which takes less memory and more time. It is the default of TRL itself."""
 
 
 def make_pairs(
     folder: str, count: int, prompt_tokens: int, response_tokens: int, seed: int
 ) -> list[dict[str, list[int]]]:
-    """Draws pairs of responses of random words to different prompts.
+    """Returns pairs of responses of random words to different prompts.
 
     Args:
-        folder: of a tokenizer.
-        count: pairs.
-        prompt_tokens: of every prompt.
-        response_tokens: of the longest responses; lengths are uniform from half of it.
-        seed: of words and lengths.
+        folder: folder of a tokenizer.
+        count: number of pairs.
+        prompt_tokens: number of tokens of every prompt.
+        response_tokens: number of tokens of the longest responses; lengths are uniform from half of it to all of it.
+        seed: seed of words and lengths.
 
     Returns:
         Token ids under ``prompt``, ``chosen`` and ``rejected``.
 
     Raises:
-        InputError: if the tokenizer gives too few prompts.
+        InputError: if the tokenizer gives too few different prompts of that length.
     """
     tokenizer, rng = load_tokenizer(folder), np.random.default_rng(seed)
 
@@ -88,10 +88,10 @@ def make_pairs(
 
 
 def run(options: BenchRanking, console: Console | None = None) -> dict[str, Any]:
-    """Measures and returns ``{"ours": ..., "theirs": ..., "ratio": ..., "settings": ...}``.
+    """Measures both sides and returns ``{"ours": ..., "theirs": ..., "ratio": ..., "settings": ...}``.
 
     Raises:
-        InputError: for options out of range, a model that cannot be used, or a side that cannot be run.
+        InputError: if an option is out of range, the model cannot be used, or a side fails.
     """
     console = console or Console()
     _check(options)
@@ -99,9 +99,10 @@ def run(options: BenchRanking, console: Console | None = None) -> dict[str, Any]
     with tempfile.TemporaryDirectory(prefix="instructgym-bench-") as scratch:
         folder = model_folder(options.model, Path(scratch))
         check_fits(options, folder)
-        pairs, count = Path(scratch) / "pairs.json", options.batch * (options.steps + 1)
+        # Both sides read the same pairs from one file.
+        pairs, pair_count = Path(scratch) / "pairs.json", options.batch * (options.steps + 1)
         sizes = (options.prompt_tokens, options.response_tokens)
-        pairs.write_text(json.dumps(make_pairs(folder, count, *sizes, options.seed)), "utf-8")
+        pairs.write_text(json.dumps(make_pairs(folder, pair_count, *sizes, options.seed)), "utf-8")
         spec = {
             "model": folder,
             "pairs": str(pairs),
@@ -114,12 +115,13 @@ def run(options: BenchRanking, console: Console | None = None) -> dict[str, Any]
         }
         if options.against == "floor":
             dtype = training_dtype("auto" if options.dtype == "default" else options.dtype, "cpu")
-            theirs = Side("floor", module_command("floor_dpo"), spec | {"dtype": dtype})
-            theirs = replace(theirs, spec=theirs.spec | theirs.work())  # the best micro-batch
+            baseline = Side("floor", module_command("floor_dpo"), spec | {"dtype": dtype})
+            # Without "micro" in its spec, the worker returns its fastest micro-batch.
+            baseline = replace(baseline, spec=baseline.spec | baseline.work())
         else:
-            more = {"micro": min(options.trl_pairs, options.batch), "checkpointing": options.checkpointing}
-            theirs = Side("trl", script_command(python, "trl_dpo"), spec | more)
-        figures = measure_sides(Side("ours", module_command("dpo"), spec), theirs, options.rounds)
+            trl_options = {"micro": min(options.trl_pairs, options.batch), "checkpointing": options.checkpointing}
+            baseline = Side("trl", script_command(python, "trl_dpo"), spec | trl_options)
+        figures = measure_sides(Side("ours", module_command("dpo"), spec), baseline, options.rounds)
     figures["settings"] = settings_of(options, python, NOTES[options.against])
     title = f"DPO on {options.model}, {options.batch} pairs of {sizes[0]} + up to {sizes[1]} tokens"
     print_sides(f"{title}, threads: {options.threads}", options.against, figures, console)
@@ -129,6 +131,7 @@ def run(options: BenchRanking, console: Console | None = None) -> dict[str, Any]
 
 
 def _check(options: BenchRanking) -> None:
+    """Raises an InputError if an option is out of range."""
     check_counts(
         options, "rounds", "threads", "steps", "batch", "prompt_tokens", "response_tokens", "lora_rank", "trl_pairs"
     )

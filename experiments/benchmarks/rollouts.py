@@ -1,4 +1,4 @@
-"""``instructgym bench rollouts``: rollouts on a vLLM server against those of this process."""
+"""``instructgym bench rollouts``: compares rollouts on a vLLM server with rollouts in this process."""
 
 from __future__ import annotations
 
@@ -35,34 +35,36 @@ class BenchRollouts:
     """Response tokens per second of rollouts on a vLLM server, adapter pushed, against sampling in this process."""
 
     server: str = ""
-    """Base URL of a vLLM server of the same model; empty: start one."""
+    """Base URL of a running vLLM server with the same model. Empty: start one."""
     python: str = ".venv-server/bin/python"
-    """Interpreter that has vLLM, for starting one."""
+    """Python interpreter with vLLM, to start a server if --server is empty."""
     model: str = "embedded"
-    """embedded, or the path of a model."""
+    """Model that samples: embedded, tiny (a GPT-2 of four layers with random weights), or the path of a model."""
     batch: int = 16
-    """Episodes at once."""
+    """Number of episodes that are sampled at once."""
     prompt_tokens: int = 32
-    """Tokens of every prompt."""
+    """Number of tokens of every prompt."""
     response_tokens: int = 48
-    """Tokens of every response; there is no end of sequence."""
+    """Number of tokens of every response. No end-of-sequence token shortens it."""
     lora_rank: int = 8
-    """Rank of the policy's adapter."""
+    """Rank of the LoRA adapter of the policy."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of this process, and of a server that is started."""
+    """Floating-point type of this process, and of a server that is started. auto: bfloat16 if the hardware supports it,
+    else float32."""
     rounds: int = 3
-    """Measurements of each side, taken in turn after one to warm up."""
+    """Measurements of each side, taken alternately after a warm-up."""
     json: str = ""
-    """File for the figures, as JSON."""
+    """JSON file for the results. Empty: do not write one."""
 
 
 def run(options: BenchRollouts, console: Console | None = None) -> dict[str, Any]:
-    """Measures and returns ``{"ours": ..., "theirs": ..., "ratio": ..., "settings": ...}``.
+    """Measures all sides and returns ``{"ours", "theirs", "base_model", "ratio", "settings"}``.
 
-    Ours is vLLM with the adapter, its push included; theirs is this process.
+    ``ours`` is vLLM with the adapter, including the time to push it; ``theirs`` is sampling in this process;
+    ``base_model`` is vLLM without an adapter.
 
     Raises:
-        InputError: for options out of range, or a server that cannot be used or started.
+        InputError: if an option is out of range, or a server cannot be used or started.
     """
     console = console or Console()
     check_counts(options, "batch", "prompt_tokens", "response_tokens", "lora_rank", "rounds")
@@ -83,6 +85,7 @@ def run(options: BenchRollouts, console: Console | None = None) -> dict[str, Any
 
 @contextmanager
 def _server(options: BenchRollouts, folder: str, scratch: Path) -> Iterator[str]:
+    """Yields the URL of the named server, or of one that runs for as long as the context."""
     if options.server:
         yield options.server
         return
@@ -96,6 +99,7 @@ def _server(options: BenchRollouts, folder: str, scratch: Path) -> Iterator[str]
 
 
 def _measure(options: BenchRollouts, folder: str, url: str) -> tuple[dict[str, list[float]], float]:
+    """Returns response tokens per second by side and round, and the median seconds to push the adapter."""
     policy = LanguageModelPolicy(folder, LoraSettings(rank=options.lora_rank), value="none", dtype=options.dtype)
     engine = VLLMEngine([url])
     try:
@@ -107,8 +111,10 @@ def _measure(options: BenchRollouts, folder: str, url: str) -> tuple[dict[str, l
 def _alternate(
     options: BenchRollouts, folder: str, policy: LanguageModelPolicy, engine: VLLMEngine
 ) -> tuple[dict[str, list[float]], float]:
+    """Measures all sides alternately; returns the rates and push seconds of :func:`_measure`."""
     processes = Processes()
     engine.take(policy, processes)
+    # An adapter has its base model as the parent; the server must have exactly one base model.
     [base] = [model["id"] for model in engine.servers[0].models() if not model.get("parent")]
     plain = VLLMServerBackend(base, engine.servers[0].url, "completion", concurrency=256, timeout=600)
     texts = make_prompts(folder, options.batch * (options.rounds + 1), options.prompt_tokens)
@@ -116,6 +122,7 @@ def _alternate(
     sampling = Sampling(max_tokens=options.response_tokens)
     pushes: list[float] = []
 
+    # In training every rollout follows an update, so the adapter is pushed each time.
     def pushed(batch: list[list[int]], samplings: list[Sampling]) -> list[Any]:
         begun = time.perf_counter()
         engine.take(policy, processes)
@@ -135,7 +142,7 @@ def _alternate(
             begun = time.perf_counter()
             written = write(batch, samplings)
             seconds = time.perf_counter() - begun
-            failed = next((one for one in written if isinstance(one, BackendError)), None)
+            failed = next((result for result in written if isinstance(result, BackendError)), None)
             if failed is not None:
                 raise failed
             counts = [len(completions[0].token_ids) for completions in written]
@@ -147,6 +154,7 @@ def _alternate(
 
 
 def _figures(options: BenchRollouts, rates: dict[str, list[float]], push: float) -> dict[str, Any]:
+    """Returns medians over rounds, and the ratio of adapter to process with its spread."""
     name = "tokens_per_second"
     ratios = np.array(rates[SIDES[1]]) / np.array(rates[SIDES[0]])
     return {
@@ -163,6 +171,7 @@ def _figures(options: BenchRollouts, rates: dict[str, list[float]], push: float)
 
 
 def _print(options: BenchRollouts, figures: dict[str, Any], console: Console) -> None:
+    """Prints the results as a table."""
     table = Table(
         title=f"rollouts of {options.model}: {options.batch} x ({options.prompt_tokens} + {options.response_tokens}) "
         f"tokens, rank {options.lora_rank}"

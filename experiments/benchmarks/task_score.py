@@ -1,14 +1,14 @@
-"""``instructgym bench task-score``: prompts scored with shared prefixes against one full request per likelihood.
+"""``instructgym bench task-score``: compares scoring with shared prefixes with one full request per likelihood.
 
-Three ways to the same likelihoods, one after the other in every round, on the same model in this process:
+Each round computes the same likelihoods in three ways, with the same model in this process:
 
-* ours: :class:`TaskScorer` with an empty cache;
-* the naive loop: a row of ``Backend.logprobs`` per prompt, example and label, in batches, nothing shared. The rows go
-  label by label, so that no batch holds a prompt twice, and the model's prefix cache is off;
-* the same rows with what ``Backend.logprobs`` shares by itself: the labels of an example next to each other, which are
-  then read once, and the prefix cache on.
+* ours: :class:`~instructgym.rewards.prompt_scoring.scorer.TaskScorer` with an empty cache;
+* the naive loop: a row of ``Backend.logprobs`` per prompt, example and label, in batches, without sharing. The rows are
+  in the order of labels, so that no batch holds a prompt twice, and the prefix cache of the model is off;
+* the same rows with the sharing of ``Backend.logprobs`` itself: the labels of an example are next to each other, which
+  processes their prompt once, and the prefix cache is on.
 
-The latter two score the first prompts alone: what they take per likelihood does not depend on how many there are.
+The last two score only the first prompts: their time per likelihood does not depend on the number of prompts.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from .tiny import model_folder
 
 MEASURE = "likelihoods_per_second"
 TOLERANCE = 1e-3
-"""Nats by which likelihoods in float32 may differ, summed in another order."""
+"""Largest allowed difference of log-likelihoods in float32, in nats: the ways sum in different orders."""
 LONGEST = 80
-"""Characters of an example at most: the tiny model reads 512 tokens, which are bytes."""
+"""Maximum number of characters of an example: the context of the tiny model is 512 tokens, which are bytes."""
 
 
 @dataclass
@@ -48,36 +48,38 @@ class BenchTaskScore:
     """Prompts scored on examples with shared prefixes, against a full request per prompt, example and label."""
 
     model: str = "tiny"
-    """``tiny`` (random weights), ``embedded``, a model path or a hub id."""
+    """Model that scores: tiny (a GPT-2 of four layers with random weights), embedded, or the path of a model."""
     prompts: int = 64
-    """Different prompts: manual instructions with different demonstrations."""
+    """Number of different prompts: manual instructions with different demonstrations."""
     examples: int = 64
-    """Examples, the same for all prompts."""
+    """Number of examples on which every prompt is scored."""
     demonstrations: int = 1
-    """Solved examples in each prompt."""
+    """Number of demonstrations, solved examples, in each prompt."""
     task: str = "rotten-tomatoes"
-    """Where examples and instructions come from."""
+    """Task with the examples and instructions: rotten-tomatoes (offline), a task of GLUE or SuperGLUE, or a TOML
+    file."""
     naive_prompts: int = 8
-    """Prompts that the slower ways score, with the same examples."""
+    """Number of prompts that the two slower ways score, with the same examples."""
     batch: int = 32
-    """Rows of a batch of the naive loop."""
+    """Number of rows in a batch of the two slower ways."""
     rounds: int = 2
-    """Measurements of each way, taken in turn after a smaller one to warm up."""
+    """Measurements of each way, taken alternately after a smaller warm-up."""
     dtype: str = "float32"
-    """What the model computes in; the likelihoods are compared in float32 alone."""
+    """Floating-point type of the model: float32, bfloat16, float16 or auto. Only in float32 the likelihoods are checked
+    to agree."""
     threads: int = 1
-    """Threads of the model."""
+    """Number of threads of torch."""
     seed: int = 0
     """Seed of examples and demonstrations."""
     json: str = ""
-    """File for the figures, as JSON."""
+    """JSON file for the results. Empty: do not write one."""
 
 
 def run(options: BenchTaskScore, console: Console | None = None) -> dict[str, Any]:
-    """Measures and returns ``{"ours": ..., "theirs": ..., "sharing_backend": ..., "ratio": ..., "settings": ...}``.
+    """Measures the three ways and returns ``{"ours", "theirs", "sharing_backend", "ratio", ...}``.
 
     Raises:
-        InputError: for options out of range, too few examples, and ways whose likelihoods differ.
+        InputError: if an option is out of range, there are too few examples, or the ways give different likelihoods.
         BackendError: if a request fails.
     """
     import torch
@@ -99,14 +101,16 @@ def run(options: BenchTaskScore, console: Console | None = None) -> dict[str, An
         with tempfile.TemporaryDirectory(prefix="instructgym-bench-") as scratch:
             folder = model_folder(options.model, Path(scratch))
             backend = TransformersBackend(folder, options.dtype, "auto", "completion")
+            # Warm-up on two prompts and two examples.
             _measure(backend, prompts[:2], examples[:2], 2, options.batch)
             for _ in range(options.rounds):
-                found, taken = _measure(backend, prompts, examples, options.naive_prompts, options.batch)
-                for way, value in taken.items():
-                    seconds[way].append(value / found[way].size)
-                ours = found["ours"][: options.naive_prompts]
+                logprobs, durations = _measure(backend, prompts, examples, options.naive_prompts, options.batch)
+                for way, value in durations.items():
+                    seconds[way].append(value / logprobs[way].size)
+                our_logprobs = logprobs["ours"][: options.naive_prompts]
                 largest = max(
-                    largest, *(float(np.abs(ours - found[way]).max()) for way in ("theirs", "sharing_backend"))
+                    largest,
+                    *(float(np.abs(our_logprobs - logprobs[way]).max()) for way in ("theirs", "sharing_backend")),
                 )
     finally:
         torch.set_num_threads(threads)
@@ -127,7 +131,7 @@ def run(options: BenchTaskScore, console: Console | None = None) -> dict[str, An
 
 
 def draw_task_prompts(options: BenchTaskScore) -> tuple[list[TaskPrompt], list[LabelledExample]]:
-    """Different prompts of the task, and the examples to score them on.
+    """Returns different prompts of the task and the examples on which they are scored.
 
     Raises:
         InputError: if there are too few short examples or instructions.
@@ -142,10 +146,11 @@ def draw_task_prompts(options: BenchTaskScore) -> tuple[list[TaskPrompt], list[L
         raise InputError(f"{task.name} has too few examples of {LONGEST} characters at most: ask for fewer")
     if not options.demonstrations and len(instructions) < options.prompts:
         raise InputError(f"{task.name} has {len(instructions)} instructions: use --demonstrations for more prompts")
+    # Each prompt has demonstrations of its own, so that no two prompts are equal.
     prompts = []
     for number in range(options.prompts):
-        mine = shown[number * options.demonstrations : (number + 1) * options.demonstrations]
-        solved = [Demonstration(example.text, example.label) for example in mine]
+        solved_examples = shown[number * options.demonstrations : (number + 1) * options.demonstrations]
+        solved = [Demonstration(example.text, example.label) for example in solved_examples]
         prompts.append(task.prompt(instructions[number % len(instructions)], solved))
     return prompts, examples[: options.examples]
 
@@ -157,32 +162,43 @@ def _measure(
     few: int,
     batch: int,
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Log-probs, shape (prompts, examples, labels), and seconds, of each way; the slower ones have ``few`` prompts."""
+    """Returns log-probs in nats, shape (prompts, examples, labels), and seconds by way.
+
+    Args:
+        backend: model that computes the log-probs.
+        prompts: prompts to score.
+        examples: examples on which they are scored.
+        few: number of prompts for the two slower ways.
+        batch: rows in a batch of the two slower ways.
+    """
     lm, labels = backend.lm, len(prompts[0].verbalizers)
     shape = (few, len(examples), labels)
     rows = [("".join(p.render(e.text)), f" {word}") for p in prompts[:few] for e in examples for word in p.verbalizers]
+    # The same rows in the order of labels: no batch of the naive loop has two labels of one example.
     by_label = [rows[i] for label in range(labels) for i in range(label, len(rows), labels)]
     capacity = lm.prefix_cache.capacity
-    found: dict[str, np.ndarray] = {}
-    taken: dict[str, float] = {}
+    logprobs: dict[str, np.ndarray] = {}
+    durations: dict[str, float] = {}
     try:
         for way in ("ours", "theirs", "sharing_backend"):
+            # A new cache: no way may use the prefixes of another, and the naive loop has none.
             lm.prefix_cache = PrefixCache(0 if way == "theirs" else capacity)
             begun = time.perf_counter()
             if way == "ours":
-                found[way] = TaskScorer(backend).label_logprobs(prompts, examples)
+                logprobs[way] = TaskScorer(backend).label_logprobs(prompts, examples)
             elif way == "theirs":
                 values = _in_batches(backend, by_label, batch)
-                found[way] = np.moveaxis(values.reshape(labels, *shape[:2]), 0, -1)
+                logprobs[way] = np.moveaxis(values.reshape(labels, *shape[:2]), 0, -1)
             else:
-                found[way] = _in_batches(backend, rows, batch).reshape(shape)
-            taken[way] = time.perf_counter() - begun
+                logprobs[way] = _in_batches(backend, rows, batch).reshape(shape)
+            durations[way] = time.perf_counter() - begun
     finally:
         lm.prefix_cache = PrefixCache(capacity)
-    return found, taken
+    return logprobs, durations
 
 
 def _in_batches(backend: TransformersBackend, rows: Sequence[tuple[str, str]], batch: int) -> np.ndarray:
+    """Returns the log-prob of each row of prompt and continuation, float32, shape (rows,), in nats."""
     sums = []
     for start in range(0, len(rows), batch):
         prompts, words = zip(*rows[start : start + batch], strict=True)
@@ -194,10 +210,12 @@ def _in_batches(backend: TransformersBackend, rows: Sequence[tuple[str, str]], b
 
 
 def _spread(name: str, ratios: np.ndarray) -> dict[str, float]:
+    """Returns median, minimum and maximum of ratios."""
     return {name: float(np.median(ratios)), f"{name}_min": float(ratios.min()), f"{name}_max": float(ratios.max())}
 
 
 def _print(options: BenchTaskScore, figures: dict[str, Any], console: Console) -> None:
+    """Prints the results as a table."""
     table = Table(title=f"{options.prompts} prompts x {options.examples} examples, {options.model}, {options.dtype}")
     for title in ("", "likelihoods per second", "ours is faster by (median, min to max)"):
         table.add_column(title)

@@ -1,4 +1,4 @@
-"""Models, tokenizers and prompts of the token benchmarks: the same for every side, and read from folders."""
+"""Models, tokenizers and prompts of the benchmarks, which every side of a comparison reads from the same folder."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ WORDS = "river stone light bread winter garden paper music silver window harbor 
 
 
 def model_folder(model: str, scratch: Path) -> str:
-    """Where a benchmark's model lies.
+    """Returns the folder of the model of a benchmark.
 
     Args:
         model: ``tiny`` (built in ``scratch``), ``embedded``, or a path.
-        scratch: an existing folder.
+        scratch: existing folder for the tiny model.
     """
     if model == "tiny":
         build_tiny(scratch / "tiny")
@@ -57,28 +57,34 @@ def build_tiny(folder: Path) -> None:
         pad_token_id=257,
     )
     with quiet_loading():
-        torch.manual_seed(0)
+        torch.manual_seed(0)  # both sides load these weights, and every run of the benchmark has the same
         GPT2LMHeadModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def lora_targets(folder: str) -> str:
-    """Names of the layers that get an adapter: GPT-2's attention, or every linear layer."""
+    """Returns which layers get an adapter: the attention of GPT-2, or every linear layer of another model."""
     config = json.loads((Path(folder) / "config.json").read_text("utf-8"))
     return "c_attn" if config.get("model_type") == "gpt2" else "all-linear"
 
 
 def make_prompts(folder: str, count: int, length: int) -> list[str]:
-    """Different texts of exactly ``length`` tokens, which begin differently.
+    """Returns different texts of exactly ``length`` tokens, with different beginnings.
+
+    Args:
+        folder: folder of the tokenizer.
+        count: number of texts.
+        length: number of tokens of each text.
 
     Raises:
-        InputError: if the tokenizer gives too few of them.
+        InputError: if the tokenizer gives too few such texts.
     """
     tokenizer = load_tokenizer(folder)
     texts: dict[str, None] = {}
     for number in range(40 * count):
         words = (WORDS[(7 * number + k) % len(WORDS)] for k in range(length))
         text = f"{WORDS[number % len(WORDS)]} {number}: write about {' '.join(words)}"
+        # Cut to the length. A text that does not encode to that many tokens again is left out.
         ids = tokenizer(text, truncation=True, max_length=length)["input_ids"]
         text = tokenizer.decode(ids, skip_special_tokens=True)
         if len(tokenizer(text)["input_ids"]) == length and text.strip():
@@ -89,7 +95,7 @@ def make_prompts(folder: str, count: int, length: int) -> list[str]:
 
 
 def tiny_llama(tokenizer: Tokenizer, seed: int, name: str) -> CausalLM:
-    """A Llama of one layer and 64 dimensions with random weights, for a small vocabulary; it reads 64 tokens."""
+    """Returns a Llama of one layer and 64 dimensions with random weights and a context of 64 tokens."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -110,7 +116,7 @@ def tiny_llama(tokenizer: Tokenizer, seed: int, name: str) -> CausalLM:
 
 @dataclass(eq=False)
 class EndlessTokenizer(Tokenizer):
-    """A tokenizer without an end-of-sequence token: every response runs to the cap."""
+    """A tokenizer without an end-of-sequence token: every response has the maximum length."""
 
     @cached_property
     def hf(self) -> Any:
@@ -120,7 +126,7 @@ class EndlessTokenizer(Tokenizer):
 
 
 def endless_model(folder: str, tokenizer: Tokenizer, dtype: str) -> CausalLM:
-    """A model on the CPU that knows no end of a response."""
+    """Returns a model on the CPU without an end-of-sequence token: every response has the maximum length."""
     lm = CausalLM.from_pretrained(folder, dtype, "cpu")
     lm.model.generation_config.eos_token_id = None
     lm.tokenizer = tokenizer.hf
@@ -128,14 +134,14 @@ def endless_model(folder: str, tokenizer: Tokenizer, dtype: str) -> CausalLM:
 
 
 def share_of_e(samples: Sequence[Sample]) -> list[float]:
-    """A rule reward: the share of the letter e in the text."""
+    """Returns the share of the letter e in each response, a rule reward that costs almost nothing."""
     return [sample.response.count("e") / max(len(sample.response), 1) for sample in samples]
 
 
 def peak_mb() -> float:
-    """The most memory that this process has had, in MB.
+    """Returns the peak memory of this process, in MB.
 
-    Not ``ru_maxrss`` where that can be helped: in a child process Linux starts it at what its parent held.
+    ``ru_maxrss`` is used only if ``/proc`` is missing: in a child process Linux starts it at the memory of the parent.
     """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""``instructgym bench token-env``: sampling and ``play`` against transformers' ``generate``, and the ``step`` rate."""
+"""``instructgym bench token-env``: compares rollouts with transformers' ``generate`` and measures the ``step`` rate."""
 
 from __future__ import annotations
 
@@ -35,30 +35,30 @@ class BenchTokenEnv:
     """Tokens per CPU-second of sampling and play against transformers' generate, and steps per second of the env."""
 
     model: str = "tiny"
-    """tiny (a GPT-2 of four layers with random weights), embedded, or the path of a model."""
+    """Model that samples: tiny (a GPT-2 of four layers with random weights), embedded, or the path of a model."""
     batch: int = 32
-    """Episodes at once."""
+    """Number of episodes that are sampled at once."""
     prompt_tokens: int = 24
-    """Tokens of every prompt."""
+    """Number of tokens of every prompt."""
     response_tokens: int = 64
-    """Tokens of every response; there is no end of sequence."""
+    """Number of tokens of every response. No end-of-sequence token shortens it."""
     rounds: int = 5
-    """Measurements of each side, taken alternately after one to warm up."""
+    """Measurements of each side, taken alternately after a warm-up."""
     threads: int = 1
-    """Threads of torch."""
+    """Number of threads of torch."""
     step_tokens: int = 512
-    """Tokens of the episodes that are stepped through."""
+    """Number of tokens of the episodes that measure the rate of ``step``."""
     episodes: int = 5
-    """Episodes that are stepped through, after one to warm up."""
+    """Number of episodes that measure the rate of ``step``, after a warm-up."""
     json: str = ""
-    """File for the figures, as JSON."""
+    """JSON file for the results. Empty: do not write one."""
 
 
 def run(options: BenchTokenEnv, console: Console | None = None) -> dict[str, Any]:
-    """Measures and returns ``{"ours": ..., "theirs": ..., "ratio": ..., "settings": ...}``.
+    """Measures both sides and returns ``{"ours": ..., "theirs": ..., "ratio": ..., "settings": ...}``.
 
     Raises:
-        InputError: for options out of range, or a model that cannot be used.
+        InputError: if an option is out of range, or the model cannot be used.
     """
     console = console or Console()
     check_counts(options, "batch", "prompt_tokens", "response_tokens", "rounds", "threads", "step_tokens", "episodes")
@@ -81,18 +81,18 @@ def run(options: BenchTokenEnv, console: Console | None = None) -> dict[str, Any
 
 @dataclass
 class _Ours:
-    """Our side: an env whose responses run to the cap, and our sampling."""
+    """The side of this library: a vector env whose responses have the maximum length, and the sampling for it."""
 
     lm: CausalLM
     env: TokenVectorEnv
     sampling: Sampling
     played: float = 0.0
-    """Seconds in ``play``, resets not included."""
+    """Seconds spent in ``play``, without resets."""
 
     def rollout(self, number: int) -> int:
-        """Episodes of all copies; returns how many tokens the env took."""
+        """Samples and plays one episode in every env; returns the number of tokens that the envs consumed."""
         self.env.reset(options={"index": _indices(number, self.env.num_envs)})
-        self.lm.prefix_cache.clear()  # as in training, where the weights have changed
+        self.lm.prefix_cache.clear()  # as in training, where an update has changed the weights
         prompts = [prompt.tolist() for prompt in self.env.prompts()]
         samplings = [replace(self.sampling, seed=request_seed(number, i)) for i in range(len(prompts))]
         responses = [row[0].token_ids for row in generate(self.lm, prompts, samplings)]
@@ -105,12 +105,13 @@ class _Ours:
 
 
 def _indices(number: int, count: int) -> np.ndarray:
+    """Returns the indices of the prompts of a round."""
     return np.arange(number * count, (number + 1) * count)
 
 
 @torch.inference_mode()
 def _plain_rollout(model: Any, prompts: torch.Tensor, length: int, pad: int) -> int:
-    """The same tokens and log-probs from transformers alone."""
+    """Samples as many tokens and their log-probs with transformers alone; returns the number of tokens."""
     output = model.generate(
         input_ids=prompts,
         attention_mask=torch.ones_like(prompts),
@@ -129,9 +130,10 @@ def _plain_rollout(model: Any, prompts: torch.Tensor, length: int, pad: int) -> 
 
 
 def _rollouts(options: BenchTokenEnv, folder: str) -> dict[str, Any]:
+    """Returns tokens per CPU-second of both sides with their ratio, and the share of ``play`` in a rollout."""
     tokenizer = EndlessTokenizer(folder)
     prompts = make_prompts(folder, options.batch * (options.rounds + 1), options.prompt_tokens)
-    # The env's stop string, a closing tag, is looked for at every token, but a random text does not hold it.
+    # The env searches every token for its stop string, a closing tag, but random text does not contain it.
     env = generate_label_vector(
         options.batch,
         examples=[PromptExample(str(i), prompt) for i, prompt in enumerate(prompts)],
@@ -150,28 +152,28 @@ def _rollouts(options: BenchTokenEnv, folder: str) -> dict[str, Any]:
     model.generation_config.eos_token_id = None
     pad = tokenizer.hf.pad_token_id or 0
     ids = torch.tensor(tokenizer.encode_batch(prompts))
-    mine, plain, shares, tokens = [], [], [], [0, 0]
+    our_rates, plain_rates, shares, tokens = [], [], [], [0, 0]
     for number in range(options.rounds + 1):
         ours.played = 0.0
         wall = time.perf_counter()
         count, seconds = _timed(lambda: ours.rollout(number))  # noqa: B023
         wall = time.perf_counter() - wall
         rows = ids[_indices(number, options.batch)]
-        their_count, their_seconds = _timed(lambda: _plain_rollout(model, rows, options.response_tokens, pad))  # noqa: B023
+        plain_count, plain_seconds = _timed(lambda: _plain_rollout(model, rows, options.response_tokens, pad))  # noqa: B023
         if number:  # the first round warms up
-            mine.append(count / seconds)
-            plain.append(their_count / their_seconds)
+            our_rates.append(count / seconds)
+            plain_rates.append(plain_count / plain_seconds)
             shares.append(ours.played / wall)
-            tokens = [tokens[0] + count, tokens[1] + their_count]
+            tokens = [tokens[0] + count, tokens[1] + plain_count]
     env.close()
-    ratios = np.array(mine) / np.array(plain)
+    ratios = np.array(our_rates) / np.array(plain_rates)
     return {
         "ours": {
-            "tokens_per_cpu_second": float(np.median(mine)),
+            "tokens_per_cpu_second": float(np.median(our_rates)),
             "play_share": float(np.median(shares)),
             "tokens": tokens[0],
         },
-        "theirs": {"tokens_per_cpu_second": float(np.median(plain)), "tokens": tokens[1]},
+        "theirs": {"tokens_per_cpu_second": float(np.median(plain_rates)), "tokens": tokens[1]},
         "ratio": {
             "tokens_per_cpu_second": float(np.median(ratios)),
             "tokens_per_cpu_second_min": float(ratios.min()),
@@ -181,12 +183,13 @@ def _rollouts(options: BenchTokenEnv, folder: str) -> dict[str, Any]:
 
 
 def _timed(work: Callable[[], int]) -> tuple[int, float]:
+    """Returns the result of a function and the CPU-seconds of its call."""
     start = time.process_time()
     return work(), time.process_time() - start
 
 
 def _steps(options: BenchTokenEnv) -> dict[str, Any]:
-    """Steps per second through ``gym.make``, wrappers and resets included."""
+    """Returns steps per second of an env from ``gym.make``, including its wrappers and resets."""
     name = "embedded" if options.model == "embedded" else "bytes"
     env = gym.make(
         STEP_ENV,
@@ -206,21 +209,22 @@ def _steps(options: BenchTokenEnv) -> dict[str, Any]:
             steps += 1
         if steps != options.step_tokens:
             raise RuntimeError(f"an episode ended after {steps} steps of {options.step_tokens}")
-        if episode:
+        if episode:  # the first episode warms up
             rates.append(steps / (time.perf_counter() - start))
     env.close()
     return {"steps_per_second": float(np.median(rates)), "steps_tokenizer": name}
 
 
 def _letters(env: gym.Env, count: int) -> Sequence[int]:
-    """Tokens of plain text, none of which ends an episode."""
+    """Returns tokens of plain text, none of which ends an episode."""
     text = "the river runs past a quiet garden and winter light falls on old stone "
     ids = env.unwrapped.tokenizer.encode_continuation(text * (count // 8 + 1))  # type: ignore[attr-defined]
     return [int(token) for token in ids[:count]]
 
 
 def _print(options: BenchTokenEnv, figures: dict[str, Any], console: Console) -> None:
-    ours, theirs, ratio = figures["ours"], figures["theirs"], figures["ratio"]
+    """Prints the results as a table."""
+    ours, baseline, ratio = figures["ours"], figures["theirs"], figures["ratio"]
     name = "tokens_per_cpu_second"
     table = Table(
         title=f"rollouts of {options.model}, {options.batch} x {options.response_tokens} tokens, float32, "
@@ -229,8 +233,8 @@ def _print(options: BenchTokenEnv, figures: dict[str, Any], console: Console) ->
     for title in ("", "sampling and play (ours)", "transformers' generate", "ratio (median, min to max)"):
         table.add_column(title)
     spread = f"{ratio[name]:.2f} ({ratio[f'{name}_min']:.2f} to {ratio[f'{name}_max']:.2f})"
-    table.add_row("tokens per CPU-second", f"{ours[name]:.0f}", f"{theirs[name]:.0f}", spread)
-    table.add_row("tokens measured", str(ours["tokens"]), str(theirs["tokens"]), "")
+    table.add_row("tokens per CPU-second", f"{ours[name]:.0f}", f"{baseline[name]:.0f}", spread)
+    table.add_row("tokens measured", str(ours["tokens"]), str(baseline["tokens"]), "")
     table.add_row("share of play in a rollout", f"{ours['play_share']:.2%}", "", "")
     table.add_row(
         f"steps per second, {options.step_tokens} tokens, {ours['steps_tokenizer']}",

@@ -1,10 +1,10 @@
-"""``instructgym bench token-learning``: tokens until a small task is learned, ours and theirs.
+"""``instructgym bench token-learning``: compares the tokens that PPO of this library and of stable-baselines3 need.
 
 Both act in ``instructgym/GenerateLabel-v0`` with the same examples, reward and vocabulary of eight tokens: the prompt
-is a digit, the response has to count on from it, and every right token is paid at once. Stable-baselines3's PPO sees
-it as ``onehot``, through a multilayer perceptron; ours is a transformer of random weights. The learning rate of each
-was chosen from :data:`LEARNING_RATES` by the median over three other seeds (100 to 102). Discount, lambda and rollout
-are the same; epochs and minibatches are the defaults of either library.
+is a digit, the response has to count on from it, and every correct token gets its reward at once. PPO of
+stable-baselines3 has ``onehot`` observations and a multilayer perceptron; PPO of this library has a transformer with
+random weights. The learning rate of each was chosen from :data:`LEARNING_RATES` by the median over three other seeds
+(100 to 102). Discount, lambda and rollout length are the same; epochs and minibatches are the defaults of each library.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TARGET, WINDOW, CAP = 0.8, 64, 20_000
 
 
 class CountingReward(Reward):
-    """1 / LENGTH for every token that is the digit before it plus one, modulo DIGITS; paid token by token."""
+    """A reward per token: 1 / LENGTH for each token that is the digit before it plus one, modulo DIGITS, else 0."""
 
     timing = "causal"
     name = "counting"
@@ -43,6 +43,7 @@ class CountingReward(Reward):
         scores = []
         for sample in samples:
             assert sample.token_ids is not None
+            # The first token continues the prompt, each further token the one before it.
             before = np.concatenate([[int(sample.prompt)], sample.token_ids[:-1]])
             right = (sample.token_ids == (before + 1) % DIGITS) & (sample.token_ids < DIGITS)
             split = (right / LENGTH).astype(np.float32)
@@ -55,19 +56,19 @@ class BenchTokenLearning:
     """Env steps (tokens) until the mean return of the last 64 episodes reaches 0.8 of the best."""
 
     seeds: int = 5
-    """Seeds of each."""
+    """Number of seeds of each agent."""
     ours_rate: float = OURS_RATE
-    """Learning rate of our PPO."""
+    """Learning rate of PPO of this library."""
     theirs_rate: float = THEIRS_RATE
-    """Learning rate of stable-baselines3's PPO."""
+    """Learning rate of PPO of stable-baselines3."""
     first_seed: int = 0
     """The first seed."""
     json: str = ""
-    """File for the figures, as JSON."""
+    """JSON file for the results. Empty: do not write one."""
 
 
 def counting_env(**options: Any) -> gym.vector.VectorEnv[Any, Any, Any]:
-    """The vector env of the task."""
+    """Returns the vector env of the task."""
     return gym.make_vec(
         "instructgym/GenerateLabel-v0",
         num_envs=COPIES,
@@ -81,7 +82,7 @@ def counting_env(**options: Any) -> gym.vector.VectorEnv[Any, Any, Any]:
 
 
 def tokens_of_ours(seed: int, learning_rate: float = OURS_RATE) -> int:
-    """Tokens that our PPO needs; CAP where it does not get there."""
+    """Returns the number of tokens until PPO of this library reaches the target; CAP or a little more if not."""
     from ...agents import LanguageModelPolicy, LoraSettings, TokenPPO
 
     env = counting_env()
@@ -103,7 +104,7 @@ def tokens_of_ours(seed: int, learning_rate: float = OURS_RATE) -> int:
 
 
 def tokens_of_sb3(seed: int, learning_rate: float = THEIRS_RATE) -> int:
-    """Tokens that stable-baselines3's PPO needs; CAP where it does not get there."""
+    """Returns the number of tokens until PPO of stable-baselines3 reaches the target; CAP or a little more if not."""
     from stable_baselines3 import PPO
     from stable_baselines3.common.vec_env import VecMonitor
 
@@ -125,26 +126,30 @@ def tokens_of_sb3(seed: int, learning_rate: float = THEIRS_RATE) -> int:
 
 
 def run(options: BenchTokenLearning, console: Console | None = None) -> dict[str, Any]:
-    """Measures and returns ``{"ours": ..., "theirs": ..., "ratio": ...}``."""
+    """Measures both agents and returns ``{"ours": ..., "theirs": ..., "ratio": ..., "settings": ...}``.
+
+    Raises:
+        InputError: if there are no seeds or the JSON file cannot be written.
+    """
     console = console or Console()
     if options.seeds < 1:
         raise InputError(f"--seeds must be at least 1, got {options.seeds}")
     if options.json:
         check_output(Path(options.json))
     seeds = range(options.first_seed, options.first_seed + options.seeds)
-    ours = [tokens_of_ours(seed, options.ours_rate) for seed in seeds]
-    theirs = [tokens_of_sb3(seed, options.theirs_rate) for seed in seeds]
+    our_tokens = [tokens_of_ours(seed, options.ours_rate) for seed in seeds]
+    sb3_tokens = [tokens_of_sb3(seed, options.theirs_rate) for seed in seeds]
     figures = {
-        "ours": {"tokens": ours, "median": float(np.median(ours))},
-        "theirs": {"tokens": theirs, "median": float(np.median(theirs))},
-        "ratio": {"tokens": float(np.median(theirs) / np.median(ours))},
+        "ours": {"tokens": our_tokens, "median": float(np.median(our_tokens))},
+        "theirs": {"tokens": sb3_tokens, "median": float(np.median(sb3_tokens))},
+        "ratio": {"tokens": float(np.median(sb3_tokens) / np.median(our_tokens))},
         "settings": {"target": TARGET, "cap": CAP, "rates": [options.ours_rate, options.theirs_rate]},
     }
     table = Table(title=f"Tokens until {TARGET} of the best return, {options.seeds} seeds (cap {CAP})")
     for title in ("", "median", "each seed"):
         table.add_column(title)
-    table.add_row("TokenPPO (ours)", f"{np.median(ours):.0f}", " ".join(map(str, ours)))
-    table.add_row("stable-baselines3 PPO", f"{np.median(theirs):.0f}", " ".join(map(str, theirs)))
+    table.add_row("TokenPPO (ours)", f"{np.median(our_tokens):.0f}", " ".join(map(str, our_tokens)))
+    table.add_row("stable-baselines3 PPO", f"{np.median(sb3_tokens):.0f}", " ".join(map(str, sb3_tokens)))
     console.print(table)
     if options.json:
         write_json(Path(options.json), figures)

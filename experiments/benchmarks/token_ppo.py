@@ -1,4 +1,4 @@
-"""``instructgym bench token-ppo``: our PPO against TRL's, or against the passes that no PPO can avoid."""
+"""``instructgym bench token-ppo``: compares PPO of this library with TRL, or with the passes that no PPO can avoid."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ class BenchTokenPPO(SidesOptions):
     """Response tokens per CPU-second and peak memory of PPO with LoRA, ours and TRL's (or the bare passes)."""
 
     updates: int = 3
-    """Measured updates; one comes before them to warm up."""
+    """Number of measured updates, after one warm-up update."""
     batch: int = 32
-    """Episodes per update."""
+    """Number of episodes per update."""
     prompt_tokens: int = 24
-    """Tokens of every prompt."""
+    """Number of tokens of every prompt."""
     response_tokens: int = 64
-    """Tokens of every response; there is no end of sequence."""
+    """Number of tokens of every response. No end-of-sequence token shortens it."""
     epochs: int = 4
-    """Passes over an update's episodes, with one optimiser step each."""
+    """Epochs over the episodes of an update, with one optimiser step each."""
 
 
 def run(options: BenchTokenPPO, console: Console | None = None) -> dict[str, Any]:
-    """Measures and returns ``{"ours": ..., "theirs": ..., "ratio": ..., "settings": ...}``.
+    """Measures both sides and returns ``{"ours": ..., "theirs": ..., "ratio": ..., "settings": ...}``.
 
     Raises:
-        InputError: for options out of range, a model that cannot be used, or a side that cannot be run.
+        InputError: if an option is out of range, the model cannot be used, or a side fails.
     """
     console = console or Console()
     _check(options)
@@ -74,12 +74,13 @@ def run(options: BenchTokenPPO, console: Console | None = None) -> dict[str, Any
             "alpha": 2 * options.lora_rank,
             "targets": lora_targets(folder),
         }
-        theirs = Side(options.against, script_command(python, f"{options.against}_ppo"), spec)
+        baseline = Side(options.against, script_command(python, f"{options.against}_ppo"), spec)
         if options.against == "floor":
             dtype = training_dtype("auto" if options.dtype == "default" else options.dtype, "cpu")
-            theirs = replace(theirs, spec=spec | {"dtype": dtype})
-            theirs = replace(theirs, spec=theirs.spec | theirs.work())  # the best micro-batch
-        figures = measure_sides(Side("ours", module_command("ppo"), spec), theirs, options.rounds)
+            baseline = replace(baseline, spec=spec | {"dtype": dtype})
+            # Without "micro" in its spec, the worker returns its fastest micro-batch.
+            baseline = replace(baseline, spec=baseline.spec | baseline.work())
+        figures = measure_sides(Side("ours", module_command("ppo"), spec), baseline, options.rounds)
     figures["settings"] = settings_of(options, python, NOTES[options.against])
     title = f"PPO on {options.model}, {options.batch} x {options.response_tokens} tokens, threads: {options.threads}"
     print_sides(title, options.against, figures, console)
@@ -89,9 +90,11 @@ def run(options: BenchTokenPPO, console: Console | None = None) -> dict[str, Any
 
 
 def _check(options: BenchTokenPPO) -> None:
+    """Raises an InputError if an option is out of range."""
     check_counts(
         options, "rounds", "threads", "updates", "batch", "prompt_tokens", "response_tokens", "epochs", "lora_rank"
     )
+    # TRL's side has micro-batches of 8 episodes.
     if options.against == "trl" and options.batch > 8 and options.batch % 8:
         raise InputError(f"--batch must be a multiple of 8 against TRL, got {options.batch}")
     if options.json:

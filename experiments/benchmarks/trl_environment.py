@@ -1,4 +1,4 @@
-"""An environment with TRL's last release that has PPO, apart from this library's own."""
+"""A Python environment for the last release of TRL that has PPO, separate from the environment of this library."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from ...llm_backends.local.loading import cache_folder
 TRL_VERSION = "1.12.0"
 
 SHARED = ("torch", "transformers", "peft")
-"""Packages of which both sides have the same version."""
+"""Packages that have the same version on both sides."""
 
 _PROBE = f"from importlib.metadata import version; print(*map(version, {('trl', *SHARED)!r}))"
 
 
 def trl_folder() -> Path:
-    """Where the prepared environment lies."""
+    """Returns the folder of the prepared environment."""
     return cache_folder() / "trl-venv"
 
 
 def installed(python: str | Path) -> dict[str, str] | None:
-    """Versions of TRL and what it shares with this library, as an interpreter has them; None where one is missing."""
+    """Returns the versions of TRL and :data:`SHARED` in an environment; None if a package or Python is missing."""
     try:
         done = subprocess.run([python, "-c", _PROBE], capture_output=True, text=True, env=clean_environment(1))
     except OSError:
@@ -36,9 +36,9 @@ def installed(python: str | Path) -> dict[str, str] | None:
 
 
 def clean_environment(threads: int) -> dict[str, str]:
-    """Environment variables of a measured process: so many threads, no GPU, no network, no path of this process."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "PYTHONPATH"))}
-    return kept | {
+    """Returns environment variables for a measured process: its threads, no GPU, no model hub, no PYTHONPATH."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "PYTHONPATH"))}
+    return inherited | {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
@@ -50,33 +50,38 @@ def clean_environment(threads: int) -> dict[str, str]:
 
 
 def trl_python(given: str, console: Console) -> str:
-    """The interpreter to run TRL with; without a given one an environment is prepared, once.
+    """Returns the Python interpreter for TRL, from an environment that is prepared once unless one is given.
+
+    Args:
+        given: interpreter of an environment with TRL; empty for the prepared environment.
+        console: where the preparation is announced.
 
     Raises:
-        InputError: if the given one has no TRL of the right version, or none can be prepared.
+        InputError: if the given environment lacks TRL of the required version, or none can be prepared.
     """
     if given:
-        found = installed(given)
-        if found is None or found["trl"] != TRL_VERSION:
-            has = f"trl {found['trl']}" if found else "no environment with trl, torch, transformers and peft"
+        versions = installed(given)
+        if versions is None or versions["trl"] != TRL_VERSION:
+            has = f"trl {versions['trl']}" if versions else "no environment with trl, torch, transformers and peft"
             raise InputError(f"--trl-python {given}: {has}; the benchmark needs trl=={TRL_VERSION}")
         return given
     folder = trl_folder()
     python, ready = folder / "bin" / "python", folder / ".ready"
-    found = installed(python) if ready.exists() else None
-    if found is None or found["trl"] != TRL_VERSION:
+    versions = installed(python) if ready.exists() else None
+    if versions is None or versions["trl"] != TRL_VERSION:
         console.print(f"preparing an environment with trl {TRL_VERSION} in {folder}, once (minutes)")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        wanted = [f"{package}=={version(package).partition('+')[0]}" for package in SHARED]
+        requirements = [f"{package}=={version(package).partition('+')[0]}" for package in SHARED]
         _call([sys.executable, "-m", "venv", str(folder)])
         # torch goes first and alone: another package's requirement would otherwise choose its newest build.
-        for packages in ([wanted[0]], [f"trl=={TRL_VERSION}", *wanted]):
+        for packages in ([requirements[0]], [f"trl=={TRL_VERSION}", *requirements]):
             _call([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages])
-        ready.touch()
+        ready.touch()  # an interrupted installation has no such file and is repeated
     return str(python)
 
 
 def _call(command: list[str]) -> None:
+    """Runs a command of the preparation; raises an InputError if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, env=clean_environment(1))
     if done.returncode:
         lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]

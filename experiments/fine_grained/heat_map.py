@@ -1,4 +1,4 @@
-"""Heat maps of token rewards over the text they are of: a page of HTML, or a picture."""
+"""Heat maps of token rewards over the text of the tokens, as an HTML page or a PNG picture."""
 
 from __future__ import annotations
 
@@ -16,46 +16,48 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.local.tokenization import Tokenizer
 
 LOW, MIDDLE, HIGH = "#B2182B", "#F7F7F7", "#2166AC"
-"""Ends and middle of the colour map: red below 0, blue above (ColorBrewer's RdBu, which colour-blind readers can tell
-apart)."""
+"""Colours of the lowest value, 0 and the highest value: red below 0, blue above (ColorBrewer's RdBu, which colour-blind
+readers can distinguish)."""
 
 WIDTH = 96
-"""Characters of a line in a picture."""
+"""Columns of a line in a picture."""
 
 LONGEST = 400
-"""Lines of a picture at most."""
+"""Maximum number of lines of a picture."""
 
 
 @dataclass(frozen=True)
 class HeatRow:
-    """One response and what its tokens are worth."""
+    """One response and the reward of each of its tokens."""
 
     tokens: Sequence[str]
     """The text of each token."""
     values: Sequence[float]
-    """Its reward; as many."""
+    """The reward of each token; as many values as tokens."""
     title: str = ""
     """A line above the response, e.g. its prompt or ``original``."""
 
 
 def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
-    """The text of each token, such that joined they are the text of all of them; special tokens by their names.
+    """Returns the text of each token; a special token gives its name.
 
-    A character that several tokens make together is the last one's; the others show as ``·``.
+    Without special tokens, the joined texts are the text of the response, with one exception: of several tokens that
+    encode one character together, the last one gets the character and the others ``·``.
 
     Args:
-        ids: tokens of a response.
-        tokenizer: theirs.
+        ids: token ids of a response.
+        tokenizer: tokenizer of the ids.
     """
     special = set(tokenizer.hf.all_special_ids)
     texts: list[str] = []
-    start, shown = 0, ""  # of the run of ordinary tokens, and its text so far
+    start, shown = 0, ""  # start of the current run of ordinary tokens, and the text of that run so far
     for position, token in enumerate(map(int, ids)):
         if token in special:
             texts.append(str(tokenizer.hf.convert_ids_to_tokens(token)))
             start, shown = position + 1, ""
             continue
         text = tokenizer.decode([int(t) for t in ids[start : position + 1]])
+        # The decoder returns the replacement character for a character whose bytes are incomplete.
         whole = not text.endswith("\ufffd")
         texts.append(text[len(shown) :] if whole else "·")
         shown = text if whole else shown
@@ -63,14 +65,17 @@ def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
 
 
 def color_scale(rows: Sequence[HeatRow], limit: float | None = None) -> float:
-    """The absolute value that gets the strongest colour: the 98th percentile of all, so that one outlier pales none.
+    """Returns the absolute value that gets the strongest colour.
+
+    It is the 98th percentile of the absolute values, so that a single outlier does not make all others pale.
 
     Args:
-        rows: what is drawn.
-        limit: a value chosen by hand.
+        rows: rows to draw.
+        limit: value to use instead, above 0; None for the percentile.
 
     Raises:
-        InputError: for no rows, a row with another number of values than tokens, or a value that is not finite.
+        InputError: if there are no rows, a row has another number of values than tokens, a value is not finite, or the
+            limit is not above 0.
     """
     if not rows:
         raise InputError("a heat map needs at least one row of tokens")
@@ -88,33 +93,37 @@ def color_scale(rows: Sequence[HeatRow], limit: float | None = None) -> float:
 
 
 def color(value: float, limit: float) -> tuple[str, str]:
-    """Background and text colour, as ``#rrggbb``, of a value on a map that is centred at 0 and ends at +-``limit``."""
+    """Returns background and text colour, as ``#rrggbb``, of a value on a map from -``limit`` to ``limit``."""
     share = float(np.clip(value / limit, -1.0, 1.0))
     middle, end = (_rgb(name) for name in (MIDDLE, HIGH if share > 0 else LOW))
     mixed = middle + abs(share) * (end - middle)
-    # Relative luminance (WCAG 2): white letters where the ground is dark.
+    # Relative luminance (WCAG 2): white text on a dark background.
     linear = np.where(mixed <= 0.04045, mixed / 12.92, ((mixed + 0.055) / 1.055) ** 2.4)
     dark = float(linear @ [0.2126, 0.7152, 0.0722]) < 0.18
     return "#" + "".join(f"{round(255 * part):02x}" for part in mixed), "#ffffff" if dark else "#1a1a1a"
 
 
 def _rgb(name: str) -> np.ndarray:
+    """Returns a colour ``#rrggbb`` as float64 in [0, 1], shape (3,)."""
     return np.array([int(name[i : i + 2], 16) for i in (1, 3, 5)]) / 255
 
 
 def write_html(
     rows: Sequence[HeatRow], path: str | Path, title: str = "Token rewards", limit: float | None = None
 ) -> Path:
-    """Writes a page that needs no other file; the reward of a token shows when one points at it.
+    """Writes a self-contained HTML page; the reward of a token appears as a tooltip.
 
     Args:
-        rows: the responses.
-        path: the file.
-        title: of the page.
-        limit: see :func:`color_scale`.
+        rows: responses to show.
+        path: HTML file to write.
+        title: title of the page.
+        limit: absolute value with the strongest colour; see :func:`color_scale`.
+
+    Returns:
+        The path.
 
     Raises:
-        InputError: as :func:`color_scale`.
+        InputError: for rows or a limit that :func:`color_scale` rejects.
     """
     limit = color_scale(rows, limit)
     body = "\n".join(_html_row(row, limit) for row in rows)
@@ -150,17 +159,18 @@ span {{ border-radius: 3px; padding: 0.1em 0; box-shadow: inset 0 0 0 1px rgba(0
 
 
 def _html_row(row: HeatRow, limit: float) -> str:
+    """Returns the HTML of one response."""
     spans = []
     for token, value in zip(row.tokens, row.values, strict=True):
-        ground, letters = color(value, limit)
+        background, foreground = color(value, limit)
         text = html.escape(_visible(token)) + ("\n" if token.endswith("\n") else "")
-        spans.append(f'<span style="background:{ground};color:{letters}" title="{value:+.3f}">{text}</span>')
+        spans.append(f'<span style="background:{background};color:{foreground}" title="{value:+.3f}">{text}</span>')
     heading = f"<h2>{html.escape(row.title)}</h2>" if row.title else ""
     return f"<section>{heading}<p>{''.join(spans)}</p></section>"
 
 
 def _visible(token: str) -> str:
-    """The token with line ends and tabs as signs, so that they have a ground to colour."""
+    """Returns the token with visible signs for line ends, tabs and control characters, so that they can be coloured."""
     text = token.replace("\r", "").replace("\n", "⏎").replace("\t", "→")
     return "".join(c if unicodedata.category(c) != "Cc" else "·" for c in text)
 
@@ -168,18 +178,22 @@ def _visible(token: str) -> str:
 def plot_heat_map(
     rows: Sequence[HeatRow], path: str | Path, title: str = "Token rewards", limit: float | None = None
 ) -> Path:
-    """Draws the same: tokens in a fixed-width font on coloured boxes, 96 characters a line, and a colour bar.
+    """Draws tokens in a fixed-width font on coloured boxes, 96 columns per line, with a colour bar.
 
-    Characters that DejaVu Sans Mono lacks, Chinese ones for instance, show as boxes; a page of HTML has them all.
+    Characters that DejaVu Sans Mono lacks, such as Chinese ones, are drawn as empty boxes; :func:`write_html` shows
+    them.
 
     Args:
-        rows: the responses.
-        path: the PNG.
-        title: of the figure.
-        limit: see :func:`color_scale`.
+        rows: responses to draw.
+        path: PNG file to write.
+        title: title of the figure.
+        limit: absolute value with the strongest colour; see :func:`color_scale`.
+
+    Returns:
+        The path.
 
     Raises:
-        InputError: as :func:`color_scale`, and for more than 400 lines.
+        InputError: for rows or a limit that :func:`color_scale` rejects, and for more than 400 lines.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
@@ -204,13 +218,13 @@ def plot_heat_map(
         if value is None:
             axis.text(column, line + 0.62, text, fontsize=size - 1, color="#555555", va="center", parse_math=False)
             continue
-        ground, letters = color(value, limit)
+        background, foreground = color(value, limit)
         axis.add_patch(
             Rectangle(
-                (column, line + 0.06), _columns(text), 0.88, facecolor=ground, edgecolor="#00000022", linewidth=0.5
+                (column, line + 0.06), _columns(text), 0.88, facecolor=background, edgecolor="#00000022", linewidth=0.5
             )
         )
-        style: dict[str, Any] = {"fontsize": size, "family": "DejaVu Sans Mono", "color": letters, "va": "center"}
+        style: dict[str, Any] = {"fontsize": size, "family": "DejaVu Sans Mono", "color": foreground, "va": "center"}
         axis.text(column, line + 0.53, text, parse_math=False, **style)
     bar = figure.add_axes((margin / width + 0.62 * across / width, 1 - 0.4 / tall, 0.38 * across / width, 0.12 / tall))
     scale = LinearSegmentedColormap.from_list("reward", [LOW, MIDDLE, HIGH])
@@ -221,13 +235,13 @@ def plot_heat_map(
     bar.spines[:].set_visible(False)
     figure.text(margin / width, 1 - 0.34 / tall, title, fontsize=12, fontweight="bold", va="center", parse_math=False)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # they show as boxes, as documented
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # drawn as empty boxes, as documented above
         figure.savefig(path, dpi=150)
     return Path(path)
 
 
 def _layout(rows: Sequence[HeatRow]) -> tuple[list[tuple[float, int, str, float | None]], float]:
-    """Where each piece of text goes: line, column, text, value (None for titles); and the number of lines."""
+    """Returns line, column, text and value (None for a title) of each piece of text, and the number of lines."""
     boxes: list[tuple[float, int, str, float | None]] = []
     line = 0.0
     for row in rows:
@@ -239,6 +253,7 @@ def _layout(rows: Sequence[HeatRow]) -> tuple[list[tuple[float, int, str, float 
         for token, value in zip(row.tokens, row.values, strict=True):
             text = _visible(token)
             while text:
+                # A token starts a new line if it does not fit; one that is longer than a line is split.
                 if column and column + _columns(text) > WIDTH:
                     line, column = line + 1, 0
                 piece = _fitting(text)
@@ -251,12 +266,12 @@ def _layout(rows: Sequence[HeatRow]) -> tuple[list[tuple[float, int, str, float 
 
 
 def _columns(text: str) -> int:
-    """Columns that a text takes in a fixed-width font: wide characters two, combining ones none."""
+    """Returns the columns of a text in a fixed-width font: 2 for a wide character, 0 for a combining one, else 1."""
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def _fitting(text: str) -> str:
-    """As much of a text as fits into one line."""
+    """Returns the longest beginning of a text that fits into one line."""
     end = len(text)
     while _columns(text[:end]) > WIDTH:
         end -= 1

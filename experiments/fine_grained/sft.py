@@ -1,4 +1,4 @@
-"""``instructgym fine-grained sft``: the supervised policy from which all arms start, and which is their reference."""
+"""``instructgym fine-grained sft``: trains the supervised policy, from which all arms start."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class FineGrainedSFT(StageOptions):
     """Train the start of all arms on given responses."""
 
     model: str = "embedded"
-    """embedded, or a local path or hub id of a causal language model."""
+    """Model to train: embedded, or a local path or hub id of a causal language model."""
     demonstrations: int = 2000
-    """Prompts with their responses at most; 0 for all of this stage's share."""
+    """Maximum number of demonstrations, prompts with a response. 0: all of this stage's share."""
     epochs: int = 1
-    """Passes over them."""
+    """Epochs over the demonstrations."""
     batch_size: int = 32
     """Demonstrations per optimiser step."""
     learning_rate: float = 5e-4
     """Peak learning rate (cosine, 10% warm-up)."""
     lora_rank: int = 8
-    """Rank of the policy's adapter, here and in PPO."""
+    """Rank of the LoRA adapter of the policy, which PPO trains further."""
 
     def check(self) -> None:
         super().check()
@@ -42,7 +42,7 @@ def run(options: FineGrainedSFT, console: Console | None = None) -> dict[str, An
     """Trains (or resumes), saves the policy and returns the results.
 
     Raises:
-        InputError: for bad input, before a model is loaded.
+        InputError: if the input is invalid, before a model is loaded.
     """
     console = console or Console()
     options.check()
@@ -75,14 +75,16 @@ def run(options: FineGrainedSFT, console: Console | None = None) -> dict[str, An
             token_budget=options.token_budget,
         )
         tokenizer, end = policy.tokenizer, min(policy.tokenizer.eos_ids)
-        blank = "" if options.layout == "chat" else " "  # a chat template ends where the answer begins
-        shown = [
+        # A chat template ends where the response begins; a plain prompt needs a blank before it.
+        blank = "" if options.layout == "chat" else " "
+        # Every response ends with an end-of-sequence token, by which the policy learns to stop.
+        demonstrations = [
             TokenizedDemonstration(
                 tokenizer.encode(example.prompt), [*tokenizer.encode_continuation(f"{blank}{example.reference}"), end]
             )
             for example in examples
         ]
-        fitting = [one for one in shown if len(one.prompt) + len(one.response) <= options.context_length]
+        fitting = [demo for demo in demonstrations if len(demo.prompt) + len(demo.response) <= options.context_length]
         if not fitting:
             raise InputError(f"no demonstration fits --context-length {options.context_length}")
         done = opened.supervised(trainer, fitting, f"sft on {options.data}")
@@ -93,7 +95,7 @@ def run(options: FineGrainedSFT, console: Console | None = None) -> dict[str, An
             {"loss": trainer.loss},
             {
                 "demonstrations": len(fitting),
-                "dropped": {"too long": len(shown) - len(fitting)},
+                "dropped": {"too long": len(demonstrations) - len(fitting)},
                 "steps": trainer.steps,
                 "seconds": opened.seconds,
             },

@@ -1,1 +1,1 @@
-"""Prompts for a frozen model: one search, several compared."""
+"""Experiments that search for a prompt for a frozen model: a single search, and a comparison of methods."""

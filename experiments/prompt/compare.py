@@ -1,4 +1,4 @@
-"""``instructgym prompt compare``: all methods on all tasks at equal numbers of task-model calls, and the report."""
+"""``instructgym prompt compare``: compares methods on tasks at equal numbers of task-model calls."""
 
 from __future__ import annotations
 
@@ -25,46 +25,53 @@ class PromptCompare:
     """Run methods side by side and gather them."""
 
     run_dir: str = "runs/prompt"
-    """Folder for the run folders of all searches; those that are finished are kept."""
+    """Folder for the run folders of all searches. Finished searches are not run again."""
     scale: Literal["smoke", "report"] = "report"
-    """smoke: minutes; report: hours."""
+    """Size of each search. smoke: minutes; report: hours."""
     tasks: str = "rotten-tomatoes"
-    """Tasks, separated by commas; see 'prompt run'."""
+    """Tasks, separated by commas: rotten-tomatoes (offline), tasks of GLUE or SuperGLUE, or TOML files that describe
+    one."""
     data_dir: str = ""
-    """Folder of GLUE's or SuperGLUE's files."""
+    """Folder with the files of GLUE or SuperGLUE. Empty: the datasets library downloads them."""
     methods: str = "manual,random,maskable-ppo,soft-q,gepa"
-    """Methods, separated by commas; also beam, ppo and grpo."""
+    """Search methods, separated by commas: those of the default, or beam, ppo and grpo."""
     seeds: int = 0
-    """Seeds of each search, 0, 1, ...; manual draws nothing and runs once. 0: by --scale, 1 or 3."""
+    """Number of seeds of each search: 0, 1, ... The method manual is not random and runs once. 0: set by --scale, 1 for
+    smoke and 3 for report."""
     calls: int = 0
-    """Task-model calls of each search. 0: by --scale."""
+    """Maximum number of task-model calls of each search, one per example and label. 0: set by --scale."""
     test: int = 0
-    """Test examples; searches that are finished are tested anew where this changes. 0: by --scale."""
+    """Number of test examples. If it changes, finished searches are tested again, but not repeated. 0: set by
+    --scale."""
     backend: str = "embedded"
-    """The frozen model."""
+    """Frozen task model, a backend with log-probs: embedded, transformers, vllm-server, or JSON {"id": ..., "kwargs":
+    {...}}."""
     backend_dtype: Literal["auto", "float32", "bfloat16"] = "float32"
-    """Its arithmetic; see 'prompt run'."""
+    """Floating-point type of a frozen task model in this process. In bfloat16 the score of a prompt depends slightly on
+    the other texts in its batch, and likelihoods may tie. auto: bfloat16 if the hardware supports it, else float32."""
     rewriter: str = "embedded"
-    """Who edits, or reflects."""
+    """Language model that edits prompts, or reflects on failures for gepa: embedded, transformers, openai, vllm, or
+    JSON {"id": ..., "kwargs": {...}}."""
     model: str = "embedded"
-    """The policy of the methods that write tokens."""
+    """Model of the policy that ppo, grpo and soft-q train: embedded, or a local path or hub id."""
     minutes: float = 0.0
-    """Begin no search after so many minutes; the same command goes on from there. 0: no limit."""
+    """Time limit in minutes. No search starts after it, and the same command resumes the rest. 0: no limit."""
     track: str = "none"
-    """none or wandb."""
+    """Where metrics are logged besides files: wandb (Weights & Biases) or none."""
     dry_run: bool = False
-    """Check everything, load no model."""
+    """Check the options and print what would be done, without loading a model."""
 
     @property
     def root(self) -> Path:
-        """Where everything goes."""
+        """Folder of all runs and the report."""
         return Path(self.run_dir)
 
     def runs(self) -> list[PromptRun]:
-        """The searches, seed by seed.
+        """Returns the options of all searches, seed by seed.
 
         Raises:
-            InputError: for unknown or no methods, no tasks, and a bad scale or number of seeds.
+            InputError: if a method is unknown, no method or no task is named, two tasks have the same name, or scale,
+                seeds or minutes are out of range.
         """
         if self.scale not in SCALES:
             raise InputError(f"--scale must be {' or '.join(SCALES)}, got {self.scale!r}")
@@ -99,6 +106,7 @@ class PromptCompare:
                 seed=seed,
                 track=self.track,
             )
+            # Seeds are outermost: if time runs out, every method has had about as many seeds.
             for seed in range(self.seeds or SEEDS[self.scale])
             for task in tasks
             for method in methods
@@ -107,10 +115,10 @@ class PromptCompare:
 
 
 def run(options: PromptCompare, console: Console | None = None) -> dict[str, Any]:
-    """Runs the searches that are not finished and returns the report's figures, of these searches alone.
+    """Runs the searches that are not finished and returns the report of these searches alone.
 
     Raises:
-        InputError: for bad input, before the first search.
+        InputError: if the input is invalid, before the first search.
     """
     return in_time(_run)(options, console or Console())
 
@@ -120,12 +128,13 @@ def _run(options: PromptCompare, console: Console) -> dict[str, Any]:
     runs = options.runs()
     out = options.root / "report"
     check_output(out / "report.md")
-    for one in {(one.task, one.method): one for one in runs}.values():
-        search(PromptRun(**vars(one) | {"dry_run": True}), Console(quiet=True))
+    # One dry run per task and method finds invalid options before the first search.
+    for planned in {(planned.task, planned.method): planned for planned in runs}.values():
+        search(PromptRun(**vars(planned) | {"dry_run": True}), Console(quiet=True))
     if options.dry_run:
         console.print(f"would make {len(runs)} searches in {options.run_dir}")
         return {}
-    for one in runs:
+    for planned in runs:
         limit.check()
-        search(one, console)
-    return write_prompt_report([Path(one.run_dir) for one in runs], out, console)
+        search(planned, console)
+    return write_prompt_report([Path(planned.run_dir) for planned in runs], out, console)

@@ -1,4 +1,9 @@
-"""Ways to find a prompt for a frozen model, all held to the same number of task-model calls."""
+"""Methods that search for a prompt for a frozen model, all with the same limit on task-model calls.
+
+A method is a function of a :class:`PromptSearch`, in :data:`METHODS`. It scores candidate prompts on minibatches of
+training examples, validates the best of each round, and stops when the calls are spent. :func:`test_incumbents` then
+tests the best prompt.
+"""
 
 from __future__ import annotations
 
@@ -24,52 +29,53 @@ from ...rewards.prompt_scoring.task_prompt import Demonstration, LabelledExample
 from ..runs.progress import StepProgress
 
 PROPOSED = 2
-"""Prompts of a round that are validated, at most."""
+"""Maximum number of prompts of a round that are validated."""
 RACE = 4
-"""One part in so many of the validation examples decides whether a prompt is scored on all of them."""
+"""A prompt is first scored on 1 / RACE of the validation examples, and on all of them only if it is good there."""
 PATIENCE = 4
-"""Rounds in which every instruction is empty, at most."""
+"""Number of successive rounds without any scored instruction after which a search stops."""
 BEAM = 4
-"""Prompts that beam search goes on from."""
+"""Number of prompts in the beam of beam search."""
 EDIT_ENV, TOKEN_ENV = "instructgym/EditPrompt-v0", "instructgym/GeneratePrompt-v0"
 
 
 @dataclass
 class PromptSearch:
-    """One search: what it may ask, and the best prompt so far by the validation examples."""
+    """One search: task, models and limits, and the best prompt so far by the validation examples."""
 
     task: PromptTask
     scorer: LimitedScorer
     validation: Sequence[LabelledExample]
     rewriter: Backend
-    """Edits prompts, or reflects on their failures."""
+    """Language model that edits prompts, or reflects on their failures."""
     model: str
-    """The policy of the methods that write tokens."""
+    """Name of the model whose policy writes prompts token by token (ppo, grpo, soft-q)."""
     settings: Mapping[str, Any]
     """Options of the run."""
     out: Path
-    """Where the prompts that were validated go, row by row."""
+    """JSONL file that gets a row per validated prompt."""
     progress: StepProgress | None = None
     best: TaskPrompt | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
-    """A row per validated prompt: ``calls`` so far, ``prompt``, ``accuracy`` and ``gap`` on the validation examples,
-    and whether it is ``best`` so far."""
+    """A row per validated prompt: ``calls`` so far; ``accuracy`` and ``gap`` on the validation examples; whether it is
+    the ``best`` so far; and its ``instruction``, ``demonstrations`` and ``verbalizers``."""
     prompts: list[TaskPrompt] = field(default_factory=list)
-    """Those of the history."""
+    """The prompts of ``history``, in the same order."""
     _result: TaskResult | None = None
-    """Of the best prompt, on the validation examples."""
+    """Result of the best prompt on the validation examples."""
     _dropped: list[TaskPrompt] = field(default_factory=list)
+    """Prompts that are not validated again: too long for the context, or worse on the first validation examples."""
 
     @property
     def seed(self) -> int:
-        """Of everything that is drawn."""
+        """Seed of all random choices of the search."""
         return int(self.settings["seed"])
 
     def validate(self, prompt: TaskPrompt) -> None:
-        """Validates a prompt, unless that was done before, or it does not fit with the longest of the examples.
+        """Validates a prompt, unless it was validated before or does not fit into the context with one of the examples.
 
         Raises:
-            CallLimitError: if the calls that are left do not do.
+            CallLimitError: if too few calls are left.
         """
         if prompt not in self.prompts:
             result = self._scored(prompt, self.validation)
@@ -79,15 +85,15 @@ class PromptSearch:
                 self.record(prompt, result)
 
     def validate_best(self, found: Sequence[tuple[float, TaskPrompt]]) -> None:
-        """Validates the best new prompts of a round, those that stand a chance.
+        """Validates the best new prompts of a round, except those that are worse on the first validation examples.
 
-        They do if they get as many of the first validation examples right as the best prompt so far.
+        A prompt is worse if it gets fewer of these examples right than the best prompt so far.
 
         Args:
-            found: the round's prompts with their scores on minibatches.
+            found: prompts of the round with their scores on minibatches.
 
         Raises:
-            CallLimitError: if the calls that are left do not do.
+            CallLimitError: if too few calls are left.
         """
         known = set(map(repr, [*self.prompts, *self._dropped]))
         for _, prompt in best_prompts([pair for pair in found if repr(pair[1]) not in known], PROPOSED):
@@ -98,15 +104,16 @@ class PromptSearch:
         self.show()
 
     def _loses(self, prompt: TaskPrompt) -> bool:
-        """Whether a prompt gets fewer of the first validation examples right than the best one so far."""
-        if self._result is None or self.scorer.calibration == "batch":  # the bias is that of all examples
+        """Returns whether a prompt gets fewer of the first validation examples right than the best prompt so far."""
+        # Batch calibration estimates the label bias over all examples: a part of them gives other predictions.
+        if self._result is None or self.scorer.calibration == "batch":
             return False
         first = self.validation[: -(-len(self.validation) // RACE)]
         result = self._scored(prompt, first)
         return result is None or bool(result.correct.sum() < self._result.correct[: len(first)].sum())
 
     def _scored(self, prompt: TaskPrompt, examples: Sequence[LabelledExample]) -> TaskResult | None:
-        """A prompt's result; None where it does not fit into the context with one of the examples."""
+        """Returns the result of a prompt; None if it does not fit into the context with one of the examples."""
         try:
             return self.scorer.score([prompt], examples)[0]
         except InputError as error:
@@ -115,7 +122,7 @@ class PromptSearch:
             raise
 
     def record(self, prompt: TaskPrompt, result: TaskResult) -> None:
-        """Keeps a validation result. The best prompt has the highest accuracy, of equals the larger gap."""
+        """Stores a validation result. The best prompt has the highest accuracy, and of equal ones the largest gap."""
         key = (result.accuracy, float(result.gaps.mean()))
         better = all(key > (row["accuracy"], row["gap"]) for row in self.history)
         row = {
@@ -135,86 +142,87 @@ class PromptSearch:
         self.show()
 
     def show(self) -> None:
-        """Moves the progress bar."""
+        """Updates the progress bar."""
         if self.progress is not None:
             best = max((row["accuracy"] for row in self.history), default=0.0)
             self.progress.update(self.scorer.calls, f"{len(self.prompts)} prompts validated, best {best:.2f}")
 
 
 def manual(search: PromptSearch) -> None:
-    """Every instruction that a person wrote for the task."""
+    """Validates every instruction that a person wrote for the task."""
     for instruction in search.task.instructions:
         search.validate(search.task.prompt(instruction))
 
 
 def random_edits(search: PromptSearch) -> None:
-    """Edits drawn at random among the possible ones."""
+    """Edits prompts at random, among the possible edits."""
     _edit(search, "random")
 
 
 def beam(search: PromptSearch) -> None:
-    """Beam search over edits: the prompts of the beam are edited at random, those that gained most are kept.
+    """Runs beam search over edits: edits the prompts of the beam at random and keeps those with the largest gains.
 
-    A prompt's worth is the sum of the gains on the way to it, each on a minibatch of its own.
+    The value of a prompt is the sum of the gains of the edits that led to it, each on a minibatch of its own.
     """
     env = gym.make_vec(EDIT_ENV, num_envs=search.settings["copies"], **_edit_options(search)).unwrapped
     rng = np.random.default_rng(search.seed)
-    kept = [(0.0, search.task.prompt(search.task.instructions[0]))]
+    beam_prompts = [(0.0, search.task.prompt(search.task.instructions[0]))]
     seed: int | None = search.seed
     while True:
-        parents = [kept[copy % len(kept)] for copy in range(env.num_envs)]
+        parents = [beam_prompts[copy % len(beam_prompts)] for copy in range(env.num_envs)]
         env.reset(seed=seed, options={"prefix": [prompt for _, prompt in parents]})
-        seed = None
+        seed = None  # only the first reset is seeded: later rounds continue the random numbers of the env
         masks = np.stack(env.action_masks()).astype(bool)  # type: ignore[attr-defined]
         actions = random_actions(rng, masks, env.single_action_space)
         _, _, _, _, infos = env.step(actions)
         children = [
-            (worth + float(infos["score"][copy] - infos["start_score"][copy]), infos["prompt"][copy])
-            for copy, (worth, _) in enumerate(parents)
+            (value + float(infos["score"][copy] - infos["start_score"][copy]), infos["prompt"][copy])
+            for copy, (value, _) in enumerate(parents)
         ]
-        kept = best_prompts([*kept, *children], BEAM)
-        search.validate_best(kept)
+        beam_prompts = best_prompts([*beam_prompts, *children], BEAM)
+        search.validate_best(beam_prompts)
 
 
 def best_prompts(pairs: Sequence[tuple[float, TaskPrompt]], count: int) -> list[tuple[float, TaskPrompt]]:
-    """The different prompts of the highest worth, the best first; one that was reached on several ways counts once."""
-    found: dict[str, tuple[float, TaskPrompt]] = {}
+    """Returns the prompts of the highest values, best first; a prompt that occurs several times counts once."""
+    distinct: dict[str, tuple[float, TaskPrompt]] = {}
     for pair in sorted(pairs, key=lambda pair: -pair[0]):
-        found.setdefault(repr(pair[1]), pair)
-    return list(found.values())[:count]
+        distinct.setdefault(repr(pair[1]), pair)
+    return list(distinct.values())[:count]
 
 
 def maskable_ppo(search: PromptSearch) -> None:
-    """MaskablePPO of sb3-contrib picks the edits."""
+    """Lets MaskablePPO of sb3-contrib choose the edits."""
     _edit(search, "MaskablePPO")
 
 
 def token_ppo(search: PromptSearch) -> None:
-    """Token-level PPO writes instructions."""
+    """Trains a policy that writes instructions by token-level PPO."""
     from ...agents.policy_gradient.ppo import TokenPPO
 
     _write(search, TokenPPO, "shared", {"epochs": 2})
 
 
 def grpo(search: PromptSearch) -> None:
-    """GRPO writes instructions."""
+    """Trains a policy that writes instructions by GRPO."""
     from ...agents.policy_gradient.grpo import GRPO
 
     _write(search, GRPO, "none", {})
 
 
 def soft_q(search: PromptSearch) -> None:
-    """Soft Q-learning writes instructions, as in RLPrompt."""
+    """Trains a policy that writes instructions by soft Q-learning, as in RLPrompt."""
     from ...agents.soft_q.agent import SoftQ
 
     _write(search, SoftQ, "none", {"shaped_high": 20.0})
 
 
 def gepa(search: PromptSearch) -> None:
-    """GEPA: a language model reads failures and writes instructions. Starts from the task's description."""
+    """Runs GEPA: a language model reads failures and rewrites the instruction, first that of the task."""
     validation = tuple(search.validation)
 
     def record(prompt: TaskPrompt, result: TaskResult) -> None:
+        # GEPA scores on minibatches too; only full validations count for the best prompt.
         if result.examples == validation:
             search.record(prompt, result)
         search.show()
@@ -236,7 +244,7 @@ METHODS: dict[str, Callable[[PromptSearch], None]] = {
     "soft-q": soft_q,
     "gepa": gepa,
 }
-"""By name."""
+"""Search methods by name."""
 
 
 LEARNING = ("maskable-ppo", "ppo", "grpo", "soft-q", "gepa")
@@ -244,20 +252,20 @@ LEARNING = ("maskable-ppo", "ppo", "grpo", "soft-q", "gepa")
 
 
 def least_calls(method: str, settings: Mapping[str, Any], labels: int, content_free: int = 0) -> int:
-    """Task-model calls of one round of a method and the validation of one prompt.
+    """Returns the number of task-model calls for one round of a method and the validation of one prompt.
 
     Args:
-        method: of :data:`METHODS`.
-        settings: the sizes: validation, minibatch, copies, horizon, episodes.
-        labels: labels of the task.
-        content_free: inputs that calibration reads beside the examples of every prompt.
+        method: name in :data:`METHODS`.
+        settings: the counts ``validation``, ``minibatch``, ``copies``, ``horizon`` and ``episodes``.
+        labels: number of labels of the task.
+        content_free: number of content-free inputs that calibration scores with every prompt.
     """
     scored = settings["minibatch"] + content_free
     rounds = {
         "manual": 0,
         "gepa": 0,
         "beam": 2 * settings["copies"] * scored,
-        # The start prompts, an episode of edits, and the start prompts of the next one.
+        # The start prompts, an episode of edits, and the start prompts of the next episode.
         **dict.fromkeys(("random", "maskable-ppo"), settings["copies"] * (settings["horizon"] + 2) * scored),
         **dict.fromkeys(("ppo", "grpo", "soft-q"), settings["episodes"] * scored),
     }
@@ -265,24 +273,26 @@ def least_calls(method: str, settings: Mapping[str, Any], labels: int, content_f
 
 
 def longest_instruction(method: str, max_tokens: int) -> str:
-    """An instruction as long as those that a method writes; empty for edits, which are undone where they do not fit.
+    """Returns an instruction as long as the longest that a method writes.
+
+    It is empty for methods that edit, because an edit that does not fit into the context is undone.
 
     Args:
-        method: of :data:`METHODS`.
-        max_tokens: of the methods that write token by token.
+        method: name in :data:`METHODS`.
+        max_tokens: maximum number of tokens of methods that write token by token.
     """
     tokens = {"gepa": MAX_TOKENS, **dict.fromkeys(("ppo", "grpo", "soft-q"), max_tokens)}
     return " ".join(["any"] * tokens.get(method, 0))
 
 
 def run_search(search: PromptSearch, method: str) -> None:
-    """Searches until the calls are spent, or the method has nothing left to try."""
+    """Runs a method until the calls are spent or it has nothing left to try."""
     with suppress(CallLimitError):
         METHODS[method](search)
 
 
 class _Best(BaseCallback):
-    """Validates the best prompt of each rollout, by its task score on the episode's minibatch."""
+    """A callback that validates the best prompts of each rollout, by their scores on minibatches."""
 
     def __init__(self, search: PromptSearch) -> None:
         super().__init__()
@@ -294,17 +304,20 @@ class _Best(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
-        found, self.found = self.found, []
-        self.search.validate_best(found)
+        pairs, self.found = self.found, []
+        self.search.validate_best(pairs)
 
 
 def _edit(search: PromptSearch, algorithm: str) -> None:
+    """Runs an agent that edits prompts until the calls are spent, which raises CallLimitError."""
     env = make_sb3_env(EDIT_ENV, n_envs=search.settings["copies"], **_edit_options(search))
     agent = make_agent(algorithm, env, search.seed, search.settings["horizon"])
+    # The limit on calls ends the search, not the number of steps.
     agent.learn(10**9, callback=[_Best(search)])
 
 
 def _edit_options(search: PromptSearch) -> dict[str, Any]:
+    """Returns the arguments of the environment that edits prompts."""
     return {
         "task": search.task,
         "operator": search.settings["operator"],
@@ -316,7 +329,7 @@ def _edit_options(search: PromptSearch) -> dict[str, Any]:
 
 
 def _write(search: PromptSearch, agent_class: Any, value: str, options: Mapping[str, Any]) -> None:
-    """Rounds of an agent that writes instructions; those of a round are scored on one minibatch."""
+    """Runs an agent that writes instructions; all instructions of a round are scored on one minibatch."""
     from ...agents.policy.language_model import LanguageModelPolicy
     from ...rewards.prompt_scoring.rewards import TaskReward
 
@@ -338,35 +351,35 @@ def _write(search: PromptSearch, agent_class: Any, value: str, options: Mapping[
     agent = agent_class(env, policy, search.seed, learning_rate=settings["learning_rate"], **options)
     agent.start()
     silent = 0
-    while search.scorer.left > 0 and silent < PATIENCE:  # silent: every episode was empty, nothing was asked
+    while search.scorer.left > 0 and silent < PATIENCE:  # a round is silent if no episode needed a task-model call
         before = search.scorer.calls
         agent.update(search.scorer.calls / search.scorer.limit)
         batch = agent.last_rollout
         returns = batch.per_episode(batch.own_rewards)
         texts = [str(info["text"]).strip() for info in batch.infos]
         search.validate_best(
-            [(float(one), task.prompt(text)) for one, text in zip(returns, texts, strict=True) if text]
+            [(float(score), task.prompt(text)) for score, text in zip(returns, texts, strict=True) if text]
         )
         silent = silent + 1 if search.scorer.calls == before else 0
 
 
 def validation_set(task: PromptTask, size: int, seed: int) -> tuple[LabelledExample, ...]:
-    """The examples that choose among prompts, drawn by the seed."""
+    """Returns the validation examples, which decide between prompts; the seed chooses them."""
     return minibatch(task, "validation", min(size, len(task.examples("validation"))), seed)
 
 
 TESTED = "test.jsonl"
-"""In the run folder: a row per test example."""
+"""File in the run folder with a row per test example."""
 KINDS = ("raw", "calibrated")
 CURVE, CURVE_EXAMPLES = 4, 300
-"""Shares of the calls at which the best prompt so far is tested for the curve, and the test examples that do for it."""
+"""Number of equal parts of the calls after each of which the best prompt is tested, and of test examples for that."""
 
 
 def incumbents(task: PromptTask, history: Sequence[Mapping[str, Any]]) -> list[tuple[int, TaskPrompt]]:
-    """The prompts that were the best when they were found, with the calls made until then.
+    """Returns the prompts that were the best so far when they were validated, with the number of calls until then.
 
     Args:
-        task: that was searched.
+        task: task of the search.
         history: rows of ``prompts.jsonl``.
     """
     return [
@@ -385,38 +398,39 @@ def incumbents(task: PromptTask, history: Sequence[Mapping[str, Any]]) -> list[t
 def test_incumbents(
     task: PromptTask, history: Sequence[Mapping[str, Any]], calls: int, backend: Backend
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Tests the best prompt on all test examples, and the best at each quarter of the calls on the first of them.
+    """Tests the best prompt on all test examples, and the best after each quarter of the calls on the first of them.
 
     Args:
-        task: with the test examples.
+        task: task with the test examples.
         history: rows of ``prompts.jsonl``.
-        calls: that the search had.
-        backend: the frozen model.
+        calls: limit on the task-model calls of the search.
+        backend: frozen task model.
 
     Returns:
-        A row per quarter with ``calls``, ``raw`` and ``calibrated`` accuracy, and a row per test example with its
-        ``id``, its ``label``, and what the best prompt predicts, ``raw`` and ``calibrated``.
+        A row with ``calls``, ``raw`` and ``calibrated`` accuracy per quarter after which there is a prompt, and a row
+        per test example with its ``id``, its ``label``, and the ``raw`` and ``calibrated`` predictions of the best
+        prompt.
     """
     scorer = TaskScorer(backend, content_free=task.content_free)
-    found = incumbents(task, history)
+    bests = incumbents(task, history)
 
     def results(prompt: TaskPrompt, examples: Sequence[LabelledExample]) -> list[TaskResult]:
         return [scorer.score([prompt], examples, calibrate)[0] for calibrate in (False, "contextual")]
 
-    few, curve = task.test[:CURVE_EXAMPLES], []
+    first_examples, curve = task.test[:CURVE_EXAMPLES], []
     for number in range(1, CURVE + 1):
-        standing = [prompt for made, prompt in found if made <= calls * number // CURVE]
-        if standing:  # what was tested at the last quarter is remembered
-            raw, calibrated = results(standing[-1], few)
+        current = [prompt for calls_so_far, prompt in bests if calls_so_far <= calls * number // CURVE]
+        if current:  # an incumbent that has not changed is not scored again: the scorer stores its results
+            raw, calibrated = results(current[-1], first_examples)
             curve.append({"calls": calls * number // CURVE, "raw": raw.accuracy, "calibrated": calibrated.accuracy})
-    raw, calibrated = results(found[-1][1], task.test)
+    raw, calibrated = results(bests[-1][1], task.test)
     rows = [
-        {"id": example.id, "label": example.label, "raw": int(one), "calibrated": int(other)}
-        for example, one, other in zip(task.test, raw.predictions, calibrated.predictions, strict=True)
+        {"id": example.id, "label": example.label, "raw": int(raw_label), "calibrated": int(calibrated_label)}
+        for example, raw_label, calibrated_label in zip(task.test, raw.predictions, calibrated.predictions, strict=True)
     ]
     return curve, rows
 
 
 def accuracy(rows: Sequence[Mapping[str, Any]], kind: str) -> float:
-    """Share of right predictions among rows of ``test.jsonl``."""
+    """Returns the share of correct predictions in rows of ``test.jsonl``."""
     return sum(row[kind] == row["label"] for row in rows) / len(rows)

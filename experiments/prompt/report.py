@@ -1,4 +1,4 @@
-"""``instructgym prompt report``: test scores of all methods against the task-model calls that they made."""
+"""``instructgym prompt report``: tables and a figure of test accuracy over task-model calls, by method."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from .run import PROMPTS
 
 COMMAND = "prompt run"
 SAME = "task data_seed calls validation train minibatch backend backend_dtype rewriter calibrate data_dir".split()
-"""Options in which the runs of one task may not differ."""
+"""Options that must be equal in all runs of one task."""
 OWN = ("run_dir", "seed", "test", "scale", "track", "dry_run")
-"""Options in which the runs of one method may."""
+"""Options that may differ between the runs of one method."""
 BEST = "best learned"
 
 
@@ -38,16 +38,16 @@ class SearchRun:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """Of its results."""
+        """Metrics of the results."""
         metrics: dict[str, Any] = self.results["metrics"]
         return metrics
 
     @cached_property
     def test_rows(self) -> list[dict[str, Any]]:
-        """A row per test example.
+        """Rows of ``test.jsonl``, one per test example.
 
         Raises:
-            InputError: if they are missing.
+            InputError: if rows are missing.
         """
         rows = read_records(self.folder / TESTED)
         if len(rows) != self.results["counts"]["test"]:
@@ -56,7 +56,7 @@ class SearchRun:
 
     @cached_property
     def validated(self) -> tuple[float, float]:
-        """Accuracy of the best prompt on the validation examples, and its mean gap, which decides between equals."""
+        """Validation accuracy of the best prompt and its mean gap, which decides between equal accuracies."""
         best = [row for row in read_records(self.folder / PROMPTS) if row["best"]][-1]
         return best["accuracy"], best["gap"]
 
@@ -66,16 +66,16 @@ class PromptReport:
     """Gather runs of 'prompt run' into tables and a figure."""
 
     runs: str = "runs/prompt"
-    """Folder under which the run folders lie."""
+    """Folder with the run folders, at any depth."""
     out: str = ""
-    """Folder for report.md and methods.png. By default report in --runs."""
+    """Folder for report.md, methods.png and results.json. Empty: 'report' in --runs."""
 
 
 def run(options: PromptReport, console: Console | None = None) -> dict[str, Any]:
     """Writes ``report.md``, ``methods.png`` and ``results.json`` and returns the latter.
 
     Raises:
-        InputError: without finished runs, and for runs of one task that cannot be compared.
+        InputError: if there are no finished runs, or runs of one task cannot be compared.
     """
     folders = sorted(path.parent for path in Path(options.runs).rglob("results.json"))
     out = Path(options.out) if options.out else Path(options.runs) / "report"
@@ -83,10 +83,18 @@ def run(options: PromptReport, console: Console | None = None) -> dict[str, Any]
 
 
 def write_prompt_report(folders: Sequence[Path], out: Path, console: Console) -> dict[str, Any]:
-    """The report of the runs in these folders; others than finished runs of 'prompt run' are passed over.
+    """Writes the report of the finished runs of 'prompt run' in the given folders; ignores other folders.
+
+    Args:
+        folders: run folders.
+        out: folder for the files of the report.
+        console: where the tables are printed.
+
+    Returns:
+        The content of ``results.json``, by task and method.
 
     Raises:
-        InputError: as :func:`run`.
+        InputError: if there are no finished runs, or runs of one task cannot be compared.
     """
     runs = _gather(folders)
     if not runs:
@@ -95,7 +103,7 @@ def write_prompt_report(folders: Sequence[Path], out: Path, console: Console) ->
     figures: dict[str, dict[str, Any]] = {}
     for task, arms in runs.items():
         compared = arms | ({BEST: best} if (best := _best_learned(arms)) else {})
-        figures[task] = {name: _figures(found, arms.get("manual", ())) for name, found in compared.items()}
+        figures[task] = {name: _figures(method_runs, arms.get("manual", ())) for name, method_runs in compared.items()}
     out.mkdir(parents=True, exist_ok=True)
     lines = ["# Prompts for a frozen model", "", *_notes(), ""]
     tables = {task: _rows(arms) for task, arms in figures.items()}
@@ -111,8 +119,8 @@ def write_prompt_report(folders: Sequence[Path], out: Path, console: Console) ->
 
 
 def _gather(folders: Sequence[Path]) -> dict[str, dict[str, list[SearchRun]]]:
-    """The finished runs, by task and method."""
-    found: dict[str, dict[str, list[SearchRun]]] = {}
+    """Returns the finished runs by task and method; raises an InputError if two of them cannot be compared."""
+    by_task: dict[str, dict[str, list[SearchRun]]] = {}
     for folder in folders:
         config, results = read_json(folder / "config.json"), read_json(folder / "results.json")
         if config is None or config.get("command") != COMMAND or results is None:
@@ -120,32 +128,34 @@ def _gather(folders: Sequence[Path]) -> dict[str, dict[str, list[SearchRun]]]:
         if results.get("status") != "finished":
             continue
         run = SearchRun(config["options"], results, folder)
-        arms = found.setdefault(run.options["task"], {})
-        mine = arms.setdefault(run.options["method"], [])
+        arms = by_task.setdefault(run.options["task"], {})
+        method_runs = arms.setdefault(run.options["method"], [])
+        # Comparing with the first run is enough: all earlier ones agree with it.
         for other in next(iter(arms.values()))[:1]:
             _refuse_differing(run, other, SAME)
-        for other in mine[:1]:
+        for other in method_runs[:1]:
             _refuse_differing(run, other, sorted({*run.options, *other.options} - {*OWN}))
-        for other in mine:
+        for other in method_runs:
             if run.options["seed"] == other.options["seed"]:
                 raise InputError(f"{folder} and {other.folder} are one search: gather them apart")
-        mine.append(run)
-    return {task: {name: arms[name] for name in METHODS if name in arms} for task, arms in sorted(found.items())}
+        method_runs.append(run)
+    return {task: {name: arms[name] for name in METHODS if name in arms} for task, arms in sorted(by_task.items())}
 
 
 def _refuse_differing(run: SearchRun, other: SearchRun, names: Sequence[str]) -> None:
+    """Raises an InputError if two runs differ in one of the named options."""
     if differing := [name for name in names if run.options.get(name) != other.options.get(name)]:
         raise InputError(f"{run.folder} and {other.folder} differ in {', '.join(differing)}: gather them apart")
 
 
 def _best_learned(arms: Mapping[str, Sequence[SearchRun]]) -> list[SearchRun]:
-    """The one search by a learning method whose prompt did best on the validation examples."""
+    """Returns a list of the one search by a learning method with the best prompt by validation, or an empty list."""
     learned = [run for name in LEARNING for run in arms.get(name, ())]
     return [max(learned, key=lambda run: run.validated)] if learned else []
 
 
 def _figures(runs: Sequence[SearchRun], manual: Sequence[SearchRun]) -> dict[str, Any]:
-    """Of one method on one task: test accuracies, raw and calibrated, and their difference to the manual prompts'."""
+    """Returns the results of a method on a task, with differences to the manual prompts if there are any."""
     figures: dict[str, Any] = {"seeds": sorted(run.options["seed"] for run in runs)}
     base = _right(manual, runs[0]) if manual else None
     for kind in KINDS:
@@ -153,9 +163,11 @@ def _figures(runs: Sequence[SearchRun], manual: Sequence[SearchRun]) -> dict[str
         mean, half = _interval(right)
         figures[kind] = {"mean": mean, "half": half, "values": right.mean(axis=1).tolist()}
         if base is not None:
+            # Paired: differences on the same test examples.
             mean, half = _interval(right - base[kind].mean(axis=0))
             figures[kind]["over_manual"] = {"mean": mean, "half": half}
     curves = [{row["calls"]: row for row in run.metrics["curve"]} for run in runs]
+    # Means over seeds at the numbers of calls that all curves have.
     shared = sorted(set.intersection(*(set(curve) for curve in curves)))
     figures["curve"] = [
         {"calls": calls} | {kind: float(np.mean([curve[calls][kind] for curve in curves])) for kind in KINDS}
@@ -170,7 +182,7 @@ def _figures(runs: Sequence[SearchRun], manual: Sequence[SearchRun]) -> dict[str
 
 
 def _right(runs: Sequence[SearchRun], first: SearchRun) -> dict[str, np.ndarray]:
-    """Which test examples each run gets right: float64, shape (runs, examples), by kind."""
+    """Returns which test examples each run gets right, by kind: 1 or 0, float64, shape (runs, examples)."""
     ids = [row["id"] for row in first.test_rows]
     for run in runs:
         if [row["id"] for row in run.test_rows] != ids:
@@ -182,16 +194,17 @@ def _right(runs: Sequence[SearchRun], first: SearchRun) -> dict[str, np.ndarray]
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:
-    """Mean of shape (seeds, examples) and half-width of its 95% interval.
+    """Returns the mean of values of shape (seeds, examples) and the half-width of its 95% interval.
 
-    Examples are drawn and so is the search: the two t-intervals, over examples and over seeds, are added as independent
-    errors. A single seed has the first one alone.
+    Both the test examples and the search are random: the t-intervals over examples and over seeds are added as
+    independent errors. With a single seed, only the interval over examples is used.
     """
     mean, half = interval(values.mean(axis=0))
     return mean, float(np.hypot(half, interval(values.mean(axis=1))[1])) if len(values) > 1 else half
 
 
 def _notes() -> list[str]:
+    """Returns the paragraphs that explain the columns of the tables."""
     return [
         "Test accuracy, in percent, of the prompt that was best on the validation examples: mean over seeds, with a "
         "95% interval for the draw of the test examples and of the search (seeds change the search, not the examples). "
@@ -207,6 +220,7 @@ def _notes() -> list[str]:
 
 
 def _rows(arms: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Returns the table of a task: a header, then one row per method."""
     kinds = [title for kind in KINDS for title in (kind, "over manual")]
     rows = [["method", "validation", *kinds, "calls", "requests", "validated", "seeds", "best prompt"]]
     for name, figures in arms.items():
@@ -224,28 +238,32 @@ def _rows(arms: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 
 
 def _share(figures: Mapping[str, float], sign: str = "") -> str:
+    """Returns a mean and the half-width of its interval in percent."""
     return f"{100 * figures['mean']:{sign}.1f} ± {100 * figures['half']:.1f}"
 
 
 def plot_methods(figures: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> Path:
-    """Test accuracy against task-model calls, a row of panels per task: raw and calibrated.
+    """Plots test accuracy over task-model calls, raw and calibrated, with a row of panels per task.
 
     Args:
-        figures: by task and method.
-        path: the PNG.
+        figures: results of the report by task and method.
+        path: PNG file to write.
+
+    Returns:
+        The path.
     """
     figure, axes = panels(2, len(figures))
     for row, (task, arms) in zip(axes, figures.items(), strict=True):
-        methods = [(name, mine) for name, mine in arms.items() if name != BEST]
+        methods = [(name, results) for name, results in arms.items() if name != BEST]
         for axis, kind in zip(row, KINDS, strict=True):
-            for place, (name, mine) in enumerate(methods):
-                colour, curve = COLOURS[list(METHODS).index(name)], mine["curve"]
+            for place, (name, results) in enumerate(methods):
+                colour, curve = COLOURS[list(METHODS).index(name)], results["curve"]
                 axis.plot([c["calls"] for c in curve], [100 * c[kind] for c in curve], "o-", color=colour, label=name)
-                end = curve[-1]["calls"] * (1 + 0.02 * (place + 1))  # beside each other
-                mean, half = (100 * mine[kind][part] for part in ("mean", "half"))
+                end = curve[-1]["calls"] * (1 + 0.02 * (place + 1))  # squares of the methods next to each other
+                mean, half = (100 * results[kind][part] for part in ("mean", "half"))
                 axis.errorbar(end, mean, yerr=half, color=colour, capsize=4, marker="s", markersize=5)
             axis.set(title=f"{task}, {kind}", xlabel="task-model calls", ylabel="test accuracy, percent")
-    handles = {one.get_label(): one for axis in axes[:, 0] for one in axis.get_lines() if one.get_label()[0] != "_"}
+    handles = {line.get_label(): line for axis in axes[:, 0] for line in axis.get_lines() if line.get_label()[0] != "_"}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
     figure.suptitle(
         "squares: all test examples, 95% intervals over examples and seeds; curves: the first of them", fontsize=9

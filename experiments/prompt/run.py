@@ -1,4 +1,7 @@
-"""``instructgym prompt``: search for a prompt with which a frozen model solves a labelled task."""
+"""``instructgym prompt run``: searches for a prompt with which a frozen model solves a labelled task.
+
+The search methods are in :mod:`~instructgym.experiments.prompt.methods`.
+"""
 
 from __future__ import annotations
 
@@ -43,10 +46,10 @@ SIZES = {
         "minibatch": 8,
     },
 }
-"""Where a count is left at 0."""
+"""Counts by scale, for options that are 0."""
 PROMPTS = "prompts.jsonl"
 SEARCHED = "searched"
-"""Status of a run whose test is left to do."""
+"""Status of a run whose search is finished and whose test is not."""
 
 
 @dataclass
@@ -54,66 +57,74 @@ class PromptRun:
     """Search for a prompt by one method and test the best one."""
 
     run_dir: str = ""
-    """Folder of the run. A search that was killed is repeated, with the replies of servers that are there already."""
+    """Folder of the run. An interrupted search starts again from the beginning, but takes stored replies from its
+    journal."""
     task: str = "rotten-tomatoes"
-    """rotten-tomatoes (offline), a task of GLUE or SuperGLUE, or a TOML file that describes one."""
+    """Labelled task: rotten-tomatoes (offline), a task of GLUE or SuperGLUE, or a TOML file that describes one."""
     data_dir: str = ""
-    """Folder of GLUE's or SuperGLUE's files; by default the datasets library fetches them."""
+    """Folder with the files of GLUE or SuperGLUE. Empty: the datasets library downloads them."""
     method: Literal["manual", "random", "beam", "maskable-ppo", "ppo", "grpo", "soft-q", "gepa"] = "maskable-ppo"
-    """manual: the instructions that people wrote; random, beam and maskable-ppo edit prompts; ppo, grpo and soft-q
-    write them token by token; gepa reflects on failures."""
+    """Search method. manual only validates the instructions that people wrote; random, beam and maskable-ppo edit
+    prompts; ppo, grpo and soft-q train a policy that writes prompts token by token; gepa rewrites prompts after
+    reflection on failures."""
     calls: int = 0
-    """Task-model calls of the search at most, validation included: one per example and label. 0: by --scale."""
+    """Maximum number of task-model calls of the search, one per example and label, including validation. 0: set by
+    --scale."""
     validation: int = 0
-    """Validation examples, which choose among prompts. 0: by --scale."""
+    """Number of validation examples, by which the best prompt is chosen. 0: set by --scale."""
     test: int = 0
-    """Test examples; a finished search is tested anew, not repeated, where this changes. 0: by --scale."""
+    """Number of test examples. If it changes, a finished search is tested again, but not repeated. 0: set by
+    --scale."""
     train: int = 0
-    """Training examples to draw minibatches from. 0: by --scale."""
+    """Number of training examples, from which minibatches are drawn. 0: set by --scale."""
     minibatch: int = 0
-    """Examples by which a prompt is rewarded. 0: by --scale."""
+    """Number of training examples on which a prompt is scored for its reward. 0: set by --scale."""
     copies: int = 0
-    """Copies of the edit environment. 0: by --scale."""
+    """Number of parallel copies of the edit environment (random, beam, maskable-ppo). 0: set by --scale."""
     episodes: int = 0
-    """Instructions that ppo, grpo and soft-q write per update. 0: by --scale."""
+    """Number of instructions that ppo, grpo and soft-q write per update. 0: set by --scale."""
     horizon: int = 4
-    """Edits per episode."""
+    """Edits per episode of random, beam and maskable-ppo."""
     operator: str = "edits"
-    """Of random, beam and maskable-ppo: edits (of whole prompts, some by a language model) or phrases (of the
-    instruction)."""
+    """Kind of edits of random, beam and maskable-ppo: edits (of whole prompts, some by a language model) or phrases (of
+    the phrases of the instruction)."""
     max_tokens: int = 16
-    """Tokens of an instruction that is written, at most."""
+    """Maximum number of tokens of an instruction that ppo, grpo or soft-q writes."""
     learning_rate: float = 3e-4
-    """Of ppo, grpo and soft-q."""
+    """Learning rate of the policy that ppo, grpo and soft-q train."""
     backend: str = "embedded"
-    """The frozen model, one that reports log-probs: embedded, transformers, vllm-server, or JSON."""
+    """Frozen task model, a backend with log-probs: embedded, transformers, vllm-server, or JSON {"id": ..., "kwargs":
+    {...}}."""
     rewriter: str = "embedded"
-    """Who edits, or reflects: as --backend, log-probs or not."""
+    """Language model that edits prompts, or reflects on failures for gepa: embedded, transformers, openai, vllm, or
+    JSON {"id": ..., "kwargs": {...}}. It needs no log-probs."""
     model: str = "embedded"
-    """The policy of ppo, grpo and soft-q: embedded, or a local path or hub id."""
+    """Model of the policy that ppo, grpo and soft-q train: embedded, or a local path or hub id."""
     calibrate: Literal["", "contextual", "batch"] = ""
-    """Search by calibrated scores; the test reports raw and calibrated ones anyway."""
+    """Calibration of the scores in the search: contextual (by content-free inputs), batch, or empty for none. The test
+    always reports raw and calibrated accuracy."""
     scale: Literal["smoke", "report"] = "report"
-    """Size of what is left at 0."""
+    """Size of the counts that are 0. smoke: minutes; report: hours."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the policy that is trained, and of a rewriter in this process."""
+    """Floating-point type of the policy that is trained, and of a rewriter in this process. auto: bfloat16 if the
+    hardware supports it, else float32."""
     backend_dtype: Literal["auto", "float32", "bfloat16"] = "float32"
-    """Arithmetic of a frozen model in this process. In bfloat16 a prompt's score depends a little on what else is read
-    with it, and likelihoods can be equal."""
+    """Floating-point type of a frozen task model in this process. In bfloat16 the score of a prompt depends slightly on
+    the other texts in its batch, and likelihoods may tie. auto: bfloat16 if the hardware supports it, else float32."""
     seed: int = 0
-    """Of the search; train, validation and test examples are those of --data-seed."""
+    """Seed of the search. The choice of examples depends on --data-seed alone."""
     data_seed: int = 0
-    """Of the examples."""
+    """Seed that chooses training, validation and test examples."""
     track: str = "none"
-    """none or wandb."""
+    """Where metrics are logged besides files: wandb (Weights & Biases) or none."""
     dry_run: bool = False
-    """Check everything, load no model."""
+    """Check the options and print what would be done, without loading a model."""
 
     def check(self) -> None:
-        """Refuses what can be refused without data.
+        """Checks the options as far as possible without data.
 
         Raises:
-            InputError: naming the option.
+            InputError: if an option is wrong; the message names it.
         """
         check_run(self)
         check_counts(self, "horizon", "max_tokens")
@@ -129,19 +140,21 @@ class PromptRun:
             raise InputError("--method gepa needs the library gepa: pip install 'instructgym[gepa]'")
 
     def sized(self) -> dict[str, Any]:
-        """The options, with what is left at 0 taken from the scale."""
-        given = asdict(self)
-        return given | {name: given[name] or size for name, size in SIZES[self.scale].items()}
+        """Returns the options by name, with the counts of the scale in place of 0."""
+        options = asdict(self)
+        return options | {name: options[name] or size for name, size in SIZES[self.scale].items()}
 
 
 def run(options: PromptRun, console: Console | None = None) -> dict[str, Any]:
-    """Searches and tests, and returns the results. A search that is over is not repeated, but perhaps tested anew.
+    """Searches and tests, and returns the results.
 
-    The run folder gets ``prompts.jsonl``, a row per prompt that was validated, and ``test.jsonl``, a row per test
-    example: ``id``, ``label`` and what the best prompt predicts, ``raw`` and ``calibrated``.
+    A finished search is not repeated; it is tested again if the number of test examples has changed.
+
+    Writes ``prompts.jsonl``, a row per validated prompt, and ``test.jsonl``, a row per test example with ``id``,
+    ``label`` and the ``raw`` and ``calibrated`` predictions of the best prompt.
 
     Raises:
-        InputError: for bad input, before a model is loaded.
+        InputError: if the input is invalid, before a model is loaded.
     """
     console = console or Console()
     options.check()
@@ -151,6 +164,7 @@ def run(options: PromptRun, console: Console | None = None) -> dict[str, Any]:
         "task model": _part(options.backend, options.backend_dtype),
         "rewriter": _part(options.rewriter, options.dtype),
     }
+    # The longest prompt of the method must fit into the context with every example.
     longest = longest_instruction(options.method, options.max_tokens)
     with input_errors():
         probe = journaled_roles(parts, None)
@@ -176,14 +190,17 @@ def run(options: PromptRun, console: Console | None = None) -> dict[str, Any]:
     if options.dry_run:
         console.print(f"would search by {options.method} with {sized['calls']} calls, in {options.run_dir}")
         return {}
+    # The number of test examples is not part of the identity: a finished search can be tested again.
     identity = {name: value for name, value in (asdict(options) | sized).items() if name != "test"}
     folder = RunFolder(options.run_dir, identity, "prompt run")
     stored = read_json(folder.path / "results.json") or {}
+    # A finished search with the same number of test examples has nothing left to do.
     if folder.results is not None and stored["counts"]["test"] == len(task.test):
         return folder.finished(console) or {}
     with folder.opened(), Tracker(folder, options.track) as tracker:
         roles = _kept(parts, folder)
         with accounted(roles, folder.path):
+            # The search is stored before its test, so that an interrupted test does not repeat the search.
             if stored.get("status") not in (SEARCHED, "finished"):
                 stored = folder.finish({}, _search(options, sized, task, roles, folder, console), SEARCHED)
             history = read_records(folder.path / PROMPTS)
@@ -214,9 +231,9 @@ def _search(
     folder: RunFolder,
     console: Console,
 ) -> dict[str, int]:
-    """Searches, and counts what that took."""
+    """Searches and returns the numbers of task-model calls, validated prompts and requests to the rewriter."""
     out = folder.file(PROMPTS)
-    out.unlink(missing_ok=True)  # a search that was killed replays its replies and writes the same rows
+    out.unlink(missing_ok=True)  # an interrupted search starts again, and its stored replies give the same rows
     scorer = LimitedScorer(
         sized["calls"], roles["task model"], options.calibrate or False, content_free=task.content_free
     )
@@ -234,17 +251,17 @@ def _search(
 
 
 def _kept(parts: dict[str, Any], folder: RunFolder) -> dict[str, Backend]:
-    """The backends. The rewriter's replies are kept, and those of servers, so that none is paid for twice.
+    """Returns the backends, with the replies of the rewriter and of servers kept in the journal of the run.
 
-    A task model in this process is asked again: its likelihoods are many, and read at once where prompts share them.
+    A task model in this process has no journal: its likelihoods are many, and it computes shared prefixes only once.
     """
-    kept = journaled_roles(parts, Journal(folder.file("journal.jsonl")))
-    inner = cast(Journaled, kept["task model"]).inner
-    return kept | ({"task model": inner} if isinstance(inner, TransformersBackend) else {})
+    roles = journaled_roles(parts, Journal(folder.file("journal.jsonl")))
+    inner = cast(Journaled, roles["task model"]).inner
+    return roles | ({"task model": inner} if isinstance(inner, TransformersBackend) else {})
 
 
 def load(options: PromptRun, sized: dict[str, Any]) -> PromptTask:
-    """The task with as many examples of each split as the run needs."""
+    """Returns the task with as many examples of each split as the run needs."""
     with input_errors():
         task = load_prompt_task(options.task, limit=None, seed=options.data_seed, data_dir=options.data_dir)
     drawn = {
@@ -255,6 +272,7 @@ def load(options: PromptRun, sized: dict[str, Any]) -> PromptTask:
 
 
 def _part(text: str, dtype: str) -> Any:
+    """Returns a backend's specification, with the floating-point type as the default for models in this process."""
     part = parse_part(text)
     if part["id"] in ("embedded", "transformers"):
         part = part | {"kwargs": {"dtype": dtype} | dict(part.get("kwargs") or {})}

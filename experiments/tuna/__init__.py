@@ -1,1 +1,1 @@
-"""Tuna: candidate responses are ranked, and a policy learns from the rankings."""
+"""Tuna experiments: candidate responses are ranked, and a policy learns from the rankings."""

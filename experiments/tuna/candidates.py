@@ -1,7 +1,8 @@
-"""``instructgym tuna candidates``: several different responses to each request, by a language model or a policy.
+"""``instructgym tuna candidates``: draws several different responses to each request from a model or a policy.
 
-The first step of both of Tuna's stages (Li et al. 2023, arXiv 2310.13385): a teacher's responses for the probabilistic
-ranking, the model's own for the contextual one.
+This is the first step of both stages of Tuna (Li et al. 2023, arXiv 2310.13385): the probabilistic ranking needs
+responses of a teacher, the contextual ranking responses of the model that is trained. The next step is
+:mod:`~instructgym.experiments.tuna.rank`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ..runs.options import check_counts, input_errors, parse_part
 from ..runs.training import OutOfTimeError, Stage, digest, policy_folder, stage, weights_digest
 
 CHUNK = 16
-"""Requests that are answered together: a chunk is kept whole or made again."""
+"""Requests that are answered together: a chunk is either stored whole or drawn again."""
 CANDIDATES = "candidates.jsonl"
 
 
@@ -36,31 +37,33 @@ class TunaCandidates(Stage):
     """Draw several different responses to every request of a data set."""
 
     data: str = ""
-    """Requests with their references: JSONL, JSON or Parquet with instruction, input and output."""
+    """Data set of requests with reference responses: JSONL, JSON or Parquet with instruction, input and output."""
     backend: str = "embedded"
-    """Who responds: embedded, transformers, openai, vllm, 'module:factory', or JSON {"id": ..., "kwargs": {...}}."""
+    """Backend that writes the responses: embedded, transformers, openai, vllm, 'module:factory', or JSON {"id": ...,
+    "kwargs": {...}}."""
     policy: str = ""
-    """Run folder of a trained policy that responds in place of --backend."""
+    """Run folder of a trained policy that writes the responses instead of --backend."""
     layout: Literal["chat", "plain", "alpaca"] = "chat"
-    """How a request is written: as a user's message, as a text to continue, or as Stanford Alpaca did."""
+    """Prompt format of a request. chat: a user's message; plain: a text to continue; alpaca: the template of Stanford
+    Alpaca."""
     n: int = 4
     """Responses per request."""
     temperature: float = 1.0
-    """Of the first try."""
+    """Sampling temperature of the first try."""
     step: float = 0.1
-    """By how much the temperature rises from try to try."""
+    """Amount that is added to the temperature with every further try."""
     tries: int = 3
-    """At most; all responses to a request are drawn again until they differ enough."""
+    """Maximum number of tries per request. All its responses are drawn again until they differ enough."""
     threshold: float = 0.8
-    """They do when the ROUGE-L of every two of them is below this."""
+    """Responses to a request differ enough if the ROUGE-L of every two of them is below this value."""
     top_p: float = 1.0
-    """Nucleus; 1 is none."""
+    """Probability mass of nucleus sampling. 1: no nucleus sampling."""
     max_tokens: int = 128
-    """Tokens of a response at most."""
+    """Maximum number of tokens of a response."""
     limit: int = 0
-    """Take only the first so many requests. 0: all."""
+    """Number of requests to use, from the first one of the data set. 0: all."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of a --policy; auto: bfloat16 where the hardware computes in it."""
+    """Floating-point type in which a --policy computes. auto: bfloat16 if the hardware supports it, else float32."""
 
     def check(self) -> None:
         super().check()
@@ -73,10 +76,10 @@ class TunaCandidates(Stage):
 
     @property
     def sampling(self) -> DiverseSampling:
-        """How responses are drawn.
+        """Sampling settings of the options.
 
         Raises:
-            InputError: for a value out of range.
+            InputError: if a value is out of range.
         """
         return DiverseSampling(
             self.n, self.temperature, self.step, self.tries, self.threshold, self.max_tokens, self.top_p
@@ -84,21 +87,24 @@ class TunaCandidates(Stage):
 
 
 def run(options: TunaCandidates, console: Console | None = None) -> dict[str, Any]:
-    """Draws, or goes on, and returns the results. The run folder gets ``candidates.jsonl``, one row per request.
+    """Draws the candidates, or resumes an unfinished run, and returns the results.
+
+    Writes ``candidates.jsonl`` to the run folder, one row per request.
 
     Raises:
-        InputError: for bad input, before a model is loaded; and if no request got a response.
+        InputError: if the input is invalid (before a model is loaded), or if no request got a response.
     """
     console = console or Console()
     options.check()
     start = policy_folder(options.policy, "--policy") if options.policy else None
     examples = read_instruction_data(options.data, "--data").examples[: options.limit or None]
-    with input_errors():
+    with input_errors():  # builds the backend once, so that wrong options fail before the run folder is opened
         journaled_roles({"writer": parse_part(options.backend)}, None)
     if options.dry_run:
         who = options.policy or options.backend
         console.print(f"would draw {options.n} responses to each of {len(examples)} requests by {who}")
         return {}
+    # A resumed run must use the same requests and weights: the options hold only their paths.
     identity = {"requests": digest([example.row() for example in examples])}
     identity |= {"weights": weights_digest(start)} if start is not None else {}
     with stage(options, "tuna candidates", console, distributed=False, **identity) as opened:
@@ -110,34 +116,38 @@ def run(options: TunaCandidates, console: Console | None = None) -> dict[str, An
                 opened.check_time()
                 chunk = examples[first : first + CHUNK]
                 prompts = [_prompt(example, options.layout) for example in chunk]
+                # Seeds depend on the row number in the whole run: any chunk gives the same responses when drawn again.
                 numbers = range(first, first + len(chunk))
                 drawn = sample_candidates(writer, prompts, options.sampling, options.seed, numbers)
                 _refuse_outage(drawn)
-                return [_row(example, one) for example, one in zip(chunk, drawn, strict=True)]
+                return [_row(example, candidates) for example, candidates in zip(chunk, drawn, strict=True)]
 
             path = opened.folder.file(CANDIDATES)
             try:
-                found = chunked_rows(path, len(examples), CHUNK, rows, "responses drawn", console)
+                stored_rows = chunked_rows(path, len(examples), CHUNK, rows, "responses drawn", console)
             except OutOfTimeError:
                 return opened.stopped({"requests": len(read_records(path))})
-        results = _finish(opened.folder, found, opened.seconds, console)
+        results = _finish(opened.folder, stored_rows, opened.seconds, console)
         opened.tracker.summary(results)
         return results
 
 
 def _refuse_outage(drawn: Sequence[Candidates]) -> None:
-    """Stops before a chunk of nothing but failures is written, which could not be mended by a repetition.
+    """Raises an error if all requests of a chunk failed.
+
+    If their rows were written, a repetition of the command would not send these requests again.
 
     Raises:
-        BackendError: if every request of a chunk failed, other than by its length.
+        BackendError: if every request of a chunk failed, and at least one of them not because of its length.
     """
-    errors = [one.errors[-1] for one in drawn if not one.texts and one.errors]
+    errors = [candidates.errors[-1] for candidates in drawn if not candidates.texts and candidates.errors]
     outages = [error for error in errors if not isinstance(error, ContextLengthError)]
     if len(errors) == len(drawn) and outages:
         raise BackendError(f"all of {len(drawn)} requests failed: {outages[0]}; repeat the command to ask again")
 
 
 def _finish(folder: RunFolder, rows: Sequence[Mapping[str, Any]], seconds: float, console: Console) -> dict[str, Any]:
+    """Writes and returns the results; raises an InputError if no request has a candidate."""
     written = [row for row in rows if row["candidates"]]
     if not written:
         raise InputError(f"no request got a response: {rows[0]['error'] or 'all of them are blank'}")
@@ -161,7 +171,7 @@ def _finish(folder: RunFolder, rows: Sequence[Mapping[str, Any]], seconds: float
 
 @contextmanager
 def _writer(options: TunaCandidates, start: Path | None, folder: RunFolder) -> Iterator[Backend]:
-    """Who responds. A backend's replies are kept in the journal: none is paid for twice."""
+    """Yields the backend that writes the responses; replies of ``--backend`` are kept in the journal of the run."""
     if start is not None:
         yield PolicyBackend(policy_from(start, dtype=options.dtype), weights_digest(start))
         return
@@ -171,12 +181,14 @@ def _writer(options: TunaCandidates, start: Path | None, folder: RunFolder) -> I
 
 
 def _prompt(example: InstructionExample, layout: Any) -> Prompt:
+    """Returns the prompt of a request: messages for the layout ``chat``, else a text."""
     if layout == "chat":
         return [{"role": "user", "content": request_text(example)}]
     return prompt_text(example, layout)
 
 
 def _row(example: InstructionExample, drawn: Candidates) -> dict[str, Any]:
+    """Returns the row of ``candidates.jsonl`` for one request: only candidates that are neither blank nor repeated."""
     return example.row() | {
         "candidates": [text.strip() for text in drawn.distinct],
         "finished": [drawn.finished[number] for number in drawn.chosen],

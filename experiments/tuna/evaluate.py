@@ -1,4 +1,7 @@
-"""``instructgym tuna evaluate``: policies on held-out tasks, by ROUGE-L and by a judge's comparisons in both orders."""
+"""``instructgym tuna evaluate``: evaluates policies on held-out tasks, by ROUGE-L and by a judge.
+
+The judge compares the response of each policy with that of one reference policy, in both orders.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from ..teaching.evaluate import BASE, PREDICTIONS, Evaluate, find_arms
 from ..teaching.evaluate import run as evaluate
 
 CHUNK = 8
-"""Instances that are judged together."""
+"""Instances that are judged in one call and stored together."""
 JUDGED = "judged.jsonl"
 JUDGE = '{"id": "pairwise-judge", "kwargs": {"graded": true}}'
 
@@ -33,13 +36,14 @@ class TunaEvaluate(Evaluate):
     """Answer held-out tasks with several policies; compare ROUGE-L, and have a judge compare them with one of them."""
 
     judge: str = JUDGE
-    """Who compares a response with the reference policy's: pairwise-judge, which is asked in both orders, or
-    scored-comparison, as an id or JSON. Graded, a judge whose log-probs are known gives the probability that a response
-    is better, the mean of both orders' log-odds, in place of win, tie or loss."""
+    """Judge that compares a response with that of the reference policy: pairwise-judge, which compares in both orders,
+    or scored-comparison, as an id or JSON. With "graded": true, a judge with known log-probs returns the probability
+    that a response is better, from the mean of the log-odds of both orders, instead of win, tie or loss."""
     backend: str = "embedded"
-    """The judge's language model, as of 'tuna candidates'."""
+    """Language model of the judge: embedded, transformers, openai, vllm, 'module:factory', or JSON {"id": ...,
+    "kwargs": {...}}."""
     against: str = BASE
-    """Name of the policy with which the others are compared."""
+    """Name of the reference policy: the judge compares every other policy with it."""
 
     def check(self) -> None:
         super().check()
@@ -48,40 +52,41 @@ class TunaEvaluate(Evaluate):
             raise InputError(f"--against {self.against} is none of the policies: use one of {', '.join(names)}")
 
     def build(self, backend: Any) -> Reward:
-        """The judge on a backend.
+        """Builds the judge on a backend.
 
         Raises:
-            InputError: if there is none of that id, or its arguments are wrong.
+            InputError: if no judge has that id, or its arguments are wrong.
         """
         return build_judge("reward", self.judge, "--judge", backend)
 
 
 def run(options: TunaEvaluate, console: Console | None = None) -> dict[str, Any]:
-    """Answers, scores and judges, and returns win rates with what 'evaluate' returns.
+    """Generates the responses, scores and judges them, and returns win rates together with the metrics of 'evaluate'.
 
-    The run folder gets the run folders ``rouge`` (that of 'evaluate') and ``judged``, whose ``judged.jsonl`` has for
-    each instance every policy's outcome: 1 won, 0 lost.
+    Writes two run folders below the run folder: ``rouge``, that of the command 'evaluate', and ``judged``, whose
+    ``judged.jsonl`` holds the outcome of every policy on each instance: 1 for a win, 0 for a loss.
 
     Raises:
-        InputError: for bad input, before a model is loaded.
+        InputError: if the input is invalid, before a model is loaded.
     """
     console = console or Console()
     options.check()
     parts = {"judge": parse_part(options.backend)}
-    with input_errors():
+    with input_errors():  # wrong options fail here, before the policies generate their responses
         options.build(journaled_roles(parts, None)["judge"])
     root = Path(options.run_dir)
-    given = {field.name: getattr(options, field.name) for field in fields(Evaluate)}
+    evaluate_options = {field.name: getattr(options, field.name) for field in fields(Evaluate)}
     deadline = Deadline(options.minutes)
     try:
-        answered = deadline.run(evaluate, Evaluate(**given | {"run_dir": str(root / "rouge")}), console)
-        mine = replace(options, run_dir=str(root / "judged"), minutes=deadline.left)
+        rouge_results = deadline.run(evaluate, Evaluate(**evaluate_options | {"run_dir": str(root / "rouge")}), console)
+        judge_options = replace(options, run_dir=str(root / "judged"), minutes=deadline.left)
     except OutOfTimeError:
         return {"status": "stopped"}
     if options.dry_run:
-        return answered
+        return rouge_results
+    # The judged run belongs to these responses: their digest is part of its identity.
     rows = read_records(root / "rouge" / PREDICTIONS)
-    with stage(mine, "tuna evaluate", console, distributed=False, predictions=digest(rows)) as opened:
+    with stage(judge_options, "tuna evaluate", console, distributed=False, predictions=digest(rows)) as opened:
         if isinstance(opened, dict):
             return opened
         roles = journaled_roles(parts, Journal(opened.folder.file("journal.jsonl")))
@@ -94,13 +99,13 @@ def run(options: TunaEvaluate, console: Console | None = None) -> dict[str, Any]
 
             path = opened.folder.file(JUDGED)
             try:
-                found = chunked_rows(path, len(rows), CHUNK, judged, "instances judged", console)
+                judged_rows = chunked_rows(path, len(rows), CHUNK, judged, "instances judged", console)
             except OutOfTimeError:
                 return opened.stopped({"judged": len(read_records(path))})
         names = [name for name in rows[0]["arms"] if name != options.against]
-        metrics = {name: bootstrap_win_rate(found, name, options.seed) for name in names}
+        metrics = {name: bootstrap_win_rate(judged_rows, name, options.seed) for name in names}
         results = opened.folder.finish(
-            {"against": options.against, "win_rates": metrics, "arms": answered["metrics"]["arms"]},
+            {"against": options.against, "win_rates": metrics, "arms": rouge_results["metrics"]["arms"]},
             {"instances": len(rows), "seconds": opened.seconds},
         )
         opened.tracker.summary({name: figures["win_rate"] for name, figures in metrics.items()})
@@ -118,7 +123,8 @@ def run(options: TunaEvaluate, console: Console | None = None) -> dict[str, Any]
 
 
 def _judged(judge: Reward, rows: Sequence[Mapping[str, Any]], options: TunaEvaluate) -> list[dict[str, Any]]:
-    """For each instance what the judge says of every policy's response; None without a verdict."""
+    """Returns one row per instance with the judge's outcome for every policy; None if the judge gave no verdict."""
+    # One flat batch over instances and policies; `places` maps its samples back.
     places, samples = [], []
     for number, row in enumerate(rows):
         request = request_text(InstructionExample(row["instruction"], row["input"], ""))
@@ -132,25 +138,29 @@ def _judged(judge: Reward, rows: Sequence[Mapping[str, Any]], options: TunaEvalu
         {"id": row["id"], "task": row["task"], "wins": {}, "agreed": {}, "same": {}} for row in rows
     ]
     for (number, name), sample, score in zip(places, samples, score_with_retries(judge, samples), strict=True):
-        asked = sample.response.split() != str(sample.reference).split()  # nobody is asked about two of the same
+        # Equal responses are a tie in any order: there is no agreement to measure.
+        differs = sample.response.split() != str(sample.reference).split()
         outcomes[number]["wins"][name] = score.value if score.valid else None
-        outcomes[number]["agreed"][name] = score.terms.get("agreement") if score.valid and asked else None
-        outcomes[number]["same"][name] = not asked
+        outcomes[number]["agreed"][name] = score.terms.get("agreement") if score.valid and differs else None
+        outcomes[number]["same"][name] = not differs
     return outcomes
 
 
 def bootstrap_win_rate(rows: Sequence[Mapping[str, Any]], name: str, seed: int = 0) -> dict[str, Any]:
-    """A policy's mean outcome over tasks, with its 95% bootstrap interval over tasks, as ROUGE-L is averaged.
+    """Returns the mean outcome of a policy and its 95% bootstrap interval over tasks.
+
+    As with ROUGE-L, outcomes are averaged within a task first, then over tasks.
 
     Args:
-        rows: of ``judged.jsonl``.
-        name: of the policy.
-        seed: of the bootstrap.
+        rows: rows of ``judged.jsonl``.
+        name: name of the policy.
+        seed: seed of the bootstrap.
 
     Returns:
-        ``win_rate``, ``win_rate_low``, ``win_rate_high``, None without a verdict; ``agreement``: the share of different
-            responses of which both orders preferred the same one, None without any; ``same``: the share of instances
-            where both responses are the same, which is a tie; ``judged``: the share with a verdict.
+        ``win_rate``, ``win_rate_low`` and ``win_rate_high``, None if no instance has a verdict; ``agreement``: share of
+            the instances with two different responses on which both orders preferred the same response, None if there
+            are none; ``same``: share of instances on which both responses are the same, which is a tie; ``judged``:
+            share of instances with a verdict.
     """
     known = [row for row in rows if row["wins"][name] is not None]
     figures: dict[str, Any] = dict.fromkeys(("win_rate", "win_rate_low", "win_rate_high", "agreement"))

@@ -1,4 +1,7 @@
-"""``instructgym tuna ppo``: the baseline of RLHF on the same rankings: a reward model of them, then token-level PPO."""
+"""``instructgym tuna ppo``: the RLHF baseline: trains a reward model on ranked lists, then a policy by token-level PPO.
+
+Both stages are those of :mod:`~instructgym.experiments.fine_grained`, with one reward per response.
+"""
 
 from __future__ import annotations
 
@@ -37,27 +40,27 @@ class TunaPPO(TrainingOptions):
     """Train a reward model on ranked candidates, and a policy by token-level PPO on its reward."""
 
     ranked: str = ""
-    """Run folder of 'tuna rank', or a JSONL file of ranked lists. Their requests are the prompts of PPO."""
+    """Run folder of 'tuna rank', or a JSONL file of ranked lists. The requests of the lists are the prompts of PPO."""
     policy: str = ""
-    """Run folder of the policy to start from, which is also the KL reference."""
+    """Run folder of the policy to start from. It is also the reference policy of the KL penalty."""
     layout: Literal["chat", "plain"] = "chat"
-    """How a request is written: in the model's chat template, or as a text to continue."""
+    """Prompt format of a request. chat: the chat template of the model; plain: a text to continue."""
     reward_epochs: int = 1
-    """Passes of the reward model over pairs of neighbours in rank."""
+    """Epochs of the reward model over its pairs: candidates of neighbouring ranks."""
     updates: int = 16
-    """Updates of PPO."""
+    """Number of PPO updates."""
     batch_size: int = 32
-    """Responses per update."""
+    """Responses per PPO update."""
     learning_rate: float = 2e-4
     """Peak learning rate of PPO (cosine, 10% warm-up)."""
     holdout: float = 0.1
-    """Share of the lists that is not trained on: with the same seed, those that 'tuna train' withholds."""
+    """Share of the lists that is withheld from training. With the same seed, 'tuna train' withholds the same lists."""
     kl_coefficient: float = 0.05
-    """Weight of the KL penalty against the start."""
+    """Weight of the KL penalty against the policy to start from."""
     max_tokens: int = 128
-    """Tokens of a response at most."""
+    """Maximum number of tokens of a response."""
     context_length: int = 512
-    """Tokens of request and response at most; what is longer is left out and counted."""
+    """Maximum number of tokens of request and response together. Longer examples are left out and counted."""
 
     def check(self) -> None:
         super().check()
@@ -70,23 +73,23 @@ class TunaPPO(TrainingOptions):
 
 @dataclass
 class _ListPPO(FineGrainedPPO):
-    """PPO whose prompts are the requests of ranked lists, all of them that fit."""
+    """Options of a PPO run whose prompts are the requests of ranked lists, as many as fit the context."""
 
     def prompts(self, part: Part, model: str, limit: int = 0) -> list[PromptExample]:
         return self.fitting(read_ranked_lists(self.data), model)[: limit or None]
 
     def fitting(self, lists: Sequence[RankedList], model: str) -> list[PromptExample]:
-        """The requests that leave room for a response.
+        """Returns the requests that leave room for a response within the context length.
 
         Raises:
-            InputError: if none does.
+            InputError: if no request does.
         """
         tokenizer = tokenizer_of(model)
-        texts = [prompt_text(request_of(one), self.layout, tokenizer) for one in lists]
+        texts = [prompt_text(request_of(ranked), self.layout, tokenizer) for ranked in lists]
         room = self.context_length - self.max_tokens
         fitting = [
-            PromptExample(one.id, text, one.reference)
-            for one, text, ids in zip(lists, texts, tokenizer.encode_batch(texts), strict=True)
+            PromptExample(ranked.id, text, ranked.reference)
+            for ranked, text, ids in zip(lists, texts, tokenizer.encode_batch(texts), strict=True)
             if len(ids) <= room
         ]
         if not fitting:
@@ -97,21 +100,22 @@ class _ListPPO(FineGrainedPPO):
 
 
 def run(options: TunaPPO, console: Console | None = None) -> dict[str, Any]:
-    """Trains (or resumes) both, and returns the results of PPO.
+    """Trains (or resumes) the reward model and the policy, and returns the results of PPO.
 
-    The run folder gets ``lists.jsonl`` and ``pairs.jsonl``, what is trained on, and the run folders ``reward-model``
-    and ``ppo``, which holds the policy.
+    Writes the training data, ``lists.jsonl`` and ``pairs.jsonl``, and the run folders ``reward-model`` and ``ppo``. The
+    latter holds the policy.
 
     Raises:
-        InputError: for bad input, before a model is loaded.
+        InputError: if the input is invalid, before a model is loaded.
     """
     console = console or Console()
     options.check()
     start = policy_folder(options.policy, "--policy")
     model = read_state(start / SETTINGS)["model"]
     everything = read_ranked_lists(ranked_file(options.ranked))
+    # Withhold the lists that `tuna train` withholds, so that the arms learn from the same lists.
     names = withheld(everything, options.holdout, options.seed)
-    lists = [one for one in everything if one.id not in names]
+    lists = [ranked for ranked in everything if ranked.id not in names]
     pairs = neighbour_pairs(lists, options.layout, tokenizer_of(model))
     if not pairs:
         raise InputError(f"--ranked {options.ranked} has no two candidates of different rank")
@@ -124,7 +128,7 @@ def run(options: TunaPPO, console: Console | None = None) -> dict[str, Any]:
         "track": options.track,
         "minutes": options.minutes,
     }
-    learned = FineGrainedRewardModel(
+    reward_options = FineGrainedRewardModel(
         run_dir=str(root / "reward-model"),
         pairs=str(root / PAIRS),
         model=model,
@@ -132,11 +136,11 @@ def run(options: TunaPPO, console: Console | None = None) -> dict[str, Any]:
         epochs=options.reward_epochs,
         **shared,
     )
-    trained = _ListPPO(
+    ppo_options = _ListPPO(
         run_dir=str(root / "ppo"),
         data=str(root / LISTS),
         policy=options.policy,
-        reward_model=learned.run_dir,
+        reward_model=reward_options.run_dir,
         layout=options.layout,
         judge="",
         updates=options.updates,
@@ -147,51 +151,55 @@ def run(options: TunaPPO, console: Console | None = None) -> dict[str, Any]:
         temperature=1.0,
         **shared,
     )
-    learned.check()
-    trained.check()
-    prompts = trained.fitting(lists, model)
+    reward_options.check()
+    ppo_options.check()  # both stages are checked before the first one runs
+    prompts = ppo_options.fitting(lists, model)
     if options.dry_run:
         console.print(f"would train a reward model on {len(pairs)} pairs, then {options.updates} updates of PPO")
         return {}
-    folder = RunFolder(root, asdict(options) | {"lists": digest([[one.id, one.scores] for one in lists])}, "tuna ppo")
+    # `lists` in the identity: a resumed run must have the same rankings.
+    folder = RunFolder(
+        root, asdict(options) | {"lists": digest([[ranked.id, ranked.scores] for ranked in lists])}, "tuna ppo"
+    )
     if (results := folder.finished(console)) is not None:
         return results
     deadline = Deadline(options.minutes)
     with folder.opened():
-        write_once(folder.file(LISTS), [ranked_row(one) for one in lists])
+        write_once(folder.file(LISTS), [ranked_row(ranked) for ranked in lists])
         write_once(folder.file(PAIRS), [vars(pair) | {"metadata": {}} for pair in pairs])
         try:
-            judged = deadline.run(reward_model, learned, console)
-            results = deadline.run(ppo, trained, console)
+            reward_results = deadline.run(reward_model, reward_options, console)
+            results = deadline.run(ppo, ppo_options, console)
         except OutOfTimeError:
             return folder.finish({}, {}, status="stopped")
         return folder.finish(
-            {f"reward model, {name}": value for name, value in judged["metrics"].items()},
+            {f"reward model, {name}": value for name, value in reward_results["metrics"].items()},
             results["counts"] | {"prompts": len(prompts), "dropped": {"too long": len(lists) - len(prompts)}},
         )
 
 
 def neighbour_pairs(lists: Sequence[RankedList], layout: DataLayout, tokenizer: Tokenizer) -> list[EditedPair]:
-    """Each candidate against the next one in rank, better and worse; ties are no pairs.
+    """Returns pairs of each candidate and the next one in rank; two candidates of equal rank give no pair.
 
     Args:
         lists: ranked candidates.
-        layout: how a request is written.
-        tokenizer: whose chat template the layout ``chat`` takes.
+        layout: prompt format of a request.
+        tokenizer: tokenizer with the chat template for the layout ``chat``.
     """
     pairs = []
-    for one in lists:
-        prompt, opening = prompt_text(request_of(one), layout, tokenizer), OPENINGS[layout]
-        finished = finished_flags(one)
-        order = sorted(range(len(one.candidates)), key=lambda k: -one.scores[k])
+    for ranked in lists:
+        prompt, opening = prompt_text(request_of(ranked), layout, tokenizer), OPENINGS[layout]
+        finished = finished_flags(ranked)
+        # Best first; the sort is stable, so candidates of equal score keep their order.
+        order = sorted(range(len(ranked.candidates)), key=lambda k: -ranked.scores[k])
         for number, (better, worse) in enumerate(pairwise(order)):
-            if one.scores[better] > one.scores[worse]:
+            if ranked.scores[better] > ranked.scores[worse]:
                 pairs.append(
                     EditedPair(
                         prompt,
-                        opening + one.candidates[worse],
-                        opening + one.candidates[better],
-                        f"{one.id}/{number}",
+                        opening + ranked.candidates[worse],
+                        opening + ranked.candidates[better],
+                        f"{ranked.id}/{number}",
                         finished=finished[better] and finished[worse],
                     )
                 )

@@ -1,7 +1,8 @@
-"""``instructgym tuna rank``: candidates in, ranked lists out, by likelihood, by a judge or by the references.
+"""``instructgym tuna rank``: ranks candidates by a teacher's likelihood, by a judge or by reference responses.
 
-Tuna's probabilistic ranking takes a teacher's length-normalised log-likelihood, its contextual ranking a judge (Li et
-al. 2023, arXiv 2310.13385).
+Tuna (Li et al. 2023, arXiv 2310.13385) has two rankings: the probabilistic one orders candidates by the
+length-normalised log-likelihood of a teacher, the contextual one by a judge. The next step is
+:mod:`~instructgym.experiments.tuna.train`.
 """
 
 from __future__ import annotations
@@ -39,10 +40,12 @@ class TunaRank(Stage):
     candidates: str = ""
     """Run folder of 'tuna candidates'."""
     ranker: str = "probabilistic"
-    """probabilistic (the teacher's log-likelihood), contextual (a judge orders them all), pairwise (a judge compares
-    two), ground-truth (ROUGE-L to the reference), or JSON {"id": ..., "kwargs": {...}}."""
+    """How candidates are ranked: probabilistic (log-likelihood under the teacher), contextual (a judge orders all
+    candidates at once), pairwise (a judge compares two at a time), ground-truth (ROUGE-L to the reference response), or
+    JSON {"id": ..., "kwargs": {...}}."""
     backend: str = "embedded"
-    """The teacher or judge, as of 'tuna candidates'. A teacher is asked as the writer of the candidates was."""
+    """Language model of the teacher or judge: embedded, transformers, openai, vllm, 'module:factory', or JSON {"id":
+    ..., "kwargs": {...}}. A teacher gets the prompts in the --layout of 'tuna candidates'."""
 
     def check(self) -> None:
         super().check()
@@ -50,26 +53,27 @@ class TunaRank(Stage):
             raise InputError("--candidates is missing: name the run folder of 'tuna candidates'")
 
     def build(self, backend: Backend, layout: DataLayout = "chat") -> Ranker:
-        """The ranker on a backend.
+        """Builds the ranker on a backend.
 
         Args:
-            backend: the teacher or judge.
-            layout: in which the candidates were asked for.
+            backend: language model of the teacher or judge.
+            layout: prompt format in which the candidates were drawn.
 
         Raises:
-            InputError: if there is none of that id, its arguments are wrong, or the backend cannot be one.
+            InputError: if no ranker has that id, its arguments are wrong, or the backend lacks what the ranker needs.
         """
         return build_judge("ranker", self.ranker, "--ranker", backend, form="chat" if layout == "chat" else "raw")
 
 
 def run(options: TunaRank, console: Console | None = None) -> dict[str, Any]:
-    """Ranks, or goes on, and returns the results.
+    """Ranks the candidates, or resumes an unfinished run, and returns the results.
 
-    The run folder gets ``rankings.jsonl``, what the ranker said of every request, and ``ranked.jsonl``, the lists with
-    a ranking of two candidates or more.
+    Writes ``rankings.jsonl``, the output of the ranker for every request, and ``ranked.jsonl``, the lists of two or
+    more candidates with a valid ranking.
 
     Raises:
-        InputError: for bad input, before a model is loaded; and if there is no ranking at all.
+        InputError: if the input is invalid (before a model is loaded), if no request has a valid ranking, or if all
+            candidates of all lists tie.
     """
     console = console or Console()
     options.check()
@@ -78,7 +82,7 @@ def run(options: TunaRank, console: Console | None = None) -> dict[str, Any]:
     if not usable:
         raise InputError(f"--candidates {options.candidates}: no request has two different candidates to rank")
     parts = {"ranker": parse_part(options.backend)}
-    with input_errors():
+    with input_errors():  # builds the ranker once, so that wrong options fail before the run folder is opened
         options.build(journaled_roles(parts, None)["ranker"], layout)
     if options.dry_run:
         console.print(f"would rank the candidates of {len(usable)} of {len(rows)} requests by {options.ranker}")
@@ -92,22 +96,25 @@ def run(options: TunaRank, console: Console | None = None) -> dict[str, Any]:
 
             def ranked(first: int) -> list[dict[str, Any]]:
                 opened.check_time()
-                asked, failed = roles["ranker"].usage.requests, roles["ranker"].usage.errors
-                made = _ranked(ranker, usable[first : first + CHUNK], options.seed, layout)
-                asked, failed = roles["ranker"].usage.requests - asked, roles["ranker"].usage.errors - failed
-                if asked == failed > 0:  # rows that are written are not asked for again
-                    raise BackendError(f"all {asked} requests failed: {made[0]['feedback']}; repeat the command")
-                return made
+                # Usage counts over the whole run: the differences are the requests of this chunk.
+                requests, failed = roles["ranker"].usage.requests, roles["ranker"].usage.errors
+                chunk_rankings = _ranked(ranker, usable[first : first + CHUNK], options.seed, layout)
+                requests, failed = roles["ranker"].usage.requests - requests, roles["ranker"].usage.errors - failed
+                if requests == failed > 0:  # a row that is written would not be ranked again
+                    raise BackendError(
+                        f"all {requests} requests failed: {chunk_rankings[0]['feedback']}; repeat the command"
+                    )
+                return chunk_rankings
 
             path = opened.folder.file(RANKINGS)
             try:
-                found = chunked_rows(path, len(usable), CHUNK, ranked, "requests ranked", console)
+                rankings = chunked_rows(path, len(usable), CHUNK, ranked, "requests ranked", console)
             except OutOfTimeError:
                 return opened.stopped({"requests": len(read_records(path))})
-        lists = [_list(row, one) for row, one in zip(usable, found, strict=True) if one["valid"]]
+        lists = [_list(row, item) for row, item in zip(usable, rankings, strict=True) if item["valid"]]
         if not lists:
-            raise InputError(f"the ranker ranked nothing; of the first request it says: {found[0]['feedback']}")
-        tied = sum(len(set(one.scores)) == 1 for one in lists)
+            raise InputError(f"the ranker ranked nothing; of the first request it says: {rankings[0]['feedback']}")
+        tied = sum(len(set(item.scores)) == 1 for item in lists)
         if tied == len(lists):
             raise InputError(f"{options.ranker} ties all candidates of all {tied} lists: nothing could be learned")
         write_ranked_lists(opened.folder.file(RANKED), lists)
@@ -119,9 +126,9 @@ def run(options: TunaRank, console: Console | None = None) -> dict[str, Any]:
                 "too few candidates": len(rows) - len(usable),
                 "without a ranking": len(usable) - len(lists),
                 "lists": len(lists),
-                "candidates": sum(len(one.candidates) for one in lists),
+                "candidates": sum(len(item.candidates) for item in lists),
                 "all tied": tied,
-                "calls": sum(one["calls"] for one in found),
+                "calls": sum(item["calls"] for item in rankings),
                 "seconds": opened.seconds,
             },
         )
@@ -132,10 +139,10 @@ def run(options: TunaRank, console: Console | None = None) -> dict[str, Any]:
 
 
 def read_candidates(folder: str) -> tuple[list[dict[str, Any]], DataLayout]:
-    """The rows of a finished run of 'tuna candidates', and the layout in which it asked.
+    """Returns the rows of a finished run of 'tuna candidates' and the layout of its prompts.
 
     Raises:
-        InputError: if there are none.
+        InputError: if the folder holds no rows, or the run has not finished.
     """
     rows = read_records(Path(folder) / CANDIDATES)
     results, config = read_json(Path(folder) / "results.json"), read_json(Path(folder) / "config.json")
@@ -145,22 +152,22 @@ def read_candidates(folder: str) -> tuple[list[dict[str, Any]], DataLayout]:
 
 
 def _ranked(ranker: Ranker, rows: Sequence[Mapping[str, Any]], seed: int, layout: DataLayout) -> list[dict[str, Any]]:
-    """What the ranker says of each row; rows without a ranking are asked about once more."""
-    said: dict[int, CandidateScores] = {}
+    """Returns the ranker's output for each row; rows without a valid ranking are ranked a second time."""
+    scores: dict[int, CandidateScores] = {}
     calls = [0] * len(rows)
     for attempt in range(2):
-        missing = [i for i in range(len(rows)) if i not in said or not said[i].valid]
-        found = ranker.rank(
+        missing = [i for i in range(len(rows)) if i not in scores or not scores[i].valid]
+        results = ranker.rank(
             [_prompt(ranker, _example(rows[i]), layout) for i in missing],
             [rows[i]["candidates"] for i in missing],
             [rows[i]["output"] or None for i in missing],
             [request_seed(seed, "rank", rows[i]["id"], attempt) for i in missing],
             attempt,
         )
-        said |= dict(zip(missing, found, strict=True))
+        scores |= dict(zip(missing, results, strict=True))
         for i in missing:
-            calls[i] += said[i].calls
-    return [_said(row, said[i], calls[i]) for i, row in enumerate(rows)]
+            calls[i] += scores[i].calls
+    return [_said(row, scores[i], calls[i]) for i, row in enumerate(rows)]
 
 
 def _example(row: Mapping[str, Any]) -> InstructionExample:
@@ -168,14 +175,16 @@ def _example(row: Mapping[str, Any]) -> InstructionExample:
 
 
 def _prompt(ranker: Ranker, example: InstructionExample, layout: DataLayout) -> str:
-    """The request, or the text that a teacher's candidates continued."""
+    """Returns the request or, for a teacher outside the layout ``chat``, the text that the candidates continue."""
     if layout == "chat" or not isinstance(ranker, ProbabilisticRanker):
         return request_text(example)
     opening = OPENINGS[layout]
-    return prompt_text(example, layout) + (opening if opening != " " else "")  # a raw prompt gets its blank anyway
+    # The ranker puts the blank before each candidate itself.
+    return prompt_text(example, layout) + (opening if opening != " " else "")
 
 
 def _said(row: Mapping[str, Any], found: CandidateScores, calls: int) -> dict[str, Any]:
+    """Returns the row of ``rankings.jsonl`` for one request."""
     return {
         "id": row["id"],
         "valid": found.valid,
@@ -188,6 +197,7 @@ def _said(row: Mapping[str, Any], found: CandidateScores, calls: int) -> dict[st
 
 
 def _list(row: Mapping[str, Any], said: Mapping[str, Any]) -> RankedList:
+    """Returns the ranked list of a row of candidates and its ranking, with the candidates that the ranker added."""
     added = [text.strip() for text in said["added"]]
     return RankedList(
         row["id"],
@@ -204,21 +214,24 @@ def _list(row: Mapping[str, Any], said: Mapping[str, Any]) -> RankedList:
 
 
 def agreement(lists: Sequence[RankedList]) -> dict[str, float | None]:
-    """How a ranking goes with the references, for want of people: means over the lists that have one.
+    """Returns the agreement of rankings with reference responses, as means over the lists that have a reference.
+
+    The references take the place of human rankings.
 
     Returns:
-        ``kendall_tau``: tau-b, in [-1, 1], between scores and ROUGE-L to the reference; ``rouge_l_best``: ROUGE-L of
-            the candidate ranked first; ``rouge_l_mean``: of all candidates. None without a reference.
+        ``kendall_tau``: Kendall's tau-b, in [-1, 1], between scores and ROUGE-L to the reference; ``rouge_l_best``:
+            ROUGE-L of the candidate that is ranked first; ``rouge_l_mean``: mean ROUGE-L of all candidates. A value is
+            None if no list has a reference.
     """
     taus, best, mean = [], [], []
-    for one in lists:
-        if one.reference is None:
+    for ranked in lists:
+        if ranked.reference is None:
             continue
-        overlaps = [rouge_l(text, one.reference) for text in one.candidates]
-        tau = kendalltau(one.scores, overlaps).statistic
-        if np.isfinite(tau):
+        overlaps = [rouge_l(text, ranked.reference) for text in ranked.candidates]
+        tau = kendalltau(ranked.scores, overlaps).statistic
+        if np.isfinite(tau):  # it is NaN if all scores, or all overlaps, are equal
             taus.append(float(tau))
-        best.append(overlaps[int(np.argmax(one.scores))])
+        best.append(overlaps[int(np.argmax(ranked.scores))])
         mean.append(float(np.mean(overlaps)))
     return {
         "kendall_tau": float(np.mean(taus)) if taus else None,

@@ -1,4 +1,4 @@
-"""``instructgym tuna report``: what each arm learned from the rankings, side by side."""
+"""``instructgym tuna report``: tables and a figure that compare the arms of an experiment with ranked lists."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..runs.statistics import compare_paired
 from ..teaching.evaluate import BASE
 
 EVALUATION, RANKINGS, POLICIES = "evaluate", "rank", "train"
-"""Folders of the stages in an experiment's."""
+"""Folders of the stages below the folder of an experiment."""
 
 
 @dataclass
@@ -25,7 +25,7 @@ class TunaReport:
     """Gather the stages of 'tuna run' into tables and a figure."""
 
     run_dir: str = ""
-    """Folder of the experiment."""
+    """Folder of the experiment: the --run-dir of 'tuna run'."""
 
 
 def run(options: TunaReport, console: Console | None = None) -> dict[str, Any]:
@@ -47,8 +47,10 @@ def run(options: TunaReport, console: Console | None = None) -> dict[str, Any]:
     figures = judged["metrics"]
     trained = _finished(root / POLICIES)
     rankings = _finished(root / RANKINGS)
+    # The bootstrap takes the seed of the evaluation: its intervals are the same on every call.
     seed = int(((read_json(root / EVALUATION / "judged" / "config.json") or {}).get("options") or {}).get("seed", 0))
     others = [name for name in tasks if name != figures["against"]]
+    # Paired over tasks: every arm was evaluated on the same ones.
     gaps = {name: compare_paired(tasks[name], tasks[figures["against"]], seed) for name in others}
     tables = [_arm_rows(figures, gaps, trained), _ranking_rows(rankings)]
     out.mkdir(parents=True, exist_ok=True)
@@ -61,8 +63,10 @@ def run(options: TunaReport, console: Console | None = None) -> dict[str, Any]:
         "against": figures["against"],
         "win_rates": figures["win_rates"],
         "comparisons": {name: asdict(pair) | pair.shares for name, pair in gaps.items()},
-        "training": {name: found["metrics"] for name, found in trained.items()},
-        "rankings": {name: found["metrics"] | found["counts"] for name, found in rankings.items()},
+        "training": {name: stage_results["metrics"] for name, stage_results in trained.items()},
+        "rankings": {
+            name: stage_results["metrics"] | stage_results["counts"] for name, stage_results in rankings.items()
+        },
     }
     write_json(out / "results.json", results)
     for rows in tables:
@@ -72,12 +76,13 @@ def run(options: TunaReport, console: Console | None = None) -> dict[str, Any]:
 
 
 def _finished(folder: Path) -> dict[str, dict[str, Any]]:
-    """The results of the finished runs in a folder, by their names."""
-    found = {path.parent.name: read_json(path) for path in sorted(folder.glob("*/results.json"))}
-    return {name: results for name, results in found.items() if results and results.get("status") == "finished"}
+    """Returns the results of the finished runs in a folder, by run name."""
+    by_name = {path.parent.name: read_json(path) for path in sorted(folder.glob("*/results.json"))}
+    return {name: results for name, results in by_name.items() if results and results.get("status") == "finished"}
 
 
 def _notes(against: str) -> list[str]:
+    """Returns the paragraphs that explain the columns of the tables."""
     return [
         "ROUGE-L (percent) of greedy answers, the mean over tasks. Win rate: the judge's mean outcome against "
         f"{against}, each pair in both orders. Intervals: 95%, bootstrap over tasks; one training seed, of which they "
@@ -92,6 +97,7 @@ def _notes(against: str) -> list[str]:
 def _arm_rows(
     figures: Mapping[str, Any], gaps: Mapping[str, Any], trained: Mapping[str, Mapping[str, Any]]
 ) -> list[list[str]]:
+    """Returns the table of the arms: a header, then one row per arm."""
     against = figures["against"]
     rows = [
         ["arm", "ROUGE-L (95%)", f"against {against} (95%)", "win rate (95%)", "same", "orders agree", "tokens", "tau"]
@@ -107,20 +113,23 @@ def _arm_rows(
 
 
 def _judged(wins: Mapping[str, float]) -> list[str]:
+    """Returns the cells of an arm's win rate, its same responses and the agreement of the two orders."""
     agreed = "" if wins["agreement"] is None else f"{100 * wins['agreement']:.0f}%"
     rate = _percent(wins["win_rate"], wins["win_rate_low"], wins["win_rate_high"], ".0f")
     return [rate, f"{100 * wins['same']:.0f}%", agreed]
 
 
 def _taus(metrics: Mapping[str, Any]) -> str:
+    """Returns the cell of Kendall's tau on withheld lists before and after training; empty if one is missing."""
     before, after = (metrics.get(f"tau, held out {when}") for when in ("before", "after"))
     return "" if before is None or after is None else f"{before:.2f} to {after:.2f}"
 
 
 def _ranking_rows(rankings: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Returns the table of the rankings: a header, then one row per run of 'tuna rank'."""
     rows = [["ranking", "lists", "candidates", "no ranking", "all tied", "tau with ROUGE-L", "ROUGE-L: best", "mean"]]
-    for name, found in rankings.items():
-        metrics, counts = found["metrics"], found["counts"]
+    for name, results in rankings.items():
+        metrics, counts = results["metrics"], results["counts"]
         keys = ("lists", "candidates", "without a ranking", "all tied")
         shown = ("kendall_tau", "rouge_l_best", "rouge_l_mean")
         cells = ["" if metrics[key] is None else f"{metrics[key]:.2f}" for key in shown]
@@ -129,16 +138,20 @@ def _ranking_rows(rankings: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 
 
 def _percent(value: float, low: float, high: float, form: str = ".1f") -> str:
+    """Returns a share and its interval in percent."""
     return f"{100 * value:{form}} ({100 * low:{form}} to {100 * high:{form}})"
 
 
 def plot_arms(figures: Mapping[str, Any], tasks: int, path: Path) -> Path:
-    """ROUGE-L of every arm and its win rate against the reference policy, with 95% intervals over tasks.
+    """Plots ROUGE-L of every arm and its win rate against the reference policy, with 95% intervals over tasks.
 
     Args:
-        figures: ``arms``, ``win_rates`` and ``against`` of the evaluation.
-        tasks: how many there are.
-        path: the PNG.
+        figures: metrics of the evaluation, with ``arms``, ``win_rates`` and ``against``.
+        tasks: number of held-out tasks.
+        path: PNG file to write.
+
+    Returns:
+        The path.
     """
     figure, axes = panels(2)
     left, right = axes[0]
@@ -151,6 +164,7 @@ def plot_arms(figures: Mapping[str, Any], tasks: int, path: Path) -> Path:
         if wins and wins["win_rate"] is not None:
             mean, low, high = (100 * wins[key] for key in ("win_rate", "win_rate_low", "win_rate_high"))
             right.errorbar(k, mean, yerr=[[mean - low], [high - mean]], fmt="o", color=colour, capsize=4)
+    # At 50 percent an arm wins as often as it loses.
     right.axhline(50, color="#555555", linewidth=1, linestyle="--")
     for axis in (left, right):
         axis.set_xticks(range(len(names)), names, fontsize=8)

@@ -1,8 +1,8 @@
-"""``instructgym tuna run``: both stages of Tuna, chained in either order, beside DPO and PPO on the same rankings.
+"""``instructgym tuna run``: trains with both stages of Tuna in either order, and with DPO and PPO.
 
-A model is fine-tuned on requests with references (the paper's Alpaca). The probabilistic stage ranks a teacher's
-responses to the same requests by the teacher's likelihood, the contextual one has a judge rank the model's own (Li et
-al. 2023, arXiv 2310.13385).
+The idea (Li et al. 2023, arXiv 2310.13385): a model is fine-tuned on requests with reference responses (in the paper,
+Alpaca). The probabilistic stage then ranks responses of a teacher to the same requests by the teacher's likelihood. In
+the contextual stage a judge ranks responses of the model itself. DPO and PPO learn from the same contextual rankings.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from .train import TunaTrain
 from .train import run as train
 
 SFT, PROBABILISTIC, CONTEXTUAL, TUNA, DPO, PPO = ARMS = ("sft", "tuna-p", "tuna-c", "tuna", "dpo", "ppo")
-"""The start of all others; the probabilistic stage alone; the contextual one alone; both; and two other ways to use the
-rankings of ``tuna-c``."""
+"""Names of the arms: the fine-tuned model from which all others start; the probabilistic stage alone; the contextual
+stage alone; both stages; and DPO and PPO on the rankings of ``tuna-c``."""
 
 ORDERS = ("probabilistic,contextual", "contextual,probabilistic")
 
@@ -58,9 +58,10 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 MOST = {"smoke": (10, 6), "report": (0, HELD_OUT)}
-"""Requests (0: all) and held-out tasks, where nothing else is asked for."""
+"""By scale, the number of requests (0: all) and the default number of held-out tasks."""
 LEARNING_RATES = {"first": 2e-4, "second": 1e-4, DPO: 1e-4}
-"""Of a Tuna stage from the start, of one behind another, of DPO; adapters take larger ones than the paper's."""
+"""Learning rates of the first Tuna stage, of the second and of DPO. Adapters need larger ones than those of the
+paper."""
 
 
 @dataclass
@@ -68,48 +69,52 @@ class TunaRun:
     """Run all stages: supervised start, candidates, rankings, training, evaluation, report."""
 
     run_dir: str = "runs/tuna"
-    """Folder for the run folders of all stages; those that are finished are kept."""
+    """Folder for the run folders of all stages. Finished stages are not run again."""
     scale: Literal["smoke", "report"] = "report"
     """smoke: under three minutes on two cores; report: up to two hours."""
     model: str = "embedded"
-    """Who is trained: embedded, or a local path or hub id of a causal language model."""
+    """Model to train: embedded, or a local path or hub id of a causal language model."""
     seeds: str = ""
-    """Seed tasks: Self-Instruct's seed_tasks.jsonl, or JSONL with 'instruction' and 'instances'. By default the
-    package's own."""
+    """File of seed tasks: Self-Instruct's seed_tasks.jsonl, or JSONL with 'instruction' and 'instances'. Empty: those
+    of the package."""
     held_out: int = 0
-    """Seed tasks kept for evaluation, a quarter of all at most, chosen by a hash of their text. 0: by --scale, 6 or 40.
-    """
+    """Number of seed tasks for evaluation, at most a quarter of all, chosen by a hash of their text. 0: set by --scale,
+    6 for smoke and 40 for report."""
     order: Literal["probabilistic,contextual", "contextual,probabilistic"] = "probabilistic,contextual"
-    """Which stage of Tuna comes first; the arm tuna is trained by both."""
+    """Order of the two stages of Tuna in the arm tuna, which is trained by both."""
     arms: str = ",".join(ARMS)
-    """Arms beside the base model, separated by commas: sft (the start), tuna-p, tuna-c, tuna, dpo, ppo."""
+    """Arms to train and to compare with the base model, separated by commas: sft (supervised fine-tuning, the start of
+    the others), tuna-p (probabilistic stage), tuna-c (contextual stage), tuna (both stages), dpo, ppo."""
     teacher: str = "embedded"
-    """Whose responses and log-probs the probabilistic stage takes: embedded, transformers, vllm, openai,
-    'module:factory', or JSON {"id": ..., "kwargs": {...}}."""
+    """Backend of the teacher, which writes and ranks the responses of the probabilistic stage: embedded, transformers,
+    vllm, openai, 'module:factory', or JSON {"id": ..., "kwargs": {...}}."""
     judge: str = "contextual"
-    """Who ranks in the contextual stage: contextual, pairwise, ground-truth (ROUGE-L to the reference), or JSON."""
+    """Ranker of the contextual stage: contextual (a judge orders all candidates at once), pairwise (a judge compares
+    two at a time), ground-truth (ROUGE-L to the reference response), or JSON {"id": ..., "kwargs": {...}}."""
     judge_backend: str = "embedded"
-    """The language model of that judge, and of the one that compares the arms."""
+    """Language model of both judges, the one of the contextual stage and the one that compares the arms: embedded,
+    transformers, vllm, openai, 'module:factory', or JSON {"id": ..., "kwargs": {...}}."""
     evaluation_judge: str = JUDGE
-    """Who compares the arms with the start, in both orders; see 'tuna evaluate'."""
+    """Judge that compares the responses of each arm with those of sft (of the base model without that arm), in both
+    orders, as an id or JSON; see --judge of 'tuna evaluate'."""
     loss: str = "tuna"
-    """Of the Tuna arms: tuna (the paper's) or tuna_released (its code's)."""
+    """Loss of the Tuna arms: tuna (as in the paper) or tuna_released (as in the released code)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of what is trained; auto: bfloat16 where the hardware computes in it."""
+    """Floating-point type in which models are trained. auto: bfloat16 if the hardware supports it, else float32."""
     seed: int = 0
-    """Of everything that is drawn."""
+    """Seed of data order, sampled tokens and initial weights."""
     minutes: float = 0.0
-    """Stop cleanly after so many minutes; the same command goes on from there. 0: no limit."""
+    """Time limit in minutes. The run then stops cleanly, and the same command resumes it. 0: no limit."""
     track: str = "none"
-    """none or wandb."""
+    """Where metrics are logged besides files: wandb (Weights & Biases) or none."""
     dry_run: bool = False
-    """Check the options, load no model."""
+    """Check the options and print what would be done, without loading a model."""
 
     def check(self) -> list[str]:
-        """The names of the arms.
+        """Checks the options and returns the names of the arms, in the order of ``ARMS``.
 
         Raises:
-            InputError: naming the option.
+            InputError: if an option is wrong; the message names it.
         """
         check_output(self.root / "report" / "report.md")
         check_tracker(self.track)
@@ -136,38 +141,39 @@ class TunaRun:
 
     @property
     def held(self) -> int:
-        """Seed tasks to hold out."""
+        """Number of seed tasks to hold out."""
         return self.held_out or MOST[self.scale][1]
 
     @property
     def starts_probabilistic(self) -> bool:
-        """Whether the probabilistic stage is the first."""
+        """Whether the probabilistic stage comes first."""
         return self.order == ORDERS[0]
 
     def evaluation_tasks(self) -> list[EvaluationTask]:
-        """What the arms are evaluated on.
+        """Returns the held-out tasks on which the arms are evaluated.
 
         Raises:
-            InputError: for seed tasks that cannot be used.
+            InputError: if the seed tasks cannot be used.
         """
         with input_errors():
             return load_evaluation_tasks(self.seeds or None, self.held)
 
     def requests(self) -> list[InstructionExample]:
-        """The requests to learn from: those of the seed tasks that are not held out and resemble none that is.
+        """Returns the training requests: those of the seed tasks that are not held out and resemble no held-out task.
 
         Raises:
-            InputError: for seed tasks that cannot be used, or without any request.
+            InputError: if the seed tasks cannot be used, or no request is left.
         """
         with input_errors():
             shown, _ = evaluation_split(load_tasks(self.seeds or None), self.held)
+        # Requests that resemble an evaluation task are left out: the arms would be trained on the test data.
         gate = RougeGate(0.7, [task.instruction for task in self.evaluation_tasks()])
         examples = [
-            InstructionExample(task.instruction, one.input.strip(), one.output.strip())
+            InstructionExample(task.instruction, instance.input.strip(), instance.output.strip())
             for task in shown
             if not gate.rejects(gate.nearest(task.instruction)[0])
-            for one in task.instances
-            if one.output.strip()
+            for instance in task.instances
+            if instance.output.strip()
         ]
         if not examples:
             raise InputError(
@@ -179,7 +185,7 @@ class TunaRun:
 
 @dataclass
 class _Chain:
-    """The stages of one experiment, in their folders; each is run when something needs it, once."""
+    """The stages of one experiment, in their folders; each runs once, when the first other stage needs it."""
 
     options: TunaRun
     console: Console
@@ -188,10 +194,11 @@ class _Chain:
     done: set[Path] = field(default_factory=set)
 
     def folder(self, kind: str, name: str) -> Path:
+        """Returns the run folder of a stage."""
         return self.options.root / kind / name
 
     def stage(self, work: Callable[[Any, Console], dict[str, Any]], options: Any) -> Path:
-        """Runs a stage unless this chain has; returns its folder."""
+        """Runs a stage unless this chain has run it already, and returns its folder."""
         folder = Path(options.run_dir)
         if folder not in self.done:
             self.console.rule(f"{folder.parent.name}/{folder.name}", style="dim")
@@ -200,15 +207,16 @@ class _Chain:
         return folder
 
     def shared(self, kind: str, name: str) -> dict[str, Any]:
-        """Options of every stage."""
+        """Returns the options that every stage has."""
         options = self.options
         return {"run_dir": str(self.folder(kind, name)), "seed": options.seed, "track": options.track}
 
     # --- stages ------------------------------------------------------------------------------------------------------
 
     def start(self) -> Path:
+        """Fine-tunes the model on the requests and returns the run folder."""
         options = self.options
-        mine = Finetune(
+        stage_options = Finetune(
             **self.shared(POLICIES, SFT),
             dtype=options.dtype,
             data=str(self.data),
@@ -216,35 +224,38 @@ class _Chain:
             epochs=2,
             context_length=min(Finetune.context_length, tokenizer_of(options.model).context_length),
         )
-        return self.stage(finetune, mine)
+        return self.stage(finetune, stage_options)
 
     def candidates(self, name: str, **writer: Any) -> Path:
-        mine = TunaCandidates(
+        """Draws candidates and returns the run folder; the writer is ``backend`` or ``policy``."""
+        stage_options = TunaCandidates(
             **self.shared("candidates", name),
             **SIZES[self.options.scale]["candidates"],
             data=str(self.data),
             dtype=self.options.dtype,
             **writer,
         )
-        return self.stage(candidates, mine)
+        return self.stage(candidates, stage_options)
 
     def ranking(self, name: str, drawn: Path, ranker: str, backend: str) -> Path:
-        mine = TunaRank(**self.shared(RANKINGS, name), candidates=str(drawn), ranker=ranker, backend=backend)
-        return self.stage(rank, mine)
+        """Ranks the candidates of a run folder and returns the run folder of the ranking."""
+        stage_options = TunaRank(**self.shared(RANKINGS, name), candidates=str(drawn), ranker=ranker, backend=backend)
+        return self.stage(rank, stage_options)
 
     def probabilistic(self) -> Path:
-        """The teacher's responses by its likelihood."""
+        """Ranks the teacher's responses by its likelihood and returns the run folder."""
         teacher = self.options.teacher
         return self.ranking("probabilistic", self.candidates("teacher", backend=teacher), "probabilistic", teacher)
 
     def contextual(self, writer: Path) -> Path:
-        """A policy's own responses by the judge."""
+        """Lets the judge rank the responses of the policy in ``writer``, and returns the run folder."""
         name = "contextual" if writer.name == SFT else f"contextual-{writer.name}"
         drawn = self.candidates(writer.name, policy=str(writer))
         return self.ranking(name, drawn, self.options.judge, self.options.judge_backend)
 
     def trained(self, name: str, start: Path, ranked: Path, loss: str, learning_rate: float) -> Path:
-        mine = TunaTrain(
+        """Trains the policy in ``start`` on ranked lists and returns the run folder."""
+        stage_options = TunaTrain(
             **self.shared(POLICIES, name),
             **SIZES[self.options.scale]["train"],
             dtype=self.options.dtype,
@@ -254,10 +265,10 @@ class _Chain:
             learning_rate=learning_rate,
             context_length=min(TunaTrain.context_length, tokenizer_of(self.options.model).context_length),
         )
-        return self.stage(train, mine)
+        return self.stage(train, stage_options)
 
     def arm(self, name: str) -> Path:
-        """The run folder of an arm's policy; whatever it needs is trained first."""
+        """Returns the run folder of an arm's policy; trains the policy, and what it depends on, first."""
         start, loss = self.start(), self.options.loss
         first, second = LEARNING_RATES["first"], LEARNING_RATES["second"]
         if name == SFT:
@@ -266,6 +277,8 @@ class _Chain:
             return self.trained(name, start, self.probabilistic(), loss, first)
         if name == CONTEXTUAL:
             return self.trained(name, start, self.contextual(start), loss, first)
+        # The second stage starts from the policy of the first. The contextual stage ranks responses of the policy from
+        # which it starts; the teacher's ranking does not depend on the policy.
         if name == TUNA and self.options.starts_probabilistic:
             middle = self.arm(PROBABILISTIC)
             return self.trained(name, middle, self.contextual(middle), loss, second)
@@ -273,7 +286,7 @@ class _Chain:
             return self.trained(name, self.arm(CONTEXTUAL), self.probabilistic(), loss, second)
         if name == DPO:
             return self.trained(name, start, self.contextual(start), "dpo", LEARNING_RATES[DPO])
-        mine = TunaPPO(
+        ppo_options = TunaPPO(
             **self.shared(POLICIES, PPO),
             **SIZES[self.options.scale]["ppo"],
             dtype=self.options.dtype,
@@ -281,12 +294,13 @@ class _Chain:
             ranked=str(self.contextual(start)),
             context_length=min(TunaPPO.context_length, tokenizer_of(self.options.model).context_length),
         )
-        return self.stage(ppo, mine) / "ppo"
+        return self.stage(ppo, ppo_options) / "ppo"
 
     def evaluation(self, arms: Sequence[str]) -> None:
+        """Trains the arms, then evaluates them together with the base model."""
         policies = {name: self.arm(name) for name in arms}
         options = self.options
-        mine = TunaEvaluate(
+        stage_options = TunaEvaluate(
             **self.shared(EVALUATION, "")
             | {"run_dir": str(options.root / EVALUATION)}
             | SIZES[options.scale]["evaluate"],
@@ -301,14 +315,14 @@ class _Chain:
             backend=options.judge_backend,
             against=SFT if SFT in arms else "base",
         )
-        self.stage(evaluate, mine)
+        self.stage(evaluate, stage_options)
 
 
 def run(options: TunaRun, console: Console | None = None) -> dict[str, Any]:
-    """Runs the stages that are not finished and returns the report's figures.
+    """Runs the stages that are not finished and returns the results of the report.
 
     Raises:
-        InputError: for bad input.
+        InputError: if the input is invalid.
     """
     return in_time(_run)(options, console or Console())
 
@@ -323,9 +337,10 @@ def _run(options: TunaRun, console: Console) -> dict[str, Any]:
             f"{options.root}"
         )
         return {}
-    asked = digest([[task.name, task.instruction] for task in tasks])
+    tasks_digest = digest([[task.name, task.instruction] for task in tasks])
+    # These options may not change between runs of one folder; the run folders of the stages check the others.
     fixed = ("model", "order", "scale", "judge_backend", "evaluation_judge")
-    identity = {name: getattr(options, name) for name in fixed} | {"evaluation_tasks": asked, "arms": arms}
+    identity = {name: getattr(options, name) for name in fixed} | {"evaluation_tasks": tasks_digest, "arms": arms}
     with RunFolder(options.root, identity, "tuna run").opened():
         data = options.root / "requests.jsonl"
         write_once(data, [example.row() for example in requests])
@@ -334,11 +349,12 @@ def _run(options: TunaRun, console: Console) -> dict[str, Any]:
 
 
 def _check_parts(options: TunaRun) -> None:
-    """Refuses a teacher, judge or backend that does not exist, before the first stage."""
+    """Raises an InputError for a teacher, judge or backend that cannot be built, before the first stage."""
     backends = {name: parse_part(getattr(options, name)) for name in ("teacher", "judge_backend")}
     with input_errors():
         live = journaled_roles(backends, None)
         TunaRank(ranker=options.judge).build(live["judge_backend"])
         TunaRank(ranker="probabilistic").build(live["teacher"])
         TunaEvaluate(judge=options.evaluation_judge).build(live["judge_backend"])
+    # Fails for a model without a chat template, which all stages need.
     tokenizer_of(options.model).chat_text([{"role": "user", "content": "?"}])

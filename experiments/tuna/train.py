@@ -1,4 +1,8 @@
-"""``instructgym tuna train``: a policy learns from ranked lists, by Tuna's loss, DPO or one of their relatives."""
+"""``instructgym tuna train``: trains a policy on ranked lists with the loss of Tuna, of DPO or a related one.
+
+The losses are in :mod:`~instructgym.agents.preferences.losses`, the training loop in
+:mod:`~instructgym.agents.preferences.trainer`.
+"""
 
 from __future__ import annotations
 
@@ -35,38 +39,45 @@ class TunaTrain(TrainingOptions):
     ranked: str = ""
     """Run folder of 'tuna rank', or a JSONL file of ranked lists."""
     policy: str = ""
-    """Run folder of the policy to start from, which is also the reference policy of losses that need one. By default
-    the model as it is, with a new adapter."""
+    """Run folder of the policy to start from. It is also the reference policy of losses that need one. Empty: start
+    from --model, with a new adapter."""
     model: str = ""
-    """embedded (by default), or a local path or hub id, where there is no --policy."""
+    """Model to train if there is no --policy: embedded, or a local path or hub id. Empty: embedded."""
     layout: Literal["chat", "plain", "alpaca"] = "chat"
-    """How a request is written: in the model's chat template, as a text to continue, or as Stanford Alpaca did."""
+    """Prompt format of a request. chat: the chat template of the model; plain: a text to continue; alpaca: the template
+    of Stanford Alpaca."""
     loss: str = "tuna"
-    """tuna (the paper's), tuna_released (its code's), dpo, ipo, spin, sppo, lipo_lambda, tdpo1 or tdpo2."""
+    """Loss of the training: tuna (as in the paper), tuna_released (as in the released code of Tuna), dpo, ipo, spin,
+    sppo, lipo_lambda, tdpo1 or tdpo2."""
     margin: float | None = None
-    """Of Tuna's losses, per rank, in nats per token. By default the loss's own, as the next four."""
+    """Margin of tuna and tuna_released per difference of ranks, in nats per token. None: the default of the loss."""
     beta: float | None = None
-    """Of the losses with a reference policy."""
+    """Parameter beta of the losses with a reference policy (all but tuna and tuna_released). None: the default of the
+    loss."""
     alpha: float | None = None
-    """Of tdpo2: weight of the difference of the KLs from the reference policy."""
+    """Weight of the difference of the KL divergences from the reference policy in the loss tdpo2. None: its default."""
     pairs: Literal["all", "best_worst"] | None = None
-    """Of dpo, ipo, sppo and TDPO's: which pairs of a list count."""
+    """Pairs of candidates of a list that dpo, ipo, sppo, tdpo1 and tdpo2 compare: all, or only the best with the worst.
+    None: the default of the loss."""
     mle_weight: float | None = None
-    """Weight of the likelihood of the reference response: 1 for Tuna's losses, 0 for the others."""
+    """Weight of the likelihood term, which imitates responses. None: 1 for tuna and tuna_released, 0 for other
+    losses."""
     imitate: Literal["reference", "best", "all"] = "reference"
-    """What that term imitates: the reference (the paper), the best candidate, or all (the released code)."""
+    """Responses that the likelihood term imitates: reference (the reference response, as in the paper), best (the best
+    candidate) or all (as in the released code)."""
     epochs: int = 2
-    """Passes over the lists."""
+    """Epochs over the lists."""
     batch_size: int = 8
     """Lists per optimiser step."""
     learning_rate: float = 1e-4
     """Peak learning rate (cosine, 10% warm-up)."""
     lora_rank: int = 16
-    """Rank of a new adapter; 0 trains all weights. A --policy has its own."""
+    """Rank of a new LoRA adapter. 0: train all weights. Not used with --policy, which has an adapter already."""
     holdout: float = 0.1
-    """Share of the lists on which the policy's order is compared with the ranking, and which are not trained on."""
+    """Share of the lists that is withheld from training. On it, the order of candidates by the policy is compared with
+    the ranking."""
     context_length: int = 512
-    """Tokens of request and response at most; what is longer is left out and counted."""
+    """Maximum number of tokens of request and response together. Longer examples are left out and counted."""
 
     def check(self) -> None:
         super().check()
@@ -81,10 +92,10 @@ class TunaTrain(TrainingOptions):
 
     @property
     def settings(self) -> RankingSettings:
-        """Of the training.
+        """Settings of the trainer.
 
         Raises:
-            InputError: for a value out of range, or an option that the loss has not.
+            InputError: if a value is out of range, or the loss does not have an option that is set.
         """
         return RankingSettings(
             learning_rate=self.learning_rate,
@@ -106,11 +117,11 @@ class TunaTrain(TrainingOptions):
 def run(options: TunaTrain, console: Console | None = None) -> dict[str, Any]:
     """Trains (or resumes), saves the policy, and returns the results.
 
-    Metrics are Kendall's tau between the policy's order of candidates and their ranking, before and after training, on
-    the lists trained on and on those withheld.
+    Metrics are Kendall's tau between the order of candidates by the policy and their ranking, before and after
+    training, on the training lists and on the withheld ones.
 
     Raises:
-        InputError: for bad input, before a model is loaded.
+        InputError: if the input is invalid, before a model is loaded.
     """
     console = console or Console()
     options.check()
@@ -123,7 +134,8 @@ def run(options: TunaTrain, console: Console | None = None) -> dict[str, Any]:
             f"would train on {len(train)} lists and withhold {len(held_out)}, by {options.loss}, in {options.run_dir}"
         )
         return {}
-    identity = {"lists": digest([[one.id, one.candidates, one.scores] for one in lists])}
+    # A resumed run must use the same rankings and weights: the options hold only their paths.
+    identity = {"lists": digest([[ranked.id, ranked.candidates, ranked.scores] for ranked in lists])}
     identity |= {"weights": weights_digest(start)} if start is not None else {}
     with stage(options, "tuna train", console, True, **identity) as opened:
         if isinstance(opened, dict):
@@ -131,6 +143,7 @@ def run(options: TunaTrain, console: Console | None = None) -> dict[str, Any]:
         write_once(opened.folder.file(TRAIN), _seen(lists, options))
         policy = _policy(options, start, model)
         ratios = LOSSES[options.loss].needs_reference_policy
+        # Before the trainer restores a checkpoint, which would replace the initial weights.
         before = _before(opened.folder, policy, train, held_out)
         trainer = RankingTrainer(policy, options.seed, **vars(options.settings))
         done = opened.supervised(trainer, train, f"{options.loss} on {len(train)} lists")
@@ -160,37 +173,40 @@ def run(options: TunaTrain, console: Console | None = None) -> dict[str, Any]:
 
 
 def ranked_file(path: str) -> Path:
-    """The file of ranked lists that an option names: itself, or the one in a run folder."""
+    """Returns the file of ranked lists for the value of an option, which is that file or a run folder with it."""
     return Path(path) / RANKED if Path(path).is_dir() else Path(path)
 
 
 def split_lists(
     lists: Sequence[RankedList], options: TunaTrain, model: str
 ) -> tuple[list[TokenizedRankedList], list[TokenizedRankedList], dict[str, int]]:
-    """The lists to train on, those to measure on, and what was left out.
+    """Returns the training lists, the withheld lists, and counts by reason of what was left out of training.
 
     Raises:
-        InputError: if nothing is left to train on.
+        InputError: if nothing is left to train on, the model's context is too short, or scores are too large for the
+            loss.
     """
     tokenizer = tokenizer_of(model)
     if tokenizer.context_length < options.context_length:
         raise InputError(f"{model} reads {tokenizer.context_length} tokens: set --context-length to that or less")
     names = withheld(lists, options.holdout, options.seed)
-    parts = [[one for one in lists if (one.id in names) == out] for out in (False, True)]
+    parts = [[ranked for ranked in lists if (ranked.id in names) == out] for out in (False, True)]
     both = [tokenize_lists(part, options.layout, tokenizer, options.context_length) for part in parts]
     (train, dropped), (held_out, _) = both
     loss = LOSSES[options.loss]
     pairing = loss.pairing(options.settings.given())
+    # Some losses and the likelihood term need the reference response.
     if (options.settings.weight and options.imitate == "reference") or pairing == "reference":
-        complete = [one for one in train if one.reference is not None]
+        complete = [ranked for ranked in train if ranked.reference is not None]
         dropped["lists without a reference"] = len(train) - len(complete)
         train = complete
     if not train:
         left_out = ", ".join(f"{count} {what}" for what, count in dropped.items() if count)
         raise InputError(f"{options.ranked} has no list to train on ({left_out or 'all withheld'})")
-    if pairing != "reference" and all(len(set(one.scores or ())) == 1 for one in train):
+    # Ties give no pairs; pairs with the reference exist even if all candidates tie.
+    if pairing != "reference" and all(len(set(ranked.scores or ())) == 1 for ranked in train):
         raise InputError(f"{options.ranked} ties all candidates of every list: there is nothing to learn")
-    if loss.needs_scores and max(abs(score) for one in train for score in one.scores or ()) > LARGEST_SCORE:
+    if loss.needs_scores and max(abs(score) for ranked in train for score in ranked.scores or ()) > LARGEST_SCORE:
         raise InputError(
             f"--loss {options.loss} needs scores of {LARGEST_SCORE:g} at most in size: scale them to [0, 1]"
         )
@@ -198,24 +214,26 @@ def split_lists(
 
 
 def withheld(lists: Sequence[RankedList], share: float, seed: int) -> set[str]:
-    """Ids of the lists that no stage trains on: a share of them, chosen by a hash of id and seed."""
-    order = sorted((one.id for one in lists), key=lambda name: request_seed(seed, "withheld", name))
+    """Returns the ids of the lists to withhold from training: a share of all, chosen by a hash of id and seed."""
+    # Sorted by the hash, not drawn: the choice depends neither on the order of the lists nor on the stage.
+    order = sorted((ranked.id for ranked in lists), key=lambda name: request_seed(seed, "withheld", name))
     return set(order[: round(share * len(order))])
 
 
 def _seen(lists: Sequence[RankedList], options: TunaTrain) -> list[dict[str, str]]:
-    """The requests that the policy has then been trained on, those of the policy it starts from included."""
+    """Returns the requests on which the policy is trained, including those of the policy that it starts from."""
     names = withheld(lists, options.holdout, options.seed)
     rows = {row["id"]: row for row in read_records(Path(options.policy) / TRAIN)} if options.policy else {}
-    return list((rows | {one.id: request_of(one).row() for one in lists if one.id not in names}).values())
+    return list((rows | {ranked.id: request_of(ranked).row() for ranked in lists if ranked.id not in names}).values())
 
 
 def _policy(options: TunaTrain, start: Path | None, model: str) -> LanguageModelPolicy:
+    """Returns the policy to train: a new one of the model, or the one in ``start`` with itself as the reference."""
     if start is None:
         lora = LoraSettings(rank=options.lora_rank)
         return LanguageModelPolicy(model, lora, value="shared", dtype=options.dtype, seed=options.seed)
     policy = policy_from(start, dtype=options.dtype, reference="base")
-    policy.freeze_reference("start")  # a checkpoint brings its own
+    policy.freeze_reference("start")  # the start as it is now; a checkpoint that is resumed restores its own copy
     return policy
 
 
@@ -225,7 +243,7 @@ def _before(
     train: Sequence[TokenizedRankedList],
     held_out: Sequence[TokenizedRankedList],
 ) -> dict[str, Any]:
-    """The agreement at the start, which a resumed run finds in its folder."""
+    """Returns the agreement before training; a resumed run reads it from its folder."""
     if (stored := read_json(folder.path / BEFORE)) is None:
         stored = _taus(policy, train, held_out)
         write_json(folder.file(BEFORE), stored)
@@ -235,7 +253,7 @@ def _before(
 def _taus(
     policy: LanguageModelPolicy, train: Sequence[TokenizedRankedList], held_out: Sequence[TokenizedRankedList]
 ) -> dict[str, Any]:
-    """Of log-probs per token, by which Tuna ranks."""
+    """Returns Kendall's tau on training and withheld lists for log-probs per token, by which Tuna orders candidates."""
     return {
         "tau, trained on": rank_agreement(policy, train),
         "tau, held out": rank_agreement(policy, held_out) if held_out else None,

@@ -1,1 +1,1 @@
-"""The processes that benchmarks start, one side of a comparison each."""
+"""Programs that benchmarks run in their own processes, each for one side of a comparison."""

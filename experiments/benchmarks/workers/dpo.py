@@ -1,6 +1,7 @@
-"""One measurement of this library's DPO, in a process of its own: prints a line of JSON.
+"""Measures DPO of this library once and prints a line of JSON.
 
-``python -m instructgym.experiments.benchmarks.workers.dpo JSON``, with the JSON of :func:`.ranking.run`.
+Usage: ``python -m instructgym.experiments.benchmarks.workers.dpo JSON``. The JSON is the ``spec`` of
+:func:`~instructgym.experiments.benchmarks.ranking.run`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ..tiny import peak_mb
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """Trains on a batch to warm up and then on the measured ones."""
+    """Trains on one batch as a warm-up, then on the measured batches, and returns the measurement."""
     torch.set_num_threads(spec["threads"])
     dtype = training_dtype("auto" if spec["dtype"] == "default" else spec["dtype"], "cpu")
     policy = LanguageModelPolicy(
@@ -39,12 +40,12 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     trainer = RankingTrainer(policy, loss="dpo", beta=0.1, batch_size=spec["batch"], learning_rate=1e-5)
     before = peak_mb()
     first, rest = lists[: spec["batch"]], lists[spec["batch"] :]
-    trainer.fit(first)
+    trainer.fit(first)  # warm-up
     cpu, wall = time.process_time(), time.perf_counter()
     trainer.fit(rest)
     cpu_seconds, wall_seconds = time.process_time() - cpu, time.perf_counter() - wall
     return {
-        "tokens": sum(len(response) for one in rest for response in one.candidates),
+        "tokens": sum(len(response) for ranked in rest for response in ranked.candidates),
         "cpu_seconds": cpu_seconds,
         "wall_seconds": wall_seconds,
         "start_mb": before,
@@ -58,9 +59,9 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def chosen_logprob(policy: LanguageModelPolicy, lists: list[TokenizedRankedList]) -> float:
-    """Mean log-prob, in nats, of the better responses by the reference policy: the same on every side."""
-    prompts = [np.array(one.prompt) for one in lists]
-    chosen = [np.array(one.candidates[0]) for one in lists]
+    """Returns the mean log-prob of the better responses by the reference policy, in nats: equal on all sides."""
+    prompts = [np.array(ranked.prompt) for ranked in lists]
+    chosen = [np.array(ranked.candidates[0]) for ranked in lists]
     return float(policy.reference_logprobs(prompts, chosen, [None] * len(lists)).sum()) / len(lists)
 
 

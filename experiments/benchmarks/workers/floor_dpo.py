@@ -1,8 +1,8 @@
-"""The forwards and backwards that one DPO step cannot avoid, in plain transformers calls: prints a line of JSON.
+"""Measures the passes that no DPO step can avoid, in plain transformers calls, and prints a line of JSON.
 
-``python -m instructgym.experiments.benchmarks.workers.floor_dpo JSON``. A step is, for every pair, a pass of the
-reference without gradients and a forward and backward pass of the policy. Pairs are sorted by length, rows padded to
-the longest of their micro-batch, logits computed from the first response token on.
+Usage: ``python -m instructgym.experiments.benchmarks.workers.floor_dpo JSON``. For every pair, a step has a pass of the
+reference policy without gradients and a forward and backward pass of the policy. Pairs are sorted by length, rows are
+padded to the longest of their micro-batch, and logits are computed only for response tokens.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from torch.nn.utils.rnn import pad_sequence
 from .floor_ppo import adapted, peak_mb
 
 MICRO_BATCHES = (2, 4, 8, 16)
-"""Pairs."""
+"""Numbers of pairs of a micro-batch to try."""
 BETA = 0.1
 
 
 class DPOFloor:
-    """A model with adapters, and the passes over pairs.
+    """A model with adapters and the passes of a DPO step.
 
     Args:
-        spec: the benchmark's settings.
+        spec: settings of the benchmark.
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
@@ -36,9 +36,14 @@ class DPOFloor:
         self.model, self.optimizer = adapted(spec)
 
     def _logprobs(self, ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        """float32, shape (rows,): of the responses, which are the last ``real.shape[1]`` columns at most.
+        """Returns the summed log-probs of the responses, float32, shape (rows,), in nats.
 
-        Rows are padded on the right, where causality hides padding: without a mask attention takes its fastest way.
+        The responses are in the last ``real.shape[1]`` columns. Rows are padded on the right, where causal attention
+        ignores padding: no mask is needed, so attention uses its fastest kernel.
+
+        Args:
+            ids: token ids of prompts and responses, int64, shape (rows, columns).
+            real: 1 for response tokens and 0 for padding, float32, shape (rows, longest response).
         """
         width = real.shape[1]
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == "bfloat16"):
@@ -47,37 +52,39 @@ class DPOFloor:
         return (logprobs * real).sum(dim=1)
 
     def step(self, pairs: list[dict[str, list[int]]], micro: int) -> tuple[float, float]:
-        """An optimiser step.
+        """Takes one optimiser step.
 
         Args:
-            pairs: token ids; their prompts are of one length.
-            micro: pairs of a micro-batch.
+            pairs: token ids of pairs whose prompts have the same length.
+            micro: number of pairs of a micro-batch.
 
         Returns:
-            the loss, and the mean log-prob of chosen responses by the reference, both in nats.
+            The loss, and the mean log-prob of the chosen responses by the reference policy, both in nats.
         """
+        # Pairs of similar length share a micro-batch, which saves padding.
         ordered = sorted(pairs, key=lambda pair: max(len(pair["chosen"]), len(pair["rejected"])))
         losses = chosen_logprobs = 0.0
         for start in range(0, len(pairs), micro):
-            some = ordered[start : start + micro]
-            responses = [pair[side] for side in ("chosen", "rejected") for pair in some]
-            rows = [pair["prompt"] for pair in some] * 2
+            micro_batch = ordered[start : start + micro]
+            responses = [pair[side] for side in ("chosen", "rejected") for pair in micro_batch]
+            rows = [pair["prompt"] for pair in micro_batch] * 2
             ids = pad_sequence([torch.tensor(a + b) for a, b in zip(rows, responses, strict=True)], batch_first=True)
             real = pad_sequence([torch.ones(len(response)) for response in responses], batch_first=True)
+            # Without its adapter, the policy is the reference policy.
             with torch.no_grad(), self.model.disable_adapter():
                 reference = self._logprobs(ids, real)
             chosen, rejected = (self._logprobs(ids, real) - reference).chunk(2)
             loss = -logsigmoid(BETA * (chosen - rejected)).sum() / len(pairs)
             loss.backward()
             losses += float(loss)
-            chosen_logprobs += float(reference[: len(some)].sum()) / len(pairs)
+            chosen_logprobs += float(reference[: len(micro_batch)].sum()) / len(pairs)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return losses, chosen_logprobs
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """Takes a step to warm up and then the measured ones; without ``micro`` finds the best micro-batch instead."""
+    """Measures steps after a warm-up step; without ``micro`` in ``spec`` returns the fastest micro-batch instead."""
     torch.set_num_threads(spec["threads"])
     torch.manual_seed(0)
     floor, size = DPOFloor(spec), spec["batch"]

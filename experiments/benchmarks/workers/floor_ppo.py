@@ -1,7 +1,8 @@
-"""The forwards and backwards that one PPO update cannot avoid, in plain transformers calls: prints a line of JSON.
+"""Measures the passes that no PPO update can avoid, in plain transformers calls, and prints a line of JSON.
 
-``python floor_ppo.py JSON``. An update is a sampled ``generate``, a pass of the policy (old log-probs and values)
-and one of the reference without gradients, and ``epochs`` of forward and backward: no reward, no env, no advantages.
+Usage: ``python floor_ppo.py JSON``. An update has a sampled ``generate``, a pass of the policy (for old log-probs and
+values) and one of the reference policy, both without gradients, and ``epochs`` of forward and backward passes. It has
+no reward, no env and no advantages.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 MICRO_BATCHES = (4, 8, 16, 32)
+"""Numbers of sequences of a micro-batch to try."""
 
 
 def peak_mb() -> float:
-    """The most memory that this process has had, in MB; ``ru_maxrss`` starts at what the parent process held."""
+    """Returns the peak memory of this process, in MB; ``ru_maxrss`` would start at the memory of the parent process."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
@@ -30,9 +32,9 @@ def peak_mb() -> float:
 
 
 def adapted(spec: dict[str, Any]) -> tuple[Any, torch.optim.Optimizer]:
-    """A model with adapters, and their optimiser.
+    """Returns a model with adapters and the optimiser of the adapters.
 
-    As in training: frozen weights in the dtype of the computation, adapters in float32.
+    As in training with this library, frozen weights have the dtype of the computation and adapters are float32.
     """
     model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=getattr(torch, spec["dtype"]))
     targets = spec["targets"] if spec["targets"] == "all-linear" else spec["targets"].split(",")
@@ -42,10 +44,10 @@ def adapted(spec: dict[str, Any]) -> tuple[Any, torch.optim.Optimizer]:
 
 
 class Floor:
-    """A model with adapters, and the passes over it.
+    """A model with adapters and the passes of a PPO update.
 
     Args:
-        spec: the benchmark's settings.
+        spec: settings of the benchmark.
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
@@ -54,13 +56,15 @@ class Floor:
         self.prompts = torch.tensor([tokenizer(prompt)["input_ids"] for prompt in spec["prompts"]])
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.model, self.optimizer = adapted(spec)
+        # Without an end-of-sequence token every response has the full length.
         self.model.generation_config.eos_token_id = None
 
     def _cast(self) -> Any:
+        """Returns the autocast context of the computation, which does nothing in float32."""
         return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.spec["dtype"] == "bfloat16")
 
     def update(self, number: int, micro: int) -> int:
-        """One update; returns the number of response tokens."""
+        """Runs one update and returns the number of response tokens."""
         batch, length = self.spec["batch"], self.spec["response_tokens"]
         prompts = self.prompts[number * batch : (number + 1) * batch]
         with torch.no_grad(), self._cast():
@@ -72,6 +76,7 @@ class Floor:
                 max_new_tokens=length,
                 pad_token_id=self.pad,
             )
+            # The passes for old log-probs and values, then for log-probs of the reference policy.
             for rows in sequences.split(micro):
                 self.model(rows)
             with self.model.disable_adapter():
@@ -82,7 +87,7 @@ class Floor:
         return sequences[:, prompts.shape[1] :].numel()
 
     def epoch(self, sequences: torch.Tensor, micro: int) -> None:
-        """Forward and backward over all sequences, and an optimiser step."""
+        """Runs forward and backward passes over all sequences, then an optimiser step."""
         length = self.spec["response_tokens"]
         for rows in sequences.split(micro):
             with self._cast():
@@ -94,7 +99,7 @@ class Floor:
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """Runs one warm-up update and then the measured ones; without ``micro`` finds the best micro-batch instead."""
+    """Measures updates after a warm-up; without ``micro`` in ``spec`` returns the fastest micro-batch instead."""
     torch.set_num_threads(spec["threads"])
     torch.manual_seed(0)
     floor = Floor(spec)

@@ -1,6 +1,7 @@
-"""One measurement of this library's PPO, in a process of its own: prints a line of JSON.
+"""Measures PPO of this library once and prints a line of JSON.
 
-``python -m instructgym.experiments.benchmarks.workers.ppo JSON``, with the JSON of :func:`.token_ppo.run`.
+Usage: ``python -m instructgym.experiments.benchmarks.workers.ppo JSON``. The JSON is the ``spec`` of
+:func:`~instructgym.experiments.benchmarks.token_ppo.run`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ..tiny import EndlessTokenizer, endless_model, peak_mb, share_of_e
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """Trains for one warm-up update and then for the measured ones."""
+    """Trains for one warm-up update, then for the measured updates, and returns the measurement."""
     torch.set_num_threads(spec["threads"])
     dtype = spec["dtype"]
     if dtype == "default":
@@ -50,6 +51,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         update_tokens * (spec["updates"] + 1),
         lambda agent: marks.append((time.process_time(), time.perf_counter(), agent.num_timesteps)),
     )
+    # The first mark is the end of the warm-up update.
     (cpu, wall, tokens), (cpu_end, wall_end, tokens_end) = marks[0], marks[-1]
     env.close()
     return {

@@ -1,8 +1,8 @@
-"""One measurement of TRL's DPO, in a process of its own and in TRL's environment: prints a line of JSON.
+"""Measures DPO of TRL once, in the environment of TRL, and prints a line of JSON.
 
-``python trl_dpo.py JSON``. Nothing of this library is imported, for it is not installed there.
+Usage: ``python trl_dpo.py JSON``. This library is not installed in that environment, so nothing of it is imported.
 
-TRL computes the reference log-probs of every pair on the way, as it does by default.
+TRL computes the reference log-probs of every pair during training, which is its default.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # last: its neighbours must not hide installed modules
+# Last, so that files of this folder do not hide installed modules.
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))
 
 from trl_ppo import adapters, peak_mb, set_surroundings  # type: ignore[import-not-found]
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """Trains for one step to warm up and then for the measured ones."""
+    """Trains for one warm-up step, then for the measured steps, and returns the measurement."""
     set_surroundings(spec["dtype"])
     import torch
 
@@ -34,13 +35,13 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     casts: list[bool] = []
 
     class Clock(TrainerCallback):
-        """Notes when each optimiser step ends."""
+        """A callback that records CPU and wall time at the end of each optimiser step."""
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             marks.append((time.process_time(), time.perf_counter()))
 
     class Tokenized(DPOTrainer):
-        """Takes token ids, so that both sides have the same, and counts those that it is given."""
+        """A trainer on token ids, which are the same on both sides, that counts response tokens per micro-batch."""
 
         lengths: list[int] = []
 
@@ -84,12 +85,14 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         peft_config=adapters(spec),
         callbacks=[Clock()],
     )
+    # Records whether the forward passes run under autocast, which depends on TRL's defaults.
     handle = policy.register_forward_pre_hook(lambda *_: casts.append(torch.is_autocast_enabled("cpu")))
     before = peak_mb()
     trainer.train()
     handle.remove()
     logged = [row for row in trainer.state.log_history if "loss" in row]
     return {
+        # Without the micro-batches of the warm-up step.
         "tokens": sum(Tokenized.lengths[batch // micro :]),
         "cpu_seconds": marks[-1][0] - marks[0][0],
         "wall_seconds": marks[-1][1] - marks[0][1],

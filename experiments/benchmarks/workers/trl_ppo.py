@@ -1,8 +1,8 @@
-"""One measurement of TRL's PPO, in a process of its own and in TRL's environment: prints a line of JSON.
+"""Measures PPO of TRL once, in the environment of TRL, and prints a line of JSON.
 
-``python trl_ppo.py JSON``. Nothing of this library is imported, for it is not installed there.
+Usage: ``python trl_ppo.py JSON``. This library is not installed in that environment, so nothing of it is imported.
 
-TRL has no other way than models for values and rewards: both are sequence classifiers on the same weights.
+TRL requires models for values and rewards: both are sequence classifiers on the same weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 
 def peak_mb() -> float:
-    """The most memory that this process has had, in MB; ``ru_maxrss`` starts at what the parent process held."""
+    """Returns the peak memory of this process, in MB; ``ru_maxrss`` would start at the memory of the parent process."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
@@ -28,7 +28,7 @@ def peak_mb() -> float:
 
 
 def set_surroundings(dtype: str) -> None:
-    """What has to be set before torch and TRL are imported."""
+    """Sets warnings and environment variables, which must happen before torch and TRL are imported."""
     warnings.filterwarnings("ignore")
     os.environ.update(HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1", TOKENIZERS_PARALLELISM="false")
     if dtype == "bfloat16":  # what `accelerate launch --mixed_precision bf16` sets; `bf16=True` sets nothing
@@ -36,7 +36,7 @@ def set_surroundings(dtype: str) -> None:
 
 
 def adapters(spec: dict[str, Any]) -> Any:
-    """Peft's settings of the adapters."""
+    """Returns the settings of the adapters for peft."""
     from peft import LoraConfig
 
     targets = spec["targets"] if spec["targets"] == "all-linear" else spec["targets"].split(",")
@@ -44,7 +44,7 @@ def adapters(spec: dict[str, Any]) -> Any:
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """Trains for one warm-up update and then for the measured ones."""
+    """Trains for one warm-up update, then for the measured updates, and returns the measurement."""
     set_surroundings(spec["dtype"])
     import torch
 
@@ -63,11 +63,12 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     casts: list[bool] = []
 
     class Clock(TrainerCallback):
-        """Notes when each update ends."""
+        """A callback that records CPU and wall time at the end of each update."""
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             marks.append((time.process_time(), time.perf_counter()))
 
+    # TRL does not report the number of sampled tokens: wrap its sampling and count them.
     plain_generation = ppo_trainer.batch_generation
 
     def counted_generation(model: Any, queries: Any, *args: Any) -> Any:
@@ -124,6 +125,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         peft_config=adapters(spec),
         callbacks=[Clock()],
     )
+    # Records whether the forward passes run under autocast, which depends on TRL's defaults.
     handle = policy.register_forward_pre_hook(lambda *_: casts.append(torch.is_autocast_enabled("cpu")))
     before = peak_mb()
     trainer.train()
