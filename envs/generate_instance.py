@@ -13,7 +13,7 @@ from ..llm_backends import resolve
 from .tasks.instruction.instance_prompts import STOPS, instance_prompts
 from .tokens.env import TokenEnv, TokenVectorEnv
 from .tokens.episode import PromptExample
-from .tokens.process import TokenSettings
+from .tokens.process import take_settings
 
 MAX_TOKENS = 96
 """Default length of a response, in tokens: an input and an output of two or three sentences each."""
@@ -27,13 +27,10 @@ def _arguments(
     data_seed: int = 0,
     examples: Sequence[PromptExample] | None = None,
     reward: Any = "quality",
-    max_tokens: int = MAX_TOKENS,
-    context_length: int = 1024,
-    group_size: int = 1,
-    on_invalid: str = "retry",
     tokenizer: Any = "embedded",
     **others: Any,
 ) -> dict[str, Any]:
+    settings = take_settings(others, fixed=("stop", "constrained"), max_tokens=MAX_TOKENS, stop=STOPS)
     # Resolved once, so that prompts and env share it.
     tokenizer = resolve("tokenizer", tokenizer)
     if examples is None:
@@ -42,13 +39,7 @@ def _arguments(
         "examples": examples,
         "tokenizer": tokenizer,
         "reward": reward,
-        "settings": TokenSettings(
-            max_tokens=max_tokens,
-            stop=STOPS,
-            on_invalid=on_invalid,
-            context_length=context_length,
-            group_size=group_size,
-        ),
+        "settings": settings,
     }
 
 
@@ -95,11 +86,9 @@ def generate_instance(**kwargs: Any) -> TokenEnv:
         data_seed: seed by which the instructions of ``limit`` are drawn.
         examples: prompts, with the metadata named above, to use instead of those that the arguments above select.
         reward: the reward that scores responses; by default the quality of the instance.
-        max_tokens: largest number of tokens of a response; a response that is cut there is no instance.
-        context_length: largest number of tokens of prompt and response together.
-        group_size: vector env only: number of consecutive copies that answer the same prompt.
-        on_invalid: what to do without a valid score: ``retry`` (once, then the running mean of the valid rewards) or
-            ``raise``.
+        max_tokens, context_length, group_size, on_invalid: the fields of
+            :class:`~instructgym.envs.tokens.process.TokenSettings`, with ``max_tokens=96`` by default; a response that
+            is cut there is no instance.
         tokenizer, observation, backend, embedder, render_mode: see :class:`~instructgym.envs.tokens.env.TokenEnv`.
 
     Raises:

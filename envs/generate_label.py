@@ -13,7 +13,7 @@ from .tasks.nlu.data import load_examples
 from .tasks.nlu.tasks import STOPS, check_layout
 from .tokens.env import TokenEnv, TokenVectorEnv
 from .tokens.episode import PromptExample
-from .tokens.process import TokenSettings
+from .tokens.process import take_settings
 
 MAX_TOKENS = 12
 """Default length of a response, in tokens: an answer and the closing tag have at most nine with SmolLM2's tokenizer."""
@@ -30,28 +30,17 @@ def _arguments(
     examples: Sequence[PromptExample] | None = None,
     preset: str = "paper",
     reward: Any = None,
-    constrained: bool = False,
-    max_tokens: int = MAX_TOKENS,
-    context_length: int = 1024,
-    group_size: int = 1,
-    on_invalid: str = "retry",
     **others: Any,
 ) -> dict[str, Any]:
     # Also with ready-made examples the layout selects the stop string.
     check_layout(layout)
+    settings = take_settings(others, fixed=("stop",), max_tokens=MAX_TOKENS, stop=(STOPS[layout],))
     if examples is None:
         examples = load_examples(task, split, data_dir, limit, shots, layout, data_seed)  # type: ignore[arg-type]
     return others | {
         "examples": examples,
         "reward": {"id": "ground-truth", "kwargs": {"preset": preset}} if reward is None else reward,
-        "settings": TokenSettings(
-            max_tokens=max_tokens,
-            stop=(STOPS[layout],),
-            constrained=constrained,
-            on_invalid=on_invalid,
-            context_length=context_length,
-            group_size=group_size,
-        ),
+        "settings": settings,
     }
 
 
@@ -92,13 +81,8 @@ def generate_label(**kwargs: Any) -> TokenEnv:
         examples: prompts to use instead of those that the arguments above select.
         preset: points for right, wrong and malformed answers: ``paper`` (1, 0, -1) or ``code`` (1, -1, -3).
         reward: a reward to use instead of the comparison with the right answer; ``preset`` is then ignored.
-        constrained: True: only the allowed answers can be written (verbalizer-constrained decoding); False, as
-            published: any token can be written.
-        max_tokens: largest number of tokens of a response.
-        context_length: largest number of tokens of prompt and response together.
-        group_size: vector env only: number of consecutive copies that answer the same prompt.
-        on_invalid: what to do without a valid score: ``retry`` (once, then the running mean of the valid rewards) or
-            ``raise``.
+        max_tokens, context_length, constrained, group_size, on_invalid: the fields of
+            :class:`~instructgym.envs.tokens.process.TokenSettings`, with ``max_tokens=12`` by default.
         tokenizer, observation, backend, embedder, render_mode: see :class:`~instructgym.envs.tokens.env.TokenEnv`.
 
     Raises:

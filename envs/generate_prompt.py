@@ -27,7 +27,7 @@ from .tasks.prompt_search.tasks import load_prompt_task
 from .tasks.responses.openings import Layout, response_requests
 from .tokens.env import TokenEnv, TokenVectorEnv
 from .tokens.episode import PromptExample
-from .tokens.process import TokenSettings
+from .tokens.process import take_settings
 
 Measure = Literal["gap", "accuracy", "rouge"]
 """How the frozen model's work with a prompt is scored, see :func:`generate_prompt`."""
@@ -57,15 +57,11 @@ def _arguments(
     examples: Sequence[PromptExample] | None = None,
     reward: Any = None,
     backend: Any = None,
-    max_tokens: int = MAX_TOKENS,
-    stop: Sequence[str] = STOPS,
-    context_length: int = 1024,
-    group_size: int = 1,
-    on_invalid: str = "retry",
     tokenizer: Any = "embedded",
     **others: Any,
 ) -> dict[str, Any]:
     _check(level, measure)
+    settings = take_settings(others, fixed=("constrained",), max_tokens=MAX_TOKENS, stop=STOPS)
     # Resolved once, so that prompts and env share it.
     tokenizer = resolve("tokenizer", tokenizer)
     model = "embedded" if backend is None else backend
@@ -85,7 +81,7 @@ def _arguments(
             prompt = scored_prompt(prompt_task, level, instruction)
             reward = TaskReward(prompt, scored, size, scorer, measure, seed=data_seed)
             # A stand-in for the longest prompt that the policy can write, to check that it fits.
-            longest = reward.prompt_of(" ".join(["any"] * max(max_tokens, 1)))
+            longest = reward.prompt_of(" ".join(["any"] * max(settings.max_tokens, 1)))
             scorer.check([longest], prompt_task.examples(split))
         if examples is None:
             at_task = level == "task"
@@ -99,13 +95,7 @@ def _arguments(
         "tokenizer": tokenizer,
         "reward": reward,
         "backend": backend,
-        "settings": TokenSettings(
-            max_tokens=max_tokens,
-            stop=(stop,) if isinstance(stop, str) else tuple(stop),
-            on_invalid=on_invalid,
-            context_length=context_length,
-            group_size=group_size,
-        ),
+        "settings": settings,
     }
 
 
@@ -190,12 +180,9 @@ def generate_prompt(**kwargs: Any) -> TokenEnv:
         examples: openings to use instead of those that the arguments above select.
         reward: a reward to use instead of that of ``measure``.
         backend: the frozen model; None for the embedded one.
-        max_tokens: largest number of tokens of a prompt.
-        stop: texts that end a prompt and are no part of it; by default a line end and a quotation mark.
-        context_length: largest number of tokens of opening and prompt together.
-        group_size: vector env only: number of consecutive copies with the same minibatch or input.
-        on_invalid: what to do without a valid score: ``retry`` (once, then the running mean of the valid rewards) or
-            ``raise``.
+        max_tokens, stop, context_length, group_size, on_invalid: the fields of
+            :class:`~instructgym.envs.tokens.process.TokenSettings`, with ``max_tokens=16``, and a line end and a
+            quotation mark as stop strings by default.
         tokenizer, observation, embedder, render_mode: see :class:`~instructgym.envs.tokens.env.TokenEnv`.
 
     Raises:

@@ -13,7 +13,7 @@ from ..llm_backends import resolve
 from .tasks.responses.openings import response_prompts
 from .tokens.env import TokenEnv, TokenVectorEnv
 from .tokens.episode import PromptExample
-from .tokens.process import TokenSettings
+from .tokens.process import take_settings
 
 MAX_TOKENS = 48
 """Default length of a response, in tokens: two sentences of a review."""
@@ -27,14 +27,10 @@ def _arguments(
     data_seed: int = 0,
     examples: Sequence[PromptExample] | None = None,
     reward: Any = "vader",
-    max_tokens: int = MAX_TOKENS,
-    stop: Sequence[str] = (),
-    context_length: int = 1024,
-    group_size: int = 1,
-    on_invalid: str = "retry",
     tokenizer: Any = "embedded",
     **others: Any,
 ) -> dict[str, Any]:
+    settings = take_settings(others, fixed=("constrained",), max_tokens=MAX_TOKENS)
     # Resolved once, so that prompts and env share it.
     tokenizer = resolve("tokenizer", tokenizer)
     if examples is None:
@@ -43,13 +39,7 @@ def _arguments(
         "examples": examples,
         "tokenizer": tokenizer,
         "reward": reward,
-        "settings": TokenSettings(
-            max_tokens=max_tokens,
-            stop=(stop,) if isinstance(stop, str) else tuple(stop),
-            on_invalid=on_invalid,
-            context_length=context_length,
-            group_size=group_size,
-        ),
+        "settings": settings,
     }
 
 
@@ -90,12 +80,9 @@ def generate_response(**kwargs: Any) -> TokenEnv:
         data_seed: seed by which the prompts of ``limit`` and the lengths of the openings are drawn.
         examples: prompts to use instead of those that the arguments above select.
         reward: the reward that scores responses, of any timing; by default the sentiment of the text.
-        max_tokens: largest number of tokens of a response.
-        stop: texts, e.g. a line end, that end a response and are no part of it.
-        context_length: largest number of tokens of prompt and response together.
-        group_size: vector env only: number of consecutive copies that answer the same prompt.
-        on_invalid: what to do without a valid score: ``retry`` (once, then the running mean of the valid rewards) or
-            ``raise``.
+        max_tokens, stop, context_length, group_size, on_invalid: the fields of
+            :class:`~instructgym.envs.tokens.process.TokenSettings`, with ``max_tokens=48`` and no stop string by
+            default.
         tokenizer, observation, backend, embedder, render_mode: see :class:`~instructgym.envs.tokens.env.TokenEnv`.
 
     Raises:

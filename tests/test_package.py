@@ -72,6 +72,37 @@ def test_the_import_scan_sees_every_form(statement: str, tmp_path: Path, monkeyp
     assert "agents" in [layer_of(module) for _, module in imported_modules(file)]
 
 
+THIRD_PARTY = {  # what peft, transformers and torch keep under such names, with the reason beside each use
+    "_active_adapter",
+    "_can_set_attn_implementation",
+    "_disable_adapters",
+    "_is_amx_tile_supported",
+    "_is_avx512_bf16_supported",
+}
+
+
+def test_nothing_reaches_into_the_underscored_names_of_another_file() -> None:
+    offences = []
+    for path in FILES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        own = set(THIRD_PARTY)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                own.add(node.name)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                own.add(node.attr)
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                own.add(node.target.id)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                offences += [f"{path.relative_to(ROOT)}: {a.name}" for a in node.names if a.name.startswith("_")]
+            elif isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr) and node.attr not in own:
+                of_self = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+                if not of_self and not ast.unparse(node.value).startswith("super("):
+                    offences.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
+    assert not offences, "\n".join(offences)
+
+
 def faces() -> dict[str, str]:
     """What the lazy faces of layers hand on: "instructgym.rewards.EqualityJudge" to the module that defines it."""
     names = {}

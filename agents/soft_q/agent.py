@@ -22,7 +22,6 @@ from safetensors import SafetensorError
 from ...llm_backends import request_seed
 from ...llm_backends.errors import InputError, check_at_least_zero, check_choice
 from ..policy.checkpoints import POLICY_FOLDER
-from ..policy.optimization import TrainingDivergedError
 from ..rollouts.agent import RolloutAgent, RolloutSettings
 from ..rollouts.batch import TokenBatch
 from .target_policy import TargetPolicy, policy_logits, reference_logits
@@ -316,31 +315,22 @@ class SoftQ(RolloutAgent):
         """Runs the epochs of an update and logs their means; ``returns`` are the shaped ones, shape (episodes,)."""
         sums = np.zeros(len(_LOGGED) + 2)
         norms, steps, skipped, prior = 0.0, 0, self.optimizer.skipped, self._prior(batch)
-        for epoch in range(self.settings.epochs):
-            generator = np.random.default_rng(request_seed(self.seed, "minibatches", self.updates, epoch))
-            order = generator.permutation(len(batch)) if self.settings.minibatches > 1 else np.arange(len(batch))
-            for minibatch in np.array_split(order, self.settings.minibatches):
+        for _, minibatches in self._epochs(len(batch)):
+            for minibatch in minibatches:
                 # Episodes of the minibatch over all processes: gradients are summed over them, losses are means.
                 total = float(self.processes.total(np.array([len(minibatch)], dtype=np.float64))[0])
                 if not total:
                     continue
                 for members in batch.micro_batches(minibatch, self.settings.token_budget):
                     sums += self._backward(batch, members, returns[members], prior, total)
-                self.processes.add_gradients(self.optimizer.parameters.values())
-                norms += self.optimizer.step()
+                norms += self._optimizer_step()
                 self.target.follow(self.settings.target_rate)
                 steps += 1
-        if self.optimizer.skipped - skipped == steps:
-            raise TrainingDivergedError(
-                f"no optimiser step of update {self.updates} had a finite gradient: lower the learning rate "
-                f"({self.optimizer.learning_rate:g}) or train in float32"
-            )
+        self._end_training(steps, skipped)
         *totals, count, tokens = self.processes.total(sums)
         for (name, per_token), value in zip(_LOGGED.items(), totals, strict=True):
             self.logger.record(f"train/{name}", float(value / (tokens if per_token else count)))
         self.logger.record("train/grad_norm", norms / steps)
-        self.logger.record("train/learning_rate", self.optimizer.learning_rate)
-        self.logger.record("train/skipped_steps", self.optimizer.skipped)
 
     def _prior(self, batch: TokenBatch) -> torch.Tensor:
         """Returns the prior's log-probs and values, float32, shape (2, tokens); 0 if there is no prior."""

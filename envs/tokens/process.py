@@ -8,7 +8,7 @@ rewards is in :mod:`~instructgym.envs.tokens.episode`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,22 @@ class TokenSettings:
     """Largest number of tokens of prompt and response together; the tokenizer's own limit holds too."""
     group_size: int = 1
     """Number of consecutive copies of a vector env that answer the same prompt."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+
+
+def take_settings(arguments: dict[str, Any], fixed: Sequence[str] = (), **defaults: Any) -> TokenSettings:
+    """Takes the settings out of the keyword arguments of an environment.
+
+    Args:
+        arguments: keyword arguments of a user; the fields of :class:`TokenSettings` are removed from them.
+        fixed: names of fields that the environment sets itself: they stay in ``arguments``, where they are refused as
+            unknown.
+        **defaults: values of the environment for fields that a user did not pass.
+    """
+    names = {field.name for field in fields(TokenSettings)} - set(fixed)
+    return TokenSettings(**defaults | {name: arguments.pop(name) for name in names & arguments.keys()})
 
 
 class TokenProcess:
