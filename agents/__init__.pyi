@@ -9,6 +9,7 @@ from .preferences.lists import rank_agreement as rank_agreement
 from .preferences.lists import tokenize_lists as tokenize_lists
 from .preferences.trainer import RankingTrainer as RankingTrainer
 from .preferences.trainer import TokenizedRankedList as TokenizedRankedList
+from .reflective import reflective_search as reflective_search
 from .sb3.baselines import BaselineAgent as BaselineAgent
 from .sb3.baselines import RandomAgent as RandomAgent
 from .sb3.baselines import RoundRobinAgent as RoundRobinAgent
@@ -16,6 +17,7 @@ from .sb3.baselines import ScheduleAgent as ScheduleAgent
 from .sb3.factory import UnknownAlgorithmError as UnknownAlgorithmError
 from .sb3.factory import algorithm_names as algorithm_names
 from .sb3.factory import make_agent as make_agent
+from .sb3.factory import make_sb3_env as make_sb3_env
 from .sb3.policy_io import load_policy as load_policy
 from .sb3.policy_io import normalize_observations as normalize_observations
 from .sb3.policy_io import save_policy as save_policy
