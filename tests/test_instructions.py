@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from instructgym.envs.process import EpisodeSource
 from instructgym.envs.tasks.instruction.seeds import Instruction, SeedFileError, load_instructions
+from instructgym.llm_backends.errors import InputError
 
 TEXTS = ["Name a bird that sings.", "Erkläre den Regen. 雨はなぜ降る?", "Say \u201chi\u201d to the sea."]
 ALPACA = [{"instruction": text, "input": f"in {i}", "output": "out"} for i, text in enumerate(TEXTS)]

@@ -119,9 +119,17 @@ def unnest(task: NLUTask, row: Mapping[str, Any], where: str) -> list[dict[str, 
     """
     try:
         if task.name == "MultiRC":
-            return _answers(row) if isinstance(row.get("passage"), Mapping) else [{**row, **_without_marks(row, "paragraph")}]
+            return (
+                _answers(row)
+                if isinstance(row.get("passage"), Mapping)
+                else [{**row, **_without_marks(row, "paragraph")}]
+            )
         if task.name == "ReCoRD":
-            return _queries(row) if isinstance(row.get("passage"), Mapping) else [{**row, **_without_marks(row, "passage")}]
+            return (
+                _queries(row)
+                if isinstance(row.get("passage"), Mapping)
+                else [{**row, **_without_marks(row, "passage")}]
+            )
         if task.name == "WSC":
             flat = {**row, **row.get("target", {})}
             return [flat | _mark_pronoun(flat)]
@@ -460,7 +468,7 @@ def _hash(task: NLUTask, row: Mapping[str, Any]) -> float:
 
 
 def _split_training_rows(task: NLUTask, rows: Sequence[dict[str, Any]], validation: bool) -> list[dict[str, Any]]:
-    """Returns the rows of ``validation`` if that is True, else those of ``train``."""
+    """Returns the rows of the split ``validation`` or, if ``validation`` is False, those of ``train``."""
     hashes = [_hash(task, row) for row in rows]
     # Below the bound are a tenth of the hash space and at most HELD_OUT_LIMIT rows. Equal texts have equal hashes, so
     # they are on the same side.

@@ -243,7 +243,12 @@ def write_ranked_lists(path: str | Path, lists: Iterable[RankedList]) -> None:
 
 def ranked_row(ranked_list: RankedList) -> dict[str, Any]:
     """Returns the row of a ranked list in a file; a missing reference and empty metadata are left out."""
-    row = {"id": ranked_list.id, "prompt": ranked_list.prompt, "candidates": list(ranked_list.candidates), "scores": list(ranked_list.scores)}
+    row = {
+        "id": ranked_list.id,
+        "prompt": ranked_list.prompt,
+        "candidates": list(ranked_list.candidates),
+        "scores": list(ranked_list.scores),
+    }
     row |= {} if ranked_list.reference is None else {"reference": ranked_list.reference}
     return row | ({"metadata": dict(ranked_list.metadata)} if ranked_list.metadata else {})
 

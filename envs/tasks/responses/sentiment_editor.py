@@ -130,7 +130,8 @@ def _tokenize(text: str) -> list[_Word]:
             match.end(),
             match[0].lower().replace("’", "'"),
             starts_clause[i],
-            mid_sentence[i] or (title_case[i] and i + 1 < len(matches) and mid_sentence[i + 1] and not starts_clause[i + 1]),
+            mid_sentence[i]
+            or (title_case[i] and i + 1 < len(matches) and mid_sentence[i + 1] and not starts_clause[i + 1]),
         )
         for i, match in enumerate(matches)
     ]
@@ -267,7 +268,11 @@ def _not(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
     before = words[at - 1].text if at and not words[at].starts_clause else ""
     if word in AUXILIARIES and _praise_follows(words, at + 1):
         return _Swap(at, at, AUXILIARIES[word])
-    if word == "not" and (before in BE | AND or before.endswith("'s") or words[at].starts_clause) and _praise_follows(words, at + 1):
+    if (
+        word == "not"
+        and (before in BE | AND or before.endswith("'s") or words[at].starts_clause)
+        and _praise_follows(words, at + 1)
+    ):
         return _Swap(at, at, "")
     if word == "never" and before in BE and _praise_follows(words, at + 1):
         return _Swap(at, at, "always")
@@ -313,7 +318,12 @@ def _too(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
     """Changes "too slow to" to "slow enough to", and "is too slow" to "is never too slow"."""
     first = at
     at += words[at].text in INTENSIFIERS
-    if at >= len(words) or words[at].text != "too" or (at > first and words[at].starts_clause) or _negated(words, first):
+    if (
+        at >= len(words)
+        or words[at].text != "too"
+        or (at > first and words[at].starts_clause)
+        or _negated(words, first)
+    ):
         return None
     degree = _text(words, at + 1)
     if not degree or degree in NOT_DEGREES or degree.endswith("ly"):
