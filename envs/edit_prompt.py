@@ -18,7 +18,7 @@ from ..rewards.prompt_scoring.rewards import TaskGain
 from ..rewards.prompt_scoring.scorer import TaskScorer
 from ..rewards.prompt_scoring.task_prompt import TaskPrompt
 from .edit.env import TextEditEnv, TextEditVectorEnv
-from .edit.process import EditObservation, EditSettings, make_observation
+from .edit.process import EditObserver, EditSettings, make_edit_observer
 from .process import check_copies, check_on_invalid
 from .prompt_edit.operators import PromptOperator, verbalizer_sets
 from .prompt_edit.process import PromptData, PromptProcess
@@ -46,7 +46,7 @@ def _parts(
     on_invalid: str = "retry",
     observation: str = "last_edit",
     embedder: Any = "minilm",
-) -> tuple[PromptProcess, EditObservation]:
+) -> tuple[PromptProcess, EditObserver]:
     """Returns the process of ``copies`` copies and its observer; see :class:`EditPromptEnv` for the arguments."""
     # Settings and ids are checked before data are read.
     if horizon < 1:
@@ -57,7 +57,7 @@ def _parts(
     prompt_operator: PromptOperator = resolve("prompt-operator", operator)
     rewriter = resolve("backend", backend)
     embeddings = resolve("embedder", embedder)
-    observer = make_observation(
+    observer = make_edit_observer(
         observation, len(prompt_operator.operations), horizon, embeddings, prompt_operator.mask_size
     )
     if not isinstance(task, PromptTask):

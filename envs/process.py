@@ -24,7 +24,7 @@ from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
 from ..llm_backends.errors import RunError
 
 
-class PartSpec(EnvSpec):
+class SavableSpec(EnvSpec):
     """An env spec whose JSON export refuses live objects and names the argument that holds one."""
 
     def to_json(self) -> str:
@@ -51,8 +51,8 @@ def _is_json(value: Any) -> bool:
     return value is None or isinstance(value, str | int | float | bool)
 
 
-class HasPartSpec:
-    """A mixin for envs that turns the spec which Gymnasium assigns into a :class:`PartSpec`."""
+class SavableSpecMixin:
+    """A mixin for envs that turns the spec which Gymnasium assigns into a :class:`SavableSpec`."""
 
     _spec: EnvSpec | None = None
 
@@ -66,8 +66,8 @@ class HasPartSpec:
         # gymnasium.make assigns a plain EnvSpec after the constructor has run: only a setter can replace it.
         self._spec = (
             spec
-            if spec is None or isinstance(spec, PartSpec)
-            else PartSpec(**{f.name: getattr(spec, f.name) for f in fields(spec) if f.init})
+            if spec is None or isinstance(spec, SavableSpec)
+            else SavableSpec(**{f.name: getattr(spec, f.name) for f in fields(spec) if f.init})
         )
 
 
@@ -202,7 +202,7 @@ ProcessT = TypeVar("ProcessT", bound=Process)
 ObserverT = TypeVar("ObserverT", bound=Observer)
 
 
-class ProcessEnv(HasPartSpec, gym.Env[Any, Any], Generic[ProcessT, ObserverT]):
+class ProcessEnv(SavableSpecMixin, gym.Env[Any, Any], Generic[ProcessT, ObserverT]):
     """A Gymnasium env that wraps one copy of a process.
 
     The constructor of a subclass sets ``process``, ``observer`` and the spaces.
@@ -244,7 +244,7 @@ class ProcessEnv(HasPartSpec, gym.Env[Any, Any], Generic[ProcessT, ObserverT]):
         return self.observer.encode([self.process.state(0)])[0]
 
 
-class ProcessVectorEnv(HasPartSpec, VectorEnv[Any, Any, np.ndarray], Generic[ProcessT, ObserverT]):
+class ProcessVectorEnv(SavableSpecMixin, VectorEnv[Any, Any, np.ndarray], Generic[ProcessT, ObserverT]):
     """A Gymnasium vector env that wraps n copies of a process.
 
     The constructor of a subclass sets ``process`` and ``observer``, then calls ``_setup``.

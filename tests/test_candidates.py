@@ -178,15 +178,15 @@ def test_an_empty_file_and_bad_lists_are_refused(tmp_path):
     (tmp_path / "lists.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="holds no ranked list"):
         read_ranked_lists(tmp_path / "lists.jsonl")
-    for text, message in ((" ", "a blank text in place 1"), ("\ud800", "half a character in place 1")):
+    for text, message in ((" ", "a blank text in place 1"), ("\ud800", "a lone surrogate in place 1")):
         with pytest.raises(ValueError, match=f"ranked list 'a': field 'candidates' has {message}"):
             RankedList("a", "p", ("x", text), (1, 0))
 
 
 def test_numbers_and_ends_of_the_distinct_ones():
     drawn = Candidates(("a b", " ", "a  b", "c", "c"), 1.0, 1, 0.5, finished=(True, True, False, False, True))
-    assert drawn.chosen == (0, 3) and drawn.distinct == ("a b", "c")
-    assert [drawn.finished[number] for number in drawn.chosen] == [True, False]
+    assert drawn.distinct_indices == (0, 3) and drawn.distinct == ("a b", "c")
+    assert [drawn.finished[number] for number in drawn.distinct_indices] == [True, False]
 
 
 def test_a_response_that_a_limit_cut_off_is_not_finished(tiny_model_path):

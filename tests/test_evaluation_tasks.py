@@ -53,10 +53,10 @@ def test_of_seed_tasks_those_are_taken_that_bootstrapping_keeps_out(write):
     path = write("seeds.jsonl", "\n".join(map(json.dumps, seeds(175)))) / "seeds.jsonl"
     tasks = load_evaluation_tasks(path)
     assert [task.name for task in tasks] == [task.id for task in held_out(load_tasks(path), 40)[1]]
-    assert len(load_evaluation_tasks(path, held=0)) == 175
+    assert len(load_evaluation_tasks(path, held_out_count=0)) == 175
     packaged = load_evaluation_tasks()
     assert [task.name for task in packaged] == [task.id for task in held_out(load_tasks(), 16)[1]]
-    assert len(load_evaluation_tasks(held=0)) == 64
+    assert len(load_evaluation_tasks(held_out_count=0)) == 64
     write("few.json", json.dumps(seeds(3)))
     with pytest.raises(InputError, match="too few to hold any out"):
         load_evaluation_tasks(path.with_name("few.json"))

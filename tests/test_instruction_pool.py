@@ -193,45 +193,45 @@ def test_demonstrations_are_six_seeds_and_two_machine_made_tasks_fewer_early():
         assert seen == {task.id for task in [*shown, *pool.machine]}
         assert made == 0 or len(orders) > 5  # machine-made tasks stand anywhere
         if made < 3:
-            assert pool.consider(machine[made]).rejected_by is None
+            assert pool.try_add(machine[made]).rejected_by is None
 
 
 def test_what_enters_the_pool_and_what_does_not():
     shown, held = held_out(SEEDS, 2)
     pool = InstructionPool(shown, held)
-    found = pool.consider("count every  ship in the harbour.")
+    found = pool.try_add("count every  ship in the harbour.")
     assert (found.instruction, found.rejected_by, found.id) == (
         "Count every ship in the harbour.",
         None,
         "machine_task_0",
     )
-    again = pool.consider("Count every ship in this harbour.")
+    again = pool.try_add("Count every ship in this harbour.")
     assert again.rejected_by == "rouge" and again.nearest == found.instruction
     assert again.similarity == pytest.approx(5 / 6)
-    assert pool.consider(held[0].instruction).rejected_by == "rouge"  # an evaluation task must not come back
-    assert pool.consider("Draw every ship in the bay.").rejected_by == "blocked_word"
+    assert pool.try_add(held[0].instruction).rejected_by == "rouge"  # an evaluation task must not come back
+    assert pool.try_add("Draw every ship in the bay.").rejected_by == "blocked_word"
     assert [task.instruction for task in pool.machine] == ["Count every ship in the harbour."]
 
 
 def test_seven_of_ten_words_pass_and_eight_do_not():
     seeds = [*SEEDS[:7], Task("One two three four five six seven eight nine ten")]
-    assert InstructionPool(seeds).consider("One two three four five six seven k l m").rejected_by is None
-    assert InstructionPool(seeds).consider("One two three four five six seven eight l m").rejected_by == "rouge"
-    assert InstructionPool(seeds, threshold=0.8).consider("One two three four five six seven eight l m").id
+    assert InstructionPool(seeds).try_add("One two three four five six seven k l m").rejected_by is None
+    assert InstructionPool(seeds).try_add("One two three four five six seven eight l m").rejected_by == "rouge"
+    assert InstructionPool(seeds, threshold=0.8).try_add("One two three four five six seven eight l m").id
 
 
 def test_a_pool_on_disk_goes_on_after_a_torn_line(tmp_path):
     path = tmp_path / "pool.jsonl"
     pool = InstructionPool(SEEDS, path=path)
     for text in ("Count every ship in the harbour.", "Sing about old ropes and sails."):
-        assert pool.consider(text).rejected_by is None
+        assert pool.try_add(text).rejected_by is None
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"id": "machine_task_2", "instr')
     again = InstructionPool(SEEDS, path=path)
     assert path.read_bytes() == whole
     assert again.machine == pool.machine and again.demonstrations(3) == pool.demonstrations(3)
-    assert again.consider("Sing about old ropes and nails.").rejected_by == "rouge"
-    assert again.consider("Weigh a sack of wool.").id == "machine_task_2"
+    assert again.try_add("Sing about old ropes and nails.").rejected_by == "rouge"
+    assert again.try_add("Weigh a sack of wool.").id == "machine_task_2"
     assert [row["id"] for row in read_records(path)] == [f"machine_task_{i}" for i in range(3)]
     assert load_tasks(path) == again.machine
     path.write_text('{"id": 1}\n')

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from instructgym.envs.process import EpisodeSource
 from instructgym.envs.tasks.instruction.seeds import Instruction, SeedFileError, load_instructions
+from instructgym.llm_backends.errors import InputError
 
 TEXTS = ["Name a bird that sings.", "Erkläre den Regen. 雨はなぜ降る?", "Say \u201chi\u201d to the sea."]
 ALPACA = [{"instruction": text, "input": f"in {i}", "output": "out"} for i, text in enumerate(TEXTS)]
@@ -136,7 +137,7 @@ def test_the_packages_own_seeds():
         ("seeds.jsonl", '{"instruction": 5}', "line 1.*text field 'instruction'"),
         ("seeds.jsonl", '{"instruction": " "}', "line 1 has an empty instruction"),
         ("seeds.jsonl", "{}", "line 1.*'instruction'"),
-        ("seeds.jsonl", '{"instruction": "A \\ud83d."}', "line 1.*half a character.*ud83d"),
+        ("seeds.jsonl", '{"instruction": "A \\ud83d."}', "line 1.*a lone surrogate.*ud83d"),
     ],
 )
 def test_defects_are_named_with_file_and_place(write, name, content, message):
@@ -208,7 +209,7 @@ def test_splits_are_about_eighty_ten_ten_and_never_change():
     assert sum(sizes) == 1000
     assert 760 < sizes[0] < 840 and 70 < sizes[1] < 130
     assert load_instructions(["Name a bird."], "train")  # a hash of this text, today and tomorrow
-    with pytest.raises(ValueError, match="none of the 1 seeds falls into the split 'test'"):
+    with pytest.raises(InputError, match="none of the 1 seeds falls into the split 'test'"):
         load_instructions(["Name a bird."], "test")
 
 

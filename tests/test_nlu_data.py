@@ -153,7 +153,7 @@ BAD_FILES = [
     ("SST-2/dev.tsv", "sentence\tlabel\n", r"SST-2 has no rows for the split 'test'"),
     ("SST-2/val.jsonl", '{"sentence": "fine"', r"val.jsonl row 1 is broken JSON"),
     ("SST-2/val.jsonl", "[1]\n", r"val.jsonl row 1 is a list: make it a JSON object"),
-    ("SST-2/val.jsonl", '{"sentence": "\\ud800", "label": 1}\n', r"row 1: the field 'sentence' holds half a character"),
+    ("SST-2/val.jsonl", '{"sentence": "\\ud800", "label": 1}\n', r"row 1: the field 'sentence' holds a lone surrogate"),
     ("SST-2/val.jsonl", '{"sentence": "fine", "label": null}\n', r"row 1: the label None is none of SST-2"),
     ("SST-2/other.tsv", GOOD, r"SST-2 has no file dev.tsv or .* for SST-2: add it or check --data-dir"),
     ("CoLA/dev.tsv", "gj04\t1\tno star\n", r"dev.tsv row 1 is torn: it has 3 of 4 columns"),

@@ -107,7 +107,7 @@ def test_files_by_split(write):
     with pytest.raises(InputError, match="no examples for the split 'validation'"):
         load_prompt_task(folder / "mail.toml")
     write("b.jsonl", rows(("one", "spam")))
-    with pytest.raises(InputError, match=r"b\.jsonl row 1: the text stands in the split 'train' as well"):
+    with pytest.raises(InputError, match=r"b\.jsonl row 1: the text is in the split 'train' as well"):
         load_prompt_task(folder / "mail.toml", "train")
 
 

@@ -16,7 +16,7 @@ from ...rewards import Reward
 from ..process import ProcessEnv, ProcessVectorEnv, check_copies, check_on_invalid
 from ..tasks.instruction.seeds import Instruction
 from .operators import Operator
-from .process import EditObservation, EditProcess, EditSettings, make_observation
+from .process import EditObserver, EditProcess, EditSettings, make_edit_observer
 
 DEFAULT_SETTINGS = EditSettings()
 
@@ -25,7 +25,7 @@ class _EditParts:
     """A base of the single and the vector env, which builds the process from their arguments."""
 
     process: EditProcess
-    observer: EditObservation
+    observer: EditObserver
 
     def _build(
         self,
@@ -49,7 +49,7 @@ class _EditParts:
         shared_embedder = resolve("embedder", embedder)
         scorer: Reward = resolve("reward", reward, backend=judge, embedder=shared_embedder)
         self.process = EditProcess(copies, instructions, operator, rewriter, scorer, settings)
-        self.observer = make_observation(observation, len(operator.operations), settings.horizon, shared_embedder)
+        self.observer = make_edit_observer(observation, len(operator.operations), settings.horizon, shared_embedder)
 
     @property
     def backend(self) -> Backend:
@@ -67,7 +67,7 @@ class _EditParts:
         return self.process.operator.operations
 
 
-class TextEditEnv(_EditParts, ProcessEnv[EditProcess, EditObservation]):
+class TextEditEnv(_EditParts, ProcessEnv[EditProcess, EditObserver]):
     """A Gymnasium env whose episode edits one text, step by step, with a reward for every edit.
 
     ## Action Space
@@ -132,7 +132,7 @@ class TextEditEnv(_EditParts, ProcessEnv[EditProcess, EditObservation]):
         return "\n".join(episode.history) if self.render_mode == "ansi" and episode is not None else None
 
 
-class TextEditVectorEnv(_EditParts, ProcessVectorEnv[EditProcess, EditObservation]):
+class TextEditVectorEnv(_EditParts, ProcessVectorEnv[EditProcess, EditObserver]):
     """A vector env of n copies of :class:`~instructgym.envs.edit.env.TextEditEnv` with one batched call per LLM role.
 
     A step makes one call to the rewriter and one to the reward for all copies together.

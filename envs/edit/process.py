@@ -31,7 +31,7 @@ from ..tasks.instruction.seeds import Instruction
 from .operators import Edit, Operator
 
 OBSERVATIONS = ("last_edit", "embedding", "text")
-"""The observation modes, see :func:`make_observation`."""
+"""The observation modes, see :func:`make_edit_observer`."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class EditState:
     """int8 mask of the possible actions, if they do not follow from the text; else None."""
 
 
-class EditObservation(ABC):
+class EditObserver(ABC):
     """An observer that turns a batch of states into observations."""
 
     space: spaces.Space[Any]
@@ -59,7 +59,7 @@ class EditObservation(ABC):
         """Returns one observation per state; no two share memory."""
 
 
-class LastEdit(EditObservation):
+class LastEdit(EditObserver):
     """An observer that returns the last executed operation, the observation of TeaMs-RL.
 
     An observation is a float32 one-hot vector, shape (operations,), zeros at the start.
@@ -80,7 +80,7 @@ class LastEdit(EditObservation):
         return rows
 
 
-class LastEditEmbedding(EditObservation):
+class LastEditEmbedding(EditObserver):
     """An observer that returns the last operation, the progress of the episode and the embedding of the text.
 
     An observation is a Dict of float32 arrays: ``last_edit``, as in :class:`LastEdit`; ``progress``, shape (1,), step /
@@ -119,7 +119,7 @@ class LastEditEmbedding(EditObservation):
         ]
 
 
-class TextObservation(EditObservation):
+class TextObserver(EditObserver):
     """An observer that returns the text itself, a str."""
 
     def __init__(self) -> None:
@@ -129,7 +129,7 @@ class TextObservation(EditObservation):
         return [state.text for state in states]
 
 
-def make_observation(mode: str, operations: int, horizon: int, embedder: Any, actions: int = 0) -> EditObservation:
+def make_edit_observer(mode: str, operations: int, horizon: int, embedder: Any, actions: int = 0) -> EditObserver:
     """Returns the observer of a mode.
 
     Args:
@@ -147,7 +147,7 @@ def make_observation(mode: str, operations: int, horizon: int, embedder: Any, ac
     if mode == "embedding":
         return LastEditEmbedding(operations, horizon, resolve("embedder", embedder), actions)
     if mode == "text":
-        return TextObservation()
+        return TextObserver()
     raise ValueError(f"unknown observation mode {mode!r}: use {', '.join(OBSERVATIONS)}")
 
 
@@ -306,8 +306,8 @@ class EditProcess:
             if prefix is None and index is None and self.settings.carry_text:
                 prefix = self._carried[copy]
             base_seed = int(self.generators[copy].integers(2**62))
-            self.episodes[copy] = self._open(copy, example, prefix, base_seed)
-        self._opened(copies)
+            self.episodes[copy] = self._new_episode(copy, example, prefix, base_seed)
+        self._after_begin(copies)
         return [self._start_info(self._episode(copy)) for copy in copies]
 
     def step(self, actions: Sequence[Any], copies: Sequence[int]) -> list[Transition]:
@@ -358,12 +358,12 @@ class EditProcess:
         if prefix is not None and not (isinstance(prefix, str) and prefix.strip()):
             raise ValueError(f"options['prefix'] must be a non-empty text, got {prefix!r}")
 
-    def _open(self, copy: int, index: int, prefix: Any, base_seed: int) -> EditEpisode:
+    def _new_episode(self, copy: int, index: int, prefix: Any, base_seed: int) -> EditEpisode:
         """Returns a new episode of a copy on an example; ``prefix``, if not None, replaces the example's text."""
         text = self.instructions[index].text if prefix is None else prefix
         return EditEpisode(index, text, text, base_seed, history=[text])
 
-    def _opened(self, copies: Sequence[int]) -> None:
+    def _after_begin(self, copies: Sequence[int]) -> None:
         """Does the work that all new episodes of ``copies`` share; a hook for subclasses that does nothing here."""
 
     def _plan(self, copy: int, action: Any) -> EditStep:

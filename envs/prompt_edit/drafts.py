@@ -122,7 +122,7 @@ class PromptDraft:
             return None
         texts = {demonstration.text for demonstration in shown}
         # A shuffled pass stops at the first demonstration that fits: not all of the pool has to be checked.
-        for index in self._draws().permutation(len(self.context.pool)):
+        for index in self._generator().permutation(len(self.context.pool)):
             demonstration = self.context.pool[index]
             if demonstration.text not in texts and self.context.fits(
                 replace(self.prompt, demonstrations=(*shown, demonstration))
@@ -137,18 +137,18 @@ class PromptDraft:
 
     def next_verbalizers(self) -> tuple[str, ...] | None:
         """Returns the next set of verbalizers in the cycle that fits; None if there is no other one."""
-        sets, now = self.context.verbalizer_sets, self.prompt.verbalizers
-        start = sets.index(now) + 1 if now in sets else 0
+        sets, current = self.context.verbalizer_sets, self.prompt.verbalizers
+        start = sets.index(current) + 1 if current in sets else 0
         for step in range(len(sets)):
             words = sets[(start + step) % len(sets)]
-            if words != now and self.context.fits(replace(self.prompt, verbalizers=words)):
+            if words != current and self.context.fits(replace(self.prompt, verbalizers=words)):
                 return words
         return None
 
-    def draw(self, count: int) -> int:
+    def draw_index(self, count: int) -> int:
         """Returns an index below ``count``, drawn by the draft's seed."""
-        return int(self._draws().integers(count))
+        return int(self._generator().integers(count))
 
-    def _draws(self) -> np.random.Generator:
+    def _generator(self) -> np.random.Generator:
         # A new generator each time: mask and edit must draw the same, and a draft is immutable.
         return np.random.default_rng(self.seed)

@@ -22,7 +22,7 @@ from ..process import Unicode
 from ..tasks.prompt_search.tasks import PromptTask
 from .drafts import PromptDraft
 
-FILE = "prompt_edits"
+PROMPT_FILE = "prompt_edits"
 """Name of the prompt file of the operations."""
 
 
@@ -72,7 +72,9 @@ class PromptEdits(PromptOperator):
     ) -> None:
         if candidates < 1:
             raise InputError(f"candidates must be at least 1, got {candidates}")
-        self._operations = load_operations(operations, no_op=True, tables=load_prompts(__package__, FILE)["operation"])
+        self._operations = load_operations(
+            operations, no_op=True, tables=load_prompts(__package__, PROMPT_FILE)["operation"]
+        )
         self.operations = tuple(operation.name for operation in self._operations)
         self.action_space = spaces.Discrete(len(self.operations))
         self._requests = RewriteRequests(candidates, sampling)
@@ -103,13 +105,13 @@ class PromptEdits(PromptOperator):
             # A prompt needs an instruction or a demonstration.
             if not shown or (len(shown) == 1 and not draft.instruction.strip()):
                 return None
-            del shown[draft.draw(len(shown))]
+            del shown[draft.draw_index(len(shown))]
             return draft.with_prompt(demonstrations=tuple(shown))
         if name == "swap_demonstrations":
             pairs = draft.swappable()
             if not pairs:
                 return None
-            i, j = pairs[draft.draw(len(pairs))]
+            i, j = pairs[draft.draw_index(len(pairs))]
             shown[i], shown[j] = shown[j], shown[i]
             return draft.with_prompt(demonstrations=tuple(shown))
         if name == "swap_verbalizers":
@@ -207,7 +209,7 @@ class FreeText(PromptOperator):
     def plan(self, action: Any, text: PromptDraft, style: PromptStyle) -> Edit:
         if self.by == "caller":
             return Edit(0, result=text.with_prompt(instruction=action.strip()))
-        texts = load_prompts(__package__, FILE)["rewrite"]
+        texts = load_prompts(__package__, PROMPT_FILE)["rewrite"]
         request = action.strip() or texts["default"]
         labels = ("Instruction", "Change", "New instruction")
         shots = [(shot["before"], shot["change"], shot["after"]) for shot in texts["demonstrations"]]
@@ -224,7 +226,7 @@ def verbalizer_sets(task: PromptTask) -> tuple[tuple[str, ...], ...]:
     """Returns the task's own verbalizers, then the package's other sets for labels of these names; none twice."""
     names = [label.casefold() for label in task.labels]
     sets = [task.verbalizers]
-    for table in load_prompts(__package__, FILE)["verbalizers"]:
+    for table in load_prompts(__package__, PROMPT_FILE)["verbalizers"]:
         if sorted(table["labels"]) == sorted(names):
             # The table may list the labels in another order than the task.
             places = [table["labels"].index(name) for name in names]

@@ -72,9 +72,9 @@ class PromptData:
     def __post_init__(self) -> None:
         if not self.starts:
             raise InputError("there is no prompt to start from: give at least one instruction")
-        for name, least in (("batch_size", 1), ("pool_size", 0), ("max_demonstrations", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name, minimum in (("batch_size", 1), ("pool_size", 0), ("max_demonstrations", 0)):
+            if getattr(self, name) < minimum:
+                raise InputError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
         for prompt in self.starts:
             self.unseen(prompt)
 
@@ -145,7 +145,7 @@ class PromptProcess(EditProcess):
                 prompts = [replace(start, instruction=prefix) for start in self.data.starts]
                 self.reward.scorer.check(prompts, self.data.hardest)
 
-    def _open(self, copy: int, index: int, prefix: Any, base_seed: int) -> PromptEpisode:
+    def _new_episode(self, copy: int, index: int, prefix: Any, base_seed: int) -> PromptEpisode:
         data, prompt = self.data, self.data.starts[index]
         if isinstance(prefix, TaskPrompt):
             prompt = prefix
@@ -173,7 +173,7 @@ class PromptProcess(EditProcess):
             return False
         return True
 
-    def _opened(self, copies: Sequence[int]) -> None:
+    def _after_begin(self, copies: Sequence[int]) -> None:
         try:
             self._score_starts(copies)
         # An episode without a start score must not be stepped, not even after a keyboard interrupt.

@@ -20,7 +20,7 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.local.sampling import Choices
 from ...rewards import Reward, Sample, Score
 from ..process import ProcessEnv, ProcessVectorEnv, batch, check_copies, check_mask, unbatch
-from .episode import GenerationSpec, PromptExample, TokenObservation, Turn, make_token_observation
+from .episode import GenerationSpec, PromptExample, TokenObserver, Turn, make_token_observer
 from .process import TokenProcess, TokenSettings
 
 DEFAULT_SETTINGS = TokenSettings()
@@ -30,7 +30,7 @@ class TokenParts:
     """A base of the single and the vector env, which builds the process from their arguments."""
 
     process: TokenProcess
-    observer: TokenObservation
+    observer: TokenObserver
 
     def _build(
         self,
@@ -50,7 +50,7 @@ class TokenParts:
         scorer = resolve("reward", reward, **defaults)
         self.process = TokenProcess(copies, examples, resolve("tokenizer", tokenizer), scorer, settings)
         spec = self.process.generation
-        self.observer = make_token_observation(observation, spec.vocabulary, spec.context_length)
+        self.observer = make_token_observer(observation, spec.vocabulary, spec.context_length)
 
     @property
     def generation(self) -> GenerationSpec:
@@ -73,7 +73,7 @@ class TokenParts:
         return self.process.reward
 
 
-class TokenEnv(TokenParts, ProcessEnv[TokenProcess, TokenObservation]):
+class TokenEnv(TokenParts, ProcessEnv[TokenProcess, TokenObserver]):
     """A Gymnasium env whose episode is one response to a prompt, written token by token.
 
     ## Action Space
@@ -228,7 +228,7 @@ class Played:
     """n infos. In autoreset mode ``SAME_STEP``: that of the reset of each copy that ended; else empty dicts."""
     turns: Sequence[Turn] = field(repr=False)
     """The turn of each copy."""
-    observer: TokenObservation = field(repr=False)
+    observer: TokenObserver = field(repr=False)
     """Makes the observations."""
 
     @cached_property
@@ -273,7 +273,7 @@ class _Pending:
     """The finished play, or the error that scoring raised; None until the scores were waited for."""
 
 
-class TokenVectorEnv(TokenParts, ProcessVectorEnv[TokenProcess, TokenObservation]):
+class TokenVectorEnv(TokenParts, ProcessVectorEnv[TokenProcess, TokenObserver]):
     """A vector env of n copies of :class:`~instructgym.envs.tokens.env.TokenEnv` that share each call to the reward.
 
     Copy i seeded with s behaves as a single env seeded with s + i, except for what the copies share: the order of the
@@ -328,7 +328,7 @@ class TokenVectorEnv(TokenParts, ProcessVectorEnv[TokenProcess, TokenObservation
         """Starts episodes as in the base class; with a seed, waits first for the scores of a running play."""
         # A seed clears the reward's memory, which must not happen while another thread scores with it.
         if seed is not None and self._pending is not None:
-            self._settle(self._pending)
+            self._finish_pending(self._pending)
         return super().start(seed=seed, options=options)
 
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
@@ -380,7 +380,7 @@ class TokenVectorEnv(TokenParts, ProcessVectorEnv[TokenProcess, TokenObservation
             InvalidRewardError: with ``on_invalid="raise"``, if there is no valid score.
         """
         written = self._write(actions, mask)
-        return self._finish(written, self.process.scorer.ask(written.samples))
+        return self._finish(written, self.process.scorer.score(written.samples))
 
     def play_async(self, actions: Sequence[Any], mask: np.ndarray | None = None) -> None:
         """Appends tokens as :meth:`play` does and scores them in another thread; :meth:`play_wait` returns the outcome.
@@ -391,7 +391,7 @@ class TokenVectorEnv(TokenParts, ProcessVectorEnv[TokenProcess, TokenObservation
         # One worker is enough: only one play may be pending.
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="play")
-        self._pending = _Pending(written, self._executor.submit(self.process.scorer.ask, written.samples))
+        self._pending = _Pending(written, self._executor.submit(self.process.scorer.score, written.samples))
 
     def play_wait(self) -> Played:
         """Waits for the scores of the last :meth:`play_async` and returns its outcome.
@@ -402,7 +402,7 @@ class TokenVectorEnv(TokenParts, ProcessVectorEnv[TokenProcess, TokenObservation
         """
         if self._pending is None:
             raise RuntimeError("there is no play to wait for: call play_async() first")
-        outcome = self._settle(self._pending)
+        outcome = self._finish_pending(self._pending)
         self._pending = None
         if isinstance(outcome, Exception):
             raise outcome
@@ -467,8 +467,8 @@ class TokenVectorEnv(TokenParts, ProcessVectorEnv[TokenProcess, TokenObservation
                 infos[copy] = info
         return infos
 
-    def _settle(self, pending: _Pending) -> Played | Exception:
-        # The outcome is remembered: a reset may settle a play before ``play_wait`` returns it.
+    def _finish_pending(self, pending: _Pending) -> Played | Exception:
+        # The outcome is remembered: a reset may finish a play before ``play_wait`` returns it.
         if pending.outcome is None:
             try:
                 pending.outcome = self._finish(pending.written, pending.scores.result())

@@ -74,7 +74,7 @@ class TokenEpisode:
     """The allowed responses if decoding is constrained, else None."""
     tokens: list[int] = field(default_factory=list)
     """Token ids of the response so far."""
-    given: int = 0
+    prefix_length: int = 0
     """Number of these tokens that come from ``options["prefix"]``."""
     finish_reason: str = ""
     """Why the episode ended: ``illegal``, ``choice``, ``eos``, ``stop`` or ``length``; empty while it is running."""
@@ -135,13 +135,13 @@ class TokenEpisode:
 
 
 TOKEN_OBSERVATIONS = ("tokens", "onehot")
-"""The observation modes, see :func:`make_token_observation`."""
+"""The observation modes, see :func:`make_token_observer`."""
 
 ONEHOT_LIMIT = 65_536
 """Largest number of inputs of a learner's first layer: one-hot observations are for small vocabularies."""
 
 
-class TokenObservation(ABC):
+class TokenObserver(ABC):
     """An observer that turns states (int32 arrays of token ids, prompt first) into observations."""
 
     space: spaces.Space[Any]
@@ -152,7 +152,7 @@ class TokenObservation(ABC):
         """Returns one observation per state; no two share memory."""
 
 
-class TokenIds(TokenObservation):
+class TokenIds(TokenObserver):
     """An observer that returns token ids and a mask of the positions that hold a token.
 
     An observation is a Dict of ``ids`` (int32, shape (length,), right-padded with 0) and ``mask`` (int8, shape
@@ -182,7 +182,7 @@ class TokenIds(TokenObservation):
         return observations
 
 
-class OneHotTokens(TokenObservation):
+class OneHotTokens(TokenObserver):
     """An observer that returns token ids in a MultiDiscrete space, which learners one-hot encode.
 
     An observation is int64, shape (length,), right-padded with the id ``vocabulary``.
@@ -211,7 +211,7 @@ class OneHotTokens(TokenObservation):
         return rows
 
 
-def make_token_observation(mode: str, vocabulary: int, length: int) -> TokenObservation:
+def make_token_observer(mode: str, vocabulary: int, length: int) -> TokenObserver:
     """Returns the observer of a mode.
 
     Args:
@@ -266,7 +266,7 @@ class TurnReward:
 class TokenScorer:
     """A scorer of turns: calls the reward and splits each score over the tokens of its turn.
 
-    The two are separate methods, :meth:`ask` and :meth:`assign_rewards`, so that the call may run in another thread.
+    The two are separate methods, :meth:`score` and :meth:`assign_rewards`, so that the call may run in another thread.
 
     Args:
         reward: scores responses.
@@ -278,7 +278,7 @@ class TokenScorer:
         self.reward, self.tokenizer, self.on_invalid = reward, tokenizer, on_invalid
         self.mean = RunningMean()
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Resets the running mean and clears the reward's memory."""
         self.reward.reset()
         self.mean = RunningMean()
@@ -291,7 +291,7 @@ class TokenScorer:
         causal = self.reward.timing == "causal"
         return {i: self._sample(turn.episode) for i, turn in enumerate(turns) if turn.ended or (causal and turn.count)}
 
-    def ask(self, samples: Mapping[int, Sample]) -> dict[int, Score]:
+    def score(self, samples: Mapping[int, Sample]) -> dict[int, Score]:
         """Scores all samples in one call and, with ``on_invalid="retry"``, those without a valid score once more."""
         if not samples:
             return {}
@@ -353,11 +353,11 @@ class TokenScorer:
                 raise InputError(f"per_token of reward {name!r} sums to {total:.6g}, its value is {score.value:.6g}")
         return split
 
-    def _impute(self, turns: Sequence[Turn], rewarded: Sequence[TurnReward]) -> None:
+    def _impute(self, turns: Sequence[Turn], turn_rewards: Sequence[TurnReward]) -> None:
         """Sets the rewards without a valid score to the running mean, and adds the valid ones to it."""
         causal = self.reward.timing == "causal"
         due: dict[int, list[TurnReward]] = {}
-        for turn, turn_reward in zip(turns, rewarded, strict=True):
+        for turn, turn_reward in zip(turns, turn_rewards, strict=True):
             if turn_reward.score is not None:
                 for step in range(turn.count) if causal else (turn.count - 1,):
                     due.setdefault(step, []).append(turn_reward)
@@ -374,7 +374,7 @@ class TokenScorer:
         example, count = episode.example, len(episode.tokens)
         # The policy did not write the prefix.
         mask = np.ones(count, dtype=bool)
-        mask[: episode.given] = False
+        mask[: episode.prefix_length] = False
         return Sample(
             response=episode.response(self.tokenizer),
             prompt=example.prompt,

@@ -114,7 +114,7 @@ class TokenProcess:
 
     def restart(self, seed: int) -> None:
         """Resets everything that outlives an episode: data order (by ``seed``), the reward's memory, running mean."""
-        self.scorer.forget()
+        self.scorer.reset()
         self.source.seed(seed)
         self._unseeded = False
 
@@ -175,8 +175,10 @@ class TokenProcess:
             turns.append(turn := Turn(self.running(copy), len(self.running(copy).tokens)))
             turn.count = self.advance(copy, (token,))
         return [
-            Transition(float(rewarded.rewards[-1]), bool(turn.episode.finish_reason), self.step_info(turn, rewarded))
-            for turn, rewarded in zip(turns, self.score(turns), strict=True)
+            Transition(
+                float(turn_reward.rewards[-1]), bool(turn.episode.finish_reason), self.step_info(turn, turn_reward)
+            )
+            for turn, turn_reward in zip(turns, self.score(turns), strict=True)
         ]
 
     def advance(self, copy: int, tokens: Sequence[int]) -> int:
@@ -185,7 +187,7 @@ class TokenProcess:
 
     def score(self, turns: Sequence[Turn]) -> list[TurnReward]:
         """Returns the rewards of the turns, with one call to the reward for all scores that are due."""
-        return self.scorer.assign_rewards(turns, self.scorer.ask(self.scorer.samples(turns)))
+        return self.scorer.assign_rewards(turns, self.scorer.score(self.scorer.samples(turns)))
 
     def mask(self, copy: int) -> np.ndarray:
         """Returns the tokens that are allowed next: int8, shape (vocabulary,); all 1 once the episode has ended."""
@@ -244,7 +246,7 @@ class TokenProcess:
         """
         if len(state["generators"]) != len(self.generators):
             raise InputError(f"the state is of {len(state['generators'])} copies, this env has {len(self.generators)}")
-        self.scorer.forget()
+        self.scorer.reset()
         self.scorer.mean.total, self.scorer.mean.count = float(state["mean"][0]), int(state["mean"][1])
         self.source.load_state_dict(state["source"])
         self.generators = [np.random.default_rng() for _ in self.generators]
@@ -266,16 +268,16 @@ class TokenProcess:
             raise ValueError(f"token ids must be in [0, {self.generation.vocabulary}), got {ids.min()} to {ids.max()}")
         return ids.tolist()
 
-    def step_info(self, turn: Turn, rewarded: TurnReward) -> dict[str, Any]:
+    def step_info(self, turn: Turn, turn_reward: TurnReward) -> dict[str, Any]:
         """Returns the info of a turn's last step."""
         episode, written = turn.episode, turn.start + turn.count
-        score = rewarded.score
+        score = turn_reward.score
         return self._start_info(episode) | {
             "step": written,
             "text": episode.text,
             "finish_reason": episode.finish_reason,
-            "reward_valid": rewarded.valid,
-            "invalid_reason": "" if rewarded.valid or score is None else score.feedback,
+            "reward_valid": turn_reward.valid,
+            "invalid_reason": "" if turn_reward.valid or score is None else score.feedback,
             "reward_terms": {k: float(v) for k, v in score.terms.items()} if score is not None and score.valid else {},
             "judge_calls": 0 if score is None else score.calls,
         }
@@ -313,7 +315,7 @@ class TokenProcess:
         choices = self._choices_of(example) if self.settings.constrained else None
         base_seed = int(self.generators[copy].integers(2**62))
         # The prefix is written like the tokens of a policy, which shows whether it ends the episode.
-        episode = TokenEpisode(index, example, prompt, ids, base_seed, choices, given=len(prefix))
+        episode = TokenEpisode(index, example, prompt, ids, base_seed, choices, prefix_length=len(prefix))
         episode.write(prefix, self.tokenizer, self.generation)
         if episode.finish_reason:
             raise ValueError(

@@ -117,7 +117,7 @@ class Bootstrapper:
             for item in items:
                 if len(self.pool.machine) >= target:
                     break
-                candidate = self.pool.consider(item)
+                candidate = self.pool.try_add(item)
                 nearest = {"similarity": round(candidate.similarity, 6), "nearest": candidate.nearest}
                 if candidate.rejected_by:
                     rejection = {"stage": "instruction", "rejected_by": candidate.rejected_by}

@@ -191,7 +191,7 @@ def _row(example: InstructionExample, drawn: Candidates) -> dict[str, Any]:
     """Returns the row of ``candidates.jsonl`` for one request: only candidates that are neither blank nor repeated."""
     return example.row() | {
         "candidates": [text.strip() for text in drawn.distinct],
-        "finished": [drawn.finished[number] for number in drawn.chosen],
+        "finished": [drawn.finished[number] for number in drawn.distinct_indices],
         "temperature": drawn.temperature,
         "tries": drawn.tries,
         "max_rouge": drawn.max_rouge,

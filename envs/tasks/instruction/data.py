@@ -86,16 +86,16 @@ def prompt_text(example: InstructionExample, layout: DataLayout, tokenizer: Toke
     return tokenizer.chat_text([{"role": "user", "content": request_text(example)}])
 
 
-def instruction_form(instruction: str, given: str, layout: str) -> str:
+def instruction_form(instruction: str, input_text: str, layout: str) -> str:
     """Writes an instruction and its input as one text.
 
     Args:
         instruction: the instruction.
-        given: its input; empty if it has none.
+        input_text: its input; empty if it has none.
         layout: ``plain``: a text to continue; ``chat``: a message to answer; ``alpaca``: the text of Stanford Alpaca.
     """
-    templates = load_prompts(__package__, "layouts")["instruction_with_input" if given else "instruction"]
-    return fill(templates[layout], {"instruction": instruction, "input": given})
+    templates = load_prompts(__package__, "layouts")["instruction_with_input" if input_text else "instruction"]
+    return fill(templates[layout], {"instruction": instruction, "input": input_text})
 
 
 def read_instruction_data(path: str | Path, option: str = "") -> InstructionData:

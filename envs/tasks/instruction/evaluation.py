@@ -37,7 +37,7 @@ class EvaluationTask:
 
 
 def load_evaluation_tasks(
-    path: str | Path | None = None, held: int = HELD_OUT, names: str | Path | None = None
+    path: str | Path | None = None, held_out_count: int = HELD_OUT, names: str | Path | None = None
 ) -> list[EvaluationTask]:
     """Loads held-out tasks from local files.
 
@@ -45,7 +45,7 @@ def load_evaluation_tasks(
         path: a task of Super-NaturalInstructions (``taskNNN_*.json``) or a folder of them, the user-oriented
             instructions (JSONL with ``motivation_app``), or seed tasks in Self-Instruct's format; None for the
             package's own seed tasks.
-        held: number of seed tasks to select with
+        held_out_count: number of seed tasks to select with
             :func:`~instructgym.envs.tasks.instruction.pool.evaluation_split`: these are the tasks that ``refine-af
             bootstrap`` never shows, a quarter of all tasks at most. 0: all tasks. Other formats ignore it.
         names: a file with one task name per line, for instance Super-NaturalInstructions' list of test tasks: only
@@ -58,7 +58,7 @@ def load_evaluation_tasks(
         InputError: if a file cannot be read, a task has no instances or lacks a reference (the message names file and
             field), two tasks have the same name, or a listed name is that of no task.
     """
-    tasks = _read(None if path is None else Path(path), held)
+    tasks = _read(None if path is None else Path(path), held_out_count)
     name, count = Counter(task.name for task in tasks).most_common(1)[0]
     if count > 1:
         raise InputError(f"{path} has {count} tasks called {name!r}: give each a name of its own")
@@ -73,30 +73,30 @@ def load_evaluation_tasks(
     return [by_name[name] for name in listed]
 
 
-def _read(path: Path | None, held: int) -> list[EvaluationTask]:
+def _read(path: Path | None, held_out_count: int) -> list[EvaluationTask]:
     """Reads the tasks of a file or folder in any of the formats."""
     if path is None:
-        return _seed_tasks(load_tasks(None), held, "the package's seed tasks")
+        return _seed_tasks(load_tasks(None), held_out_count, "the package's seed tasks")
     if path.is_dir():
         files = sorted(path.glob("task*.json"))
         if not files:
             raise InputError(f"{path} holds no task*.json, as Super-NaturalInstructions calls its files")
-        return [_natural(file) for file in files]
+        return [_natural_instructions_task(file) for file in files]
     # A JSON file with one object is a task of Super-NaturalInstructions; seed tasks are a list, or lines.
     if path.suffix == ".json" and read_user_text(path).lstrip().startswith("{"):
-        return [_natural(path)]
+        return [_natural_instructions_task(path)]
     rows = read_rows(path)
     if rows and USER_ORIENTED in rows[0][1]:
         return [_user_oriented(where, row) for where, row in rows]
-    return _seed_tasks(load_tasks(path), held, str(path))
+    return _seed_tasks(load_tasks(path), held_out_count, str(path))
 
 
-def _seed_tasks(tasks: Sequence[Task], held: int, where: str) -> list[EvaluationTask]:
-    """Returns the held-out ones of seed tasks, or all of them if ``held`` is 0."""
-    if held and len(tasks) <= DEMONSTRATIONS:
+def _seed_tasks(tasks: Sequence[Task], held_out_count: int, where: str) -> list[EvaluationTask]:
+    """Returns the held-out ones of seed tasks, or all of them if ``held_out_count`` is 0."""
+    if held_out_count and len(tasks) <= DEMONSTRATIONS:
         raise InputError(f"{where} holds {len(tasks)} tasks, too few to hold any out: take all, with --held-out 0")
     # `held_out` refuses to leave fewer tasks than a bootstrapping prompt shows.
-    selected = evaluation_split(tasks, min(held, len(tasks) - DEMONSTRATIONS))[1] if held else tasks
+    selected = evaluation_split(tasks, min(held_out_count, len(tasks) - DEMONSTRATIONS))[1] if held_out_count else tasks
     for task in selected:
         if not task.instances or not all(instance.output.strip() for instance in task.instances):
             raise InputError(f"{where}: task {task.id!r} needs 'instances' with an 'output' each that is not empty")
@@ -117,7 +117,7 @@ def _user_oriented(where: str, row: Mapping[str, Any]) -> EvaluationTask:
     )
 
 
-def _natural(path: Path) -> EvaluationTask:
+def _natural_instructions_task(path: Path) -> EvaluationTask:
     """Reads a task of Super-NaturalInstructions; its name is that of its file."""
     try:
         content = json.loads(read_user_text(path))

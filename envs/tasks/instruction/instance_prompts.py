@@ -109,10 +109,10 @@ def _tasks(data: str | Path) -> tuple[str, list[Task]]:
     rows = [row for _, row in read_seed_rows(path) if isinstance(row, dict)]
     untyped = {str(row["instruction"]).strip() for row in rows if row.get("task_type_error")}
     tasks = [task for task in tasks if task.instruction.strip() not in untyped]
-    for what, values in (("id", [t.id for t in tasks]), ("instruction", [t.instruction for t in tasks])):
+    for field, values in (("id", [t.id for t in tasks]), ("instruction", [t.instruction for t in tasks])):
         value, times = Counter(values).most_common(1)[0]
         if times > 1:
-            raise InputError(f"{path} has the {what} {value[:60]!r} {times} times: delete all rows but one")
+            raise InputError(f"{path} has the {field} {value[:60]!r} {times} times: delete all rows but one")
     return path.stem, tasks
 
 

@@ -30,7 +30,7 @@ Piece: TypeAlias = Instance | str
 
 
 @dataclass
-class Cleaned:
+class CleanedInstances:
     """The instances that are kept from a reply, and the pieces that are dropped."""
 
     kept: list[Instance] = field(default_factory=list)
@@ -52,13 +52,16 @@ def instance_prompt(style: PromptStyle, instruction: str, order: Order) -> Promp
     """Returns the prompt that asks for instances of an instruction, in the form that a backend needs."""
     table = load_prompts(__package__, "refine_af")[order]
     chat = fill(table["chat"], {"instruction": instruction, "limit": str(MAX_INSTANCES)})
-    shots = [f"Task: {one_line(task['instruction'])}\n{_written(task['instances'], order)}" for task in table["tasks"]]
+    shots = [
+        f"Task: {one_line(task['instruction'])}\n{_demonstration_text(task['instances'], order)}"
+        for task in table["tasks"]
+    ]
     # For input first nothing follows the task: the reply may begin with `Example 1` or, without input, with `Output:`.
     query = f"Task: {one_line(instruction)}\n{'Class label:' if order == 'output_first' else ''}"
     return build_prompt(style, chat, "\n\n".join([table["header"], *shots, query]))
 
 
-def _written(instances: Sequence[Mapping[str, Any]], order: Order) -> str:
+def _demonstration_text(instances: Sequence[Mapping[str, Any]], order: Order) -> str:
     """Returns demonstrations in the format that the parsers read."""
     if order == "output_first":
         return "\n".join(f"Class label: {shot['output']}\nInput: {shot['input']}" for shot in instances)
@@ -150,7 +153,9 @@ def _input(text: str) -> str:
     return "" if text.removesuffix(".").casefold() in NO_INPUT else text
 
 
-def clean(pieces: Sequence[Piece], cut: bool = False, limit: int = MAX_INSTANCES, instruction: str = "") -> Cleaned:
+def clean(
+    pieces: Sequence[Piece], cut: bool = False, limit: int = MAX_INSTANCES, instruction: str = ""
+) -> CleanedInstances:
     """Drops the instances of one instruction that the rules of Self-Instruct reject.
 
     Reasons, in the order in which they are checked: ``cut``, the last piece of a reply that was cut by length;
@@ -165,7 +170,7 @@ def clean(pieces: Sequence[Piece], cut: bool = False, limit: int = MAX_INSTANCES
         limit: number of instances to read at most.
         instruction: the instruction of the instances; empty: do not check for ``echo``.
     """
-    cleaned, pieces = Cleaned(), list(pieces)
+    cleaned, pieces = CleanedInstances(), list(pieces)
     if cut and pieces:
         cleaned.dropped.append((pieces.pop(), "cut"))
     cleaned.dropped += [(piece, "malformed") for piece in pieces if isinstance(piece, str)]

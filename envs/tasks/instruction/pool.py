@@ -140,7 +140,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Considered:
+class Decision:
     """The decision on one candidate."""
 
     instruction: str
@@ -218,10 +218,10 @@ def held_out(tasks: Sequence[Task], n: int = 40) -> tuple[list[Task], list[Task]
             f"cannot hold {n} of {len(tasks)} tasks out: a prompt shows {DEMONSTRATIONS}, so many must be left"
         )
     by_hash = sorted(range(len(tasks)), key=lambda i: hashlib.sha1(tasks[i].instruction.encode()).hexdigest())
-    held = set(by_hash[:n])
+    selected = set(by_hash[:n])
     return (
-        [task for i, task in enumerate(tasks) if i not in held],
-        [task for i, task in enumerate(tasks) if i in held],
+        [task for i, task in enumerate(tasks) if i not in selected],
+        [task for i, task in enumerate(tasks) if i in selected],
     )
 
 
@@ -245,8 +245,8 @@ class InstructionPool:
 
     Args:
         seeds: tasks to start from, at least eight.
-        held: tasks that are never demonstrated; tasks similar to them are rejected as well.
-        threshold: largest ROUGE-L F-measure that a new task may have to any task of the pool, seeds and held tasks
+        held_out: tasks that are never demonstrated; tasks similar to them are rejected as well.
+        threshold: largest ROUGE-L F-measure that a new task may have to any task of the pool, seeds and held-out tasks
             included.
         path: JSONL file of the machine-made tasks. Its tasks are loaded (a torn last line is dropped), and every task
             that enters the pool is appended. None: keep them in memory only.
@@ -259,14 +259,14 @@ class InstructionPool:
     def __init__(
         self,
         seeds: Sequence[Task],
-        held: Sequence[Task] = (),
+        held_out: Sequence[Task] = (),
         threshold: float = 0.7,
         path: str | Path | None = None,
     ) -> None:
         if len(seeds) < DEMONSTRATIONS:
             raise ValueError(f"a prompt shows {DEMONSTRATIONS} tasks, got {len(seeds)} seeds")
-        self.seeds, self.held, self.machine = list(seeds), list(held), list[Task]()
-        self._known = [*self.seeds, *self.held]
+        self.seeds, self.held_out, self.machine = list(seeds), list(held_out), list[Task]()
+        self._known = [*self.seeds, *self.held_out]
         self.gate = RougeGate(threshold, [task.instruction for task in self._known])
         self.path = None if path is None else Path(path)
         if self.path is not None:
@@ -290,21 +290,21 @@ class InstructionPool:
         ]
         return [drawn[i] for i in generator.permutation(len(drawn))]
 
-    def consider(self, text: str) -> Considered:
+    def try_add(self, text: str) -> Decision:
         """Adds a generated instruction to the pool if it passes the filters and the ROUGE-L gate."""
         text = normalized(text)
         if reason := dropped_by(text):
-            return Considered(text, reason)
+            return Decision(text, reason)
         similarity, index = self.gate.nearest(text)
         nearest = self._known[index].instruction if index >= 0 else ""
         if self.gate.rejects(similarity):
-            return Considered(text, "rouge", similarity, nearest)
+            return Decision(text, "rouge", similarity, nearest)
         task = Task(text, id=f"machine_task_{len(self.machine)}")
         # On disk first: if the write fails, the pool in memory does not hold a task that the file lacks.
         if self.path is not None:
             append_lines(self.path, [task.row()])
         self._enter(task)
-        return Considered(text, None, similarity, nearest, task.id)
+        return Decision(text, None, similarity, nearest, task.id)
 
     def _enter(self, task: Task) -> None:
         self.machine.append(task)

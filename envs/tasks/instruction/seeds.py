@@ -54,8 +54,7 @@ def load_instructions(
 
     Raises:
         SeedFileError: if the file is missing, empty, not UTF-8 or torn, or has rows without ``instruction``.
-        InputError: if the split is unknown.
-        ValueError: if the split is empty.
+        InputError: if the split is unknown or empty.
     """
     if seeds is None:
         instructions = read_instructions(packaged_seeds())
@@ -69,7 +68,7 @@ def load_instructions(
         return instructions
     matches = [i for i in instructions if in_split(i.text, split)]
     if not matches:
-        raise ValueError(f"none of the {len(instructions)} seeds falls into the split {split!r}")
+        raise InputError(f"none of the {len(instructions)} seeds falls into the split {split!r}")
     return matches
 
 
@@ -161,5 +160,5 @@ def seed_instruction(path: Path, where: str, row: Any) -> Instruction:
         "".join(fields).encode()
     except UnicodeEncodeError as error:  # JSON escapes can hold a lone surrogate
         surrogate = ascii(error.object[error.start])
-        raise SeedFileError(f"seed file {path} {where} holds half a character (surrogate {surrogate})") from error
+        raise SeedFileError(f"seed file {path} {where} holds a lone surrogate ({surrogate})") from error
     return Instruction(*fields)

@@ -119,12 +119,20 @@ def unnest(task: NLUTask, row: Mapping[str, Any], where: str) -> list[dict[str, 
     """
     try:
         if task.name == "MultiRC":
-            return _answers(row) if isinstance(row.get("passage"), Mapping) else [{**row, **_tidy(row, "paragraph")}]
+            return (
+                _answers(row)
+                if isinstance(row.get("passage"), Mapping)
+                else [{**row, **_without_marks(row, "paragraph")}]
+            )
         if task.name == "ReCoRD":
-            return _queries(row) if isinstance(row.get("passage"), Mapping) else [{**row, **_tidy(row, "passage")}]
+            return (
+                _queries(row)
+                if isinstance(row.get("passage"), Mapping)
+                else [{**row, **_without_marks(row, "passage")}]
+            )
         if task.name == "WSC":
             flat = {**row, **row.get("target", {})}
-            return [flat | _marked(flat)]
+            return [flat | _mark_pronoun(flat)]
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{where} is no row of {task.name} in SuperGLUE's layout: {error!r}; mend it") from error
     return [dict(row)]
@@ -162,7 +170,7 @@ def _queries(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _tidy(row: Mapping[str, Any], name: str) -> dict[str, str]:
+def _without_marks(row: Mapping[str, Any], name: str) -> dict[str, str]:
     return {name: _plain(row[name])} if isinstance(row.get(name), str) else {}
 
 
@@ -171,7 +179,7 @@ def _plain(text: str) -> str:
     return re.sub(r"<b>Sent \d+: </b>|<br>|@highlight\b", " ", text)
 
 
-def _marked(row: Mapping[str, Any]) -> dict[str, str]:
+def _mark_pronoun(row: Mapping[str, Any]) -> dict[str, str]:
     """Returns WSC's text with asterisks around the pronoun to resolve, since the same pronoun may occur twice."""
     words, index, pronoun = str(row.get("text", "")).split(), row.get("span2_index"), row.get("span2_text")
     if not (isinstance(index, int) and isinstance(pronoun, str) and 0 <= index < len(words)):
@@ -182,9 +190,9 @@ def _marked(row: Mapping[str, Any]) -> dict[str, str]:
     return {"text": " ".join(words)}
 
 
-HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 1000
+HELD_OUT_SHARE, HELD_OUT_LIMIT = 0.1, 1000
 """Size of ``validation``: share of the published training set, and rows at most."""
-TORN_SHARE = 0.001
+MAX_UNUSABLE_SHARE = 0.001
 """Share of a file's rows that may be unusable before they are an error."""
 OFFLINE_TASK = "rotten-tomatoes"
 
@@ -230,7 +238,7 @@ def load_rows(
         row["id"] = f"{part}-{row['id']}"
     # The packaged reviews are split above. Everything else has its validation split in the published training set.
     if split != "test" and (path is not None or task.name != OFFLINE_TASK):
-        rows = _held_out(task, rows, split == "validation")
+        rows = _split_training_rows(task, rows, split == "validation")
     if not rows:
         raise InputError(f"{task.name} has no rows for the split {split!r} in {path or 'its data'}: add rows")
     return rows if limit is None else _subset(task, rows, limit, seed)
@@ -380,7 +388,7 @@ def _file_rows(task: NLUTask, path: Path) -> list[dict[str, Any]]:
             rows.append(_row(task, raw, where, number))
         except RowError as error:
             errors.append(error)
-    if len(errors) > TORN_SHARE * (len(rows) + len(errors)):
+    if len(errors) > MAX_UNUSABLE_SHARE * (len(rows) + len(errors)):
         raise errors[0]
     if errors:  # the published QQP has some
         warnings.warn(f"{len(errors)} rows of {path} were left out; the first: {errors[0]}", stacklevel=2)
@@ -401,7 +409,7 @@ def _row(task: NLUTask, raw: Mapping[str, Any], where: str, number: int, strict:
         try:
             row[name].encode()
         except UnicodeEncodeError as error:  # JSON escapes can hold a lone surrogate
-            raise InputError(f"{where}: the field {name!r} holds half a character: mend or delete the row") from error
+            raise InputError(f"{where}: the field {name!r} holds a lone surrogate: mend or delete the row") from error
     row["idx"] = raw.get("idx", number)
     idx = row["idx"].values() if isinstance(row["idx"], Mapping) else [number]
     row["id"] = "-".join(map(str, idx))
@@ -459,13 +467,13 @@ def _hash(task: NLUTask, row: Mapping[str, Any]) -> float:
     return text_hash("\x1f".join(row[name] for name in ([task.group_by] if task.group_by else task.fields)))
 
 
-def _held_out(task: NLUTask, rows: Sequence[dict[str, Any]], held_out: bool) -> list[dict[str, Any]]:
-    """Returns the rows of ``validation`` if ``held_out``, else those of ``train``."""
+def _split_training_rows(task: NLUTask, rows: Sequence[dict[str, Any]], validation: bool) -> list[dict[str, Any]]:
+    """Returns the rows of the split ``validation`` or, if ``validation`` is False, those of ``train``."""
     hashes = [_hash(task, row) for row in rows]
-    # Below the bound are a tenth of the hash space and at most HELD_OUT_MOST rows. Equal texts have equal hashes, so
+    # Below the bound are a tenth of the hash space and at most HELD_OUT_LIMIT rows. Equal texts have equal hashes, so
     # they are on the same side.
-    bound = min([HELD_OUT_SHARE, *sorted(hashes)[HELD_OUT_MOST : HELD_OUT_MOST + 1]])
-    return [row for row, value in zip(rows, hashes, strict=True) if (value < bound) is held_out]
+    bound = min([HELD_OUT_SHARE, *sorted(hashes)[HELD_OUT_LIMIT : HELD_OUT_LIMIT + 1]])
+    return [row for row, value in zip(rows, hashes, strict=True) if (value < bound) is validation]
 
 
 def _subset(task: NLUTask, rows: Sequence[dict[str, Any]], limit: int, seed: int) -> list[dict[str, Any]]:

@@ -44,9 +44,9 @@ class Openings:
             raise InputError(f"unknown layout {layout!r}: use {' or '.join(LAYOUTS)}")
         if layout == "chat" and tokenizer is None:
             raise InputError("layout 'chat' needs a tokenizer: pass that of the model")
-        place = {"label": "input", "response": "request"}.get(kind)
-        if opening is not None and place is not None:
-            _check_place(opening, "opening", place)
+        placeholder = {"label": "input", "response": "request"}.get(kind)
+        if opening is not None and placeholder is not None:
+            _check_placeholder(opening, "opening", placeholder)
         self.form = _forms(kind)[layout] if opening is None else opening
         self.tokenizer = tokenizer if layout == "chat" else None
 
@@ -143,7 +143,7 @@ def scored_prompt(task: PromptTask, level: Level, instruction: str | None = None
     if instruction is None:
         with_hint = fill(_forms("label")["instruction"], {"instruction": task.instructions[0]})
         instruction = "{response}" if level == "task" else with_hint
-    _check_place(instruction, "instruction", "response")
+    _check_placeholder(instruction, "instruction", "response")
     return task.prompt(instruction)
 
 
@@ -155,7 +155,7 @@ def _labels(task: PromptTask) -> str:
     return " or ".join(task.verbalizers)
 
 
-def _check_place(text: str, argument: str, place: str) -> None:
+def _check_placeholder(text: str, argument: str, placeholder: str) -> None:
     """Raises an InputError if the text lacks a placeholder."""
-    if f"{{{place}}}" not in text:
-        raise InputError(f"{argument} must have {{{place}}}, got {text!r}")
+    if f"{{{placeholder}}}" not in text:
+        raise InputError(f"{argument} must have {{{placeholder}}}, got {text!r}")

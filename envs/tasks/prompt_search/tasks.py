@@ -74,7 +74,7 @@ def read_prompt_task(path: Path) -> tuple[dict[str, Any], dict[str, list[Labelle
         for example, where in _file_examples(path.parent / str(task.pop(name)), task):
             split = name if name != "data" else _file_split(example.text)
             if seen.setdefault(example.text, split) != split:
-                raise InputError(f"{where}: the text stands in the split {seen[example.text]!r} as well: keep one")
+                raise InputError(f"{where}: the text is in the split {seen[example.text]!r} as well: keep one")
             splits[split].append(example)
     return task, splits
 
@@ -214,18 +214,18 @@ def _nlu_examples(task: NLUTask, rows: Sequence[dict[str, Any]], split: str, see
     return tuple(examples)
 
 
-def _from_file(path: Path, wanted: Sequence[str], limit: int | None, seed: int) -> PromptTask:
+def _from_file(path: Path, split_names: Sequence[str], limit: int | None, seed: int) -> PromptTask:
     if limit is not None and limit < 1:
         raise InputError(f"a limit of {limit} rows leaves none: use at least 1")
     task, splits = read_prompt_task(path)
-    for part in wanted:
+    for part in split_names:
         if not splits[part]:
             raise InputError(f"{path} has no examples for the split {part!r}: add some, or load other splits")
         # The shuffle does not depend on the limit, so a smaller limit gives a subset of a larger one.
         random.Random(f"{seed}/limit").shuffle(splits[part])
     labels, words, instructions = (tuple(task[name]) for name in ("labels", "verbalizers", "instructions"))
     form = PromptTask(task["name"], labels, words, instructions, template=task["template"], block=task["block"])
-    subsets: dict[str, Any] = {part: tuple(splits[part][:limit]) for part in wanted}
+    subsets: dict[str, Any] = {part: tuple(splits[part][:limit]) for part in split_names}
     return replace(form, **subsets)
 
 

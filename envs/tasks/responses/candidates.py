@@ -91,10 +91,10 @@ class Candidates:
     @property
     def distinct(self) -> tuple[str, ...]:
         """The responses that are not blank and differ from all earlier ones in more than white space, in order."""
-        return tuple(self.texts[number] for number in self.chosen)
+        return tuple(self.texts[number] for number in self.distinct_indices)
 
     @property
-    def chosen(self) -> tuple[int, ...]:
+    def distinct_indices(self) -> tuple[int, ...]:
         """Indices of the responses in :attr:`distinct`."""
         twins = distinct_texts(self.texts)[1]
         return tuple(n for n, text in enumerate(self.texts) if text.strip() and twins.index(twins[n]) == n)
@@ -138,7 +138,7 @@ def sample_candidates(
         samplings = [settings.request(attempt, request_seed(seed, rows[i], attempt)) for i in unfinished]
         results = backend.generate([prompts[i] for i in unfinished], samplings)
         for i, sampling, result in zip(unfinished, samplings, results, strict=True):
-            draws[i].take(sampling.temperature, result, settings.threshold)
+            draws[i].record(sampling.temperature, result, settings.threshold)
     return [draw.result() for draw in draws]
 
 
@@ -147,14 +147,14 @@ class _Draw:
 
     def __init__(self) -> None:
         self.done = False
-        self.tries, self.heat = 0, 0.0
+        self.tries, self.temperature = 0, 0.0
         self.errors: list[BackendError] = []
         self.best: tuple[float, float, float, tuple[str, ...], tuple[bool, ...]] | None = None
         """Mean and largest ROUGE-L, temperature, texts, which of them are finished."""
 
-    def take(self, heat: float, result: Any, threshold: float) -> None:
+    def record(self, temperature: float, result: Any, threshold: float) -> None:
         """Records the result of a try."""
-        self.tries, self.heat = self.tries + 1, heat
+        self.tries, self.temperature = self.tries + 1, temperature
         if isinstance(result, BackendError):
             self.errors.append(result)
             self.done = isinstance(result, ContextLengthError)
@@ -166,12 +166,12 @@ class _Draw:
         self.done = largest < threshold - TOLERANCE
         # A set below the threshold is always kept; otherwise, of tries with equal means, the first is kept.
         if self.done or self.best is None or mean < self.best[0] - TOLERANCE:
-            self.best = (mean, largest, heat, texts, tuple(c.finish_reason != "length" for c in result))
+            self.best = (mean, largest, temperature, texts, tuple(c.finish_reason != "length" for c in result))
 
     def result(self) -> Candidates:
         """Returns the responses of the best try."""
         if self.best is None:
-            return Candidates((), self.heat, self.tries, None, tuple(self.errors))
+            return Candidates((), self.temperature, self.tries, None, tuple(self.errors))
         _, largest, temperature, texts, finished = self.best
         return Candidates(texts, temperature, self.tries, largest, tuple(self.errors), finished)
 
@@ -211,7 +211,7 @@ class RankedList:
             try:
                 text.encode()
             except UnicodeEncodeError as error:  # servers send lone surrogates in JSON escapes
-                raise InputError(f"{where}: field 'candidates' has half a character in place {number}") from error
+                raise InputError(f"{where}: field 'candidates' has a lone surrogate in place {number}") from error
         if len(self.scores) != len(self.candidates):
             raise InputError(
                 f"{where}: field 'scores' has {len(self.scores)} numbers for {len(self.candidates)} candidates"
@@ -241,11 +241,16 @@ def write_ranked_lists(path: str | Path, lists: Iterable[RankedList]) -> None:
     scratch.replace(path)
 
 
-def ranked_row(one: RankedList) -> dict[str, Any]:
+def ranked_row(ranked_list: RankedList) -> dict[str, Any]:
     """Returns the row of a ranked list in a file; a missing reference and empty metadata are left out."""
-    row = {"id": one.id, "prompt": one.prompt, "candidates": list(one.candidates), "scores": list(one.scores)}
-    row |= {} if one.reference is None else {"reference": one.reference}
-    return row | ({"metadata": dict(one.metadata)} if one.metadata else {})
+    row = {
+        "id": ranked_list.id,
+        "prompt": ranked_list.prompt,
+        "candidates": list(ranked_list.candidates),
+        "scores": list(ranked_list.scores),
+    }
+    row |= {} if ranked_list.reference is None else {"reference": ranked_list.reference}
+    return row | ({"metadata": dict(ranked_list.metadata)} if ranked_list.metadata else {})
 
 
 def read_ranked_lists(path: str | Path) -> list[RankedList]:
@@ -281,7 +286,7 @@ def _ranked_list(where: str, row: Mapping[str, Any]) -> RankedList:
     unknown = set(row) - set(FIELDS)
     if unknown:
         raise InputError(f"{where}: unknown field {min(unknown)!r}: use {', '.join(FIELDS)}")
-    texts, scores = _listed(where, row, "candidates"), _listed(where, row, "scores")
+    texts, scores = _list_field(where, row, "candidates"), _list_field(where, row, "scores")
     # Each candidate gets a field name, so that an error names the one that is wrong.
     candidates = {f"candidates[{number}]": text for number, text in enumerate(texts)}
     for number, score in enumerate(scores):
@@ -299,7 +304,7 @@ def _ranked_list(where: str, row: Mapping[str, Any]) -> RankedList:
         raise InputError(f"{where}: {error}") from error
 
 
-def _listed(where: str, row: Mapping[str, Any], name: str) -> list[Any]:
+def _list_field(where: str, row: Mapping[str, Any], name: str) -> list[Any]:
     """Returns the list in a field of a row, or raises InputError."""
     value = row.get(name)
     if not isinstance(value, list):

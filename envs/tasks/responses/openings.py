@@ -19,7 +19,7 @@ from ....llm_backends.prompting import fill, load_prompts
 from ....llm_backends.records import read_user_rows, user_text
 from ....rewards.texts.sentiment import text_hash
 from ...tokens.episode import PromptExample
-from ..instruction.data import instruction_form
+from ..instruction.data import instruction_form, optional_text
 from ..instruction.seeds import SPLITS, load_instructions
 from ..nlu.data import OFFLINE_TASK, load_rows
 
@@ -27,7 +27,7 @@ Layout = Literal["plain", "chat"]
 """``plain``: the response continues a text; ``chat``: it answers a message, in the tokenizer's chat template."""
 LAYOUTS: tuple[Layout, ...] = ("plain", "chat")
 
-LEAST_WORDS = 10
+MIN_SENTENCE_WORDS = 10
 """Smallest number of words of a review sentence from which an opening is taken."""
 OPENING_WORDS = (3, 6)
 """Smallest and largest number of words of an opening."""
@@ -125,7 +125,7 @@ def response_requests(
         ]
     else:
         requests = _file_requests(Path(data), split)
-    # The shuffle does not depend on the limit, so a smaller limit gives a subset of a larger seed_instruction.
+    # The shuffle does not depend on the limit, so a smaller limit gives a subset of a larger one.
     if limit is not None:
         random.Random(f"{seed}/limit").shuffle(requests)
         requests = requests[:limit]
@@ -137,7 +137,7 @@ def _openings(split: str, seed: int) -> list[Request]:
     requests, templates = [], load_prompts(__package__, "responses")["review"]
     for row in load_rows(OFFLINE_TASK, split):
         words = row["sentence"].split()
-        if len(words) < LEAST_WORDS:
+        if len(words) < MIN_SENTENCE_WORDS:
             continue
         # The number of words depends on the seed and the sentence alone, not on the rows around it.
         count = random.Random(f"{seed}/{row['id']}").randint(*OPENING_WORDS)
@@ -148,8 +148,8 @@ def _openings(split: str, seed: int) -> list[Request]:
     return requests
 
 
-def _instruction(row_id: str, text: str, given: str, reference: str | None, task: str) -> Request:
-    plain, chat = (instruction_form(text, given, layout) for layout in LAYOUTS)
+def _instruction(row_id: str, text: str, input_text: str, reference: str | None, task: str) -> Request:
+    plain, chat = (instruction_form(text, input_text, layout) for layout in LAYOUTS)
     return Request(row_id, plain, chat, reference, {"task": task})
 
 
@@ -173,7 +173,7 @@ def _file_request(path: Path, where: str, row: Mapping[str, Any]) -> Request:
         has = ", ".join(map(repr, row)) or "nothing"
         raise InputError(f"{where} needs a field 'prompt' or 'instruction'; it has {has}")
     column = next((name for name in REFERENCES if row.get(name) is not None), None)
-    reference = _optional(where, row, column) if column else ""
+    reference = optional_text(where, row, column) if column else ""
     row_id = row.get("id")
     if row_id is not None and (isinstance(row_id, bool) or not isinstance(row_id, str | int) or row_id == ""):
         raise InputError(f"{where}: field 'id' must be a text or a whole number, got {row_id!r}")
@@ -181,18 +181,10 @@ def _file_request(path: Path, where: str, row: Mapping[str, Any]) -> Request:
         prompt = user_text(where, row, "prompt").strip()
         request = Request("", prompt, prompt, reference or None, {"task": path.stem})
     else:
-        text, input_text = user_text(where, row, "instruction").strip(), _optional(where, row, "input")
+        text, input_text = user_text(where, row, "instruction").strip(), optional_text(where, row, "input")
         request = _instruction("", text, input_text, reference or None, path.stem)
     name = hashlib.sha1(request.plain.encode()).hexdigest()[:12] if row_id is None else row_id
     return Request(f"{path.stem}/{name}", request.plain, request.chat, request.reference, request.metadata)
-
-
-def _optional(where: str, row: Mapping[str, Any], name: str) -> str:
-    """Returns a text without surrounding blanks; empty if it is missing, null or blank."""
-    value = row.get(name)
-    return (
-        "" if value is None or (isinstance(value, str) and not value.strip()) else user_text(where, row, name).strip()
-    )
 
 
 def _refuse_repeats(places: Sequence[str], requests: Sequence[Request]) -> None:

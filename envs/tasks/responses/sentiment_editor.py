@@ -57,7 +57,7 @@ class _Word:
     """Index after its last character."""
     text: str
     """The word in lower case with straight apostrophes; empty if a swap has removed it."""
-    opens: bool
+    starts_clause: bool
     """Whether it is the first word of a clause: the text's first word, or one after punctuation."""
     named: bool
     """Whether it looks like part of a name: capitalised within a sentence, or capitalised before such a word."""
@@ -97,7 +97,7 @@ class SentimentEditor(Editor):
             text: the text.
             seed: seed of the selection among several opposites.
         """
-        words = _words(text)
+        words = _tokenize(text)
         swaps: list[_Swap] = []
         at = 0
         while at < len(words):
@@ -108,11 +108,11 @@ class SentimentEditor(Editor):
                 at = swap.last + 1
                 # Later rules have to see the words as they are after this swap.
                 _rewrite(words, swap)
-        edited = _applied(text, words, swaps)
+        edited = _apply(text, words, swaps)
         return None if edited == text else edited
 
 
-def _words(text: str) -> list[_Word]:
+def _tokenize(text: str) -> list[_Word]:
     """Splits a text into words, with the first words of clauses and the likely names marked."""
     matches = list(WORD.finditer(text))
     gaps = [text[last.end() : match.start()] for last, match in pairwise(matches)]
@@ -120,17 +120,18 @@ def _words(text: str) -> list[_Word]:
         return []
     # Quotation marks, brackets and asterisks alone do not start a clause; commas, apostrophes and closing brackets do
     # not start a sentence (or quotation), at whose beginning a capital is no sign of a name.
-    opens = [True, *(bool(gap.strip(" \t\n\"'()*")) for gap in gaps)]
-    starts = [True, *(bool(re.search(r"[^\s,')]", gap)) for gap in gaps)]
+    starts_clause = [True, *(bool(gap.strip(" \t\n\"'()*")) for gap in gaps)]
+    starts_sentence = [True, *(bool(re.search(r"[^\s,')]", gap)) for gap in gaps)]
     title_case = [match[0][0].isupper() and not match[0].isupper() for match in matches]
-    mid_sentence = [title and not start for title, start in zip(title_case, starts, strict=True)]
+    mid_sentence = [title and not start for title, start in zip(title_case, starts_sentence, strict=True)]
     return [
         _Word(
             match.start(),
             match.end(),
             match[0].lower().replace("’", "'"),
-            opens[i],
-            mid_sentence[i] or (title_case[i] and i + 1 < len(matches) and mid_sentence[i + 1] and not opens[i + 1]),
+            starts_clause[i],
+            mid_sentence[i]
+            or (title_case[i] and i + 1 < len(matches) and mid_sentence[i + 1] and not starts_clause[i + 1]),
         )
         for i, match in enumerate(matches)
     ]
@@ -147,7 +148,7 @@ def _rewrite(words: list[_Word], swap: _Swap) -> None:
         words[at] = replace(words[at], text=new[0] if stays else "")
 
 
-def _applied(text: str, words: Sequence[_Word], swaps: Sequence[_Swap]) -> str:
+def _apply(text: str, words: Sequence[_Word], swaps: Sequence[_Swap]) -> str:
     """Returns the text with the swaps, which are in order, written into it."""
     pieces, done = [], 0
     capital = False  # a removed word had a capital, which the next text inherits
@@ -220,13 +221,13 @@ def _forms() -> dict[str, str]:
 
 def _text(words: Sequence[_Word], at: int) -> str:
     """Returns the word at an index; an empty string after the end, or if a new clause starts there."""
-    return words[at].text if at < len(words) and not words[at].opens else ""
+    return words[at].text if at < len(words) and not words[at].starts_clause else ""
 
 
 def _negated(words: Sequence[_Word], at: int) -> bool:
     """Returns whether one of the three words before, in the same clause, is a negation."""
     for back in range(at - 1, max(at - 4, -1), -1):
-        if words[back + 1].opens:
+        if words[back + 1].starts_clause:
             return False
         if words[back].text in NEGATORS or words[back].text.endswith("n't"):
             return True
@@ -235,12 +236,12 @@ def _negated(words: Sequence[_Word], at: int) -> bool:
     return False
 
 
-def _chosen(options: Sequence[str], at: int, seed: int) -> str:
+def _pick(options: Sequence[str], at: int, seed: int) -> str:
     # Hashing the word's index with the seed makes the draws within a text independent of each other.
     return options[request_seed(seed, at) % len(options)]
 
 
-def _praised(words: Sequence[_Word], at: int) -> bool:
+def _praise_follows(words: Sequence[_Word], at: int) -> bool:
     """Returns whether a word of praise follows from ``at`` on, after at most two filler words."""
     for ahead in range(at, at + 3):
         word = _text(words, ahead)
@@ -257,28 +258,32 @@ def _phrase(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
         window = [words[at].text, *(_text(words, at + ahead) for ahead in range(1, length))]
         options = _table("phrases").get(" ".join(window))
         if options and not _negated(words, at) and not any(word.named for word in words[at : at + length]):
-            return _Swap(at, at + length - 1, _chosen(options, at, seed))
+            return _Swap(at, at + length - 1, _pick(options, at, seed))
     return None
 
 
 def _not(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
     """Removes the negation of praise: "isn't very funny", "is not a good film", "never funny", "nothing new"."""
     word = words[at].text
-    before = words[at - 1].text if at and not words[at].opens else ""
-    if word in AUXILIARIES and _praised(words, at + 1):
+    before = words[at - 1].text if at and not words[at].starts_clause else ""
+    if word in AUXILIARIES and _praise_follows(words, at + 1):
         return _Swap(at, at, AUXILIARIES[word])
-    if word == "not" and (before in BE | AND or before.endswith("'s") or words[at].opens) and _praised(words, at + 1):
+    if (
+        word == "not"
+        and (before in BE | AND or before.endswith("'s") or words[at].starts_clause)
+        and _praise_follows(words, at + 1)
+    ):
         return _Swap(at, at, "")
-    if word == "never" and before in BE and _praised(words, at + 1):
+    if word == "never" and before in BE and _praise_follows(words, at + 1):
         return _Swap(at, at, "always")
     if word == "nothing" and _text(words, at + 1) in _praise() - {"well", "good"}:
         return _Swap(at, at, "something")
     # "less funny" as well as "less than funny"
     if word == "less" and _text(words, at + 1 + (_text(words, at + 1) == "than")) in _praise():
         return _Swap(at, at, "more")
-    if word in ("rarely", "seldom") and (_praised(words, at + 1) or _text(words, at + 1) in _forms()):
+    if word in ("rarely", "seldom") and (_praise_follows(words, at + 1) or _text(words, at + 1) in _forms()):
         return _Swap(at, at, "often")
-    if word in ("hardly", "barely", "scarcely") and _praised(words, at + 1):
+    if word in ("hardly", "barely", "scarcely") and _praise_follows(words, at + 1):
         return _Swap(at, at, "truly")
     return None
 
@@ -298,7 +303,7 @@ def _verb(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
     if word in DO and base in _table("negated"):
         return _Swap(at, verb, _table("negated")[base][DO[word]])
     # At the start of a clause "don't" is an imperative: "Don't work too hard."
-    if word == "don't" and base in _table("negated") and at and not words[at].opens:
+    if word == "don't" and base in _table("negated") and at and not words[at].starts_clause:
         return _Swap(at, verb, base)
     if (
         word in CAN and base in _table("negated") and base not in ("help", "have")
@@ -313,21 +318,26 @@ def _too(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
     """Changes "too slow to" to "slow enough to", and "is too slow" to "is never too slow"."""
     first = at
     at += words[at].text in INTENSIFIERS
-    if at >= len(words) or words[at].text != "too" or (at > first and words[at].opens) or _negated(words, first):
+    if (
+        at >= len(words)
+        or words[at].text != "too"
+        or (at > first and words[at].starts_clause)
+        or _negated(words, first)
+    ):
         return None
     degree = _text(words, at + 1)
     if not degree or degree in NOT_DEGREES or degree.endswith("ly"):
         return None
     if _text(words, at + 2) == "to":
         options = _table("adjectives").get(degree, (degree,))
-        return _Swap(first, at + 1, f"{_chosen(options, at, seed)} enough")
+        return _Swap(first, at + 1, f"{_pick(options, at, seed)} enough")
     before = words[first - 1].text if first else ""
-    if words[first].opens or before in BE or before.endswith("'s"):
+    if words[first].starts_clause or before in BE or before.endswith("'s"):
         return _Swap(first, at + 1, f"never too {degree}")
     return None
 
 
-def _goods(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
+def _lacking_merit(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
     """Changes the absence of a merit to its presence: "no charm", "little suspense", "without any wit"."""
     word, place = words[at].text, at + 1
     if word not in ("no", "little", "without"):
@@ -345,7 +355,7 @@ def _goods(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
 def _neither(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
     """Changes "neither funny" to "both funny"; :func:`_nor` changes the "nor" that follows."""
     ahead = [_text(words, at + step) for step in range(1, 7)]
-    if words[at].text == "neither" and "nor" in ahead and _praised(words, at + 1):
+    if words[at].text == "neither" and "nor" in ahead and _praise_follows(words, at + 1):
         return _Swap(at, at, "both")
     return None
 
@@ -363,7 +373,7 @@ def _opposite(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
     options = _single().get(words[at].text)
     if not options or words[at].named or _negated(words, at):
         return None
-    return _Swap(at, at, _chosen(options, at, seed))
+    return _Swap(at, at, _pick(options, at, seed))
 
 
 RULES: tuple[Callable[[Sequence[_Word], int, int], _Swap | None], ...] = (
@@ -371,7 +381,7 @@ RULES: tuple[Callable[[Sequence[_Word], int, int], _Swap | None], ...] = (
     _phrase,
     _not,
     _verb,
-    _goods,
+    _lacking_merit,
     _neither,
     _nor,
     _opposite,
