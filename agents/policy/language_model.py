@@ -133,7 +133,7 @@ class LanguageModelPolicy:
             torch.nn.init.zeros_(self.value_head.bias)
 
     def _trained_adapters(self) -> list[str]:
-        """Returns the names of the trained adapters: the policy's and, if it has one of its own, the value function's."""
+        """Returns the names of the trained adapters: the policy's, and the value function's if it has one."""
         return [POLICY, VALUE] if self.value == "own_adapter" else [POLICY]
 
     def _check_logits(self) -> None:
@@ -234,7 +234,7 @@ class LanguageModelPolicy:
         training = torch.is_grad_enabled()
         with self.adapter(POLICY, training) as lm, autocast(self.lm, self.dtype):
             hidden = response_hidden(lm, prompts, responses)
-            logprobs, entropies = self._logprobs_and_entropies(lm, hidden, responses, allowed, entropy_gradient)
+            logprobs, entropies = self._token_scores(lm, hidden, responses, allowed, entropy_gradient)
         # 2. Values, by the head on the same hidden states, or on those of a second pass with the value adapter.
         estimates = None
         if values and self.value == "shared":
@@ -258,9 +258,7 @@ class LanguageModelPolicy:
         constraints, so that the KL divergence compares the distributions that tokens are sampled from.
         """
         with self.reference_model() as lm:
-            return self._logprobs_and_entropies(lm, response_hidden(lm, prompts, responses), responses, allowed, False)[
-                0
-            ]
+            return self._token_scores(lm, response_hidden(lm, prompts, responses), responses, allowed, False)[0]
 
     @torch.no_grad()
     def reference_hidden(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> torch.Tensor:
@@ -314,7 +312,7 @@ class LanguageModelPolicy:
         with self.adapter(self.reference.partition(":")[2] or None) as lm, autocast(self.lm, self.dtype):
             yield lm
 
-    def _logprobs_and_entropies(
+    def _token_scores(
         self,
         lm: CausalLM,
         hidden: torch.Tensor,
@@ -358,6 +356,7 @@ class LanguageModelPolicy:
         """
         if name in (POLICY, VALUE):
             raise InputError(f"a reference cannot be called {name!r}")
+        # Without adapters all weights change in training: the reference is a copy of the whole model.
         if not self.lora.rank:
             self._reference_lm, self.reference = frozen_copy(self.lm), f"copy:{name}"  # type: ignore[assignment]
             return
