@@ -82,7 +82,7 @@ class RolloutAgent(ABC):
     needs_values: ClassVar[bool] = False
     """Whether the policy must have a value function."""
     needs_groups: ClassVar[bool] = False
-    """Whether samples of one prompt are compared, which an env with ``group_size`` above 1 gives."""
+    """Whether samples of one prompt are compared, so that the env must have a ``group_size`` above 1."""
     name: ClassVar[str]
     """Name of the agent in checkpoints and error messages."""
 
