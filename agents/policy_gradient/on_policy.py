@@ -207,8 +207,8 @@ class OnPolicyAgent(RolloutAgent):
         # Without a reference the KL is 0.
         if not self._uses_reference:
             batch.reference_logprobs = batch.logprobs.copy()
-        # 2. Importance weights, as tokens were sampled from a slightly different distribution than that of training. The
-        # ratio of both is truncated, so that no single token dominates the gradient.
+        # 2. Importance weights, as the sampler's distribution differs slightly from that of training. The ratio of both is
+        # truncated, so that no single token dominates the gradient.
         gap = batch.logprobs - batch.sampler_logprobs
         cap = self.settings.importance_cap
         batch.weights = np.minimum(np.exp(gap), cap).astype(np.float32) if cap else np.ones(size, np.float32)
