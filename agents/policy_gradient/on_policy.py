@@ -207,7 +207,7 @@ class OnPolicyAgent(RolloutAgent):
         # Without a reference the KL is 0.
         if not self._uses_reference:
             batch.reference_logprobs = batch.logprobs.copy()
-        # 2. Importance weights, as the distribution of the sampler differs a little from that of training. Their ratio is
+        # 2. Importance weights, as the distribution of the sampler differs a little from that of training. The ratio is
         # truncated, so that no single token dominates the gradient.
         gap = batch.logprobs - batch.sampler_logprobs
         cap = self.settings.importance_cap
