@@ -1,1 +1,4 @@
-"""The language-model policy, its optimiser, its checkpoints, and several processes."""
+"""Holds the language-model policy, its optimiser, its checkpoints, and training in several processes.
+
+Read ``language_model`` first.
+"""

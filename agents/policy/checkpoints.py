@@ -1,4 +1,7 @@
-"""Checkpoints of token-level training: weights and optimiser state as safetensors, everything else as JSON."""
+"""Checkpoints of token-level training: weights and optimiser state as safetensors, everything else as JSON.
+
+Nothing is pickled, so that loading a checkpoint runs no code from it.
+"""
 
 from __future__ import annotations
 
@@ -21,24 +24,33 @@ STATE, OPTIMIZER, POLICY_FOLDER = "trainer.json", "optimizer.safetensors", "poli
 
 
 class Trainable(Protocol):
-    """A model that can be trained and saved: a policy, a reward model."""
+    """A model that can be trained and saved, for example a policy or a reward model."""
 
     lora: LoraSettings
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """The trained weights by name."""
+        """Returns the trained weights by name."""
 
     def save(self, folder: str | Path) -> None:
-        """Writes them into a folder."""
+        """Writes the trained weights into a folder."""
 
 
 def write_checkpoint(folder: str | Path, policy: Trainable, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Writes a checkpoint into a folder; ``trainer.json`` comes last and says that it is whole."""
+    """Writes a checkpoint into a folder.
+
+    Args:
+        folder: where to write.
+        policy: the trained model.
+        optimizer: the optimiser of its weights.
+        state: JSON-able state of the agent, its name under ``agent`` among it.
+    """
     folder = Path(folder)
     policy.save(folder / POLICY_FOLDER)
     tensors, settings = optimizer.state()
     save_file(tensors, folder / OPTIMIZER)
+    # Only dropout draws from torch's generator in training: all other draws are seeded by the counters in the state.
     rng = torch.get_rng_state().tolist() if policy.lora.dropout else None
+    # Written last: a folder that has this file holds a complete checkpoint.
     (folder / STATE).write_text(json.dumps(dict(state) | {"optimizer": settings, "torch_rng": rng}) + "\n", "utf-8")
 
 
@@ -48,10 +60,10 @@ def read_checkpoint(
     """Restores policy and optimiser from :func:`write_checkpoint` and returns the rest of its state.
 
     Args:
-        folder: the checkpoint.
-        load: reads the policy's weights from a folder into the policy.
-        optimizer: of the same weights.
-        agent: name of the agent that wrote it.
+        folder: folder of the checkpoint.
+        load: function that reads the policy's weights from a folder into the policy.
+        optimizer: the optimiser of these weights, whose state is replaced.
+        agent: name of the agent; it must be that of the agent that wrote the checkpoint.
 
     Raises:
         InputError: if the checkpoint is missing, broken, or of another agent.
@@ -71,16 +83,17 @@ def read_checkpoint(
 
 
 def replace_checkpoint(folder: Path, write: Callable[[Path], None], is_main: bool = True) -> None:
-    """Replaces the one checkpoint in a folder; a kill at any moment leaves the old or the new one, whole.
+    """Replaces the only checkpoint in a folder; a kill at any moment leaves a complete one, the old or the new.
 
     Args:
-        folder: what :func:`latest_checkpoint` is given.
-        write: writes a checkpoint into the folder it gets.
-        is_main: False in all processes but one, which only take part in ``write``.
+        folder: folder that :func:`latest_checkpoint` reads from.
+        write: function that writes a checkpoint into the folder it is called with.
+        is_main: True in exactly one process; the others only call ``write``, which may be a collective operation.
     """
     if not is_main:
         write(folder / "writing")
         return
+    # The last checkpoint is moved aside only when the new one is complete, and deleted only when that has its place.
     scratch, last, old = folder / "writing", folder / "last", folder / "old"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -93,35 +106,37 @@ def replace_checkpoint(folder: Path, write: Callable[[Path], None], is_main: boo
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint that :func:`replace_checkpoint` left, or None."""
+    """Returns the checkpoint that :func:`replace_checkpoint` left in a folder, or None if there is none."""
     return next((folder / name for name in ("last", "old") if (folder / name / STATE).exists()), None)
 
 
 def policy_from(folder: str | Path, **options: Any) -> LanguageModelPolicy:
-    """A saved policy on the model it was trained on.
+    """Returns a saved policy, by default on the model that it was trained on.
 
     Args:
-        folder: what :meth:`LanguageModelPolicy.save` wrote.
-        options: further arguments of :class:`LanguageModelPolicy`, ``model`` among them.
+        folder: folder that :meth:`~instructgym.agents.policy.language_model.LanguageModelPolicy.save` wrote.
+        options: arguments of :class:`~instructgym.agents.policy.language_model.LanguageModelPolicy` that replace those
+            in the folder, for example ``model``, or are not in it, for example ``dtype``.
     """
     settings = read_state(Path(folder) / SETTINGS)
-    built = {
+    arguments = {
         "model": settings["model"],
         "lora": LoraSettings(**settings["lora"]),
         "value": settings["value"],
+        # A frozen reference is no argument: load() restores it.
         "reference": "none" if settings["reference"] == "none" else "base",
         "temperature": settings["temperature"],
     }
-    policy = LanguageModelPolicy(**(built | options))
+    policy = LanguageModelPolicy(**(arguments | options))
     policy.load(folder)
     return policy
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Returns the JSON object in a file.
 
     Raises:
-        InputError: if it cannot be read.
+        InputError: if the file cannot be read.
     """
     try:
         return json.loads(path.read_text("utf-8"))

@@ -1,4 +1,8 @@
-"""The language-model policy: one trunk; policy, reference and value function are adapters and heads on it."""
+"""The language-model policy: one trunk, on which policy, reference and value function are adapters and heads.
+
+:class:`LanguageModelPolicy` generates responses (:meth:`~LanguageModelPolicy.generate`) and scores them for training
+(:meth:`~LanguageModelPolicy.score`). :class:`PolicyBackend` makes a policy a backend.
+"""
 
 from __future__ import annotations
 
@@ -51,35 +55,39 @@ ValueFunction = Literal["shared", "own_adapter", "none"]
 
 @dataclass
 class TokenScores:
-    """What the policy says of given responses; tokens of all responses in one flat array."""
+    """Scores of responses by the policy, flat over the tokens of all responses, one response after the other."""
 
     logprobs: torch.Tensor
-    """float32, shape (tokens,), in nats, at the policy's temperature and under its constraints."""
+    """Log-probs of the tokens at the policy's temperature and under its constraints, in nats; float32, shape
+    (tokens,)."""
     entropies: torch.Tensor
-    """float32, shape (tokens,), in nats."""
+    """Entropies of the distributions that the tokens were chosen from, in nats; float32, shape (tokens,)."""
     values: torch.Tensor | None
-    """float32, shape (tokens,): V of the state in which the token was chosen."""
+    """V of the states in which the tokens were chosen, float32, shape (tokens,); None without a value function, or if
+    values were not asked for."""
 
 
 class LanguageModelPolicy:
     """A causal language model that acts, token by token.
 
     Args:
-        model: ``"embedded"``, a local path or hub id, a live :class:`CausalLM` (which is then changed in place), or a
-            trunk that has adapters of others already, a reward model's for instance.
-        lora: what is trained.
-        value: ``shared``: a linear head on the policy's hidden states; ``own_adapter``: on those of an adapter of its
-            own; ``none``.
-        reference: ``base``: the model without adapters; ``none``. :meth:`freeze_reference` makes another one.
-        temperature: of the policy's distribution; log-probs and ratios are those at this temperature.
+        model: ``"embedded"``, a local path or hub id, a live
+            :class:`~instructgym.llm_backends.local.causal_lm.CausalLM` (which is then changed in place), or a trunk
+            that may already have other adapters, for example those of a reward model.
+        lora: settings of the adapters; at rank 0 all weights of the model are trained.
+        value: the value function. ``shared``: a linear head on the policy's hidden states; ``own_adapter``: a linear
+            head on the hidden states of a second adapter; ``none``: there is none.
+        reference: the reference policy. ``base``: the model as it was loaded; ``none``: there is none.
+            :meth:`freeze_reference` replaces it.
+        temperature: temperature of the policy's distribution; log-probs and ratios are those at this temperature.
         dtype: ``float32``; ``bfloat16``: frozen weights in bfloat16 and autocast, trained weights in float32; ``auto``:
-            bfloat16 on hardware that computes in it.
-        device: ``auto`` takes a GPU where there is one.
-        seed: of the adapters' initial weights.
+            bfloat16 if the hardware computes in it, else float32.
+        device: torch device; ``auto``: a GPU if there is one, else the CPU.
+        seed: seed of the adapters' initial weights.
 
     Raises:
-        InputError: if the model cannot be loaded, has no tokenizer, computes its logits in an unknown way, or has a
-            policy already.
+        InputError: if an argument is out of range, or if the model cannot be loaded, has no tokenizer, changes its
+            logits after the output layer, or has a policy already.
     """
 
     def __init__(
@@ -111,53 +119,66 @@ class LanguageModelPolicy:
         with quiet_loading():
             torch.manual_seed(seed)
             if lora.rank:
-                for name in self._own_adapters():
+                for name in self._trained_adapters():
                     self.trunk.add(name, lora)
             else:
                 self.trunk.train_whole(POLICY)
+                # Without adapters the base model changes in training, so the reference needs weights of its own.
                 if reference == "base":
                     self._reference_lm = frozen_copy(self.lm)
+            # V is 0 for every state at first: advantages start as sums of rewards, without the noise of a random
+            # head, and the value loss sends no gradient into the trunk before the head has learned something.
             self.value_head = torch.nn.Linear(self.lm.head.weight.shape[1], 1, device=self.lm.device)
             torch.nn.init.zeros_(self.value_head.weight)
             torch.nn.init.zeros_(self.value_head.bias)
 
-    def _own_adapters(self) -> list[str]:
+    def _trained_adapters(self) -> list[str]:
+        """Returns the names of the trained adapters: the policy's, and the value function's if it has one."""
         return [POLICY, VALUE] if self.value == "own_adapter" else [POLICY]
 
     def _check_logits(self) -> None:
-        """Refuses a model whose logits are not a scaled linear map of its last hidden states."""
+        """Refuses a model whose logits are not a scaled linear map of its last hidden states.
+
+        Scoring reads only hidden states from the model and computes the logits itself, a few rows at a time.
+        """
         ids = torch.tensor([[0, 1]], device=self.lm.device)
         with torch.no_grad():
             logits = self.lm.model(input_ids=ids, use_cache=False).logits.float()
             hidden = self.lm.trunk(input_ids=ids, use_cache=False).last_hidden_state
-            mine = self.lm.head(hidden).float() * self.lm.logit_scale
-        if not torch.allclose(logits, mine, atol=1e-3, rtol=1e-3):
+            expected = self.lm.head(hidden).float() * self.lm.logit_scale
+        if not torch.allclose(logits, expected, atol=1e-3, rtol=1e-3):
             raise InputError(f"{self.lm.name} changes its logits after the output layer (soft capping?): not supported")
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer, for the env that it acts in."""
+        """The model's tokenizer, which the env that the policy acts in must have as well."""
         return LoadedTokenizer(self.lm.tokenizer, self.model_name, self.lm.context_length)
 
     # --- what is trained ---------------------------------------------------------------------------------------------
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """The trained weights by name, those of the value head included."""
-        named = self.trunk.parameters(*self._own_adapters())
+        """Returns the trained weights by name, including those of the value head."""
+        named = self.trunk.parameters(*self._trained_adapters())
         if self.value != "none":
             named |= {f"value_head.{name}": p for name, p in self.value_head.named_parameters()}
         return named
 
     def clear_prefix_cache(self) -> None:
-        """Forgets cached prompt prefixes; to be called after the weights have changed."""
+        """Empties the cache of prompt prefixes; must be called after the weights have changed."""
         self.lm.prefix_cache.clear()
 
     # --- acting ------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def adapter(self, name: str | None, dropout: bool = False) -> Iterator[CausalLM]:
-        """The trunk under an adapter, or without any (None), for this thread alone; afterwards it has none."""
+        """Locks the model for this thread and activates an adapter within the block; after it none is active.
+
+        Args:
+            name: name of the adapter; None: no adapter, which is the base model.
+            dropout: whether the adapter's dropout is on.
+        """
         with self.trunk.active(name, dropout) as lm:
+            # A policy without adapters has only its own model, and the copy that is its reference.
             yield self._reference_lm if name != POLICY and self._reference_lm is not None else lm
 
     def generate(
@@ -167,17 +188,18 @@ class LanguageModelPolicy:
         choices: Sequence[Choices | None] | None = None,
         eos: frozenset[int] | None = None,
     ) -> list[list[Completion]]:
-        """Continues prompts of token ids.
+        """Samples completions of prompts of token ids.
 
         Args:
             prompts: n sequences of token ids.
-            sampling: one set of parameters for all, or one each. Its temperature is what it says, not the policy's.
-            choices: constraints, one (or None) per prompt.
-            eos: tokens that end a completion; by default the model's own.
+            sampling: sampling parameters, the same for all prompts or one set per prompt; their temperature is used,
+                not the policy's.
+            choices: allowed responses of each prompt, or None for free generation; None: free generation for all.
+            eos: ids of the tokens that end a completion; None: the model's own.
 
         Returns:
-            n lists of completions, as of :func:`~instructgym.llm_backends.local.sampling.generate`, with log-probs at
-                the temperature of sampling.
+            n lists of completions, as :func:`~instructgym.llm_backends.local.sampling.generate` returns them, with
+            log-probs at the temperature of sampling.
         """
         samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         with self.adapter(POLICY) as lm, autocast(self.lm, self.dtype):
@@ -196,19 +218,24 @@ class LanguageModelPolicy:
         values: bool = True,
         entropy_gradient: bool = False,
     ) -> TokenScores:
-        """Log-probs, entropies and values of responses, in one pass; with a graph where gradients are on.
+        """Returns log-probs, entropies and values of responses, in one pass by teacher forcing.
+
+        They are part of the autograd graph, and dropout is on, if gradients are enabled.
 
         Args:
-            prompts: n int arrays.
-            responses: n int arrays, none empty.
-            allowed: for each response the allowed tokens at each position, or None.
-            values: False leaves the values out.
+            prompts: n int arrays of token ids.
+            responses: n int arrays of token ids, none empty.
+            allowed: for each response the allowed tokens at each position, or None if any token was allowed.
+            values: whether to compute values, if the policy has a value function.
             entropy_gradient: whether entropies are differentiable.
         """
+        # 1. One pass over prompts and responses: the hidden states that predict the response tokens, then the output
+        # layer, restricted to the allowed tokens as in sampling.
         training = torch.is_grad_enabled()
         with self.adapter(POLICY, training) as lm, autocast(self.lm, self.dtype):
             hidden = response_hidden(lm, prompts, responses)
-            logprobs, entropies = self._head(lm, hidden, responses, allowed, entropy_gradient)
+            logprobs, entropies = self._token_scores(lm, hidden, responses, allowed, entropy_gradient)
+        # 2. Values, by the head on the same hidden states, or on those of a second pass with the value adapter.
         estimates = None
         if values and self.value == "shared":
             estimates = self._values(hidden)
@@ -225,13 +252,21 @@ class LanguageModelPolicy:
         responses: Sequence[np.ndarray],
         allowed: Sequence[Sequence[np.ndarray] | None],
     ) -> torch.Tensor:
-        """float32, shape (tokens,): log-probs by the reference policy."""
+        """Returns log-probs of responses by the reference policy, in nats; float32, shape (tokens,).
+
+        Takes the arguments of :meth:`score`. The log-probs are at the policy's temperature and under the same
+        constraints, so that the KL divergence compares the distributions that tokens are sampled from.
+        """
         with self.reference_model() as lm:
-            return self._head(lm, response_hidden(lm, prompts, responses), responses, allowed, False)[0]
+            return self._token_scores(lm, response_hidden(lm, prompts, responses), responses, allowed, False)[0]
 
     @torch.no_grad()
     def reference_hidden(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> torch.Tensor:
-        """Shape (tokens, d): the reference policy's last hidden states that predict the response tokens."""
+        """Returns the reference policy's last hidden states that predict the response tokens, shape (tokens, d).
+
+        Raises:
+            InputError: for a policy without a reference policy.
+        """
         if self.reference == "none":
             raise InputError("this policy has no reference policy to compare with")
         with self.reference_model() as lm:
@@ -243,17 +278,19 @@ class LanguageModelPolicy:
         responses: Sequence[np.ndarray],
         reference_hidden: torch.Tensor | None = None,
     ) -> ComparedTokens:
-        """Log-probs of responses by the policy and by the reference, and KL(reference || policy) at each token.
+        """Returns log-probs of responses by policy and reference policy, and KL(reference || policy) at each token.
 
-        Distributions are those over the whole vocabulary at the policy's temperature; without constraints.
+        The distributions are over the whole vocabulary, at the policy's temperature and without constraints.
 
         Args:
-            prompts: n int arrays.
-            responses: n int arrays, none empty.
-            reference_hidden: what :meth:`reference_hidden` gave for them; by default it is computed.
+            prompts: n int arrays of token ids.
+            responses: n int arrays of token ids, none empty.
+            reference_hidden: hidden states that :meth:`reference_hidden` returned for the same prompts and responses;
+                None: they are computed.
 
         Returns:
-            float32, each of shape (tokens,), in nats; with a graph of the policy's part where gradients are on.
+            Log-probs and divergences in nats, each float32 of shape (tokens,); the policy's part is in the autograd
+            graph if gradients are enabled.
 
         Raises:
             InputError: for a policy without a reference policy.
@@ -270,11 +307,12 @@ class LanguageModelPolicy:
 
     @contextmanager
     def reference_model(self) -> Iterator[CausalLM]:
-        """The reference policy's model, for this thread alone, in the arithmetic of the policy."""
+        """Locks the model for this thread and yields the reference policy's model, in the arithmetic of the policy."""
+        # "adapter:NAME" is a frozen adapter; "base" and "copy:NAME" need none.
         with self.adapter(self.reference.partition(":")[2] or None) as lm, autocast(self.lm, self.dtype):
             yield lm
 
-    def _head(
+    def _token_scores(
         self,
         lm: CausalLM,
         hidden: torch.Tensor,
@@ -282,6 +320,7 @@ class LanguageModelPolicy:
         allowed: Sequence[Sequence[np.ndarray] | None],
         entropy_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns log-probs and entropies of the response tokens from their hidden states, each of shape (tokens,)."""
         ids, scale = _ids(responses, hidden.device), lm.logit_scale / self.temperature
         head = OutputLayer.of(lm)
         free = [tokens is None for tokens in allowed]
@@ -290,12 +329,16 @@ class LanguageModelPolicy:
         if not any(free):
             sets = [a for tokens in allowed for a in tokens]  # type: ignore[union-attr]
             return allowed_logprobs(hidden, head, ids, sets, scale)
+        # Free and constrained responses in one batch: score each kind by itself, then restore the order of the tokens.
         mask = torch.from_numpy(np.repeat(free, [len(r) for r in responses])).to(hidden.device)
         sets = [a for tokens in allowed if tokens is not None for a in tokens]
-        one = token_logprobs(hidden[mask], head, ids[mask], scale, entropy_gradient)
-        two = allowed_logprobs(hidden[~mask], head, ids[~mask], sets, scale)
+        free_scores = token_logprobs(hidden[mask], head, ids[mask], scale, entropy_gradient)
+        constrained_scores = allowed_logprobs(hidden[~mask], head, ids[~mask], sets, scale)
         order = torch.cat([mask.nonzero().squeeze(1), (~mask).nonzero().squeeze(1)]).argsort()
-        return torch.cat([one[0], two[0]])[order], torch.cat([one[1], two[1]])[order]
+        return (
+            torch.cat([free_scores[0], constrained_scores[0]])[order],
+            torch.cat([free_scores[1], constrained_scores[1]])[order],
+        )
 
     def _values(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.value_head(hidden.float()).squeeze(-1)
@@ -303,16 +346,17 @@ class LanguageModelPolicy:
     # --- reference, saving, loading ----------------------------------------------------------------------------------
 
     def freeze_reference(self, name: str = "sft") -> None:
-        """Makes the policy as it is now the reference, as PPO after SFT needs it.
+        """Makes the policy in its current state the reference policy, as PPO after SFT needs it.
 
         Args:
-            name: of the frozen adapter.
+            name: name of the frozen adapter, which is also its folder in :meth:`save`.
 
         Raises:
-            InputError: for the name of the policy's own adapter or the value function's.
+            InputError: if the name is that of the policy's or the value function's adapter.
         """
         if name in (POLICY, VALUE):
             raise InputError(f"a reference cannot be called {name!r}")
+        # Without adapters all weights change in training: the reference is a copy of the whole model.
         if not self.lora.rank:
             self._reference_lm, self.reference = frozen_copy(self.lm), f"copy:{name}"  # type: ignore[assignment]
             return
@@ -327,7 +371,7 @@ class LanguageModelPolicy:
             self._frozen.add(name)
 
     def frozen_adapters(self) -> list[str]:
-        """Names of the frozen adapters."""
+        """Returns the names of the frozen adapters, sorted."""
         return sorted(self._frozen)
 
     def export_adapter(self, folder: str | Path) -> None:
@@ -341,7 +385,10 @@ class LanguageModelPolicy:
         self.trunk.save(folder, [POLICY])
 
     def save(self, folder: str | Path) -> None:
-        """Writes adapters in peft's own format (one folder each), or the whole model, the value head and settings."""
+        """Writes the adapters in peft's format, one folder each, or the whole model; then value head and settings.
+
+        A reference that :meth:`freeze_reference` made is written as well.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if not self.lora.rank:
@@ -349,7 +396,7 @@ class LanguageModelPolicy:
             if (frozen := self.reference.partition(":")[2]) and self._reference_lm is not None:
                 self._reference_lm.model.save_pretrained(folder / frozen)
         else:
-            self.trunk.save(folder, [*self._own_adapters(), *self.frozen_adapters()])
+            self.trunk.save(folder, [*self._trained_adapters(), *self.frozen_adapters()])
         save_file({k: v.detach().cpu().contiguous() for k, v in self.value_head.state_dict().items()}, folder / HEAD)
         settings = {
             "model": self.model_name,
@@ -361,7 +408,7 @@ class LanguageModelPolicy:
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
 
     def load(self, folder: str | Path) -> None:
-        """Reads what :meth:`save` wrote into this policy, which must be built alike.
+        """Restores what :meth:`save` wrote; this policy must be built with the same ``lora`` and ``value``.
 
         Raises:
             InputError: if files are missing or do not fit.
@@ -369,10 +416,10 @@ class LanguageModelPolicy:
         folder = Path(folder)
         try:
             settings = json.loads((folder / SETTINGS).read_text("utf-8"))
-            for key, mine in (("lora", asdict(self.lora)), ("value", self.value)):
-                if settings[key] != mine:
+            for key, expected in (("lora", asdict(self.lora)), ("value", self.value)):
+                if settings[key] != expected:
                     raise InputError(
-                        f"the policy in {folder} was built with {key}={settings[key]}, this one with {mine}"
+                        f"the policy in {folder} was built with {key}={settings[key]}, this one with {expected}"
                     )
             self.value_head.load_state_dict(load_file(folder / HEAD, device=str(self.lm.device)))
             frozen = settings["reference"].partition(":")[2]
@@ -384,7 +431,7 @@ class LanguageModelPolicy:
             else:
                 if frozen:
                     self._add_frozen(frozen)
-                for name in [*self._own_adapters(), *([frozen] if frozen else [])]:
+                for name in [*self._trained_adapters(), *([frozen] if frozen else [])]:
                     self.trunk.load(folder, name)
         except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
             if isinstance(error, InputError):
@@ -395,24 +442,25 @@ class LanguageModelPolicy:
 
 
 def frozen_copy(lm: CausalLM) -> CausalLM:
-    """A model of its own with the same weights, none of which is trained."""
+    """Returns a copy of a model whose weights are frozen."""
     twin = copy.deepcopy(lm.model).requires_grad_(False)
     return CausalLM(twin, lm.tokenizer, name=f"{lm.name} (reference)")
 
 
 def _ids(responses: Sequence[np.ndarray], device: torch.device) -> torch.Tensor:
+    """Returns the tokens of all responses as one tensor, int64, shape (tokens,)."""
     return torch.from_numpy(np.concatenate(responses).astype(np.int64)).to(device)
 
 
 class PolicyBackend(TransformersBackend):
-    """Generates and scores with a policy's weights, as they are when it is asked.
+    """A backend that generates and scores with a policy's current weights.
 
     Prompts are texts, messages for the chat template, or token ids; log-probs are at temperature 1, whatever the
-    policy's.
+    policy's temperature.
 
     Args:
-        policy: the policy, whose model it uses in place.
-        name: of the weights: stored replies of two policies must not be mixed up.
+        policy: the policy, whose model is used in place.
+        name: name of the weights, which keeps stored replies of different policies apart.
     """
 
     def __init__(self, policy: LanguageModelPolicy, name: str) -> None:
@@ -421,7 +469,7 @@ class PolicyBackend(TransformersBackend):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """Model and weights."""
+        """Model and weights, e.g. ``policy:MODEL:NAME``."""
         return f"policy:{self.model}:{self._name}"
 
     @property
@@ -446,7 +494,10 @@ class PolicyBackend(TransformersBackend):
             return super()._choice_logprobs(prompts, choices, heads)
 
     def _acting(self) -> AbstractContextManager[object]:
-        """The policy's adapter in place, without cached prefixes of other weights before and behind it."""
+        """Returns a context in which the policy's adapter is active.
+
+        The prefix cache is emptied before and after, as it does not know whose weights its prefixes are from.
+        """
         stack = ExitStack()
         stack.enter_context(self.policy.adapter(POLICY))
         stack.enter_context(autocast(self.policy.lm, self.policy.dtype))

@@ -1,4 +1,7 @@
-"""Optimisers, learning-rate schedules, and their state without pickles."""
+"""Optimisers, learning-rate schedules, and training in several processes.
+
+:class:`Optimizer` updates the weights; :class:`Processes` sums gradients and counts over the processes of a run.
+"""
 
 from __future__ import annotations
 
@@ -13,29 +16,29 @@ import torch
 from ...llm_backends.errors import InputError, RunError, check_at_least_zero, check_choice
 
 HEADS = ("value_head.", "reward_head.")
-"""What the names of scalar heads' weights begin with."""
+"""Prefixes of the names of scalar heads' weights, which may have a learning rate of their own."""
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """How weights are updated."""
+    """Settings of the optimiser and its learning-rate schedule."""
 
     optimizer: Literal["adamw", "adafactor"] = "adamw"
-    """adamw, or adafactor (less memory; the NLU paper's)."""
+    """Optimiser of the trained weights: adamw, or adafactor (less memory; that of the NLU paper)."""
     learning_rate: float = 1e-4
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What becomes of the learning rate after warm-up."""
+    """Course of the learning rate after the warm-up: constant, or a linear or cosine decay to ``final``."""
     warmup: float = 0.0
-    """Share of training in which the learning rate rises linearly from a tenth of its peak."""
+    """Warm-up: share of training, in [0, 1), in which the learning rate rises linearly from a tenth of its peak."""
     final: float = 0.1
-    """Learning rate at the end of linear and cosine schedules, as a share of the peak."""
+    """Learning rate at the end of linear and cosine schedules, as a share of the peak, in [0, 1]."""
     weight_decay: float = 0.0
-    """Decoupled weight decay."""
+    """Decoupled weight decay of the trained weights."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this global norm; 0 turns it off."""
+    """Global norm that gradients are clipped to; 0: no clipping."""
     value_learning_rate: float = 0.0
-    """Peak learning rate of the value head (of a reward model: its head); 0 takes that of the other weights."""
+    """Peak learning rate of the value head (for a reward model: of its head); 0: that of the other weights."""
 
     def __post_init__(self) -> None:
         check_choice(self, "optimizer", ("adamw", "adafactor"))
@@ -48,22 +51,22 @@ class OptimizerSettings:
             )
 
     def factor(self, progress: float) -> float:
-        """The learning rate at a share of training in [0, 1], as a share of its peak."""
+        """Returns the learning rate, as a share of its peak, after ``progress`` of training, a share in [0, 1]."""
         if progress < self.warmup:
             return 0.1 + 0.9 * progress / self.warmup
         if self.schedule == "constant":
             return 1.0
-        rest = min((progress - self.warmup) / (1.0 - self.warmup), 1.0)
-        shape = 1.0 - rest if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * rest))
+        decayed = min((progress - self.warmup) / (1.0 - self.warmup), 1.0)
+        shape = 1.0 - decayed if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * decayed))
         return self.final + (1.0 - self.final) * shape
 
 
 class Optimizer:
-    """One optimiser with its schedule, gradient clipping and a guard against non-finite gradients.
+    """An optimiser with a learning-rate schedule, gradient clipping and a guard against non-finite gradients.
 
     Args:
-        parameters: the trained weights by name.
-        settings: how.
+        parameters: the trained weights by name; those whose names begin with one of :data:`HEADS` form a group.
+        settings: settings of the optimiser.
     """
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], settings: OptimizerSettings) -> None:
@@ -78,25 +81,28 @@ class Optimizer:
         if settings.optimizer == "adamw":
             self.inner: torch.optim.Optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
         else:
+            # No scaling by the weights: torch multiplies the step by max(eps2, RMS of the weight), which would be tiny
+            # for value heads and for the half of each adapter that starts at zero.
             self.inner = torch.optim.Adafactor(groups, eps=(None, 1.0), weight_decay=settings.weight_decay)
         self.skipped = 0
-        """Steps left out because a gradient was not finite."""
+        """Number of steps that were skipped because a gradient was not finite."""
 
     @property
     def learning_rate(self) -> float:
-        """The current one of the policy."""
+        """Current learning rate of the weights outside the head."""
         return float(self.inner.param_groups[0]["lr"])
 
     def schedule(self, progress: float) -> None:
-        """Sets the learning rates for a share of training in [0, 1]."""
+        """Sets the learning rates for ``progress``, the share of training that is done, in [0, 1]."""
         for group in self.inner.param_groups:
             group["lr"] = group["peak"] * self.settings.factor(progress)
 
     def step(self) -> float:
-        """Clips the gradients, updates the weights and clears the gradients; returns the norm before clipping.
+        """Clips the gradients, updates the weights, clears the gradients and returns their norm before clipping.
 
-        A step with a non-finite gradient changes nothing and is counted.
+        A step with a non-finite gradient is skipped and counted.
         """
+        # An infinite limit clips nothing, but the norm is still computed.
         norm = torch.nn.utils.clip_grad_norm_(
             [p for p in self.parameters.values() if p.grad is not None], self.settings.max_grad_norm or math.inf
         )
@@ -108,7 +114,7 @@ class Optimizer:
         return float(norm)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Its state: tensors by name for a safetensors file, and JSON-able settings."""
+        """Returns the optimiser's state: tensors by name for a safetensors file, and JSON-able settings."""
         state = self.inner.state_dict()
         tensors, scalars = {}, {}
         for index, entries in state["state"].items():
@@ -120,17 +126,22 @@ class Optimizer:
         return tensors, {"scalars": scalars, "skipped": self.skipped}
 
     def load_state(self, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> None:
-        """Continues from :meth:`state`."""
+        """Restores the state that :meth:`state` returned, tensors and settings."""
         state: dict[int, dict[str, Any]] = {}
         for name, value in [*tensors.items(), *settings["scalars"].items()]:
             index, _, key = name.partition(".")
             state.setdefault(int(index), {})[key] = value
+        # The parameter groups stay as they were built; their learning rates are set by schedule() before the next step.
         self.inner.load_state_dict({"state": state, "param_groups": self.inner.state_dict()["param_groups"]})
         self.skipped = int(settings["skipped"])
 
 
 class Processes:
-    """The processes of this training run."""
+    """The processes of a training run, of which there may be only this one.
+
+    Every process must call :meth:`total`, :meth:`gather`, :meth:`add_gradients`, :meth:`broadcast` and :meth:`wait` the
+    same number of times and in the same order, as each call waits for all processes.
+    """
 
     def __init__(self) -> None:
         from accelerate import PartialState
@@ -141,11 +152,16 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this one writes files and logs."""
+        """Whether this process writes the files and logs of the run."""
         return self.index == 0
 
     def share(self, copies: int, group_size: int = 1) -> np.ndarray:
-        """bool, shape (copies,): the consecutive env copies that this process plays, in whole groups.
+        """Returns which env copies this process steps: consecutive ones, in whole groups; bool, shape (copies,).
+
+        Args:
+            copies: number of env copies of all processes.
+            group_size: consecutive copies that answer the same prompt. A group stays in one process, as its samples are
+                compared there.
 
         Raises:
             InputError: if there are fewer groups than processes.
@@ -160,7 +176,7 @@ class Processes:
         return np.repeat(local_groups, group_size)
 
     def total(self, values: np.ndarray) -> np.ndarray:
-        """The element-wise sum over processes, float64."""
+        """Returns the element-wise sum of an array over processes, float64; in a single process the array itself."""
         if self.count == 1:
             return values
         tensor = torch.as_tensor(values, dtype=torch.float64, device=self._state.device)
@@ -168,7 +184,7 @@ class Processes:
         return tensor.cpu().numpy()
 
     def gather(self, value: Any) -> list[Any]:
-        """One small JSON-able value per process, on all of them."""
+        """Returns the values of all processes, in their order, to each of them; a value is small and JSON-able."""
         if self.count == 1:
             return [value]
         gathered: list[Any] = [None] * self.count
@@ -176,25 +192,29 @@ class Processes:
         return gathered
 
     def add_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Sums the gradients over processes, in one message."""
+        """Sums the gradients over processes, in one message.
+
+        The sum is the gradient of the whole minibatch if every process divides its loss by a total over all processes.
+        """
         if self.count == 1:
             return
         parameters = list(parameters)
+        # A process without episodes in this minibatch has no gradients; it adds zeros, as every process must take part.
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters])
         torch.distributed.all_reduce(flat)
         for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = part.view_as(parameter)
 
     def broadcast(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Gives all processes the weights of the first."""
+        """Copies the weights of the first process to all others."""
         if self.count > 1:
             for parameter in parameters:
                 torch.distributed.broadcast(parameter.data, 0)
 
     def wait(self) -> None:
-        """Until all have come here."""
+        """Waits until all processes have called this method."""
         self._state.wait_for_everyone()
 
 
 class TrainingDivergedError(RunError):
-    """Every optimiser step of an update had a non-finite gradient."""
+    """The error of training in which no optimiser step of an update had a finite gradient."""

@@ -1,4 +1,9 @@
-"""The core of policy-gradient agents: one scoring pass, epochs of micro-batches, KL to a reference policy."""
+"""Holds OnPolicyAgent, the base class of policy-gradient agents, and the mathematics that they share.
+
+An update calls ``OnPolicyAgent._improve`` with the episodes of the rollout: a scoring pass (``_score``), advantages
+(``_prepare``, of the subclass), then epochs of minibatches in micro-batches (``_train``) on the subclass's ``_loss``.
+:class:`~instructgym.agents.policy_gradient.ppo.TokenPPO` is the main subclass.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +24,27 @@ from ..rollouts.batch import TokenBatch
 KLEstimator = Literal["k1", "k3"]
 
 Total = Callable[[np.ndarray], np.ndarray]
-"""Sums a small array over all processes; the identity in one."""
+"""Function that returns the sum of a small array over all processes; the identity in a single process."""
 
 
 def kl_estimate(logprobs: np.ndarray, reference: np.ndarray, estimator: KLEstimator = "k1") -> np.ndarray:
-    """Per-token estimate of KL(policy || reference) from tokens of the policy (Schulman 2020, "Approximating KL").
+    """Estimates KL(policy || reference) at each token from tokens of the policy (Schulman 2020, "Approximating KL").
 
     Args:
-        logprobs: float, any shape: by the policy that wrote the tokens, in nats.
-        reference: the same shape: by the reference policy.
+        logprobs: log p by the policy that wrote the tokens, float, any shape, in nats.
+        reference: log q by the reference policy, same shape.
         estimator: ``k1``: log p - log q, unbiased, may be negative; ``k3``: q/p - 1 - log(q/p), never negative.
+
+    Returns:
+        The estimates in nats, same shape.
+
+    Raises:
+        ValueError: for another estimator.
     """
     difference = reference - logprobs
     if estimator == "k1":
         return -difference
+    # expm1 keeps the digits of q/p - 1 where q is close to p.
     if estimator == "k3":
         return np.expm1(difference) - difference
     raise ValueError(f"kl estimator must be 'k1' or 'k3', got {estimator!r}")
@@ -41,28 +53,36 @@ def kl_estimate(logprobs: np.ndarray, reference: np.ndarray, estimator: KLEstima
 def whiten(
     values: np.ndarray, mask: np.ndarray, shift_mean: bool = True, total: Total = lambda sums: sums
 ) -> np.ndarray:
-    """Values divided by their standard deviation over the masked-in entries, less their mean; masked-out ones are 0.
+    """Scales values to mean 0 and standard deviation 1 over the entries that a mask selects.
 
     Args:
         values: float32, shape (tokens,).
-        mask: bool, shape (tokens,).
-        shift_mean: False leaves the mean as it is.
-        total: sums the moments over processes.
+        mask: entries to scale, bool, shape (tokens,).
+        shift_mean: False: only divide by the deviation, and leave the mean as it is.
+        total: function that sums the moments over processes.
+
+    Returns:
+        float32, shape (tokens,); 0 where the mask is False.
     """
     kept = values[mask].astype(np.float64)
     count, first, second = total(np.array([len(kept), kept.sum(), (kept * kept).sum()]))
     mean = first / max(count, 1)
+    # Rounding can make the variance of equal values slightly negative.
     deviation = np.sqrt(max(second / max(count, 1) - mean * mean, 0.0))
+    # 1e-8: values that are all equal have deviation 0.
     whitened = (values - mean) / (deviation + 1e-8) + (0.0 if shift_mean else mean)
     return np.where(mask, whitened, 0.0).astype(np.float32)
 
 
 def effective_sample_size(weights: np.ndarray, total: Total = lambda sums: sums) -> float:
-    """Kish's effective share of samples, (sum w)^2 / (n sum w^2): 1 where all weights are equal; NaN without any.
+    """Returns Kish's effective share of samples, (sum w)^2 / (n sum w^2).
 
     Args:
-        weights: shape (tokens,).
-        total: sums the moments over processes.
+        weights: importance weights, shape (tokens,).
+        total: function that sums the moments over processes.
+
+    Returns:
+        A share in (0, 1], 1 if all weights are equal; NaN if there are none.
     """
     weights = np.asarray(weights, dtype=np.float64)
     count, first, second = total(np.array([len(weights), weights.sum(), (weights**2).sum()]))
@@ -71,12 +91,12 @@ def effective_sample_size(weights: np.ndarray, total: Total = lambda sums: sums)
 
 @dataclass
 class KLController:
-    """The KL coefficient: fixed, or adapted to a target (Ziegler et al. 2019, section 2.2).
+    """A controller of the KL coefficient: constant, or adapted to a target (Ziegler et al. 2019, section 2.2).
 
     Args:
-        coefficient: where it starts.
-        target: mean KL per episode in nats to steer to; None keeps the coefficient.
-        horizon: episodes over which it adapts.
+        coefficient: initial KL coefficient.
+        target: mean KL per episode, in nats, to reach; None: the coefficient is constant.
+        horizon: number of episodes over which the coefficient adapts.
     """
 
     coefficient: float
@@ -84,7 +104,13 @@ class KLController:
     horizon: int = 10_000
 
     def update(self, kl: float, episodes: int) -> None:
-        """Takes one update's mean KL per episode and its number of episodes into account."""
+        """Adapts the coefficient after an update.
+
+        Args:
+            kl: mean KL per episode in the update, in nats.
+            episodes: number of episodes in the update.
+        """
+        # A KL above the target raises the coefficient. The clipped error bounds the change in a single update.
         if self.target is not None:
             error = float(np.clip(kl / self.target - 1.0, -0.2, 0.2))
             self.coefficient *= 1.0 + error * episodes / self.horizon
@@ -92,18 +118,23 @@ class KLController:
 
 @dataclass(frozen=True)
 class OnPolicySettings(RolloutSettings):
-    """What token-level policy-gradient agents have in common; with top_k their gradient is no longer exact."""
+    """Settings that all token-level policy-gradient agents have.
+
+    With ``top_k`` the gradient is no longer exact, as tokens are sampled from another distribution than the policy's.
+    """
 
     clip: float = 0.2
-    """Clip range of the probability ratio."""
+    """Half the width of the clip range of the probability ratio, [1 - clip, 1 + clip]."""
     kl_coefficient: float = 0.05
-    """Weight of the KL penalty against the reference policy; 0 leaves the reference out."""
+    """Weight of the KL penalty for distance from the reference policy; 0: the reference policy is not used."""
     entropy_coefficient: float = 0.0
-    """Weight of the entropy bonus."""
+    """Weight of the entropy bonus in the loss."""
     target_kl: float = 0.0
-    """An update ends early when the mean KL from its start exceeds 1.5 times this; 0 turns it off."""
+    """Early stopping: no further epoch of an update starts once the mean KL per token from the policy before the update
+    exceeds 1.5 times this, in nats; 0: all epochs are run."""
     importance_cap: float = 2.0
-    """Cap of the importance weights between sampler and training kernels; 0 leaves the weights out."""
+    """Upper limit of the importance weights, which correct for the gap between the log-probs of sampler and training;
+    0: no weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,20 +145,29 @@ class OnPolicySettings(RolloutSettings):
 
 @dataclass
 class MicroBatch:
-    """The tensors of some episodes, flat over their tokens, on the model's device."""
+    """The tensors of the episodes in a micro-batch, each of shape (tokens,), on the model's device."""
 
     old_logprobs: torch.Tensor
+    """Log-probs by the policy before the update."""
     advantages: torch.Tensor
     returns: torch.Tensor
+    """Targets of the value function."""
     old_values: torch.Tensor
+    """Values before the update."""
     reference_logprobs: torch.Tensor
+    """Log-probs by the reference policy."""
     scale: torch.Tensor
-    """float32: the share of each token in the loss, importance weight included; 0 where masked out."""
+    """Weight of each token in the loss, importance weight included; float32, 0 where masked out."""
     mask: torch.Tensor
+    """True for tokens that the policy wrote; bool."""
 
 
 class OnPolicyAgent(RolloutAgent):
-    """An agent with an advantage and a loss per token of its own episodes; arguments as of :class:`RolloutAgent`."""
+    """An agent with an advantage and a loss per token of its own episodes.
+
+    A subclass has ``_prepare``, which fills in advantages, and ``_loss``. Arguments are those of
+    :class:`~instructgym.agents.rollouts.agent.RolloutAgent`.
+    """
 
     settings_class: ClassVar[type[OnPolicySettings]] = OnPolicySettings
     name: ClassVar[str] = "on-policy"
@@ -137,22 +177,26 @@ class OnPolicyAgent(RolloutAgent):
         self.kl = KLController(self.settings.kl_coefficient)
 
     def _improve(self, batch: TokenBatch) -> None:
-        begun = time.perf_counter()
+        """Scores the episodes, estimates advantages, trains, and records the durations."""
+        started = time.perf_counter()
         self._score(batch)
         self._prepare(batch)
         training = time.perf_counter()
         self._train(batch)
-        self.logger.record("time/score", training - begun)
+        self.logger.record("time/score", training - started)
         self.logger.record("time/train", time.perf_counter() - training)
 
     @torch.no_grad()
     def _score(self, batch: TokenBatch) -> None:
-        """Fills in log-probs, values, reference log-probs and importance weights, in the kernels of training."""
+        """Fills in log-probs, values, reference log-probs and importance weights, from the training kernels."""
+        # 1. Score the episodes in micro-batches. The sampler has returned log-probs, but with other rounding (key-value
+        # cache, other batches, or a server). In the kernels of training the probability ratio is 1 before the first
+        # optimiser step, so that a change of it is a change of the policy.
         size = batch.tokens
         batch.logprobs, batch.values, batch.reference_logprobs = (np.zeros(size, np.float32) for _ in range(3))
         entropies = np.zeros(size, np.float32)
         for episodes in batch.micro_batches(np.arange(len(batch)), self.settings.token_budget):
-            rows, arguments = batch.rows(episodes), _arguments(batch, episodes)
+            rows, arguments = batch.rows(episodes), _score_arguments(batch, episodes)
             scores = self.policy.score(*arguments, values=self.needs_values)
             batch.logprobs[rows] = scores.logprobs.float().cpu().numpy()
             entropies[rows] = scores.entropies.float().cpu().numpy()
@@ -160,11 +204,15 @@ class OnPolicyAgent(RolloutAgent):
                 batch.values[rows] = scores.values.float().cpu().numpy()
             if self._uses_reference:
                 batch.reference_logprobs[rows] = self.policy.reference_logprobs(*arguments).float().cpu().numpy()
+        # Without a reference the KL is 0.
         if not self._uses_reference:
             batch.reference_logprobs = batch.logprobs.copy()
+        # 2. Importance weights, as the distribution of the sampler differs a little from that of training. The ratio is
+        # truncated, so that no single token dominates the gradient.
         gap = batch.logprobs - batch.sampler_logprobs
         cap = self.settings.importance_cap
         batch.weights = np.minimum(np.exp(gap), cap).astype(np.float32) if cap else np.ones(size, np.float32)
+        # 3. Record how far sampler and training are apart, over the policy's tokens of all processes.
         kept = batch.loss_mask
         total = self.processes.total
         count, gaps, entropy = total(np.array([kept.sum(), np.abs(gap[kept]).sum(), entropies[kept].sum()]))
@@ -176,14 +224,16 @@ class OnPolicyAgent(RolloutAgent):
 
     @property
     def _uses_reference(self) -> bool:
+        """Whether there is a reference policy and a KL penalty, without which a pass over the episodes is saved."""
         return self.policy.reference != "none" and (self.settings.kl_coefficient > 0)
 
     def _kl_penalty(self, batch: TokenBatch, estimator: KLEstimator = "k1") -> np.ndarray:
-        """Returns the KL penalty of each token, float32, shape (tokens,), 0 where masked out.
+        """Returns the KL of each token, without the coefficient; float32, shape (tokens,), 0 where masked out.
 
-        Records the mean per episode, by which the coefficient is adapted once the update is over.
+        Records the mean per episode, by which the coefficient is adapted at the end of the update.
         """
         kl = np.where(batch.loss_mask, kl_estimate(batch.logprobs, batch.reference_logprobs, estimator), 0.0)
+        # The mean that is recorded and adapted to is unbiased, whatever estimates the penalty.
         unbiased = np.where(batch.loss_mask, kl_estimate(batch.logprobs, batch.reference_logprobs), 0.0)
         total, episodes = self.processes.total(np.array([unbiased.sum(), len(batch)], dtype=np.float64))
         mean = float(total / max(episodes, 1))
@@ -195,17 +245,23 @@ class OnPolicyAgent(RolloutAgent):
 
     @abstractmethod
     def _prepare(self, batch: TokenBatch) -> None:
-        """Fills in advantages (and returns)."""
+        """Fills in the batch's advantages, and returns if the agent has a value function."""
 
     @abstractmethod
     def _loss(self, scores: TokenScores, micro: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss of each token, shape (tokens,), and per-token metrics to log the means of."""
+        """Returns the loss of each token, shape (tokens,), and per-token metrics, whose means are recorded.
+
+        Args:
+            scores: scores of the tokens by the policy in training, in the autograd graph.
+            micro: the same tokens as scored before the update, and their advantages.
+        """
 
     def _token_scale(self, batch: TokenBatch) -> np.ndarray:
-        """The weight of each token in the loss before it is divided by their sum: one mean over all tokens."""
+        """Returns the weight of each token in the loss, which is divided by their sum; equal weights: a plain mean."""
         return np.ones(batch.tokens, np.float32)
 
     def _train(self, batch: TokenBatch) -> None:
+        """Runs the epochs of an update and records the means of the metrics."""
         sums: dict[str, float] = {}
         count, steps, skipped, norms = 0.0, 0, self.optimizer.skipped, 0.0
         scale = self._token_scale(batch) * batch.loss_mask
@@ -213,12 +269,14 @@ class OnPolicyAgent(RolloutAgent):
             epochs = epoch + 1
             epoch_kl = np.zeros(2)
             for episodes in minibatches:
+                # The loss is a mean over the minibatch in all processes. Each micro-batch divides by the minibatch's
+                # total weight and adds its gradient: results depend on no split into micro-batches or processes.
                 total = float(self.processes.total(np.array([scale[batch.rows(episodes)].sum()]))[0])
                 for members in batch.micro_batches(episodes, self.settings.token_budget):
                     rows = batch.rows(members)
-                    micro = self._tensors(batch, rows, scale[rows] / max(total, 1e-12))
+                    micro = self._micro_batch(batch, rows, scale[rows] / max(total, 1e-12))
                     scores = self.policy.score(
-                        *_arguments(batch, members),
+                        *_score_arguments(batch, members),
                         values=self.needs_values,
                         entropy_gradient=self.settings.entropy_coefficient > 0,
                     )
@@ -226,6 +284,7 @@ class OnPolicyAgent(RolloutAgent):
                     if self.settings.entropy_coefficient:
                         losses = losses - self.settings.entropy_coefficient * scores.entropies
                     (losses * micro.scale).sum().backward()
+                    # approx_kl: the k3 estimate of KL(old policy || policy), how far the update has moved so far.
                     with torch.no_grad():
                         change = scores.logprobs - micro.old_logprobs
                         metrics["approx_kl"] = change.expm1() - change
@@ -234,8 +293,10 @@ class OnPolicyAgent(RolloutAgent):
                             sums[name] = sums.get(name, 0.0) + float((values.float() * micro.mask).sum())
                         count += float(micro.mask.sum())
                         epoch_kl += [float((metrics["approx_kl"] * micro.mask).sum()), float(micro.mask.sum())]
+                # A step per minibatch in every process, even one without episodes: gradients are summed over all.
                 norms += self._optimizer_step()
                 steps += 1
+            # Early stopping, on the drift over all processes, so that all of them stop after the same epoch.
             drift = self.processes.total(epoch_kl)
             if self.settings.target_kl and drift[0] > 1.5 * self.settings.target_kl * max(drift[1], 1):
                 break
@@ -243,18 +304,37 @@ class OnPolicyAgent(RolloutAgent):
         self._log_training(sums, count, steps, norms, epochs)
 
     def _log_training(self, sums: dict[str, float], count: float, steps: int, norms: float, epochs: int) -> None:
+        """Records the means of the metrics over all processes, and adapts the KL coefficient.
+
+        Args:
+            sums: sum of each metric over the tokens of this process and over the epochs.
+            count: number of these tokens.
+            steps: number of optimiser steps.
+            norms: sum of the gradient norms of these steps.
+            epochs: number of epochs that were run.
+        """
         rows = self.processes.gather(sums | {"count": count})
         tokens = max(sum(row["count"] for row in rows), 1.0)
         for name in sorted(set().union(*rows) - {"count"}):
             self.logger.record(f"train/{name}", sum(row.get(name, 0.0) for row in rows) / tokens)
         self.logger.record("train/grad_norm", norms / steps)
         self.logger.record("train/epochs", epochs)
+        # Only now: all epochs of an update have the same coefficient.
         self.kl.update(*self._kl_observed)
 
-    def _tensors(self, batch: TokenBatch, rows: np.ndarray, scale: np.ndarray) -> MicroBatch:
+    def _micro_batch(self, batch: TokenBatch, rows: np.ndarray, scale: np.ndarray) -> MicroBatch:
+        """Returns the tensors of some tokens.
+
+        Args:
+            batch: all episodes of this process.
+            rows: positions of the tokens, shape (n,).
+            scale: their weights in the loss, shape (n,), without importance weights.
+        """
+
         def tensor(values: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(np.ascontiguousarray(values)).to(self.policy.lm.device)
 
+        # Agents without a value function have no returns, and do not read these.
         returns = batch.returns[rows] if len(batch.returns) else batch.advantages[rows]
         return MicroBatch(
             old_logprobs=tensor(batch.logprobs[rows]),
@@ -274,7 +354,8 @@ class OnPolicyAgent(RolloutAgent):
         self.kl.coefficient = state["kl_coefficient"]
 
 
-def _arguments(batch: TokenBatch, episodes: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray], list[Any]]:
+def _score_arguments(batch: TokenBatch, episodes: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray], list[Any]]:
+    """Returns prompts, responses and allowed tokens of some episodes, the first arguments of the policy's ``score``."""
     return (
         [batch.prompts[i] for i in episodes],
         [batch.responses[i] for i in episodes],
@@ -285,17 +366,19 @@ def _arguments(batch: TokenBatch, episodes: np.ndarray) -> tuple[list[np.ndarray
 def clipped_policy_loss(
     logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, clip: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """PPO's clipped surrogate, negated (Schulman et al. 2017, eq. 7).
+    """Returns PPO's clipped surrogate objective, negated (Schulman et al. 2017, eq. 7).
 
     Args:
-        logprobs: by the policy in training, shape (tokens,), with a graph.
-        old_logprobs: by the policy that wrote the tokens.
+        logprobs: log-probs by the policy in training, shape (tokens,), in nats, in the autograd graph.
+        old_logprobs: log-probs by the policy that wrote the tokens, shape (tokens,), in nats.
         advantages: shape (tokens,).
-        clip: epsilon.
+        clip: epsilon, half the width of the clip range.
 
     Returns:
-        The loss of each token, and whether clipping took its gradient (bool).
+        The loss of each token, and whether clipping removed its gradient (bool), each of shape (tokens,).
     """
     ratio = (logprobs - old_logprobs).exp()
+    # The minimum is a lower bound of the objective: clipping removes the gradient of a token whose ratio has moved far
+    # enough in the direction of its advantage, but not of one that has moved against it.
     free, bounded = ratio * advantages, ratio.clamp(1.0 - clip, 1.0 + clip) * advantages
     return -torch.minimum(free, bounded), bounded < free

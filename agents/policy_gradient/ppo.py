@@ -1,4 +1,19 @@
-"""Token-level PPO for causal language models."""
+"""Token-level PPO for causal language models.
+
+An action is a token; the state is the prompt with the tokens before it. Steps 3 and 5 of an update are here, the others
+are shared with other agents:
+
+1. The policy generates episodes, and the env gives a reward per token: ``RolloutAgent.update`` in
+   :mod:`~instructgym.agents.rollouts.agent` and ``collect`` in :mod:`~instructgym.agents.rollouts.batch`.
+2. One pass over the episodes computes log-probs, values and the log-probs of the reference policy:
+   ``OnPolicyAgent._score`` in :mod:`~instructgym.agents.policy_gradient.on_policy`.
+3. The KL penalty is subtracted from the rewards, and advantages are estimated by GAE (Schulman et al. 2016):
+   ``TokenPPO._prepare``.
+4. Epochs of minibatches follow, each an optimiser step: ``OnPolicyAgent._train``.
+5. The loss of each token is the clipped policy loss (Schulman et al. 2017) and the value loss: ``TokenPPO._loss``.
+
+The model with its value head is in :mod:`~instructgym.agents.policy.language_model`.
+"""
 
 from __future__ import annotations
 
@@ -27,20 +42,22 @@ from .on_policy import (
 def clipped_value_loss(
     values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Half the squared error of the value function, the larger of plain and clipped (as in OpenAI's PPO2 code).
+    """Returns half the squared error of the values, the larger of plain and clipped (as in OpenAI's PPO2 code).
 
     Args:
-        values: in training, shape (tokens,), with a graph.
-        old_values: at the time of the rollout.
-        returns: the targets.
-        clip: largest change of a value that counts; 0 turns clipping off.
+        values: values by the policy in training, shape (tokens,), in the autograd graph.
+        old_values: values before the update, shape (tokens,).
+        returns: targets of the values, shape (tokens,).
+        clip: largest change of a value that reduces its loss; 0: no clipping.
 
     Returns:
-        The loss of each token, and whether clipping took its gradient (bool).
+        The loss of each token, and whether clipping removed its gradient (bool), each of shape (tokens,).
     """
     plain = (values - returns).square()
     if not clip:
         return 0.5 * plain, torch.zeros_like(plain, dtype=torch.bool)
+    # A value that has moved by more than ``clip`` has a constant error here. The larger loss counts: the gradient of a
+    # token is removed only if its value has moved too far towards the target.
     bounded = (old_values + (values - old_values).clamp(-clip, clip) - returns).square()
     return 0.5 * torch.maximum(plain, bounded), bounded > plain
 
@@ -53,18 +70,18 @@ def discounted_gae(
     lam: float = 0.95,
     bootstrap: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Generalised advantage estimation over episodes of unequal lengths (Schulman et al. 2016, eq. 16).
+    """Estimates advantages by GAE over episodes of unequal lengths (Schulman et al. 2016, eq. 16).
 
     Args:
-        rewards: float32, shape (tokens,).
-        values: float32, shape (tokens,): V of the state in which each token was chosen.
-        lengths: tokens of each episode; their sum is ``tokens``.
-        gamma: discount.
-        lam: lambda.
-        bootstrap: shape (episodes,): V of the state after the last token, for truncated episodes; zeros by default.
+        rewards: reward of each token, float32, shape (tokens,), episode after episode.
+        values: V of the state in which each token was chosen, float32, shape (tokens,).
+        lengths: number of tokens of each episode; their sum is ``tokens``.
+        gamma: discount per token.
+        lam: lambda of GAE; 0: one-step errors, 1: returns less values.
+        bootstrap: V of the state after the last token, for truncated episodes, shape (episodes,); None: zeros.
 
     Returns:
-        advantages and returns (advantages + values), float32, shape (tokens,).
+        Advantages, and returns (advantages + values), each float32 of shape (tokens,).
     """
     advantages = np.zeros_like(rewards, dtype=np.float64)
     sizes = np.asarray(lengths, dtype=np.int64)
@@ -72,24 +89,30 @@ def discounted_gae(
     starts = ends - sizes
     next_value = np.zeros(len(sizes)) if bootstrap is None else np.asarray(bootstrap, dtype=np.float64).copy()
     running = np.zeros(len(sizes))
-    for back in range(1, int(sizes.max(initial=0)) + 1):  # all episodes at once, from their ends
+    # From the last token of each episode to its first, all episodes that are at least ``back`` tokens long at once.
+    for back in range(1, int(sizes.max(initial=0)) + 1):
         live = np.flatnonzero(ends - back >= starts)
-        at = ends[live] - back
-        delta = rewards[at] + gamma * next_value[live] - values[at]
+        positions = ends[live] - back
+        # delta_t = r_t + gamma V(s_t+1) - V(s_t), and A_t = delta_t + gamma lam A_t+1: eq. 16 as a recursion.
+        delta = rewards[positions] + gamma * next_value[live] - values[positions]
         running[live] = delta + gamma * lam * running[live]
-        advantages[at] = running[live]
-        next_value[live] = values[at]
+        advantages[positions] = running[live]
+        next_value[live] = values[positions]
     return advantages.astype(np.float32), (advantages + values).astype(np.float32)
 
 
 def explained_variance(values: np.ndarray, returns: np.ndarray, total: Total = lambda sums: sums) -> float:
-    """1 - Var(returns - values) / Var(returns); NaN where the returns do not vary, or there are none.
+    """Returns 1 - Var(returns - values) / Var(returns): 1 for perfect values, 0 for a constant value.
 
     Args:
-        values: shape (tokens,).
-        returns: shape (tokens,).
-        total: sums the moments over processes.
+        values: values of the states, shape (tokens,).
+        returns: targets of the values, shape (tokens,).
+        total: function that sums the moments over processes.
+
+    Returns:
+        The share of the returns' variance that the values explain; NaN if the returns do not vary or there are none.
     """
+    # Variances are computed from sums, as the tokens of an update are spread over processes.
     returns = np.asarray(returns, dtype=np.float64)
     errors = returns - values
     count, *moments = total(np.array([len(returns), *(m for x in (returns, errors) for m in (x.sum(), (x * x).sum()))]))
@@ -102,23 +125,24 @@ class PPOSettings(OnPolicySettings):
     """Settings of token-level PPO."""
 
     gamma: float = 1.0
-    """Discount per token."""
+    """Discount per token, in (0, 1]."""
     lam: float = 0.95
-    """GAE's lambda."""
+    """Lambda of GAE, in [0, 1]: lower values have less variance and more bias."""
     value_clip: float = 0.2
-    """Clip range of the value function; 0 turns it off."""
+    """Clip range of the values: changes beyond it do not reduce the value loss; 0: no clipping."""
     value_coefficient: float = 0.1
-    """Weight of the value loss."""
+    """Weight of the value loss against the policy loss."""
     whiten_advantages: bool = True
-    """Advantages of an update have mean 0 and deviation 1 over the tokens that the policy wrote."""
+    """Whether advantages are whitened to mean 0 and deviation 1 over the policy's tokens of an update."""
     whiten_rewards: bool = False
-    """Rewards are divided by their deviation, with the mean left as it is."""
+    """Whether rewards are divided by their deviation; their mean is not shifted."""
     kl_estimator: KLEstimator = "k1"
-    """Estimator of the KL penalty in the reward: k1 or k3."""
+    """Estimator of the KL penalty in the reward: k1 (unbiased) or k3 (never negative)."""
     kl_target: float = 0.0
-    """Mean KL per episode, in nats, to which the coefficient adapts; 0 keeps the coefficient."""
+    """Mean KL to the reference policy per episode, in nats, that the KL coefficient is adapted to reach; 0: the
+    coefficient is constant."""
     kl_horizon: int = 10_000
-    """Episodes over which the coefficient adapts."""
+    """Number of episodes over which the KL coefficient adapts."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,9 +155,11 @@ class PPOSettings(OnPolicySettings):
 
 
 class TokenPPO(OnPolicyAgent):
-    """PPO whose actions are tokens: KL penalty in the reward, GAE over tokens, clipped policy and value losses.
+    """A PPO agent whose actions are tokens: KL penalty in the reward, GAE over tokens, clipped policy and value losses.
 
-    Arguments and methods are those of :class:`OnPolicyAgent`; its options are the fields of :class:`PPOSettings`.
+    Args:
+        env, policy, seed, engine, settings: see :class:`~instructgym.agents.rollouts.agent.RolloutAgent`.
+        **options: fields of :class:`PPOSettings`.
     """
 
     settings_class: ClassVar[type[OnPolicySettings]] = PPOSettings
@@ -145,25 +171,32 @@ class TokenPPO(OnPolicyAgent):
         self.kl = KLController(self.settings.kl_coefficient, self.settings.kl_target or None, self.settings.kl_horizon)
 
     def _prepare(self, batch: TokenBatch) -> None:
+        """Shapes the rewards by the KL penalty, and fills in advantages and returns."""
         settings, total = self.settings, self.processes.total
         rewards, kept = batch.own_rewards, batch.loss_mask
+        # 1. Shape the rewards: r_t - beta KL_t, which keeps the policy near the reference. Whitening must not shift the
+        # mean: the tokens without a reward would get one, and long responses more of it.
         if settings.whiten_rewards:
             rewards = whiten(rewards, kept, shift_mean=False, total=total)
         shaped = rewards - np.float32(self.kl.coefficient) * self._kl_penalty(batch, settings.kl_estimator)
-        # Episodes end in `terminated`; the value of what would follow is 0. Tokens of others are part of a transition.
+        # 2. Estimate advantages and returns. Every episode has terminated, so the value after its last token is 0: no
+        # bootstrap. Tokens that the policy did not write are part of the transition between two tokens that it wrote.
         advantages, batch.returns = np.zeros_like(rewards), np.zeros_like(rewards)
         advantages[kept], batch.returns[kept] = discounted_gae(
             shaped[kept], batch.values[kept], batch.per_episode(kept).tolist(), settings.gamma, settings.lam
         )
+        # 3. Whiten the advantages, over all processes and over the whole update, not per minibatch.
         batch.advantages = whiten(advantages, kept, total=total) if settings.whiten_advantages else advantages
-        values, count = batch.values[kept], total(np.array([batch.values[kept].sum(), kept.sum()]))
+        values, sums = batch.values[kept], total(np.array([batch.values[kept].sum(), kept.sum()]))
         self.logger.record("train/explained_variance", explained_variance(values, batch.returns[kept], total))
-        self.logger.record("train/value_mean", float(count[0] / max(count[1], 1)))
+        self.logger.record("train/value_mean", float(sums[0] / max(sums[1], 1)))
 
     def _loss(self, scores: TokenScores, micro: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Returns policy loss plus weighted value loss of each token, and metrics."""
         policy_loss, clipped = clipped_policy_loss(
             scores.logprobs, micro.old_logprobs, micro.advantages, self.settings.clip
         )
+        # The value function is trained by the same backward pass: its head may share the policy's trunk.
         assert scores.values is not None
         value_loss, value_clipped = clipped_value_loss(
             scores.values, micro.old_values, micro.returns, self.settings.value_clip

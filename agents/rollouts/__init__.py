@@ -1,1 +1,4 @@
-"""Episodes that a policy writes: the batch, the engines, the agents that learn from their own."""
+"""Holds rollouts: batches of episodes, engines that generate them, and the base class of agents that learn from them.
+
+Read ``agent`` first, then ``batch``.
+"""

@@ -1,4 +1,7 @@
-"""Rollouts: episodes that the policy wrote, as one flat batch of tokens, and the micro-batches it is trained in."""
+"""Rollouts: :func:`collect` generates episodes and has them scored; :class:`TokenBatch` holds their tokens.
+
+A batch is flat: per-token arrays hold episode after episode. :meth:`TokenBatch.micro_batches` splits it for training.
+"""
 
 from __future__ import annotations
 
@@ -17,120 +20,143 @@ from ..policy.language_model import LanguageModelPolicy
 from .engine import RolloutEngine
 
 OPENING, ALIKE = 16, 4
-"""Tokens by which prompts are told apart, and episodes of one kind that are worth micro-batches of their own."""
+"""Number of leading tokens by which prompts are grouped, and the smallest group that gets micro-batches to itself."""
 
 
 @dataclass
 class TokenBatch:
-    """n episodes. Arrays over tokens are flat, episode after episode; nothing is padded.
+    """A batch of n episodes. Per-token arrays are flat, episode after episode, without padding.
 
-    An episode without tokens is no part of a batch: it has nothing that could carry a reward or a gradient.
+    Episodes without tokens are left out: they have nothing that could carry a reward or a gradient.
     """
 
     prompts: list[np.ndarray]
-    """n int32 arrays."""
+    """Token ids of the prompts, n int32 arrays."""
     responses: list[np.ndarray]
-    """n int32 arrays, none empty."""
+    """Token ids of the responses, n int32 arrays, none empty."""
     allowed: list[list[np.ndarray] | None]
-    """Under constrained decoding the allowed tokens at each position, else None."""
+    """For each episode: under constrained decoding the allowed tokens at each position, else None."""
     rewards: np.ndarray
-    """float32, shape (tokens,): from the env, aligned to the token that earned it."""
+    """Rewards of the env, each at the token that earned it; float32, shape (tokens,)."""
     sampler_logprobs: np.ndarray
-    """float32, shape (tokens,): by the engine that drew the tokens."""
+    """Log-probs by the engine that sampled the tokens, in nats; float32, shape (tokens,)."""
     loss_mask: np.ndarray
-    """bool, shape (tokens,): what the policy wrote; other tokens carry no gradient, and no KL penalty."""
+    """True for tokens that the policy wrote; others carry no gradient and no KL penalty; bool, shape (tokens,)."""
     terminated: np.ndarray
-    """bool, shape (n,)."""
+    """True for episodes that have ended; bool, shape (n,)."""
     groups: list[str]
-    """Group id of each episode."""
+    """Group id of each episode; episodes of one group have the same prompt."""
     infos: list[dict[str, Any]] = field(default_factory=list)
+    """The env's info of the last step of each episode."""
     resets: list[int] = field(default_factory=list)
-    """Of each episode: which of the env's resets it followed, from 0; episodes of one were scored together."""
+    """For each episode the number of the env's reset before it, from 0; episodes of one reset were scored together."""
     on_policy: bool = True
     """False for episodes that another policy wrote."""
     logprobs: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
-    """float32, shape (tokens,): by the policy that wrote them, from the training kernels."""
+    """Log-probs by the policy that wrote the tokens, from the training kernels, in nats; float32, shape (tokens,)."""
     reference_logprobs: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
-    """float32, shape (tokens,)."""
+    """Log-probs by the reference policy, in nats; float32, shape (tokens,)."""
     values: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
-    """float32, shape (tokens,)."""
+    """V of the states in which the tokens were chosen; float32, shape (tokens,)."""
     weights: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
-    """float32, shape (tokens,): truncated importance weights for the gap between sampler and training kernels."""
+    """Truncated importance weights, for the gap between sampler and training kernels; float32, shape (tokens,)."""
     advantages: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
-    """float32, shape (tokens,)."""
+    """Advantages of the tokens; float32, shape (tokens,)."""
     returns: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
-    """float32, shape (tokens,): targets of the value function."""
+    """Targets of the value function; float32, shape (tokens,)."""
 
     def __len__(self) -> int:
         return len(self.responses)
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64, shape (n,): response tokens of each episode."""
+        """Number of response tokens of each episode; int64, shape (n,)."""
         return np.array([len(r) for r in self.responses], dtype=np.int64)
 
     @property
     def tokens(self) -> int:
-        """Response tokens in all."""
+        """Number of response tokens of all episodes."""
         return int(self.lengths.sum())
 
     @property
     def own_rewards(self) -> np.ndarray:
-        """float32, shape (tokens,): the rewards, 0 for tokens that the policy did not write."""
+        """The rewards, with 0 at tokens that the policy did not write; float32, shape (tokens,)."""
         return np.where(self.loss_mask, self.rewards, np.float32(0.0))
 
     def rows(self, episodes: Sequence[int] | np.ndarray) -> np.ndarray:
-        """int64: positions of the tokens of the given episodes, in their order."""
+        """Returns the positions of the tokens of some episodes in the per-token arrays, in the order of the episodes.
+
+        Args:
+            episodes: indices of the episodes.
+
+        Returns:
+            int64, shape (tokens of these episodes,).
+        """
         ends = np.cumsum(self.lengths)
         starts = ends - self.lengths
         return np.concatenate([np.arange(starts[i], ends[i]) for i in episodes]) if len(episodes) else np.zeros(0, int)
 
     def per_episode(self, values: np.ndarray) -> np.ndarray:
-        """Sums of per-token values, shape (n,); of a bool array, counts."""
+        """Returns the sum of per-token values over each episode, shape (n,); for a bool array, counts."""
+        # reduceat has the sum of an empty range wrong, but no episode is empty.
         return np.add.reduceat(values, np.cumsum(self.lengths) - self.lengths) if len(self) else np.zeros(0)
 
     def micro_batches(self, episodes: np.ndarray, budget: int) -> Iterator[np.ndarray]:
-        """Splits episodes into micro-batches of at most ``budget`` tokens, padding included, of like lengths.
+        """Splits episodes into micro-batches of similar lengths, each of at most ``budget`` tokens, padding included.
 
-        Episodes whose prompts begin alike come together: a prefix that all of a micro-batch share is computed once, and
-        does not count.
+        Episodes whose prompts begin alike share a micro-batch: a prefix that all its prompts share is computed once,
+        and does not count. An episode longer than the budget is a micro-batch by itself.
+
+        Args:
+            episodes: indices of the episodes to split.
+            budget: largest number of tokens in a micro-batch.
+
+        Yields:
+            Indices of the episodes of each micro-batch, int64.
         """
         for members in self._by_opening(episodes):
             shared = common_prefix([self.prompts[i] for i in members]) if len(members) > 1 else 0
             sizes = np.array([len(self.prompts[i]) + len(self.responses[i]) - shared for i in members])
+            # Similar sizes together: little padding. Stable, so that ties keep their order.
             order = np.argsort(sizes, kind="stable")
             for chunk in token_budget_chunks([int(sizes[k]) for k in order], budget):
                 yield members[order[chunk]]
 
     def _by_opening(self, episodes: np.ndarray) -> list[np.ndarray]:
-        """Episodes by the first tokens of their prompts; those with few of their kind in one group."""
-        found: dict[bytes, list[int]] = {}
+        """Groups episodes by the first tokens of their prompts; those of small groups form one group together."""
+        by_opening: dict[bytes, list[int]] = {}
         for i in episodes:
-            found.setdefault(self.prompts[i][:OPENING].tobytes(), []).append(int(i))
-        alike = [members for members in found.values() if len(members) >= ALIKE]
-        others = [i for members in found.values() if len(members) < ALIKE for i in members]
+            by_opening.setdefault(self.prompts[i][:OPENING].tobytes(), []).append(int(i))
+        alike = [members for members in by_opening.values() if len(members) >= ALIKE]
+        # A few episodes are not worth passes of their own, even though their prefix is then not shared.
+        others = [i for members in by_opening.values() if len(members) < ALIKE for i in members]
         return [np.array(members) for members in [*alike, others] if members]
 
 
 @dataclass
 class RolloutStatistics:
-    """What a rollout gave, invalid and empty episodes included; sums, so that processes can add them up."""
+    """Counts and sums of a rollout, which can be added up over processes."""
 
     episodes: int = 0
+    """Number of all episodes."""
     invalid: int = 0
+    """Number of episodes without a valid score."""
     empty: int = 0
+    """Number of episodes without tokens."""
     reward: float = 0.0
+    """Sum of the returns of the episodes in the batch."""
     tokens: int = 0
+    """Number of tokens that the env consumed, those of invalid episodes included."""
     seconds: float = 0.0
-    """Generation and play."""
+    """Duration of the rollout in seconds: generation and scoring."""
     waited: float = 0.0
-    """Of these, play: taking tokens and waiting for scores."""
+    """The part of it, in seconds, in which nothing was generated: writing tokens to the env and waiting for scores."""
     terms: dict[str, float] = field(default_factory=dict)
-    """Sums of the reward's terms."""
+    """Sum of each of the reward's terms over the episodes in the batch."""
     term_counts: dict[str, float] = field(default_factory=dict)
-    """Episodes that have them: a term without a verdict is left out."""
+    """Number of episodes that have each term; a term without a valid score is left out."""
     finish: dict[str, float] = field(default_factory=dict)
-    """Episodes by finish reason."""
+    """Number of episodes in the batch by finish reason."""
 
 
 def collect(
@@ -142,39 +168,44 @@ def collect(
     local_envs: np.ndarray,
     env_seed: int | None = None,
 ) -> tuple[TokenBatch, RolloutStatistics]:
-    """Has episodes written: ``batches`` times one per copy of the env.
+    """Generates ``batches`` episodes per env copy and has them scored.
 
-    Scoring of one batch overlaps with the generation of the next.
+    One batch is scored while the next one is generated.
 
     Args:
-        writer: the policy, or an engine that has its weights.
+        writer: generator of the responses: the policy, or an engine that has its weights.
         env: a vector env with the fast path, in autoreset mode ``DISABLED``.
-        batches: resets of the env.
-        sampling: its seed is replaced by one per episode.
-        seed: from which the episodes' seeds are derived.
-        local_envs: bool, shape (copies,): the copies that this process plays.
-        env_seed: of the first reset; None goes on.
+        batches: number of episodes per copy, each after a reset of the env.
+        sampling: sampling parameters; the seed is replaced by one per episode.
+        seed: seed that the episodes' seeds are derived from.
+        local_envs: copies that this process steps; bool, shape (copies,).
+        env_seed: seed of the first reset; None: the env continues in its data.
 
     Returns:
-        The valid, non-empty episodes, and counts of all.
+        The valid episodes that have tokens, and statistics of all.
     """
     statistics = RolloutStatistics()
-    kept: list[dict[str, Any]] = []
+    episodes: list[dict[str, Any]] = []
     pending: list[dict[str, Any]] | None = None
-    begun = time.perf_counter()
-    for number in range(batches):
-        env.start(seed=env_seed if number == 0 else None)
-        drafts = _write(writer, env, sampling, request_seed(seed, number), local_envs, number)
+    started = time.perf_counter()
+    for reset in range(batches):
+        # 1. New prompts, and responses to them. Meanwhile the env scores the previous batch in another thread, as a
+        # reward may have to wait for a judge on a server.
+        env.start(seed=env_seed if reset == 0 else None)
+        drafts = _write(writer, env, sampling, request_seed(seed, reset), local_envs, reset)
+        # 2. The scores of the previous batch: the env scores only one batch at a time.
         if pending is not None:
-            statistics.waited += _finish(env, pending, kept, statistics)
+            statistics.waited += _finish(env, pending, episodes, statistics)
+        # 3. Write the responses to the env, which ends the episodes, and start scoring them.
         pending = drafts
-        started = time.perf_counter()
+        before = time.perf_counter()
         env.play_async([draft["response"] if draft else [] for draft in drafts], local_envs)
-        statistics.waited += time.perf_counter() - started
+        statistics.waited += time.perf_counter() - before
+    # The last batch has no generation to overlap with.
     if pending is not None:
-        statistics.waited += _finish(env, pending, kept, statistics)
-    statistics.seconds = time.perf_counter() - begun
-    return _batch(kept), statistics
+        statistics.waited += _finish(env, pending, episodes, statistics)
+    statistics.seconds = time.perf_counter() - started
+    return _batch(episodes), statistics
 
 
 def _write(
@@ -183,10 +214,16 @@ def _write(
     sampling: Sampling,
     seed: int,
     local_envs: np.ndarray,
-    number: int,
+    reset: int,
 ) -> list[dict[str, Any]]:
+    """Generates a response per env copy of this process.
+
+    Returns:
+        A dict per copy of the env; empty for copies of other processes.
+    """
     prompts = env.prompts()
     constraints = env.constraints()
+    # A seed per copy, not per position in this process's batch: the number of processes does not change the episodes.
     copies = np.flatnonzero(local_envs)
     completions = writer.generate(
         [prompts[i] for i in copies],
@@ -202,28 +239,32 @@ def _write(
             "prompt": prompts[i],
             "response": tokens,
             "logprobs": np.array(completion.logprobs, dtype=np.float32),
+            # Needed again in training, where probabilities are those among the allowed tokens, too.
             "allowed": None if choices is None else [choices.allowed(tokens[:t].tolist()) for t in range(len(tokens))],
-            "reset": number,
+            "reset": reset,
         }
     return drafts
 
 
 def _finish(
-    env: FastPathEnv, drafts: list[dict[str, Any]], kept: list[dict[str, Any]], statistics: RolloutStatistics
+    env: FastPathEnv, drafts: list[dict[str, Any]], episodes: list[dict[str, Any]], statistics: RolloutStatistics
 ) -> float:
-    """Takes the outcome of a play; returns the seconds spent waiting for it."""
+    """Waits for the scores of a play, appends its valid episodes and counts all; returns the seconds of waiting."""
     started = time.perf_counter()
     played = env.play_wait()
     waited = time.perf_counter() - started
     for i, draft in enumerate(drafts):
         if not draft:
             continue
+        # The env drops tokens after the end of an episode.
         count, info = int(played.n_consumed[i]), played.infos[i]
         statistics.episodes += 1
         statistics.tokens += count
         statistics.empty += not count
         statistics.invalid += not played.valid[i]
+        # An episode without a valid score has an imputed reward: it is counted, but not trained on.
         if count and played.valid[i]:
+            # A reward of timing "whole" comes with its split over the tokens, which assigns the credit.
             split = played.credit[i] if played.credit is not None else played.rewards[i]
             statistics.reward += float(played.rewards[i].sum())
             for name, value in info.get("reward_terms", {}).items():
@@ -231,7 +272,7 @@ def _finish(
                 statistics.term_counts[name] = statistics.term_counts.get(name, 0.0) + 1
             reason = info.get("finish_reason", "")
             statistics.finish[reason] = statistics.finish.get(reason, 0.0) + 1
-            kept.append(
+            episodes.append(
                 {
                     "prompt": draft["prompt"],
                     "response": draft["response"][:count],
@@ -246,20 +287,22 @@ def _finish(
     return waited
 
 
-def _batch(kept: Sequence[dict[str, Any]]) -> TokenBatch:
+def _batch(episodes: Sequence[dict[str, Any]]) -> TokenBatch:
+    """Returns finished episodes as a batch."""
+
     def flat(key: str) -> np.ndarray:
-        return np.concatenate([row[key] for row in kept]) if kept else np.zeros(0, np.float32)
+        return np.concatenate([row[key] for row in episodes]) if episodes else np.zeros(0, np.float32)
 
     rewards = flat("rewards")
     return TokenBatch(
-        prompts=[row["prompt"] for row in kept],
-        responses=[row["response"] for row in kept],
-        allowed=[row["allowed"] for row in kept],
+        prompts=[row["prompt"] for row in episodes],
+        responses=[row["response"] for row in episodes],
+        allowed=[row["allowed"] for row in episodes],
         rewards=rewards,
         sampler_logprobs=flat("logprobs"),
         loss_mask=np.ones(len(rewards), dtype=bool),
-        terminated=np.array([row["terminated"] for row in kept], dtype=bool),
-        groups=[str(row["info"].get("episode_id", i)) for i, row in enumerate(kept)],
-        infos=[row["info"] for row in kept],
-        resets=[row["reset"] for row in kept],
+        terminated=np.array([row["terminated"] for row in episodes], dtype=bool),
+        groups=[str(row["info"].get("episode_id", i)) for i, row in enumerate(episodes)],
+        infos=[row["info"] for row in episodes],
+        resets=[row["reset"] for row in episodes],
     )

@@ -1,4 +1,8 @@
-"""Rollouts on vLLM servers: the policy's adapter is pushed after each update, token ids come back with log-probs."""
+"""Rollouts on vLLM servers: the policy's adapter is pushed before each rollout, token ids come back with log-probs.
+
+:class:`RolloutEngine` is the protocol of whatever generates episodes in place of the policy. docs/servers.md describes
+how to start the servers.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +26,18 @@ from ..policy.language_model import POLICY, LanguageModelPolicy
 from ..policy.optimization import Processes
 
 PROBE = "The film is good, and its end is better than its beginning."
-"""Scored by server and policy alike, to see whether they are of one model."""
+"""Text that server and policy score, to check that they have the same model."""
 
 LARGEST_GAP = 0.5
-"""Nats per token on the probe: bfloat16 makes a tenth of this, another model several times as much."""
+"""Largest mean difference of log-probs on the probe, in nats per token; bfloat16 causes a tenth of it, another model
+several times as much."""
 
 
 class RolloutEngine(Protocol):
-    """What writes the episodes of on-policy agents in the policy's place."""
+    """A generator of the episodes of on-policy agents, in place of the policy."""
 
     def take(self, policy: LanguageModelPolicy, processes: Processes) -> None:
-        """Takes over the policy's weights as they are now; called by all processes before each rollout."""
+        """Copies the policy's current weights to the engine; called by all processes before each rollout."""
 
     def generate(
         self,
@@ -41,31 +46,36 @@ class RolloutEngine(Protocol):
         choices: Sequence[Choices | None] | None = None,
         eos: frozenset[int] | None = None,
     ) -> list[list[Completion]]:
-        """As :meth:`LanguageModelPolicy.generate`, one completion per prompt."""
+        """Samples one completion per prompt.
+
+        Arguments and result are those of
+        :meth:`~instructgym.agents.policy.language_model.LanguageModelPolicy.generate`.
+        """
 
     def close(self) -> None:
-        """Gives back what the engine holds elsewhere; called by one process when training ends."""
+        """Frees what the engine holds outside this process; called by one process when training ends."""
 
 
 class VLLMEngine:
-    """Writes episodes on one or more vLLM servers.
+    """An engine that generates episodes on one or more vLLM servers.
 
-    Each update's adapter gets a name of its own, so that no server can answer from a prefix cache of older weights.
-    Servers sample in arithmetic of their own: the agent scores the tokens again, weights them by the truncated ratio
-    of both probabilities, and logs the gap.
+    The adapter of each update gets a new name, so that no server can answer from a prefix cache of older weights. The
+    arithmetic of a server differs from that of training: the agent scores the tokens again, weights them by the
+    truncated ratio of both probabilities, and logs the difference.
 
     The servers need ``--enable-lora``, ``--max-lora-rank`` at least the policy's rank, ``--logprobs-mode
     processed_logprobs``, and ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=True`` in their environment.
 
     Args:
-        urls: base URLs, ``http://host:port/v1``; prompts are shared out evenly.
-        adapter_dir: folder, visible to the servers under the same path, through which adapters are handed over; by
-            default a temporary one, which suits servers on this machine.
-        concurrency: requests in flight per server at most.
-        timeout: seconds for one request.
+        urls: base URLs of the servers, ``http://host:port/v1``; each gets an equal share of the prompts.
+        adapter_dir: folder through which adapters are pushed, which the servers must see under the same path; empty:
+            the system's temporary folder, which suits servers on this machine.
+        concurrency: largest number of requests in flight per server.
+        timeout: limit of one request in seconds.
 
     Raises:
-        InputError: by :meth:`take`, for a server of another model or tokenizer, or one started without what it needs.
+        InputError: if ``urls`` is empty or a string; by :meth:`take`, for a server with another model or tokenizer, or
+            one that was started without the options above.
     """
 
     def __init__(
@@ -78,33 +88,35 @@ class VLLMEngine:
         ]
         self.adapter_dir = Path(adapter_dir or tempfile.gettempdir())
         self.pushes = 0
-        """Adapters handed over so far."""
+        """Number of adapters pushed so far."""
         self._run = ""
         self._decode: Callable[[Sequence[int]], str] = str
 
     # --- weights -----------------------------------------------------------------------------------------------------
 
     def take(self, policy: LanguageModelPolicy, processes: Processes) -> None:
-        """Hands the policy's adapter to all servers.
+        """Pushes the policy's adapter to all servers; the first call also checks that they fit the policy.
 
         Raises:
-            InputError: for a policy without adapters, and by the first call for servers that do not fit.
+            InputError: for a policy without adapters, for servers that do not fit, or if an adapter cannot be pushed.
         """
         first = not self._run
         if first:
             if not policy.lora.rank:
                 raise InputError("rollouts on a server need a policy with adapters: set a LoRA rank")
+            # All processes use the name that the first one drew; it keeps apart training runs that share a server.
             self._run = processes.gather(uuid.uuid4().hex[:8])[0]
             self._decode = policy.lm.decode
-            bases = [self._base(server) for server in self.servers]
+            bases = [self._base_model(server) for server in self.servers]
         old, self.pushes = self._name, self.pushes + 1
+        # Only the first process pushes; all of them raise its error, so that none waits for ever for the others.
         problem = ""
         if processes.is_main:
             try:
                 self._push(policy, old)
             except (InputError, BackendError) as error:
                 problem = str(error)
-        problem = processes.gather(problem)[0]  # all of them stop, none waits for ever
+        problem = processes.gather(problem)[0]
         if problem:
             raise InputError(problem)
         for server in self.servers:
@@ -115,46 +127,52 @@ class VLLMEngine:
 
     @property
     def _name(self) -> str:
+        """Name of the current adapter on the servers."""
         return f"instructgym-{self._run}-{self.pushes}"
 
     def _push(self, policy: LanguageModelPolicy, old: str) -> None:
+        """Writes the policy's adapter, loads it on all servers and unloads the ``old`` one."""
         folder = self.adapter_dir / self._name
         try:
             policy.export_adapter(folder)
             for server in self.servers:
                 server.load_adapter(self._name, folder / POLICY)
                 if self.pushes > 1:
-                    self._drop(server, old)
+                    self._unload(server, old)
         except OSError as error:
             raise InputError(f"cannot hand adapters over through {self.adapter_dir}: {error}") from error
-        # Not before: a server that has more adapters than room reads them again.
+        # Only now, as a server with more adapters than slots reads an adapter's files again when it is used.
         shutil.rmtree(self.adapter_dir / old, ignore_errors=True)
 
     @staticmethod
-    def _base(server: VLLMServerBackend) -> str:
+    def _base_model(server: VLLMServerBackend) -> str:
+        """Returns the name of a server's model, the only one that is not an adapter."""
         names = [model["id"] for model in server.models() if not model.get("parent")]
         if len(names) != 1:
             raise InputError(f"{server.url} serves {names or 'no model'}: rollouts need one base model")
         return str(names[0])
 
     def _check(self, server: VLLMServerBackend, base: str, policy: LanguageModelPolicy) -> None:
-        """Refuses a server that would write something else than the policy."""
+        """Refuses a server whose episodes would not be those of the policy."""
+        # 1. The same tokenizer: prompts go out and responses come back as token ids.
         ids = policy.lm.encode(PROBE)
         server.model = base
-        [theirs] = server.tokenize([PROBE])
+        [server_ids] = server.tokenize([PROBE])
         server.model = self._name
-        if theirs != ids:
+        if server_ids != ids:
             raise InputError(f"{server.url} has another tokenizer than {policy.model_name}")
-        one = TokenSampling(max_tokens=1, temperature=1.0, allowed=(ids[-1],))
-        [result] = server.generate([ids[:1]], one)
+        # 2. Log-probs of the distribution that is sampled from: with a single allowed token it must be 0.
+        forced = TokenSampling(max_tokens=1, temperature=1.0, allowed=(ids[-1],))
+        [result] = server.generate([ids[:1]], forced)
         if isinstance(result, BackendError):
             raise InputError(str(result))
         if abs(result[0].logprobs[0]) > 1e-3:
             raise InputError(f"{server.url} must be started with --logprobs-mode processed_logprobs")
+        # 3. The same weights, adapter included: both score the probe alike, up to their arithmetic.
         with policy.adapter(POLICY) as lm:
-            [mine] = lm.logprobs([ids[:1]], [ids[1:]])
+            [policy_logprobs] = lm.logprobs([ids[:1]], [ids[1:]])
         policy.clear_prefix_cache()  # the prefix of the probe, too
-        gap = float(np.abs(mine - server.score(ids[:1], ids[1:])).mean())
+        gap = float(np.abs(policy_logprobs - server.score(ids[:1], ids[1:])).mean())
         if gap > LARGEST_GAP:
             raise InputError(
                 f"{server.url} gives log-probs that are {gap:.2f} nats per token off those of {policy.model_name}: "
@@ -162,16 +180,17 @@ class VLLMEngine:
             )
 
     def close(self) -> None:
-        """Drops the run's adapters from the servers, and their folders. Only one process of a run does it."""
-        for number in range(max(self.pushes - 1, 1), self.pushes + 1):  # where a push failed there may be two
+        """Unloads the run's adapters from the servers and deletes their folders; only one process may call it."""
+        # After a push that failed, servers may hold both the last adapter and the one before it.
+        for number in range(max(self.pushes - 1, 1), self.pushes + 1):
             name = f"instructgym-{self._run}-{number}"
             for server in self.servers:
-                self._drop(server, name)
+                self._unload(server, name)
             shutil.rmtree(self.adapter_dir / name, ignore_errors=True)
 
     @staticmethod
-    def _drop(server: VLLMServerBackend, name: str) -> None:
-        """Unloads an adapter; a server that has it no longer, or is gone, is not waited for."""
+    def _unload(server: VLLMServerBackend, name: str) -> None:
+        """Unloads an adapter; errors are ignored, as the server may have restarted without it or be down."""
         with contextlib.suppress(InputError, BackendError):
             server.unload_adapter(name)
 
@@ -184,42 +203,51 @@ class VLLMEngine:
         choices: Sequence[Choices | None] | None = None,
         eos: frozenset[int] | None = None,
     ) -> list[list[Completion]]:
-        """Continues prompts of token ids, with log-probs of the distribution that was sampled from.
+        """Samples one completion per prompt, with log-probs of the distribution that was sampled from.
+
+        Arguments and result are those of
+        :meth:`~instructgym.agents.policy.language_model.LanguageModelPolicy.generate`.
 
         Raises:
-            BackendError: when a request fails for good.
+            BackendError: if a request fails after all retries.
         """
         samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         limits = list(choices) if choices is not None else [None] * len(prompts)
         ends = None if eos is None else tuple(sorted(eos))
         rows = [_Row([int(t) for t in p], s, c, ends) for p, s, c in zip(prompts, samplings, limits, strict=True)]
+        # Free rows are finished after one round; constrained ones take a round per token that has alternatives.
         while live := [row for row in rows if not row.done()]:
             self._advance(live)
         return [[row.completion(self._decode)] for row in rows]
 
     def _advance(self, rows: list[_Row]) -> None:
-        """One request for each of the rows, shared out over the servers."""
+        """Sends one request for each of the rows, an equal share to each server."""
         shares = np.array_split(np.arange(len(rows)), min(len(self.servers), len(rows)))
 
         def ask(server: VLLMServerBackend, share: np.ndarray) -> None:
-            mine = [rows[i] for i in share]
-            requests = [row.request() for row in mine]
+            server_rows = [rows[i] for i in share]
+            requests = [row.request() for row in server_rows]
             results = server.generate([prompt for prompt, _ in requests], [sampling for _, sampling in requests])
-            for row, result in zip(mine, results, strict=True):
+            for row, result in zip(server_rows, results, strict=True):
                 if isinstance(result, BackendError):
                     raise result
-                row.take(result[0])
+                row.append(result[0])
 
         pool = ThreadPoolExecutor(len(shares))
         try:
             list(pool.map(ask, self.servers, shares))
-        finally:  # an interrupt does not wait for the rest
+        finally:
+            # Not a with block, which would wait for all requests also after an interrupt.
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass
 class _Row:
-    """One episode in the making. Under constraints every branching of the trie is a request of its own."""
+    """A response that is being generated.
+
+    Without constraints it takes one request. With constraints it takes one request per position at which the trie of
+    allowed responses branches, as the tokens that are allowed there depend on those before it.
+    """
 
     prompt: list[int]
     sampling: Sampling
@@ -229,12 +257,13 @@ class _Row:
     logprobs: list[float] = field(default_factory=list)
     text: str = ""
     reason: Any = None
-    """Why the server ended; None while it has not."""
+    """Finish reason of the server; None before its reply."""
 
     def done(self) -> bool:
-        """Whether nothing is to be asked any more; writes tokens that have no alternative."""
+        """Returns whether the response is finished; before that, appends tokens that have no alternative."""
         if self.choices is None:
             return self.reason is not None
+        # A token without alternatives has probability 1: log-prob 0, and no request.
         while len(self.token_ids) < self.sampling.max_tokens:
             allowed = self.choices.allowed(self.token_ids)
             if allowed is None or len(allowed) != 1:
@@ -244,21 +273,26 @@ class _Row:
         return True
 
     def request(self) -> tuple[list[int], TokenSampling]:
-        plain = vars(self.sampling)
+        """Returns the tokens to continue and the sampling parameters of the next request."""
+        fields = vars(self.sampling)
         if self.choices is None:
-            return self.prompt, TokenSampling(**plain, eos=self.eos)
+            return self.prompt, TokenSampling(**fields, eos=self.eos)
+        # One token out of the allowed ones. Neither a stop string nor an end-of-sequence token ends the response: the
+        # trie does. Each position has its own seed, or all draws would use the same random numbers.
         allowed = self.choices.allowed(self.token_ids)
         seed = request_seed(self.sampling.seed, len(self.token_ids))
-        one = plain | {"max_tokens": 1, "stop": (), "seed": seed}
+        single_token = fields | {"max_tokens": 1, "stop": (), "seed": seed}
         limits = () if allowed is None else tuple(allowed.tolist())
-        return [*self.prompt, *self.token_ids], TokenSampling(**one, allowed=limits, eos=())
+        return [*self.prompt, *self.token_ids], TokenSampling(**single_token, allowed=limits, eos=())
 
-    def take(self, completion: Completion) -> None:
+    def append(self, completion: Completion) -> None:
+        """Appends the reply to :meth:`request`."""
         self.token_ids += completion.token_ids
         self.logprobs += completion.logprobs
         self.text, self.reason = completion.text, completion.finish_reason
 
     def completion(self, decode: Callable[[Sequence[int]], str]) -> Completion:
+        """Returns the finished response; ``decode`` turns tokens into text."""
         if self.choices is None:
             return Completion(self.text, self.token_ids, self.logprobs, self.reason)
         reason = "stop" if self.choices.complete(self.token_ids) else "length"
