@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from instructgym.agents.policy.checkpoints import STATE, latest_checkpoint, replace_checkpoint
 from instructgym.llm_backends import Journal
 from instructgym.llm_backends.records import read_records
 
@@ -74,3 +75,27 @@ def test_killed_training_and_generation_give_the_rows_of_an_undisturbed_run(tmp_
         assert len(set(keys)) == len(keys)
         assert set(keys) == set(journal_keys(next(whole.glob(path))))
     assert len(Journal(killed / "journal.jsonl")) == len(journal_keys(whole / "journal.jsonl"))
+
+
+@pytest.mark.parametrize("kills", [1, 2])
+def test_a_checkpoint_survives_kills_between_its_renames(tmp_path, monkeypatch, kills):
+    def write(text):
+        return lambda folder: (folder / STATE).write_text(text)
+
+    replace_checkpoint(tmp_path, write("first"))
+    rename = Path.rename
+
+    def killed(self, target):
+        if self.name == "writing":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    for _ in range(kills):
+        with pytest.raises(KeyboardInterrupt):
+            replace_checkpoint(tmp_path, write("second"))
+        assert (latest_checkpoint(tmp_path) / STATE).read_text() == "first"
+    monkeypatch.undo()
+    replace_checkpoint(tmp_path, write("third"))
+    assert (latest_checkpoint(tmp_path) / STATE).read_text() == "third"
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]

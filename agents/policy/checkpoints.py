@@ -98,8 +98,8 @@ def replace_checkpoint(folder: Path, write: Callable[[Path], None], is_main: boo
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     write(scratch)
-    shutil.rmtree(old, ignore_errors=True)
-    if last.exists():
+    if last.exists():  # else `old` is the only complete one: what a kill between the two renames below leaves
+        shutil.rmtree(old, ignore_errors=True)
         last.rename(old)
     scratch.rename(last)
     shutil.rmtree(old, ignore_errors=True)
