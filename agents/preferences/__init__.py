@@ -1,1 +1,1 @@
-"""Learning from ranked responses: losses, an offline trainer, an agent that ranks its own samples."""
+"""Holds learning from ranked responses: losses, an offline trainer and an agent that ranks its samples."""
