@@ -1,1 +1,1 @@
-"""Holds learning from ranked responses: losses, an offline trainer and an agent that ranks its samples."""
+"""Learning from ranked responses: losses, an offline trainer, an agent that ranks samples. Read ``losses`` first."""

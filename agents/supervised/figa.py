@@ -72,8 +72,8 @@ def figa_weights(
 class FIGA(SupervisedTrainer):
     """Trains a policy on minimal edits without a reward model, by cross-entropy with a weight per token.
 
-    The loss of a batch is the sum of weight times negative log-likelihood over the tokens of both responses of its pairs
-    (:func:`figa_weights`), divided by the number of weights that are not 0.
+    The loss of a batch is the sum of weight times negative log-likelihood over the tokens of both responses of each
+    pair (:func:`figa_weights`), divided by the number of weights that are not 0.
 
     Args:
         policy: the policy to train, in place.
@@ -135,8 +135,8 @@ class FIGA(SupervisedTrainer):
         """Computes the weighted cross-entropy of a micro-batch.
 
         Returns:
-            The sum over tokens, in nats, part of the autograd graph; and the weights, float32, shape (tokens,), those of
-                the edited responses first.
+            The sum over tokens, in nats, part of the autograd graph; and the weights, float32, shape (tokens,), those
+                of the edited responses before those of the original ones.
         """
         responses = [pair.edited for pair in pairs] + [pair.original for pair in pairs]
         prompts = [pair.prompt for pair in pairs] * 2
