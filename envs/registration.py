@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import gymnasium as gym
 
-# Spaces of the embedded model: its vocabulary, and its context length in tokens.
+# The vocabulary of the embedded model, and the envs' default context length of 1024 tokens.
 _TOKENS = "Discrete(49152)"
 _TOKEN_IDS = "Dict('ids': Box(0, 49151, (1024,), int32), 'mask': Box(0, 1, (1024,), int8))"
 
@@ -15,7 +15,7 @@ _TOKEN_IDS = "Dict('ids': Box(0, 49151, (1024,), int32), 'mask': Box(0, 1, (1024
 class EnvEntry:
     """A declaration of an environment as ``gymnasium.make`` creates it without further arguments.
 
-    Spaces are given as text, so that listing the environments imports nothing heavy.
+    Spaces are stored as text, so that listing the environments imports nothing heavy.
     """
 
     entry_point: str

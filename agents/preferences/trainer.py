@@ -112,7 +112,7 @@ class RankingSettings(SupervisedSettings):
         if self.label_smoothing is not None and not 0 <= self.label_smoothing < 0.5:
             raise InputError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
 
-    def given(self) -> dict[str, Any]:
+    def loss_options(self) -> dict[str, Any]:
         """Returns the options of the loss that are set; the others keep the loss's defaults."""
         return {name: value for name in OPTIONS if (value := getattr(self, name)) is not None}
 

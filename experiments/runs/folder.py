@@ -423,7 +423,7 @@ TRACKERS = ("none", "wandb")
 
 
 class Tracker(KVWriter):
-    """A stable-baselines3 log writer that writes one row per update to ``metrics.jsonl``, and to wandb if asked for.
+    """A stable-baselines3 log writer that writes one row per update to ``metrics.jsonl``, and to wandb if set.
 
     Rows that a resumed run replays are not written again. Without an API key wandb runs offline.
 

@@ -364,7 +364,7 @@ def stage(
 
 
 def tokenizer_of(model: str) -> Tokenizer:
-    """Returns the tokenizer of a model, given by name, without loading the model."""
+    """Returns the tokenizer of a model by the model's name, without loading the model."""
     return EmbeddedTokenizer() if model == "embedded" else Tokenizer(model)
 
 
