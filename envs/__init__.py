@@ -1,11 +1,12 @@
-"""The environments: instructions, prompts, labels and responses as episodes, made by ``gymnasium.make``.
+"""Gymnasium environments whose episodes write or edit instructions, prompts, labels and responses.
 
-A file at this level is one environment id. ``edit`` and ``tokens`` are the two MDPs, ``prompt_edit`` the edit MDP on
-prompts, ``process`` what the MDPs share, ``tasks`` where episodes come from. The tables below give the ids that
+Read ``process.py`` first, which holds what all environments share, then one of the two MDPs: ``edit``, whose actions
+edit a text (``prompt_edit`` applies it to prompts), or ``tokens``, whose actions append a token. ``tasks`` holds the
+data. Each of the other files defines one environment id of ``registration.py``. The tables below hold the ids that
 ``operator=`` and ``editor=`` take.
 """
 
-from .. import rewards  # noqa: F401 - for its tables of parts; nothing heavy is imported
+from .. import rewards  # noqa: F401 - registers the ids of rewards and rankers; imports nothing heavy
 from ..llm_backends.parts import register_kind, register_parts
 
 register_kind("operator", "instructgym.envs.edit.operators:Operator")

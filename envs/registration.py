@@ -1,4 +1,4 @@
-"""The ids that importing instructgym adds to Gymnasium's registry, and what their envs are like by default."""
+"""The environment ids that importing instructgym registers in Gymnasium, and the spaces of their default envs."""
 
 from __future__ import annotations
 
@@ -6,24 +6,28 @@ from dataclasses import dataclass
 
 import gymnasium as gym
 
+# The vocabulary of the embedded model, and the envs' default context length of 1024 tokens.
 _TOKENS = "Discrete(49152)"
 _TOKEN_IDS = "Dict('ids': Box(0, 49151, (1024,), int32), 'mask': Box(0, 1, (1024,), int8))"
 
 
 @dataclass(frozen=True)
 class EnvEntry:
-    """An environment as it is made without arguments, declared: nothing heavy is imported to list it."""
+    """A declaration of an environment as ``gymnasium.make`` creates it without further arguments.
+
+    Spaces are stored as text, so that listing the environments imports nothing heavy.
+    """
 
     entry_point: str
-    """``"module:factory"`` of the env."""
+    """``"module:factory"`` of the single env."""
     vector_entry_point: str
-    """``"module:factory"`` of its vector form."""
+    """``"module:factory"`` of the vector env."""
     action_space: str
-    """Its action space, as Gymnasium prints it."""
+    """Action space of the single env, as Gymnasium prints it."""
     observation_space: str
-    """Its observation space, as Gymnasium prints it."""
+    """Observation space of the single env, as Gymnasium prints it."""
     episode: str
-    """The longest episode."""
+    """Longest episode, as text for a table."""
 
 
 IDS = {
@@ -70,11 +74,11 @@ IDS = {
         "at most 48 tokens",
     ),
 }
-"""Id to what is registered under it. ``tests/test_command_line.py`` holds the declarations against the envs as made."""
+"""Entry of each environment id; ``tests/test_command_line.py`` compares the declared spaces with those of the envs."""
 
 
 def register_envs() -> None:
-    """Registers every id; a second call changes nothing."""
+    """Registers every id with Gymnasium; a second call changes nothing."""
     for env_id, entry in IDS.items():
         if env_id not in gym.registry:
             gym.register(env_id, entry_point=entry.entry_point, vector_entry_point=entry.vector_entry_point)

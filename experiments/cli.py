@@ -1,7 +1,7 @@
-"""The command ``instructgym``: one table of commands, each of whose modules is imported when it is called.
+"""The command line ``instructgym``: a table of commands, whose modules are imported only when they are called.
 
-To add a command: a module with ``run(options: Options, console: Console)``, where Options is a dataclass, and a line in
-:data:`COMMANDS`.
+To add a command, write a module with a function ``run(options: Options, console: Console)``, where ``Options`` is a
+dataclass, and add a line to :data:`COMMANDS`.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class Command:
     """A command of the command line."""
 
     name: str
-    """Its words behind ``instructgym``."""
+    """The words of the command after ``instructgym``."""
     entry_point: str
-    """``"module:function"`` within this package; the function takes ``options`` and ``console``."""
+    """``"module:function"`` relative to this package; the function takes ``options`` and ``console``."""
     summary: str
-    """One line of help; the first sentence of the options' docstring."""
+    """One line of help, the same text as the summary of the options' docstring."""
 
     def load(self) -> tuple[type, Callable[[Any, Console], Any]]:
-        """Imports the function and returns the class of its options, which its annotation names, and the function."""
+        """Imports the function and returns the class of its options, taken from its annotation, and the function."""
         module, _, name = self.entry_point.partition(":")
         function = getattr(importlib.import_module(f".{module}", __package__), name)
         return get_type_hints(function)["options"], function
@@ -57,10 +57,10 @@ GROUPS = {
     "judge": "Judge LLMs: measure one on pairs with known answers.",
     "bench": "Measure speed, ours and theirs alternately in one run.",
 }
-"""Commands of several words: the first word and what they have in common."""
+"""Help of each group of commands, by the word with which the names of its commands begin."""
 
 DEFAULTS = {"nlu": "run", "prompt": "run"}
-"""``nlu --task ...`` is short for ``nlu run --task ...``."""
+"""Command of a group that is run if none is named: ``nlu --task ...`` is short for ``nlu run --task ...``."""
 
 # fmt: off
 COMMANDS = (
@@ -119,7 +119,7 @@ COMMANDS = (
     Command("bench list", "cli:list_benchmarks", "List the benchmarks."),
 )
 # fmt: on
-"""All commands, in the order of the help."""
+"""All commands, in the order in which the help lists them."""
 
 
 @dataclass
@@ -143,9 +143,10 @@ class ListFilters:
 
 
 def list_envs(options: ListEnvs, console: Console) -> None:
-    """Prints every id with its spaces, as they are declared."""
+    """Prints the id, declared spaces and longest episode of every environment."""
     table = Table(title="instructgym environments")
-    table.add_column("id", no_wrap=True)  # ids that are cut look alike
+    # Ids begin alike: cut to the width of the terminal they could not be distinguished.
+    table.add_column("id", no_wrap=True)
     for title in ("action space", "observation space", "episode"):
         table.add_column(title, overflow="fold")
     for env_id, entry in IDS.items():
@@ -154,13 +155,14 @@ def list_envs(options: ListEnvs, console: Console) -> None:
 
 
 def list_benchmarks(options: ListBenchmarks, console: Console) -> None:
-    """Prints every benchmark with what it measures."""
+    """Prints the name and summary of every benchmark."""
     rows = [(command.name.split()[-1], command.summary) for command in COMMANDS if command.name.startswith("bench ")]
+    # The last row is "bench list", this command.
     _print_list(rows[:-1], console)
 
 
 def list_judges(options: ListJudges, console: Console) -> None:
-    """Prints every reward that asks a judge, by its id, with what it returns."""
+    """Prints the id of every reward that queries a judge, with the first paragraph of its docstring."""
     from ..llm_backends import part_ids, resolve
 
     judges = [(part_id, type(resolve("reward", part_id))) for part_id in part_ids("reward") if "judge" in part_id]
@@ -168,14 +170,14 @@ def list_judges(options: ListJudges, console: Console) -> None:
 
 
 def list_filters(options: ListFilters, console: Console) -> None:
-    """Prints every filter of instructions, in the order in which they are applied, with its reason."""
+    """Prints the name and reason of every filter of new instructions, in the order in which they are applied."""
     from ..envs.tasks.instruction.pool import FILTERS
 
     _print_list([(rule.name, rule.reason) for rule in FILTERS], console)
 
 
 def _print_list(rows: Sequence[tuple[str, str]], console: Console) -> None:
-    """Prints names and what they are in two columns; long texts go on in their own column."""
+    """Prints names and descriptions in two columns; a long description wraps within its column."""
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -185,8 +187,9 @@ def _print_list(rows: Sequence[tuple[str, str]], console: Console) -> None:
 
 
 def command_of(args: Sequence[str]) -> tuple[Command, list[str]] | None:
-    """The command that some arguments begin with, and its own arguments; None where they name none."""
+    """Returns the command that the arguments begin with, and the arguments after its name; None if they name none."""
     args = list(args)
+    # The help of a group stays that of the group.
     if args and args[0] in DEFAULTS and (args[1:] or ["--"])[0].startswith("--") and args[1:2] != ["--help"]:
         args.insert(1, DEFAULTS[args[0]])
     for command in COMMANDS:
@@ -197,9 +200,13 @@ def command_of(args: Sequence[str]) -> tuple[Command, list[str]] | None:
 
 
 def parse(args: Sequence[str]) -> tuple[Callable[[Any, Console], Any], Any]:
-    """Parses a command line into a function and its options; exits with the help or an error where it names none.
+    """Parses a command line; prints the help or an error and exits if it names no command or has wrong options.
 
-    The parser sees all commands by name and summary, and the options of the one that is called.
+    The parser knows all commands by name and summary, but only the options of the command that is called: the modules of
+    the others are not imported.
+
+    Returns:
+        The function of the command, and its options.
     """
     called, words = command_of(args) or (None, list(args))
     app, groups = tyro.extras.SubcommandApp(), dict[str, tyro.extras.SubcommandApp]()
@@ -215,17 +222,22 @@ def parse(args: Sequence[str]) -> tuple[Callable[[Any, Console], Any], Any]:
             parent.command(name=name or group)(options)
         else:
             parent.command(name=name or group, help=command.summary)(_not_called)
+    # With the words that DEFAULTS may have added.
     if called is not None:
         words = [*called.name.split(), *words]
     return function, app.cli(prog="instructgym", description=DESCRIPTION, args=words, config=CONFIG)
 
 
 def _not_called() -> None:
-    """Holds the place of a command that is not called, so that its options are not imported."""
+    """Stands in for the function of a command that is not called, so that its module is not imported."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point. Exit codes: 0 done, 2 bad input, 130 interrupted."""
+    """Runs a command line and exits: with 0 on success, 2 after bad input or a failed run, 130 after an interrupt.
+
+    Args:
+        args: the words after ``instructgym``; None: those of ``sys.argv``.
+    """
     words = list(sys.argv[1:] if args is None else args)
     if words == ["--version"]:
         print(f"instructgym {version('instructgym')}")
@@ -235,7 +247,10 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def guarded(work: Callable[[Console], Any]) -> int:
-    """Runs ``work(console)`` and turns errors that a user can mend into one line on stderr and an exit code."""
+    """Runs ``work(console)`` and returns the exit code: 0, or 2 or 130 after an error line on stderr.
+
+    Only errors that a user can fix become a line: bad input, a failed run, a file error (2) and an interrupt (130).
+    """
     try:
         work(Console())
     except (InputError, RunError) as error:

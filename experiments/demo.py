@@ -1,4 +1,4 @@
-"""``make demo``: train an agent on the embedded model, evolve 16 seeds, show what came out."""
+"""The program of ``make demo``: trains an agent on the embedded model and evolves 16 seed instructions with it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from .evolve import generate as evolve_generate
 from .evolve import train as evolve_train
 
 RUN = Path("runs") / "demo"
+"""Run folder of the demo."""
 
 
 def run(console: Console) -> None:
-    """Trains for 240 steps, generates from 16 seeds and points at the files."""
-    begun = time.monotonic()
+    """Trains for 240 steps, evolves 16 seeds, prints three of the rows and the paths of the files."""
+    start = time.monotonic()
     RUN.mkdir(parents=True, exist_ok=True)
     console.rule("1 of 2: an agent learns which edits pay (TRPO, 240 steps on SmolLM2-135M-Instruct)")
     evolve_train.run(
@@ -49,7 +50,7 @@ def run(console: Console) -> None:
     console.print(f"data set    {RUN / 'data.jsonl'} ({len(rows)} rows)")
     console.print(f"figure      {RUN / 'figures' / 'training.png'}")
     console.print(f"metrics     {RUN / 'metrics.json'}")
-    console.print(f"{time.monotonic() - begun:.0f} seconds in all")
+    console.print(f"{time.monotonic() - start:.0f} seconds in all")
 
 
 if __name__ == "__main__":

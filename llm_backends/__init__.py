@@ -1,7 +1,9 @@
-"""Who writes text: language models behind one batched contract, and sentence embeddings.
+"""Language models behind one batched interface, tokenizers, and sentence embeddings.
 
-``__init__.pyi`` says what can be imported from here; each name is loaded when it is asked for. The tables below give
-the ids that ``backend=``, ``embedder=`` and ``tokenizer=`` take.
+Read ``base.py`` first: it defines :class:`~instructgym.llm_backends.base.Backend`. Models in this process are in
+``local``, clients of servers in ``serving``, stored replies in ``replies``, training of weights in ``training``.
+``__init__.pyi`` lists the names that can be imported from here; each is loaded on first use. The tables below hold the
+ids that ``backend=``, ``embedder=`` and ``tokenizer=`` take.
 """
 
 import lazy_loader

@@ -1,7 +1,8 @@
-"""What a text is worth: judges, learned models, diversity, elimination rules, ground truth, and their composition.
+"""Rewards and rankers: judges, learned models, diversity, elimination rules, ground truth, and weighted sums of these.
 
-``__init__.pyi`` says what can be imported from here; each name is loaded when it is asked for, so that a reward that
-counts words does not import torch. The tables below give the ids that ``reward=`` and ``ranker=`` take.
+Read ``base.py`` first: it defines :class:`~instructgym.rewards.base.Reward`, which scores a batch of samples.
+``__init__.pyi`` lists the names that can be imported from here; each is loaded on first use, so a reward that only
+counts words does not import torch. The tables below hold the ids that ``reward=`` and ``ranker=`` take.
 """
 
 import lazy_loader

@@ -1,1 +1,1 @@
-"""Learning from ranked responses: losses, an offline trainer, an agent that ranks its own samples."""
+"""Learning from ranked responses: losses, an offline trainer, an agent that ranks samples. Read ``losses`` first."""

@@ -1,4 +1,8 @@
-"""Learning from the ranks of one's own samples: the online form of Tuna, DPO, IPO, SPIN, SPPO, TDPO and LiPO-lambda."""
+"""Online learning from ranked samples of the policy: Tuna, DPO, IPO, SPIN, SPPO, TDPO and LiPO-lambda.
+
+The losses are in :mod:`instructgym.agents.preferences.losses`; the optimiser steps, which offline training shares, are
+in :mod:`instructgym.agents.preferences.trainer`.
+"""
 
 from __future__ import annotations
 
@@ -16,24 +20,28 @@ from .losses import LOSSES
 from .trainer import PreparedList, RankingSettings, RankingTrainer, TokenizedRankedList
 
 PREVIOUS = "previous"
-"""Name of the frozen adapter that an earlier iterate is kept in."""
+"""Name of the frozen adapter that holds the previous iterate."""
 DIGITS = 6
-"""Returns that differ by less than 1e-6 of the largest in size are ties: sums of a split reward are not exact."""
+"""Decimal digits, relative to the largest absolute return, to which returns are rounded before they are ranked.
+
+The sum of a reward that is split over tokens has rounding errors, which must not break ties.
+"""
 
 
 @dataclass(frozen=True)
 class RankingAgentSettings(RankingSettings, RolloutSettings):
-    """Settings of both ways to learn; ``batch_size`` (lists per step) is of ``fit``, ``minibatches`` of ``learn``.
+    """Settings of online training (``learn``) and offline training (``fit``).
 
-    ``epochs`` are passes over the lists of an update, or over the data of ``fit``.
+    ``batch_size`` (lists per optimiser step) is used by ``fit`` only, ``minibatches`` (optimiser steps per epoch) by
+    ``learn`` only. ``epochs`` is the number of passes over the lists of an update, or over the data of ``fit``.
     """
 
     refresh_reference: int = 0
-    """Every so many updates, the first included, the policy as it is becomes the reference policy, as in SPIN and SPPO,
-    whose opponent is the previous iterate; 0 leaves the reference policy as it is."""
+    """Number of updates after which the current policy becomes the reference policy, beginning before the first update,
+    as in SPIN and SPPO, whose opponent is the previous iterate; 0: the reference policy never changes."""
     reference_opening: str | None = None
-    """What stands between a prompt and its reference response. None: nothing behind a prompt that ends in white space,
-    as chat templates do, else a blank."""
+    """Text between a prompt and its reference response; None: nothing if the prompt ends in white space, as chat
+    templates do, a blank otherwise."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,42 +51,44 @@ class RankingAgentSettings(RankingSettings, RolloutSettings):
 
     @property
     def needs_references(self) -> bool:
-        """Whether a list without a reference response cannot be learned from."""
+        """Whether the loss needs a reference response in every list."""
         imitates = self.weight > 0 and self.imitate == "reference"
-        return imitates or LOSSES[self.loss].pairing(self.given()) == "reference"
+        return imitates or LOSSES[self.loss].pairing(self.loss_options()) == "reference"
 
     @property
     def uses_references(self) -> bool:
-        """Whether a reference response counts where there is one."""
+        """Whether the loss uses a reference response if there is one."""
         return self.needs_references or (self.weight > 0 and self.imitate == "all")
 
 
 class RankingAgent(RolloutAgent):
-    """Samples, ranks and updates: the samples of a prompt are ranked by their returns, and a ranking loss is stepped.
+    """An agent that samples responses, ranks those of each prompt by their returns, and trains on a ranking loss.
 
-    The env needs ``group_size`` above 1. Any reward ranks; ``rank`` lets a ranker do it. The valid samples of a prompt
-    that were scored together are one list; lists of one sample or of ties alone are passed over and counted (for
-    ``spin``, which compares samples with the reference response, none is). Each update makes ``epochs`` passes over
-    its lists, of ``minibatches`` optimiser steps each. :meth:`fit` trains on lists that are there already; it is
-    :class:`~instructgym.agents.preferences.trainer.RankingTrainer`, on this agent's weights and optimiser.
+    The env needs ``group_size`` above 1. Any reward can rank; the reward ``rank`` leaves it to a ranker. The valid
+    samples of a prompt that were scored together form one list. Lists of one sample or of ties only are skipped and
+    counted (with ``spin``, which compares samples with the reference response, none is skipped). Each update makes
+    ``epochs`` passes over its lists, of ``minibatches`` optimiser steps each. :meth:`fit` trains on lists that exist
+    already: it runs :class:`~instructgym.agents.preferences.trainer.RankingTrainer` on this agent's weights and
+    optimiser.
 
-    The reference response to imitate, or to prefer to the samples, is the example's own: ``info["reference"]`` at the
-    end of an episode, followed by the end of sequence and cut to the env's ``max_tokens``. Tuna's losses imitate by
-    default and are refused in an env without references: set ``imitate="best"`` or ``mle_weight=0`` there.
+    The reference response, to imitate or to prefer to the samples, is that of the example: ``info["reference"]`` at the
+    end of an episode, followed by an end-of-sequence token and cut to the env's ``max_tokens``. Tuna's losses imitate
+    it by default and are refused in an env without references: set ``imitate="best"`` or ``mle_weight=0`` there.
 
-    Log-probs are over the whole vocabulary, also where the env constrains what is written.
+    Log-probs are over the whole vocabulary, even if the env constrains decoding.
 
-    Logs, besides what the trainer logs (means over the steps of an update): ``train/pairs`` and
-    ``train/lists_without_pairs`` of an update, and ``train/kl`` of losses that keep log-probs by the reference policy:
-    nats per sample of the lists that are learned from, by the sampler's log-probs.
+    Logs the trainer's metrics as means over the optimiser steps of an update, ``train/pairs`` and
+    ``train/lists_without_pairs`` of an update, and, for losses that keep log-probs under the reference policy,
+    ``train/kl``: the mean log-ratio of sampler and reference policy, in nats per sample of the lists that are trained
+    on.
 
     Args:
-        env, policy, seed, engine, settings: as of :class:`~instructgym.agents.rollouts.agent.RolloutAgent`.
+        env, policy, seed, engine, settings: those of :class:`~instructgym.agents.rollouts.agent.RolloutAgent`.
         **options: fields of :class:`RankingAgentSettings`.
 
     Raises:
-        InputError: also for an env without groups, or without the references that the loss needs; for a policy without
-            the reference policy that it needs.
+        InputError: if the env has no groups, or lacks references that the loss needs; if the policy lacks the reference
+            policy that the loss needs; and for the reasons of ``RolloutAgent``.
     """
 
     settings_class: ClassVar[type[RolloutSettings]] = RankingAgentSettings
@@ -87,12 +97,13 @@ class RankingAgent(RolloutAgent):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        own = {field.name: getattr(self.settings, field.name) for field in fields(RankingSettings)}
-        self.trainer = RankingTrainer(self.policy, self.seed, **own)
-        """The core that both ways to learn share."""
+        ranking_options = {field.name: getattr(self.settings, field.name) for field in fields(RankingSettings)}
+        self.trainer = RankingTrainer(self.policy, self.seed, **ranking_options)
+        """The trainer that makes the optimiser steps of :meth:`learn` and :meth:`fit`."""
+        # One optimiser, so that both ways to learn share its state and a checkpoint holds it.
         self.trainer.optimizer = self.optimizer
         self._fitting = False
-        """Whether the trainer's steps are of a :meth:`fit`, which a checkpoint then continues."""
+        """Whether the trainer's steps belong to an unfinished :meth:`fit`, which a checkpoint then continues."""
 
     def _check_env(self) -> None:
         super()._check_env()
@@ -108,25 +119,32 @@ class RankingAgent(RolloutAgent):
     def fit(
         self, lists: Sequence[TokenizedRankedList], callback: Callable[[RankingAgent], bool | None] | None = None
     ) -> RankingAgent:
-        """Trains on ranked candidates, without the env.
+        """Trains on ranked lists, without the env.
 
         Args:
-            lists: as of :meth:`RankingTrainer.fit <instructgym.agents.preferences.trainer.RankingTrainer.fit>`.
+            lists: ranked lists, at least one of them with candidates of different rank (for ``spin``: with a reference
+                response).
             callback: called with this agent after every optimiser step; returning False stops training.
 
+        Returns:
+            This agent.
+
         Raises:
-            InputError: for lists that cannot be read or lack what the loss needs, naming the list; for none to rank.
+            InputError: if a list cannot be read or lacks what the loss needs, with the list's number; if no list has a
+                pair to compare.
             TrainingDivergedError: after ten optimiser steps in a row without a finite gradient.
         """
-        silent, self._fitting = self.trainer.logger, True
+        silent_logger, self._fitting = self.trainer.logger, True
+        # Where a restored checkpoint stopped; 0 without one.
         self.trainer.steps = self.trainer.steps_before
         self.trainer.set_logger(self.logger)
         try:
             self.trainer.fit(lists, None if callback is None else lambda _: callback(self))
         finally:
-            self.trainer.set_logger(silent)
+            # Online, this agent logs means over an update; the trainer must not log its steps as well.
+            self.trainer.set_logger(silent_logger)
         settings = self.trainer.settings
-        # A checkpoint behind the last step has nothing to go on with: the next fit is another one.
+        # After the last step a checkpoint has no fit to continue; the next call starts a new one.
         self._fitting = self.trainer.steps < settings.epochs * -(-len(lists) // settings.batch_size)
         return self
 
@@ -135,27 +153,34 @@ class RankingAgent(RolloutAgent):
     def update(self, progress: float = 0.0) -> None:
         if self.settings.refresh_reference and self.updates % self.settings.refresh_reference == 0:
             self.policy.freeze_reference(PREVIOUS)
+        # An update ends an unfinished fit: a checkpoint after it continues online training.
         self._fitting, self.trainer.steps_before = False, 0
         super().update(progress)
 
     def _improve(self, batch: TokenBatch) -> None:
-        begun = time.perf_counter()
-        lists, sampled = self._ranked(batch)
-        for number, one in enumerate(lists):
-            self.trainer.check(one, f"list {number} of update {self.updates}")
-        prepared = [self.trainer.prepare(one) for one in lists]
-        chosen = [k for k, one in enumerate(prepared) if one.pairs]
-        self.logger.record("train/pairs", sum(one.pairs for one in prepared))
-        self.logger.record("train/lists_without_pairs", len(prepared) - len(chosen))
-        if chosen:
-            self._train([prepared[k] for k in chosen], [sampled[k] for k in chosen])
-        self.logger.record("time/train", time.perf_counter() - begun)
+        start = time.perf_counter()
+        lists, sampler_logprobs = self._ranked(batch)
+        for number, ranked in enumerate(lists):
+            self.trainer.check(ranked, f"list {number} of update {self.updates}")
+        prepared = [self.trainer.prepare(ranked) for ranked in lists]
+        with_pairs = [k for k, ranked in enumerate(prepared) if ranked.pairs]
+        self.logger.record("train/pairs", sum(ranked.pairs for ranked in prepared))
+        self.logger.record("train/lists_without_pairs", len(prepared) - len(with_pairs))
+        if with_pairs:
+            self._train([prepared[k] for k in with_pairs], [sampler_logprobs[k] for k in with_pairs])
+        self.logger.record("time/train", time.perf_counter() - start)
 
     def _ranked(self, batch: TokenBatch) -> tuple[list[TokenizedRankedList], list[np.ndarray]]:
-        """The lists of all processes, and the log-probs of their candidates by the sampler, sums over tokens."""
+        """Ranks the samples of all processes.
+
+        Returns:
+            One list per prompt and reset, and for each list the sampler's log-probs of its candidates, float64, shape
+                (candidates,), sums over tokens, in nats.
+        """
         returns = batch.per_episode(batch.own_rewards.astype(np.float64))
         logprobs = batch.per_episode(batch.sampler_logprobs.astype(np.float64))
-        own = [
+        # Samples of a group are one list only if one reset scored them and their prompts are equal.
+        local_samples = [
             (
                 (batch.resets[i], batch.groups[i], tuple(batch.prompts[i].tolist())),
                 batch.responses[i].tolist(),
@@ -166,45 +191,58 @@ class RankingAgent(RolloutAgent):
             for i in range(len(batch))
         ]
         groups: dict[tuple[int, str, tuple[int, ...]], list[tuple[Any, ...]]] = {}
-        for part in self.processes.gather(own):
-            for key, *sample in part:
+        # Every process gets all samples in the same order, and later computes its share of every minibatch.
+        for process_samples in self.processes.gather(local_samples):
+            for key, *sample in process_samples:
                 groups.setdefault(key, []).append(tuple(sample))
-        lists, sampled = [], []
+        lists, sampler_logprobs = [], []
         for (_, _, prompt), samples in groups.items():
             responses, scores, sums, references = zip(*samples, strict=True)
             reference = None if references[0] is None else self._reference(prompt, references[0])
             lists.append(TokenizedRankedList(prompt, responses, scores=_without_rounding(scores), reference=reference))
-            sampled.append(np.array(sums))
-        return lists, sampled
+            sampler_logprobs.append(np.array(sums))
+        return lists, sampler_logprobs
 
     def _reference(self, prompt: Sequence[int], text: str) -> list[int]:
-        """Token ids of a reference response, as an episode would have them."""
+        """Returns the token ids of a reference response as they would be in an episode."""
         opening = self.settings.reference_opening
         if opening is None:
             opening = "" if self.policy.lm.tokenizer.decode(list(prompt[-1:]))[-1:].isspace() else " "
         ids = self.policy.tokenizer.encode_continuation(opening + text)
+        # At most one end-of-sequence token, the smallest id: the set of ids has no order.
         return [*ids, *sorted(self.env.generation.eos_ids)[:1]][: self.env.generation.max_tokens]
 
     def _train(self, lists: Sequence[PreparedList], sampled: Sequence[np.ndarray]) -> None:
-        steps: list[dict[str, float]] = []
+        """Makes the optimiser steps of an update and logs their mean metrics.
+
+        Args:
+            lists: the lists of all processes that have a pair to compare.
+            sampled: for each list the sampler's log-probs of its candidates, shape (candidates,), in nats.
+        """
+        step_metrics: list[dict[str, float]] = []
         skipped, self.trainer.steps = self.optimizer.skipped, 0
         for epoch, minibatches in self._epochs(len(lists), min(self.settings.minibatches, len(lists))):
             for examples in minibatches:
-                steps.append(self.trainer.train_step(lists, examples))
+                step_metrics.append(self.trainer.train_step(lists, examples))
+            # After one epoch every list has been read, so its log-probs under the reference policy are there.
             if epoch == 0:
                 self._log_kl(lists, sampled)
-        self._end_training(len(steps), skipped)
-        for name in steps[0]:
-            self.logger.record(f"train/{name}", float(np.mean([step[name] for step in steps])))
+        self._end_training(len(step_metrics), skipped)
+        for name in step_metrics[0]:
+            self.logger.record(f"train/{name}", float(np.mean([metrics[name] for metrics in step_metrics])))
 
     def _log_kl(self, lists: Sequence[PreparedList], sampled: Sequence[np.ndarray]) -> None:
-        """The mean log-ratio of sampler and reference policy, of lists whose reference log-probs are computed here."""
-        found = np.zeros(2)
-        for one, logprobs in zip(lists, sampled, strict=True):
-            if one.reference_logprobs is not None:
-                reference = one.reference_logprobs[: len(logprobs)].double().cpu().numpy()
-                found += [float((logprobs - reference).sum()), len(logprobs)]
-        total, count = self.processes.total(found)
+        """Logs the mean log-ratio of sampler and reference policy.
+
+        A process adds the lists whose log-probs under the reference policy it has computed.
+        """
+        sums = np.zeros(2)
+        for ranked, logprobs in zip(lists, sampled, strict=True):
+            if ranked.reference_logprobs is not None:
+                # Without the last row, a reference response, which was not sampled.
+                reference = ranked.reference_logprobs[: len(logprobs)].double().cpu().numpy()
+                sums += [float((logprobs - reference).sum()), len(logprobs)]
+        total, count = self.processes.total(sums)
         if count:
             self.logger.record("train/kl", float(total / count))
 
@@ -216,12 +254,13 @@ class RankingAgent(RolloutAgent):
     def _take_state(self, state: Mapping[str, Any]) -> None:
         super()._take_state(state)
         self.trainer.seed = self.seed
-        # A fit that was under way goes on from there.
+        # An unfinished fit continues from its step.
         self.trainer.steps = self.trainer.steps_before = state["fit_steps"]
         self._fitting = state["fit_steps"] > 0
 
 
 def _without_rounding(scores: Sequence[float]) -> list[float]:
+    """Returns scores rounded to :data:`DIGITS` digits relative to the largest absolute score."""
     values = np.array(scores)
     unit = float(np.abs(values).max()) or 1.0
     return (np.round(values / unit, DIGITS) * unit).tolist()

@@ -1,4 +1,8 @@
-"""Ranked lists of texts as tokens, and how far a policy agrees with their ranking."""
+"""Tokenization of ranked lists of texts, and the agreement of a policy with their ranking.
+
+Lists of texts are :class:`~instructgym.envs.tasks.responses.candidates.RankedList`; the trainers take lists of tokens,
+:class:`~instructgym.agents.preferences.trainer.TokenizedRankedList`.
+"""
 
 from __future__ import annotations
 
@@ -19,75 +23,85 @@ from ..policy.language_model import LanguageModelPolicy
 from .trainer import TokenizedRankedList
 
 FINISHED = "finished"
-"""Metadata of a ranked list: for each candidate, whether its writer ended it; all, where it is missing."""
+"""Metadata key of a ranked list: one bool per candidate, False if a length limit cut it off; if missing, all True."""
 
 
-def request_of(one: RankedList) -> InstructionExample:
-    """What a list's candidates answer; its metadata may tell ``instruction`` and ``input`` apart."""
-    instruction = str(one.metadata.get("instruction") or one.prompt)
-    return InstructionExample(instruction, str(one.metadata.get("input") or ""), one.reference or "", one.id)
+def request_of(ranked: RankedList) -> InstructionExample:
+    """Returns the request that a list's candidates answer, as an instruction with the reference response as its output.
+
+    The metadata keys ``instruction`` and ``input``, if they are there, replace the list's prompt.
+    """
+    instruction = str(ranked.metadata.get("instruction") or ranked.prompt)
+    return InstructionExample(instruction, str(ranked.metadata.get("input") or ""), ranked.reference or "", ranked.id)
 
 
 def tokenize_lists(
     lists: Sequence[RankedList], layout: DataLayout, tokenizer: Tokenizer, context_length: int
 ) -> tuple[list[TokenizedRankedList], dict[str, int]]:
-    """Token ids of prompts, candidates and references.
+    """Computes the token ids of prompts, candidates and references.
 
-    What its writer ended has an end-of-sequence token, as has a reference; a candidate that a limit cut off has none.
+    A finished candidate and a reference end with an end-of-sequence token; a candidate that a limit cut off does not.
 
     Args:
-        lists: ranked texts.
-        layout: how a request is written.
-        tokenizer: of the model to train.
-        context_length: tokens of prompt and response at most.
+        lists: ranked lists of texts.
+        layout: layout in which a request is written as a prompt.
+        tokenizer: tokenizer of the model to train.
+        context_length: largest number of tokens of prompt and response together.
 
     Returns:
-        The lists of which two candidates or more fit, in order; a reference that does not fit is None. And how many
-            ``candidates``, ``references`` and whole ``lists`` were left out for their length.
+        The lists with at least two candidates that fit into the context length, in order, where a reference that does
+            not fit is None; and the numbers of ``candidates``, ``references`` and whole ``lists`` that were dropped
+            because of their length.
 
     Raises:
-        InputError: if the tokenizer has no end-of-sequence token or, for the layout ``chat``, no chat template, and for
-            metadata that do not fit the candidates.
+        InputError: if the tokenizer has no end-of-sequence token or, for the layout ``chat``, no chat template; if
+            metadata do not match the candidates.
     """
     if not tokenizer.eos_ids:
         raise InputError(f"the tokenizer of {tokenizer.name} has no EOS token, by which responses could end")
     end, opening = [min(tokenizer.eos_ids)], OPENINGS[layout]
-    prompts = tokenizer.encode_batch([prompt_text(request_of(one), layout, tokenizer) for one in lists])
+    prompts = tokenizer.encode_batch([prompt_text(request_of(ranked), layout, tokenizer) for ranked in lists])
     dropped: Counter[str] = Counter(candidates=0, references=0, lists=0)
-    kept = []
-    for one, prompt in zip(lists, prompts, strict=True):
+    tokenized = []
+    for ranked, prompt in zip(lists, prompts, strict=True):
         room = context_length - len(prompt)
         responses = [
             tokenizer.encode_continuation(opening + text) + end * finished
-            for text, finished in zip(one.candidates, finished_flags(one), strict=True)
+            for text, finished in zip(ranked.candidates, finished_flags(ranked), strict=True)
         ]
+        # An empty candidate has no token to learn from.
         fitting = [k for k, response in enumerate(responses) if 0 < len(response) <= room]
-        reference = None if one.reference is None else tokenizer.encode_continuation(opening + one.reference) + end
+        reference = (
+            None if ranked.reference is None else tokenizer.encode_continuation(opening + ranked.reference) + end
+        )
         if reference is not None and len(reference) > room:
             reference = None
             dropped["references"] += 1
         dropped["candidates"] += len(responses) - len(fitting)
+        # A single candidate cannot be ranked.
         if len(fitting) < 2:
             dropped["lists"] += 1
             continue
-        scores = [one.scores[k] for k in fitting]
-        kept.append(TokenizedRankedList(prompt, [responses[k] for k in fitting], scores=scores, reference=reference))
-    return kept, dict(dropped)
+        scores = [ranked.scores[k] for k in fitting]
+        tokenized.append(
+            TokenizedRankedList(prompt, [responses[k] for k in fitting], scores=scores, reference=reference)
+        )
+    return tokenized, dict(dropped)
 
 
-def finished_flags(one: RankedList) -> list[bool]:
-    """Whether each candidate's writer ended it, by the list's metadata; yes, where they do not say.
+def finished_flags(ranked: RankedList) -> list[bool]:
+    """Returns for each candidate whether it is finished: the list's metadata ``finished``, or all True without it.
 
     Raises:
-        InputError: if they say something else, or for another number of candidates.
+        InputError: if the metadata value is not one bool per candidate.
     """
-    value: Any = one.metadata.get(FINISHED)
+    value: Any = ranked.metadata.get(FINISHED)
     if value is None:
-        return [True] * len(one.candidates)
-    if not isinstance(value, list | tuple) or len(value) != len(one.candidates) or not {*value} <= {True, False}:
+        return [True] * len(ranked.candidates)
+    if not isinstance(value, list | tuple) or len(value) != len(ranked.candidates) or not {*value} <= {True, False}:
         raise InputError(
-            f"ranked list {one.id!r}: metadata {FINISHED!r} must be true or false for each of its "
-            f"{len(one.candidates)} candidates"
+            f"ranked list {ranked.id!r}: metadata {FINISHED!r} must be true or false for each of its "
+            f"{len(ranked.candidates)} candidates"
         )
     return [bool(flag) for flag in value]
 
@@ -96,18 +110,19 @@ def finished_flags(one: RankedList) -> list[bool]:
 def rank_agreement(
     policy: LanguageModelPolicy, lists: Sequence[TokenizedRankedList], ratios: bool = False, token_budget: int = 4096
 ) -> float | None:
-    """Mean Kendall tau-b, in [-1, 1], between a policy's order of candidates and their ranking.
+    """Computes the mean Kendall tau-b, in [-1, 1], between a policy's order of candidates and their ranking.
 
     Args:
-        policy: ranks by log-probs per token.
-        lists: at least two candidates each; those whose candidates all tie are left out.
-        ratios: rank by log-ratios of whole candidates to the reference policy instead.
-        token_budget: tokens that are read at once.
+        policy: the policy, which ranks candidates by their mean log-prob per token.
+        lists: lists of at least two candidates each; lists whose candidates all tie are not counted.
+        ratios: True: rank by log-ratios of whole candidates to the reference policy instead.
+        token_budget: largest number of tokens of a micro-batch, padding included.
 
     Returns:
-        The mean over lists; None where there is none to compare.
+        The mean over lists; None if there is no list to compare.
     """
-    rows = [(one.prompt, np.asarray(candidate, np.int32)) for one in lists for candidate in one.candidates]
+    # Micro-batches may cut across lists; the values are put back into lists below.
+    rows = [(ranked.prompt, np.asarray(candidate, np.int32)) for ranked in lists for candidate in ranked.candidates]
     values: list[float] = []
     for chunk in token_budget_chunks([len(prompt) + len(response) for prompt, response in rows], token_budget):
         prompts = [np.asarray(rows[k][0], np.int32) for k in chunk]
@@ -118,11 +133,13 @@ def rank_agreement(
             logprobs = logprobs - policy.reference_logprobs(prompts, responses, allowed)
         parts = logprobs.split([len(response) for response in responses])
         values += [float(part.sum() if ratios else part.mean()) for part in parts]
-    found, place = [], 0
-    for one in lists:
-        mine = values[place : place + len(one.candidates)]
-        place += len(one.candidates)
-        tau = kendalltau(mine, -one.order()).statistic
+    taus, start = [], 0
+    for ranked in lists:
+        policy_values = values[start : start + len(ranked.candidates)]
+        start += len(ranked.candidates)
+        # The order counts better candidates, so its negative rises with quality as log-probs do.
+        tau = kendalltau(policy_values, -ranked.order()).statistic
+        # NaN if one of the two orders consists of ties.
         if np.isfinite(tau):
-            found.append(float(tau))
-    return float(np.mean(found)) if found else None
+            taus.append(float(tau))
+    return float(np.mean(taus)) if taus else None

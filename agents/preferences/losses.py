@@ -1,4 +1,8 @@
-"""Losses of policies on ranked candidate responses: one value per list, lists of any length."""
+"""Losses that train a policy on ranked candidate responses: one value per list, lists of any length.
+
+:data:`LOSSES` names them. :class:`~instructgym.agents.preferences.trainer.RankingTrainer` steps one on lists that exist
+already, :class:`~instructgym.agents.preferences.agent.RankingAgent` on samples that it ranks itself.
+"""
 
 from __future__ import annotations
 
@@ -11,58 +15,63 @@ import torch
 from torch.nn.functional import logsigmoid, softplus
 
 UNRANKED = -1
-"""The rank of a reference response, which takes no part in the ranking."""
+"""Rank of a reference response, which is not part of the ranking."""
 
 Pairing = Literal["all", "best_worst", "reference"]
 PAIRINGS = ("all", "best_worst")
-"""Pairings by rank."""
+"""Pairings that compare candidates by their ranks."""
 
 
 @dataclass
 class RankedListBatch:
-    """m lists with n candidates in all, list after list; nothing is padded."""
+    """A batch of m lists with n candidates altogether, stored list after list without padding."""
 
     logprobs: torch.Tensor
-    """float, shape (n,): log-probs of whole candidates under the policy, sums over their tokens, in nats."""
+    """float, shape (n,): log-probs of whole candidates under the policy, summed over their tokens, in nats."""
     lengths: torch.Tensor
-    """int64, shape (n,): tokens of each candidate, at least 1."""
+    """int64, shape (n,): number of tokens of each candidate, at least 1."""
     counts: torch.Tensor
-    """int64, shape (m,): candidates of each list."""
+    """int64, shape (m,): number of candidates of each list."""
     ranks: torch.Tensor
-    """int64, shape (n,): how many candidates of the list are better, 0 for the best; equal ranks are ties. A reference
-    that is not ranked has -1."""
+    """int64, shape (n,): number of better candidates in the list, 0 for the best; equal ranks are ties. A reference
+    response, which is not ranked, has -1."""
     reference_logprobs: torch.Tensor | None = None
-    """Like ``logprobs`` under the reference policy; for losses that need one."""
+    """float, shape (n,): like ``logprobs``, but under the reference policy; None for losses that need none."""
     scores: torch.Tensor | None = None
-    """float, shape (n,): how good each candidate is, larger is better (LiPO's psi); 0 for a reference."""
+    """float, shape (n,): score of each candidate, larger is better (LiPO's psi); 0 for a reference response."""
     win_rates: torch.Tensor | None = None
-    """float, shape (n,): each candidate's mean probability in [0, 1] of being preferred to those of its list (SPPO)."""
+    """float, shape (n,): mean probability in [0, 1] that a candidate is preferred to those of its list (SPPO)."""
     reference_kls: torch.Tensor | None = None
-    """Shape (n,), dtype of ``logprobs``, differentiable: KL(reference || policy) over the whole vocabulary, sums over
+    """Shape (n,), dtype of ``logprobs``, differentiable: KL(reference || policy) over the whole vocabulary, summed over
     the tokens of each candidate, in nats (TDPO's sequential KL divergence)."""
 
     @property
     def owners(self) -> torch.Tensor:
-        """int64, shape (n,): the list of each candidate."""
+        """int64, shape (n,): index of the list that each candidate belongs to."""
         return torch.repeat_interleave(torch.arange(len(self.counts), device=self.counts.device), self.counts)
 
     def mean_logprobs(self) -> torch.Tensor:
-        """Log-probs per token, shape (n,), in nats."""
+        """Returns the mean log-prob per token of each candidate, shape (n,), in nats."""
         return self.logprobs / self.lengths
 
     def log_ratios(self) -> torch.Tensor:
-        """Log-probs of whole candidates, policy minus reference policy, shape (n,), in nats."""
-        return self.logprobs - _given(self.reference_logprobs, "reference log-probs")
+        """Returns log-probs of whole candidates, policy minus reference policy, shape (n,), in nats.
+
+        Raises:
+            ValueError: if there are no reference log-probs.
+        """
+        return self.logprobs - _require(self.reference_logprobs, "reference log-probs")
 
     def pairs(self, pairing: Pairing = "all") -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of the better and of the worse candidates of all pairs; ties are no pairs.
+        """Returns the rows of the better and of the worse candidate of each pair; ties form no pairs.
 
         Args:
-            pairing: ``all`` pairs of different rank; ``best_worst``: those of the best and the worst rank of a list;
-                ``reference``: the unranked response of a list over each ranked one.
+            pairing: ``all``: all candidates of different rank; ``best_worst``: those of the best rank of a list with
+                those of the worst; ``reference``: the reference response of a list, as the better one, with each ranked
+                candidate.
 
         Returns:
-            int64, two of shape (pairs,), ordered by the better row and then the worse one.
+            Two int64 tensors of shape (pairs,), ordered by the better row, then by the worse one.
         """
         owners, ranks = self.owners, self.ranks
         same = owners[:, None] == owners[None, :]
@@ -71,53 +80,57 @@ class RankedListBatch:
         else:
             better = same & (ranks != UNRANKED)[:, None] & (ranks[:, None] < ranks[None, :])
             if pairing == "best_worst":
+                # The initial zeros take part in the maximum, so the -1 of a reference response never is the worst rank.
                 worst = ranks.new_zeros(len(self.counts)).scatter_reduce(0, owners, ranks, "amax")
                 better &= (ranks == 0)[:, None] & (ranks == worst[owners])[None, :]
         winners, losers = better.nonzero(as_tuple=True)
         return winners, losers
 
     def total(self, values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Sums per list, shape (m,), of values that belong to the lists of the given rows."""
+        """Returns the sum per list, shape (m,), of values whose lists are those of the candidates in ``rows``."""
         return values.new_zeros(len(self.counts)).index_add(0, self.owners[rows], values)
 
     def mean(self, values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Means per list, likewise; of no value it is 0."""
+        """Returns the mean per list, shape (m,), of values whose lists are those of ``rows``; 0 without any value."""
+        # At least 1: a list without values gives 0 / 1, not NaN.
         return self.total(values, rows) / self.total(torch.ones_like(values), rows).clamp(min=1.0)
 
 
 def tuna(lists: RankedListBatch, margin: float = 0.1) -> torch.Tensor:
-    """Tuna's ranking loss as the paper states it (Li et al. 2023, arXiv 2310.13385).
+    """Computes Tuna's ranking loss as the paper states it (Li et al. 2023, arXiv 2310.13385).
 
-    The sum over pairs of max(0, v(worse) - v(better) + margin (difference of ranks)), with v the mean log-prob per
-    token. The default margin is the published code's.
+    It is the sum over pairs of max(0, v(worse) - v(better) + margin (difference of ranks)), with v the mean log-prob
+    per token. The default margin is that of the published code.
 
     Args:
-        lists: m lists; no reference policy is needed.
-        margin: per rank, in nats per token.
+        lists: m lists; reference log-probs are not needed.
+        margin: margin per rank, in nats per token.
 
     Returns:
-        shape (m,), dtype of the log-probs, in nats per token; 0 for a list without pairs.
+        Shape (m,), dtype of the log-probs, in nats per token; 0 for a list without pairs.
     """
     winners, _, hinges = _hinges(lists, margin)
     return lists.total(hinges, winners)
 
 
 def tuna_released(lists: RankedListBatch, margin: float = 0.1) -> torch.Tensor:
-    """Tuna's ranking loss as its released code computes it (microsoft/LMOps, ``tuna/src/custom.py``).
+    """Computes Tuna's ranking loss as its released code does (microsoft/LMOps, ``tuna/src/custom.py``).
 
-    The hinges of :func:`tuna`, but averaged among pairs of the same difference of ranks, and the averages summed: of
-    four candidates neighbours weigh 1/3 each, the best and the worst 1. Ties, which that code pushes apart by their
-    order, are left alone here.
+    The hinges are those of :func:`tuna`, but averaged over the pairs with the same difference of ranks; the averages
+    are summed: with four candidates each pair of neighbours has weight 1/3, the pair of the best and the worst 1. Ties,
+    which that code separates by their order, are not compared here.
 
     Args:
-        lists: as of :func:`tuna`.
-        margin: likewise.
+        lists: m lists; reference log-probs are not needed.
+        margin: margin per rank, in nats per token.
 
     Returns:
-        Likewise; over lists of one length without ties, the mean is the released code's loss.
+        Shape (m,), dtype of the log-probs, in nats per token; 0 for a list without pairs. Over lists of equal length
+            without ties, the mean is the released code's loss.
     """
     winners, losers, hinges = _hinges(lists, margin)
     gaps = lists.ranks[losers] - lists.ranks[winners]
+    # One key per list and difference of ranks: a difference is smaller than the factor.
     keys = lists.owners[winners] * (len(lists.ranks) + 1) + gaps
     _, kinds, sizes = keys.unique(return_inverse=True, return_counts=True)
     return lists.total(hinges / sizes[kinds], winners)
@@ -126,19 +139,19 @@ def tuna_released(lists: RankedListBatch, margin: float = 0.1) -> torch.Tensor:
 def dpo(
     lists: RankedListBatch, beta: float = 0.1, label_smoothing: float = 0.0, pairs: Pairing = "all"
 ) -> torch.Tensor:
-    """-log sigmoid(beta (r(better) - r(worse))), r the log-ratio (DPO, Rafailov et al. 2023, arXiv 2305.18290, eq. 7).
+    """Computes the loss of DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7).
 
-    A list of more than two gives the mean over its pairs.
+    It is -log sigmoid(beta (r(better) - r(worse))), r the log-ratio; for a list with several pairs, the mean over them.
 
     Args:
         lists: m lists with reference log-probs.
         beta: strength of the pull towards the reference policy.
-        label_smoothing: probability in [0, 0.5) that a preference is wrong, the published code's option: the loss is
-            then (1 - it) times the above plus it times that of the swapped pair.
-        pairs: which count, ``all`` or ``best_worst``.
+        label_smoothing: probability p in [0, 0.5) that a preference is wrong, an option of the published code: the loss
+            is then 1 - p times that of the pair plus p times that of the swapped pair.
+        pairs: pairs that are compared, ``all`` or ``best_worst``.
 
     Returns:
-        shape (m,), dtype of the log-probs, in nats; 0 for a list without pairs.
+        Shape (m,), dtype of the log-probs, in nats; 0 for a list without pairs.
 
     Raises:
         ValueError: without reference log-probs.
@@ -150,17 +163,17 @@ def dpo(
 
 
 def ipo(lists: RankedListBatch, beta: float = 0.1, pairs: Pairing = "all") -> torch.Tensor:
-    """(r(better) - r(worse) - 1 / (2 beta))^2, r the log-ratio (IPO, Azar et al. 2023, arXiv 2310.12036, eq. 17).
+    """Computes the loss of IPO (Azar et al. 2023, arXiv 2310.12036, eq. 17).
 
-    Log-ratios are of whole responses, as in DPO's published code.
+    It is (r(better) - r(worse) - 1 / (2 beta))^2, r the log-ratio of a whole response, as in DPO's published code.
 
     Args:
         lists: m lists with reference log-probs.
         beta: tau of the paper.
-        pairs: as of :func:`dpo`.
+        pairs: pairs that are compared, ``all`` or ``best_worst``.
 
     Returns:
-        shape (m,), dtype of the log-probs, in nats squared; the mean over pairs, 0 without any.
+        Shape (m,), dtype of the log-probs, in nats squared: the mean over pairs; 0 for a list without pairs.
 
     Raises:
         ValueError: without reference log-probs.
@@ -170,17 +183,19 @@ def ipo(lists: RankedListBatch, beta: float = 0.1, pairs: Pairing = "all") -> to
 
 
 def spin(lists: RankedListBatch, beta: float = 0.1) -> torch.Tensor:
-    """-log sigmoid(beta (r(reference) - r(own))), r the log-ratio (SPIN, Chen et al. 2024, arXiv 2401.01335).
+    """Computes the loss of SPIN (Chen et al. 2024, arXiv 2401.01335).
 
-    The reference response is the demonstration, the candidates were drawn from the previous iterate, which is the
-    reference policy. Ranks of candidates do not count.
+    It is -log sigmoid(beta (r(reference) - r(candidate))), r the log-ratio. The reference response is the
+    demonstration; the candidates are samples of the previous iterate, which is the reference policy. The ranks of the
+    candidates are not used.
 
     Args:
-        lists: m lists with reference log-probs and an unranked response each.
+        lists: m lists with reference log-probs and a reference response (rank -1) each.
         beta: lambda of the paper.
 
     Returns:
-        shape (m,), dtype of the log-probs, in nats: the mean over candidates; 0 for a list without a reference.
+        Shape (m,), dtype of the log-probs, in nats: the mean over candidates; 0 for a list without a reference
+            response.
 
     Raises:
         ValueError: without reference log-probs.
@@ -189,165 +204,173 @@ def spin(lists: RankedListBatch, beta: float = 0.1) -> torch.Tensor:
 
 
 def sppo(lists: RankedListBatch, beta: float = 0.001, pairs: Pairing = "best_worst") -> torch.Tensor:
-    """(r - (P - 1/2) / beta)^2, r the log-ratio and P the win rate (SPPO, Wu et al. 2024, arXiv 2405.00675).
+    """Computes the loss of SPPO (Wu et al. 2024, arXiv 2405.00675).
 
-    The mean of both sides of a pair; the paper's pair is that of the best and the worst candidate. A regression: unlike
-    the other losses it is not the difference of the two sides that counts.
+    It is (r - (P - 1/2) / beta)^2, r the log-ratio and P the win rate, averaged over the two candidates of a pair; the
+    paper's pair is that of the best and the worst candidate. This is a regression: unlike in the other losses, each
+    log-ratio has a target of its own, not only their difference.
 
     Args:
         lists: m lists with reference log-probs and win rates.
         beta: 1 / eta of the paper.
-        pairs: as of :func:`dpo`.
+        pairs: pairs that are used, ``all`` or ``best_worst``.
 
     Returns:
-        shape (m,), dtype of the log-probs, in nats squared; the mean over pairs, 0 without any.
+        Shape (m,), dtype of the log-probs, in nats squared: the mean over pairs; 0 for a list without pairs.
 
     Raises:
         ValueError: without reference log-probs or win rates.
     """
     winners, losers = lists.pairs(pairs)
-    wins = _given(lists.win_rates, "win rates").to(lists.logprobs.dtype)
+    wins = _require(lists.win_rates, "win rates").to(lists.logprobs.dtype)
     squares = (lists.log_ratios() - (wins - 0.5) / beta).square()
     return lists.mean((squares[winners] + squares[losers]) / 2, winners)
 
 
 def lipo_lambda(lists: RankedListBatch, beta: float = 0.1) -> torch.Tensor:
-    """LiPO-lambda (Liu et al. 2024, arXiv 2402.01878): a lambda loss over a list.
+    """Computes the loss of LiPO-lambda (Liu et al. 2024, arXiv 2402.01878), a lambda loss over a list.
 
-    The sum over pairs of weight log(1 + exp(-(s(better) - s(worse)))), s = beta times the log-ratio, weight =
+    It is the sum over pairs of weight log(1 + exp(-(s(better) - s(worse)))), s = beta times the log-ratio, weight =
     abs(2^psi(better) - 2^psi(worse)) abs(1 / log(1 + p(better)) - 1 / log(1 + p(worse))), psi the score and p the
-    position, from 1, in the order of s. Where s is equal, as in the first step, the better candidate comes first;
-    weights carry no gradient.
+    position, from 1, in the order of s, largest first. Where s is equal, as in the first step, the better candidate
+    comes first. The weights carry no gradient.
 
     Args:
         lists: m lists with reference log-probs and scores.
-        beta: as of :func:`dpo`.
+        beta: factor of the log-ratios.
 
     Returns:
-        shape (m,), dtype of the log-probs; 0 for a list without pairs.
+        Shape (m,), dtype of the log-probs; 0 for a list without pairs.
 
     Raises:
         ValueError: without reference log-probs or scores.
     """
     winners, losers = lists.pairs()
     strengths = beta * lists.log_ratios()
-    gains = torch.exp2(_given(lists.scores, "scores").to(strengths.dtype))
+    gains = torch.exp2(_require(lists.scores, "scores").to(strengths.dtype))
     with torch.no_grad():
         same, ranks = lists.owners[:, None] == lists.owners[None, :], lists.ranks
         tied = (strengths[:, None] == strengths[None, :]) & (ranks[:, None] < ranks[None, :])
         ahead = same & (ranks != UNRANKED)[:, None] & ((strengths[:, None] > strengths[None, :]) | tied)
+        # The sum counts the candidates ahead of each, so 2 + the sum is 1 + p with positions p from 1.
         discounts = 1 / torch.log(2.0 + ahead.sum(dim=0).to(strengths.dtype))
         weights = (gains[winners] - gains[losers]).abs() * (discounts[winners] - discounts[losers]).abs()
     return lists.total(weights * softplus(strengths[losers] - strengths[winners]), winners)
 
 
 def tdpo1(lists: RankedListBatch, beta: float = 0.1, pairs: Pairing = "all") -> torch.Tensor:
-    """-log sigmoid(beta (v(better) - v(worse))), v the log-ratio plus the KL (TDPO1, arXiv 2404.11999).
+    """Computes the loss of TDPO1 (Zeng et al. 2024, arXiv 2404.11999).
 
-    Zeng et al. 2024. The KL is KL(reference || policy), summed over the positions of a response; as in the published
-    code, a gradient flows through that of both sides.
+    It is -log sigmoid(beta (v(better) - v(worse))), v the log-ratio plus the KL divergence KL(reference || policy)
+    summed over the positions of a response. As in the published code, a gradient flows through the KL divergences of
+    both candidates.
 
     Args:
         lists: m lists with reference log-probs and KL divergences.
-        beta: as of :func:`dpo`.
-        pairs: likewise.
+        beta: strength of the pull towards the reference policy.
+        pairs: pairs that are compared, ``all`` or ``best_worst``.
 
     Returns:
-        shape (m,), dtype of the log-probs, in nats; the mean over pairs, 0 without any.
+        Shape (m,), dtype of the log-probs, in nats: the mean over pairs; 0 for a list without pairs.
 
     Raises:
         ValueError: without reference log-probs or KL divergences.
     """
     winners, losers = lists.pairs(pairs)
-    values = lists.log_ratios() + _given(lists.reference_kls, "KL divergences to the reference policy")
+    values = lists.log_ratios() + _require(lists.reference_kls, "KL divergences to the reference policy")
     return lists.mean(-logsigmoid(beta * (values[winners] - values[losers])), winners)
 
 
 def tdpo2(lists: RankedListBatch, beta: float = 0.1, alpha: float = 0.5, pairs: Pairing = "all") -> torch.Tensor:
-    """-log sigmoid(beta (r(better) - r(worse) - alpha (KL(worse) - KL(better)))) (TDPO2, arXiv 2404.11999).
+    """Computes the loss of TDPO2 (Zeng et al. 2024, arXiv 2404.11999).
 
-    r is the log-ratio, the KL as of :func:`tdpo1`; that of the better candidate carries no gradient: only the policy's
-    drift on the worse one is held down.
+    It is -log sigmoid(beta (r(better) - r(worse) - alpha (KL(worse) - KL(better)))), r the log-ratio and KL the
+    divergence of :func:`tdpo1`. That of the better candidate carries no gradient: only the policy's drift on the worse
+    one is penalised.
 
     Args:
-        lists: as of :func:`tdpo1`.
-        beta: likewise.
+        lists: m lists with reference log-probs and KL divergences.
+        beta: strength of the pull towards the reference policy.
         alpha: weight of the KL divergences, at least 0; at 0 the loss is :func:`dpo`.
-        pairs: likewise.
+        pairs: pairs that are compared, ``all`` or ``best_worst``.
 
     Returns:
-        Likewise.
+        Shape (m,), dtype of the log-probs, in nats: the mean over pairs; 0 for a list without pairs.
 
     Raises:
-        ValueError: likewise.
+        ValueError: without reference log-probs or KL divergences.
     """
     winners, losers = lists.pairs(pairs)
     ratios = lists.log_ratios()
-    kls = _given(lists.reference_kls, "KL divergences to the reference policy")
+    kls = _require(lists.reference_kls, "KL divergences to the reference policy")
     difference = ratios[winners] - ratios[losers] - alpha * (kls[losers] - kls.detach()[winners])
     return lists.mean(-logsigmoid(beta * difference), winners)
 
 
 def nll(lists: RankedListBatch, imitated: torch.Tensor) -> torch.Tensor:
-    """The negative log-likelihood of the candidates to imitate, summed over their tokens.
+    """Computes the negative log-likelihood of the candidates to imitate, summed over their tokens.
 
     The MLE term of Tuna divides the sum over a batch by the number of these tokens, as the released code does. That
     code imitates all candidates, the paper the reference response alone.
 
     Args:
         lists: m lists.
-        imitated: bool, shape (n,): which candidates.
+        imitated: bool, shape (n,): True for the candidates to imitate.
 
     Returns:
-        shape (m,), dtype of the log-probs, in nats; 0 for a list without any.
+        Shape (m,), dtype of the log-probs, in nats; 0 for a list without a candidate to imitate.
     """
     rows = imitated.nonzero().squeeze(1)
     return -lists.total(lists.logprobs[rows], rows)
 
 
 def _hinges(lists: RankedListBatch, margin: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the rows of the better and the worse candidates of all pairs, and Tuna's hinge of each pair."""
     winners, losers = lists.pairs()
     values, gaps = lists.mean_logprobs(), lists.ranks[losers] - lists.ranks[winners]
     return winners, losers, torch.relu(values[losers] - values[winners] + margin * gaps)
 
 
 def _differences(lists: RankedListBatch, pairing: Pairing) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the rows of the better candidates of all pairs, and each pair's log-ratio, better minus worse."""
     winners, losers = lists.pairs(pairing)
     ratios = lists.log_ratios()
     return winners, ratios[winners] - ratios[losers]
 
 
-def _given(values: torch.Tensor | None, what: str) -> torch.Tensor:
+def _require(values: torch.Tensor | None, name: str) -> torch.Tensor:
+    """Returns the values, or raises a ValueError if they are missing."""
     if values is None:
-        raise ValueError(f"this loss needs {what}")
+        raise ValueError(f"this loss needs {name}")
     return values
 
 
 class RankingLoss(NamedTuple):
-    """A loss, and what it needs."""
+    """A ranking loss and the inputs that it needs."""
 
     function: Callable[..., torch.Tensor]
+    """Takes a :class:`RankedListBatch` and the options of the loss; returns one value per list."""
     mle_weight: float = 0.0
-    """Published weight of the MLE term."""
+    """Published weight of the MLE term (the negative log-likelihood of imitated responses)."""
     needs_reference_policy: bool = True
-    """Whether candidates are compared by log-ratios to a reference policy; otherwise by log-probs per token."""
+    """Whether candidates are compared by log-ratios to a reference policy; if not, by log-probs per token."""
     needs_scores: bool = False
-    """Whether ranks alone are not enough."""
+    """Whether the loss needs scores; if not, ranks are enough."""
     needs_reference_kl: bool = False
-    """Whether it takes the KL divergences to the reference policy besides."""
+    """Whether the loss also needs the KL divergences to the reference policy."""
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Its options and what they are by default."""
+        """The options of the loss and their default values."""
         parameters = inspect.signature(self.function).parameters.values()
         return {p.name: p.default for p in parameters if p.default is not p.empty}
 
     def pairing(self, options: dict[str, Any]) -> Pairing:
-        """The pairs that it compares under the given options."""
+        """Returns the pairs that the loss compares under the given options."""
         return "reference" if self.function is spin else options.get("pairs", self.defaults.get("pairs", "all"))
 
     def values(self, lists: RankedListBatch) -> torch.Tensor:
-        """What it ranks candidates by, shape (n,), in nats."""
+        """Returns the values by which the policy ranks candidates, shape (n,), in nats."""
         return lists.log_ratios() if self.needs_reference_policy else lists.mean_logprobs()
 
 
@@ -362,4 +385,4 @@ LOSSES = {
     "tdpo1": RankingLoss(tdpo1, needs_reference_kl=True),
     "tdpo2": RankingLoss(tdpo2, needs_reference_kl=True),
 }
-"""By name."""
+"""The ranking losses by name."""

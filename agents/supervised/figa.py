@@ -1,4 +1,7 @@
-"""FIGA: imitation of what an edit wrote, and unlearning of what it took away (Guo et al. 2023, arXiv 2311.04072)."""
+"""FIGA: trains a policy to imitate the tokens that an edit wrote and to unlearn those that it removed.
+
+The method is that of Guo et al. 2023, arXiv 2311.04072.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +24,17 @@ class FIGASettings(SupervisedSettings):
     """Settings of FIGA; the defaults are those of its published code."""
 
     learning_rate: float = 1e-5
-    """Constant."""
+    """Learning rate, constant."""
     batch_size: int = 128
-    """Pairs per optimiser step."""
+    """Number of pairs per optimiser step."""
     epochs: int = 5
-    """Passes over the pairs."""
+    """Number of passes over the pairs."""
     written_weight: float = 1.0
-    """Of tokens that the edit wrote, and of the end of the edited response."""
+    """Weight of the tokens that the edit wrote, and of the end-of-sequence token of the edited response; at least 0."""
     removed_weight: float = 0.5
-    """Of tokens that the edit took away; it counts against them."""
+    """Weight with which the tokens that the edit removed are unlearned (the loss subtracts it); at least 0."""
     nll_limit: float = 0.6
-    """A removed token that is less likely than exp(-nll_limit), in nats, is left alone."""
+    """Largest negative log-likelihood, in nats, of removed tokens that are unlearned: less likely ones get weight 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,17 +46,19 @@ class FIGASettings(SupervisedSettings):
 def figa_weights(
     pair: TokenizedPair, eos: int | None, settings: FIGASettings, original_nll: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The weight of each token's cross-entropy.
+    """Computes the weight of each token's cross-entropy.
 
     Args:
-        pair: the pair.
-        eos: the end-of-sequence token, which counts as written at the end of an edited response.
-        settings: the weights.
-        original_nll: float, shape (original tokens,): the policy's negative log-likelihoods, in nats.
+        pair: a response and its edit.
+        eos: id of the end-of-sequence token, which counts as written at the end of the edited response; None: the
+            tokenizer has none.
+        settings: the weights and the likelihood limit.
+        original_nll: float, shape (original tokens,): the policy's negative log-likelihoods of the original response,
+            in nats.
 
     Returns:
-        float32, shapes (edited tokens,) and (original tokens,): ``written_weight`` on written tokens and the end,
-            ``-removed_weight`` on removed tokens that are likely enough; 0 elsewhere.
+        float32, shapes (edited tokens,) and (original tokens,): ``written_weight`` for written tokens and the
+            end-of-sequence token, ``-removed_weight`` for removed tokens that are likely enough; 0 for the others.
     """
     written = pair.written.copy()
     written[-1] |= int(pair.edited[-1]) == eos
@@ -67,16 +72,16 @@ def figa_weights(
 class FIGA(SupervisedTrainer):
     """Trains a policy on minimal edits without a reward model, by cross-entropy with a weight per token.
 
-    The loss of a batch is the sum of weight times negative log-likelihood over the tokens of both sides of its pairs
-    (:func:`figa_weights`), divided by the number of weights that are not 0.
+    The loss of a batch is the sum of weight times negative log-likelihood over the tokens of both responses of each
+    pair (:func:`figa_weights`), divided by the number of weights that are not 0.
 
     Args:
-        policy: what is trained, in place.
-        seed: of the order of pairs.
+        policy: the policy to train, in place.
+        seed: seed of the order of the pairs.
         **options: fields of :class:`FIGASettings`.
 
     Raises:
-        InputError: for settings out of range.
+        InputError: if a setting is out of range.
     """
 
     name = "figa"
@@ -87,14 +92,18 @@ class FIGA(SupervisedTrainer):
         super().__init__(policy, FIGASettings(**options), seed)
 
     def fit(self, pairs: Sequence[TokenizedPair], callback: Callable[[FIGA], bool | None] | None = None) -> FIGA:
-        """Trains.
+        """Trains the policy on pairs.
 
         Args:
-            pairs: as of :func:`~instructgym.agents.supervised.reward_modelling.tokenize_pairs`, tokenized for it.
-            callback: called after every optimiser step; returning False stops training.
+            pairs: pairs from :func:`~instructgym.agents.supervised.reward_modelling.tokenize_pairs`, with the policy's
+                tokenizer.
+            callback: called with this trainer after every optimiser step; returning False stops training.
+
+        Returns:
+            This trainer.
 
         Raises:
-            InputError: for no pairs.
+            InputError: if there are no pairs.
             TrainingDivergedError: after ten optimiser steps in a row without a finite gradient.
         """
         pairs = list(pairs)
@@ -111,7 +120,8 @@ class FIGA(SupervisedTrainer):
             loss += float(part.detach())
             written += int((weights > 0).sum())
             removed += int((weights < 0).sum())
-        # How many weights are 0 is known behind the forward passes: the gradients are of the sum, and divided here.
+        # Weights depend on the forward passes, so the number that are not 0 is known only now: the gradients so far are
+        # those of the sum, and are divided here.
         total, written, removed = self.processes.total(np.array([written + removed, written, removed], np.float64))
         for parameter in self.optimizer.parameters.values():
             if parameter.grad is not None:
@@ -122,10 +132,16 @@ class FIGA(SupervisedTrainer):
         self.policy.clear_prefix_cache()
 
     def _loss(self, pairs: Sequence[TokenizedPair]) -> tuple[torch.Tensor, np.ndarray]:
-        """The sum of weighted cross-entropies, with its graph, and the weights, edited sides first."""
+        """Computes the weighted cross-entropy of a micro-batch.
+
+        Returns:
+            The sum over tokens, in nats, part of the autograd graph; and the weights, float32, shape (tokens,), those
+                of the edited responses before those of the original ones.
+        """
         responses = [pair.edited for pair in pairs] + [pair.original for pair in pairs]
         prompts = [pair.prompt for pair in pairs] * 2
         nll = -self.policy.score(prompts, responses, [None] * len(responses), values=False).logprobs
+        # Likelihoods only choose weights, so they are detached.
         rows = np.split(nll.detach().float().cpu().numpy(), np.cumsum([len(r) for r in responses])[:-1])
         eos = self.policy.lm.tokenizer.eos_token_id
         sides = [

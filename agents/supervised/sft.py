@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of a language-model policy on given responses."""
+"""Supervised fine-tuning (SFT): a language-model policy imitates the responses of a data set."""
 
 from __future__ import annotations
 
@@ -17,27 +17,28 @@ from .trainer import SupervisedSettings, SupervisedTrainer
 
 @dataclass(frozen=True)
 class SFTSettings(SupervisedSettings):
-    """Settings of supervised fine-tuning."""
+    """Settings of supervised fine-tuning; an example is a demonstration."""
 
 
 @dataclass(frozen=True)
 class TokenizedDemonstration:
-    """A prompt and the response to imitate."""
+    """A prompt and the response to imitate, as token ids."""
 
     prompt: Sequence[int]
-    """Token ids."""
+    """Token ids of the prompt."""
     response: Sequence[int]
-    """Token ids, what ends the response included."""
+    """Token ids of the response, including the tokens that end it."""
     allowed: list[np.ndarray] | None = None
-    """Under constrained decoding the allowed tokens at each position: the loss is then among those."""
+    """Ids of the allowed tokens at each position of the response, over which the loss then normalises probabilities, as
+    in constrained decoding; None: the whole vocabulary."""
 
 
 class SFT(SupervisedTrainer):
-    """Maximises the likelihood of demonstrations; only response tokens count.
+    """Maximises the likelihood of demonstrations; the loss is the mean over the response tokens of a batch.
 
     Args:
-        policy: what is trained, in place.
-        seed: of the order of examples.
+        policy: the policy to train, in place.
+        seed: seed of the order of the demonstrations.
         **options: fields of :class:`SFTSettings`.
     """
 
@@ -50,14 +51,17 @@ class SFT(SupervisedTrainer):
     def fit(
         self, demonstrations: Sequence[TokenizedDemonstration], callback: Callable[[SFT], bool | None] | None = None
     ) -> SFT:
-        """Trains.
+        """Trains the policy on demonstrations.
 
         Args:
-            demonstrations: none with an empty prompt or response.
-            callback: called after every optimiser step; returning False stops training.
+            demonstrations: prompts and responses, none of them empty.
+            callback: called with this trainer after every optimiser step; returning False stops training.
+
+        Returns:
+            This trainer.
 
         Raises:
-            InputError: for no demonstrations, or an empty prompt or response.
+            InputError: if there are no demonstrations, or a prompt or response is empty.
             TrainingDivergedError: after ten optimiser steps in a row without a finite gradient.
         """
         batch = _batch(demonstrations)
@@ -65,6 +69,7 @@ class SFT(SupervisedTrainer):
         return self
 
     def _step(self, batch: TokenBatch, episodes: np.ndarray) -> None:
+        # Tokens of the batch of all processes, so that the sum of their gradients is that of the mean over the batch.
         tokens = float(batch.lengths[episodes].sum())
         loss = 0.0
         for members in batch.micro_batches(self._local_examples(episodes), self.settings.token_budget):
@@ -85,6 +90,7 @@ class SFT(SupervisedTrainer):
 
 
 def _batch(demonstrations: Sequence[TokenizedDemonstration]) -> TokenBatch:
+    """Returns demonstrations as a batch of episodes, for its micro-batches; its rewards and log-probs are unused."""
     if not demonstrations or any(not len(d.prompt) or not len(d.response) for d in demonstrations):
         raise InputError("supervised fine-tuning needs demonstrations with a prompt and a response each")
     lengths = [len(d.response) for d in demonstrations]
@@ -96,6 +102,7 @@ def _batch(demonstrations: Sequence[TokenizedDemonstration]) -> TokenBatch:
         sampler_logprobs=np.zeros(sum(lengths), np.float32),
         loss_mask=np.ones(sum(lengths), dtype=bool),
         terminated=np.ones(len(lengths), dtype=bool),
+        # No groups: every demonstration is one of its own.
         groups=[str(i) for i in range(len(lengths))],
         on_policy=False,
     )

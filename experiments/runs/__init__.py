@@ -1,1 +1,1 @@
-"""What studies share: options, run folders, clocks, checkpoints, trackers, figures."""
+"""Code that all experiments share: options, run folders, training with checkpoints, statistics, tables, figures."""

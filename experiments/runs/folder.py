@@ -1,4 +1,9 @@
-"""Run folders: what a command was told, what it wrote, and whether it has finished."""
+"""Run folders: a command's options, the rows and replies that it writes, its spending, its time limit and its results.
+
+:class:`RunFolder` is the folder. :class:`RowWriter` and :func:`replayed` let a killed run be repeated from its journal
+of model replies; :class:`Tracker` writes metrics. Training with checkpoints is in
+:mod:`instructgym.experiments.runs.training`.
+"""
 
 from __future__ import annotations
 
@@ -28,54 +33,56 @@ from .progress import StepProgress
 PACKAGES = ("instructgym", "gymnasium", "stable-baselines3", "sb3-contrib", "torch", "transformers", "numpy")
 
 NOT_IDENTITY = frozenset({"minutes", "track", "dry_run", "run_dir", "max_invalid_share", "servers", "adapter_dir"})
-"""Options that may change between a start and its resumption."""
+"""Options that may differ when a run is resumed."""
 
 ROW_FILES = ("journal.jsonl", "episodes.jsonl", "metrics.jsonl", "rejected.jsonl")
 
 
 class RunFolder:
-    """One run: ``config.json`` first, rows while it goes, ``results.json`` last.
+    """The folder of one run: ``config.json`` is written first, then rows, and ``results.json`` last.
 
     Args:
-        path: the folder.
+        path: path of the folder.
         config: JSON-able options of the command.
-        command: its name.
+        command: name of the command.
 
     Raises:
-        InputError: if the folder cannot be written, belongs to a run with other options, or is in use.
+        InputError: if the folder holds another run, or rows without a ``config.json``.
     """
 
     def __init__(self, path: str | Path, config: Mapping[str, Any], command: str) -> None:
         self.path, self.command = Path(path), command
+        # The round trip gives the types that a stored configuration has: tuples become lists, paths strings.
         self.config = json.loads(json.dumps(dict(config), default=str))
         self._refuse_other_run()
 
     def _refuse_other_run(self) -> None:
+        """Raises an InputError if the folder holds rows without a configuration, or a run with other options."""
         stored = read_json(self.path / "config.json")
         if stored is None:
-            strangers = [name for name in ROW_FILES if (self.path / name).exists()]
-            if strangers:
-                raise InputError(f"{self.path} holds a {strangers[0]} but no config.json: choose another folder")
+            stray = [name for name in ROW_FILES if (self.path / name).exists()]
+            if stray:
+                raise InputError(f"{self.path} holds a {stray[0]} but no config.json: choose another folder")
             return
         options = stored.get("options")
         if stored.get("command") != self.command or not isinstance(options, dict):
             raise InputError(f"{self.path} holds a run of '{stored.get('command')}': choose another folder")
         for key in sorted(set(self.config) | set(options)):
-            mine, theirs = self.config.get(key), options.get(key)
-            if key not in NOT_IDENTITY and _without_budget(mine) != _without_budget(theirs):
+            value, stored_value = self.config.get(key), options.get(key)
+            if key not in NOT_IDENTITY and _without_budget(value) != _without_budget(stored_value):
                 raise InputError(
-                    f"{self.path} holds a run with {key}={theirs!r}, not {mine!r}: choose another folder or output, or "
-                    "repeat the options of that run to resume it"
+                    f"{self.path} holds a run with {key}={stored_value!r}, not {value!r}: choose another folder or "
+                    "output, or repeat the options of that run to resume it"
                 )
 
     @property
     def results(self) -> dict[str, Any] | None:
-        """The results of a finished run."""
+        """The results of a finished run; None for an unfinished one."""
         results = read_json(self.path / "results.json")
         return results if results is not None and results.get("status") == "finished" else None
 
     def finished(self, console: Console) -> dict[str, Any] | None:
-        """The results of a finished run, after saying that there is nothing to do; None for any other run."""
+        """Returns the results of a finished run and prints that there is nothing to do; None for an unfinished run."""
         if self.results is not None:
             console.print(
                 f"{self.path} holds this run, finished: nothing to do (choose another --run-dir to run it again)"
@@ -84,10 +91,13 @@ class RunFolder:
 
     @contextmanager
     def opened(self) -> Iterator[RunFolder]:
-        """Holds the folder for this process and writes ``config.json``.
+        """Locks the folder for this process and writes ``config.json``.
+
+        Yields:
+            This object.
 
         Raises:
-            InputError: if it cannot be written or another process holds it.
+            InputError: if the folder cannot be written or another process has locked it.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -109,27 +119,33 @@ class RunFolder:
             lock.release()
 
     def file(self, *parts: str) -> Path:
-        """Path of a file in the folder; its folder is made."""
+        """Returns the path of a file in the run folder; creates the file's parent folder."""
         path = self.path.joinpath(*parts)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def finish(self, metrics: Mapping[str, Any], counts: Mapping[str, Any], status: str = "finished") -> dict[str, Any]:
-        """Writes ``results.json``; a status other than ``finished`` leaves the run open for resumption."""
+        """Writes ``results.json`` and returns its content.
+
+        Args:
+            metrics: JSON-able metrics of the run.
+            counts: JSON-able counts of the run.
+            status: ``finished``; with any other status the run can be resumed.
+        """
         results = {"status": status, "metrics": dict(metrics), "counts": dict(counts)}
         write_json(self.path / "results.json", results)
         return results
 
 
 class RowWriter:
-    """Rows of a run that may be replayed: those that are in the file already are not written again.
+    """A writer of JSONL rows that does not write a row again when a run is replayed.
 
-    A resumed run goes through the same rows once more, its model calls answered by the journal. The file keeps what it
-    has, a torn last line is dropped.
+    A resumed run produces the same rows once more, with its model calls answered by the journal. The rows of the file
+    are kept; a last line that a kill cut off is dropped.
 
     Args:
-        path: a JSONL file.
-        compare: hold replayed rows to the stored ones.
+        path: path of the JSONL file.
+        compare: True: a replayed row must equal the stored one.
 
     Raises:
         RecordError: if the file holds something other than rows.
@@ -141,30 +157,30 @@ class RowWriter:
         self._seen = 0
 
     def skip(self, rows: int) -> None:
-        """Says that a checkpoint stands behind the first ``rows`` rows: the next one written is the one after them.
+        """Skips the first ``rows`` rows, which a checkpoint covers: the next row written is the one after them.
 
         Raises:
-            InputError: if the file has fewer.
+            InputError: if the file has fewer rows.
         """
         if rows > len(self._stored):
             raise InputError(f"{self.path} has {len(self._stored)} rows, its checkpoint stands behind {rows}")
         self._seen = rows
 
     def skip_those(self, belongs: Callable[[dict[str, Any]], bool]) -> None:
-        """The same for a checkpoint that says which rows of the file it stands behind."""
+        """Skips the rows that a checkpoint covers, as many as there are stored rows for which ``belongs`` is true."""
         self._seen = sum(map(belongs, self._stored))
 
     def write(self, row: Mapping[str, Any]) -> bool:
-        """Appends the row unless it stands there from before; says whether it was new.
+        """Appends the row unless it is stored already; returns whether it was new.
 
         Raises:
-            InputError: if a replayed row differs from the stored one, for then the file belongs to another run.
+            InputError: if a replayed row differs from the stored one: the file then belongs to another run.
         """
         self._seen += 1
         if self._seen > len(self._stored):
             append_lines(self.path, [dict(row)])
             return True
-        if self.compare and not _alike(json.loads(json.dumps(row)), self._stored[self._seen - 1]):
+        if self.compare and not _almost_equal(json.loads(json.dumps(row)), self._stored[self._seen - 1]):
             raise InputError(
                 f"row {self._seen} of {self.path} is not the one that this run gives: a model, a seed file or the "
                 "machine has changed since; choose another folder or output"
@@ -173,10 +189,10 @@ class RowWriter:
 
 
 def write_once(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes the rows in one move; those of a run that is resumed must be the same.
+    """Writes the rows into a new file, atomically; for a resumed run, checks that the file holds the same rows.
 
     Raises:
-        InputError: if they are not.
+        InputError: if it holds other rows.
     """
     if path.exists():
         if read_records(path) != list(rows):
@@ -193,53 +209,57 @@ def chunked_rows(
     label: str,
     console: Console,
 ) -> list[dict[str, Any]]:
-    """A file of ``total`` rows that are made in chunks; whole chunks that stand there are read, not made again.
+    """Makes a file of rows in chunks; complete chunks that the file holds already are read instead.
 
     Args:
-        path: a JSONL file, to which each chunk is appended at once.
-        total: rows in all.
-        size: rows of a chunk.
-        make: the rows of the chunk that begins at the given row.
-        label: for the progress bar.
-        console: where to show it.
+        path: path of the JSONL file, to which each chunk is appended in one write.
+        total: number of rows of the complete file.
+        size: number of rows of a chunk.
+        make: returns the rows of the chunk that begins at the row number it gets.
+        label: label of the progress bar.
+        console: console that shows the progress bar.
+
+    Returns:
+        All rows.
     """
     rows = read_records(path, repair=True)
-    if len(rows) < total and len(rows) % size:  # the end of a chunk was cut off
+    # A kill cut off the end of a chunk: drop its rows, because a chunk is made as a whole.
+    if len(rows) < total and len(rows) % size:
         rows = rows[: len(rows) // size * size]
         path.unlink()
         append_lines(path, rows)
     with StepProgress(label, total, console) as progress:
         for start in range(len(rows), total, size):
-            made = [dict(row) for row in make(start)]
-            append_lines(path, made)
-            rows += made
+            chunk = [dict(row) for row in make(start)]
+            append_lines(path, chunk)
+            rows += chunk
             progress.update(len(rows))
     return rows
 
 
 def _without_budget(option: Any) -> Any:
-    """An option's value; a part given as JSON without its budget, which may be raised to go on."""
+    """Returns an option's value; of a part in JSON form without its budget, which may be raised to resume a run."""
     if isinstance(option, str) and option.lstrip().startswith("{"):
         try:
-            return _stripped(json.loads(option))
+            return _drop_budgets(json.loads(option))
         except ValueError:
             pass
     return option
 
 
-def _stripped(value: Any) -> Any:
-    """The value without any ``budget``, however deep."""
+def _drop_budgets(value: Any) -> Any:
+    """Returns a JSON value without the keys ``budget`` at any depth."""
     if isinstance(value, dict):
-        return {key: _stripped(inner) for key, inner in value.items() if key != "budget"}
-    return [_stripped(inner) for inner in value] if isinstance(value, list) else value
+        return {key: _drop_budgets(inner) for key, inner in value.items() if key != "budget"}
+    return [_drop_budgets(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _alike(row: Any, stored: Any) -> bool:
-    """Equal, up to floating-point noise."""
+def _almost_equal(row: Any, stored: Any) -> bool:
+    """Returns whether two JSON values are equal, floats up to an absolute difference of 1e-4."""
     if isinstance(row, dict) and isinstance(stored, dict):
-        return row.keys() == stored.keys() and all(_alike(row[key], stored[key]) for key in row)
+        return row.keys() == stored.keys() and all(_almost_equal(row[key], stored[key]) for key in row)
     if isinstance(row, list) and isinstance(stored, list):
-        return len(row) == len(stored) and all(map(_alike, row, stored))
+        return len(row) == len(stored) and all(map(_almost_equal, row, stored))
     if isinstance(row, float) or isinstance(stored, float):
         return (
             isinstance(row, int | float) and isinstance(stored, int | float) and math.isclose(row, stored, abs_tol=1e-4)
@@ -248,10 +268,10 @@ def _alike(row: Any, stored: Any) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object from a file; None where there is no file.
+    """Returns the JSON object in a file; None if there is no file.
 
     Raises:
-        InputError: if the file is broken.
+        InputError: if the file cannot be read or holds something other than a JSON object.
     """
     try:
         value = json.loads(path.read_text("utf-8"))
@@ -265,7 +285,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a JSON file in one move: it is there whole or not at all."""
+    """Writes a JSON file atomically: after a kill, the file is complete or unchanged."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(path.name + ".part")
     scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
@@ -273,6 +293,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that results depend on."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -289,17 +310,17 @@ Roles = TypeVar("Roles")
 def replayed(
     folder: RunFolder, build: Callable[[Journal], Roles], console: Console, name: Path | None = None
 ) -> Iterator[tuple[Journal, Roles]]:
-    """Holds a run folder, opens its journal, says what is replayed, and accounts for what the roles spend.
+    """Locks a run folder, opens its journal, prints how many replies are replayed, and records what the roles spend.
 
     Args:
-        folder: of the run.
-        build: the run's backends by role, with their replies kept in the journal: a mapping, or an object whose
-            attributes they are.
-        console: where to say that a run is resumed.
-        name: what is resumed; by default the folder.
+        folder: the run folder.
+        build: returns the run's backends by role, which store their replies in the journal: a mapping, or an object
+            with the backends as attributes.
+        console: console on which to print that a run is resumed.
+        name: path to print for the resumed run; None: the run folder.
 
     Yields:
-        The journal and the roles.
+        The journal, and what ``build`` returned.
 
     Raises:
         InputError: if the folder cannot be written or is in use.
@@ -316,11 +337,14 @@ def replayed(
 
 
 def journaled_roles(parts: Mapping[str, Any], journal: Journal | None) -> dict[str, Backend]:
-    """Backends by role; equal parts are built once, and each role counts its own usage.
+    """Builds the backends of several roles; equal parts are built once, and with a journal each role counts its usage.
 
     Args:
-        parts: by role, in the forms that ``resolve`` takes as JSON.
-        journal: keeps the replies; None for the bare backends.
+        parts: for each role its backend, in the JSON forms that ``resolve`` takes.
+        journal: journal that stores the replies; None: the backends are returned without a journal.
+
+    Returns:
+        The backends by role.
     """
     live: dict[str, Backend] = {}
 
@@ -335,17 +359,18 @@ def journaled_roles(parts: Mapping[str, Any], journal: Journal | None) -> dict[s
 
 @contextmanager
 def accounted(backends: Mapping[str, Backend], folder: Path) -> Iterator[None]:
-    """Keeps the spending of a run's backends in its folder, over all its starts.
+    """Records in a run folder what its backends spend, added up over all starts of the run.
 
-    ``budget-ROLE.json`` is what a budget has spent, under the first of the roles that share it. ``usage.json`` is what
-    each role sent to its model, replies from the journal left out; starts that were killed and calls that broke off are
-    missing in it.
+    ``budget-ROLE.json`` holds what a budget has spent; roles that share a budget have one file, named after the first.
+    ``usage.json`` holds what each role sent to its model, without replies from the journal; it lacks the usage of
+    starts that were killed and of calls that were interrupted.
 
     Args:
-        backends: by role.
-        folder: the run's.
+        backends: backends by role.
+        folder: path of the run folder.
     """
     for name, backend in backends.items():
+        # A budget may belong to any of the backends that wrap each other.
         inner: Any = backend
         while inner is not None:
             if isinstance(budget := getattr(inner, "budget", None), Budget):
@@ -358,31 +383,39 @@ def accounted(backends: Mapping[str, Backend], folder: Path) -> Iterator[None]:
         totals = {}
         for name, backend in backends.items():
             usage, before = backend.usage.as_dict(), stored.get(name, {})
+            # Requests count those that the journal answered.
             usage["requests"] -= usage.pop("cache_hits")
             totals[name] = {key: before.get(key, 0) + value for key, value in usage.items()}
         write_json(folder / "usage.json", totals)
 
 
 class TimeLimit:
-    """A limit on a run's time that does not count what is replayed from its journal.
+    """A limit on a run's time that does not count the replay of stored replies.
 
     Args:
-        minutes: the limit; 0 for none.
-        journal: of the run, before the first reply is asked for.
+        minutes: the limit in minutes; 0: no limit.
+        journal: journal of the run, before its first request.
     """
 
     def __init__(self, minutes: float, journal: Journal) -> None:
         self.minutes, self.journal, self.replies = minutes, journal, len(journal)
-        self._asked: float | None = None
-        self._paid_since: float | None = None
+        self._last_check: float | None = None
+        """Time of the last call of :meth:`reached`."""
+        self._counting_since: float | None = None
+        """Time from which the limit counts; None while all replies come from the journal."""
 
     def reached(self) -> bool:
-        """Whether to stop; asked before every piece of work. Time counts from the first that a model worked on."""
-        if self._paid_since is None and len(self.journal) > self.replies:
-            self._paid_since = self._asked
-        self._asked = time.monotonic()
+        """Returns whether the run is to stop; to be called before every piece of work.
+
+        Time counts from the start of the first piece of work that added a reply to the journal.
+        """
+        if self._counting_since is None and len(self.journal) > self.replies:
+            self._counting_since = self._last_check
+        self._last_check = time.monotonic()
         return (
-            bool(self.minutes) and self._paid_since is not None and self._asked - self._paid_since >= 60 * self.minutes
+            bool(self.minutes)
+            and self._counting_since is not None
+            and self._last_check - self._counting_since >= 60 * self.minutes
         )
 
 
@@ -390,17 +423,17 @@ TRACKERS = ("none", "wandb")
 
 
 class Tracker(KVWriter):
-    """A stable-baselines3 log writer: a row of ``metrics.jsonl`` per update, the same to wandb.
+    """A stable-baselines3 log writer that writes one row per update to ``metrics.jsonl``, and to wandb if set.
 
-    Rows that a resumed run replays are written to neither a second time. Without a key wandb runs offline.
+    Rows that a resumed run replays are not written again. Without an API key wandb runs offline.
 
     Args:
-        folder: the run.
+        folder: the run folder.
         track: ``"none"`` or ``"wandb"``.
-        step_name: what a row's step counts.
+        step_name: key under which a row holds its step.
 
     Raises:
-        InputError: for another tracker, or if wandb is not installed.
+        InputError: if the tracker is unknown, wandb is not installed, or wandb refuses the run.
     """
 
     def __init__(self, folder: RunFolder, track: str = "none", step_name: str = "timesteps") -> None:
@@ -410,7 +443,7 @@ class Tracker(KVWriter):
         self._run: Any = _start_wandb(folder) if track == "wandb" else None
 
     def logger(self) -> Logger:
-        """A logger that writes here only."""
+        """Returns a logger whose only writer is this tracker."""
         return Logger(folder=None, output_formats=[self])
 
     def write(self, key_values: dict[str, Any], key_excluded: dict[str, Any], step: int = 0) -> None:
@@ -419,11 +452,11 @@ class Tracker(KVWriter):
             self._run.log(row, step=step)
 
     def skip(self, rows: int) -> None:
-        """Says that a checkpoint stands behind the first ``rows`` rows."""
+        """Skips the first ``rows`` rows of ``metrics.jsonl``, which a checkpoint covers."""
         self._rows.skip(rows)
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Sends rows with the same keys to wandb as a table."""
+        """Sends rows with equal keys to wandb as a table."""
         if self._run is not None and rows:
             import wandb
 
@@ -431,14 +464,14 @@ class Tracker(KVWriter):
             self._run.log({name: wandb.Table(columns=columns, data=[list(row.values()) for row in rows])})
 
     def image(self, name: str, path: Path) -> None:
-        """Sends a picture to wandb."""
+        """Sends an image file to wandb."""
         if self._run is not None:
             import wandb
 
             self._run.log({name: wandb.Image(str(path))})
 
     def summary(self, results: Mapping[str, Any]) -> None:
-        """Sends the results to wandb."""
+        """Sends the results to wandb as the summary of the run."""
         if self._run is not None:
             self._run.summary.update(dict(results))
 
@@ -454,12 +487,17 @@ class Tracker(KVWriter):
 
 
 def check_tracker(track: str) -> None:
-    """Refuses an unknown tracker."""
+    """Raises an InputError if the tracker is unknown."""
     if track not in TRACKERS:
         raise InputError(f"unknown tracker {track!r}: use {' or '.join(TRACKERS)}")
 
 
 def _start_wandb(folder: RunFolder) -> Any:
+    """Starts a wandb run, offline without an API key.
+
+    Raises:
+        InputError: if wandb is not installed or refuses the run.
+    """
     try:
         import wandb
     except ImportError as error:
@@ -472,9 +510,11 @@ def _start_wandb(folder: RunFolder) -> Any:
 
 
 def _init_wandb(wandb: Any, folder: RunFolder, mode: str) -> Any:
+    """Starts the wandb run of a folder, with ``mode`` unless the environment sets another."""
     return wandb.init(
         project=os.environ.get("WANDB_PROJECT", "instructgym"),
         name=folder.path.name,
+        # The id depends on the path alone, so a resumed run continues its wandb run.
         id=hashlib.sha1(str(folder.path.resolve()).encode()).hexdigest()[:16],
         resume="allow",
         dir=str(folder.path),
@@ -484,6 +524,7 @@ def _init_wandb(wandb: Any, folder: RunFolder, mode: str) -> Any:
 
 
 def _number(value: Any) -> Any:
+    """Returns a metric as JSON can hold it: NumPy scalars as Python numbers, NaN and infinity as None."""
     if isinstance(value, np.generic):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""What options of experiments have in common: the fields of a run, parts in their command-line form, and checks."""
+"""Options that experiments share, the command-line form of pluggable parts, and checks of options."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ class RunOptions:
     """Options of every experiment."""
 
     run_dir: str = ""
-    """Folder of the run. A folder with an unfinished run of the same options is resumed."""
+    """Folder of the run. An unfinished run with the same options in this folder is resumed."""
     seed: int = 0
-    """Seed of the run; with it and the same options a run gives the same rows."""
+    """Seed of the run; runs with equal seeds and options give equal rows."""
     backend: str = "embedded"
-    """Who rewrites (and judges and answers, if no one else is named): embedded, transformers, scripted,
-    'module:factory', or JSON {"id": ..., "kwargs": {...}}."""
+    """LLM backend that writes the texts (and judges and answers, unless another backend is set for that): embedded,
+    transformers, scripted, 'module:factory', or JSON {"id": ..., "kwargs": {...}}."""
     model: str = ""
-    """Model path or hub id for the backend; by default the backend's own."""
+    """Path or hub id of the backend's model; if empty, the backend's default model."""
     minutes: float = 0.0
-    """Stop cleanly after so many minutes; the same command goes on from there. 0: no limit."""
+    """Number of minutes after which the run stops cleanly; the same command resumes it. 0: no limit."""
     scale: str = "smoke"
-    """Size of the run where a count is left at 0: smoke (minutes) or report (up to two hours)."""
+    """Size of the run, used for counts that are left at 0: smoke (minutes) or report (up to two hours)."""
     track: str = "none"
-    """wandb: log to Weights & Biases too (offline without a key). none: files only."""
+    """wandb: log to Weights & Biases too (offline without an API key). none: write files only."""
     dry_run: bool = False
-    """Check everything, say what would be done, and stop before a model is loaded."""
+    """Check all options, print what would be done, and stop before a model is loaded."""
 
     def check(self) -> None:
-        """Refuses what can be refused without looking at files.
+        """Checks the options as far as possible without reading input files.
 
         Raises:
-            InputError: naming the option.
+            InputError: if an option is wrong; the message names it.
         """
         check_run(self)
         if self.scale not in SCALES:
@@ -53,13 +53,13 @@ class RunOptions:
 
 
 def check_run(options: Any) -> None:
-    """Refuses a missing or unusable run folder, an unknown tracker, and numbers that are negative or not finite.
+    """Checks that the run folder can be written, the tracker exists, and numbers are finite and not negative.
 
     Args:
-        options: a dataclass with ``run_dir``, ``track`` and ``seed`` among its fields.
+        options: a dataclass with the fields ``run_dir``, ``track`` and ``seed`` and any others.
 
     Raises:
-        InputError: naming the option.
+        InputError: if an option is wrong; the message names it.
     """
     if not options.run_dir:
         raise InputError("--run-dir is missing: name the folder of the run")
@@ -69,15 +69,16 @@ def check_run(options: Any) -> None:
         value = getattr(options, field.name)
         if isinstance(value, int | float) and not isinstance(value, bool) and not 0 <= value < math.inf:
             raise InputError(f"--{field.name.replace('_', '-')} must not be negative, got {value}")
+    # NumPy's global generator takes 32 bits.
     if options.seed >= 2**32:
         raise InputError(f"--seed must be below 2**32, got {options.seed}")
 
 
 def check_counts(options: Any, *names: str) -> None:
-    """Refuses counts below 1.
+    """Checks that the named options are at least 1.
 
     Raises:
-        InputError: naming the option.
+        InputError: if one is not; the message names it.
     """
     for name in names:
         if getattr(options, name) < 1:
@@ -85,27 +86,40 @@ def check_counts(options: Any, *names: str) -> None:
 
 
 def parse_reward(text: str) -> Any:
-    """A reward from its command-line form: one id, or a sum like ``judge + 0.5*diversity``.
+    """Parses the command-line form of a reward into a part that ``resolve`` takes.
+
+    Args:
+        text: an id, a JSON object, or a sum like ``judge + 0.5*diversity``.
 
     Raises:
-        InputError: if it cannot be read.
+        InputError: if the text cannot be parsed.
     """
     if text.lstrip().startswith("{"):
         return parse_part(text)
     terms: dict[str, str] = {}
     weights: dict[str, float] = {}
     for piece in text.split("+"):
+        # A term: an optional weight and "*", then an id.
         match = re.fullmatch(r"\s*(?:(\d+(?:\.\d+)?)\s*\*)?\s*([\w.:-]+)\s*", piece)
         if match is None or match[2] in terms:
             raise InputError(f"--reward must be like 'judge + 0.5*diversity' with distinct terms, got {text!r}")
         terms[match[2]], weights[match[2]] = match[2], float(match[1] or 1)
+    # A single term with weight 1 is that reward itself, not a sum.
     if len(terms) == 1 and set(weights.values()) == {1.0}:
         return text.strip()
     return {"id": "weighted-sum", "kwargs": {"terms": terms, "weights": weights}}
 
 
 def parse_part(text: str, model: str = "") -> Any:
-    """A part from its command-line form: an id, ``module:factory`` or a JSON object; with a model, for that model."""
+    """Parses the command-line form of a part into one that ``resolve`` takes.
+
+    Args:
+        text: an id, ``module:factory`` or a JSON object.
+        model: model that the part is to use, replacing that of the JSON object; empty: no change.
+
+    Raises:
+        InputError: if the JSON is broken or lacks an id.
+    """
     if text.lstrip().startswith("{"):
         try:
             part = json.loads(text)
@@ -116,25 +130,26 @@ def parse_part(text: str, model: str = "") -> Any:
     else:
         part = {"id": text}
     if model:
-        if part["id"] == "embedded":  # the embedded backend is one model: another one needs the general backend
+        # The embedded backend has one fixed model: another model needs the general backend.
+        if part["id"] == "embedded":
             part = part | {"id": "transformers"}
         part = part | {"kwargs": dict(part.get("kwargs") or {}) | {"model": model}}
     return part
 
 
 def build_judge(kind: str, text: str, option: str, backend: Backend, **defaults: Any) -> Any:
-    """A ranker or reward from its command-line form, on a backend whose replies a run keeps.
+    """Builds a ranker or reward from its command-line form, on a backend whose replies a run stores.
 
     Args:
         kind: ``ranker`` or ``reward``.
-        text: an id, ``module:factory`` or JSON.
-        option: that names it, for errors.
-        backend: handed on to a factory that takes one.
-        **defaults: likewise.
+        text: an id, ``module:factory`` or a JSON object.
+        option: option that holds the text, for error messages.
+        backend: passed to a factory that has a parameter ``backend``.
+        **defaults: further arguments, passed to a factory that has parameters of these names.
 
     Raises:
-        InputError: if there is none of that id, its arguments are wrong, the backend cannot serve it, or it names a
-            backend of its own, past the run's journal and accounts.
+        InputError: if the id is unknown, its arguments are wrong, the backend lacks a feature that it needs, or the
+            JSON sets a backend, whose replies and spending the run would not record.
     """
     part = parse_part(text)
     if "backend" in (part.get("kwargs") or {}):
@@ -144,13 +159,14 @@ def build_judge(kind: str, text: str, option: str, backend: Backend, **defaults:
     with input_errors():
         try:
             return resolve(kind, part, backend=backend, **defaults)
+        # A TypeError: arguments that the factory does not take.
         except (TypeError, UnsupportedRequestError) as error:
             raise InputError(f"{option} {text}: {error}") from error
 
 
 @contextmanager
 def input_errors() -> Iterator[None]:
-    """Turns a ValueError about an option into an InputError: for code that only looks at what the user passed."""
+    """Turns a ValueError into an InputError; for code that only checks what the user passed."""
     try:
         yield
     except InputError:
@@ -160,15 +176,16 @@ def input_errors() -> Iterator[None]:
 
 
 def check_output(path: Path) -> None:
-    """Refuses a file that cannot be written; makes nothing.
+    """Checks that a file can be written, without creating anything.
 
     Raises:
-        InputError: naming the file or the folder that is in the way.
+        InputError: if it cannot; the message names the file or folder that prevents it.
     """
-    place = path
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if path.is_dir() or (place != path and not place.is_dir()):
-        raise InputError(f"cannot write {path}: {place} is {'a' if place.is_dir() else 'not a'} folder")
-    if not os.access(place, os.W_OK):
-        raise InputError(f"cannot write {path}: no permission on {place}")
+    # The file itself if it exists, otherwise the nearest folder above it that does.
+    nearest = path
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if path.is_dir() or (nearest != path and not nearest.is_dir()):
+        raise InputError(f"cannot write {path}: {nearest} is {'a' if nearest.is_dir() else 'not a'} folder")
+    if not os.access(nearest, os.W_OK):
+        raise InputError(f"cannot write {path}: no permission on {nearest}")

@@ -1,4 +1,4 @@
-"""Callbacks for training on text environments: rows per episode, a guard against invalid rewards, progress, time."""
+"""Progress display of commands, and a stable-baselines3 callback that shows it during training."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 
 class StepProgress:
-    """Progress of a command: a rich bar on a terminal, a line per tenth of the way elsewhere. A context manager.
+    """A context manager that shows progress: a rich bar on a terminal, otherwise a line per tenth of the steps.
 
     Args:
-        label: what is going on.
-        total: steps in all.
-        console: where to show it.
+        label: text in front of the bar or line.
+        total: number of steps.
+        console: console to print on; None: a new one on standard output.
     """
 
     def __init__(self, label: str, total: int, console: Console | None = None) -> None:
@@ -40,7 +40,12 @@ class StepProgress:
         self._bar.stop()
 
     def update(self, completed: int, note: str = "") -> None:
-        """Shows how far it has got, with a remark."""
+        """Shows the number of completed steps.
+
+        Args:
+            completed: completed steps; more than the total counts as the total.
+            note: text behind the bar or line.
+        """
         completed = min(completed, self.total)
         self._bar.update(self._task, completed=completed, note=note)
         tenth = 10 * completed // max(self.total, 1)
@@ -50,7 +55,7 @@ class StepProgress:
 
 
 class ShowProgress(BaseCallback):
-    """Shows env steps and the mean return of the last 100 episodes.
+    """A callback that shows env steps and the mean return of the last 100 episodes.
 
     Args:
         progress: an open :class:`StepProgress`.

@@ -1,4 +1,7 @@
-"""Tables and figures of reports: Markdown, the terminal, curves with intervals; colours follow one order of arms."""
+"""Tables (Markdown and terminal) and figures (curves with intervals) of reports.
+
+Arms of an experiment take their colours from :data:`COLOURS`, in the order of the arms.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,12 @@ from ...llm_backends.records import read_records
 from .statistics import interval
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-"""Okabe and Ito's palette, distinguishable by colour-blind readers, with a grey for its yellow."""
+"""The palette of Okabe and Ito, which colour-blind readers can distinguish, with a grey instead of its yellow."""
 
 
 def panels(columns: int, rows: int = 1) -> tuple[Any, Any]:
-    """A figure and its grid of axes, shape (rows, columns)."""
+    """Returns a figure and its grid of axes, shape (rows, columns)."""
+    # Imported here, because commands that draw nothing must start without matplotlib.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -32,7 +36,12 @@ def panels(columns: int, rows: int = 1) -> tuple[Any, Any]:
 
 
 def smooth(values: Sequence[float], window: int) -> np.ndarray:
-    """Mean over the last ``window`` values at each position (fewer at the start)."""
+    """Returns the mean over the last ``window`` values at each position; at the start, over those that there are.
+
+    Returns:
+        float64, shape (values,).
+    """
+    # Differences of cumulative sums: total[k] is the sum of the first k values.
     total = np.cumsum(np.concatenate([[0.0], np.asarray(values, dtype=np.float64)]))
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - window, 0)
@@ -40,11 +49,14 @@ def smooth(values: Sequence[float], window: int) -> np.ndarray:
 
 
 def plot_token_training(run: Path, path: Path) -> Path:
-    """Learning curves of one token-level run: reward, KL and entropy over the labels it has seen.
+    """Draws the learning curves of a token-level run: reward, KL and entropy over the number of labels seen.
 
     Args:
-        run: its folder, of which ``metrics.jsonl`` is read.
-        path: the PNG.
+        run: run folder whose ``metrics.jsonl`` is read.
+        path: path of the PNG to write.
+
+    Returns:
+        The path of the PNG.
     """
     rows = read_records(run / "metrics.jsonl")
     terms = {"rollout/reward": "reward", "rollout/terms/correct": "correct", "rollout/terms/format": "well-formed"}
@@ -52,11 +64,14 @@ def plot_token_training(run: Path, path: Path) -> Path:
 
 
 def plot_instance_training(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """Learning curves of training on instances: reward, format rate, KL and entropy over updates.
+    """Draws the learning curves of training on instances: reward, format rate, KL and entropy over updates.
 
     Args:
-        rows: of ``metrics.jsonl``.
-        path: the PNG.
+        rows: rows of ``metrics.jsonl``, one per update.
+        path: path of the PNG to write.
+
+    Returns:
+        The path of the PNG.
     """
     terms = {"rollout/reward": "reward", "rollout/terms/well_formed": "well-formed"}
     return _plot_updates(rows, list(range(1, len(rows) + 1)), "updates", terms, path)
@@ -65,7 +80,18 @@ def plot_instance_training(rows: Sequence[Mapping[str, Any]], path: Path) -> Pat
 def _plot_updates(
     rows: Sequence[Mapping[str, Any]], x: Sequence[float], label: str, terms: Mapping[str, str], path: Path
 ) -> Path:
-    """Means of rollouts by their key, next to KL and entropy."""
+    """Draws means of rollouts in one panel, KL and entropy in another.
+
+    Args:
+        rows: rows of ``metrics.jsonl``.
+        x: horizontal position of each row.
+        label: label of the horizontal axis.
+        terms: metric key to name in the legend, for the first panel; a metric that some row lacks is not drawn.
+        path: path of the PNG to write.
+
+    Returns:
+        The path of the PNG.
+    """
     figure, axes = panels(2)
     left, right = axes[0]
     for k, (key, name) in enumerate(terms.items()):
@@ -83,14 +109,14 @@ def _plot_updates(
 
 
 def band(axis: Any, grid: np.ndarray, rows: np.ndarray, name: str, colour: str) -> None:
-    """Draws the mean of several curves and its 95% interval.
+    """Draws the mean of several curves and its 95% interval by Student's t.
 
     Args:
-        axis: where to draw.
-        grid: shape (n,), the horizontal positions.
-        rows: shape (curves, n); of a single curve no interval is drawn.
-        name: in the legend.
-        colour: of line and band.
+        axis: axes to draw on.
+        grid: horizontal positions, shape (n,).
+        rows: values of the curves, shape (curves, n); a single curve gets no interval.
+        name: name in the legend.
+        colour: colour of the line and the band.
     """
     mean = rows.mean(axis=0)
     axis.plot(grid, mean, color=colour, linewidth=2, label=name)
@@ -100,14 +126,15 @@ def band(axis: Any, grid: np.ndarray, rows: np.ndarray, name: str, colour: str) 
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """The rows as a Markdown table."""
+    """Returns rows of cells as a Markdown table; the first row is the header."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"
 
 
 def rich_table(rows: Sequence[Sequence[str]]) -> Table:
-    """The rows as a table for the terminal; brackets in a cell are text, not markup."""
+    """Returns rows of cells as a table for the terminal; the first row is the header."""
     table = Table(*rows[0])
     for row in rows[1:]:
+        # As Text, so that brackets in a cell are not read as markup.
         table.add_row(*map(Text, row))
     return table

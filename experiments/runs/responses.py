@@ -1,4 +1,4 @@
-"""What a policy writes when it is asked: one response per example, through the environment."""
+"""Evaluation rollouts of a policy: one response per example, generated and scored through the environment."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from ...envs.tokens.episode import PromptExample
 from ...llm_backends import Sampling, request_seed
 
 COPIES = 64
+"""Largest number of sub-environments, and so of responses that are generated at once."""
 
 
 @dataclass(frozen=True)
 class Response:
-    """One finished episode."""
+    """A response to one example: a finished episode."""
 
     text: str
-    """Without what ended it."""
+    """The text, without the end-of-sequence token or stop string that ended it."""
     finish_reason: str
-    """``choice``, ``eos``, ``stop`` or ``length``."""
+    """The reason why it ended: ``choice``, ``eos``, ``stop`` or ``length``."""
     prompt_ids: np.ndarray
-    """int32: the tokens it continues."""
+    """Token ids of the prompt, int32."""
     token_ids: np.ndarray
-    """int32: its tokens, what ended it included."""
+    """Token ids of the response, int32, including those that ended it."""
     reward: float
-    """The env's, summed over its tokens."""
+    """The env's reward, summed over the tokens."""
     valid: bool
-    """False where there was no verdict and the reward is imputed."""
+    """False if the env got no valid score and imputed the reward."""
 
 
 def respond(
@@ -42,26 +43,28 @@ def respond(
     seed: int = 0,
     **env_options: Any,
 ) -> list[Response]:
-    """The policy's response to every example, in order.
+    """Returns the policy's response to every example, in order.
 
     Args:
-        policy: who writes.
-        env_id: a token environment that takes ``examples`` and ``tokenizer``.
-        examples: what it is asked.
-        temperature: 0 for greedy decoding.
-        seed: of sampled responses; a response depends on it and the example's place alone.
-        env_options: arguments of the env, as in training.
+        policy: the policy.
+        env_id: id of a token environment that takes ``examples`` and ``tokenizer``.
+        examples: the examples to respond to.
+        temperature: sampling temperature; 0: greedy decoding.
+        seed: seed of sampled responses; a response depends only on the seed and the example's index.
+        **env_options: further arguments of the env, as in training.
     """
     copies = min(COPIES, len(examples))
     env: Any = gym.make_vec(
         env_id, num_envs=copies, examples=list(examples), tokenizer=policy.tokenizer, **env_options
     ).unwrapped
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))  # like lengths: little padding
+    # Batches of prompts of similar length need little padding.
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
     responses: dict[int, Response] = {}
     generation = env.generation
     for start in range(0, len(order), copies):
         chunk = order[start : start + copies]
         mask = np.arange(copies) < len(chunk)
+        # The last chunk may be smaller than the env: its last example fills the other copies, which stay idle.
         index = np.array([chunk[min(i, len(chunk) - 1)] for i in range(copies)])
         env.reset(seed=request_seed(seed, "env") if not start else None, options={"index": index})
         prompts, constraints = env.prompts(), env.constraints()

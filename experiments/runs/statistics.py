@@ -1,4 +1,4 @@
-"""Scores of responses against references, and comparisons of models over tasks."""
+"""Statistics of experiments: scores against references, comparisons of models over tasks, diversity, intervals, AUC."""
 
 from __future__ import annotations
 
@@ -15,46 +15,49 @@ from ...llm_backends import Embedder, request_seed
 from ...rewards.texts.rouge import TOLERANCE
 
 RESAMPLES = 10_000
+"""Number of resamples of a bootstrap interval."""
 
 
 @cache
 def _scorer() -> Any:
+    """Returns the ROUGE-L scorer of rouge-score, which is imported on first use."""
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rougeL"], use_stemmer=True)
 
 
 def stemmed_rouge_l(response: str, references: Sequence[str]) -> float:
-    """The largest ROUGE-L F-measure between the response and a reference, in [0, 1].
+    """Returns the largest ROUGE-L F-measure between the response and a reference, in [0, 1].
 
-    As in the evaluation of Super-NaturalInstructions and Self-Instruct: rouge-score with Porter's stemmer. Its
-    tokenizer keeps a-z and 0-9 alone, so texts in other scripts score 0.
+    It is computed as in the evaluation of Super-NaturalInstructions and Self-Instruct: by rouge-score with Porter's
+    stemmer. Its tokenizer keeps only a-z and 0-9, so texts in other scripts score 0.
 
     Args:
         response: the text to score.
-        references: at least one.
+        references: reference texts, at least one.
     """
     return max(float(_scorer().score(reference, response)["rougeL"].fmeasure) for reference in references)
 
 
 def normalized_match(response: str, references: Sequence[str]) -> float:
-    """1.0 if the response equals a reference but for case, ASCII punctuation and white space, else 0.0.
+    """Returns 1.0 if the response equals a reference up to case, ASCII punctuation and white space, otherwise 0.0.
 
-    The normalisation of Super-NaturalInstructions: SQuAD's, without the removal of articles.
+    The normalisation is that of Super-NaturalInstructions: SQuAD's, but without removing articles.
     """
     return float(any(_normalized(response) == _normalized(reference) for reference in references))
 
 
 def _normalized(text: str) -> str:
+    """Returns a text in lower case, without ASCII punctuation, with single blanks as white space."""
     return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
 
 
 def task_scores(tasks: Sequence[str], scores: Sequence[float]) -> dict[str, float]:
-    """Mean score by task, in the order in which tasks first appear.
+    """Returns the mean score of each task, in the order in which tasks first appear.
 
     Args:
-        tasks: for each instance the name of its task.
-        scores: for each instance its score.
+        tasks: name of the task of each instance.
+        scores: score of each instance.
     """
     by_task: dict[str, list[float]] = {}
     for task, score in zip(tasks, scores, strict=True):
@@ -65,15 +68,18 @@ def task_scores(tasks: Sequence[str], scores: Sequence[float]) -> dict[str, floa
 def macro_interval(
     scores: Mapping[str, float], seed: int = 0, resamples: int = RESAMPLES
 ) -> tuple[float, float, float]:
-    """The mean over tasks and the ends of its 95% percentile bootstrap interval (Efron 1979), tasks resampled.
+    """Computes the mean over tasks and its 95% percentile bootstrap interval (Efron 1979), which resamples tasks.
 
     Args:
-        scores: by task.
-        seed: of the resampling.
-        resamples: how many.
+        scores: score of each task.
+        seed: seed of the resampling.
+        resamples: number of resamples.
+
+    Returns:
+        The mean, and the lower and upper end of the interval.
 
     Raises:
-        ValueError: for no tasks.
+        ValueError: if there are no tasks.
     """
     if not scores:
         raise ValueError("no tasks to average over")
@@ -86,22 +92,24 @@ def macro_interval(
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """One model against another, task by task."""
+    """A comparison of two models, task by task."""
 
     wins: int
-    """Tasks on which the first has the higher mean."""
+    """Number of tasks on which the first model has the higher mean score."""
     ties: int
-    """Tasks on which the means are equal."""
+    """Number of tasks on which the mean scores are equal."""
     losses: int
+    """Number of tasks on which the first model has the lower mean score."""
     difference: float
-    """Mean over tasks of the first's score less the second's."""
+    """Mean over tasks of the first model's score minus the second's."""
     low: float
-    """Lower end of the difference's 95% paired bootstrap interval over tasks."""
+    """Lower end of the 95% paired bootstrap interval of the difference, over tasks."""
     high: float
+    """Upper end of that interval."""
 
     @property
     def shares(self) -> dict[str, float]:
-        """``won``, ``tied`` and ``lost``: shares of tasks."""
+        """Shares of the tasks that the first model ``won``, ``tied`` and ``lost``."""
         total = self.wins + self.ties + self.losses
         return {"won": self.wins / total, "tied": self.ties / total, "lost": self.losses / total}
 
@@ -111,17 +119,17 @@ def compare_paired(
 ) -> PairedComparison:
     """Compares two models on the same tasks.
 
-    The interval resamples tasks, both models' scores together. It says how far the difference would move with other
-    tasks of the kind; not with other training seeds, of which it knows nothing.
+    The interval resamples tasks, with the scores of both models together. It covers the variation of the difference
+    over tasks of the same kind, not over training seeds.
 
     Args:
-        first: score by task.
-        second: likewise.
-        seed: of the resampling.
-        resamples: how many.
+        first: score of the first model on each task.
+        second: score of the second model on each task.
+        seed: seed of the resampling.
+        resamples: number of resamples.
 
     Raises:
-        ValueError: if the tasks are not the same, or there are none.
+        ValueError: if the models have different tasks, or none.
     """
     if first.keys() != second.keys():
         unshared = sorted(first.keys() ^ second.keys())
@@ -129,29 +137,31 @@ def compare_paired(
     gaps = {task: score - second[task] for task, score in first.items()}
     difference, low, high = macro_interval(gaps, seed, resamples)
     values = np.array(list(gaps.values()))
+    # Sums of floats: differences within the tolerance are ties.
     wins, losses = int((values > TOLERANCE).sum()), int((values < -TOLERANCE).sum())
     return PairedComparison(wins, len(values) - wins - losses, losses, difference, low, high)
 
 
 def distinct_n(texts: Sequence[str], n: int = 2) -> float:
-    """Share of distinct n-grams of words among all of them; 0 without any (Li et al. 2016)."""
+    """Returns the number of distinct n-grams of words over the number of all; 0 without any (Li et al. 2016)."""
     grams = [tuple(words[i : i + n]) for words in (t.lower().split() for t in texts) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def mean_pairwise_distance(texts: Sequence[str], embedder: Embedder) -> float:
-    """Mean cosine distance, 1 - cosine, over all pairs of sentence embeddings; 0 for fewer than two texts."""
+    """Returns the mean cosine distance, 1 - cosine, over all pairs of texts' embeddings; 0 for fewer than two texts."""
     if len(texts) < 2:
         return 0.0
     vectors = np.concatenate([embedder.embed(texts[i : i + 64]) for i in range(0, len(texts), 64)]).astype(np.float64)
     total = vectors.sum(axis=0)
     count = len(vectors)
+    # The squared norm of the sum holds the cosine of every ordered pair, and of every vector with itself.
     pairs = (float(total @ total) - float((vectors * vectors).sum())) / (count * (count - 1))
     return 1.0 - pairs
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half-width of its 95% interval by Student's t; the half-width of a single value is NaN."""
+    """Returns the mean and the half-width of its 95% interval by Student's t; the half-width of one value is NaN."""
     array = np.asarray(values, dtype=np.float64)
     if len(array) < 2:
         return float(array.mean()), float("nan")
@@ -160,7 +170,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def wilson(right: float, total: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a share, right / total (Wilson 1927); (0, 1) where nothing was counted."""
+    """Returns Wilson's 95% interval of the share right / total (Wilson 1927); (0, 1) if the total is 0."""
     if not total:
         return 0.0, 1.0
     z = float(stats.norm.ppf(0.975))
@@ -171,9 +181,19 @@ def wilson(right: float, total: int) -> tuple[float, float]:
 
 
 def auc(values: Sequence[float], positive: Sequence[bool]) -> float | None:
-    """Chance that a positive example has a higher value than a negative one, ties by halves; None without both."""
+    """Returns the area under the ROC curve: the probability that a positive example has a higher value than a negative.
+
+    Args:
+        values: value of each example.
+        positive: True for each positive example.
+
+    Returns:
+        The AUC, where a tie counts as half; None if there is no positive or no negative example.
+    """
     ranks, labels = stats.rankdata(values), np.asarray(positive, dtype=bool)
-    ahead, behind = int(labels.sum()), int((~labels).sum())
-    if not ahead or not behind:
+    positives, negatives = int(labels.sum()), int((~labels).sum())
+    if not positives or not negatives:
         return None
-    return float((ranks[labels].sum() - ahead * (ahead + 1) / 2) / (ahead * behind))
+    # The Mann-Whitney statistic: the positives' ranks, less those that they have among themselves, count the negatives
+    # below them.
+    return float((ranks[labels].sum() - positives * (positives + 1) / 2) / (positives * negatives))

@@ -1,4 +1,9 @@
-"""Training of a language-model policy in a run folder: progress, checkpoints, resumption and a time budget."""
+"""Training of language-model policies in a run folder: progress, checkpoints, resumption and a time limit.
+
+:func:`stage` opens the run of a command and yields a :class:`TokenTraining`, which runs the training loops.
+:class:`Deadline` shares one time limit among several stages. Run folders are in
+:mod:`instructgym.experiments.runs.folder`.
+"""
 
 from __future__ import annotations
 
@@ -26,29 +31,30 @@ from .options import check_counts, check_run
 from .progress import StepProgress
 
 CLOCK = "clock.json"
+"""File in a checkpoint that holds the seconds spent on its run."""
 
 
 class OutOfTimeError(Exception):
-    """The time budget of a run is spent; what it has finished is kept."""
+    """Raised when the time limit of a run is reached; finished work is kept."""
 
 
 def _update_of(row: Mapping[str, Any]) -> float:
-    """The update that a row of ``generations.jsonl`` is of; infinite for one of the evaluation."""
+    """Returns the update of a row of ``generations.jsonl``; infinity for a row of the evaluation."""
     kind, _, number = str(row.get("when")).partition(" ")
     return int(number) if kind == "update" else float("inf")
 
 
 class TokenTraining:
-    """What the training stages of one run share.
+    """Runs the training loops of one run, with progress, metrics, checkpoints and a time limit.
 
     Args:
-        folder: the run, opened.
-        tracker: where its metrics go.
-        console: for progress.
-        processes: of a distributed training, this one among others.
-        checkpoints: their folder, which the processes share.
-        minutes: stop cleanly after this time; 0: no limit.
-        save_every: updates between checkpoints.
+        folder: the run folder, opened.
+        tracker: writer of the metrics.
+        console: console that shows progress.
+        processes: the processes of a distributed training.
+        checkpoints: folder of the checkpoints, which the processes share.
+        minutes: number of minutes after which training stops cleanly; 0: no limit.
+        save_every: number of updates between checkpoints.
     """
 
     def __init__(
@@ -64,21 +70,22 @@ class TokenTraining:
         self.folder, self.tracker, self.console, self.processes = folder, tracker, console, processes
         self.checkpoints, self.minutes, self.save_every = checkpoints, minutes, save_every
         self._begun = time.monotonic()
+        # Seconds of earlier starts, up to the checkpoint that this one continues.
         saved = self.saved
         clock = read_json(saved / CLOCK) if saved is not None else None
-        self._before = float(clock["seconds"]) if clock is not None else 0.0
+        self._seconds_before = float(clock["seconds"]) if clock is not None else 0.0
         self.generations = RowWriter(folder.file("generations.jsonl"), compare=False)
-        """Texts to read, of training and evaluation."""
+        """Writer of sample texts of training and evaluation, for people to read."""
 
     @property
     def saved(self) -> Path | None:
-        """The checkpoint to go on from, if there is one."""
+        """Path of the checkpoint to continue from; None if there is none."""
         return latest_checkpoint(self.checkpoints)
 
     @property
     def seconds(self) -> float:
-        """Seconds that went into this run, those before the checkpoint it goes on from included."""
-        return round(time.monotonic() - self._begun + self._before, 1)
+        """Seconds spent on this run, including those before the checkpoint that it continues."""
+        return round(time.monotonic() - self._begun + self._seconds_before, 1)
 
     def learn(
         self,
@@ -87,18 +94,22 @@ class TokenTraining:
         label: str,
         on_update: Callable[[RolloutAgent], None] | None = None,
     ) -> bool:
-        """All updates that are left, or as many as the time allows; says whether it came to the end.
+        """Makes the remaining updates of an agent, or as many as the time limit allows.
 
         Args:
-            agent: goes on from the run's checkpoint, if there is one.
-            total: updates in all.
-            label: for the progress bar.
-            on_update: called after every update, before its metrics are written; may record some.
+            agent: the agent to train; it is restored from the run's checkpoint if there is one.
+            total: number of updates of the whole training.
+            label: label of the progress bar.
+            on_update: called with the agent after every update, before its metrics are written; it may record more.
+
+        Returns:
+            True if all updates are made, False if the time limit stopped the training.
         """
         if (saved := self.saved) is not None:
             agent.restore(saved)
             self.tracker.skip(agent.updates)
             self.console.print(f"resuming {self.folder.path} after {agent.updates} of {total} updates")
+            # Rows of updates after the checkpoint are kept: these updates are repeated and do not write them again.
             self.generations.skip_those(lambda row: _update_of(row) <= agent.updates)
         agent.set_logger(self.tracker.logger())
         agent.start()
@@ -113,19 +124,22 @@ class TokenTraining:
                 values = agent.logger.name_to_value
                 progress.update(agent.updates, f"reward {values.get('rollout/reward', float('nan')):.2f}")
                 agent.logger.dump(agent.num_timesteps)
-                self._keep_some(agent)
+                self._record_samples(agent)
                 if agent.updates % self.save_every == 0 or agent.updates == total:
                     self._save(agent.save)
         return True
 
     def supervised(self, trainer: SupervisedTrainer, examples: Sequence[Any], label: str, tracked: bool = True) -> bool:
-        """Supervised training, or as much of it as the time allows; says whether it came to the end.
+        """Trains on examples, as far as the time limit allows.
 
         Args:
-            trainer: goes on from the run's checkpoint, if there is one and it is tracked.
-            examples: demonstrations to imitate, or pairs to learn a reward from.
-            label: for the progress bar.
-            tracked: False for a warm start that leaves no metrics or checkpoints and is not cut short.
+            trainer: the trainer; it is restored from the run's checkpoint if there is one and ``tracked`` is True.
+            examples: what the trainer's ``fit`` takes: demonstrations, pairs or ranked lists.
+            label: label of the progress bar.
+            tracked: False: a warm start that writes no metrics or checkpoints and ignores the time limit.
+
+        Returns:
+            True if the training is complete, False if the time limit stopped it.
         """
         total = trainer.settings.epochs * -(-len(examples) // trainer.settings.batch_size)
         if tracked and (saved := self.saved) is not None:
@@ -148,53 +162,57 @@ class TokenTraining:
         return not (tracked and stopped)
 
     def stopped(self, counts: Mapping[str, Any] = {}) -> dict[str, Any]:
-        """Says that the time is over, and leaves the run open for resumption."""
+        """Prints that the time limit is reached, and writes results that leave the run open for resumption."""
         self.console.print(f"out of time: repeat the command to go on with {self.folder.path}")
         return self.folder.finish({}, counts, status="stopped")
 
     def unfinished(self, done: bool, counts: Mapping[str, Any] = {}) -> dict[str, Any] | None:
-        """What a stage returns behind a training that was cut short, or in a process that only helped.
+        """Returns the results of a stage that ends after training: stopped by the time limit, or in a helper process.
 
         Args:
-            done: whether the training came to its end.
-            counts: what the results are to keep.
+            done: whether the training is complete.
+            counts: counts to write into the results.
 
         Returns:
-            The results; None where the stage goes on.
+            The results; None if the stage continues, as it does in the main process after a complete training.
         """
         if not done:
             return self.stopped(counts)
         return None if self.processes.is_main else self.folder.finish({}, counts, status="helper")
 
     def check_time(self) -> None:
-        """Called before every piece of work that is kept whole.
+        """Checks the time limit; to be called before every piece of work that is saved as a whole.
 
         Raises:
-            OutOfTimeError: if the time budget is spent.
+            OutOfTimeError: if the time limit is reached.
         """
         if self._out_of_time():
             raise OutOfTimeError
 
     def _out_of_time(self) -> bool:
-        """Whether the time budget of any process is spent."""
-        spent = time.monotonic() - self._begun > 60 * self.minutes
-        return bool(self.minutes) and any(self.processes.gather(spent))
+        """Returns whether any process has reached the time limit."""
+        expired = time.monotonic() - self._begun > 60 * self.minutes
+        # All processes stop together: one that went on would wait for the others' gradients.
+        return bool(self.minutes) and any(self.processes.gather(expired))
 
     def _save(self, write: Callable[[Path], None]) -> None:
-        def all_of_it(folder: Path) -> None:
+        """Replaces the run's checkpoint by one that ``write`` writes, with the time spent so far."""
+
+        def write_with_clock(folder: Path) -> None:
             if self.processes.is_main:
                 write_json(folder / CLOCK, {"seconds": self.seconds})
             write(folder)
 
-        replace_checkpoint(self.checkpoints, all_of_it, self.processes.is_main)
+        replace_checkpoint(self.checkpoints, write_with_clock, self.processes.is_main)
         self.processes.wait()
 
-    def _keep_some(self, agent: RolloutAgent) -> None:
-        """Two episodes of each update, for reading."""
+    def _record_samples(self, agent: RolloutAgent) -> None:
+        """Writes up to two episodes of the last update to ``generations.jsonl``, for people to read."""
         batch = agent.last_rollout
         if batch is None:
             return
-        logprobs = batch.logprobs if len(batch.logprobs) else batch.sampler_logprobs  # not all agents score again
+        # Not all agents compute log-probs a second time, by the training kernels.
+        logprobs = batch.logprobs if len(batch.logprobs) else batch.sampler_logprobs
         for i in range(min(2, len(batch))):
             rows = batch.rows([i])
             self.generations.write(
@@ -210,10 +228,10 @@ class TokenTraining:
 
 
 class Deadline:
-    """What is left of an experiment's time, which begins when this is made.
+    """The time limit of an experiment with several stages; its clock starts on construction.
 
     Args:
-        minutes: in all; 0 for no limit.
+        minutes: the limit in minutes; 0: no limit.
     """
 
     def __init__(self, minutes: float = 0.0) -> None:
@@ -221,10 +239,10 @@ class Deadline:
 
     @property
     def left(self) -> float:
-        """Minutes; 0 for no limit.
+        """Remaining minutes; 0: no limit.
 
         Raises:
-            OutOfTimeError: if nothing is left.
+            OutOfTimeError: if the time limit is reached.
         """
         left = self.minutes - (time.monotonic() - self.begun) / 60 if self.minutes else 0.0
         if self.minutes and left <= 0:
@@ -232,14 +250,23 @@ class Deadline:
         return left
 
     def check(self) -> None:
-        """Raises OutOfTimeError if nothing is left."""
+        """Checks the time limit.
+
+        Raises:
+            OutOfTimeError: if the time limit is reached.
+        """
         _ = self.left
 
     def run(self, run: Callable[[Any, Console], dict[str, Any]], options: Any, console: Console) -> dict[str, Any]:
-        """Runs a stage in what is left of the time.
+        """Runs a stage within the remaining time and returns its results.
+
+        Args:
+            run: function of the stage.
+            options: options of the stage; their ``minutes`` are replaced.
+            console: console that shows progress.
 
         Raises:
-            OutOfTimeError: if nothing is left, or the stage has not come to its end.
+            OutOfTimeError: if no time is left, or the stage stopped before its end.
         """
         results = run(replace(options, minutes=self.left), console)
         if results.get("status") == "stopped":
@@ -248,7 +275,7 @@ class Deadline:
 
 
 def in_time(work: Callable[[Any, Console], Any]) -> Callable[[Any, Console], Any]:
-    """The same work, which says so where the time is over, and then returns ``{"status": "stopped"}``."""
+    """Decorates a command: if its time limit is reached, it prints so and returns ``{"status": "stopped"}``."""
 
     @wraps(work)
     def run(options: Any, console: Console) -> Any:
@@ -263,36 +290,36 @@ def in_time(work: Callable[[Any, Console], Any]) -> Callable[[Any, Console], Any
 
 @dataclass
 class Stage:
-    """Options of every stage."""
+    """Options of all stages."""
 
     run_dir: str = ""
-    """Folder of this stage. A folder with an unfinished run of the same options is resumed."""
+    """Folder of this stage. An unfinished run with the same options in this folder is resumed."""
     seed: int = 0
-    """Of everything that is drawn: the order of data, tokens, weights."""
+    """Seed of data order, sampled tokens and initial weights."""
     minutes: float = 0.0
-    """Stop cleanly after so many minutes; the same command goes on from there. 0: no limit."""
+    """Number of minutes after which the stage stops cleanly; the same command resumes it. 0: no limit."""
     track: str = "none"
-    """none or wandb."""
+    """wandb: log to Weights & Biases too (offline without an API key). none: write files only."""
     dry_run: bool = False
-    """Check everything, load no model."""
+    """Check all options and stop before a model is loaded."""
 
     def check(self) -> None:
-        """Refuses what can be refused without looking at files.
+        """Checks the options as far as possible without reading input files.
 
         Raises:
-            InputError: naming the option.
+            InputError: if an option is wrong; the message names it.
         """
         check_run(self)
 
 
 @dataclass
 class TrainingOptions(Stage):
-    """Options of every stage that trains a model, or evaluates a trained one."""
+    """Options of all stages that train a model or evaluate a trained one."""
 
     token_budget: int = 1024
-    """Tokens of a micro-batch in training."""
+    """Largest number of tokens of a micro-batch in training; it limits memory and does not change results."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic; auto: bfloat16 where the hardware computes in it."""
+    """Floating-point type of the computation. auto: bfloat16 if the hardware supports it, otherwise float32."""
 
     def check(self) -> None:
         super().check()
@@ -303,17 +330,22 @@ class TrainingOptions(Stage):
 def stage(
     options: Stage, command: str, console: Console, distributed: bool = True, **identity: str
 ) -> Iterator[TokenTraining | dict[str, Any]]:
-    """Opens the run of a stage; gives the results instead where it is finished.
+    """Opens the run of a stage.
 
     Args:
-        options: of the stage.
-        command: its name, as a user types it.
-        console: for progress.
-        distributed: whether several processes can share its work.
-        **identity: what else makes a run the same run: digests of data and weights that the options only name.
+        options: options of the stage.
+        command: name of the command, as a user types it.
+        console: console that shows progress.
+        distributed: whether several processes can share the work of the stage.
+        **identity: further values that a run must have in common with the run it resumes: digests of data and weights
+            that the options only name.
+
+    Yields:
+        The training of the run; for a finished run its results instead.
 
     Raises:
-        InputError: if the folder holds another run or is in use, and for several processes where one has to do.
+        InputError: if the folder holds another run or is in use, or there are several processes and the stage runs in
+            one.
     """
     processes = Processes()
     if processes.count > 1 and not distributed:
@@ -322,7 +354,8 @@ def stage(
     if (results := RunFolder(path, config, command).finished(console)) is not None:
         yield results
         return
-    if not processes.is_main:  # of several, one writes the run; the others keep a scratch folder within it
+    # The main process writes the run; the others have a scratch folder within it.
+    if not processes.is_main:
         path, console = path / "ranks" / str(processes.index), Console(quiet=True)
     folder = RunFolder(path, config, command)
     with folder.opened(), Tracker(folder, options.track if processes.is_main else "none") as tracker:
@@ -331,29 +364,33 @@ def stage(
 
 
 def tokenizer_of(model: str) -> Tokenizer:
-    """The tokenizer of a model by its name, without the model."""
+    """Returns the tokenizer of a model by the model's name, without loading the model."""
     return EmbeddedTokenizer() if model == "embedded" else Tokenizer(model)
 
 
 def digest(value: Any) -> str:
-    """A short hash of what JSON can hold."""
+    """Returns a short hash of a JSON-able value."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
 
 
 def weights_digest(folder: Path) -> str:
-    """A short hash of a policy's weights: what was made with them must not be resumed with others."""
-    found = hashlib.sha256()
+    """Returns a short hash of a policy's weights, by which a resumed run detects that they have changed."""
+    sha256 = hashlib.sha256()
     for path in sorted(folder.rglob("*.safetensors")):
         with path.open("rb") as file:
-            found.update(hashlib.file_digest(file, "sha256").digest())
-    return found.hexdigest()[:12]
+            sha256.update(hashlib.file_digest(file, "sha256").digest())
+    return sha256.hexdigest()[:12]
 
 
 def policy_folder(folder: str, option: str) -> Path:
-    """Where a stage left its policy; a policy's own folder is taken as it is.
+    """Returns the folder of the policy that a stage trained.
+
+    Args:
+        folder: run folder of the stage, or the folder of a policy itself.
+        option: option that holds the folder, for error messages.
 
     Raises:
-        InputError: if there is none, naming the option.
+        InputError: if there is no policy; the message names the option.
     """
     if not folder:
         raise InputError(f"{option} is missing: name the run folder of a stage that trained a policy")

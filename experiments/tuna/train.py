@@ -194,7 +194,7 @@ def split_lists(
     both = [tokenize_lists(part, options.layout, tokenizer, options.context_length) for part in parts]
     (train, dropped), (held_out, _) = both
     loss = LOSSES[options.loss]
-    pairing = loss.pairing(options.settings.given())
+    pairing = loss.pairing(options.settings.loss_options())
     # Some losses and the likelihood term need the reference response.
     if (options.settings.weight and options.imitate == "reference") or pairing == "reference":
         complete = [ranked for ranked in train if ranked.reference is not None]
