@@ -166,7 +166,7 @@ def test_extra_body_stands_above_vllms_defaults(server):
 
 
 def test_choices_are_refused_where_a_server_is_not_said_to_know_them(server):
-    with pytest.raises(UnsupportedRequestError, match="given choices"):
+    with pytest.raises(UnsupportedRequestError, match="no constrained decoding"):
         backend(server).generate(["x"], Sampling(choices=WORDS))
     assert not server.bodies
 
