@@ -147,7 +147,7 @@ def request_seed(*parts: Any) -> int:
     return int.from_bytes(digest[:8], "big") >> 1  # below 2**63, so that it fits a signed 64-bit integer
 
 
-def last_content(prompt: Prompt) -> str:
+def last_message_text(prompt: Prompt) -> str:
     """Returns the text of a string prompt, or of the last message of a chat prompt, for logs and error messages."""
     if isinstance(prompt, str):
         return prompt
@@ -354,7 +354,9 @@ class Backend(Part, ABC):
         if not all(map(len, prompts)):
             raise ValueError("generate needs non-empty prompts")
         if any(parameters.choices for parameters in samplings) and not self.supports_choices:
-            raise UnsupportedRequestError(f"backend {self.name!r} cannot hold a completion to given choices")
+            raise UnsupportedRequestError(
+                f"backend {self.name!r} has no constrained decoding: leave choices empty or use another backend"
+            )
         return samplings
 
 

@@ -8,15 +8,13 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from .errors import InputError
 
 _ENTRY_POINTS: dict[str, dict[str, str]] = {}
 _KINDS: dict[str, tuple[Any, Any]] = {}
 """Base class of each kind, and the wrapper that makes a part of a function; either may be ``"module:attribute"``."""
-
-PartT = TypeVar("PartT")
 
 
 class UnknownPartError(InputError):

@@ -151,5 +151,7 @@ def user_text(where: str, row: Mapping[str, Any], field: str) -> str:
         UnicodeEncodeError
     ) as error:  # a lone surrogate, which JSON can escape but UTF-8 and tokenizers cannot encode
         surrogate = ascii(error.object[error.start])
-        raise InputError(f"{where}: field {field!r} holds half a character (surrogate {surrogate})") from error
+        raise InputError(
+            f"{where}: field {field!r} holds a lone surrogate ({surrogate}), which UTF-8 cannot encode"
+        ) from error
     return value

@@ -10,7 +10,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .base import Backend, BackendError, Completion, Prompt, PromptStyle, Result, Sampling, last_content, request_seed
+from .base import (
+    Backend,
+    BackendError,
+    Completion,
+    Prompt,
+    PromptStyle,
+    Result,
+    Sampling,
+    last_message_text,
+    request_seed,
+)
 
 _WORDS = (
     "briefly carefully using three examples for beginners in plain words with numbers step by step under pressure "
@@ -42,7 +52,7 @@ class ScriptedBackend(Backend):
 
     def _generate(self, prompts: list[Prompt], samplings: list[Sampling]) -> list[Result]:
         time.sleep(self.latency)
-        return [self._complete(last_content(p), s) for p, s in zip(prompts, samplings, strict=True)]
+        return [self._complete(last_message_text(p), s) for p, s in zip(prompts, samplings, strict=True)]
 
     def _complete(self, prompt: str, sampling: Sampling) -> Result:
         completions: list[Completion] = []
@@ -81,7 +91,7 @@ class ScriptedBackend(Backend):
     def _logprobs(self, prompts: list[Prompt], completions: list[str]) -> list[np.ndarray | BackendError]:
         time.sleep(self.latency)
         rows: list[np.ndarray | BackendError] = []
-        for prompt, completion in zip(map(last_content, prompts), completions, strict=True):
+        for prompt, completion in zip(map(last_message_text, prompts), completions, strict=True):
             words = max(len(completion.split()), 1)
             total = -3 * (request_seed(prompt, completion) % 1000 + 1) / 1000
             if self.score is not None:

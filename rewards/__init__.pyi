@@ -49,8 +49,8 @@ from .prompt_scoring.task_prompt import TaskPrompt as TaskPrompt
 from .quality.hub_models import HubRewardModel as HubRewardModel
 from .quality.hub_models import UniEval as UniEval
 from .quality.instance_format import Instance as Instance
-from .quality.instance_format import parse_pair as parse_pair
-from .quality.instance_format import read_pair as read_pair
+from .quality.instance_format import parse_instance as parse_instance
+from .quality.instance_format import parse_instance_or_reason as parse_instance_or_reason
 from .quality.likelihood import Fluency as Fluency
 from .quality.likelihood import LikelihoodRatio as LikelihoodRatio
 from .quality.likelihood import Likelihoods as Likelihoods

@@ -82,14 +82,16 @@ class WeightedSum(Reward):
             calls=sum(score.calls for score in scores.values()),
         )
 
-    def _split(self, sample: Sample, paid: Mapping[str, Score]) -> np.ndarray | None:
+    def _split(self, sample: Sample, weighted: Mapping[str, Score]) -> np.ndarray | None:
         """Returns the sum of the weighted splits; None if no term has one, or one that must have it lacks it."""
-        splits = [self.weights[name] * score.per_token for name, score in paid.items() if score.per_token is not None]
-        missing = [name for name, score in paid.items() if score.per_token is None]
+        splits = [
+            self.weights[name] * score.per_token for name, score in weighted.items() if score.per_token is not None
+        ]
+        missing = [name for name, score in weighted.items() if score.per_token is None]
         if not splits or any(self.terms[name].timing != "terminal" for name in missing):
             return None
         total = np.sum(splits, axis=0)
         # Terminal terms are known when the text is complete, so the last token earns their value.
         if len(total):
-            total[-1] += sum(self.weights[name] * paid[name].value for name in missing)
+            total[-1] += sum(self.weights[name] * weighted[name].value for name in missing)
         return total

@@ -21,8 +21,8 @@ from .judges.verdict import (
     VerdictPrompt,
     check_mode,
     equality_prompt,
+    judge_temperature,
     judge_verdicts,
-    temperature_for,
 )
 
 REFUSAL_WORDS = 80
@@ -166,7 +166,7 @@ class JudgedElimination(Reward):
             for sample in samples
             for prompt in self.prompts.values()
         ]
-        verdicts = judge_verdicts(self.backend, questions, self.mode, temperature_for(samples))
+        verdicts = judge_verdicts(self.backend, questions, self.mode, judge_temperature(samples))
         width = len(self.prompts)
         scores = []
         for index in range(len(samples)):

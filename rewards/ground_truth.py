@@ -95,11 +95,11 @@ def token_f1(text: str, answers: Sequence[str]) -> float:
     return max((_f1(normalize_answer(text).split(), normalize_answer(answer).split()) for answer in answers), default=0)
 
 
-def _f1(words: list[str], wanted: list[str]) -> float:
+def _f1(words: list[str], reference_words: list[str]) -> float:
     # Two empty texts are equal, but the formula below would divide 0 by 0.
-    if not words or not wanted:
-        return float(words == wanted)
-    return 2 * sum((Counter(words) & Counter(wanted)).values()) / (len(words) + len(wanted))
+    if not words or not reference_words:
+        return float(words == reference_words)
+    return 2 * sum((Counter(words) & Counter(reference_words)).values()) / (len(words) + len(reference_words))
 
 
 class _AnswerReward(Reward):

@@ -484,7 +484,7 @@ def test_choices_hold_a_completion(tiny_model_path):
     drawn = [backend.generate(["write"], Sampling(choices=words, seed=seed))[0][0] for seed in range(12)]
     assert {completion.text for completion in drawn} <= set(words) and len({c.text for c in drawn}) > 1
     assert all(completion.finish_reason == "stop" for completion in drawn)
-    with pytest.raises(UnsupportedRequestError, match="given choices"):
+    with pytest.raises(UnsupportedRequestError, match="no constrained decoding"):
         ScriptedBackend().generate(["write"], Sampling(choices=words))
     with pytest.raises(ValueError, match="choices"):
         Sampling(choices=("",))

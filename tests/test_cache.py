@@ -110,7 +110,7 @@ def test_who_waits_for_a_call_that_breaks_asks_by_itself(tmp_path):
 
     threads = [threading.Thread(target=first)]
     threads[0].start()
-    while not it._under_way:
+    while not it._in_flight:
         time.sleep(0.001)
     threads.append(threading.Thread(target=lambda: waiting.extend(it.generate(["p"]))))
     threads[1].start()
@@ -127,7 +127,7 @@ def test_a_call_that_is_left_early_blocks_nobody(tmp_path):
     it.generate(["stored"])
     for _ in it.generate_each(["stored", "new"]):
         break
-    assert it.generate(["new"])[0][0].text == "new!" and not it._under_way
+    assert it.generate(["new"])[0][0].text == "new!" and not it._in_flight
 
 
 def test_greedy_requests_are_equal_whatever_their_seeds(tmp_path):

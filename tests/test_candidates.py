@@ -147,7 +147,7 @@ ROW = {"id": "a", "prompt": "p", "candidates": ["x", "y"], "scores": [1, 0.5]}
         ({"candidates": []}, "'candidates' is empty"),
         ({"candidates": ["x", " "]}, r"'candidates\[1\]' must be a text"),
         ({"candidates": ["x", 3]}, r"'candidates\[1\]' must be a text"),
-        ({"candidates": ["x", "\ud800"]}, r"'candidates\[1\]' holds half a character"),
+        ({"candidates": ["x", "\ud800"]}, r"'candidates\[1\]' holds a lone surrogate"),
         ({"scores": [1]}, "'scores' has 1 numbers for 2 candidates"),
         ({"scores": [1, True]}, r"'scores\[1\]' must be a number, got true"),
         ({"scores": [1, "2"]}, r"'scores\[1\]' must be a number"),

@@ -54,7 +54,7 @@ def test_ragged_prompts_give_the_logits_they_give_alone(tiny_lms, architecture, 
     lm = fresh(tiny_lms(architecture))
     prompts = [[7], HEADER[:3], HEADER[:31], HEADER[:32], HEADER[:33], HEADER]
     for _ in range(3):  # the second and third time with a warm prefix cache
-        state = lm.prefill(prompts, room=4)
+        state = lm.prefill(prompts, free_positions=4)
         for row, prompt in enumerate(prompts):
             torch.testing.assert_close(state.logits[row], plain_logits(lm, prompt), atol=1e-4, rtol=1e-4)
         token = torch.full((len(prompts), 1), 9)
@@ -87,29 +87,29 @@ def test_a_cache_that_overflows_gives_no_wrong_logits(tiny_lm, capacity):
         [*HEADER[:32], *(generator.randrange(5, 300) for _ in range(generator.randrange(60, 120)))] for _ in range(12)
     ]
     for _ in range(3):
-        state = lm.prefill(prompts, room=1)
+        state = lm.prefill(prompts, free_positions=1)
         for row, prompt in enumerate(prompts):
             torch.testing.assert_close(state.logits[row], plain_logits(lm, prompt), atol=1e-4, rtol=1e-4)
 
 
 def test_a_prefix_that_comes_again_is_not_read_again(tiny_lm):
     lm = fresh(tiny_lm)
-    reads = [tokens_read(lm, lambda i=i: lm.prefill([[*HEADER, i]], room=1)) for i in (5, 6, 7)]
+    reads = [tokens_read(lm, lambda i=i: lm.prefill([[*HEADER, i]], free_positions=1)) for i in (5, 6, 7)]
     assert reads == [101, 101, 101 - 96]
     lm.prefix_cache.clear()
-    assert tokens_read(lm, lambda: lm.prefill([[*HEADER, 8]], room=1)) == 101
+    assert tokens_read(lm, lambda: lm.prefill([[*HEADER, 8]], free_positions=1)) == 101
 
 
 def test_one_batch_of_prompts_with_a_common_header_warms_the_cache(tiny_lm):
     lm = fresh(tiny_lm)
-    lm.prefill([[*HEADER, 5], [*HEADER, 6]], room=1)
-    assert tokens_read(lm, lambda: lm.prefill([[*HEADER, 7]], room=1)) == 5
+    lm.prefill([[*HEADER, 5], [*HEADER, 6]], free_positions=1)
+    assert tokens_read(lm, lambda: lm.prefill([[*HEADER, 7]], free_positions=1)) == 5
 
 
 @pytest.mark.parametrize("architecture", ["mistral-sliding", "gemma3-mixed"])
 def test_models_with_a_sliding_window_read_every_prompt_whole(tiny_lms, architecture):
     lm = fresh(tiny_lms(architecture))
-    assert [tokens_read(lm, lambda: lm.prefill([HEADER], room=1)) for _ in range(3)] == [100] * 3
+    assert [tokens_read(lm, lambda: lm.prefill([HEADER], free_positions=1)) for _ in range(3)] == [100] * 3
 
 
 def test_the_prefix_cache_keeps_to_its_capacity_and_forgets_the_oldest():
@@ -147,11 +147,11 @@ def test_the_prefix_cache_never_answers_for_a_whole_prompt():
 def test_an_unread_header_is_read_apart_and_once():
     cache = PrefixCache()
     header, other = [1] * 3 * BLOCK, [2] * 3 * BLOCK
-    assert cache.apart([[*header, 5], [*header, 6]]) == [tuple(header)]
-    assert cache.apart([[*header, 5], [*other, 6]]) == []
-    cache.store((*header,), torch.zeros((1, 2, 1, len(header), 4)), apart=True)
-    assert cache.apart([[*header, 5], [*header, 6]]) == []
-    assert cache.apart([[*header, 5], [3] * 9 * BLOCK]) == [(3,) * 8 * BLOCK]
+    assert cache.prefixes_to_prefill([[*header, 5], [*header, 6]]) == [tuple(header)]
+    assert cache.prefixes_to_prefill([[*header, 5], [*other, 6]]) == []
+    cache.store((*header,), torch.zeros((1, 2, 1, len(header), 4)), store_all=True)
+    assert cache.prefixes_to_prefill([[*header, 5], [*header, 6]]) == []
+    assert cache.prefixes_to_prefill([[*header, 5], [3] * 9 * BLOCK]) == [(3,) * 8 * BLOCK]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral-sliding"])

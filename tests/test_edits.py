@@ -190,7 +190,7 @@ def test_rows_become_pairs(tmp_path):
         ({"prompt": "p", "original_output": None, "edited": "b"}, "the field 'original_output' is a NoneType"),
         (ROW | {"finished": 1}, "the field 'finished' is a int: make it true or false"),
         (ROW | {"metadata": []}, "the field 'metadata' is a list: make it an object"),
-        (ROW | {"edited": "\ud800"}, "row 2: the field 'edited' holds half a character"),
+        (ROW | {"edited": "\ud800"}, "row 2: the field 'edited' holds a lone surrogate"),
         ("[1]", "row 2 is a list: make it a JSON object"),
         ('{"prompt": ', "row 2 is broken JSON"),
     ],

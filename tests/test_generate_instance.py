@@ -12,7 +12,7 @@ from instructgym.envs.tasks.instruction.seeds import load_instructions
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.tokenization import EmbeddedTokenizer, LoadedTokenizer
 from instructgym.rewards import FunctionReward
-from instructgym.rewards.quality.instance_format import Instance, parse_pair
+from instructgym.rewards.quality.instance_format import Instance, parse_instance
 from tests.conftest import build_tokenizer
 
 ENV_ID = "instructgym/GenerateInstance-v0"
@@ -48,7 +48,7 @@ def test_demonstrations_are_instances_with_and_without_input(order):
     instances = []
     for shot in shots:
         task, _, text = shot.partition("\n")
-        instances.append(parse_pair(text, order, task.removeprefix("Task: ")))
+        instances.append(parse_instance(text, order, task.removeprefix("Task: ")))
     assert all(instances) and {bool(instance.input) for instance in instances} == {True, False}
     assert asked == f"Task: Do it.\n{'Input' if order == 'input_first' else 'Class label'}:"
 

@@ -147,7 +147,7 @@ def test_a_rows_split_depends_on_its_prompt_alone(tmp_path):
         ([{"prompt": "a", "id": True}], "row 1: field 'id' must be a text or a whole number"),
         ([{"prompt": "a", "id": "x"}, {"prompt": "b", "id": "x"}], "row 2: field 'id' 'x' is that of .*row 1"),
         ([{"prompt": "a"}, "", {"prompt": "a"}], "row 3: field 'id' .* is that of .*row 1"),
-        (['{"prompt": "half \\ud800"}'], "row 1: field 'prompt' holds half a character"),
+        (['{"prompt": "half \\ud800"}'], "row 1: field 'prompt' holds a lone surrogate"),
         ([], "none of the 0 rows of .*mine.jsonl falls into the split 'train'"),
     ],
 )

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from instructgym.llm_backends.errors import InputError
-from instructgym.rewards.quality.instance_format import Instance, parse_pair, read_pair
+from instructgym.rewards.quality.instance_format import Instance, parse_instance, parse_instance_or_reason
 
 INSTRUCTION = "Name the capital of the country."
 
@@ -55,19 +55,21 @@ INSTRUCTION = "Name the capital of the country."
     ],
 )
 def test_the_table(text, order, expected):
-    assert read_pair(text, order, INSTRUCTION) == expected
-    assert parse_pair(text, order, INSTRUCTION) == (expected if isinstance(expected, Instance) else None)
+    assert parse_instance_or_reason(text, order, INSTRUCTION) == expected
+    assert parse_instance(text, order, INSTRUCTION) == (expected if isinstance(expected, Instance) else None)
 
 
 def test_a_short_instruction_may_stand_in_its_output():
-    assert parse_pair("Output: Say hello, he said.", instruction="Say hello.") == Instance("", "Say hello, he said.")
-    assert read_pair("Output: say hello", instruction="Say hello.") == "echo"
-    assert parse_pair("Output: say hello") == Instance("", "say hello")
+    assert parse_instance("Output: Say hello, he said.", instruction="Say hello.") == Instance(
+        "", "Say hello, he said."
+    )
+    assert parse_instance_or_reason("Output: say hello", instruction="Say hello.") == "echo"
+    assert parse_instance("Output: say hello") == Instance("", "say hello")
 
 
 def test_an_unknown_order():
     with pytest.raises(InputError, match="input_first or output_first, got 'label_first'"):
-        parse_pair("Output: a", "label_first")
+        parse_instance("Output: a", "label_first")
 
 
 words = st.lists(st.sampled_from("red green blue 12 sky.".split()), min_size=1, max_size=6).map(" ".join)
@@ -76,6 +78,6 @@ words = st.lists(st.sampled_from("red green blue 12 sky.".split()), min_size=1, 
 @given(words, words, st.sampled_from(["input_first", "output_first"]))
 def test_what_is_written_is_read_back(first, second, order):
     labels = ("Input", "Output") if order == "input_first" else ("Class label", "Input")
-    found = read_pair(f"{labels[0]}: {first}\n{labels[1]}: {second}\n", order)
+    found = parse_instance_or_reason(f"{labels[0]}: {first}\n{labels[1]}: {second}\n", order)
     pair = (first, second) if order == "input_first" else (second, first)
     assert found == ("input_is_output" if first == second else Instance(*pair))

@@ -82,7 +82,7 @@ def test_parquet_as_evolve_generate_writes_it(write):
         ({"instruction": " ", "output": "b"}, "row 2: field 'instruction'"),
         ({"text": "A."}, "row 2: field 'instruction' .* it is missing"),
         ({"instruction": "A.", "input": 3, "output": "b"}, "row 2: field 'input'"),
-        ({"instruction": "A.", "output": "\ud800"}, "row 2: field 'output' holds half a character"),
+        ({"instruction": "A.", "output": "\ud800"}, "row 2: field 'output' holds a lone surrogate"),
         ({"instruction": "A.", "instances": []}, "row 2: field 'instances'"),
         ({"instruction": "A.", "instances": [{"output": "b"}, {"output": ""}]}, "row 2 instance 2: field 'output'"),
         ({"messages": "Hi"}, "row 2: field 'messages' must be a list"),

@@ -139,7 +139,7 @@ def test_the_packages_seeds_are_tasks():
     assert all(len(task.instances) == 1 and task.instances[0].output for task in tasks)
     assert sum(bool(task.instances[0].input) for task in tasks) == 32
     gate = RougeGate(0.7)
-    assert all(gate.accept(task.instruction) for task in tasks), "the gate would keep none of them out"
+    assert all(gate.add_if_new(task.instruction) for task in tasks), "the gate would keep none of them out"
 
 
 @pytest.mark.parametrize(

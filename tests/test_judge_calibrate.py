@@ -236,7 +236,7 @@ GOOD = {"prompt": "p", "first": "a", "second": "b", "better": "tie"}
         ([GOOD, {k: v for k, v in GOOD.items() if k != "better"}], "row 2: field 'better' .*it is missing"),
         ([GOOD | {"prompt": 3}], "row 1: field 'prompt' .*got 3"),
         ([GOOD | {"first": " "}], "row 1: field 'first' must be a text that is not empty"),
-        ([GOOD | {"first": "\ud800"}], "half a character"),
+        ([GOOD | {"first": "\ud800"}], "a lone surrogate"),
         ([{"first": "a", "second": "b", "verdict": "equal"}], "'Not Equal', 'Equal', got 'equal'"),
         ([GOOD, [1]], "row 2 is a list"),
     ],

@@ -15,7 +15,7 @@ from instructgym.llm_backends import Journal, Journaled, Sampling, resolve
 from instructgym.llm_backends.base import BackendError, UnsupportedRequestError
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.serving.budget import Budget, BudgetExceededError, Spending
-from instructgym.llm_backends.serving.openai_backend import OpenAIBackend, prompt_tokens_at_most
+from instructgym.llm_backends.serving.openai_backend import OpenAIBackend, max_prompt_tokens
 from instructgym.llm_backends.serving.sending import retry_after
 from instructgym.llm_backends.serving.vllm_server import VLLMServerBackend
 from instructgym.rewards import Sample
@@ -166,7 +166,7 @@ def test_extra_body_stands_above_vllms_defaults(server):
 
 
 def test_choices_are_refused_where_a_server_is_not_said_to_know_them(server):
-    with pytest.raises(UnsupportedRequestError, match="given choices"):
+    with pytest.raises(UnsupportedRequestError, match="no constrained decoding"):
         backend(server).generate(["x"], Sampling(choices=WORDS))
     assert not server.bodies
 
@@ -282,7 +282,7 @@ def test_no_more_requests_are_in_flight_than_allowed():
 
 @pytest.mark.parametrize("options", [{"requests_per_minute": 60}, {"tokens_per_minute": 60 * 66}])
 def test_requests_and_tokens_per_minute(server, options):
-    assert prompt_tokens_at_most("p") + 1 == 66
+    assert max_prompt_tokens("p") + 1 == 66
     it = backend(server, concurrency=64, **options)
     begun = time.monotonic()
     it.generate(["p"] * 12, Sampling(max_tokens=1))  # ten at once, then one a second

@@ -88,13 +88,13 @@ def test_calls_are_counted_by_label_and_never_exceed_the_limit():
     scorer = LimitedScorer(30, backend)
     prompts = [films.prompt("Judge."), films.prompt("Is it good?")]
     scorer.score(prompts, films.train)
-    assert scorer.calls == 24 and scorer.left == 6
+    assert scorer.calls == 24 and scorer.remaining == 6
     asked = backend.usage.requests
     with pytest.raises(CallLimitError, match="24 task-model calls are needed, 6 of 30 are left"):
         scorer.score(prompts, films.train)
     assert scorer.calls == 24 and backend.usage.requests == asked
     scorer.score(prompts[:1], films.train[:3])  # answered by the cache, and counted
-    assert scorer.left == 0 and backend.usage.requests == asked
+    assert scorer.remaining == 0 and backend.usage.requests == asked
     with pytest.raises(InputError, match="at least 1"):
         LimitedScorer(0, backend)
 
@@ -274,13 +274,13 @@ def test_a_search_ends_where_its_calls_do(tmp_path):
 
 def test_the_test_examples_are_looked_at_once_the_search_is_over(options, tmp_path, monkeypatch):
     texts = []
-    real = LimitedScorer._ask_pairs
+    real = LimitedScorer._pair_logprobs
 
     def asked(self, pairs):
         texts.extend(text for _, text in pairs)
         return real(self, pairs)
 
-    monkeypatch.setattr(LimitedScorer, "_ask_pairs", asked)
+    monkeypatch.setattr(LimitedScorer, "_pair_logprobs", asked)
     prompt.run(options(tmp_path, "random"), QUIET)
     loaded = prompt.load(options(tmp_path), options(tmp_path).sized())
     parts = {split: {e.text for e in loaded.examples(split)} for split in ("train", "validation", "test")}

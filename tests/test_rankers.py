@@ -249,7 +249,7 @@ def test_the_judges_own_answer_is_ranked_among_the_candidates():
     assert first.added == ("q0",) and first.added_scores.tolist() == [0]
     assert first.scores.tolist() == [-3, -1, -4, -2] and first.calls == 2
     assert second.added_scores.tolist() == [-1] and second.scores.tolist() == [-2, -1, 0]
-    assert backend.usage.calls == 2 and ContextualRanker(backend, own_answer=True, rounds=3).most_calls(5) == 4
+    assert backend.usage.calls == 2 and ContextualRanker(backend, own_answer=True, rounds=3).max_calls(5) == 4
     [alone] = ContextualRanker(backend, own_answer=True).rank(["first"], [["q9"]])
     assert (alone.scores.tolist(), alone.added_scores.tolist()) == ([-1], [0])
 
@@ -328,7 +328,7 @@ def test_passes_settle_the_top_and_leave_the_rest_together(case):
 def test_a_judge_that_contradicts_itself_ends_as_well(count, method, random):
     schedule = {"all": all_pairs, "heapsort": heapsort, "sliding": lambda n: sliding(n, 3)}[method](count)
     scores, asked = play(schedule, lambda i, j: random.choice([0.0, 0.5, 1.0]))
-    assert scores.shape == (count,) and len(asked) <= PairwiseRanker("scripted", method, passes=3).most_comparisons(
+    assert scores.shape == (count,) and len(asked) <= PairwiseRanker("scripted", method, passes=3).max_comparisons(
         count
     )
 
@@ -342,7 +342,7 @@ def test_numbers_of_comparisons(count):
         ranker = PairwiseRanker(chat(better), method, passes=2)
         [found] = ranker.rank(["p"], [texts])
         made[method] = found.calls // 2
-        assert found.calls == ranker.backend.usage.requests <= ranker.most_calls(count)
+        assert found.calls == ranker.backend.usage.requests <= ranker.max_calls(count)
         assert found.places.tolist() == (places if method != "sliding" else [min(place, 2) for place in places])
     assert made["all"] == count * (count - 1) // 2
     assert count - 1 <= made["sliding"] <= 2 * (count - 1)

@@ -36,7 +36,7 @@ class StandIn:
             ends = samplings[0].eos
             eos = None if ends is None else frozenset(ends)
             results = [
-                generate(lm, [prompt], [sampling], [choice], eos, tempered=True)[0]
+                generate(lm, [prompt], [sampling], [choice], eos, tempered_logprobs=True)[0]
                 for prompt, sampling, choice in zip(prompts, samplings, choices, strict=True)
             ]
         return [BackendError("gone"), *results[1:]] if self.fails else results

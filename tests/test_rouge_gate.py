@@ -36,7 +36,7 @@ def test_the_gate_accepts_what_the_exact_gate_accepts(texts, threshold):
     gate, kept = RougeGate(threshold), []
     for text in texts:
         admitted = all(score <= threshold + TOLERANCE for score in reference(text, kept))
-        assert gate.accept(text) == admitted
+        assert gate.add_if_new(text) == admitted
         kept += [text] * admitted
         assert len(gate) == len(kept)
 
@@ -90,7 +90,7 @@ def test_a_similarity_of_exactly_the_threshold_passes(shared, size, other, kept)
     similarity, index = gate.nearest(" ".join(first))
     assert similarity == pytest.approx(2 * shared / (size + other)) and index == 0
     assert gate.rejects(similarity) is not kept
-    assert gate.accept(" ".join(first)) is kept
+    assert gate.add_if_new(" ".join(first)) is kept
     assert len(gate) == 1 + kept
 
 

@@ -290,8 +290,8 @@ class Dictated(CausalLM):
         super().__init__(lm.model, lm.tokenizer, prefix_cache_tokens=0)
         self.tokens, self.length = tokens, length
 
-    def forward(self, ids, mask, cache, keep=1):
-        logits = super().forward(ids, mask, cache, keep)
+    def forward(self, ids, mask, cache, logits_to_keep=1):
+        logits = super().forward(ids, mask, cache, logits_to_keep)
         for row, position in enumerate((mask.sum(dim=1) - self.length).tolist()):
             logits[row, self.tokens[position]] += 1000
         return logits

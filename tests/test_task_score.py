@@ -14,7 +14,7 @@ from instructgym.llm_backends.replies.journal import Journal, Journaled
 from instructgym.llm_backends.scripted import FunctionBackend
 from instructgym.rewards import Demonstration, LabelledExample, TaskPrompt, TaskScorer
 from instructgym.rewards.prompt_scoring.scorer import normalised, without_bias
-from instructgym.rewards.prompt_scoring.task_prompt import longest
+from instructgym.rewards.prompt_scoring.task_prompt import longest_examples
 
 PROMPTS = [
     TaskPrompt("Is it any good?", verbalizers=WORDS),
@@ -239,7 +239,7 @@ def test_bad_prompts_and_examples_are_refused():
     for label in (-1, 2):
         shown = (Demonstration("y", label),)
         refused(f"demonstration 0 of prompt 0 has the label {label}", [TaskPrompt("x", shown, WORDS)])
-    refused("UTF-8 cannot say", [TaskPrompt("half an emoji: \ud83d", verbalizers=WORDS)])
+    refused("UTF-8 cannot encode", [TaskPrompt("half an emoji: \ud83d", verbalizers=WORDS)])
     refused("verbalizer 0 of prompt 0 has blanks around it: use 'bad'", [TaskPrompt("x", verbalizers=("bad ", "good"))])
     refused("unknown calibration", calibrate="contextal")
     refused("batch calibration of one", examples=EXAMPLES[:1], calibrate="batch")
@@ -266,8 +266,8 @@ def test_verbalizers_of_no_token(backend, monkeypatch):
 def test_the_longest_in_tokens_need_not_be_the_longest_in_bytes():
     texts = ["plain " * 50, "short", "\u597d" * 60]
     examples = [LabelledExample(str(i), text, 0) for i, text in enumerate(texts)]
-    assert [one.id for one in longest(examples)] == ["0", "2"]
-    assert [one.id for one in longest(examples[:2])] == ["0"]
+    assert [one.id for one in longest_examples(examples)] == ["0", "2"]
+    assert [one.id for one in longest_examples(examples[:2])] == ["0"]
 
 
 def test_a_prompt_over_the_context_names_its_tokens(backend):

@@ -266,7 +266,7 @@ def test_training_attention_is_used_only_within_training_kernels(tiny_lm, monkey
 def test_training_attention_changes_nothing_in_float32(tiny_lm):
     lm = CausalLM(copy.deepcopy(tiny_lm.model), None)
     training_kernels.use_training_kernels(lm.model)
-    assert lm.model.config._attn_implementation == training_kernels.NAME
+    assert lm.model.config._attn_implementation == training_kernels.ATTENTION_NAME
     for name in ("ragged", "shared prefix"):
         with torch.no_grad():
             mine, plain = response_hidden(lm, *rows(name)), response_hidden(tiny_lm, *rows(name))

@@ -257,7 +257,7 @@ def test_a_generator_is_told_what_it_needs():
     env.play([[EOS], [], []])
     assert env.constraints()[0] is None
     with pytest.raises(ValueError, match="nothing may follow"):
-        second.after([SEA])
+        second.suffixes([SEA])
     free = make()
     free.reset(seed=0)
     assert free.constraints() == [None] * N

@@ -32,7 +32,7 @@ from ...llm_backends.training.adapters import (
     AdaptedTrunk,
     LoraSettings,
     autocast,
-    load_whole,
+    load_all_weights,
     open_model,
     training_dtype,
 )
@@ -204,7 +204,9 @@ class LanguageModelPolicy:
         samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         with self.adapter(POLICY) as lm, autocast(self.lm, self.dtype):
             self.clear_prefix_cache()  # prefixes of another adapter, or of the bare model
-            completions = generate(lm, [[int(t) for t in p] for p in prompts], samplings, choices, eos, tempered=True)
+            completions = generate(
+                lm, [[int(t) for t in p] for p in prompts], samplings, choices, eos, tempered_logprobs=True
+            )
             self.clear_prefix_cache()
         return completions
 
@@ -424,10 +426,10 @@ class LanguageModelPolicy:
             self.value_head.load_state_dict(load_file(folder / HEAD, device=str(self.lm.device)))
             frozen = settings["reference"].partition(":")[2]
             if not self.lora.rank:
-                load_whole(self.lm.model, folder / POLICY)
+                load_all_weights(self.lm.model, folder / POLICY)
                 if frozen:
                     self._reference_lm = frozen_copy(self.lm)
-                    load_whole(self._reference_lm.model, folder / frozen)
+                    load_all_weights(self._reference_lm.model, folder / frozen)
             else:
                 if frozen:
                     self._add_frozen(frozen)

@@ -12,7 +12,7 @@ import torch
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.causal_lm import CausalLM
 from ...llm_backends.local.loading import quiet_loading
-from ...llm_backends.training.adapters import autocast, load_whole
+from ...llm_backends.training.adapters import autocast, load_all_weights
 from ...llm_backends.training.output_layer import ChosenLogits, OutputLayer, chosen_logits
 from ...llm_backends.training.teacher_forcing import response_hidden
 from ..policy.language_model import POLICY, LanguageModelPolicy, frozen_copy
@@ -95,7 +95,7 @@ class TargetPolicy:
         if self._whole is None:
             self.policy.trunk.load(folder, TARGET)
         else:
-            load_whole(self._whole.model, Path(folder) / TARGET)
+            load_all_weights(self._whole.model, Path(folder) / TARGET)
 
 
 def policy_logits(

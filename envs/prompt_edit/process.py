@@ -16,7 +16,7 @@ from ...llm_backends.errors import InputError
 from ...rewards.base import Sample, Score
 from ...rewards.prompt_scoring.rewards import TaskGain
 from ...rewards.prompt_scoring.scorer import check_batch
-from ...rewards.prompt_scoring.task_prompt import Demonstration, LabelledExample, TaskPrompt, longest
+from ...rewards.prompt_scoring.task_prompt import Demonstration, LabelledExample, TaskPrompt, longest_examples
 from ..edit.process import EditEpisode, EditProcess, EditSettings, EditState, EditStep
 from ..process import InvalidRewardError, Transition
 from ..tasks.instruction.seeds import Instruction
@@ -97,7 +97,7 @@ class PromptData:
     def hardest(self) -> tuple[LabelledExample, ...]:
         """The longest examples and one with the last label: a prompt that can be scored on these can be on all."""
         everything = (*self.examples, *self.held_out)
-        return (*longest(everything), max(everything, key=lambda example: example.label))
+        return (*longest_examples(everything), max(everything, key=lambda example: example.label))
 
 
 class PromptProcess(EditProcess):

@@ -357,7 +357,7 @@ class TokenVectorEnv(TokenParts, ProcessVectorEnv[TokenProcess, TokenObserver]):
         """
         episodes = [self.process.episode(copy) for copy in range(self.num_envs)]
         return [
-            None if episode.choices is None or episode.finish_reason else episode.choices.after(episode.tokens)
+            None if episode.choices is None or episode.finish_reason else episode.choices.suffixes(episode.tokens)
             for episode in episodes
         ]
 

@@ -173,7 +173,7 @@ class InstructionGenerator:
             if info["rewrite_failed"]:
                 reason = "rewriter_failed"
             # Last, because the gate adds every text that it accepts to its pool.
-            if not reason and not self.gate.accept(info["edit"]):
+            if not reason and not self.gate.add_if_new(info["edit"]):
                 reason = "rouge"
             if reason:
                 result.rejected.append(candidate | {"rejected_by": reason})

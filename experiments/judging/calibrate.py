@@ -27,8 +27,8 @@ from ...rewards.judges.verdict import (
     check_mode,
     equality_prompt,
     judge_verdicts,
-    reads_likelihood,
     sigmoid,
+    uses_likelihood,
 )
 from ..runs.folder import RowWriter, RunFolder, TimeLimit, Tracker, replayed
 from ..runs.options import RunOptions, input_errors, parse_part
@@ -135,7 +135,7 @@ def run(options: JudgeCalibrate, console: Console | None = None) -> dict[str, An
     # The hash of the pairs is an option of the run: with other data it is not resumed.
     digest = hashlib.sha256(json.dumps([kind, *map(asdict, pairs)]).encode()).hexdigest()[:16]
     folder = RunFolder(options.run_dir, asdict(options) | {"pairs": digest}, "judge calibrate")
-    likelihood = reads_likelihood(backend, options.mode)
+    likelihood = uses_likelihood(backend, options.mode)
     if options.dry_run:
         console.print(
             f"would ask {backend.name} about {len(pairs)} {kind} pairs in both orders, "
@@ -158,7 +158,7 @@ def _calibrate(
 ) -> dict[str, Any]:
     start_time, limit = time.monotonic(), TimeLimit(options.minutes, backend.journal)
     rows = RowWriter(folder.file("judgements.jsonl"))
-    likelihood = reads_likelihood(backend, options.mode)
+    likelihood = uses_likelihood(backend, options.mode)
     judgements: list[Judgement] = []
     with (
         Tracker(folder, options.track, step_name="pairs") as tracker,

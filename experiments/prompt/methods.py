@@ -231,7 +231,7 @@ def gepa(search: PromptSearch) -> None:
         search.task.prompt(search.task.instructions[0]), search.scorer, search.rewriter, search.seed, record
     )
     train = search.task.examples("train")
-    reflective_search(adapter, train, validation, search.scorer.left, search.settings["minibatch"], search.seed)
+    reflective_search(adapter, train, validation, search.scorer.remaining, search.settings["minibatch"], search.seed)
 
 
 METHODS: dict[str, Callable[[PromptSearch], None]] = {
@@ -351,7 +351,7 @@ def _write(search: PromptSearch, agent_class: Any, value: str, options: Mapping[
     agent = agent_class(env, policy, search.seed, learning_rate=settings["learning_rate"], **options)
     agent.start()
     silent = 0
-    while search.scorer.left > 0 and silent < PATIENCE:  # a round is silent if no episode needed a task-model call
+    while search.scorer.remaining > 0 and silent < PATIENCE:  # a round is silent if no episode needed a task-model call
         before = search.scorer.calls
         agent.update(search.scorer.calls / search.scorer.limit)
         batch = agent.last_rollout

@@ -251,7 +251,7 @@ def run(options: ServeCheck, console: Console | None = None) -> dict[str, Any]:
 
 
 def _measured(options: ServeCheck, probe: ServerProbe, levels: Sequence[int], status: Status) -> list[Speed]:
-    findings, needed = probe.found, options.prompt_tokens + options.max_tokens
+    findings, needed = probe.findings, options.prompt_tokens + options.max_tokens
     if findings.context_length and needed > findings.context_length:
         raise InputError(
             f"--prompt-tokens and --max-tokens make {needed} tokens, more than the {findings.context_length} of "

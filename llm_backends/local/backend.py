@@ -58,10 +58,10 @@ class TransformersBackend(Backend):
     @property
     def name(self) -> str:  # type: ignore[override]
         """Model and dtype, e.g. ``transformers:MODEL:float32``."""
-        return f"transformers:{self.model}:{self.chosen_dtype}"
+        return f"transformers:{self.model}:{self.resolved_dtype}"
 
     @property
-    def chosen_dtype(self) -> str:
+    def resolved_dtype(self) -> str:
         """The dtype, with ``"auto"`` replaced by the dtype that it selects."""
         if self.dtype != "auto":
             return self.dtype
@@ -73,7 +73,7 @@ class TransformersBackend(Backend):
     def lm(self) -> CausalLM:
         """The loaded model."""
         with _LOADING:
-            return load_causal_lm(self._path(), self.chosen_dtype, self.device)
+            return load_causal_lm(self._path(), self.resolved_dtype, self.device)
 
     def _path(self) -> str:
         return self.model
@@ -142,8 +142,8 @@ class TransformersBackend(Backend):
         # Score the others, reading each shared head once.
         fit = [i for i, result in enumerate(results) if not isinstance(result, BackendError)]
         self.usage.prompt_tokens += sum(len(encoded[i]) for i in fit)
-        shared = [shared_length(encoded[i], beginnings[_key(heads[i])]) if len(heads[i]) else 0 for i in fit]
-        scores = choice_logprobs(lm, [encoded[i] for i in fit], shared, [tails[i] for i in fit])
+        shared_lengths = [shared_length(encoded[i], beginnings[_key(heads[i])]) if len(heads[i]) else 0 for i in fit]
+        scores = choice_logprobs(lm, [encoded[i] for i in fit], shared_lengths, [tails[i] for i in fit])
         for i, row in zip(fit, scores, strict=True):
             results[i] = row
         return results
@@ -185,7 +185,7 @@ class EmbeddedBackend(TransformersBackend):
     def name(self) -> str:  # type: ignore[override]
         """Model, weights and dtype; the packaged weights are quantised (``q4_1``), those of the hub are not."""
         weights = "hub" if self._path() == HUB_ID else "q4_1"
-        return f"embedded:{self.model}:{weights}:{self.chosen_dtype}"
+        return f"embedded:{self.model}:{weights}:{self.resolved_dtype}"
 
     def _path(self) -> str:
         return embedded_model_path()

@@ -130,7 +130,7 @@ class PrefixCache:
             self._blocks.move_to_end(key)
         return torch.cat([self._blocks[key] for key in stored_keys], dim=-2) if stored_keys else None
 
-    def apart(self, prompts: Sequence[Sequence[int]]) -> list[BlockKey]:
+    def prefixes_to_prefill(self, prompts: Sequence[Sequence[int]]) -> list[BlockKey]:
         """Returns prefixes to read once, in a separate batch, and to store before these prompts are read.
 
         These are prefixes seen before or shared by two of the prompts, and those of a prompt with far more left to read
@@ -153,22 +153,22 @@ class PrefixCache:
         # Drop each prefix that a longer one contains; sorting makes the order of the batch independent of the set's.
         return sorted(separate - {key[:-BLOCK] for key in separate})
 
-    def store(self, tokens: Sequence[int], row: torch.Tensor, apart: bool = False) -> None:
+    def store(self, tokens: Sequence[int], row: torch.Tensor, store_all: bool = False) -> None:
         """Stores those blocks of a prompt that were seen before, and notes the others as seen.
 
         Args:
             tokens: token ids of the prompt.
             row: its keys and values, shape (layers, 2, heads, len(tokens), head dim).
-            apart: whether to store all blocks at once, for a prefix that :meth:`apart` returned.
+            store_all: whether to store all blocks at once, for a prefix that :meth:`prefixes_to_prefill` returned.
         """
         # From the last block to the first, so that an overflowing cache evicts the end of a prefix first. A block that
-        # ends with ``tokens`` is stored only if they are a prefix of other prompts (``apart``).
-        for end in reversed(range(BLOCK, min(len(tokens) + apart, self.capacity + 1), BLOCK)):
+        # ends with ``tokens`` is stored only if they are a prefix of other prompts (``store_all``).
+        for end in reversed(range(BLOCK, min(len(tokens) + store_all, self.capacity + 1), BLOCK)):
             key = tuple(tokens[:end])
             if key in self._blocks:
                 continue
             digest = hash(key)
-            if not apart and digest not in self._seen:
+            if not store_all and digest not in self._seen:
                 self._seen[digest] = None
                 while len(self._seen) > 65_536:
                     self._seen.popitem(last=False)
@@ -321,19 +321,19 @@ class CausalLM:
         return decode_ids(self.tokenizer, ids)
 
     @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Sequence[int]], room: int) -> Prefilled:
+    def prefill(self, prompts: Sequence[Sequence[int]], free_positions: int) -> Prefilled:
         """Reads the prompts, except for prefixes that the prefix cache holds.
 
         Args:
             prompts: token ids, none empty.
-            room: number of positions to keep free in the cache for the tokens that follow.
+            free_positions: number of positions to keep free in the cache for the tokens that follow.
         """
         # Prefixes that are read first are found in the cache when the prompts are read.
-        if self.prefix_cache.capacity and (headers := self.prefix_cache.apart(prompts)):
-            self._read(headers, 0, apart=True)
-        return self._read(prompts, room)
+        if self.prefix_cache.capacity and (headers := self.prefix_cache.prefixes_to_prefill(prompts)):
+            self._read(headers, 0, store_all=True)
+        return self._read(prompts, free_positions)
 
-    def _read(self, prompts: Sequence[Sequence[int]], room: int, apart: bool = False) -> Prefilled:
+    def _read(self, prompts: Sequence[Sequence[int]], free_positions: int, store_all: bool = False) -> Prefilled:
         """Reads the prompts behind their stored prefixes, in groups, into one cache."""
         batch = len(prompts)
         prefixes = [self.prefix_cache.lookup(p) if self.plain_attention else None for p in prompts]
@@ -345,7 +345,7 @@ class CausalLM:
         groups = self._groups(fresh)
         columns = max(max(known[i] for i in group) + max(fresh[i] for i in group) for group in groups)
         mask = torch.zeros((batch, columns), dtype=torch.long)
-        cache, logits = self._empty_cache(batch, columns + room), []
+        cache, logits = self._empty_cache(batch, columns + free_positions), []
         for group in groups:
             past, new = max(known[i] for i in group), max(fresh[i] for i in group)
             # In this group columns [first, begin) hold the stored prefixes and [begin, columns) the new tokens.
@@ -363,7 +363,7 @@ class CausalLM:
             # The group's pass starts at its own first column; the columns before that are padding for all its rows.
             window = BatchCache(cache.buffer[:, :, rows, :, first:], past) if isinstance(cache, BatchCache) else cache
             logits.append(self.forward(ids.to(self.device), mask[rows, first:].to(self.device), window))
-            self._store_prefixes(prompts[rows], known[rows], past, window, apart)
+            self._store_prefixes(prompts[rows], known[rows], past, window, store_all)
         # The groups wrote into views of the buffer: only the length of the whole is missing.
         if isinstance(cache, BatchCache):
             cache = BatchCache(cache.buffer, columns)
@@ -377,17 +377,18 @@ class CausalLM:
         return list(token_budget_chunks(lengths, GROUP_TOKENS if self.device.type == "cpu" else PREFILL_TOKENS))
 
     @torch.inference_mode()
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: Cache, keep: int = 1) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: Cache, logits_to_keep: int = 1) -> torch.Tensor:
         """Runs the model on new tokens after those of a cache.
 
         Args:
             ids: new token ids, int64, shape (batch, new).
             mask: 1 for tokens and 0 for padding, int64, shape (batch, past + new).
             cache: keys and values of the past, to which those of the new tokens are added.
-            keep: number of last positions to return the logits of.
+            logits_to_keep: number of last positions to return the logits of.
 
         Returns:
-            float32 logits, shape (batch, vocabulary) for ``keep=1``, else (batch, keep, vocabulary).
+            float32 logits, shape (batch, vocabulary) for ``logits_to_keep=1``, else (batch, logits_to_keep,
+            vocabulary).
         """
         # Positions count the tokens in the mask, so that padding and gaps take up none. Leading padding would get -1,
         # and finished rows may run past the context, where a table of position embeddings ends: clamp both.
@@ -398,10 +399,10 @@ class CausalLM:
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=keep,
+            logits_to_keep=logits_to_keep,
         )
         logits = output.logits.float()  # softmax and logsumexp in float32 whatever the dtype of the weights
-        return logits[:, -1] if keep == 1 else logits[:, -keep:]
+        return logits[:, -1] if logits_to_keep == 1 else logits[:, -logits_to_keep:]
 
     def logprobs(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Returns the log-probs of completion tokens given their prompts.
@@ -423,7 +424,7 @@ class CausalLM:
             members = {order[i]: k for k, i in enumerate(chunk)}
             chunk_rows = [i for i, prompt in enumerate(prompts) if tuple(prompt) in members]
             with self.lock:
-                state = self.prefill(list(members), room=width)
+                state = self.prefill(list(members), free_positions=width)
                 owner = [members[tuple(prompts[i])] for i in chunk_rows]
                 scores = self.completion_logprobs(state, owner, [completions[i] for i in chunk_rows])
             for i, row in zip(chunk_rows, scores, strict=True):
@@ -459,7 +460,7 @@ class CausalLM:
             owner_rows = torch.tensor([owner[i] for i in longer], device=self.device)
             cache = select_rows(state.cache, owner_rows)
             mask = torch.cat([state.mask[owner_rows], torch.ones_like(ids).to(self.device)], dim=1)
-            logits = self.forward(ids.to(self.device), mask, cache, keep=new).reshape(len(longer), new, -1)
+            logits = self.forward(ids.to(self.device), mask, cache, logits_to_keep=new).reshape(len(longer), new, -1)
             for row, i in enumerate(longer):
                 rest = torch.tensor(completions[i][1:], device=self.device)
                 scores[i] = torch.cat([scores[i], selective_log_softmax(logits[row, : len(rest)], rest)])
@@ -472,7 +473,7 @@ class CausalLM:
         return BatchCache.allocate(self.text_config, batch, capacity, self.model.dtype, self.device)
 
     def _store_prefixes(
-        self, prompts: Sequence[Sequence[int]], known: Sequence[int], past: int, cache: Cache, apart: bool
+        self, prompts: Sequence[Sequence[int]], known: Sequence[int], past: int, cache: Cache, store_all: bool
     ) -> None:
         """Passes keys and values of each prompt, without the gap between prefix and new tokens, to the prefix cache."""
         if not isinstance(cache, BatchCache) or not self.prefix_cache.capacity:
@@ -484,7 +485,7 @@ class CausalLM:
                 keys_values[..., past - known_length : past, :],
                 keys_values[..., end - (len(prompt) - known_length) : end, :],
             )
-            self.prefix_cache.store(prompt, torch.cat([stored, new], dim=-2) if known_length else new, apart)
+            self.prefix_cache.store(prompt, torch.cat([stored, new], dim=-2) if known_length else new, store_all)
 
 
 def select_rows(cache: Cache, rows: torch.Tensor, capacity: int | None = None) -> Cache:

@@ -49,18 +49,18 @@ def load_config(path: str | Path) -> Any:
         raise load_error(path, error) from error
 
 
-def load_error(path: str | Path, error: Exception, what: str = "causal language model") -> ModelLoadError:
+def load_error(path: str | Path, error: Exception, part: str = "causal language model") -> ModelLoadError:
     """Returns an error that was raised while loading as a one-line error that names the path.
 
     Args:
         path: local path or hub id.
         error: the error that was raised.
-        what: what was being loaded, for the message.
+        part: what was being loaded, for the message.
     """
     if isinstance(error, ModelLoadError):
         return error
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return ModelLoadError(f"cannot load a {what} from {str(path)!r}: {reason}")
+    return ModelLoadError(f"cannot load a {part} from {str(path)!r}: {reason}")
 
 
 def load_tokenizer(path: str | Path) -> Any:

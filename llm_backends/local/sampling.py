@@ -62,7 +62,7 @@ class Choices:
             self._arrays[key] = None if node is None else np.array(sorted(node), dtype=np.int64)
         return self._arrays[key]
 
-    def after(self, prefix: Sequence[int]) -> Choices:
+    def suffixes(self, prefix: Sequence[int]) -> Choices:
         """Returns the choices of what may follow ``prefix``.
 
         Raises:
@@ -143,7 +143,7 @@ def generate(
     samplings: Sequence[Sampling],
     choices: Sequence[Choices | None] | None = None,
     eos: frozenset[int] | None = None,
-    tempered: bool = False,
+    tempered_logprobs: bool = False,
 ) -> list[list[Completion]]:
     """Completes every prompt with its own sampling parameters.
 
@@ -157,7 +157,7 @@ def generate(
         choices: for each prompt the allowed responses, or None for free generation; log-probs are then those among the
             allowed tokens. None: free generation for all prompts.
         eos: ids of the tokens that end a completion; None: the model's own.
-        tempered: whether log-probs are at the temperature of sampling (1 for greedy decoding) instead of at 1.
+        tempered_logprobs: whether log-probs are at the temperature of sampling (1 for greedy decoding) instead of at 1.
 
     Returns:
         n lists of ``sampling.n`` completions.
@@ -170,7 +170,7 @@ def generate(
         with lm.lock:
             allowed = [None if choices is None else choices[i] for i in members]
             requests = [prompts[i] for i in members], [samplings[i] for i in members]
-            for row in _decode(lm, *requests, allowed, lm.eos_token_ids if eos is None else eos, tempered):
+            for row in _decode(lm, *requests, allowed, lm.eos_token_ids if eos is None else eos, tempered_logprobs):
                 completions[members[row.request]].append(row.completion(lm))
     return completions
 
@@ -182,7 +182,7 @@ def _decode(
     samplings: list[Sampling],
     choices: list[Choices | None],
     eos: frozenset[int],
-    tempered: bool,
+    tempered_logprobs: bool,
 ) -> list[_Row]:
     """Generates all completions of one batch and returns them in the order of the requests."""
     # Read each distinct prompt once, then give every completion a row of the cache.
@@ -193,8 +193,8 @@ def _decode(
         for i, sampling in enumerate(samplings)
         for k in range(sampling.n)
     ]
-    room = max(len(row.uniforms) for row in rows)
-    state = lm.prefill(list(unique), room)
+    free_positions = max(len(row.uniforms) for row in rows)
+    state = lm.prefill(list(unique), free_positions)
     cache, mask, logits = state.cache, state.mask, state.logits
     if len(rows) > len(unique):
         owners = torch.tensor([row.prompt for row in rows], device=lm.device)
@@ -206,16 +206,16 @@ def _decode(
     done = [False] * len(rows)
     # Built once, as creating small tensors at each step costs as much as a layer of a small model. The mask holds the
     # ones of all tokens to come; each step uses a slice.
-    uniforms = _side_by_side([row.uniforms for row in rows], room).to(lm.device)
-    mask = torch.nn.functional.pad(mask, (0, room), value=1)
+    uniforms = _stack_uniforms([row.uniforms for row in rows], free_positions).to(lm.device)
+    mask = torch.nn.functional.pad(mask, (0, free_positions), value=1)
     constrained = any(row.choices is not None for row in rows)
-    length, step = mask.shape[1] - room, 0
+    length, step = mask.shape[1] - free_positions, 0
     while True:
         logits = logits[:, :vocabulary]
         if constrained and any(rows[i].choices is not None for i in live):
             logits = _masked(logits, [rows[i] for i in live])
         # Sample a token for every row, finished ones included, and append it to the others.
-        ids, logprobs = sample_tokens(logits, [rows[i].sampling for i in live], uniforms[step], tempered)
+        ids, logprobs = sample_tokens(logits, [rows[i].sampling for i in live], uniforms[step], tempered_logprobs)
         for i, token, logprob in zip(live, ids.tolist(), logprobs.tolist(), strict=True):
             if not done[i]:
                 rows[i].token_ids.append(token)
@@ -233,7 +233,7 @@ def _decode(
         logits = lm.forward(ids.unsqueeze(1), mask[:, : length + step], cache)
 
 
-def _side_by_side(uniforms: list[torch.Tensor], steps: int) -> torch.Tensor:
+def _stack_uniforms(uniforms: list[torch.Tensor], steps: int) -> torch.Tensor:
     """Stacks the uniforms of rows, float64, shape (steps, rows, DRAWS); shorter rows repeat their last ones, unused."""
     table = torch.stack([torch.cat([row, row[-1:].expand(steps - len(row), -1)]) for row in uniforms])
     return table.transpose(0, 1).contiguous()
@@ -261,7 +261,7 @@ def _uniforms(lm: CausalLM, prompt: Sequence[int], sampling: Sampling, index: in
 
 
 def sample_tokens(
-    logits: torch.Tensor, samplings: Sequence[Sampling], uniforms: torch.Tensor, tempered: bool = False
+    logits: torch.Tensor, samplings: Sequence[Sampling], uniforms: torch.Tensor, tempered_logprobs: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws one token per row.
 
@@ -271,7 +271,7 @@ def sample_tokens(
         logits: float32, shape (batch, vocabulary).
         samplings: sampling parameters of each row.
         uniforms: float64, shape (batch, DRAWS), in [0, 1).
-        tempered: whether log-probs are at the temperature of sampling (1 for greedy decoding) instead of at 1.
+        tempered_logprobs: whether log-probs are at the temperature of sampling (1 for greedy decoding) instead of at 1.
 
     Returns:
         int64 token ids and float32 log-probs before truncation, each of shape (batch,).
@@ -290,7 +290,7 @@ def sample_tokens(
         if truncated:
             weights = _truncate(_scaled(logits, samplings, truncated), [samplings[i] for i in truncated])
             ids[truncated] = _draw(weights, uniforms[truncated])
-    if tempered and any(samplings[i].temperature != 1 for i in drawn):
+    if tempered_logprobs and any(samplings[i].temperature != 1 for i in drawn):
         logits = logits.index_copy(0, torch.tensor(drawn, device=logits.device), _scaled(logits, samplings, drawn))
     logprobs = logits.gather(1, ids.unsqueeze(1)).squeeze(1) - logits.logsumexp(dim=-1)
     return ids, logprobs

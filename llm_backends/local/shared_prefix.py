@@ -46,14 +46,14 @@ def shared_length(prompt: Tokens, head: Tokens) -> int:
 
 
 def choice_logprobs(
-    lm: CausalLM, prompts: Sequence[Tokens], shared: Sequence[int], choices: Sequence[Sequence[Tokens]]
+    lm: CausalLM, prompts: Sequence[Tokens], shared_lengths: Sequence[int], choices: Sequence[Sequence[Tokens]]
 ) -> list[np.ndarray]:
     """Returns the log-probs of each prompt's continuations.
 
     Args:
         lm: the model; if it has other than full attention, every prompt is read whole.
         prompts: n lists of token ids, none empty.
-        shared: for each prompt the number of leading tokens that it shares with others; 0 for none.
+        shared_lengths: for each prompt the number of leading tokens that it shares with others; 0 for none.
         choices: for each prompt the token ids of its continuations, none empty.
 
     Returns:
@@ -62,14 +62,14 @@ def choice_logprobs(
     """
     # Group the prompts by head. A head of one prompt is not shared: that prompt is read whole.
     heads: dict[tuple[int, ...], list[int]] = {}
-    for index, (prompt, length) in enumerate(zip(prompts, shared, strict=True)):
+    for index, (prompt, length) in enumerate(zip(prompts, shared_lengths, strict=True)):
         heads.setdefault(tuple(prompt[:length] if lm.plain_attention else ()), []).append(index)
-    alone = heads.pop((), []) + [rows.pop() for rows in heads.values() if len(rows) == 1]
+    unshared = heads.pop((), []) + [rows.pop() for rows in heads.values() if len(rows) == 1]
     order = sorted((head for head, rows in heads.items() if rows), key=len)
-    room = max((len(tokens) for continuations in choices for tokens in continuations), default=1)
+    free_positions = max((len(tokens) for continuations in choices for tokens in continuations), default=1)
     results: list[np.ndarray] = [np.empty(0, np.float32)] * len(prompts)
     # Score all continuations of each chunk of prompts.
-    for rows, state in _read(lm, prompts, alone, [heads[head] for head in order], order, room):
+    for rows, state in _read(lm, prompts, unshared, [heads[head] for head in order], order, free_positions):
         owner = [k for k, i in enumerate(rows) for _ in choices[i]]
         scores = iter(lm.completion_logprobs(state, owner, [tokens for i in rows for tokens in choices[i]]))
         for i in rows:
@@ -81,32 +81,32 @@ def choice_logprobs(
 def _read(
     lm: CausalLM,
     prompts: Sequence[Tokens],
-    alone: list[int],
+    unshared: list[int],
     members: list[list[int]],
     heads: list[tuple[int, ...]],
-    room: int,
+    free_positions: int,
 ) -> Iterator[tuple[list[int], Prefilled]]:
     """Yields chunks of prompts with the model's state after them.
 
     Args:
         lm: the model.
         prompts: token ids of all prompts.
-        alone: indices of the prompts without a shared head.
+        unshared: indices of the prompts without a shared head.
         members: for each head the indices of its prompts.
         heads: token ids of the heads.
-        room: number of positions to keep free for continuations.
+        free_positions: number of positions to keep free for continuations.
 
     Yields:
         Indices into ``prompts`` and the state, whose rows are in that order.
     """
-    alone = sorted(alone, key=lambda i: len(prompts[i]))
-    for chunk in token_budget_chunks([len(prompts[i]) + room for i in alone], PREFILL_TOKENS):
+    unshared = sorted(unshared, key=lambda i: len(prompts[i]))
+    for chunk in token_budget_chunks([len(prompts[i]) + free_positions for i in unshared], PREFILL_TOKENS):
         with lm.lock:
-            yield [alone[k] for k in chunk], _prefilled(lm, [prompts[alone[k]] for k in chunk], room)
+            yield [unshared[k] for k in chunk], _prefilled(lm, [prompts[unshared[k]] for k in chunk], free_positions)
     budget = GROUP_TOKENS if lm.device.type == "cpu" else PREFILL_TOKENS
     for group in token_budget_chunks([len(head) for head in heads], HEAD_TOKENS):
         with lm.lock:
-            state = _prefilled(lm, [heads[k] for k in group], room=0)
+            state = _prefilled(lm, [heads[k] for k in group], free_positions=0)
             # Rows of similar length together, whatever their head: less padding.
             rows = sorted(
                 (
@@ -117,30 +117,30 @@ def _read(
                 key=lambda row: row[0],
             )
             past = state.mask.shape[1]
-            sizes = [new + (past + room) // CACHED_SHARE for new, _, _ in rows]
+            sizes = [new + (past + free_positions) // CACHED_SHARE for new, _, _ in rows]
             for chunk in token_budget_chunks(sizes, budget):
                 chunk_rows = [rows[k] for k in chunk]
                 tails = [prompts[i][len(prompts[i]) - new :] for new, _, i in chunk_rows]
                 yield (
                     [i for *_, i in chunk_rows],
-                    _continued(lm, state, [head_row for _, head_row, _ in chunk_rows], tails, room),
+                    _continued(lm, state, [head_row for _, head_row, _ in chunk_rows], tails, free_positions),
                 )
 
 
-def _prefilled(lm: CausalLM, prompts: Sequence[Tokens], room: int) -> Prefilled:
+def _prefilled(lm: CausalLM, prompts: Sequence[Tokens], free_positions: int) -> Prefilled:
     """Returns the state after the prompts, read without the prefix cache.
 
     Reading a prefix from the cache changes rounding, so that results would depend on earlier calls.
     """
     stored, lm.prefix_cache = lm.prefix_cache, PrefixCache(0)
     try:
-        return lm.prefill(prompts, room)
+        return lm.prefill(prompts, free_positions)
     finally:
         lm.prefix_cache = stored
 
 
 @torch.inference_mode()
-def _continued(lm: CausalLM, state: Prefilled, owner: list[int], tails: list[Tokens], room: int) -> Prefilled:
+def _continued(lm: CausalLM, state: Prefilled, owner: list[int], tails: list[Tokens], free_positions: int) -> Prefilled:
     """Returns the state after the rest of some prompts, read on top of their heads.
 
     Args:
@@ -148,7 +148,7 @@ def _continued(lm: CausalLM, state: Prefilled, owner: list[int], tails: list[Tok
         state: state of the heads.
         owner: for each tail the row of its head in ``state``.
         tails: token ids of the prompts after their heads.
-        room: number of positions to keep free for continuations.
+        free_positions: number of positions to keep free for continuations.
     """
     # Tails are padded on the left, between head and tail, so that every row ends in the same column. The mask hides the
     # gap.
@@ -160,7 +160,7 @@ def _continued(lm: CausalLM, state: Prefilled, owner: list[int], tails: list[Tok
         real[row, new - len(tail) :] = 1
     owner_rows = torch.tensor(owner, device=lm.device)
     mask = torch.cat([state.mask[owner_rows], real.to(lm.device)], dim=1)
-    # With any other attention all prompts were read alone, see choice_logprobs.
+    # With any other attention all prompts were read whole, see choice_logprobs.
     assert isinstance(state.cache, BatchCache)
-    cache = state.cache.select(owner_rows, mask.shape[1] + room)
+    cache = state.cache.select(owner_rows, mask.shape[1] + free_positions)
     return Prefilled(cache, mask, lm.forward(ids.to(lm.device), mask, cache))

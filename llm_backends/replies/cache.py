@@ -24,7 +24,7 @@ import numpy as np
 from ..base import BackendError, Completion, Prompt, Result, Sampling, Usage
 from ..errors import InputError
 from ..parts import resolve
-from .journal import Wrapped, request_key
+from .journal import BackendWrapper, request_key
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS replies
@@ -100,7 +100,7 @@ class ReplyStore:
                 reply = str(row[0])
             # Times of use are written by _shrink, many at once, so that a lookup does not write to the file.
             self._touched.add(key)
-            self._keep(key, reply)
+            self._remember(key, reply)
             return reply
 
     def put(self, key: str, reply: str) -> None:
@@ -108,12 +108,12 @@ class ReplyStore:
         with self._open() as database:
             row = (key, reply, len(reply), time())
             database.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", row)
-            self._keep(key, reply)
+            self._remember(key, reply)
             self._stored += 1
             if self._stored % CHECK_EVERY == 0:
                 self._shrink()
 
-    def _keep(self, key: str, reply: str) -> None:
+    def _remember(self, key: str, reply: str) -> None:
         """Holds a reply in memory as the most recently used one."""
         self._recent[key] = reply
         self._recent.move_to_end(key)
@@ -139,7 +139,7 @@ class ReplyStore:
 
 
 @dataclass(eq=False)
-class Cached(Wrapped):
+class Cached(BackendWrapper):
     """A backend that stores replies and answers repeated requests from the store.
 
     The key is the whole request: model and server, prompt, every sampling parameter. Another seed therefore gives a
@@ -156,7 +156,7 @@ class Cached(Wrapped):
     store: ReplyStore
     refresh: bool = False
     _usage: Usage = field(default_factory=Usage, repr=False)
-    _under_way: dict[str, Future[Result | None]] = field(default_factory=dict, repr=False)
+    _in_flight: dict[str, Future[Result | None]] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __post_init__(self) -> None:
@@ -179,7 +179,7 @@ class Cached(Wrapped):
                 # If this call breaks off, None tells calls that wait for its results to send the requests themselves.
                 with self._lock:
                     for key, future in claimed.items():
-                        self._under_way.pop(key, None)
+                        self._in_flight.pop(key, None)
                         if not future.done():
                             future.set_result(None)
 
@@ -190,7 +190,7 @@ class Cached(Wrapped):
 
     def _round(
         self,
-        wanted: dict[str, list[int]],
+        open_requests: dict[str, list[int]],
         claimed: dict[str, Future[Result | None]],
         prompts: list[Prompt],
         samplings: list[Sampling],
@@ -198,7 +198,7 @@ class Cached(Wrapped):
         """Yields stored replies, then those of requests that this call sends, then those that other calls have sent.
 
         Args:
-            wanted: indices of the open requests by key.
+            open_requests: indices of the open requests by key.
             claimed: filled with a future for each request that this call sends.
             prompts: all prompts of the call.
             samplings: sampling parameters of each prompt.
@@ -209,21 +209,21 @@ class Cached(Wrapped):
         # Sort the keys: stored, in flight in another call, or claimed by this one.
         stored: dict[str, str] = {}
         others: dict[str, Future[Result | None]] = {}
-        for key in wanted:
+        for key in open_requests:
             with self._lock:  # no other thread may claim the key between lookup and claim
                 reply = None if self.refresh else self.store.get(key)
                 if reply is not None:
                     stored[key] = reply
-                elif key in self._under_way:
-                    others[key] = self._under_way[key]
+                elif key in self._in_flight:
+                    others[key] = self._in_flight[key]
                 else:
-                    claimed[key] = self._under_way[key] = Future()
+                    claimed[key] = self._in_flight[key] = Future()
         for key, reply in stored.items():
             yield key, [Completion(**completion) for completion in json.loads(reply)]
         sent_keys = list(claimed)
         if sent_keys:
             self.usage.cache_hits -= len(sent_keys)
-            indices = [wanted[key][0] for key in sent_keys]
+            indices = [open_requests[key][0] for key in sent_keys]
             replies = self.inner.generate_each([prompts[i] for i in indices], [samplings[i] for i in indices])
             for number, result in replies:
                 key = sent_keys[number]

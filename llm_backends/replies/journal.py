@@ -31,7 +31,7 @@ from ..records import RecordError, append_lines, read_records
 
 
 @dataclass(eq=False)
-class Wrapped(Backend):
+class BackendWrapper(Backend):
     """A backend that answers for another one, with the same name, prompt style and features.
 
     Args:
@@ -111,7 +111,7 @@ class Journal:
 
 
 @dataclass(eq=False)
-class Journaled(Wrapped):
+class Journaled(BackendWrapper):
     """A backend that stores replies in a journal and answers repeated requests from it.
 
     The key is the whole request: model, prompt and every sampling parameter, including the seed. Errors are stored like
@@ -130,11 +130,11 @@ class Journaled(Wrapped):
 
     def _count(self, result: Result) -> None:
         self.usage.requests += 1
-        self.usage.errors += isinstance(result, BackendError)  # _through adds the inner backend's tokens
+        self.usage.errors += isinstance(result, BackendError)  # _answer adds the inner backend's tokens
 
     def _generate(self, prompts: list[Prompt], samplings: list[Sampling]) -> list[Result]:
         keys = [request_key("generate", self.name, p, asdict(s)) for p, s in zip(prompts, samplings, strict=True)]
-        return self._through(
+        return self._answer(
             keys,
             lambda missing: self.inner.generate_each([prompts[i] for i in missing], [samplings[i] for i in missing]),
             pack=lambda result: [asdict(completion) for completion in result],
@@ -143,7 +143,7 @@ class Journaled(Wrapped):
 
     def _logprobs(self, prompts: list[Prompt], completions: list[str]) -> list[np.ndarray | BackendError]:
         keys = [request_key("logprobs", self.name, p, c) for p, c in zip(prompts, completions, strict=True)]
-        return self._through(
+        return self._answer(
             keys,
             lambda missing: enumerate(
                 self.inner.logprobs([prompts[i] for i in missing], [completions[i] for i in missing])
@@ -152,7 +152,7 @@ class Journaled(Wrapped):
             unpack=lambda reply: np.asarray(reply, dtype=np.float32),
         )
 
-    def _through(
+    def _answer(
         self,
         keys: list[str],
         send: Callable[[list[int]], Iterable[tuple[int, Any]]],

@@ -98,11 +98,11 @@ class Budget:
             scratch.write_text(json.dumps(asdict(self.spent + self.reserved)) + "\n", "utf-8")
             scratch.replace(self._file)
 
-    def reserve(self, wanted: Spending) -> bool:
+    def reserve(self, amount: Spending) -> bool:
         """Reserves the whole amount or nothing.
 
         Args:
-            wanted: amount to reserve.
+            amount: amount to reserve.
 
         Returns:
             True if it is reserved; False if it does not fit now, but may once other reservations are settled.
@@ -114,17 +114,17 @@ class Budget:
             # Spent amounts never come back: what does not fit beside them never will.
             for name in ("requests", "tokens", "cost"):
                 limit, spent = getattr(self.limit, name), getattr(self.spent, name)
-                if limit and spent + getattr(wanted, name) > limit:
+                if limit and spent + getattr(amount, name) > limit:
                     raise BudgetExceededError(
                         f"the budget of {limit:g} {name} has {limit - spent:g} left, the next request "
-                        f"may need {getattr(wanted, name):g}: raise the limit to go on"
+                        f"may need {getattr(amount, name):g}: raise the limit to go on"
                     )
             # Reserved amounts may come back, as most attempts use less than they reserve.
-            total = self.spent + self.reserved + wanted
+            total = self.spent + self.reserved + amount
             for name in ("requests", "tokens", "cost"):
                 if 0 < getattr(self.limit, name) < getattr(total, name):
                     return False
-            self.reserved += wanted
+            self.reserved += amount
             self._write()
             return True
 

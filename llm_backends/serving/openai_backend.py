@@ -33,7 +33,7 @@ NO_KEY = "none"
 JSON_TOKENS = 24
 """Number of tokens, including white space, that a JSON object takes in addition to its answer."""
 
-OWN_FIELDS = set(
+RESERVED_FIELDS = set(
     "model messages prompt max_tokens max_completion_tokens temperature top_p top_k n seed stop stream logprobs "
     "return_token_ids structured_outputs response_format".split()
 )
@@ -117,7 +117,7 @@ class OpenAIBackend(Backend):
         self.model, self.url, self.prompt_style, self.key_variable = model, url, prompt_style, key_variable
         self.ask_logprobs, self.ask_token_ids, self.prices = logprobs, token_ids, prices
         self.max_tokens_field, self.structured, self.extra_body = max_tokens_field, structured, dict(extra_body or {})
-        conflicts = sorted(OWN_FIELDS & set(self.extra_body))
+        conflicts = sorted(RESERVED_FIELDS & set(self.extra_body))
         if conflicts:
             raise InputError(
                 f"extra_body must not set {', '.join(conflicts)}: these are arguments and sampling parameters"
@@ -148,7 +148,7 @@ class OpenAIBackend(Backend):
     def name(self) -> str:  # type: ignore[override]
         """Server, model and everything else that a reply depends on."""
         extras = f" {sorted(self.extra_body.items())}" if self.extra_body else ""
-        features = "".join(f" +{what}" for what in ("logprobs", "token_ids") if getattr(self, f"ask_{what}"))
+        features = "".join(f" +{feature}" for feature in ("logprobs", "token_ids") if getattr(self, f"ask_{feature}"))
         features += f" +structured={self.structured}" if self.structured != "none" else ""
         return f"openai:{self.url or 'default'}:{self.model}:{self.prompt_style}{features}{extras}"
 
@@ -177,7 +177,7 @@ class OpenAIBackend(Backend):
         return text.replace(self._key(), "***") if self._key() else text
 
     def _generate_each(self, prompts: list[Prompt], samplings: list[Sampling]) -> Iterator[tuple[int, Result]]:
-        yield from self.sender.each([self._job(p, s) for p, s in zip(prompts, samplings, strict=True)])
+        yield from self.sender.run([self._job(p, s) for p, s in zip(prompts, samplings, strict=True)])
 
     def _job(self, prompt: Prompt, sampling: Sampling) -> Job | BackendError:
         """Returns the job for a prompt, or the error if no request can be made of it."""
@@ -190,22 +190,28 @@ class OpenAIBackend(Backend):
             api = client.chat.completions if self.prompt_style == "chat" else client.completions
             return await api.create(**request)
 
-        read, written = prompt_tokens_at_most(prompt), request[self.max_tokens_field] * request["n"]
-        return Job(send, lambda reply: self._parse(reply, sampling), self._spending(read, written), self._used)
+        prompt_tokens, completion_tokens = max_prompt_tokens(prompt), request[self.max_tokens_field] * request["n"]
+        return Job(
+            send,
+            lambda reply: self._parse(reply, sampling),
+            self._spending(prompt_tokens, completion_tokens),
+            self._usage_of,
+        )
 
-    def _spending(self, read: int, written: int) -> Spending:
+    def _spending(self, prompt_tokens: int, completion_tokens: int) -> Spending:
         """Returns what a request with so many prompt and completion tokens uses."""
-        return Spending(1, read + written, (read * self.prices[0] + written * self.prices[1]) / 1e6)
+        cost = (prompt_tokens * self.prices[0] + completion_tokens * self.prices[1]) / 1e6
+        return Spending(1, prompt_tokens + completion_tokens, cost)
 
-    def _used(self, reply: Any) -> Spending | None:
+    def _usage_of(self, reply: Any) -> Spending | None:
         """Returns the usage that a reply reports, None if it reports none; adds it to the backend's counters."""
         reported = getattr(reply, "usage", None)
         if reported is None:
             return None
-        read, written = int(reported.prompt_tokens or 0), int(reported.completion_tokens or 0)
-        used = self._spending(read, written)
-        self.usage.prompt_tokens += read
-        self.usage.completion_tokens += written
+        prompt_tokens, completion_tokens = int(reported.prompt_tokens or 0), int(reported.completion_tokens or 0)
+        used = self._spending(prompt_tokens, completion_tokens)
+        self.usage.prompt_tokens += prompt_tokens
+        self.usage.completion_tokens += completion_tokens
         self.usage.cost += used.cost
         return used
 
@@ -224,7 +230,7 @@ class OpenAIBackend(Backend):
 
     def _count(self, result: Result) -> None:
         self.usage.requests += 1
-        self.usage.errors += isinstance(result, BackendError)  # _used adds the tokens, as the server counts them
+        self.usage.errors += isinstance(result, BackendError)  # _usage_of adds the tokens, as the server counts them
 
     # --- requests and replies ----------------------------------------------------------------------------------------
 
@@ -259,7 +265,7 @@ class OpenAIBackend(Backend):
         try:
             json.dumps(prompt if isinstance(prompt, str) else list(prompt), default=str, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise UnsupportedRequestError("the prompt holds half a character, which UTF-8 cannot say") from None
+            raise UnsupportedRequestError("the prompt holds a lone surrogate, which UTF-8 cannot encode") from None
         ids = not isinstance(prompt, str) and not isinstance(prompt[0], Mapping)
         if self.prompt_style == "chat":
             if ids:
@@ -336,7 +342,7 @@ def _answer_format(choices: Sequence[str]) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
 
 
-def prompt_tokens_at_most(prompt: Prompt) -> int:
+def max_prompt_tokens(prompt: Prompt) -> int:
     """Returns an upper bound of a prompt's tokens without a tokenizer: one per byte plus what a chat template adds."""
     if isinstance(prompt, str):
         return len(prompt.encode("utf-8", "replace")) + 64

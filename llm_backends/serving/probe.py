@@ -131,9 +131,9 @@ class ServerProbe:
             raise InputError("the base URL is missing: name the server as http(s)://host/v1")
         if style not in ("auto", "chat", "completion"):
             raise InputError(f"style must be auto, chat or completion, got {style!r}")
-        self.base_url, self.wanted, self.on_request = base_url, style, on_request
+        self.base_url, self.requested_style, self.on_request = base_url, style, on_request
         self.options: dict[str, Any] = {"key_variable": key_variable, "timeout": timeout, "attempts": 1}
-        self.found = Findings(base_url, model)
+        self.findings = Findings(base_url, model)
         self._backends: dict[tuple[Any, ...], Any] = {}
         self._greedy: dict[str, Completion] = {}
         """Greedy completion of COUNTING, by prompt style."""
@@ -145,23 +145,23 @@ class ServerProbe:
 
     def openai(self, style: PromptStyle, **options: Any) -> OpenAIBackend:
         """Returns a new backend for the model."""
-        limit = self.found.max_tokens_field if style == "chat" else "max_tokens"
+        limit = self.findings.max_tokens_field if style == "chat" else "max_tokens"
         options = self.options | {"max_tokens_field": limit} | options
-        return OpenAIBackend(self.found.model, self.base_url, style, **options)
+        return OpenAIBackend(self.findings.model, self.base_url, style, **options)
 
     def _openai(self, style: PromptStyle, **options: Any) -> OpenAIBackend:
-        key = (style, self.found.max_tokens_field, *sorted(options.items()))
+        key = (style, self.findings.max_tokens_field, *sorted(options.items()))
         # Backends are reused, as each opens a connection, which takes time.
         if key not in self._backends:
             self._backends[key] = self.openai(style, **options)
         return self._backends[key]
 
     def _vllm(self, style: PromptStyle = "completion") -> VLLMServerBackend:
-        key = ("vllm", style, self.found.model)
+        key = ("vllm", style, self.findings.model)
         if key not in self._backends:
             # vLLM's CPU build (0.32.0) with --enable-lora crashes on two requests for prompt_logprobs in one batch.
             options = self.options | {"concurrency": 1}
-            self._backends[key] = VLLMServerBackend(self.found.model, self.base_url, style, **options)
+            self._backends[key] = VLLMServerBackend(self.findings.model, self.base_url, style, **options)
         return self._backends[key]
 
     def run(self) -> Findings:
@@ -177,7 +177,7 @@ class ServerProbe:
         self._choose_style()
         for name in list(CAPABILITIES)[2:]:
             self._ask(name)
-        return self.found
+        return self.findings
 
     # Each check (a function in CAPABILITIES) returns its evidence, or raises an error that _ask turns into an answer:
     # UnsupportedRequestError or MalformedReplyError is "no", another BackendError in most cases "unknown".
@@ -197,29 +197,29 @@ class ServerProbe:
                 raise _final(error, self.options["key_variable"]) from None
         except (TypeError, ValueError, AttributeError):
             pass  # the list does not hold models
-        self.found.models = [
+        self.findings.models = [
             ServedModel(str(entry["id"]), entry.get("max_model_len"), entry.get("parent")) for entry in listed
         ]
-        if not self.found.model:
-            names = [model.name for model in self.found.models if not model.parent]
+        if not self.findings.model:
+            names = [model.name for model in self.findings.models if not model.parent]
             if len(names) != 1:
                 served = f"serves {len(names)} models: {', '.join(names[:8])}" if names else "does not list its models"
                 raise InputError(f"{self.base_url} {served}; name one with --model")
-            self.found.model = names[0]
+            self.findings.model = names[0]
         owners = {entry["id"]: entry.get("owned_by") for entry in listed}
-        self.found.software = str(owners.get(self.found.model) or "")
+        self.findings.software = str(owners.get(self.findings.model) or "")
 
     def _choose_style(self) -> None:
         """Sets the form of request for the other checks: the first permitted one that the server answers."""
         forms: dict[PromptStyle, str] = {"chat": "chat", "completion": "completions"}
-        permitted = {style: name for style, name in forms.items() if self.wanted in ("auto", style)}
-        answered = [style for style, name in permitted.items() if self.found.can(name)]
+        permitted = {style: name for style, name in forms.items() if self.requested_style in ("auto", style)}
+        answered = [style for style, name in permitted.items() if self.findings.can(name)]
         if not answered:
-            why = "; ".join(f"{name}: {self.found.capabilities[name].why}" for name in permitted.values())
-            raise InputError(f"{self.base_url} answers no request to model {self.found.model!r}: {why}")
-        self.found.style = answered[0]
-        if self.found.style == "completion":  # max_completion_tokens exists in chat requests only
-            self.found.max_tokens_field = "max_tokens"
+            why = "; ".join(f"{name}: {self.findings.capabilities[name].why}" for name in permitted.values())
+            raise InputError(f"{self.base_url} answers no request to model {self.findings.model!r}: {why}")
+        self.findings.style = answered[0]
+        if self.findings.style == "completion":  # max_completion_tokens exists in chat requests only
+            self.findings.max_tokens_field = "max_tokens"
 
     def _chat(self) -> str:
         """Checks chat completions, and which field limits their tokens."""
@@ -228,13 +228,15 @@ class ServerProbe:
         except BackendError as error:
             if "max_completion_tokens" not in str(error):
                 raise
-            self.found.max_tokens_field = "max_completion_tokens"
+            self.findings.max_tokens_field = "max_completion_tokens"
             self._count("chat")
-        return "" if self.found.max_tokens_field == "max_tokens" else "with max_completion_tokens"
+        return "" if self.findings.max_tokens_field == "max_tokens" else "with max_completion_tokens"
 
     def _count(self, style: PromptStyle) -> str:
         """Checks one form of request by a greedy completion, which other checks compare with."""
-        [completion] = _one(self._openai(style).generate([COUNTING], Sampling(max_tokens=24, temperature=0.0)))
+        [completion] = _single_result(
+            self._openai(style).generate([COUNTING], Sampling(max_tokens=24, temperature=0.0))
+        )
         if not completion.text:
             raise UnsupportedRequestError("the completion is empty")
         self._greedy[style] = completion
@@ -244,8 +246,8 @@ class ServerProbe:
 
     def _n(self) -> str:
         """Checks that ``n`` gives different completions of one prompt."""
-        results = self._openai(self.found.style).generate([INVENTING], Sampling(max_tokens=24, n=3, seed=1))
-        texts = {completion.text for completion in _one(results)}
+        results = self._openai(self.findings.style).generate([INVENTING], Sampling(max_tokens=24, n=3, seed=1))
+        texts = {completion.text for completion in _single_result(results)}
         if len(texts) == 1:
             raise UnsupportedRequestError("3 copies of one completion")
         # Sampling may repeat one text by chance: that shows neither.
@@ -255,9 +257,9 @@ class ServerProbe:
 
     def _seed(self) -> str:
         """Checks that equal seeds give equal texts and different seeds different ones."""
-        backend, texts = self._openai(self.found.style), []
+        backend, texts = self._openai(self.findings.style), []
         for seed in (1, 1, 2):  # one after the other, so that they do not share a batch
-            texts.append(_one(backend.generate([INVENTING], Sampling(max_tokens=24, seed=seed)))[0].text)
+            texts.append(_single_result(backend.generate([INVENTING], Sampling(max_tokens=24, seed=seed)))[0].text)
         if texts[0] != texts[1]:
             raise UnsupportedRequestError("one seed gave two texts: it is ignored, or the server is not deterministic")
         if texts[0] == texts[2]:
@@ -266,7 +268,7 @@ class ServerProbe:
 
     def _stop(self) -> str:
         """Checks that a stop string ends the text, and that its tokens stay in the token ids."""
-        style = self.found.style
+        style = self.findings.style
         # Greedy decoding generates a word from the middle of the known greedy completion again.
         greedy = self._greedy[style].text
         words = re.findall(r"\w\w+", greedy)
@@ -274,9 +276,9 @@ class ServerProbe:
         before = greedy.partition(stop)[0] if stop else ""
         if not before.strip():
             raise BackendError(f"no stop string to be had from the completion {greedy[:40]!r}")
-        with_ids = self.found.can("token_ids")
+        with_ids = self.findings.can("token_ids")
         sampling = Sampling(max_tokens=24, temperature=0.0, stop=(stop,))
-        [completion] = _one(self._openai(style, token_ids=with_ids).generate([COUNTING], sampling))
+        [completion] = _single_result(self._openai(style, token_ids=with_ids).generate([COUNTING], sampling))
         if stop in completion.text or completion.finish_reason != "stop":
             raise UnsupportedRequestError("the text goes on past the stop string")
         if completion.text != before:
@@ -284,7 +286,7 @@ class ServerProbe:
         if not with_ids or not self._ids:
             return "the text ends before it"
         # Without the last space, which may be in the first token of the stop string.
-        ids = _one(self._vllm().tokenize([before.rstrip()], special=False))
+        ids = _single_result(self._vllm().tokenize([before.rstrip()], special=False))
         if len(completion.token_ids) <= len(ids):
             raise UnsupportedRequestError("its tokens are missing from the token ids")
         return "the text ends before it, its tokens stay"
@@ -293,19 +295,23 @@ class ServerProbe:
 
     def _logprobs(self) -> str:
         """Checks the log-probs of completions."""
-        completion, used = _used(self._openai(self.found.style, logprobs=True), COUNTING, Sampling(max_tokens=8))
+        completion, used = _generate_with_usage(
+            self._openai(self.findings.style, logprobs=True), COUNTING, Sampling(max_tokens=8)
+        )
         _check_count(completion, used, len(completion.logprobs), "log-probs")
         return "one per token"
 
     def _token_ids(self) -> str:
         """Checks the token ids of completions."""
-        completion, used = _used(self._openai(self.found.style, token_ids=True), COUNTING, Sampling(max_tokens=8))
+        completion, used = _generate_with_usage(
+            self._openai(self.findings.style, token_ids=True), COUNTING, Sampling(max_tokens=8)
+        )
         _check_count(completion, used, len(completion.token_ids), "token ids")
         return "one per token"
 
     def _tokenize(self) -> str:
         """Checks vLLM's ``/tokenize``."""
-        ids = _one(self._vllm().tokenize([COUNTING]))
+        ids = _single_result(self._vllm().tokenize([COUNTING]))
         if len(ids) < 2 or not all(isinstance(token, int) for token in ids):
             raise UnsupportedRequestError("/tokenize gave no token ids")
         self._ids = ids
@@ -314,7 +320,9 @@ class ServerProbe:
     def _prompt_ids(self) -> str:
         """Checks that prompts of token ids are completed as their text is."""
         ids = self._known_ids()
-        completion, used = _used(self._openai("completion"), ids, Sampling(max_tokens=24, temperature=0.0))
+        completion, used = _generate_with_usage(
+            self._openai("completion"), ids, Sampling(max_tokens=24, temperature=0.0)
+        )
         # 0: the server reports no usage.
         if used.prompt_tokens not in (0, len(ids)):
             raise UnsupportedRequestError(f"{len(ids)} ids were read as {used.prompt_tokens} tokens")
@@ -325,8 +333,8 @@ class ServerProbe:
     def _given_logprobs(self) -> str:
         """Checks the log-probs of given texts, on a likely and an unlikely one."""
         texts = (" six, seven, eight", " xylophone of the moon")
-        scored = self._vllm(self.found.style).logprobs([COUNTING, COUNTING], texts)
-        for values in (_one([result]) for result in scored):
+        scored = self._vllm(self.findings.style).logprobs([COUNTING, COUNTING], texts)
+        for values in (_single_result([result]) for result in scored):
             if not len(values) or not np.isfinite(values).all() or values.max() > SAME:
                 raise UnsupportedRequestError("they are no numbers below 0")
         if scored[0].sum() == scored[1].sum():  # type: ignore[union-attr]
@@ -337,7 +345,7 @@ class ServerProbe:
         """Checks that a completion holds only allowed tokens."""
         backend, tokens = self._vllm(), self._known_ids()[:2]
         for token in tokens:
-            [completion] = _one(backend.generate([self._ids], TokenSampling(max_tokens=1, allowed=(token,))))
+            [completion] = _single_result(backend.generate([self._ids], TokenSampling(max_tokens=1, allowed=(token,))))
             if completion.token_ids != [token]:
                 raise UnsupportedRequestError("another token was written")
             self._forced += completion.logprobs
@@ -345,7 +353,7 @@ class ServerProbe:
 
     def _processed_logprobs(self) -> str:
         """Checks that log-probs are those of the sampled distribution, not the model's own."""
-        if not self.found.can("allowed_tokens"):
+        if not self.findings.can("allowed_tokens"):
             raise BackendError("only forced tokens would show it")
         # A token that is the only allowed one has log-prob 0 in the distribution that was sampled from.
         if max(map(abs, self._forced)) > SAME:
@@ -356,9 +364,9 @@ class ServerProbe:
         """Checks that the tokens that end a completion can be set."""
         backend, ids = self._vllm(), self._known_ids()
         # Without end tokens the completion has all 4 tokens; with its first token as the end it has only this one.
-        [completion] = _one(backend.generate([ids], TokenSampling(max_tokens=4, temperature=0.0, eos=())))
+        [completion] = _single_result(backend.generate([ids], TokenSampling(max_tokens=4, temperature=0.0, eos=())))
         first = completion.token_ids[0]
-        [ended] = _one(backend.generate([ids], TokenSampling(max_tokens=4, temperature=0.0, eos=(first,))))
+        [ended] = _single_result(backend.generate([ids], TokenSampling(max_tokens=4, temperature=0.0, eos=(first,))))
         if len(completion.token_ids) != 4 or ended.token_ids != [first]:
             raise UnsupportedRequestError("a completion ends elsewhere")
         return "stop_token_ids, ignore_eos"
@@ -373,10 +381,10 @@ class ServerProbe:
 
     def _structured(self, form: Structured) -> str:
         """Checks that replies can be constrained to choices."""
-        backend = self._openai(self.found.style, structured=form)
+        backend = self._openai(self.findings.style, structured=form)
         samplings = [Sampling(max_tokens=64, choices=choices) for choices in CHOICE_SETS]
         for result in backend.generate(["Which word is it?"] * len(samplings), samplings):
-            _one([result])  # the backend returns an error for a reply that is not one of the choices
+            _single_result([result])  # the backend returns an error for a reply that is not one of the choices
         return f"{len(samplings)} sets of made-up words were kept to"
 
     def _adapters(self) -> str:
@@ -416,7 +424,7 @@ class ServerProbe:
                 self._check_alive(name)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             capability = Capability("no", f"malformed reply: {type(error).__name__} {error}")
-        self.found.capabilities[name] = capability
+        self.findings.capabilities[name] = capability
 
     def _check_alive(self, name: str) -> None:
         """Raises InputError if the server has stopped answering."""
@@ -458,7 +466,7 @@ CAPABILITIES: dict[str, Callable[[ServerProbe], str]] = {
 """Check of each capability by name, in the order in which they are run: later ones use results of earlier ones."""
 
 
-def _one(results: Sequence[ResultT | BackendError]) -> ResultT:
+def _single_result(results: Sequence[ResultT | BackendError]) -> ResultT:
     """Returns the result of a single request; raises its error."""
     [result] = results
     if isinstance(result, BackendError):
@@ -466,27 +474,27 @@ def _one(results: Sequence[ResultT | BackendError]) -> ResultT:
     return result
 
 
-def _used(backend: OpenAIBackend, prompt: Prompt, sampling: Sampling) -> tuple[Completion, Usage]:
+def _generate_with_usage(backend: OpenAIBackend, prompt: Prompt, sampling: Sampling) -> tuple[Completion, Usage]:
     """Returns a completion and the usage that the server reports for it."""
     before = replace(backend.usage)
-    [completion] = _one(backend.generate([prompt], sampling))
+    [completion] = _single_result(backend.generate([prompt], sampling))
     return completion, backend.usage - before
 
 
-def _check_count(completion: Completion, used: Usage, count: int, what: str) -> None:
+def _check_count(completion: Completion, used: Usage, count: int, value_name: str) -> None:
     """Raises UnsupportedRequestError if a number of reported values differs from the server's own count of tokens.
 
     Args:
         completion: the completion.
         used: usage that the server reports for it; nothing is checked if that has no tokens.
         count: number of values in the reply.
-        what: name of the values in the error message.
+        value_name: name of the values in the error message.
     """
     written = used.completion_tokens
     # Servers may leave out the value of the end-of-sequence token.
     valid = (written, written - 1) if completion.finish_reason == "stop" else (written,)
     if written and count not in valid:
-        raise UnsupportedRequestError(f"{count} {what} of {written} tokens")
+        raise UnsupportedRequestError(f"{count} {value_name} of {written} tokens")
 
 
 def _status(error: Exception) -> int | None:

@@ -38,9 +38,9 @@ class Job:
     """Makes one attempt with the given client and returns the raw reply."""
     parse: Callable[[Any], Any]
     """Returns the result of a raw reply. Raises MalformedReplyError if another attempt may help, else BackendError."""
-    most: Spending
+    reservation: Spending
     """Upper bound of what one attempt uses; reserved in the budget before the attempt is sent."""
-    used: Callable[[Any], Spending | None]
+    usage_of: Callable[[Any], Spending | None]
     """Returns the usage that a raw reply reports, None if it reports none. Called once per reply."""
     attempts: int = 0
     """Maximum number of attempts; 0: the sender's ``attempts``."""
@@ -91,7 +91,7 @@ class Sender:
         self._random = random.Random()
         self._lock, self._connection = threading.Lock(), _Connection()
 
-    def each(self, jobs: Sequence[Job | BackendError]) -> Iterator[tuple[int, Any]]:
+    def run(self, jobs: Sequence[Job | BackendError]) -> Iterator[tuple[int, Any]]:
         """Sends all jobs and yields (index, result or BackendError) in the order in which they finish.
 
         Args:
@@ -152,12 +152,12 @@ class Sender:
         async with connection.slots:
             attempts = job.attempts or self.attempts
             for attempt in range(1, attempts + 1):
-                await self._wait_for_turn(connection, job.most, fatal)
-                used = job.most  # no reply: charge the full reservation
+                await self._wait_for_turn(connection, job.reservation, fatal)
+                used = job.reservation  # no reply: charge the full reservation
                 try:
                     result, pause, used = await self._try(connection.client, job)
                 finally:
-                    self.budget.settle(job.most, used)
+                    self.budget.settle(job.reservation, used)
                 if isinstance(result, InputError):
                     raise result
                 if pause is None or attempt == attempts or not isinstance(result, BackendError):
@@ -168,9 +168,11 @@ class Sender:
                 await asyncio.sleep(max(pause, delay))
         raise AssertionError("unreachable")
 
-    async def _wait_for_turn(self, connection: _Connection, most: Spending, fatal: Sequence[BaseException]) -> None:
+    async def _wait_for_turn(
+        self, connection: _Connection, reservation: Spending, fatal: Sequence[BaseException]
+    ) -> None:
         """Waits until rate limits and budget allow one more attempt; raises the error that ended the whole call."""
-        for limiter, amount in zip(connection.limits, (1, most.tokens), strict=True):
+        for limiter, amount in zip(connection.limits, (1, reservation.tokens), strict=True):
             if fatal:
                 raise fatal[0]
             # AsyncLimiter refuses more than its burst at once: acquire a large amount in parts.
@@ -181,7 +183,7 @@ class Sender:
                 if fatal:
                     raise fatal[0]
         # The reservations of other requests may be returned when these settle: poll.
-        while not self.budget.reserve(most):
+        while not self.budget.reserve(reservation):
             if fatal:
                 raise fatal[0]
             await asyncio.sleep(0.01)
@@ -195,13 +197,13 @@ class Sender:
         """
         import openai
 
-        used = job.most
+        used = job.reservation
         try:
             reply = await asyncio.wait_for(job.send(client), job.timeout or self.timeout)
-            used = job.used(reply) or job.most
+            used = job.usage_of(reply) or job.reservation
             return job.parse(reply), None, used
         except openai.APIStatusError as error:
-            refusal, pause = self._refused(error)
+            refusal, pause = self._status_error(error)
             return refusal, pause, Spending(1)
         except MalformedReplyError as error:
             return error, 0.0, used
@@ -217,7 +219,7 @@ class Sender:
         except (openai.OpenAIError, ValueError, TypeError, AttributeError, LookupError) as error:
             return MalformedReplyError(f"{self.server} gave a malformed reply: {self._line(error)}"), 0.0, used
 
-    def _refused(self, error: Any) -> tuple[BackendError | InputError, float | None]:
+    def _status_error(self, error: Any) -> tuple[BackendError | InputError, float | None]:
         """Returns the error for an HTTP error status and the wait before the next attempt (None: no further one)."""
         status, why = error.status_code, f"{self.server} answered {error.status_code}: {self._line(error)}"
         if status in (401, 404):  # every request would fail like this

@@ -81,7 +81,7 @@ def vllm_server(
     log: str | Path,
     python: str = sys.executable,
     cpu: bool = True,
-    patience: float = 600.0,
+    startup_timeout: float = 600.0,
     kv_cache_gb: int = 1,
     **options: object,
 ) -> Iterator[str]:
@@ -92,7 +92,7 @@ def vllm_server(
         log: file for the server's output, created with its folders if missing.
         python: path of the interpreter that has vLLM, which may be in another environment.
         cpu: whether the server is vLLM's CPU build.
-        patience: seconds to wait until the server answers.
+        startup_timeout: seconds to wait until the server answers.
         kv_cache_gb: size of the key-value cache of the CPU build, in GiB.
         **options: further arguments of :func:`server_command`.
 
@@ -116,7 +116,7 @@ def vllm_server(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
     try:
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + startup_timeout
         while not _answers(f"http://127.0.0.1:{port}/health"):
             if server.poll() is not None or time.monotonic() > deadline:
                 end = " ".join(log.read_text("utf-8", "replace").splitlines()[-3:])

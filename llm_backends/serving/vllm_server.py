@@ -112,7 +112,7 @@ class VLLMServerBackend(OpenAIBackend):
             ) from None
 
     def _ask(self, job: Job) -> Any:
-        [(_, result)] = self.sender.each([job])
+        [(_, result)] = self.sender.run([job])
         if isinstance(result, BackendError):
             raise result
         return result
@@ -167,7 +167,7 @@ class VLLMServerBackend(OpenAIBackend):
                 continue
             jobs.append(self._job_for("POST", "/tokenize", body, "tokens"))
             places.append(index)
-        for number, result in self.sender.each(jobs) if jobs else ():
+        for number, result in self.sender.run(jobs) if jobs else ():
             results[places[number]] = result
         return results
 
@@ -189,7 +189,7 @@ class VLLMServerBackend(OpenAIBackend):
             if error is None:
                 jobs.append(self._scoring(ids, tail))  # type: ignore[arg-type]
                 places.append(index)
-        for number, result in self.sender.each(jobs) if jobs else ():
+        for number, result in self.sender.run(jobs) if jobs else ():
             results[places[number]] = result
         return results
 
@@ -234,7 +234,7 @@ class VLLMServerBackend(OpenAIBackend):
             values = [rows[i][str(ids[i])]["logprob"] for i in range(len(prompt), len(ids))]
             return np.array(values, dtype=np.float32)
 
-        return Job(send, parse, self._spending(len(ids), 1), self._used)
+        return Job(send, parse, self._spending(len(ids), 1), self._usage_of)
 
     # --- completions of token ids ------------------------------------------------------------------------------------
 

@@ -327,7 +327,7 @@ def open_model(
     return CausalLM.from_pretrained(path, dtype if lora.rank else "float32", device), model
 
 
-def load_whole(model: Any, folder: str | Path) -> None:
+def load_all_weights(model: Any, folder: str | Path) -> None:
     """Reads all weights of a model from ``model.safetensors`` in a folder.
 
     Raises:

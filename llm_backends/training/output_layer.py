@@ -74,7 +74,9 @@ class _Statistic(Protocol):
     ) -> torch.Tensor:
         """Returns the number of each row, shape (rows,); differentiable if gradients are enabled."""
 
-    def slopes(self, logprobs: torch.Tensor, probabilities: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def logit_gradients(
+        self, logprobs: torch.Tensor, probabilities: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
         """Returns derivatives of the numbers by the logits, shape (rows, vocabulary); may overwrite ``logprobs``."""
 
 
@@ -91,7 +93,9 @@ class _Entropy:
     ) -> torch.Tensor:
         return -torch.einsum("nv,nv->n", probabilities, logprobs)
 
-    def slopes(self, logprobs: torch.Tensor, probabilities: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def logit_gradients(
+        self, logprobs: torch.Tensor, probabilities: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
         return -(probabilities * logprobs.add_(values[:, None]))
 
 
@@ -106,7 +110,9 @@ class _LogSumExp:
     ) -> torch.Tensor:
         return logsumexps
 
-    def slopes(self, logprobs: torch.Tensor, probabilities: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def logit_gradients(
+        self, logprobs: torch.Tensor, probabilities: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
         return probabilities
 
 
@@ -125,7 +131,7 @@ class _Divergence:
 
     def __init__(self, hidden: torch.Tensor, head: OutputLayer, ids: torch.Tensor, scale: float) -> None:
         self.hidden, self.head, self.ids, self.scale = hidden, head, ids, scale
-        self.chosen = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        self.reference_logprobs = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
         """Log-probs of the chosen tokens by the reference, filled in as the rows are read."""
 
     def values(
@@ -133,11 +139,15 @@ class _Divergence:
     ) -> torch.Tensor:
         with torch.no_grad():
             references, _ = self.head.logprobs(self.hidden[rows], self.scale)
-            self.chosen[rows] = references.gather(1, self.ids[rows, None]).squeeze(1).to(self.chosen.dtype)
+            self.reference_logprobs[rows] = (
+                references.gather(1, self.ids[rows, None]).squeeze(1).to(self.reference_logprobs.dtype)
+            )
             self._targets = references.exp()
         return (self._targets * (references - logprobs)).sum(dim=-1)
 
-    def slopes(self, logprobs: torch.Tensor, probabilities: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def logit_gradients(
+        self, logprobs: torch.Tensor, probabilities: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
         # Subtract before multiplying by W: while p is close to q, the difference of two products in bfloat16 would be
         # rounding noise.
         return probabilities - self._targets
@@ -158,37 +168,37 @@ class _FrozenHead(torch.autograd.Function):
         chosen_logprobs, values = (hidden.new_empty(len(hidden), dtype=dtype) for _ in range(2))
         needs_gradient = ctx.needs_input_grad[0]
         # Gradients by the hidden states of the log-prob (0) and the statistic (1), which backward scales and adds.
-        slopes = hidden.new_empty((1 + statistic.differentiable, *hidden.shape)) if needs_gradient else None
+        hidden_gradients = hidden.new_empty((1 + statistic.differentiable, *hidden.shape)) if needs_gradient else None
         for rows in _row_chunks(hidden, statistic.logits_per_token * len(weight)):
             logprobs, logsumexps = head.logprobs(hidden[rows], scale)
             probabilities = logprobs.exp()
             chosen_logprobs[rows] = logprobs.gather(1, ids[rows, None]).squeeze(1)
             values[rows] = statistic.values(logprobs, probabilities, logsumexps, rows).to(dtype)
-            if slopes is None:
+            if hidden_gradients is None:
                 continue
             # p W, the mean weight under the model's distribution.
             mean = probabilities.to(weight.dtype) @ weight
-            slopes[0, rows] = ((weight[ids[rows]] - mean) * scale).to(slopes.dtype)
+            hidden_gradients[0, rows] = ((weight[ids[rows]] - mean) * scale).to(hidden_gradients.dtype)
             if statistic.differentiable:
-                by_logits = statistic.slopes(logprobs, probabilities, values[rows])
+                by_logits = statistic.logit_gradients(logprobs, probabilities, values[rows])
                 # The derivatives of the logsumexp are the probabilities, whose product with W is known already.
                 product = mean if by_logits is probabilities else by_logits.to(weight.dtype) @ weight
-                slopes[1, rows] = (product * scale).to(slopes.dtype)
-        ctx.save_for_backward(slopes)
+                hidden_gradients[1, rows] = (product * scale).to(hidden_gradients.dtype)
+        ctx.save_for_backward(hidden_gradients)
         if not statistic.differentiable:
             ctx.mark_non_differentiable(values)
         return chosen_logprobs, values
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (slopes,) = ctx.saved_tensors
-        total = slopes[0] * gradients[0].unsqueeze(1).to(slopes.dtype)
-        if len(slopes) > 1:
-            total = total + slopes[1] * gradients[1].unsqueeze(1).to(slopes.dtype)
+        (hidden_gradients,) = ctx.saved_tensors
+        total = hidden_gradients[0] * gradients[0].unsqueeze(1).to(hidden_gradients.dtype)
+        if len(hidden_gradients) > 1:
+            total = total + hidden_gradients[1] * gradients[1].unsqueeze(1).to(hidden_gradients.dtype)
         return total, None, None, None, None
 
 
-def _read(
+def _chosen_logprobs(
     hidden: torch.Tensor, head: OutputLayer, ids: torch.Tensor, scale: float, statistic: _Statistic
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns log-probs of the chosen tokens and a statistic of their rows, each of shape (n,), in float32 at least."""
@@ -231,7 +241,7 @@ def token_logprobs(
     Returns:
         Log-probs and entropies in nats, each of shape (n,), float32 (float64 for float64 input).
     """
-    return _read(hidden, head, ids, scale, _Entropy(entropy_gradient))
+    return _chosen_logprobs(hidden, head, ids, scale, _Entropy(entropy_gradient))
 
 
 class ChosenLogits(NamedTuple):
@@ -260,7 +270,7 @@ def chosen_logits(hidden: torch.Tensor, head: OutputLayer, ids: torch.Tensor, sc
         ids: int64, shape (n,): the chosen tokens.
         scale: factor that the logits are multiplied by, 1 / temperature.
     """
-    return ChosenLogits(*_read(hidden, head, ids, scale, _LogSumExp()))
+    return ChosenLogits(*_chosen_logprobs(hidden, head, ids, scale, _LogSumExp()))
 
 
 class ComparedTokens(NamedTuple):
@@ -294,9 +304,9 @@ def compared_tokens(
     """
     reference_head = reference_head.to(reference_head.product_dtype(reference_hidden))
     divergence = _Divergence(reference_hidden.detach(), reference_head, ids, scale)
-    logprobs, kls = _read(hidden, head, ids, scale, divergence)
-    # A copy, as the backward pass of a trained head computes the rows again and overwrites ``chosen``.
-    return ComparedTokens(logprobs, divergence.chosen.clone(), kls)
+    logprobs, kls = _chosen_logprobs(hidden, head, ids, scale, divergence)
+    # A copy, as the backward pass of a trained head computes the rows again and overwrites ``reference_logprobs``.
+    return ComparedTokens(logprobs, divergence.reference_logprobs.clone(), kls)
 
 
 def allowed_logprobs(

@@ -23,7 +23,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ..local.causal_lm import CausalLM
 
-NAME = "instructgym"
+ATTENTION_NAME = "instructgym"
 """Name of the attention in the registries of transformers."""
 
 # Per thread: the kernels of other threads do not change while this one trains.
@@ -102,8 +102,8 @@ def _matmul_attention(
     return output.view(batch, heads, new, -1).transpose(1, 2).contiguous()
 
 
-AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionInterface.register(ATTENTION_NAME, _attention)
+AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
 def use_training_kernels(model: Any) -> None:
@@ -117,7 +117,7 @@ def use_training_kernels(model: Any) -> None:
             if isinstance(child, NewGELUActivation):  # the same function, written out in seven operations
                 setattr(module, name, torch.nn.GELU(approximate="tanh"))
     if getattr(model.config, "_attn_implementation", None) == "sdpa" and model._can_set_attn_implementation():
-        model.set_attn_implementation(NAME)
+        model.set_attn_implementation(ATTENTION_NAME)
 
 
 SHARED_PREFIX = 8
@@ -138,7 +138,7 @@ def common_prefix(sequences: Sequence[np.ndarray]) -> int:
 
 
 def response_hidden(
-    lm: CausalLM, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], after: bool = False
+    lm: CausalLM, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], after_token: bool = False
 ) -> torch.Tensor:
     """Returns last hidden states at the positions that predict the response tokens, or at those of the tokens.
 
@@ -150,15 +150,15 @@ def response_hidden(
         lm: the model.
         prompts: n int arrays of token ids, none empty.
         responses: n int arrays of token ids, none empty.
-        after: False: states before each response token is read, which predict it (policy, value of a state); True:
-            states after it is read, that of the last token included (reward of an action).
+        after_token: False: states before each response token is read, which predict it (policy, value of a state);
+            True: states after it is read, that of the last token included (reward of an action).
 
     Returns:
         Shape (total response tokens, d), the rows of a response together and in order; part of the autograd graph if
         gradients are enabled.
     """
-    # Without ``after`` the last token of a response predicts nothing that is scored, so it is not read.
-    sequences = [np.concatenate([p, r if after else r[:-1]]) for p, r in zip(prompts, responses, strict=True)]
+    # Without ``after_token`` the last token of a response predicts nothing that is scored, so it is not read.
+    sequences = [np.concatenate([p, r if after_token else r[:-1]]) for p, r in zip(prompts, responses, strict=True)]
     # Samples of a prompt that differ only in their last token are then one sequence, which is read once.
     distinct = {sequence.tobytes(): sequence for sequence in sequences}
     index = {key: k for k, key in enumerate(distinct)}
@@ -173,7 +173,7 @@ def response_hidden(
     # column before its own.
     rows = [np.full(len(r), k) for k, r in zip(owners, responses, strict=True)]
     columns = [
-        len(p) - (not after) - prefixes[k] + np.arange(len(r))
+        len(p) - (not after_token) - prefixes[k] + np.arange(len(r))
         for k, p, r in zip(owners, prompts, responses, strict=True)
     ]
     return states[torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(columns))]

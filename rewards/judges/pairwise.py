@@ -14,7 +14,16 @@ from ...llm_backends import Backend, request_seed, resolve
 from ...llm_backends.errors import InputError
 from ...llm_backends.prompting import load_prompts
 from ..base import Reward, Sample, Score
-from .verdict import Question, Verdict, VerdictMode, VerdictPrompt, check_mode, judge_verdicts, sigmoid, temperature_for
+from .verdict import (
+    Question,
+    Verdict,
+    VerdictMode,
+    VerdictPrompt,
+    check_mode,
+    judge_temperature,
+    judge_verdicts,
+    sigmoid,
+)
 
 Outcome = Literal["first", "second", "tie"]
 """Which text of a pair is better: ``first``, ``second``, or neither (``tie``)."""
@@ -133,17 +142,17 @@ def compare(
     ]
 
 
-def _comparison(given: Verdict, swapped: Verdict) -> Comparison:
-    if given.answer is None or swapped.answer is None:
-        return Comparison(None, verdicts=(given, swapped), why=given.why or swapped.why)
+def _comparison(original: Verdict, swapped: Verdict) -> Comparison:
+    if original.answer is None or swapped.answer is None:
+        return Comparison(None, verdicts=(original, swapped), why=original.why or swapped.why)
     # True means that the text shown first is better: equal answers prefer a position, different ones a text.
-    agreed = given.answer != swapped.answer
-    outcome: Outcome = "tie" if not agreed else "first" if given.answer else "second"
+    agreed = original.answer != swapped.answer
+    outcome: Outcome = "tie" if not agreed else "first" if original.answer else "second"
     probability = None
-    if given.log_odds is not None and swapped.log_odds is not None:
+    if original.log_odds is not None and swapped.log_odds is not None:
         # A preference for one position adds the same log-odds in both orders and cancels out.
-        probability = sigmoid((given.log_odds - swapped.log_odds) / 2)
-    return Comparison(outcome, agreed, (given, swapped), probability)
+        probability = sigmoid((original.log_odds - swapped.log_odds) / 2)
+    return Comparison(outcome, agreed, (original, swapped), probability)
 
 
 class PairwiseJudge(Reward):
@@ -180,7 +189,7 @@ class PairwiseJudge(Reward):
             Pair(sample.response, reference, sample.prompt, sample.seed)
             for sample, reference in zip(samples, _references(samples, "pairwise judge"), strict=True)
         ]
-        return [self._score(c) for c in compare(self.backend, pairs, self.mode, temperature_for(samples))]
+        return [self._score(c) for c in compare(self.backend, pairs, self.mode, judge_temperature(samples))]
 
     def _score(self, comparison: Comparison) -> Score:
         if comparison.outcome is None:

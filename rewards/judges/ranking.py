@@ -14,7 +14,7 @@ from ...llm_backends import Backend, BackendError, Prompt, Sampling, request_see
 from ...llm_backends.errors import InputError
 from ...llm_backends.prompting import build_prompt, few_shot, fill, load_prompts
 from ..base import Reward, Sample, Score
-from .verdict import temperature_for
+from .verdict import judge_temperature
 
 RequestKind = Literal["open", "closed", "either"]
 """Kind of request, which sets the criteria of the judge.
@@ -115,12 +115,12 @@ def distinct_texts(texts: Sequence[str]) -> tuple[list[str], list[int]]:
     return [texts[keys.index(key)] for key in distinct], [distinct[key] for key in keys]
 
 
-def prompt_groups(samples: Sequence[Sample], who: str) -> dict[str, list[int]]:
+def prompt_groups(samples: Sequence[Sample], caller: str) -> dict[str, list[int]]:
     """Returns the indices of the samples of each group (of each episode id for samples with an empty group).
 
     Args:
         samples: the samples.
-        who: name of the caller in the error message.
+        caller: name of the caller in the error message.
 
     Raises:
         InputError: if a group's samples answer different prompts.
@@ -131,7 +131,7 @@ def prompt_groups(samples: Sequence[Sample], who: str) -> dict[str, list[int]]:
     for group, members in groups.items():
         if len({samples[i].prompt for i in members}) > 1:
             raise InputError(
-                f"{who} compares responses to one prompt: group {group!r} holds different prompts; "
+                f"{caller} compares responses to one prompt: group {group!r} holds different prompts; "
                 "give each prompt its own Sample.group"
             )
     return groups
@@ -189,17 +189,17 @@ def rank(
     ]
 
 
-def _ranking(twins: Sequence[int], replies: Sequence[Any], orders: Sequence[np.ndarray]) -> RankingVerdict:
+def _ranking(distinct_indices: Sequence[int], replies: Sequence[Any], orders: Sequence[np.ndarray]) -> RankingVerdict:
     """Returns the mean ranks over rounds.
 
     Args:
-        twins: for each candidate its index among the distinct ones.
+        distinct_indices: for each candidate its index among the distinct ones.
         replies: one result per round; empty if there is nothing to rank.
         orders: for each round an array of shape (distinct candidates,): the distinct candidate that each letter showed.
     """
-    distinct = max(twins) + 1
+    distinct = max(distinct_indices) + 1
     if not replies:
-        return RankingVerdict((0.0,) * len(twins), distinct)
+        return RankingVerdict((0.0,) * len(distinct_indices), distinct)
     rows, why = [], ""
     for reply, order in zip(replies, orders, strict=True):
         if isinstance(reply, BackendError):
@@ -216,7 +216,7 @@ def _ranking(twins: Sequence[int], replies: Sequence[Any], orders: Sequence[np.n
     mean = np.mean(rows, axis=0)
     taus = [kendall_tau(a, b) for a, b in combinations(rows, 2)]
     agreement = float(np.mean(taus)) if taus else None
-    return RankingVerdict(tuple(float(mean[i]) for i in twins), distinct, agreement, calls=len(replies))
+    return RankingVerdict(tuple(float(mean[i]) for i in distinct_indices), distinct, agreement, calls=len(replies))
 
 
 def kendall_tau(first: np.ndarray, second: np.ndarray) -> float:
@@ -276,7 +276,7 @@ class RankingJudge(Reward):
                     f"the ranking judge compares the responses of a group: group {group!r} has only one; score several "
                     "responses to a prompt in one batch (a group size of at least 2)"
                 )
-        rankings = rank(self.backend, list(questions.values()), self.rounds, temperature_for(samples))
+        rankings = rank(self.backend, list(questions.values()), self.rounds, judge_temperature(samples))
         for group, ranking in zip(questions, rankings, strict=True):
             for place, index in enumerate(groups[group]):
                 scores[index] = self._score(ranking, place)

@@ -16,7 +16,7 @@ import numpy as np
 from ...llm_backends import Backend, BackendError, Prompt, Sampling, resolve
 from ...llm_backends.prompting import build_prompt, few_shot, fill, load_prompts
 from ..base import Reward, Sample, Score
-from .verdict import VerdictMode, allowed_replies, check_mode, reads_likelihood, temperature_for, word_log_probs
+from .verdict import VerdictMode, allowed_replies, check_mode, judge_temperature, uses_likelihood, word_log_probs
 
 CRITERIA = {
     "helpfulness": "does the response do all that the request asks for, in the form it asks for?",
@@ -164,7 +164,7 @@ def grade(
     rubric.check(mode)
     if not samples:
         return []
-    likelihood = reads_likelihood(backend, mode) and rubric.one_digit
+    likelihood = uses_likelihood(backend, mode) and rubric.one_digit
     together = backend.prompt_style == "chat" and not likelihood
     parts = [list(rubric.criteria)] if together else [[name] for name in rubric.criteria]
     # Sample by sample, so that the replies about one response are neighbours.
@@ -175,7 +175,7 @@ def grade(
         if likelihood
         else _generated(backend, rubric, prompts, requests, temperature)
     )
-    return [_joined(replies[i : i + len(parts)]) for i in range(0, len(replies), len(parts))]
+    return [_merge_grades(replies[i : i + len(parts)]) for i in range(0, len(replies), len(parts))]
 
 
 def grade_sampling(backend: Backend, rubric: Rubric, names: Sequence[str], temperature: float, seed: int) -> Sampling:
@@ -193,13 +193,13 @@ def _generated(
     backend: Backend,
     rubric: Rubric,
     prompts: Sequence[Prompt],
-    asked: Sequence[tuple[Sample, list[str]]],
+    requests: Sequence[tuple[Sample, list[str]]],
     temperature: float,
 ) -> list[Grades]:
     style = backend.prompt_style
-    samplings = [grade_sampling(backend, rubric, names, temperature, sample.seed) for sample, names in asked]
+    samplings = [grade_sampling(backend, rubric, names, temperature, sample.seed) for sample, names in requests]
     results = []
-    for (_, names), result in zip(asked, backend.generate(prompts, samplings), strict=True):
+    for (_, names), result in zip(requests, backend.generate(prompts, samplings), strict=True):
         if isinstance(result, BackendError):
             results.append(Grades(None, str(result)))
             continue
@@ -230,7 +230,7 @@ def _expected(backend: Backend, rubric: Rubric, prompts: Sequence[Prompt], names
     return results
 
 
-def _joined(parts: Sequence[Grades]) -> Grades:
+def _merge_grades(parts: Sequence[Grades]) -> Grades:
     """Merges the grades from all replies about one response; they are missing if any reply gave none."""
     values: dict[str, float] = {}
     for part in parts:
@@ -283,7 +283,7 @@ class RubricJudge(Reward):
         self.calls_per_sample = len(self.weights)
 
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
-        results = grade(self.backend, self.rubric, samples, self.mode, temperature_for(samples))
+        results = grade(self.backend, self.rubric, samples, self.mode, judge_temperature(samples))
         return [self._score(result) for result in results]
 
     def _score(self, result: Grades) -> Score:

@@ -116,12 +116,12 @@ def sigmoid(log_odds: float) -> float:
     return 1 / (1 + math.exp(-max(min(log_odds, 500.0), -500.0)))
 
 
-def temperature_for(samples: Sequence[Sample]) -> float:
+def judge_temperature(samples: Sequence[Sample]) -> float:
     """Returns the temperature of a judge's replies: 0, or :data:`RETRY_TEMPERATURE` if any sample is a retry."""
     return RETRY_TEMPERATURE if any(sample.metadata.get("attempt") for sample in samples) else 0.0
 
 
-def reads_likelihood(backend: Backend, mode: VerdictMode) -> bool:
+def uses_likelihood(backend: Backend, mode: VerdictMode) -> bool:
     """Returns whether a judge in this mode compares log-probs on this backend; if not, it generates replies."""
     return mode == "likelihood" or (
         mode == "auto" and backend.prompt_style == "completion" and backend.supports_logprobs
@@ -144,7 +144,9 @@ def word_log_probs(
     Raises:
         UnsupportedRequestError: if the backend reports no log-probs.
     """
-    rows = backend.choice_logprobs(prompts, [[lead(backend) + word for word in answers] for answers in words])
+    rows = backend.choice_logprobs(
+        prompts, [[answer_separator(backend) + word for word in answers] for answers in words]
+    )
     unsupported = next((row for row in rows if isinstance(row, UnsupportedRequestError)), None)
     if unsupported is not None:
         raise unsupported
@@ -183,7 +185,7 @@ def judge_verdicts(
         )
         for q in questions
     ]
-    if reads_likelihood(backend, mode):
+    if uses_likelihood(backend, mode):
         return _by_likelihood(backend, prompts, questions)
     samplings = [verdict_sampling(backend, question, temperature) for question in questions]
     verdicts = []
@@ -204,14 +206,14 @@ def verdict_sampling(backend: Backend, question: Question, temperature: float) -
     return Sampling(max_tokens=8, temperature=temperature, stop=("\n",), choices=choices, seed=question.seed)
 
 
-def lead(backend: Backend) -> str:
+def answer_separator(backend: Backend) -> str:
     """Returns the text between prompt and answer: a blank after a few-shot label, nothing in a chat."""
     return " " if backend.prompt_style == "completion" else ""
 
 
 def allowed_replies(backend: Backend, words: Sequence[str]) -> tuple[str, ...]:
     """Returns ``Sampling.choices`` that allow only the words; empty if the backend lacks constrained decoding."""
-    return tuple(lead(backend) + word for word in words) if backend.supports_choices else ()
+    return tuple(answer_separator(backend) + word for word in words) if backend.supports_choices else ()
 
 
 def _by_likelihood(backend: Backend, prompts: Sequence[Prompt], questions: Sequence[Question]) -> list[Verdict]:
@@ -288,7 +290,7 @@ class EqualityJudge(Reward):
                 scores.append(None)
                 texts = {"first": sample.previous, "second": sample.response}
                 questions.append(Question(self.prompt, texts, sample.seed))
-        verdicts = iter(judge_verdicts(self.backend, questions, self.mode, temperature_for(samples)))
+        verdicts = iter(judge_verdicts(self.backend, questions, self.mode, judge_temperature(samples)))
         for index, score in enumerate(scores):
             if score is None:
                 verdict = next(verdicts)

@@ -226,7 +226,7 @@ def read_pairs(path: str | Path) -> Pairs:
     dropped: Counter[str] = Counter()
     for where, row in read_user_rows(path, "the pairs"):
         pair = _pair(where, row)
-        reason = _flaw(pair)
+        reason = _drop_reason(pair)
         dropped.update([reason] if reason else [])
         pairs.extend([] if reason else [pair])
     if not pairs:
@@ -297,7 +297,9 @@ def _pair(where: str, row: Mapping[str, Any]) -> EditedPair:
         try:
             texts[name].encode()
         except UnicodeEncodeError as error:  # JSON can hold a lone surrogate, UTF-8 and tokenizers cannot
-            raise InputError(f"{where}: the field {column!r} holds half a character: mend or delete it") from error
+            raise InputError(
+                f"{where}: the field {column!r} holds a lone surrogate, which UTF-8 cannot encode: mend or delete it"
+            ) from error
     pair_id = str(row.get("id") or hashlib.sha1("\x1f".join(texts.values()).encode()).hexdigest()[:12])
     finished = _typed(where, row, "finished", bool, "true or false") if "finished" in row else True
     metadata = _typed(where, row, "metadata", dict, "an object") if "metadata" in row else {}
@@ -310,7 +312,7 @@ def _typed(where: str, row: Mapping[str, Any], column: str, kind: type, words: s
     return row[column]
 
 
-def _flaw(pair: EditedPair) -> str:
+def _drop_reason(pair: EditedPair) -> str:
     """Returns why a pair cannot be learned from; empty if it can."""
     original, edited = pair.original.strip(), pair.edited.strip()
     return "empty original" if not original else "empty edit" if not edited else "unchanged" * (original == edited)

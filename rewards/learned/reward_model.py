@@ -26,7 +26,7 @@ from ...llm_backends.training.adapters import (
     AdaptedTrunk,
     LoraSettings,
     autocast,
-    load_whole,
+    load_all_weights,
     open_model,
     training_dtype,
 )
@@ -121,7 +121,7 @@ class RewardModel:
         """
         self.check(prompts, responses)
         with self.trunk.active(ADAPTER, torch.is_grad_enabled()) as lm, autocast(lm, self.dtype):
-            hidden = response_hidden(lm, prompts, responses, after=True)
+            hidden = response_hidden(lm, prompts, responses, after_token=True)
         if self.level == "sequence":
             # Rows are concatenated, so the cumulative lengths give the position of each last token.
             hidden = hidden[torch.from_numpy(np.cumsum([len(r) for r in responses]) - 1)]
@@ -267,7 +267,7 @@ class RewardModel:
             if self.lora.rank:
                 self.trunk.load(folder, ADAPTER)
             else:
-                load_whole(self.lm.model, folder / ADAPTER)
+                load_all_weights(self.lm.model, folder / ADAPTER)
             self.head.load_state_dict(load_file(folder / HEAD, device=str(self.lm.device)))
         except (OSError, KeyError, RuntimeError, SafetensorError) as error:
             raise InputError(f"cannot read a reward model from {folder}: {' '.join(str(error).split())}") from error

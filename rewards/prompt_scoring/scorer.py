@@ -23,9 +23,9 @@ from .task_prompt import (
     Demonstration,
     LabelledExample,
     TaskPrompt,
-    check_distinct,
+    check_prefix_free,
     check_prompt,
-    longest,
+    longest_examples,
 )
 
 Calibration: TypeAlias = Literal["none", "contextual", "batch"]
@@ -274,7 +274,7 @@ class TaskScorer(Part):
         texts = [[example.text for example in own_examples] + extra for own_examples in examples]
         pairs = [(prompt, text) for prompt, own_examples in zip(prompts, texts, strict=True) for text in own_examples]
         # All pairs are one backend call; the rows come back in the order of the pairs.
-        rows = iter(self._ask_pairs(pairs))
+        rows = iter(self._pair_logprobs(pairs))
         results = []
         for prompt, own_examples in zip(prompts, examples, strict=True):
             parts = [np.array([next(rows) for _ in part], np.float32) for part in (own_examples, extra)]
@@ -348,7 +348,7 @@ class TaskScorer(Part):
         # The longest examples decide whether a prompt fits; the longest verbalizer must fit after it.
         room = max(self._checked_tokens(words) for words in dict.fromkeys(prompt.verbalizers for prompt in prompts))
         for number, prompt in enumerate(prompts):
-            for example in longest(examples):
+            for example in longest_examples(examples):
                 error = self.backend.context_error(self._built("".join(prompt.render(example.text))), room)
                 if error is not None:
                     raise InputError(f"prompt {number} is too long: {error}") from error
@@ -356,18 +356,18 @@ class TaskScorer(Part):
     def _checked_tokens(self, words: tuple[str, ...]) -> int:
         """Returns the tokens of the longest verbalizer; 1 if the backend does not know its tokenizer."""
         if words not in self._checked:
-            tokens = self.backend.completion_ids([self._lead + word for word in words])
+            tokens = self.backend.completion_ids([self._answer_separator + word for word in words])
             for word, ids in zip(words, tokens or [], strict=False):
                 if not ids:
                     raise InputError(f"the verbalizer {word!r} is no token of {self.backend.name}: use another word")
-            check_distinct(tokens or [], words, "the task")
+            check_prefix_free(tokens or [], words, "the task")
             self._checked[words] = max(map(len, tokens)) if tokens else 1
             while len(self._checked) > CHECKED_WORDS:
                 self._checked.popitem(last=False)
         return self._checked[words]
 
     @property
-    def _lead(self) -> str:
+    def _answer_separator(self) -> str:
         """Text before a verbalizer: a blank if the verbalizer continues the prompt's text, else empty."""
         return " " if self.backend.prompt_style == "completion" else ""
 
@@ -375,10 +375,10 @@ class TaskScorer(Part):
         return build_prompt(self.backend.prompt_style, text, text)
 
     def _ask(self, prompts: Sequence[TaskPrompt], texts: Sequence[str]) -> np.ndarray:
-        rows = self._ask_pairs([(prompt, text) for prompt in prompts for text in texts])
+        rows = self._pair_logprobs([(prompt, text) for prompt in prompts for text in texts])
         return np.array(rows, np.float32).reshape(len(prompts), len(texts), len(prompts[0].verbalizers))
 
-    def _ask_pairs(self, pairs: Sequence[tuple[TaskPrompt, str]]) -> list[np.ndarray]:
+    def _pair_logprobs(self, pairs: Sequence[tuple[TaskPrompt, str]]) -> list[np.ndarray]:
         """Returns the labels' log-probs, float32, shape (labels,), for each pair of a prompt and an input."""
         keys: list[bytes] = []
         results: dict[bytes, np.ndarray] = {}
@@ -397,20 +397,20 @@ class TaskScorer(Part):
                 else:
                     missing.setdefault(key, (head, rest, prompt.verbalizers))
         if missing:
-            results |= self._fresh(missing)
+            results |= self._request_missing(missing)
         return [results[key] for key in keys]
 
-    def _fresh(self, wanted: dict[bytes, tuple[str, str, tuple[str, ...]]]) -> dict[bytes, np.ndarray]:
+    def _request_missing(self, missing: dict[bytes, tuple[str, str, tuple[str, ...]]]) -> dict[bytes, np.ndarray]:
         """Requests the log-probs of pairs that are not cached, caches what succeeds and raises the first error."""
-        lead = self._lead
+        separator = self._answer_separator
         rows = self.backend.choice_logprobs(
-            [self._built(head + rest) for head, rest, _ in wanted.values()],
-            [[lead + word for word in words] for _, _, words in wanted.values()],
-            [self._built(head) if head else "" for head, _, _ in wanted.values()],
+            [self._built(head + rest) for head, rest, _ in missing.values()],
+            [[separator + word for word in words] for _, _, words in missing.values()],
+            [self._built(head) if head else "" for head, _, _ in missing.values()],
         )
         results: dict[bytes, np.ndarray] = {}
         failed: list[tuple[str, BackendError]] = []
-        for (key, (head, rest, _)), row in zip(wanted.items(), rows, strict=True):
+        for (key, (head, rest, _)), row in zip(missing.items(), rows, strict=True):
             if isinstance(row, BackendError):
                 failed.append((head + rest, row))
             elif not np.isfinite(row).all():
@@ -520,17 +520,17 @@ class LimitedScorer(TaskScorer):
         self.limit, self.calls = limit, 0
 
     @property
-    def left(self) -> int:
+    def remaining(self) -> int:
         """Number of calls until the limit."""
         return self.limit - self.calls
 
-    def _ask_pairs(self, pairs: Sequence[tuple[TaskPrompt, str]]) -> list[np.ndarray]:
+    def _pair_logprobs(self, pairs: Sequence[tuple[TaskPrompt, str]]) -> list[np.ndarray]:
         needed = sum(len(prompt.verbalizers) for prompt, _ in pairs)
-        if needed > self.left:
-            raise CallLimitError(f"{needed} task-model calls are needed, {self.left} of {self.limit} are left")
+        if needed > self.remaining:
+            raise CallLimitError(f"{needed} task-model calls are needed, {self.remaining} of {self.limit} are left")
         self.calls += needed
         try:
-            return super()._ask_pairs(pairs)
+            return super()._pair_logprobs(pairs)
         except (BackendError, InputError):
             self.calls -= needed  # the results that succeeded are cached and count when they are requested again
             raise

@@ -95,7 +95,7 @@ class TaskPrompt:
         return before + opening, closing + fill(tail[:split], values), fill(tail[split:], values)
 
 
-def longest(examples: Sequence[LabelledExample]) -> list[LabelledExample]:
+def longest_examples(examples: Sequence[LabelledExample]) -> list[LabelledExample]:
     """Returns the examples whose tokens are counted to check whether a prompt fits the context.
 
     These are the longest in UTF-8 bytes, and the one with the most bytes beyond one per character: outside ASCII a
@@ -140,17 +140,17 @@ def check_prompt(prompt: TaskPrompt, where: str = "the prompt") -> None:
         if word != word.strip():
             raise InputError(f"verbalizer {number} of {where} has blanks around it: use {word.strip()!r}, not {word!r}")
     # Split at white space here; the scorer repeats the check on the model's tokens.
-    check_distinct([word.split() for word in words], words, where)
+    check_prefix_free([word.split() for word in words], words, where)
     for number, demonstration in enumerate(prompt.demonstrations):
         if not 0 <= demonstration.label < len(words):
             raise InputError(
                 f"demonstration {number} of {where} has the label {demonstration.label}: use 0 to {len(words) - 1}"
             )
     if not encodable(prompt.text):
-        raise InputError(f"{where} has characters that UTF-8 cannot say: {prompt.text!r}")
+        raise InputError(f"{where} has characters that UTF-8 cannot encode: {prompt.text!r}")
 
 
-def check_distinct(tokens: Sequence[Sequence[object]], words: Sequence[str], where: str) -> None:
+def check_prefix_free(tokens: Sequence[Sequence[object]], words: Sequence[str], where: str) -> None:
     """Checks that no verbalizer has the same tokens as another one or begins with all tokens of another one.
 
     A text is at least as probable as each of its continuations, so the longer verbalizer could never be predicted.

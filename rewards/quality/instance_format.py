@@ -40,7 +40,7 @@ class Instance:
     """Output of the task; never empty if the instance was parsed."""
 
 
-def parse_pair(text: str, order: Order = "input_first", instruction: str = "") -> Instance | None:
+def parse_instance(text: str, order: Order = "input_first", instruction: str = "") -> Instance | None:
     """Parses a text that is one instance.
 
     Args:
@@ -49,16 +49,16 @@ def parse_pair(text: str, order: Order = "input_first", instruction: str = "") -
         instruction: instruction of the instance, which the output must not repeat; empty: not checked.
 
     Returns:
-        The instance, or None if :func:`read_pair` finds the text malformed.
+        The instance, or None if :func:`parse_instance_or_reason` finds the text malformed.
 
     Raises:
         InputError: for an unknown order.
     """
-    result = read_pair(text, order, instruction)
+    result = parse_instance_or_reason(text, order, instruction)
     return result if isinstance(result, Instance) else None
 
 
-def read_pair(text: str, order: Order = "input_first", instruction: str = "") -> Instance | str:
+def parse_instance_or_reason(text: str, order: Order = "input_first", instruction: str = "") -> Instance | str:
     """Parses a text that is one instance, or returns why it is malformed.
 
     A field name begins a line, in upper or lower case. The input field may be missing or hold a text for no input

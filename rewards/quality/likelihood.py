@@ -18,7 +18,7 @@ from ...llm_backends import Backend, BackendError, Prompt, UnsupportedRequestErr
 from ...llm_backends.base import PromptStyle
 from ...llm_backends.prompting import build_prompt, fill, load_prompts, one_line
 from ..base import Reward, Sample, Score
-from ..judges.verdict import lead, sigmoid
+from ..judges.verdict import answer_separator, sigmoid
 
 EMBEDDED = {"id": "embedded", "kwargs": {"dtype": "auto"}}
 """Default model: the embedded one, in bfloat16 if the hardware supports it, which is twice as fast."""
@@ -48,7 +48,7 @@ class Likelihoods:
         """Returns ``source`` if it is an instance already, else a new instance on the backend ``source``."""
         return source if isinstance(source, cls) else cls(source)
 
-    def given(self, samples: Sequence[Sample]) -> list[np.ndarray | BackendError]:
+    def conditional_logprobs(self, samples: Sequence[Sample]) -> list[np.ndarray | BackendError]:
         """Returns the log-probs of each response given its prompt.
 
         Returns:
@@ -59,7 +59,7 @@ class Likelihoods:
         """
         return self._ask([(sample.prompt, sample.response) for sample in samples])
 
-    def alone(self, samples: Sequence[Sample]) -> list[np.ndarray | BackendError]:
+    def unconditional_logprobs(self, samples: Sequence[Sample]) -> list[np.ndarray | BackendError]:
         """Returns the log-probs of each response given a neutral opening instead of its prompt.
 
         Returns:
@@ -79,8 +79,10 @@ class Likelihoods:
         # Equal requests are sent once.
         missing = [key for key in dict.fromkeys(keys) if key not in results]
         if missing:
-            blank = lead(self.backend)
-            rows = self.backend.logprobs([self._prompt(key[0]) for key in missing], [blank + key[1] for key in missing])
+            separator = answer_separator(self.backend)
+            rows = self.backend.logprobs(
+                [self._prompt(key[0]) for key in missing], [separator + key[1] for key in missing]
+            )
             for key, row in zip(missing, rows, strict=True):
                 if isinstance(row, UnsupportedRequestError):
                     raise row
@@ -137,14 +139,18 @@ class LikelihoodRatio(Reward):
         self.squash, self.center, self.slope = squash, center, slope
 
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
-        pairs = zip(self.likelihoods.given(samples), self.likelihoods.alone(samples), strict=True)
-        return [self._score(conditional, alone) for conditional, alone in pairs]
+        pairs = zip(
+            self.likelihoods.conditional_logprobs(samples),
+            self.likelihoods.unconditional_logprobs(samples),
+            strict=True,
+        )
+        return [self._score(conditional, unconditional) for conditional, unconditional in pairs]
 
-    def _score(self, given: np.ndarray | BackendError, alone: np.ndarray | BackendError) -> Score:
-        for row in (given, alone):
+    def _score(self, conditional: np.ndarray | BackendError, unconditional: np.ndarray | BackendError) -> Score:
+        for row in (conditional, unconditional):
             if isinstance(row, BackendError):
                 return Score.invalid(str(row), calls=2)
-        raw = float(np.mean(given, dtype=np.float64) - np.mean(alone, dtype=np.float64))  # type: ignore[arg-type]
+        raw = float(np.mean(conditional, dtype=np.float64) - np.mean(unconditional, dtype=np.float64))  # type: ignore[arg-type]
         value = sigmoid(self.slope * (raw - self.center)) if self.squash else raw
         return Score(value, terms={self.name: value, "log_ratio": raw}, calls=2)
 
@@ -190,7 +196,7 @@ class Fluency(Reward):
         self.slope = default_slope if slope is None else slope
 
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
-        return [self._score(row) for row in self.likelihoods.alone(samples)]
+        return [self._score(row) for row in self.likelihoods.unconditional_logprobs(samples)]
 
     def _score(self, row: np.ndarray | BackendError) -> Score:
         if isinstance(row, BackendError):

@@ -15,7 +15,7 @@ import numpy as np
 from ...llm_backends import BackendError, Tokenizer, UnsupportedRequestError, resolve
 from ..base import Reward, Sample, Score
 from ..compose import WeightedSum
-from .instance_format import Instance, read_pair
+from .instance_format import Instance, parse_instance_or_reason
 from .likelihood import EMBEDDED, Fluency, LikelihoodRatio, Likelihoods
 from .scorers import NeighbourDistance, OutputLength
 
@@ -84,7 +84,7 @@ class LinearReward(Reward):
         format_reward: reward of malformed text; None: that of the preset (the paper specifies none).
         parse: function from the text, the opening included, to an
             :class:`~instructgym.rewards.quality.instance_format.Instance` or None, as a Python object only; None:
-            :func:`~instructgym.rewards.quality.instance_format.read_pair`.
+            :func:`~instructgym.rewards.quality.instance_format.parse_instance_or_reason`.
         backend: backend of the offline scorers, and of passed scorers that need one and name none.
         embedder: sentence embedder of the offline scorers, and of passed scorers that need one and name none.
         tokenizer: tokenizer of the token ids that a term such as ``sequence-reward`` reads; None: the environment's.
@@ -140,11 +140,11 @@ class LinearReward(Reward):
         # Only well-formed instances are scored, in one call; the results are put back in order.
         parsed = [self._read(sample) for sample in samples]
         scorer_samples = [
-            self._asked(sample, result)
+            self._scorer_sample(sample, result)
             for sample, result in zip(samples, parsed, strict=True)
             if isinstance(result, Instance)
         ]
-        scores = iter(self._scored(scorer_samples))
+        scores = iter(self._score_instances(scorer_samples))
         return [next(scores) if isinstance(result, Instance) else self._malformed(result) for result in parsed]
 
     def _read(self, sample: Sample) -> Instance | str:
@@ -154,9 +154,9 @@ class LinearReward(Reward):
         text = (sample.metadata.get("opening") or "") + sample.response
         if self.parse is not None:
             return self.parse(text) or "not parsed"
-        return read_pair(text, sample.metadata.get("order") or "input_first", _instruction(sample))
+        return parse_instance_or_reason(text, sample.metadata.get("order") or "input_first", _instruction(sample))
 
-    def _asked(self, sample: Sample, instance: Instance) -> Sample:
+    def _scorer_sample(self, sample: Sample, instance: Instance) -> Sample:
         """Returns the sample that the scorers see: instruction and input as the prompt, output as the response."""
         prompt = "\n\n".join(filter(None, [_instruction(sample), instance.input]))
         ids = None
@@ -166,7 +166,7 @@ class LinearReward(Reward):
             ids = np.array(self.tokenizer.encode_continuation(instance.output) + end, np.int32)
         return replace(sample, prompt=prompt, response=instance.output, token_ids=ids, loss_mask=None)
 
-    def _scored(self, samples: Sequence[Sample]) -> list[Score]:
+    def _score_instances(self, samples: Sequence[Sample]) -> list[Score]:
         if not samples:
             return []
         try:
@@ -180,8 +180,8 @@ class LinearReward(Reward):
             for score in scores
         ]
 
-    def _malformed(self, why: str) -> Score:
-        return Score(self.format_reward, terms={"well_formed": 0.0}, feedback=f"malformed: {why}")
+    def _malformed(self, reason: str) -> Score:
+        return Score(self.format_reward, terms={"well_formed": 0.0}, feedback=f"malformed: {reason}")
 
 
 def _instruction(sample: Sample) -> str:
@@ -193,7 +193,7 @@ def _with_defaults(
 ) -> dict[str, Any]:
     """Returns a scorer for every weight; the offline ones share one cache of log-probs."""
     if unknown := sorted(set(scorers) - set(weights)):
-        raise ValueError(f"scorers without a weight: {unknown}; a term of weight 0 is logged, not paid")
+        raise ValueError(f"scorers without a weight: {unknown}; a term of weight 0 is logged, not added")
     shared = Likelihoods(backend)
     defaults: dict[str, Callable[[], Reward]] = {
         "rew": lambda: LikelihoodRatio(shared, squash=False),

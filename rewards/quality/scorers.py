@@ -11,7 +11,7 @@ import numpy as np
 from ...llm_backends import Tokenizer, resolve
 from ...llm_backends.prompting import load_prompts
 from ..base import Reward, Sample, Score
-from ..judges.verdict import Question, VerdictMode, VerdictPrompt, check_mode, judge_verdicts, temperature_for
+from ..judges.verdict import Question, VerdictMode, VerdictPrompt, check_mode, judge_temperature, judge_verdicts
 
 Aspect = Literal["natural", "understandable", "coherent"]
 
@@ -71,7 +71,7 @@ class BooleanQA(Reward):
             for sample in samples
         ]
         scores = []
-        for verdict in judge_verdicts(self.backend, questions, self.mode, temperature_for(samples)):
+        for verdict in judge_verdicts(self.backend, questions, self.mode, judge_temperature(samples)):
             if verdict.answer is None:
                 scores.append(Score.invalid(verdict.why, calls=1))
                 continue
@@ -127,7 +127,7 @@ class NeighbourDistance(Reward):
         self.reset()
 
     def reset(self) -> None:
-        self._known: np.ndarray | None = None
+        self._vectors: np.ndarray | None = None
         self._latest: dict[str, float] = {}
 
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
@@ -144,14 +144,14 @@ class NeighbourDistance(Reward):
         if fresh:
             vectors = self.embedder.embed(fresh)
             retried |= dict(zip(fresh, self._distances(vectors), strict=True))
-            all_vectors = vectors if self._known is None else np.concatenate([self._known, vectors])
-            self._known = all_vectors[-self.capacity :]
+            all_vectors = vectors if self._vectors is None else np.concatenate([self._vectors, vectors])
+            self._vectors = all_vectors[-self.capacity :]
         self._latest = retried
         return [Score(retried[text], terms={self.name: retried[text]}) for text in texts]
 
     def _distances(self, vectors: np.ndarray) -> list[float]:
-        if self._known is None or len(self._known) < self.k:
+        if self._vectors is None or len(self._vectors) < self.k:
             return [float(np.sqrt(2))] * len(vectors)
         # For unit vectors the squared distance is 2 - 2 cosine; rounding can make it slightly negative.
-        cosines = np.partition(vectors @ self._known.T, -self.k, axis=1)[:, -self.k]
+        cosines = np.partition(vectors @ self._vectors.T, -self.k, axis=1)[:, -self.k]
         return [float(d) for d in np.sqrt(np.maximum(2 - 2 * cosines, 0))]

@@ -141,7 +141,7 @@ class Ranker(Part, ABC):
     def _rank(self, groups: Sequence[Sequence[Sample]]) -> list[CandidateScores]:
         """Ranks at least one group, none of them empty."""
 
-    def most_calls(self, count: int) -> int:
+    def max_calls(self, count: int) -> int:
         """Returns the maximum number of LLM requests that a ranking of ``count`` candidates takes."""
         return 0
 
@@ -215,16 +215,18 @@ class ProbabilisticRanker(Ranker):
             )
         self.beta, self.form = beta, form
 
-    def most_calls(self, count: int) -> int:
+    def max_calls(self, count: int) -> int:
         return count
 
     def _rank(self, groups: Sequence[Sequence[Sample]]) -> list[CandidateScores]:
         # A backend refuses an empty completion.
         nonempty = [sample for group in groups for sample in group if sample.response]
-        rows = iter(self.likelihoods.given(nonempty) if self.form == "backend" else self._given(nonempty))
+        rows = iter(
+            self.likelihoods.conditional_logprobs(nonempty) if self.form == "backend" else self._form_logprobs(nonempty)
+        )
         return [self._scores([next(rows) if sample.response else None for sample in group]) for group in groups]
 
-    def _given(self, samples: Sequence[Sample]) -> list[np.ndarray | BackendError]:
+    def _form_logprobs(self, samples: Sequence[Sample]) -> list[np.ndarray | BackendError]:
         prompts: list[Prompt] = []
         texts = []
         for sample in samples:
@@ -271,7 +273,7 @@ class GroundTruthRanker(Ranker):
     def __init__(self, score: Any = "rouge-l") -> None:
         self.score: Reward | None = None if isinstance(score, str) and score == "rouge-l" else resolve("reward", score)
 
-    def most_calls(self, count: int) -> int:
+    def max_calls(self, count: int) -> int:
         return count * self.score.calls_per_sample if self.score else 0
 
     def reset(self) -> None:
@@ -308,7 +310,7 @@ def _to_reference(sample: Sample) -> float:
     return rouge_l(sample.response, sample.reference)
 
 
-ALONE_VALUE = 0.5
+TIE_VALUE = 0.5
 """Reward of a sample that is alone in its group, and of each sample of a group that all tie."""
 
 
@@ -343,7 +345,7 @@ class RankReward(Reward):
         # The samples of a group share its requests. Rounded up and maximal over the sizes, so that the reserve always
         # suffices; a single sample is not ranked.
         sizes = range(2, largest_group + 1)
-        self.calls_per_sample = max((-(-self.ranker.most_calls(size) // size) for size in sizes), default=0)
+        self.calls_per_sample = max((-(-self.ranker.max_calls(size) // size) for size in sizes), default=0)
 
     def reset(self) -> None:
         self.ranker.reset()
@@ -359,7 +361,7 @@ class RankReward(Reward):
                     f"group {group!r} has {len(members)} samples, the rank reward was built for {self.largest_group}: "
                     "raise largest_group"
                 )
-        scores = [_alone(sample) for sample in samples]
+        scores = [_lone_score(sample) for sample in samples]
         ranked = [members for members in groups.values() if len(members) > 1]
         rankings = self.ranker.rank_samples([[samples[i] for i in members] for members in ranked])
         for members, ranking in zip(ranked, rankings, strict=True):
@@ -373,7 +375,7 @@ class RankReward(Reward):
         if not ranking.valid:
             return Score.invalid(ranking.feedback, calls=calls)
         place, last = int(ranking.places[number]), int(ranking.places.max())
-        value = 1 - place / last if last else ALONE_VALUE
+        value = 1 - place / last if last else TIE_VALUE
         terms = {
             self.name: value,
             "alone": 0.0,
@@ -384,8 +386,8 @@ class RankReward(Reward):
         return Score(value, terms=terms, feedback=feedback, calls=calls)
 
 
-def _alone(sample: Sample) -> Score:
+def _lone_score(sample: Sample) -> Score:
     feedback = "the only sample of its group: it has no rank"
     if sample.metadata.get("attempt"):
         return Score.invalid(feedback)
-    return Score(ALONE_VALUE, terms={RankReward.name: ALONE_VALUE, "alone": 1.0}, feedback=feedback)
+    return Score(TIE_VALUE, terms={RankReward.name: TIE_VALUE, "alone": 1.0}, feedback=feedback)

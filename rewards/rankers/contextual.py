@@ -10,7 +10,7 @@ import numpy as np
 from ...llm_backends import Backend, BackendError, Sampling, request_seed, resolve
 from ..base import Sample
 from ..judges.ranking import RankingQuestion, RequestKind, check_count, check_kind, distinct_texts, rank
-from ..judges.verdict import temperature_for
+from ..judges.verdict import judge_temperature
 from ..quality.likelihood import request_prompt
 from .base import CandidateScores, Ranker
 
@@ -54,7 +54,7 @@ class ContextualRanker(Ranker):
         self.kind, self.rounds = kind, rounds
         self.own_answer, self.answer_tokens = own_answer, answer_tokens
 
-    def most_calls(self, count: int) -> int:
+    def max_calls(self, count: int) -> int:
         return self.rounds + self.own_answer
 
     def _rank(self, groups: Sequence[Sequence[Sample]]) -> list[CandidateScores]:
@@ -62,7 +62,7 @@ class ContextualRanker(Ranker):
         for group in groups:
             distinct, _ = distinct_texts([sample.response for sample in group])
             check_count(self.backend.prompt_style, len(distinct) + self.own_answer)
-        temperature = temperature_for([sample for group in groups for sample in group])
+        temperature = judge_temperature([sample for group in groups for sample in group])
         answers = self._answers([group[0] for group in groups], temperature) if self.own_answer else [""] * len(groups)
         # A single text needs no ranking; a group whose own answer failed gets none.
         questions = {}

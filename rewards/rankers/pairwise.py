@@ -18,7 +18,7 @@ from ...llm_backends import Backend, request_seed, resolve
 from ..base import Sample
 from ..judges.pairwise import OUTCOME_VALUES, Comparison, Pair, compare
 from ..judges.ranking import distinct_texts
-from ..judges.verdict import VerdictMode, check_mode, temperature_for
+from ..judges.verdict import VerdictMode, check_mode, judge_temperature
 from .base import CandidateScores, Ranker
 
 Method = Literal["all", "heapsort", "sliding"]
@@ -155,7 +155,7 @@ class PairwiseRanker(Ranker):
         self.backend: Backend = resolve("backend", backend)
         self.method, self.passes, self.mode = method, passes, mode
 
-    def most_comparisons(self, count: int) -> int:
+    def max_comparisons(self, count: int) -> int:
         """Returns the maximum number of comparisons that a ranking of ``count`` candidates takes."""
         pairs = count * (count - 1) // 2
         if self.method == "all":
@@ -166,15 +166,15 @@ class PairwiseRanker(Ranker):
         # No pair is compared twice, so the number of pairs is a limit as well.
         return min(pairs, 2 * count + sum(2 * (size.bit_length() - 1) for size in range(1, count)))
 
-    def most_calls(self, count: int) -> int:
-        return 2 * self.most_comparisons(count)
+    def max_calls(self, count: int) -> int:
+        return 2 * self.max_comparisons(count)
 
     def _rank(self, groups: Sequence[Sequence[Sample]]) -> list[CandidateScores]:
         new_schedule = {"all": all_pairs, "heapsort": heapsort, "sliding": partial(sliding, passes=self.passes)}[
             self.method
         ]
         runs = [_Run(group, new_schedule) for group in groups]
-        temperature = temperature_for([sample for group in groups for sample in group])
+        temperature = judge_temperature([sample for group in groups for sample in group])
         # One step of all unfinished schedules per backend call: within a schedule, a pair depends on earlier outcomes.
         while any(run.pairs for run in runs):
             pairs = [pair for run in runs for pair in run.questions()]
@@ -187,10 +187,10 @@ class PairwiseRanker(Ranker):
 class _Run:
     """The running schedule of one prompt's candidates."""
 
-    def __init__(self, group: Sequence[Sample], start: Any) -> None:
+    def __init__(self, group: Sequence[Sample], new_schedule: Any) -> None:
         self.first = group[0]
-        self.texts, self.twins = distinct_texts([sample.response for sample in group])
-        self.schedule: Schedule = start(len(self.texts))
+        self.texts, self.distinct_indices = distinct_texts([sample.response for sample in group])
+        self.schedule: Schedule = new_schedule(len(self.texts))
         self.pairs: list[tuple[int, int]] = []
         """Pairs that the schedule waits for; empty when it has ended."""
         self.scores = np.zeros(len(self.texts))
@@ -205,16 +205,17 @@ class _Run:
             for i, j in self.pairs
         ]
 
-    def take(self, found: Sequence[Comparison]) -> None:
+    def take(self, comparisons: Sequence[Comparison]) -> None:
         """Continues the schedule with the comparisons of its pairs, in order; one without outcome ends it."""
         if not self.pairs:
             return
-        self.calls += sum(comparison.calls for comparison in found)
+        self.calls += sum(comparison.calls for comparison in comparisons)
         values = []
-        for (i, j), comparison in zip(self.pairs, found, strict=True):
+        for (i, j), comparison in zip(self.pairs, comparisons, strict=True):
             if comparison.outcome is None:
                 # The message names the first candidates with these texts.
-                self.why = f"comparison of candidates {self.twins.index(i)} and {self.twins.index(j)}: {comparison.why}"
+                first, second = self.distinct_indices.index(i), self.distinct_indices.index(j)
+                self.why = f"comparison of candidates {first} and {second}: {comparison.why}"
                 self.pairs = []
                 return
             values.append(OUTCOME_VALUES[comparison.outcome])
@@ -226,5 +227,5 @@ class _Run:
     def result(self) -> CandidateScores:
         """Returns the scores of all candidates, or an invalid result if a comparison had no outcome."""
         if self.why:
-            return CandidateScores.invalid(len(self.twins), self.why, self.calls)
-        return CandidateScores(self.scores[self.twins], calls=self.calls)
+            return CandidateScores.invalid(len(self.distinct_indices), self.why, self.calls)
+        return CandidateScores(self.scores[self.distinct_indices], calls=self.calls)

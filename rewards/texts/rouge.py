@@ -193,7 +193,7 @@ class RougeGate:
         """Returns whether a text with this similarity to its nearest neighbour is rejected."""
         return similarity > self.threshold + TOLERANCE
 
-    def accept(self, text: str) -> bool:
+    def add_if_new(self, text: str) -> bool:
         """Adds the text unless it is too similar to one in the pool; returns whether it was added."""
         if self.rejects(self.pool.nearest(text, self.threshold)):
             return False

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from ....llm_backends import Tokenizer
 from ....llm_backends.errors import InputError
 from ....llm_backends.prompting import fill, load_prompts, one_line
-from ....rewards.quality.instance_format import FIELDS, Instance, Order, read_pair
+from ....rewards.quality.instance_format import FIELDS, Instance, Order, parse_instance_or_reason
 from ...tokens.episode import PromptExample
 from ..responses.openings import LAYOUTS
 from .instances import order_for
@@ -90,11 +90,11 @@ def read_response(response: str, metadata: Mapping[str, Any]) -> Instance | str:
 
     Returns:
         The instance, or the name of the defect: ``cut`` if the response ended at the token limit, else one of
-        :func:`~instructgym.rewards.quality.instance_format.read_pair`.
+        :func:`~instructgym.rewards.quality.instance_format.parse_instance_or_reason`.
     """
     if metadata["finish_reason"] == "length":
         return "cut"
-    return read_pair(metadata["opening"] + response, metadata["order"], metadata["instruction"])
+    return parse_instance_or_reason(metadata["opening"] + response, metadata["order"], metadata["instruction"])
 
 
 def _tasks(data: str | Path) -> tuple[str, list[Task]]:
