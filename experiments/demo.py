@@ -21,7 +21,7 @@ def run(console: Console) -> None:
     """Trains for 240 steps, generates from 16 seeds and points at the files."""
     begun = time.monotonic()
     RUN.mkdir(parents=True, exist_ok=True)
-    console.rule("1 of 2: an agent learns which edits pay (TRPO, 240 steps on SmolLM2-135M-Instruct)")
+    console.rule("1 of 2: an agent learns which edits raise the reward (TRPO, 240 steps on SmolLM2-135M-Instruct)")
     evolve_train.run(
         evolve_train.EvolveTrain(
             run_dir=str(RUN),
@@ -49,7 +49,7 @@ def run(console: Console) -> None:
     console.print(f"data set    {RUN / 'data.jsonl'} ({len(rows)} rows)")
     console.print(f"figure      {RUN / 'figures' / 'training.png'}")
     console.print(f"metrics     {RUN / 'metrics.json'}")
-    console.print(f"{time.monotonic() - begun:.0f} seconds in all")
+    console.print(f"{time.monotonic() - begun:.0f} seconds in total")
 
 
 if __name__ == "__main__":
