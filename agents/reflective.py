@@ -20,7 +20,7 @@ from ..rewards.prompt_scoring.task_prompt import LabelledExample, TaskPrompt, en
 
 INSTRUCTION = "instruction"
 """Name of the only text of a candidate."""
-SHOWN = 3
+MAX_FAILURES = 3
 """Maximum number of failures in a request for a new instruction."""
 MAX_TOKENS = 64
 """Maximum number of tokens of a new instruction."""
@@ -105,7 +105,7 @@ class PromptAdapter:
                 "Generated Outputs": trace["answer"],
                 "Feedback": f"The right answer is {trace['right']}.",
             }
-            for trace in shown[:SHOWN]
+            for trace in shown[:MAX_FAILURES]
         ]
         return dict.fromkeys(components_to_update, records)
 
@@ -126,12 +126,12 @@ class PromptAdapter:
             components_to_update: not used, as a candidate has one component only.
         """
         try:
-            return {INSTRUCTION: self._written(candidate[INSTRUCTION], reflective_dataset[INSTRUCTION])}
+            return {INSTRUCTION: self._new_instruction(candidate[INSTRUCTION], reflective_dataset[INSTRUCTION])}
         except Exception as error:
             self._failure = error
             raise
 
-    def _written(self, instruction: str, records: Sequence[Mapping[str, Any]]) -> str:
+    def _new_instruction(self, instruction: str, records: Sequence[Mapping[str, Any]]) -> str:
         """Requests an instruction that avoids the recorded failures; returns the old one without a usable reply."""
         failures = "; ".join(
             f"{one_line(record['Inputs']['text'])} -> {record['Generated Outputs']}. {record['Feedback']}"
@@ -156,8 +156,8 @@ class PromptAdapter:
         if isinstance(result, BackendError):
             logger.warning("no new instruction: %s", result)
             return instruction
-        written = one_line(result[0].text)
-        return written if written and encodable(written) else instruction
+        new_text = one_line(result[0].text)
+        return new_text if new_text and encodable(new_text) else instruction
 
 
 def reflective_search(
@@ -191,7 +191,7 @@ def reflective_search(
     labels = len(adapter.prompt.verbalizers)
     if calls < labels * len(validation):
         raise InputError(
-            f"{calls} task-model calls do not do for one prompt on {len(validation)} validation examples of {labels} "
+            f"{calls} task-model calls are too few for one prompt on {len(validation)} validation examples of {labels} "
             "labels: allow more, or validate on fewer"
         )
     untyped: Any = adapter  # the library's protocol has type variables that nothing binds

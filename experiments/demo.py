@@ -22,7 +22,7 @@ def run(console: Console) -> None:
     """Trains for 240 steps, evolves 16 seeds, prints three of the rows and the paths of the files."""
     start = time.monotonic()
     RUN.mkdir(parents=True, exist_ok=True)
-    console.rule("1 of 2: an agent learns which edits pay (TRPO, 240 steps on SmolLM2-135M-Instruct)")
+    console.rule("1 of 2: an agent learns which edits raise the reward (TRPO, 240 steps on SmolLM2-135M-Instruct)")
     evolve_train.run(
         evolve_train.EvolveTrain(
             run_dir=str(RUN),
@@ -50,7 +50,7 @@ def run(console: Console) -> None:
     console.print(f"data set    {RUN / 'data.jsonl'} ({len(rows)} rows)")
     console.print(f"figure      {RUN / 'figures' / 'training.png'}")
     console.print(f"metrics     {RUN / 'metrics.json'}")
-    console.print(f"{time.monotonic() - start:.0f} seconds in all")
+    console.print(f"{time.monotonic() - start:.0f} seconds in total")
 
 
 if __name__ == "__main__":

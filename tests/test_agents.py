@@ -496,7 +496,7 @@ def test_a_deadline_stops_training():
     agent = make_agent("PPO", make())
     agent.learn(10_000, callback=stop)
     assert stop.out_of_time and agent.num_timesteps == 4
-    for never in (StopAtDeadline(0), StopAtDeadline(1e-9, counts=lambda: False)):
+    for never in (StopAtDeadline(0), StopAtDeadline(1e-9, clock_started=lambda: False)):
         make_agent("random", make()).learn(24, callback=never)
         assert not never.out_of_time
 

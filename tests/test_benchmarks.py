@@ -237,8 +237,8 @@ def test_a_sum_at_the_end_is_the_return_of_the_reward_it_sums():
             splits = [sample.token_ids.astype(np.float32) for sample in samples]
             return [Score(float(split.sum()), split, {"n": float(len(split))}) for split in splits]
 
-    [score] = dense_reward.PaidAtTheEnd(Ids()).reward([Sample("", token_ids=np.array([3, 1, 4], np.int32))])
-    assert dense_reward.PaidAtTheEnd.timing == "terminal"
+    [score] = dense_reward.TerminalSum(Ids()).reward([Sample("", token_ids=np.array([3, 1, 4], np.int32))])
+    assert dense_reward.TerminalSum.timing == "terminal"
     assert (score.value, score.per_token, score.terms) == (8.0, None, {"n": 3.0})
 
 

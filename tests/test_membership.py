@@ -110,9 +110,9 @@ def test_length_shift():
     rng = np.random.default_rng(0)
     same = length_shift(rng.integers(10, 30, 200).tolist(), rng.integers(10, 30, 200).tolist())
     longer = length_shift(rng.integers(15, 35, 200).tolist(), rng.integers(10, 30, 200).tolist())
-    assert not same.found and longer.found and longer.auc > 0.6 and longer.members > longer.nonmembers
-    assert length_shift([5, 5], [5, 5]).p_value == 1.0 and length_shift([5, 5], [6, 6]).found
-    assert not length_shift([5], [9]).found, "one row says nothing"
+    assert not same.significant and longer.significant and longer.auc > 0.6 and longer.members > longer.nonmembers
+    assert length_shift([5, 5], [5, 5]).p_value == 1.0 and length_shift([5, 5], [6, 6]).significant
+    assert not length_shift([5], [9]).significant, "one row says nothing"
 
 
 def test_scores_are_those_of_the_model_whatever_the_batch(tiny_lm, tiny_model_path):

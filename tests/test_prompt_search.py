@@ -174,7 +174,7 @@ def test_reflection_finds_what_helps_and_stays_within_its_calls():
     assert {length for _, length in seen} == {4, 20}
     again, _ = adapter()
     assert reflective_search(again, films.train[:20], films.train[20:], 1200, 4, 0) == found
-    with pytest.raises(InputError, match="10 task-model calls do not do for one prompt on 20 validation examples"):
+    with pytest.raises(InputError, match="10 task-model calls are too few for one prompt on 20 validation examples"):
         reflective_search(mine, films.train[:20], films.train[20:], calls=10)
 
 
@@ -334,7 +334,7 @@ def test_methods_are_compared_at_equal_calls(options, tmp_path, monkeypatch):
         ({"method": "magic"}, "--method"),
         ({"task": "nowhere.toml"}, "nowhere.toml"),
         ({"task": "STS-B"}, "label"),
-        ({"calls": 20}, "--calls 20 do not do for one round of manual and one validation, which take up to 32"),
+        ({"calls": 20}, "--calls 20 are too few for one round of manual and one validation, which take up to 32"),
         ({"calls": 220, "method": "random"}, "one round of random and one validation, which take up to 224"),
         ({"minibatch": 65}, "--minibatch 65 is more than the"),
         ({"operator": "words"}, "--operator"),

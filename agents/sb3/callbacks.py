@@ -26,11 +26,11 @@ class EpisodeRows(BaseCallback):
         self.calls: Counter[str] = Counter()
         """Number of language-model calls so far, by role."""
         self._operations: deque[str] = deque(maxlen=96)
-        self._open: dict[int, dict[str, Any]] = {}
+        self._open_rows: dict[int, dict[str, Any]] = {}
 
     def _on_step(self) -> bool:
         for index, (info, reward) in enumerate(zip(self.locals["infos"], self.locals["rewards"], strict=True)):
-            row = self._open.setdefault(
+            row = self._open_rows.setdefault(
                 index, {"return": 0.0, "operations": [], "invalid": 0, "rewrite_calls": 0, "judge_calls": 0}
             )
             row["return"] += float(reward)
@@ -44,9 +44,9 @@ class EpisodeRows(BaseCallback):
                 self.write(self._finished(index, info))
         return True
 
-    def _finished(self, copy: int, info: dict[str, Any]) -> dict[str, Any]:
+    def _finished(self, index: int, info: dict[str, Any]) -> dict[str, Any]:
         """Returns the row of a sub-environment's finished episode, given the info of its last step."""
-        row = self._open.pop(copy)
+        row = self._open_rows.pop(index)
         self.episodes += 1
         return {
             "episode": self.episodes,
@@ -112,20 +112,20 @@ class StopAtDeadline(BaseCallback):
 
     Args:
         seconds: the time budget, in seconds; 0: no limit.
-        counts: called at every step until it returns True, which starts the clock; a resumed run, for example, starts
-            it after its stored replies have been replayed.
+        clock_started: called at every step until it returns True, which starts the clock; a resumed run, for example,
+            starts it after its stored replies have been replayed.
     """
 
-    def __init__(self, seconds: float, counts: Callable[[], bool] = lambda: True) -> None:
+    def __init__(self, seconds: float, clock_started: Callable[[], bool] = lambda: True) -> None:
         super().__init__()
-        self.seconds, self.counts = seconds, counts
+        self.seconds, self.clock_started = seconds, clock_started
         self._begun: float | None = None
         """Monotonic time at which the clock was started; None before."""
         self.out_of_time = False
         """Whether training was stopped by the deadline."""
 
     def _on_step(self) -> bool:
-        if self._begun is None and self.counts():
+        if self._begun is None and self.clock_started():
             self._begun = time.monotonic()
         self.out_of_time = bool(self.seconds and self._begun is not None) and (
             time.monotonic() - (self._begun or 0.0) >= self.seconds

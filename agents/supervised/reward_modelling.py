@@ -44,18 +44,18 @@ class PairSide:
         # With one logit per response this is the score at level sequence, and equals the mean at level token.
         return self.logits if len(self.logits) == len(self.lengths) else self.mean()
 
-    def mean(self, values: torch.Tensor | None = None, where: torch.Tensor | None = None) -> torch.Tensor:
+    def mean(self, values: torch.Tensor | None = None, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Returns the mean of per-token values in each response, shape (n,).
 
         Args:
             values: shape (tokens,); None: the logits.
-            where: True for tokens that are averaged, bool, shape (tokens,); None: all. A response without any gets 0.
+            mask: True for tokens that are averaged, bool, shape (tokens,); None: all. A response without any gets 0.
         """
         values = self.logits if values is None else values
-        if where is None:
+        if mask is None:
             return torch.segment_reduce(values, "mean", lengths=self.lengths)
-        counts = torch.segment_reduce(where.to(values.dtype), "sum", lengths=self.lengths)
-        return torch.segment_reduce(values.where(where, 0.0), "sum", lengths=self.lengths) / counts.clamp(min=1.0)
+        counts = torch.segment_reduce(mask.to(values.dtype), "sum", lengths=self.lengths)
+        return torch.segment_reduce(values.where(mask, 0.0), "sum", lengths=self.lengths) / counts.clamp(min=1.0)
 
 
 def mean_bt(edited: PairSide, original: PairSide) -> torch.Tensor:
@@ -84,7 +84,7 @@ def edited_only_bt(edited: PairSide, original: PairSide) -> torch.Tensor:
     Returns:
         The loss of each pair, float32, shape (n,), in nats.
     """
-    return -logsigmoid(edited.mean(where=edited.changed) - original.mean(where=original.changed))
+    return -logsigmoid(edited.mean(mask=edited.changed) - original.mean(mask=original.changed))
 
 
 def tlcr_ce(edited: PairSide, original: PairSide) -> torch.Tensor:
@@ -151,7 +151,7 @@ class RewardLoss(NamedTuple):
     """Level of the models that it trains."""
     transform: Transform
     """Transform from the head's output to rewards."""
-    free_level: bool
+    shift_invariant: bool
     """Whether adding a constant to all rewards leaves the loss the same, at least if both sides have changed tokens."""
 
 
@@ -215,7 +215,7 @@ def tokenize_pairs(
         name = f"pair {number} ({pair.id})" if pair.id else f"pair {number}"
         prompt = tokenizer.encode(pair.prompt) if pair.prompt.strip() else []
         if not prompt:
-            raise InputError(f"{name} has an empty prompt: a reward is of a response to something")
+            raise InputError(f"{name} has an empty prompt: a reward needs a prompt")
         if pair.finished and eos is None:
             raise InputError(f"{name} is finished, but {tokenizer.name!r} has no EOS token: set finished=False")
         original, edited = (tokenizer.encode_continuation(text) for text in (pair.original, pair.edited))
@@ -306,7 +306,7 @@ class RewardTrainer(SupervisedTrainer):
         super().__init__(model, settings, seed)
         model.loss, model.transform = loss, self._loss.transform
         # The penalty pulls rewards of unchanged tokens towards 0, so no constant can be added to all rewards.
-        model.free_level = self._loss.free_level and not settings.unchanged_penalty
+        model.free_level = self._loss.shift_invariant and not settings.unchanged_penalty
         model.mean = model.std = None
 
     def fit(

@@ -139,5 +139,5 @@ def _print(options: BenchBackend, figures: dict[str, Any], console: Console) -> 
     ours, client = figures["ours"], figures["theirs"]
     table.add_row("different requests per second", f"{ours[name]:.1f}", f"{client[name]:.1f}", spread)
     table.add_row("requests sent", str(ours["sent"]), str(client["sent"]), "")
-    table.add_row("sent when asked again", str(ours["sent_again"]), "", "")
+    table.add_row("requests sent when repeated", str(ours["sent_again"]), "", "")
     console.print(table)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 WORDS = tuple(f"w{i}" for i in range(32))
 BAD = frozenset(int(i) for i in np.random.default_rng(0).permutation(len(WORDS))[:24])
 """Ids of the bad words. ``</s>`` is neither good nor bad."""
-LENGTH, COPIES = 32, 4
+LENGTH, NUM_ENVS = 32, 4
 PAIRS, HELD_OUT, BAD_SHARE, PAIR_EPOCHS, PAIR_RATE = 1024, 256, 0.2, 3, 3e-3
 UNCHANGED_PENALTY = 1.0
 KL_COEFFICIENT = 0.004
@@ -73,7 +73,7 @@ class BenchDenseReward:
     """JSON file for the results. Empty: do not write one."""
 
 
-class PaidAtTheEnd(Reward):
+class TerminalSum(Reward):
     """A reward that gives the sum of a causal reward at the last token: the same return without credit per token.
 
     Args:
@@ -147,7 +147,7 @@ def reward_of(model: RewardModel, measures: dict[str, float], placement: Placeme
     # Expected reward of a word from the uniform distribution over good and bad words.
     center = removed + (written - removed) * (1.0 - len(BAD) / len(WORDS))
     dense = TokenReward(model, scale=1.0 / (LENGTH * (written - removed)), center=center)
-    return dense if placement == "dense" else PaidAtTheEnd(dense)
+    return dense if placement == "dense" else TerminalSum(dense)
 
 
 def tokens_needed(seed: int, reward: Reward, learning_rate: float, lam: float) -> int:
@@ -158,7 +158,7 @@ def tokens_needed(seed: int, reward: Reward, learning_rate: float, lam: float) -
 
     env = gym.make_vec(
         "instructgym/GenerateResponse-v0",
-        num_envs=COPIES,
+        num_envs=NUM_ENVS,
         examples=[PromptExample(id=word, prompt=word) for word in WORDS],
         tokenizer=WordTokenizer(words=WORDS),
         reward=reward,
@@ -224,8 +224,8 @@ def run(options: BenchDenseReward, console: Console | None = None) -> dict[str, 
     table = Table(title=f"Tokens until {TARGET} of the best return, {options.seeds} seeds (cap {CAP})")
     for title in ("", "median", "each seed"):
         table.add_column(title)
-    table.add_row("paid token by token (ours)", f"{medians['dense']:.0f}", " ".join(map(str, tokens["dense"])))
-    table.add_row("paid at the end", f"{medians['terminal']:.0f}", " ".join(map(str, tokens["terminal"])))
+    table.add_row("rewarded token by token (ours)", f"{medians['dense']:.0f}", " ".join(map(str, tokens["dense"])))
+    table.add_row("rewarded at the end", f"{medians['terminal']:.0f}", " ".join(map(str, tokens["terminal"])))
     console.print(table)
     lowest = min(min(measures["removed_auc"], measures["written_auc"]) for measures in models)
     console.print(f"reward models: lowest token AUC on held-out edits {lowest:.3f}")

@@ -117,7 +117,7 @@ def run(options: BenchRanking, console: Console | None = None) -> dict[str, Any]
             dtype = training_dtype("auto" if options.dtype == "default" else options.dtype, "cpu")
             baseline = Side("floor", module_command("floor_dpo"), spec | {"dtype": dtype})
             # Without "micro" in its spec, the worker returns its fastest micro-batch.
-            baseline = replace(baseline, spec=baseline.spec | baseline.work())
+            baseline = replace(baseline, spec=baseline.spec | baseline.measure())
         else:
             trl_options = {"micro": min(options.trl_pairs, options.batch), "checkpointing": options.checkpointing}
             baseline = Side("trl", script_command(python, "trl_dpo"), spec | trl_options)

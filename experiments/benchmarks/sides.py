@@ -75,7 +75,7 @@ class Side:
     spec: dict[str, Any]
     """Settings for the command, including ``threads``."""
 
-    def work(self) -> dict[str, Any]:
+    def measure(self) -> dict[str, Any]:
         """Runs the command once and returns the JSON of its last line.
 
         Raises:
@@ -106,12 +106,12 @@ def measure_sides(ours: Side, theirs: Side, rounds: int) -> dict[str, Any]:
         ``{"ours": ..., "theirs": ..., "ratio": ...}``: medians of :data:`MEASURES` of each side, and medians of the
             ratios within a round with their minimum and maximum.
     """
-    works = [(ours.work(), theirs.work()) for _ in range(rounds)]
-    our_works, their_works = [list(side) for side in zip(*works, strict=True)]
-    figures = {"ours": _side(our_works), "theirs": _side(their_works), "ratio": {}}
+    measurements = [(ours.measure(), theirs.measure()) for _ in range(rounds)]
+    our_measurements, their_measurements = [list(side) for side in zip(*measurements, strict=True)]
+    figures = {"ours": _side(our_measurements), "theirs": _side(their_measurements), "ratio": {}}
     # Ratios within a round: both sides are measured one right after the other.
     for name in MEASURES:
-        ratios = [_measures(a)[name] / _measures(b)[name] for a, b in works]
+        ratios = [_measures(a)[name] / _measures(b)[name] for a, b in measurements]
         figures["ratio"] |= {
             name: float(np.median(ratios)),
             f"{name}_min": float(min(ratios)),
@@ -151,19 +151,21 @@ def print_sides(title: str, against: str, figures: Mapping[str, Any], console: C
     console.print(table)
 
 
-def _measures(work: Mapping[str, Any]) -> dict[str, float]:
+def _measures(measurement: Mapping[str, Any]) -> dict[str, float]:
     """Returns the values of :data:`MEASURES` of one measurement."""
     return {
-        "tokens_per_cpu_second": work["tokens"] / work["cpu_seconds"],
-        "tokens_per_second": work["tokens"] / work["wall_seconds"],
-        "peak_mb": work["peak_mb"],
+        "tokens_per_cpu_second": measurement["tokens"] / measurement["cpu_seconds"],
+        "tokens_per_second": measurement["tokens"] / measurement["wall_seconds"],
+        "peak_mb": measurement["peak_mb"],
     }
 
 
-def _side(works: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _side(measurements: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns medians over the measurements of a side, its other results, and the rows of all rounds."""
-    rows = [_measures(work) for work in works]
+    rows = [_measures(measurement) for measurement in measurements]
     medians = {name: float(np.median([row[name] for row in rows])) for name in MEASURES}
-    start = float(np.median([work["start_mb"] for work in works]))
+    start = float(np.median([measurement["start_mb"] for measurement in measurements]))
     timed = ("cpu_seconds", "wall_seconds", "start_mb", "peak_mb")
-    return medians | {"start_mb": start} | {k: v for k, v in works[-1].items() if k not in timed} | {"rounds": rows}
+    return (
+        medians | {"start_mb": start} | {k: v for k, v in measurements[-1].items() if k not in timed} | {"rounds": rows}
+    )

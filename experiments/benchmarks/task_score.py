@@ -115,7 +115,7 @@ def run(options: BenchTaskScore, console: Console | None = None) -> dict[str, An
     finally:
         torch.set_num_threads(threads)
     if options.dtype == "float32" and largest > TOLERANCE:
-        raise InputError(f"the ways differ by {largest:g} nats, more than {TOLERANCE:g}: one of them is wrong")
+        raise InputError(f"the methods differ by {largest:g} nats, more than {TOLERANCE:g}: one of them is wrong")
     figures: dict[str, Any] = {
         way: {MEASURE: 1 / float(np.median(values)), "seconds_each": values} for way, values in seconds.items()
     }
@@ -217,12 +217,12 @@ def _spread(name: str, ratios: np.ndarray) -> dict[str, float]:
 def _print(options: BenchTaskScore, figures: dict[str, Any], console: Console) -> None:
     """Prints the results as a table."""
     table = Table(title=f"{options.prompts} prompts x {options.examples} examples, {options.model}, {options.dtype}")
-    for title in ("", "likelihoods per second", "ours is faster by (median, min to max)"):
+    for title in ("", "likelihoods per second", "speed-up of ours (median, min to max)"):
         table.add_column(title)
     table.add_row("shared prefixes (ours)", f"{figures['ours'][MEASURE]:.1f}", "")
     for title, way, name in (
-        ("a full request each", "theirs", MEASURE),
-        ("with what logprobs shares itself", "sharing_backend", f"{MEASURE}_of_the_sharing_backend"),
+        ("one full request per likelihood", "theirs", MEASURE),
+        ("Backend.logprobs, which shares prefixes", "sharing_backend", f"{MEASURE}_of_the_sharing_backend"),
     ):
         ratio = figures["ratio"]
         spread = f"{ratio[name]:.2f} ({ratio[f'{name}_min']:.2f} to {ratio[f'{name}_max']:.2f})"

@@ -86,7 +86,7 @@ class _Ours:
     lm: CausalLM
     env: TokenVectorEnv
     sampling: Sampling
-    played: float = 0.0
+    play_seconds: float = 0.0
     """Seconds spent in ``play``, without resets."""
 
     def rollout(self, number: int) -> int:
@@ -98,7 +98,7 @@ class _Ours:
         responses = [row[0].token_ids for row in generate(self.lm, prompts, samplings)]
         start = time.perf_counter()
         played = self.env.play(responses)
-        self.played += time.perf_counter() - start
+        self.play_seconds += time.perf_counter() - start
         if not played.valid.all():
             raise RuntimeError("a rule reward gave no verdict")
         return int(played.n_consumed.sum())
@@ -154,7 +154,7 @@ def _rollouts(options: BenchTokenEnv, folder: str) -> dict[str, Any]:
     ids = torch.tensor(tokenizer.encode_batch(prompts))
     our_rates, plain_rates, shares, tokens = [], [], [], [0, 0]
     for number in range(options.rounds + 1):
-        ours.played = 0.0
+        ours.play_seconds = 0.0
         wall = time.perf_counter()
         count, seconds = _timed(lambda: ours.rollout(number))  # noqa: B023
         wall = time.perf_counter() - wall
@@ -163,7 +163,7 @@ def _rollouts(options: BenchTokenEnv, folder: str) -> dict[str, Any]:
         if number:  # the first round warms up
             our_rates.append(count / seconds)
             plain_rates.append(plain_count / plain_seconds)
-            shares.append(ours.played / wall)
+            shares.append(ours.play_seconds / wall)
             tokens = [tokens[0] + count, tokens[1] + plain_count]
     env.close()
     ratios = np.array(our_rates) / np.array(plain_rates)
@@ -182,10 +182,10 @@ def _rollouts(options: BenchTokenEnv, folder: str) -> dict[str, Any]:
     }
 
 
-def _timed(work: Callable[[], int]) -> tuple[int, float]:
+def _timed(function: Callable[[], int]) -> tuple[int, float]:
     """Returns the result of a function and the CPU-seconds of its call."""
     start = time.process_time()
-    return work(), time.process_time() - start
+    return function(), time.process_time() - start
 
 
 def _steps(options: BenchTokenEnv) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from ..runs.folder import write_json
 from ..runs.options import check_output
 from .tiny import tiny_llama
 
-DIGITS, LENGTH, COPIES = 6, 4, 16
+DIGITS, LENGTH, NUM_ENVS = 6, 4, 16
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 OURS_RATE, THEIRS_RATE = 3e-3, 3e-3
 TARGET, WINDOW, CAP = 0.8, 64, 20_000
@@ -71,7 +71,7 @@ def counting_env(**options: Any) -> gym.vector.VectorEnv[Any, Any, Any]:
     """Returns the vector env of the task."""
     return gym.make_vec(
         "instructgym/GenerateLabel-v0",
-        num_envs=COPIES,
+        num_envs=NUM_ENVS,
         examples=[PromptExample(id=str(d), prompt=str(d)) for d in range(DIGITS)],
         tokenizer={"id": "words", "kwargs": {"words": [str(d) for d in range(DIGITS)]}},
         reward=CountingReward(),

@@ -79,7 +79,7 @@ def run(options: BenchTokenPPO, console: Console | None = None) -> dict[str, Any
             dtype = training_dtype("auto" if options.dtype == "default" else options.dtype, "cpu")
             baseline = replace(baseline, spec=spec | {"dtype": dtype})
             # Without "micro" in its spec, the worker returns its fastest micro-batch.
-            baseline = replace(baseline, spec=baseline.spec | baseline.work())
+            baseline = replace(baseline, spec=baseline.spec | baseline.measure())
         figures = measure_sides(Side("ours", module_command("ppo"), spec), baseline, options.rounds)
     figures["settings"] = settings_of(options, python, NOTES[options.against])
     title = f"PPO on {options.model}, {options.batch} x {options.response_tokens} tokens, threads: {options.threads}"

@@ -49,22 +49,22 @@ def clean_environment(threads: int) -> dict[str, str]:
     }
 
 
-def trl_python(given: str, console: Console) -> str:
+def trl_python(interpreter: str, console: Console) -> str:
     """Returns the Python interpreter for TRL, from an environment that is prepared once unless one is given.
 
     Args:
-        given: interpreter of an environment with TRL; empty for the prepared environment.
+        interpreter: interpreter of an environment with TRL; empty for the prepared environment.
         console: where the preparation is announced.
 
     Raises:
         InputError: if the given environment lacks TRL of the required version, or none can be prepared.
     """
-    if given:
-        versions = installed(given)
+    if interpreter:
+        versions = installed(interpreter)
         if versions is None or versions["trl"] != TRL_VERSION:
             has = f"trl {versions['trl']}" if versions else "no environment with trl, torch, transformers and peft"
-            raise InputError(f"--trl-python {given}: {has}; the benchmark needs trl=={TRL_VERSION}")
-        return given
+            raise InputError(f"--trl-python {interpreter}: {has}; the benchmark needs trl=={TRL_VERSION}")
+        return interpreter
     folder = trl_folder()
     python, ready = folder / "bin" / "python", folder / ".ready"
     versions = installed(python) if ready.exists() else None
@@ -72,15 +72,15 @@ def trl_python(given: str, console: Console) -> str:
         console.print(f"preparing an environment with trl {TRL_VERSION} in {folder}, once (minutes)")
         folder.parent.mkdir(parents=True, exist_ok=True)
         requirements = [f"{package}=={version(package).partition('+')[0]}" for package in SHARED]
-        _call([sys.executable, "-m", "venv", str(folder)])
+        _run_command([sys.executable, "-m", "venv", str(folder)])
         # torch goes first and alone: another package's requirement would otherwise choose its newest build.
         for packages in ([requirements[0]], [f"trl=={TRL_VERSION}", *requirements]):
-            _call([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages])
+            _run_command([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages])
         ready.touch()  # an interrupted installation has no such file and is repeated
     return str(python)
 
 
-def _call(command: list[str]) -> None:
+def _run_command(command: list[str]) -> None:
     """Runs a command of the preparation; raises an InputError if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, env=clean_environment(1))
     if done.returncode:

@@ -293,14 +293,16 @@ def _arm(
     if minutes <= 0:
         return None
     # For 'evolve train', 0 minutes mean no limit.
-    trained = replace(options.training(arm, seed, str(arm_folder)), minutes=minutes if math.isfinite(minutes) else 0.0)
+    training_options = replace(
+        options.training(arm, seed, str(arm_folder)), minutes=minutes if math.isfinite(minutes) else 0.0
+    )
     training_calls = 0
     if arm not in BASELINES:
-        results = train(trained, console)
+        results = train(training_options, console)
         if results["status"] != "finished":
             return None
         training_calls = results["counts"]["rewrite_calls"] + results["counts"]["judge_calls"]
-    result = _generate(options, trained, arm_folder, instructions, training_calls, deadline, console)
+    result = _generate(options, training_options, arm_folder, instructions, training_calls, deadline, console)
     if result is None:
         return None
     curve = [(row["timesteps"], row["return"]) for row in read_records(arm_folder / "episodes.jsonl")]
@@ -311,8 +313,8 @@ def _arm(
 
 def _generate(
     options: EvolveCompare,
-    trained: EvolveTrain,
-    place: Path,
+    training_options: EvolveTrain,
+    arm_folder: Path,
     instructions: Sequence[Instruction],
     training_calls: int,
     deadline: float,
@@ -323,22 +325,24 @@ def _generate(
     Returns:
         Metrics and the curve of accepted instructions; None if time ran out.
     """
-    roles = roles_of(trained, Journal(place / "generate.jsonl"))
-    env = generation_env(trained, roles, instructions, options.chunk)
-    if trained.algorithm in BASELINES:
-        agent = make_agent(trained.algorithm, env, trained.seed)
+    roles = roles_of(training_options, Journal(arm_folder / "generate.jsonl"))
+    env = generation_env(training_options, roles, instructions, options.chunk)
+    if training_options.algorithm in BASELINES:
+        agent = make_agent(training_options.algorithm, env, training_options.seed)
     else:
-        agent = load_policy(place / "checkpoints", env, trained.seed)
-    settings = GenerationSettings(trained.seed, options.chunk, options.rouge_threshold, options.answer_tokens)
+        agent = load_policy(arm_folder / "checkpoints", env, training_options.seed)
+    settings = GenerationSettings(training_options.seed, options.chunk, options.rouge_threshold, options.answer_tokens)
     generator = InstructionGenerator(agent, env, roles, settings)
-    with accounted(vars(roles), place / "generate"):
-        return _generate_rows(options, trained, place, generator, len(instructions), training_calls, deadline, console)
+    with accounted(vars(roles), arm_folder / "generate"):
+        return _generate_rows(
+            options, training_options, arm_folder, generator, len(instructions), training_calls, deadline, console
+        )
 
 
 def _generate_rows(
     options: EvolveCompare,
-    trained: EvolveTrain,
-    place: Path,
+    training_options: EvolveTrain,
+    arm_folder: Path,
     generator: InstructionGenerator,
     seeds: int,
     training_calls: int,
@@ -347,13 +351,15 @@ def _generate_rows(
 ) -> dict[str, Any] | None:
     """Evolves chunk after chunk, writes the accepted rows, and returns the metrics; None if time ran out."""
     # Replayed chunks give the same rows again: the writer appends only those that the file lacks.
-    rows = RowWriter(place / "data.jsonl")
+    rows = RowWriter(arm_folder / "data.jsonl")
     texts: list[str] = []
     returns: list[float] = []
     calls: Counter[str] = Counter()
     spent = training_calls
     curve: list[tuple[int, int]] = [(spent, 0)]
-    with StepProgress(f"{trained.algorithm} seed {trained.seed} generates", options.budget, console) as progress:
+    with StepProgress(
+        f"{training_options.algorithm} seed {training_options.seed} generates", options.budget, console
+    ) as progress:
         for epoch, members in _rounds(seeds, options.chunk):
             progress.update(spent, f"{len(texts)} accepted")
             # Reserve the most that a chunk may cost, so that no arm exceeds the budget.

@@ -211,17 +211,17 @@ def generation_table(results: dict[str, Any], out: Path) -> Table:
         ("instructions accepted", counts["accepted"]),
         ("candidates dropped", ", ".join(f"{n} {k}" for k, n in sorted(counts["rejected_by"].items())) or "none"),
         ("LLM calls", ", ".join(f"{n} {k}" for k, n in sorted(counts["calls"].items()))),
-        ("LLM calls per accepted instruction", _two(metrics["calls_per_accepted"])),
-        ("mean return per episode", _two(metrics["mean_return"])),
-        ("mean pairwise cosine distance", _two(metrics["embedding_distance"])),
-        ("distinct-2", _two(metrics["distinct_2"])),
-        ("mean words per instruction", _two(metrics["mean_words"])),
+        ("LLM calls per accepted instruction", _two_decimals(metrics["calls_per_accepted"])),
+        ("mean return per episode", _two_decimals(metrics["mean_return"])),
+        ("mean pairwise cosine distance", _two_decimals(metrics["embedding_distance"])),
+        ("distinct-2", _two_decimals(metrics["distinct_2"])),
+        ("mean words per instruction", _two_decimals(metrics["mean_words"])),
     ):
         table.add_row(name, str(value))
     return table
 
 
-def _two(value: float | None) -> str:
+def _two_decimals(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 

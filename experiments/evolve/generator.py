@@ -213,11 +213,11 @@ class InstructionGenerator:
 
 
 def generation_env(
-    trained: EnvOptions, roles: Roles, instructions: Sequence[Instruction], copies: int
+    training_options: EnvOptions, roles: Roles, instructions: Sequence[Instruction], copies: int
 ) -> VectorToVecEnv:
     """Returns the env for generation: episodes start from their seed's text, all rules are on, none ends an episode."""
     return make_env(
-        trained,
+        training_options,
         roles,
         instructions,
         n_envs=copies,

@@ -87,11 +87,15 @@ def accounting(run_dir: str | Path) -> dict[str, Any]:
     training = _account({kind: _count(trained, f"{kind}_calls", folder) for kind in ("rewrite", "judge")}, folder)
     datasets = {}
     # Each data set made with the policy has a run folder of its own.
-    for place in sorted((folder / "generate").glob("*/config.json")):
-        results = read_json(place.parent / "results.json")
+    for config_path in sorted((folder / "generate").glob("*/config.json")):
+        results = read_json(config_path.parent / "results.json")
         if results is None:
-            raise InputError(f"the generation in {place.parent} has not ended: repeat its 'evolve generate' command")
-        datasets[place.parent.name] = _dataset(results, place.parent, options["horizon"], training["all_calls"])
+            raise InputError(
+                f"the generation in {config_path.parent} has not ended: repeat its 'evolve generate' command"
+            )
+        datasets[config_path.parent.name] = _dataset(
+            results, config_path.parent, options["horizon"], training["all_calls"]
+        )
     return {
         "algorithm": options["algorithm"],
         "learner": options["algorithm"] not in BASELINES,
@@ -102,19 +106,24 @@ def accounting(run_dir: str | Path) -> dict[str, Any]:
     }
 
 
-def _dataset(made: Mapping[str, Any], folder: Path, horizon: int, training: int) -> dict[str, Any]:
+def _dataset(results: Mapping[str, Any], folder: Path, horizon: int, training: int) -> dict[str, Any]:
     """Returns the account of one data set.
 
     Args:
-        made: results of its ``evolve generate``.
+        results: results of its ``evolve generate``.
         folder: run folder of its ``evolve generate``.
         horizon: edits per seed.
         training: LLM calls of the training.
     """
-    seeds, rows = _count(made, "seeds", folder), _count(made, "accepted", folder)
-    account = _account(made["counts"].get("calls", {}), folder)
+    seeds, rows = _count(results, "seeds", folder), _count(results, "accepted", folder)
+    account = _account(results["counts"].get("calls", {}), folder)
     evolving = seeds * horizon * EVOL_INSTRUCT_CALLS
-    figures: dict[str, Any] = {"status": made["status"], "seeds": seeds, "rows": rows, "evol_instruct_calls": evolving}
+    figures: dict[str, Any] = {
+        "status": results["status"],
+        "seeds": seeds,
+        "rows": rows,
+        "evol_instruct_calls": evolving,
+    }
     # Figures for generation alone, and with all calls of the training added.
     for name, calls in (("", account["all_calls"]), ("_with_training", account["all_calls"] + training)):
         per_row = calls / rows if rows else None
@@ -164,7 +173,7 @@ def accounting_table(account: Mapping[str, Any]) -> Table:
     """Returns the figures of :func:`accounting` as a table for the terminal."""
     kind = "" if account["learner"] else ", a baseline: its training adds nothing to the data"
     table = Table(title=f"LLM calls ({account['algorithm']}{kind})")
-    for title in ("", *ROLES, "all", "rows", "per row", "of Evol-Instruct's", "per row, of its 3"):
+    for title in ("", *ROLES, "all", "rows", "per row", "relative to Evol-Instruct", "per row, relative to its 3"):
         table.add_column(title, justify="right" if title else "left")
     table.add_row("training", *_calls(account["training"]))
     for name, dataset in account["datasets"].items():
@@ -178,9 +187,9 @@ def _calls(account: Mapping[str, Any]) -> list[str]:
     return [str(account["calls"][kind]) for kind in ROLES] + [str(account["all_calls"])]
 
 
-def _ratios(one: Mapping[str, Any], name: str) -> list[str]:
+def _ratios(dataset: Mapping[str, Any], name: str) -> list[str]:
     """Returns the last cells of a data set's row; ``name`` is the suffix of the figures' keys."""
-    per_row, ratio, row_ratio = (one[f"{key}{name}"] for key in ("calls_per_row", "ratio", "ratio_per_row"))
+    per_row, ratio, row_ratio = (dataset[f"{key}{name}"] for key in ("calls_per_row", "ratio", "ratio_per_row"))
     return [
         "-" if per_row is None else f"{per_row:.2f}",
         "-" if ratio is None else f"{100 * ratio:.1f}%",

@@ -33,14 +33,14 @@ CALLS = {"smoke": 190, "report": 1600}
 """LLM calls per data set, by ``--scale``."""
 EPISODES = {"smoke": 4, "report": 48}
 """Episodes that the agent trains for, by ``--scale``."""
-COPIES = {"smoke": 6, "report": 16}
+NUM_ENVS = {"smoke": 6, "report": 16}
 """Environments stepped together in training, and seeds evolved together in generation: their requests share a batch."""
 ANSWER_TOKENS = {"smoke": 32, "report": 64}
 """Maximum tokens of an answer, by ``--scale``."""
 
 
 @dataclass
-class EvolveTeaching(TeachingOptions):
+class EvolveStageOptions(TeachingOptions):
     """Options of the stages that follow the generation of the data."""
 
     name: ClassVar[str] = "evolve run"
@@ -84,22 +84,22 @@ def _cost(arm: str, folder: Path) -> dict[str, float]:
 
 
 @dataclass
-class EvolveFinetune(EvolveTeaching):
+class EvolveFinetune(EvolveStageOptions):
     """Fine-tune the model on both data sets of 'evolve run', at equal size."""
 
 
 @dataclass
-class EvolveEvaluate(EvolveTeaching):
+class EvolveEvaluate(EvolveStageOptions):
     """Evaluate and attack the models that 'evolve finetune' left."""
 
 
 @dataclass
-class EvolveReport(EvolveTeaching):
+class EvolveReport(EvolveStageOptions):
     """Gather the stages of 'evolve run' into tables and a figure."""
 
 
 @dataclass
-class EvolveRun(EvolveTeaching):
+class EvolveRun(EvolveStageOptions):
     """Make data with an agent and at random for equally many LLM calls, fine-tune on both, evaluate, attack, report."""
 
     backend: str = '{"id": "embedded", "kwargs": {"dtype": "auto"}}'
@@ -156,9 +156,9 @@ def make_data(options: EvolveRun) -> EvolveCompare:
         algorithms=f"{options.algorithm},{RANDOM}",
         repeats=1,
         seed=options.seed,
-        num_envs=COPIES[options.scale],
+        num_envs=NUM_ENVS[options.scale],
         n_steps=3,
-        chunk=COPIES[options.scale],
+        chunk=NUM_ENVS[options.scale],
         answer_tokens=ANSWER_TOKENS[options.scale],
         calls=options.calls or CALLS[options.scale],
         episodes=options.episodes or EPISODES[options.scale],

@@ -161,13 +161,13 @@ def load_seeds(path: str) -> list[Instruction]:
     return load_instructions(path or None)
 
 
-def check_context(backend: Backend, instructions: Sequence[Instruction], where: str) -> None:
+def check_context(backend: Backend, instructions: Sequence[Instruction], file: str) -> None:
     """Checks that the requests for every seed and operation fit the rewriter's context.
 
     Args:
         backend: the rewriter.
         instructions: the seeds.
-        where: file of the seeds, for the error message.
+        file: file of the seeds, for the error message.
 
     Raises:
         InputError: for a seed that is too long, naming it.
@@ -180,7 +180,7 @@ def check_context(backend: Backend, instructions: Sequence[Instruction], where: 
             error = backend.context_error(edit.prompt, edit.sampling.max_tokens)
             if error is not None:
                 raise InputError(
-                    f"seed {number} of {where or 'the list'} ({instruction.text[:40]!r}...) is too long: {error}; "
+                    f"seed {number} of {file or 'the list'} ({instruction.text[:40]!r}...) is too long: {error}; "
                     "shorten or remove it"
                 )
 
@@ -286,7 +286,7 @@ def _train(options: EvolveTrain, folder: RunFolder, env: VecEnv, journal: Journa
         rows = RowWriter(folder.file("episodes.jsonl"))
         episodes = EpisodeRows(rows.write)
         # Replayed steps add nothing to the journal: the time limit begins with the first new reply.
-        stop = StopAtDeadline(60 * options.minutes, counts=lambda: len(journal) > replayed)
+        stop = StopAtDeadline(60 * options.minutes, clock_started=lambda: len(journal) > replayed)
         save = _Checkpoint(options, folder)
         guard = InvalidRewardGuard(options.max_invalid_share)
         with StepProgress(f"{options.algorithm} seed {options.seed}", options.timesteps, console) as progress:

@@ -50,7 +50,7 @@ class FineGrainedEdit(StageOptions):
 
 
 @dataclass(frozen=True)
-class Editing:
+class EditParts:
     """The annotator, the editor with its language model, and the bounds of a minimal edit."""
 
     annotator: Reward
@@ -59,7 +59,7 @@ class Editing:
     bounds: EditBounds
 
     @classmethod
-    def of(cls, options: FineGrainedEdit) -> Editing:
+    def of(cls, options: FineGrainedEdit) -> EditParts:
         """Builds the parts that the options describe.
 
         Raises:
@@ -90,23 +90,23 @@ def run(options: FineGrainedEdit, console: Console | None = None) -> dict[str, A
     model = read_state(folder / SETTINGS)["model"]
     examples = options.prompts("preferences", model, options.limit)
     check_lengths(options, examples, tokenizer_of(model))
-    editing = Editing.of(options)
+    parts = EditParts.of(options)
     if options.dry_run:
         console.print(f"would sample 2 responses to each of {len(examples)} prompts, in {options.run_dir}")
         return {}
     with stage(options, "fine-grained edit", console, distributed=False) as opened:
         if isinstance(opened, dict):
             return opened
-        backend = Journaled(editing.backend, Journal(opened.folder.file("journal.jsonl")))
+        backend = Journaled(parts.backend, Journal(opened.folder.file("journal.jsonl")))
         # Rebuild the editor on the journal, which keeps the replies of the language model.
-        editing = replace(editing, editor=resolve("editor", parse_part(options.editor), backend=backend))
+        parts = replace(parts, editor=resolve("editor", parse_part(options.editor), backend=backend))
         policy = load_stage_policy(options, folder)
         with accounted({"editor": backend}, opened.folder.path):
             rows = chunked_rows(
                 opened.folder.file("responses.jsonl"),
                 len(examples),
                 CHUNK,
-                lambda start: _chunk(options, policy, examples[start : start + CHUNK], start, editing),
+                lambda start: _chunk(options, policy, examples[start : start + CHUNK], start, parts),
                 "responses ranked and edited",
                 console,
             )
@@ -118,25 +118,25 @@ def _chunk(
     policy: LanguageModelPolicy,
     examples: Sequence[PromptExample],
     start: int,
-    editing: Editing,
+    parts: EditParts,
 ) -> list[dict[str, Any]]:
     """Samples and ranks two responses to each prompt of a chunk, edits the worse one and returns a row per prompt."""
     # The seed depends on the position of the chunk: a resumed run draws the same responses.
     seed = request_seed(options.seed, "pairs", start)
-    drawn = [
+    responses = [
         respond(
             policy,
             ENV_ID,
             examples,
             options.temperature,
             request_seed(seed, k),
-            reward=editing.annotator,
+            reward=parts.annotator,
             **options.env_options(),
         )
         for k in range(2)
     ]
     rows: list[dict[str, Any]] = []
-    for example, *pair in zip(examples, *drawn, strict=True):
+    for example, *pair in zip(examples, *responses, strict=True):
         # A stable sort: of equal rewards, the first sample is `worse`. Such pairs are edited, but are no preferences.
         worse, better = sorted(pair, key=lambda response: response.reward)
         ranked = worse.valid and better.valid
@@ -158,7 +158,7 @@ def _chunk(
         for i, row in enumerate(rows)
         if row["scores"] is not None
     ]
-    outcome = edit_responses(editing.editor, requests, editing.bounds, editing.annotator)
+    outcome = edit_responses(parts.editor, requests, parts.bounds, parts.annotator)
     edited = {pair.id: pair.edited for pair in outcome.pairs}
     for row in rows:
         row["edited"] = edited.get(row["id"])

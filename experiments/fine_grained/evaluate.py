@@ -30,7 +30,7 @@ from .common import ENV_ID, StageOptions, check_lengths, load_stage_policy
 CHUNK = 64
 RESPONSES = "responses.jsonl"
 
-RESERVED = ("id", "prompt", "response", "finish_reason", "tokens", "win", "kl")
+RESERVED_COLUMNS = ("id", "prompt", "response", "finish_reason", "tokens", "win", "kl")
 """Columns of the rows of responses that no measure may be named after."""
 
 
@@ -57,12 +57,12 @@ class FineGrainedEvaluate(StageOptions):
 
     def check(self) -> None:
         super().check()
-        for name in self.measured:
-            if name in RESERVED or not re.fullmatch(r"[\w.:-]+", name):
+        for name in self.measure_names:
+            if name in RESERVED_COLUMNS or not re.fullmatch(r"[\w.:-]+", name):
                 raise InputError(f"--measures are ids of rewards, separated by commas, got {name!r}")
 
     @property
-    def measured(self) -> list[str]:
+    def measure_names(self) -> list[str]:
         """The names of the measures."""
         return [name.strip() for name in self.measures.split(",") if name.strip()]
 
@@ -83,7 +83,7 @@ def run(options: FineGrainedEvaluate, console: Console | None = None) -> dict[st
     )
     check_lengths(options, examples, tokenizer)
     with input_errors():
-        measures = {name: resolve("reward", parse_reward(name)) for name in options.measured}
+        measures = {name: resolve("reward", parse_reward(name)) for name in options.measure_names}
         judge = resolve("reward", parse_part(options.judge)) if options.against else None
     reference = _reference(options, examples) if options.against else None
     if options.dry_run:
@@ -113,8 +113,8 @@ def run(options: FineGrainedEvaluate, console: Console | None = None) -> dict[st
                 )
                 for i, (example, response) in enumerate(zip(chunk, responses, strict=True))
             ]
-            columns = {name: _scored(measure, samples) for name, measure in measures.items()}
-            columns |= {"win": _scored(judge, samples)} if judge is not None else {}
+            columns = {name: _score(measure, samples) for name, measure in measures.items()}
+            columns |= {"win": _score(judge, samples)} if judge is not None else {}
             columns |= {"kl": _kl(policy, responses)} if same_start else {}
             return [
                 {
@@ -130,7 +130,7 @@ def run(options: FineGrainedEvaluate, console: Console | None = None) -> dict[st
 
         path = opened.folder.file(RESPONSES)
         stored_rows = chunked_rows(path, len(examples), CHUNK, rows, "responses judged", console)
-        metrics: dict[str, float | None] = {f"mean/{name}": _mean(stored_rows, name) for name in options.measured}
+        metrics: dict[str, float | None] = {f"mean/{name}": _mean(stored_rows, name) for name in options.measure_names}
         if judge is not None:
             metrics |= wilson_win_rate([row["win"] for row in stored_rows])
         metrics |= {"kl": _mean(stored_rows, "kl")} if same_start else {}
@@ -179,7 +179,7 @@ def _no_reward(samples: Sequence[Sample]) -> list[Score]:
     return [Score(0.0) for _ in samples]
 
 
-def _scored(reward: Reward, samples: Sequence[Sample]) -> list[float | None]:
+def _score(reward: Reward, samples: Sequence[Sample]) -> list[float | None]:
     """Returns the reward of each sample; None if its score is invalid."""
     scores = score_with_retries(reward, samples)
     return [score.value if score.valid else None for score in scores]

@@ -109,7 +109,7 @@ def run(options: FineGrainedPPO, console: Console | None = None) -> dict[str, An
         # Policy and reward model share one trunk, unless they have different base models.
         shared = policy.trunk if settings["model"] == base else None
         model = RewardModel.load(model_folder, shared, dtype=options.dtype)
-        reward = _calibrated(options, opened.folder, model, policy, examples)
+        reward = _calibrate(options, opened.folder, model, policy, examples)
         terms = {"proxy": reward} | ({"judge": judge} if judge is not None else {})
         env = gym.make_vec(
             ENV_ID,
@@ -147,7 +147,7 @@ def run(options: FineGrainedPPO, console: Console | None = None) -> dict[str, An
         )
 
 
-def _calibrated(
+def _calibrate(
     options: FineGrainedPPO,
     folder: RunFolder,
     model: RewardModel,

@@ -77,7 +77,7 @@ class FineGrainedReport:
     """Folder for report.md and curves.png. Empty: 'report' in --runs."""
 
 
-HOW = ("split", "judge", "against", "temperature", "limit", "data", "data_seed")
+SAME_OPTIONS = ("split", "judge", "against", "temperature", "limit", "data", "data_seed")
 """Options that must be equal in all evaluations of one arm, which then count as its seeds."""
 
 
@@ -88,7 +88,7 @@ class _ArmRuns:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     wins: list[dict[str, float]] = field(default_factory=list)
     curves: list[list[dict[str, Any]]] = field(default_factory=list)
-    how: dict[str, Any] = field(default_factory=dict)
+    evaluation_options: dict[str, Any] = field(default_factory=dict)
 
     def mean(self, name: str) -> float | None:
         """Returns the mean of a metric over the seeds that have it; None if no seed has."""
@@ -167,11 +167,14 @@ def _gather(root: Path) -> tuple[dict[str, _ArmRuns], dict[str, dict[str, Any]]]
             if rows:
                 arms.setdefault(options["arm"] or path.parent.name, _ArmRuns()).curves.append(rows)
         elif command == COMMAND + "evaluate":
-            name, how = options["arm"] or path.parent.name, {key: options.get(key) for key in HOW}
+            name = options["arm"] or path.parent.name
+            evaluation_options = {key: options.get(key) for key in SAME_OPTIONS}
             arm = arms.setdefault(name, _ArmRuns())
-            arm.how = arm.how or how
-            if arm.how != how:
-                differing = ", ".join(key for key in HOW if arm.how[key] != how[key])
+            arm.evaluation_options = arm.evaluation_options or evaluation_options
+            if arm.evaluation_options != evaluation_options:
+                differing = ", ".join(
+                    key for key in SAME_OPTIONS if arm.evaluation_options[key] != evaluation_options[key]
+                )
                 raise InputError(
                     f"the evaluations of {name} differ in {differing}, so they are no seeds of one arm: give them "
                     f"other names by --arm, or move {path.parent} out of {root}"

@@ -23,7 +23,7 @@ from .heat_map import HeatRow, plot_heat_map, token_texts, write_html
 HELD_OUT = 0.15
 """Share of the pairs that is withheld from training for the metrics, chosen by a hash of their prompts."""
 
-SHOWN, DRAWN = 40, 5
+HTML_PAIRS, PLOT_PAIRS = 40, 5
 """Number of held-out pairs on the HTML page and in the picture of token rewards."""
 
 LOSSES = {"token": ("mean_bt", "edited_only_bt", "tlcr_ce"), "sequence": ("sequence_bt",)}
@@ -114,11 +114,11 @@ def run(options: FineGrainedRewardModel, console: Console | None = None) -> dict
         if (results := opened.unfinished(done)) is not None:
             return results
         model.save(opened.folder.file("model", "config.json").parent)
-        measured = evaluate_reward_model(model, held_out)
+        metrics = evaluate_reward_model(model, held_out)
         if options.level == "token":
             _draw(model, held_out, opened.folder.file("figures", "tokens.png").parent)
         results = opened.folder.finish(
-            measured,
+            metrics,
             {
                 "pairs": len(train),
                 "held_out": len(held_out),
@@ -127,19 +127,19 @@ def run(options: FineGrainedRewardModel, console: Console | None = None) -> dict
             },
         )
         opened.tracker.summary(results)
-        console.print("  ".join(f"{name} {value:.3f}" for name, value in measured.items()), highlight=False)
+        console.print("  ".join(f"{name} {value:.3f}" for name, value in metrics.items()), highlight=False)
         return results
 
 
 def _draw(model: RewardModel, pairs: Sequence[TokenizedPair], folder: Path) -> None:
     """Draws heat maps of the token rewards of some original and edited responses."""
     rows = []
-    for pair in pairs[:SHOWN]:  # two rows per pair: original and edited
+    for pair in pairs[:HTML_PAIRS]:  # two rows per pair: original and edited
         for name, ids in (("original", pair.original), ("edited", pair.edited)):
             [rewards] = model.score([pair.prompt], [ids])
             rows.append(HeatRow(token_texts(ids.tolist(), model.tokenizer), rewards.tolist(), name))
     write_html(rows, folder / "tokens.html")
-    plot_heat_map(rows[: 2 * DRAWN], folder / "tokens.png")
+    plot_heat_map(rows[: 2 * PLOT_PAIRS], folder / "tokens.png")
 
 
 def split_pairs(pairs: Sequence[TokenizedPair]) -> tuple[list[TokenizedPair], list[TokenizedPair]]:

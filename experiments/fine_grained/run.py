@@ -15,7 +15,7 @@ from rich.console import Console
 from ...agents.policy.optimization import Processes
 from ...llm_backends.errors import InputError
 from ..runs.options import check_output
-from .edit import Editing, FineGrainedEdit
+from .edit import EditParts, FineGrainedEdit
 from .edit import run as edit
 from .evaluate import FineGrainedEvaluate
 from .evaluate import run as evaluate
@@ -168,7 +168,7 @@ def run(options: FineGrainedRun, console: Console | None = None) -> dict[str, An
         backend=options.backend,
         max_changed=options.max_changed,
     )
-    Editing.of(edit_options)  # wrong parts fail here, before the supervised training
+    EditParts.of(edit_options)  # wrong parts fail here, before the supervised training
     if options.dry_run:
         sft(replace(sft_options, dry_run=True), console)
         console.print(f"then edits, reward models, and {len(names)} arms of PPO over {seeds} seeds, in {root}")
@@ -196,7 +196,7 @@ def run(options: FineGrainedRun, console: Console | None = None) -> dict[str, An
     for seed in range(seeds):
         for name in names:
             if name == FIGA:
-                trained = str(root / "figa" / f"{name}-{seed}")
+                policy_folder = str(root / "figa" / f"{name}-{seed}")
                 figa(
                     FineGrainedFIGA(
                         **stage_options("figa", "figa", f"{name}-{seed}"),
@@ -207,7 +207,7 @@ def run(options: FineGrainedRun, console: Console | None = None) -> dict[str, An
                     console,
                 )
             else:
-                trained = str(root / "ppo" / f"{name}-{seed}")
+                policy_folder = str(root / "ppo" / f"{name}-{seed}")
                 ppo(
                     FineGrainedPPO(
                         **stage_options("ppo", "ppo", f"{name}-{seed}"),
@@ -222,7 +222,7 @@ def run(options: FineGrainedRun, console: Console | None = None) -> dict[str, An
             evaluate(
                 FineGrainedEvaluate(
                     **stage_options("evaluate", "evaluate", f"{name}-{seed}"),
-                    policy=trained,
+                    policy=policy_folder,
                     against=reference,
                     arm=name,
                     seed=1 + seed,  # the reference was sampled with seed 0: responses must not have its random numbers

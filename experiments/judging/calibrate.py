@@ -71,7 +71,7 @@ def plot_calibration(
         sizes = [20 + 200 * (bins == number).mean() for number in filled_bins]
         right.scatter(*zip(*means, strict=True), s=sizes, color=COLOURS[0], label="tenths; size: share of pairs")
         right.set(
-            title="Reliability", xlabel="probability by the judge", ylabel="share so labelled", ylim=(-0.05, 1.05)
+            title="Reliability", xlabel="probability by the judge", ylabel="share with this label", ylim=(-0.05, 1.05)
         )
         right.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
@@ -111,7 +111,7 @@ class JudgeCalibrate(RunOptions):
         if not self.data:
             raise InputError("--data is missing: name a JSONL file of labelled pairs")
         if self.repeats == 1:
-            raise InputError("--repeats must be at least 2, for one verdict agrees with nothing; or 0 for none")
+            raise InputError("--repeats must be at least 2, as self-consistency compares verdicts, or 0 for none")
 
 
 def run(options: JudgeCalibrate, console: Console | None = None) -> dict[str, Any]:
@@ -253,15 +253,15 @@ def ask_judge(
 
 
 def _compare_equal(
-    backend: Backend, pairs: Sequence[LabelledPair], asked: Sequence[Pair], mode: VerdictMode
+    backend: Backend, pairs: Sequence[LabelledPair], pairs_to_ask: Sequence[Pair], mode: VerdictMode
 ) -> list[Judgement]:
     """Asks in both orders whether two texts ask for the same.
 
     As in the reward, texts that differ at most in white space are equal without a call.
     """
-    same = [pair.first.split() == pair.second.split() for pair in asked]
+    same = [pair.first.split() == pair.second.split() for pair in pairs_to_ask]
     verdicts = iter(
-        both_orders(backend, equality_prompt(), [p for p, s in zip(asked, same, strict=True) if not s], mode)
+        both_orders(backend, equality_prompt(), [p for p, s in zip(pairs_to_ask, same, strict=True) if not s], mode)
     )
     judgements = []
     for pair, is_same in zip(pairs, same, strict=True):
@@ -306,7 +306,7 @@ def judgement_row(kind: PairKind, number: int, judgement: Judgement) -> dict[str
 def _figure(kind: PairKind, judgements: Sequence[Judgement], metrics: dict[str, Any], folder: RunFolder) -> Any:
     shares = {
         "judge": metrics["accuracy"],
-        "judge, where it decides": metrics["accuracy_decided"],
+        "judge, decided pairs": metrics["accuracy_decided"],
         "judge, by probability": metrics.get("accuracy_by_probability"),
     } | metrics["baselines"]
     bars = {
@@ -342,8 +342,8 @@ def calibration_table(results: dict[str, Any], name: str) -> Table:
         return "-" if value is None else f"{value:.3f}"
 
     table = Table(title=f"{metrics['kind']} judge, {metrics['mode']} mode: {name}", show_header=False)
-    table.add_row("accuracy (ties and invalid ones are not right)", accuracy(metrics["accuracy"]))
-    table.add_row("accuracy where it decides", accuracy(metrics["accuracy_decided"]))
+    table.add_row("accuracy (ties and invalid verdicts count as wrong)", accuracy(metrics["accuracy"]))
+    table.add_row("accuracy on decided pairs", accuracy(metrics["accuracy_decided"]))
     table.add_row("accuracy by the mean probability", accuracy(metrics.get("accuracy_by_probability")))
     for baseline, row in metrics["baselines"].items():
         table.add_row(f"baseline: {baseline}", accuracy(row))

@@ -60,26 +60,26 @@ def read_labelled_pairs(path: str | Path) -> tuple[PairKind, list[LabelledPair]]
     if not rows:
         raise InputError(f"--data {path} holds no pairs")
     kind = _kind(*rows[0])
-    return kind, [_pair(kind, where, row) for where, row in rows]
+    return kind, [_pair(kind, location, row) for location, row in rows]
 
 
-def _kind(where: str, row: Mapping[str, Any]) -> PairKind:
+def _kind(location: str, row: Mapping[str, Any]) -> PairKind:
     kinds = [kind for kind, column in COLUMNS.items() if column in row]
     if len(kinds) != 1:
         raise InputError(
-            f"{where} must have either a field 'better' (which of two responses is better) or a field 'verdict' (do "
+            f"{location} must have either a field 'better' (which of two responses is better) or a field 'verdict' (do "
             f"two instructions ask for the same); it has {', '.join(map(repr, row)) or 'nothing'}"
         )
     return kinds[0]
 
 
-def _pair(kind: PairKind, where: str, row: Mapping[str, Any]) -> LabelledPair:
+def _pair(kind: PairKind, location: str, row: Mapping[str, Any]) -> LabelledPair:
     column = COLUMNS[kind]
     for field in (*(("prompt",) if kind == "pairwise" else ()), "first", "second", column):
-        user_text(where, row, field)
+        user_text(location, row, field)
     if row[column] not in LABELS[kind]:
         allowed = ", ".join(map(repr, LABELS[kind]))
-        raise InputError(f"{where}: field '{column}' must be one of {allowed}, got {row[column]!r}")
+        raise InputError(f"{location}: field '{column}' must be one of {allowed}, got {row[column]!r}")
     return LabelledPair(row["first"], row["second"], row[column], row["prompt"] if kind == "pairwise" else "")
 
 

@@ -63,14 +63,11 @@ def plot_nlu(curves: Mapping[str, Any], figures: Mapping[str, Any], path: Path) 
 
 UNTRAINED = ("majority", "zero-shot", "few-shot")
 """Methods without training."""
-NEUTRAL = set("seed run_dir data_dir eval_data_dir minutes save_every track dry_run token_budget".split())
-NEUTRAL |= {"servers", "adapter_dir"}
+NON_IDENTITY_OPTIONS = set("seed run_dir data_dir eval_data_dir minutes save_every track dry_run token_budget".split())
+NON_IDENTITY_OPTIONS |= {"servers", "adapter_dir"}
 """Options that do not make two runs different arms."""
-TRAINING = {"labels", "passes", "batch_size", "group_size", "learning_rate", "schedule", "optimizer", "epochs"} | {
-    "kl_coefficient",
-    "lora_rank",
-    "rollouts",
-}
+TRAINING_OPTIONS = set("labels passes batch_size group_size learning_rate schedule optimizer epochs".split())
+TRAINING_OPTIONS |= {"kl_coefficient", "lora_rank", "rollouts"}
 """Options without effect on a method that is not trained."""
 
 ORDER = ("majority", "zero-shot", "few-shot", "sft", "ppo", "grpo", "rloo")
@@ -110,7 +107,7 @@ class ReportedRun:
     @property
     def differences(self) -> dict[str, str]:
         """Options, as text, that must be equal in runs that count as seeds of one arm."""
-        left_out = NEUTRAL | (TRAINING if self.options["method"] in UNTRAINED else set())
+        left_out = NON_IDENTITY_OPTIONS | (TRAINING_OPTIONS if self.options["method"] in UNTRAINED else set())
         # The majority answer depends on the training labels, although nothing is trained.
         left_out -= {"labels"} if self.options["method"] == "majority" else set()
         return {key: str(value) for key, value in self.options.items() if key not in left_out}
@@ -156,11 +153,11 @@ def _read(folder: Path) -> ReportedRun | None:
     return ReportedRun(options, results["metrics"], results["counts"], curve)
 
 
-def _named(runs: Sequence[ReportedRun]) -> dict[str, list[ReportedRun]]:
+def _group_by_arm(runs: Sequence[ReportedRun]) -> dict[str, list[ReportedRun]]:
     """Groups runs by arm and names the groups.
 
-    Runs of one arm that differ in nothing but :data:`NEUTRAL` options are its seeds. If runs of one arm differ in other
-    options, they form several groups, whose names contain these options.
+    Runs of one arm that differ in nothing but :data:`NON_IDENTITY_OPTIONS` are its seeds. If runs of one arm differ in
+    other options, they form several groups, whose names contain these options.
 
     Raises:
         InputError: for two runs of one group with the same seed.
@@ -185,12 +182,12 @@ def _named(runs: Sequence[ReportedRun]) -> dict[str, list[ReportedRun]]:
 def _figures(runs: Sequence[ReportedRun]) -> dict[str, dict[str, dict[str, Any]]]:
     """Returns the rows of the table by task and arm."""
     tasks = dict.fromkeys(task for run in runs for task in run.metrics["greedy"])
-    return {task: {arm: _row(members, task) for arm, members in _on(task, runs).items()} for task in tasks}
+    return {task: {arm: _row(members, task) for arm, members in _arms_on_task(task, runs).items()} for task in tasks}
 
 
-def _on(task: str, runs: Sequence[ReportedRun]) -> dict[str, list[ReportedRun]]:
+def _arms_on_task(task: str, runs: Sequence[ReportedRun]) -> dict[str, list[ReportedRun]]:
     """Returns the arms that were evaluated on a task, with their runs."""
-    return _named([run for run in runs if task in run.metrics["greedy"]])
+    return _group_by_arm([run for run in runs if task in run.metrics["greedy"]])
 
 
 def _rank(arm: str) -> int:
@@ -205,11 +202,11 @@ def _row(runs: Sequence[ReportedRun], task: str) -> dict[str, Any]:
     # The first metric of a task is its main metric.
     main = next(iter(runs[0].metrics["greedy"][task]))
     row: dict[str, Any] = {"metric": main, "seeds": len(runs), "labels": runs[0].counts["labels"]}
-    for how in ("greedy", "sampled"):
-        measured = [run.metrics[how][task] for run in runs if how in run.metrics]
+    for decoding in ("greedy", "sampled"):
+        measured = [run.metrics[decoding][task] for run in runs if decoding in run.metrics]
         if measured:
-            row[how] = interval([values[main] for values in measured])
-            row[f"{how}_format"] = float(np.mean([values["format_rate"] for values in measured]))
+            row[decoding] = interval([values[main] for values in measured])
+            row[f"{decoding}_format"] = float(np.mean([values["format_rate"] for values in measured]))
     row["minutes"] = float(np.mean([run.counts["seconds"] for run in runs])) / 60
     trains = runs[0].options["method"] not in UNTRAINED
     row["labels"] = row["labels"] if trains else 0
@@ -223,7 +220,7 @@ def _curves(runs: Sequence[ReportedRun]) -> dict[str, dict[str, list[list[tuple[
     curves = {
         task: {
             arm: recorded
-            for arm, members in _on(task, runs).items()
+            for arm, members in _arms_on_task(task, runs).items()
             if (recorded := [run.curve for run in members if run.curve])
         }
         for task in tasks

@@ -247,7 +247,7 @@ class NLU:
         return [url.strip() for url in self.servers.split(",") if url.strip()]
 
     @property
-    def shown(self) -> int:
+    def num_shots(self) -> int:
         """Number of solved examples before each prompt."""
         return self.shots if self.method == "few-shot" or self.start == "few-shot-header" else 0
 
@@ -301,7 +301,7 @@ def run(options: NLU, console: Console | None = None) -> dict[str, Any]:
     if (results := folder.finished(console)) is not None:
         return results
     with folder.opened(), Tracker(folder, options.track if processes.is_main else "none") as tracker:
-        return _Run(options, folder, tracker, console, processes).go(data)
+        return _Run(options, folder, tracker, console, processes).run(data)
 
 
 def _load(options: NLU) -> _Data:
@@ -311,7 +311,9 @@ def _load(options: NLU) -> _Data:
         InputError: for data that cannot be used, evaluation rows without a label, and too few labels to train on.
     """
     limit = options.labels or None
-    train = load_examples(options.task, "train", options.data_dir, limit, options.shown, options.layout, options.seed)
+    train = load_examples(
+        options.task, "train", options.data_dir, limit, options.num_shots, options.layout, options.seed
+    )
     train = [example for example in train if example.reference is not None]
     # Shuffle: the examples of several tasks are loaded one task after the other.
     train = [train[i] for i in np.random.default_rng(options.seed).permutation(len(train))]
@@ -320,7 +322,7 @@ def _load(options: NLU) -> _Data:
         options.eval_split,
         (options.eval_data_dir or options.data_dir) if options.eval_task else options.data_dir,
         options.eval_limit or None,
-        options.shown,
+        options.num_shots,
         options.layout,
         options.seed,
     )
@@ -349,7 +351,7 @@ class _Run:
             folder, tracker, console, processes, checkpoints, options.minutes, options.save_every
         )
 
-    def go(self, data: _Data) -> dict[str, Any]:
+    def run(self, data: _Data) -> dict[str, Any]:
         """Trains if the method needs it, evaluates with greedy decoding and with sampling, and returns the results."""
         options = self.options
         if options.method == "majority":
@@ -405,10 +407,10 @@ class _Run:
             },
         )
         self.tracker.summary(results)
-        for how, by_task in metrics.items():
+        for decoding, by_task in metrics.items():
             for task, values in by_task.items():
                 line = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
-                self.console.print(f"{task} {self.options.method} ({how}): {line}", highlight=False)
+                self.console.print(f"{task} {self.options.method} ({decoding}): {line}", highlight=False)
         return results
 
     # --- training ------------------------------------------------------------------------------------------------

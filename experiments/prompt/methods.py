@@ -28,10 +28,10 @@ from ...rewards.prompt_scoring.scorer import CallLimitError, LimitedScorer, Task
 from ...rewards.prompt_scoring.task_prompt import Demonstration, LabelledExample, TaskPrompt
 from ..runs.progress import StepProgress
 
-PROPOSED = 2
+VALIDATED_PER_ROUND = 2
 """Maximum number of prompts of a round that are validated."""
-RACE = 4
-"""A prompt is first scored on 1 / RACE of the validation examples, and on all of them only if it is good there."""
+FIRST_PART = 4
+"""A prompt is first scored on 1 / FIRST_PART of the validation examples, on all of them only if it is good there."""
 PATIENCE = 4
 """Number of successive rounds without any scored instruction after which a search stops."""
 BEAM = 4
@@ -78,41 +78,43 @@ class PromptSearch:
             CallLimitError: if too few calls are left.
         """
         if prompt not in self.prompts:
-            result = self._scored(prompt, self.validation)
+            result = self._score(prompt, self.validation)
             if result is None:
                 self._dropped.append(prompt)
             else:
                 self.record(prompt, result)
 
-    def validate_best(self, found: Sequence[tuple[float, TaskPrompt]]) -> None:
+    def validate_best(self, scored_prompts: Sequence[tuple[float, TaskPrompt]]) -> None:
         """Validates the best new prompts of a round, except those that are worse on the first validation examples.
 
         A prompt is worse if it gets fewer of these examples right than the best prompt so far.
 
         Args:
-            found: prompts of the round with their scores on minibatches.
+            scored_prompts: prompts of the round with their scores on minibatches.
 
         Raises:
             CallLimitError: if too few calls are left.
         """
         known = set(map(repr, [*self.prompts, *self._dropped]))
-        for _, prompt in best_prompts([pair for pair in found if repr(pair[1]) not in known], PROPOSED):
-            if self._loses(prompt):
+        for _, prompt in best_prompts(
+            [pair for pair in scored_prompts if repr(pair[1]) not in known], VALIDATED_PER_ROUND
+        ):
+            if self._worse_on_first_part(prompt):
                 self._dropped.append(prompt)
             else:
                 self.validate(prompt)
         self.show()
 
-    def _loses(self, prompt: TaskPrompt) -> bool:
+    def _worse_on_first_part(self, prompt: TaskPrompt) -> bool:
         """Returns whether a prompt gets fewer of the first validation examples right than the best prompt so far."""
         # Batch calibration estimates the label bias over all examples: a part of them gives other predictions.
         if self._result is None or self.scorer.calibration == "batch":
             return False
-        first = self.validation[: -(-len(self.validation) // RACE)]
-        result = self._scored(prompt, first)
+        first = self.validation[: -(-len(self.validation) // FIRST_PART)]
+        result = self._score(prompt, first)
         return result is None or bool(result.correct.sum() < self._result.correct[: len(first)].sum())
 
-    def _scored(self, prompt: TaskPrompt, examples: Sequence[LabelledExample]) -> TaskResult | None:
+    def _score(self, prompt: TaskPrompt, examples: Sequence[LabelledExample]) -> TaskResult | None:
         """Returns the result of a prompt; None if it does not fit into the context with one of the examples."""
         try:
             return self.scorer.score([prompt], examples)[0]
@@ -297,14 +299,14 @@ class _Best(BaseCallback):
     def __init__(self, search: PromptSearch) -> None:
         super().__init__()
         self.search = search
-        self.found: list[tuple[float, TaskPrompt]] = []
+        self.scored_prompts: list[tuple[float, TaskPrompt]] = []
 
     def _on_step(self) -> bool:
-        self.found += [(info["score"], info["prompt"]) for info in self.locals["infos"]]
+        self.scored_prompts += [(info["score"], info["prompt"]) for info in self.locals["infos"]]
         return True
 
     def _on_rollout_end(self) -> None:
-        pairs, self.found = self.found, []
+        pairs, self.scored_prompts = self.scored_prompts, []
         self.search.validate_best(pairs)
 
 

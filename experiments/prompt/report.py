@@ -21,9 +21,11 @@ from .methods import CURVE_EXAMPLES, KINDS, LEARNING, METHODS, TESTED
 from .run import PROMPTS
 
 COMMAND = "prompt run"
-SAME = "task data_seed calls validation train minibatch backend backend_dtype rewriter calibrate data_dir".split()
+TASK_OPTIONS = (
+    "task data_seed calls validation train minibatch backend backend_dtype rewriter calibrate data_dir".split()
+)
 """Options that must be equal in all runs of one task."""
-OWN = ("run_dir", "seed", "test", "scale", "track", "dry_run")
+FREE_OPTIONS = ("run_dir", "seed", "test", "scale", "track", "dry_run")
 """Options that may differ between the runs of one method."""
 BEST = "best learned"
 
@@ -132,9 +134,9 @@ def _gather(folders: Sequence[Path]) -> dict[str, dict[str, list[SearchRun]]]:
         method_runs = arms.setdefault(run.options["method"], [])
         # Comparing with the first run is enough: all earlier ones agree with it.
         for other in next(iter(arms.values()))[:1]:
-            _refuse_differing(run, other, SAME)
+            _refuse_differing(run, other, TASK_OPTIONS)
         for other in method_runs[:1]:
-            _refuse_differing(run, other, sorted({*run.options, *other.options} - {*OWN}))
+            _refuse_differing(run, other, sorted({*run.options, *other.options} - {*FREE_OPTIONS}))
         for other in method_runs:
             if run.options["seed"] == other.options["seed"]:
                 raise InputError(f"{folder} and {other.folder} are one search: gather them apart")
@@ -212,9 +214,9 @@ def _notes() -> list[str]:
         "A call is one label of one example, validation included; `manual` stops when all instructions are validated. "
         "Requests are those to the rewriter; `ppo`, `grpo` and `soft-q` write with a policy of their own instead, and "
         "train it.",
-        "Calibrated: less the label bias on content-free inputs. What is left of a gain there is not a matter of bias.",
+        "Calibrated: without the label bias on content-free inputs. A gain that remains there is not due to that bias.",
         f"{BEST.capitalize()}: the one prompt of all searches by {', '.join(LEARNING)} that did best on the validation "
-        "examples; it stands for the calls of all of them, and its interval is for the draw of the test examples.",
+        "examples; its calls are those of all these searches, its interval is for the draw of the test examples.",
         f"The curves are of the first {CURVE_EXAMPLES} test examples, tables and bars of all.",
     ]
 

@@ -181,11 +181,11 @@ def run(options: PromptRun, console: Console | None = None) -> dict[str, Any]:
         for examples in (sized["minibatch"], len(task.validation)):
             check_batch(calibration_method(options.calibrate or False), examples)
     content_free = len(task.content_free) if options.calibrate == "contextual" else 0
-    least = least_calls(options.method, sized, len(task.labels), content_free)
-    if sized["calls"] < least:
+    calls_needed = least_calls(options.method, sized, len(task.labels), content_free)
+    if sized["calls"] < calls_needed:
         raise InputError(
-            f"--calls {sized['calls']} do not do for one round of {options.method} and one validation, which take up "
-            f"to {least}: raise --calls, or lower --validation, --minibatch, --copies, --episodes or --horizon"
+            f"--calls {sized['calls']} are too few for one round of {options.method} and one validation, which take up "
+            f"to {calls_needed}: raise --calls, or lower --validation, --minibatch, --copies, --episodes or --horizon"
         )
     if options.dry_run:
         console.print(f"would search by {options.method} with {sized['calls']} calls, in {options.run_dir}")
@@ -198,7 +198,7 @@ def run(options: PromptRun, console: Console | None = None) -> dict[str, Any]:
     if folder.results is not None and stored["counts"]["test"] == len(task.test):
         return folder.finished(console) or {}
     with folder.opened(), Tracker(folder, options.track) as tracker:
-        roles = _kept(parts, folder)
+        roles = _journaled_backends(parts, folder)
         with accounted(roles, folder.path):
             # The search is stored before its test, so that an interrupted test does not repeat the search.
             if stored.get("status") not in (SEARCHED, "finished"):
@@ -250,7 +250,7 @@ def _search(
     }
 
 
-def _kept(parts: dict[str, Any], folder: RunFolder) -> dict[str, Backend]:
+def _journaled_backends(parts: dict[str, Any], folder: RunFolder) -> dict[str, Backend]:
     """Returns the backends, with the replies of the rewriter and of servers kept in the journal of the run.
 
     A task model in this process has no journal: its likelihoods are many, and it computes shared prefixes only once.

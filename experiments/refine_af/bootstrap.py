@@ -63,7 +63,7 @@ class BootstrapSettings:
 
 
 @dataclass
-class Rows:
+class BatchResult:
     """The JSON-able rows that one batch of requests gave."""
 
     accepted: list[dict[str, Any]] = field(default_factory=list)
@@ -91,7 +91,7 @@ class Bootstrapper:
     ) -> None:
         self.pool, self.writer, self.answerer, self.settings = pool, writer, answerer, settings
 
-    def instructions(self, batch: int, target: int) -> Rows:
+    def instructions(self, batch: int, target: int) -> BatchResult:
         """Requests one batch of instructions and adds those that pass the filters to the pool.
 
         Args:
@@ -107,7 +107,7 @@ class Bootstrapper:
         prompts = [instruction_prompt(self.writer.prompt_style, tasks) for tasks in shown]
         sampling = instruction_sampling(self.writer, self.settings)
         samplings = [sampling.with_seed(request_seed(seed, "instructions", batch, i)) for i in range(size)]
-        rows = Rows()
+        rows = BatchResult()
         for request, result in enumerate(self.writer.generate(prompts, samplings)):
             origin = {"batch": batch, "request": request}
             items, defects = self._items(result)
@@ -141,7 +141,7 @@ class Bootstrapper:
         # The last item of a list that was cut off is unfinished.
         return (items[:-1] if self.settings.keep_cut else []), [("cut", {"text": text})]
 
-    def _classify(self, rows: Rows) -> None:
+    def _classify(self, rows: BatchResult) -> None:
         """Sets ``is_classification`` in the rows of accepted instructions; None, with the error, without a verdict."""
         prompt, seed = task_type_prompt(), self.settings.seed
         questions = [
@@ -153,7 +153,7 @@ class Bootstrapper:
             if verdict.answer is None:
                 row["task_type_error"] = verdict.why
 
-    def instances(self, tasks: Sequence[Mapping[str, Any]]) -> Rows:
+    def instances(self, tasks: Sequence[Mapping[str, Any]]) -> BatchResult:
         """Requests instances of tasks, parses the replies and drops instances that break the rules.
 
         Args:
@@ -162,7 +162,7 @@ class Bootstrapper:
         Returns:
             Rows of the accepted and of the rejected instances.
         """
-        rows = Rows()
+        rows = BatchResult()
         typed = [task for task in tasks if task["is_classification"] is not None]
         orders = [order_for(task["is_classification"]) for task in typed]
         style = self.answerer.prompt_style
@@ -354,7 +354,7 @@ class _Record:
         self.rows: dict[str, list[dict[str, Any]]] = {name: [] for name in self.writers}
         self.reasons: dict[str, Counter[str]] = {name: Counter() for name in self.writers}
 
-    def add(self, kind: str, rows: Rows) -> None:
+    def add(self, kind: str, rows: BatchResult) -> None:
         """Writes and counts the rows of one batch; ``kind`` is ``instructions`` or ``instances``."""
         for row in rows.accepted:
             self.writers[kind].write(row)

@@ -20,7 +20,7 @@ from ..runs.training import TrainingOptions, digest
 ENV_ID = "instructgym/GenerateInstance-v0"
 QUALITY, PRESET = "quality", "instruction_mining"
 """Id of the quality reward and its default preset."""
-REMEMBERING = "earlier"
+STATEFUL_PRESET = "earlier"
 """The preset of the quality reward that compares an output with earlier outputs."""
 
 

@@ -31,7 +31,7 @@ from ..runs.options import check_counts, check_output, input_errors
 from ..runs.responses import respond
 from ..runs.statistics import distinct_n
 from ..runs.training import OutOfTimeError, policy_folder, stage, tokenizer_of, weights_digest
-from .common import ENV_ID, REMEMBERING, InstanceOptions, prompts_digest
+from .common import ENV_ID, STATEFUL_PRESET, InstanceOptions, prompts_digest
 
 CHUNK = 64
 """Responses generated together; a chunk that was not completed is generated again."""
@@ -66,8 +66,10 @@ class RefineAFGenerate(InstanceOptions):
         check_counts(self, "samples")
         if self.policy and self.model:
             raise InputError("--policy and --model exclude each other: a policy brings the model it was trained on")
-        if self.reward and self.reward_preset == REMEMBERING:
-            raise InputError(f"--reward-preset {REMEMBERING} compares with earlier texts, which chunks do not share")
+        if self.reward and self.reward_preset == STATEFUL_PRESET:
+            raise InputError(
+                f"--reward-preset {STATEFUL_PRESET} compares with earlier texts, which chunks do not share"
+            )
         if self.format not in FORMATS:
             raise InputError(f"--format must be {' or '.join(FORMATS)}, got {self.format!r}")
         if self.out and Path(self.out).suffix != ".jsonl":
@@ -99,7 +101,7 @@ def run(options: RefineAFGenerate, console: Console | None = None) -> dict[str, 
     if options.target.exists() and read_json(Path(options.run_dir) / "config.json") is None:
         raise InputError(f"{options.target} exists and was not written by this run: choose another --out")
     with input_errors():
-        reward = resolve("reward", options.reward_part() if options.reward else _unpaid)
+        reward = resolve("reward", options.reward_part() if options.reward else _zero_reward)
     total = len(examples) * options.samples
     if options.dry_run:
         console.print(f"would write {total} instances of {len(examples)} instructions into {options.target}")
@@ -118,7 +120,7 @@ def run(options: RefineAFGenerate, console: Console | None = None) -> dict[str, 
             opened.check_time()
             # The samples of one instruction are consecutive rows.
             numbers = range(first, min(first + CHUNK, total))
-            return _written(options, policy, reward, [examples[i // options.samples] for i in numbers], first)
+            return _generate_chunk(options, policy, reward, [examples[i // options.samples] for i in numbers], first)
 
         path = opened.folder.file(RESPONSES)
         try:
@@ -127,7 +129,7 @@ def run(options: RefineAFGenerate, console: Console | None = None) -> dict[str, 
             done = len(read_records(path))
             console.print(f"stopped at the time limit after {done} of {total} instances: the same command goes on")
             return opened.folder.finish({}, {"responses": done}, status="stopped")
-        accepted, rejected = _cleaned(written, options.samples)
+        accepted, rejected = _split_responses(written, options.samples)
         exported = [in_format(row, options.format) | _origin(row) for row in [*seeds, *accepted]]
         write_lines(opened.folder.file("rejected.jsonl"), rejected)
         write_lines(options.target, exported)
@@ -163,12 +165,12 @@ def _check_training(options: RefineAFGenerate) -> None:
             raise InputError(f"{options.policy} was trained with {option} {trained}, not {value}: give it here too")
 
 
-def _unpaid(samples: Sequence[Sample]) -> list[float]:
+def _zero_reward(samples: Sequence[Sample]) -> list[float]:
     """Gives every sample reward 0, for an env that must have a reward when no scores are wanted."""
     return [0.0] * len(samples)
 
 
-def _written(
+def _generate_chunk(
     options: RefineAFGenerate,
     policy: LanguageModelPolicy,
     reward: Reward,
@@ -199,7 +201,9 @@ def _written(
     ]
 
 
-def _cleaned(rows: Sequence[Mapping[str, Any]], samples: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _split_responses(
+    rows: Sequence[Mapping[str, Any]], samples: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Splits responses into instances that are accepted and responses that are rejected.
 
     Args:
@@ -258,7 +262,7 @@ def _origin(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _metrics(
     options: RefineAFGenerate,
-    written: Sequence[Mapping[str, Any]],
+    responses: Sequence[Mapping[str, Any]],
     accepted: Sequence[Mapping[str, Any]],
     rejected: Sequence[Mapping[str, Any]],
 ) -> dict[str, float | None]:
@@ -267,11 +271,11 @@ def _metrics(
     malformed = sum(row["rejected_by"] not in ("contradiction", "duplicate") for row in rejected)
     outputs = [row["output"] for row in accepted]
     return {
-        "acceptance_rate": len(accepted) / len(written),
-        "format_rate": 1 - malformed / len(written),
-        "mean_reward": _mean([row["reward"] for row in written]),
+        "acceptance_rate": len(accepted) / len(responses),
+        "format_rate": 1 - malformed / len(responses),
+        "mean_reward": _mean([row["reward"] for row in responses]),
         "mean_reward_accepted": _mean([row["reward"] for row in accepted]),
-        "with_instances": len({row["id"] for row in accepted}) * options.samples / len(written),
+        "with_instances": len({row["id"] for row in accepted}) * options.samples / len(responses),
         "with_input": _mean([float(bool(row["input"])) for row in accepted]),
         "output_words": _mean([float(len(text.split())) for text in outputs]),
         "distinct_2": distinct_n(outputs, 2),

@@ -47,7 +47,7 @@ INSTANCE_TOKENS = {"smoke": 48, "report": 64}
 
 
 @dataclass
-class RefineAFTeaching(TeachingOptions):
+class RefineAFStageOptions(TeachingOptions):
     """Options of the stages that follow the generation of the data."""
 
     name: ClassVar[str] = "refine-af run"
@@ -86,22 +86,22 @@ def _counts(folder: Path) -> dict[str, Any]:
 
 
 @dataclass
-class RefineAFFinetune(RefineAFTeaching):
+class RefineAFFinetune(RefineAFStageOptions):
     """Fine-tune the model on both data sets of 'refine-af run', at equal size."""
 
 
 @dataclass
-class RefineAFEvaluate(RefineAFTeaching):
+class RefineAFEvaluate(RefineAFStageOptions):
     """Evaluate and attack the models that 'refine-af finetune' left."""
 
 
 @dataclass
-class RefineAFReport(RefineAFTeaching):
+class RefineAFReport(RefineAFStageOptions):
     """Gather the stages of 'refine-af run' into tables and a figure."""
 
 
 @dataclass
-class RefineAFRun(RefineAFTeaching):
+class RefineAFRun(RefineAFStageOptions):
     """Bootstrap, train by feedback, generate with and without that training, fine-tune, evaluate, attack, report."""
 
     target: int = 0

@@ -33,7 +33,7 @@ TITLES = {
     "given_logprobs": "log-probs of given texts",
     "allowed_tokens": "only allowed tokens",
     "processed_logprobs": "processed log-probs",
-    "end_tokens": "own end tokens",
+    "end_tokens": "custom end tokens",
     "adapters": "LoRA adapters at run time",
     "structured_vllm": "structured output, vLLM",
     "structured_json_schema": "structured output, json_schema",
@@ -73,44 +73,44 @@ class Settings:
     """Smallest number of requests in flight within 10% of the best throughput; None if no level was free of errors."""
 
 
-def suggest(found: Findings, speeds: Sequence[Speed], key_variable: str = "OPENAI_API_KEY") -> Settings:
+def suggest(findings: Findings, speeds: Sequence[Speed], key_variable: str = "OPENAI_API_KEY") -> Settings:
     """Returns the recommended settings.
 
     Args:
-        found: findings of the probe.
+        findings: findings of the probe.
         speeds: measured speeds; may be empty.
         key_variable: environment variable with the key.
     """
     concurrency = recommended(speeds)
-    lack = rollouts_lack(found)
+    missing = rollouts_lack(findings)
     return Settings(
-        backend=backend_spec(found, concurrency, key_variable),
-        judge_mode="likelihood" if found.can("given_logprobs") else "verdict",
-        rollouts="" if lack else f"--rollouts vllm --servers {found.base_url}",
-        rollouts_lack=lack,
+        backend=backend_spec(findings, concurrency, key_variable),
+        judge_mode="likelihood" if findings.can("given_logprobs") else "verdict",
+        rollouts="" if missing else f"--rollouts vllm --servers {findings.base_url}",
+        rollouts_lack=missing,
         concurrency=concurrency,
     )
 
 
-def backend_spec(found: Findings, concurrency: int | None, key_variable: str) -> dict[str, Any]:
+def backend_spec(findings: Findings, concurrency: int | None, key_variable: str) -> dict[str, Any]:
     """Returns the part spec of the most capable backend for a server, without arguments that are at their defaults.
 
     Args:
-        found: findings of the probe.
+        findings: findings of the probe.
         concurrency: number of requests in flight; None: the backend's default.
         key_variable: environment variable with the key.
     """
-    part_id = "vllm-server" if found.can("given_logprobs", "token_ids", "logprobs") else "openai"
+    part_id = "vllm-server" if findings.can("given_logprobs", "token_ids", "logprobs") else "openai"
     forms = {"vllm": "structured_vllm", "json_schema": "structured_json_schema"}
-    structured = next((form for form, name in forms.items() if found.can(name)), "none")
+    structured = next((form for form, name in forms.items() if findings.can(name)), "none")
     kwargs: dict[str, Any] = {
-        "model": found.model,
-        "base_url": found.base_url,
-        "prompt_style": found.style,
-        "logprobs": found.can("logprobs"),
-        "token_ids": found.can("token_ids"),
+        "model": findings.model,
+        "base_url": findings.base_url,
+        "prompt_style": findings.style,
+        "logprobs": findings.can("logprobs"),
+        "token_ids": findings.can("token_ids"),
         "structured": structured,
-        "max_tokens_field": found.max_tokens_field,
+        "max_tokens_field": findings.max_tokens_field,
         "key_variable": key_variable,
         "concurrency": concurrency,
     }
@@ -126,29 +126,29 @@ def backend_spec(found: Findings, concurrency: int | None, key_variable: str) ->
     return {"id": part_id, "kwargs": {k: v for k, v in kwargs.items() if k not in defaults or defaults[k] != v}}
 
 
-def rollouts_lack(found: Findings) -> list[str]:
+def rollouts_lack(findings: Findings) -> list[str]:
     """Returns what a server lacks for rollouts of token-level agents: flags that would help, else the capability."""
-    lack = []
+    missing = []
     for name in ROLLOUT_NEEDS:
-        capability = found.capabilities[name]
+        capability = findings.capabilities[name]
         if capability.answer != "yes":
             # Only vLLM's flags are known, and an unknown answer may have another cause than a flag.
-            flags = _flags(name, capability.why) if found.software == "vllm" and capability.answer == "no" else ""
+            flags = _flags(name, capability.why) if findings.software == "vllm" and capability.answer == "no" else ""
             state = "missing" if capability.answer == "no" else "not known"
-            lack.append(flags or f"{TITLES[name]} ({state})")
-    bases = [model.name for model in found.models if not model.parent]
+            missing.append(flags or f"{TITLES[name]} ({state})")
+    bases = [model.name for model in findings.models if not model.parent]
     if len(bases) != 1:
-        lack.append("one base model in its list of models")
-    return lack
+        missing.append("one base model in its list of models")
+    return missing
 
 
-def _flags(name: str, why: str) -> str:
+def _flags(name: str, reason: str) -> str:
     """Returns the vLLM flags that give a missing capability; empty if none is known."""
     if name == "processed_logprobs":
         return "--logprobs-mode processed_logprobs"
     if name != "adapters":
         return ""
-    if "not enabled" in why:
+    if "not enabled" in reason:
         return "--enable-lora"
     return "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment, with --enable-lora"
 
@@ -223,17 +223,17 @@ def run(options: ServeCheck, console: Console | None = None) -> dict[str, Any]:
     levels = options.levels
     if options.json:
         check_output(Path(options.json))
-    with console.status("asking for the models") as status:
+    with console.status("requesting the list of models") as status:
         probe = ServerProbe(
             options.base_url,
             options.model,
             options.style,
             options.key_variable,
             options.timeout,
-            lambda name: status.update(f"asking: {TITLES.get(name, name)}"),
+            lambda name: status.update(f"probing: {TITLES.get(name, name)}"),
         )
         findings = probe.run()
-        speeds = _measured(options, probe, levels, status) if options.requests else []
+        speeds = _measure(options, probe, levels, status) if options.requests else []
     settings = suggest(findings, speeds, options.key_variable)
     _show(console, findings, speeds, settings)
     report = {
@@ -250,7 +250,7 @@ def run(options: ServeCheck, console: Console | None = None) -> dict[str, Any]:
     return report
 
 
-def _measured(options: ServeCheck, probe: ServerProbe, levels: Sequence[int], status: Status) -> list[Speed]:
+def _measure(options: ServeCheck, probe: ServerProbe, levels: Sequence[int], status: Status) -> list[Speed]:
     findings, needed = probe.findings, options.prompt_tokens + options.max_tokens
     if findings.context_length and needed > findings.context_length:
         raise InputError(
@@ -269,22 +269,22 @@ def _measured(options: ServeCheck, probe: ServerProbe, levels: Sequence[int], st
     )
 
 
-def _show(console: Console, found: Findings, speeds: Sequence[Speed], settings: Settings) -> None:
+def _show(console: Console, findings: Findings, speeds: Sequence[Speed], settings: Settings) -> None:
     def line(text: str) -> None:
         console.print(text, highlight=False, markup=False)
 
-    line(f"{found.base_url}, {found.software or 'unknown software'}, asked in {found.style} form")
-    for model in found.models[:4]:
+    line(f"{findings.base_url}, {findings.software or 'unknown software'}, requests in {findings.style} form")
+    for model in findings.models[:4]:
         kind = (
             f"adapter of {model.parent}" if model.parent else f"context of {model.context_length or 'unknown'} tokens"
         )
-        line(f"  {model.name}: {kind}{' (asked)' if model.name == found.model else ''}")
-    if len(found.models) > 4:
-        line(f"  and {len(found.models) - 4} more models")
-    console.print(_capability_table(found))
+        line(f"  {model.name}: {kind}{' (probed)' if model.name == findings.model else ''}")
+    if len(findings.models) > 4:
+        line(f"  and {len(findings.models) - 4} more models")
+    console.print(_capability_table(findings))
     if speeds:
         console.print(_speed_table(speeds))
-    line("what to set")
+    line("recommended settings")
     line(f"backend: {json.dumps(settings.backend)}")
     line(f"judge: --mode {settings.judge_mode}")
     if settings.rollouts:
@@ -297,11 +297,11 @@ def _show(console: Console, found: Findings, speeds: Sequence[Speed], settings: 
         line(f"concurrency: every level had errors, the first: {speeds[0].error[:LONGEST_REASON]}")
 
 
-def _capability_table(found: Findings) -> Table:
+def _capability_table(findings: Findings) -> Table:
     table = Table()
-    for title in ("capability", "", "what the reply showed"):
+    for title in ("capability", "", "evidence"):
         table.add_column(title)
-    for name, capability in found.capabilities.items():
+    for name, capability in findings.capabilities.items():
         answer = f"[{COLOURS[capability.answer]}]{capability.answer}[/]"
         table.add_row(TITLES[name], answer, escape(capability.why[:LONGEST_REASON]))
     return table
@@ -313,7 +313,7 @@ def _speed_table(speeds: Sequence[Speed]) -> Table:
         table.add_column(title, justify="right")
     for speed in speeds:
         latencies = ["" if value is None else f"{value:.2f} s" for value in (speed.median_latency, speed.p95_latency)]
-        tokens = f"{speed.tokens_per_second:.1f}" if speed.completion_tokens else "not told"
+        tokens = f"{speed.tokens_per_second:.1f}" if speed.completion_tokens else "not reported"
         requests = f"{speed.requests_per_second:.2f}"
         table.add_row(str(speed.concurrency), f"{speed.seconds:.2f}", tokens, requests, *latencies, str(speed.errors))
     return table

@@ -174,24 +174,24 @@ def _trained_layout(folder: str) -> DataLayout | None:
     return layout if layout in DATA_LAYOUTS else None
 
 
-def common_layout(arms: Sequence[Arm], asked: str = "auto") -> DataLayout:
+def common_layout(arms: Sequence[Arm], layout: str = "auto") -> DataLayout:
     """Returns the layout in which all arms get the requests.
 
     Args:
         arms: the models.
-        asked: a layout, which is returned as it is, or ``auto``: the layout of the arms' training, ``chat`` if no run
+        layout: a layout, which is returned as it is, or ``auto``: the layout of the arms' training, ``chat`` if no run
             records one.
 
     Raises:
         InputError: for ``auto``, if the arms were trained in different layouts.
     """
-    if asked != "auto":
-        return asked  # type: ignore[return-value]
-    trained = {arm.layout: arm.name for arm in arms if arm.layout is not None}
-    if len(trained) > 1:
-        which = ", ".join(f"{name} in {layout}" for layout, name in trained.items())
-        raise InputError(f"the policies were trained in different layouts ({which}): choose one with --layout")
-    return next(iter(trained), "chat")
+    if layout != "auto":
+        return layout  # type: ignore[return-value]
+    trained_layouts = {arm.layout: arm.name for arm in arms if arm.layout is not None}
+    if len(trained_layouts) > 1:
+        choices = ", ".join(f"{name} in {trained}" for trained, name in trained_layouts.items())
+        raise InputError(f"the policies were trained in different layouts ({choices}): choose one with --layout")
+    return next(iter(trained_layouts), "chat")
 
 
 def seen_in_training(arm: Arm, requests: Sequence[InstructionExample]) -> int | None:
@@ -293,7 +293,7 @@ def run(options: Evaluate, console: Console | None = None) -> dict[str, Any]:
             answered = {arm.name: _answers(opened, arm, layout, requests, options, console) for arm in arms}
         except OutOfTimeError:
             return opened.stopped()
-        rows = _scored(requests, answered)
+        rows = _score(requests, answered)
         write_lines(opened.folder.file(PREDICTIONS), rows)
         names = [row["task"] for row in rows]
         scores = {arm.name: task_scores(names, [row["arms"][arm.name]["rouge_l"] for row in rows]) for arm in arms}
@@ -423,7 +423,7 @@ def _no_reward(samples: Sequence[Sample]) -> list[Score]:
     return [Score(0.0) for _ in samples]
 
 
-def _scored(
+def _score(
     questions: Sequence[HeldOutRequest], answered: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> list[dict[str, Any]]:
     """Returns one row per question with all arms' responses and their scores."""

@@ -100,7 +100,7 @@ def demonstrations(
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowSplit:
     """The split of a data set's rows."""
 
     train: list[int]
@@ -113,7 +113,7 @@ class Rows:
     """Number of rows beyond the limit."""
 
 
-def split_rows(lengths: Sequence[int], options: Finetune) -> Rows:
+def split_rows(lengths: Sequence[int], options: Finetune) -> RowSplit:
     """Draws the rows to train on and those to withhold, by the seed, from the rows that fit the context.
 
     Args:
@@ -140,7 +140,7 @@ def split_rows(lengths: Sequence[int], options: Finetune) -> Rows:
             else f"{options.data} has {len(order)} usable rows of {len(lengths)}, but {reason}: lower it, or make more"
         )
     train = sorted(order[withheld:][: options.limit or None])
-    return Rows(train, sorted(order[:withheld]), len(lengths) - len(order), left - len(train))
+    return RowSplit(train, sorted(order[:withheld]), len(lengths) - len(order), left - len(train))
 
 
 def usable_rows(options: Finetune) -> int:
@@ -163,9 +163,9 @@ def _read(options: Finetune) -> tuple[InstructionData, list[TokenizedDemonstrati
     return data, demonstrations(data.examples, options.layout, tokenizer)
 
 
-def _lengths(shown: Sequence[TokenizedDemonstration]) -> list[int]:
+def _lengths(tokenized: Sequence[TokenizedDemonstration]) -> list[int]:
     """Returns the tokens of prompt and response of each row."""
-    return [len(row.prompt) + len(row.response) for row in shown]
+    return [len(row.prompt) + len(row.response) for row in tokenized]
 
 
 def run(options: Finetune, console: Console | None = None) -> dict[str, Any]:
@@ -178,8 +178,8 @@ def run(options: Finetune, console: Console | None = None) -> dict[str, Any]:
     """
     console = console or Console()
     options.check()
-    data, shown = _read(options)
-    rows = split_rows(_lengths(shown), options)
+    data, tokenized = _read(options)
+    rows = split_rows(_lengths(tokenized), options)
     if options.dry_run:
         console.print(
             f"would train on {len(rows.train)} rows of {options.data} and withhold {len(rows.held_out)}, in "
@@ -205,7 +205,7 @@ def run(options: Finetune, console: Console | None = None) -> dict[str, Any]:
             epochs=options.epochs,
             token_budget=options.token_budget,
         )
-        training_rows = [shown[i] for i in rows.train]
+        training_rows = [tokenized[i] for i in rows.train]
         done = opened.supervised(trainer, training_rows, f"fine-tuning on {Path(options.data).name}")
         # Out of time, or a helper process of a distributed training: only the main process saves the policy.
         if (results := opened.unfinished(done)) is not None:

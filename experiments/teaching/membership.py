@@ -63,10 +63,10 @@ class AttackMetrics:
     def verdict(self) -> str:
         """Meaning of the AUC's interval, in words."""
         if self.auc_low > 0.5:
-            return "members are told from non-members"
+            return "members can be distinguished from non-members"
         if self.auc_high < 0.5:
             return "below 0.5: noise, or members and non-members differ otherwise; no sign of more privacy"
-        return "no better than guessing, as far as these rows tell"
+        return "no better than guessing on these rows"
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the metrics and the verdict, JSON-able."""
@@ -210,7 +210,7 @@ class LengthShift:
     """AUC of the length alone as an attack; longer means more likely a member."""
 
     @property
-    def found(self) -> bool:
+    def significant(self) -> bool:
         """Whether the means differ significantly at the 5% level."""
         return self.p_value < 0.05
 

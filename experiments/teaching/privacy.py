@@ -97,7 +97,7 @@ class _AttackedArm:
     """The base model."""
     rows: list[_Row]
     """Members, then non-members."""
-    shown: list[TokenizedDemonstration]
+    tokenized: list[TokenizedDemonstration]
     """The rows as token ids, as in training."""
     too_long: int
     """Number of rows that were left out because of their length."""
@@ -136,7 +136,7 @@ def run(options: Privacy, console: Console | None = None) -> dict[str, Any]:
         scores = _scores(options, opened, arms)
         if scores is None:
             return opened.stopped()
-        metrics = {arm.name: _measured(scores[arm.name], options) for arm in arms}
+        metrics = {arm.name: _measure(scores[arm.name], options) for arm in arms}
         figure = plot_roc(scores, opened.folder.file("figures", "roc.png"))
         counts = {arm.name: {side: len(side_of(scores[arm.name], side)) for side in SIDES} for arm in arms}
         for arm in arms:
@@ -159,7 +159,7 @@ def _arm(options: Privacy, name: str, run_folder: Path) -> _AttackedArm:
     trained = (read_json(run_folder / "config.json") or {}).get("options", {})
     layout = options.layout or trained.get("layout")
     if not layout:
-        raise InputError(f"--policy {run_folder} does not say how its rows were shown: name --layout")
+        raise InputError(f"--policy {run_folder} does not record the layout of its rows: name --layout")
     settings = read_state(folder / SETTINGS)
     tokenizer = tokenizer_of(settings["model"])
     files = {
@@ -172,8 +172,8 @@ def _arm(options: Privacy, name: str, run_folder: Path) -> _AttackedArm:
         raise InputError(f"{run_folder} withheld no rows from training: fine-tune with --holdout, or name --nonmembers")
     rows = _rows(files, options)
     longest = options.context_length or trained.get("context_length") or tokenizer.context_length
-    shown = demonstrations([row.example for row in rows], layout, tokenizer)
-    fits = [len(tokens.prompt) + len(tokens.response) <= longest for tokens in shown]
+    tokenized = demonstrations([row.example for row in rows], layout, tokenizer)
+    fits = [len(tokens.prompt) + len(tokens.response) <= longest for tokens in tokenized]
     fitting = [row for row, fit in zip(rows, fits, strict=True) if fit]
     for side in SIDES:
         if not any(row.member == (side == "members") for row in fitting):
@@ -185,7 +185,7 @@ def _arm(options: Privacy, name: str, run_folder: Path) -> _AttackedArm:
         weights=weights_digest(folder),
         model=settings["model"],
         rows=fitting,
-        shown=[tokens for tokens, fit in zip(shown, fits, strict=True) if fit],
+        tokenized=[tokens for tokens, fit in zip(tokenized, fits, strict=True) if fit],
         too_long=len(rows) - len(fitting),
     )
 
@@ -245,11 +245,11 @@ def _scores(
         models = _models(options, arm) if starts else None
         for start in starts:
             assert models is not None
-            results = score_rows(*models, arm.shown[start : start + CHUNK], options.token_budget)
+            results = score_rows(*models, arm.tokenized[start : start + CHUNK], options.token_budget)
             new = []
             for index, row in enumerate(results, start=start):
                 if places[index] not in stored:
-                    tokens = len(arm.shown[index].response)
+                    tokens = len(arm.tokenized[index].response)
                     stored[places[index]] = keys[index] | {"tokens": tokens} | row
                     new.append(stored[places[index]])
             append_lines(path, new)
@@ -271,14 +271,14 @@ def _models(options: Privacy, arm: _AttackedArm) -> tuple[LanguageModelPolicy, L
     return policy, LanguageModelPolicy(model, value="none", dtype=options.dtype)
 
 
-def _measured(rows: Sequence[Mapping[str, Any]], options: Privacy) -> dict[str, Any]:
+def _measure(rows: Sequence[Mapping[str, Any]], options: Privacy) -> dict[str, Any]:
     """Returns the metrics of each attack on one policy, the lengths of its rows, and warnings."""
     members, others = (side_of(rows, side) for side in SIDES)
     shift = length_shift([row["tokens"] for row in members], [row["tokens"] for row in others])
     warnings = []
     if len(members) != len(others):
         warnings.append(f"{len(members)} members and {len(others)} non-members: the smaller side widens the intervals")
-    if shift.found:
+    if shift.significant:
         warnings.append(
             f"members have {shift.members:.1f} tokens per response, non-members {shift.nonmembers:.1f} "
             f"(p = {shift.p_value:.2g}): an AUC off 0.5 may come from the lengths, which alone reach {shift.auc:.2f}"

@@ -22,7 +22,7 @@ ATTACK = "calibrated"
 
 
 @dataclass
-class TaughtArm:
+class ArmResult:
     """The base model, or a data set with the models fine-tuned on it, one per seed."""
 
     name: str
@@ -71,20 +71,22 @@ def report(
     Raises:
         InputError: if the evaluation or the attacks have not finished, or a model was not evaluated.
     """
-    taught = _gather(root, arms, models)
-    base = taught[0]
-    macro = {arm.name: macro_interval(arm.tasks) for arm in taught}
+    arm_results = _gather(root, arms, models)
+    base = arm_results[0]
+    macro = {arm.name: macro_interval(arm.tasks) for arm in arm_results}
     # Compare every data set with the base model, and with the first data set.
-    pairs = {(arm.name, BASE): compare_paired(arm.tasks, base.tasks) for arm in taught[1:]}
-    pairs |= {(arm.name, taught[1].name): compare_paired(arm.tasks, taught[1].tasks) for arm in taught[2:]}
+    pairs = {(arm.name, BASE): compare_paired(arm.tasks, base.tasks) for arm in arm_results[1:]}
+    pairs |= {
+        (arm.name, arm_results[1].name): compare_paired(arm.tasks, arm_results[1].tasks) for arm in arm_results[2:]
+    }
     out = root / "report"
     out.mkdir(parents=True, exist_ok=True)
-    tables = [_score_rows(taught, macro, pairs), _pair_rows(pairs)]
+    tables = [_score_rows(arm_results, macro, pairs), _pair_rows(pairs)]
     if costs:
         tables.append(_cost_rows(costs))
-    lines = [f"# {title}", "", *_notes(taught), ""]
+    lines = [f"# {title}", "", *_notes(arm_results), ""]
     (out / "report.md").write_text("\n".join([*lines, *map(markdown, tables)]), "utf-8")
-    plot_taught(taught, macro, out / "taught.png")
+    plot_arms(arm_results, macro, out / "taught.png")
     results = {
         "arms": {
             arm.name: {
@@ -94,7 +96,7 @@ def report(
                 "rows": arm.rows,
                 "auc": arm.auc,
             }
-            for arm in taught
+            for arm in arm_results
         },
         "comparisons": {f"{first} vs {second}": asdict(pair) | pair.shares for (first, second), pair in pairs.items()},
         "costs": {name: dict(cost) for name, cost in costs.items()},
@@ -106,14 +108,14 @@ def report(
     return results
 
 
-def _gather(root: Path, names: Sequence[str], models: Sequence[str]) -> list[TaughtArm]:
+def _gather(root: Path, names: Sequence[str], models: Sequence[str]) -> list[ArmResult]:
     """Reads the results of evaluation and attacks; returns the base model, then the data sets in order."""
-    evaluated = _finished(root / "evaluate")
+    evaluated = _finished_results(root / "evaluate")
     # Without withheld rows there is no attack.
-    attacked = _finished(root / "privacy")["metrics"] if (root / "privacy").exists() else {}
+    attacked = _finished_results(root / "privacy")["metrics"] if (root / "privacy").exists() else {}
     tasks = read_json(root / "evaluate" / "tasks.json") or {}
     metrics = evaluated["metrics"]["arms"]
-    base = TaughtArm(BASE, dict(tasks[BASE]), metrics[BASE]["exact_match"], [metrics[BASE]["rouge_l"]])
+    base = ArmResult(BASE, dict(tasks[BASE]), metrics[BASE]["exact_match"], [metrics[BASE]["rouge_l"]])
     arms = [base]
     for name in names:
         # The name of a data set may contain hyphens itself: split at the last one.
@@ -121,7 +123,7 @@ def _gather(root: Path, names: Sequence[str], models: Sequence[str]) -> list[Tau
         if missing := [seed for seed in seeds if seed not in metrics]:
             raise InputError(f"{root / 'evaluate'} did not evaluate {missing[0]}: repeat that stage in a new folder")
         arms.append(
-            TaughtArm(
+            ArmResult(
                 name,
                 {task: float(np.mean([tasks[seed][task] for seed in seeds])) for task in tasks[seeds[0]]},
                 float(np.mean([metrics[seed]["exact_match"] for seed in seeds])),
@@ -133,7 +135,7 @@ def _gather(root: Path, names: Sequence[str], models: Sequence[str]) -> list[Tau
     return arms
 
 
-def _finished(folder: Path) -> dict[str, Any]:
+def _finished_results(folder: Path) -> dict[str, Any]:
     """Returns the results of a finished stage; raises an InputError if it has not finished."""
     results = read_json(folder / "results.json")
     if results is None or results.get("status") != "finished":
@@ -141,18 +143,19 @@ def _finished(folder: Path) -> dict[str, Any]:
     return results
 
 
-def _notes(arms: Sequence[TaughtArm]) -> list[str]:
+def _notes(arms: Sequence[ArmResult]) -> list[str]:
     seeds = max(len(arm.seeds) for arm in arms)
     return [
-        f"Zero-shot ROUGE-L (percent) on {len(arms[0].tasks)} held-out tasks, greedy; of fine-tuned models the mean "
+        f"Zero-shot ROUGE-L (percent) on {len(arms[0].tasks)} held-out tasks, greedy; for fine-tuned models the mean "
         f"over {seeds} seed{'s' * (seeds > 1)}. Intervals: 95%, bootstrap over tasks; not over seeds.",
-        "AUC: membership inference by the loss less the base model's, bootstrap over rows; 0.5 is guessing. Of several "
-        "seeds it is the mean, and so are the ends of its interval, which is none for the mean.",
+        "AUC: membership inference by the difference of the loss to the base model's, bootstrap over rows; 0.5 is "
+        "guessing. With several seeds, the AUC and both ends of its interval are means over seeds, so this is no "
+        "interval of the mean.",
     ]
 
 
 def _score_rows(
-    arms: Sequence[TaughtArm], macro: Mapping[str, tuple[float, float, float]], pairs: Mapping[Any, PairedComparison]
+    arms: Sequence[ArmResult], macro: Mapping[str, tuple[float, float, float]], pairs: Mapping[Any, PairedComparison]
 ) -> list[list[str]]:
     rows = [["trained on", "rows", "ROUGE-L (95%)", "by seed", "exact match", "AUC (95%)"]]
     for arm in arms:
@@ -193,7 +196,7 @@ def _count(value: float) -> str:
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.2f}"
 
 
-def plot_taught(arms: Sequence[TaughtArm], macro: Mapping[str, tuple[float, float, float]], path: Path) -> Path:
+def plot_arms(arms: Sequence[ArmResult], macro: Mapping[str, tuple[float, float, float]], path: Path) -> Path:
     """Plots ROUGE-L and membership inference of all arms with 95% intervals, and returns the path; dots are seeds.
 
     Args:

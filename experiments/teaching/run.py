@@ -228,7 +228,7 @@ def finetune_arms(options: TeachingOptions, console: Console) -> None:
     with options.opened():
         known = [task.instruction for task in options.evaluation_tasks()]
         for arm, path in options.data.items():
-            _keep_apart(path, options.root / "data" / f"{arm}.jsonl", known, console)
+            _drop_leaked_rows(path, options.root / "data" / f"{arm}.jsonl", known, console)
         runs = options.runs()
         by_data = {run.data: run for run in runs.values()}  # all seeds of an arm read the same file
         usable = {data: usable_rows(run) for data, run in by_data.items()}
@@ -245,7 +245,7 @@ def finetune_arms(options: TeachingOptions, console: Console) -> None:
             options.deadline.run(finetune, replace(run, limit=size - withheld, holdout=float(withheld)), console)
 
 
-def _keep_apart(data: Path, out: Path, known: list[str], console: Console) -> None:
+def _drop_leaked_rows(data: Path, out: Path, known: list[str], console: Console) -> None:
     """Copies a data set without the rows that resemble an evaluation task; ``known`` are the tasks' instructions."""
     examples = read_instruction_data(data).examples
     gate = RougeGate(0.7, known)
@@ -255,7 +255,7 @@ def _keep_apart(data: Path, out: Path, known: list[str], console: Console) -> No
     write_once(out, rows)
 
 
-def _tuned(options: TeachingOptions) -> str:
+def _policy_option(options: TeachingOptions) -> str:
     """Returns the fine-tuned models in the form of the option ``--policy`` of evaluation and attack.
 
     Raises:
@@ -278,7 +278,7 @@ def evaluate_arms(options: TeachingOptions, console: Console) -> None:
         OutOfTimeError: if the time budget is spent before all models are evaluated and attacked.
     """
     options.check()
-    policies = _tuned(options)
+    policies = _policy_option(options)
     shared: dict[str, Any] = {"policy": policies, "dtype": options.dtype, "track": options.track}
     shared["dry_run"] = options.dry_run
     evaluation = Evaluate(

@@ -71,7 +71,7 @@ class TunaCandidates(Stage):
         if not self.data:
             raise InputError("--data is missing: name a data set of requests (JSONL, JSON or Parquet)")
         if self.policy and self.backend != "embedded":
-            raise InputError("--policy and --backend exclude each other: one of them responds")
+            raise InputError("--policy and --backend exclude each other: only one of them writes the responses")
         _ = self.sampling
 
     @property
@@ -101,8 +101,8 @@ def run(options: TunaCandidates, console: Console | None = None) -> dict[str, An
     with input_errors():  # builds the backend once, so that wrong options fail before the run folder is opened
         journaled_roles({"writer": parse_part(options.backend)}, None)
     if options.dry_run:
-        who = options.policy or options.backend
-        console.print(f"would draw {options.n} responses to each of {len(examples)} requests by {who}")
+        writer_name = options.policy or options.backend
+        console.print(f"would draw {options.n} responses to each of {len(examples)} requests by {writer_name}")
         return {}
     # A resumed run must use the same requests and weights: the options hold only their paths.
     identity = {"requests": digest([example.row() for example in examples])}
@@ -118,9 +118,9 @@ def run(options: TunaCandidates, console: Console | None = None) -> dict[str, An
                 prompts = [_prompt(example, options.layout) for example in chunk]
                 # Seeds depend on the row number in the whole run: any chunk gives the same responses when drawn again.
                 numbers = range(first, first + len(chunk))
-                drawn = sample_candidates(writer, prompts, options.sampling, options.seed, numbers)
-                _refuse_outage(drawn)
-                return [_row(example, candidates) for example, candidates in zip(chunk, drawn, strict=True)]
+                results = sample_candidates(writer, prompts, options.sampling, options.seed, numbers)
+                _refuse_outage(results)
+                return [_row(example, candidates) for example, candidates in zip(chunk, results, strict=True)]
 
             path = opened.folder.file(CANDIDATES)
             try:
@@ -132,7 +132,7 @@ def run(options: TunaCandidates, console: Console | None = None) -> dict[str, An
         return results
 
 
-def _refuse_outage(drawn: Sequence[Candidates]) -> None:
+def _refuse_outage(results: Sequence[Candidates]) -> None:
     """Raises an error if all requests of a chunk failed.
 
     If their rows were written, a repetition of the command would not send these requests again.
@@ -140,10 +140,10 @@ def _refuse_outage(drawn: Sequence[Candidates]) -> None:
     Raises:
         BackendError: if every request of a chunk failed, and at least one of them not because of its length.
     """
-    errors = [candidates.errors[-1] for candidates in drawn if not candidates.texts and candidates.errors]
+    errors = [candidates.errors[-1] for candidates in results if not candidates.texts and candidates.errors]
     outages = [error for error in errors if not isinstance(error, ContextLengthError)]
-    if len(errors) == len(drawn) and outages:
-        raise BackendError(f"all of {len(drawn)} requests failed: {outages[0]}; repeat the command to ask again")
+    if len(errors) == len(results) and outages:
+        raise BackendError(f"all of {len(results)} requests failed: {outages[0]}; repeat the command to ask again")
 
 
 def _finish(folder: RunFolder, rows: Sequence[Mapping[str, Any]], seconds: float, console: Console) -> dict[str, Any]:
@@ -187,13 +187,13 @@ def _prompt(example: InstructionExample, layout: Any) -> Prompt:
     return prompt_text(example, layout)
 
 
-def _row(example: InstructionExample, drawn: Candidates) -> dict[str, Any]:
+def _row(example: InstructionExample, result: Candidates) -> dict[str, Any]:
     """Returns the row of ``candidates.jsonl`` for one request: only candidates that are neither blank nor repeated."""
     return example.row() | {
-        "candidates": [text.strip() for text in drawn.distinct],
-        "finished": [drawn.finished[number] for number in drawn.distinct_indices],
-        "temperature": drawn.temperature,
-        "tries": drawn.tries,
-        "max_rouge": drawn.max_rouge,
-        "error": str(drawn.errors[-1]) if drawn.errors else "",
+        "candidates": [text.strip() for text in result.distinct],
+        "finished": [result.finished[number] for number in result.distinct_indices],
+        "temperature": result.temperature,
+        "tries": result.tries,
+        "max_rouge": result.max_rouge,
+        "error": str(result.errors[-1]) if result.errors else "",
     }

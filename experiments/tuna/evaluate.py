@@ -95,7 +95,7 @@ def run(options: TunaEvaluate, console: Console | None = None) -> dict[str, Any]
 
             def judged(first: int) -> list[dict[str, Any]]:
                 opened.check_time()
-                return _judged(judge, rows[first : first + CHUNK], options)
+                return _judge_rows(judge, rows[first : first + CHUNK], options)
 
             path = opened.folder.file(JUDGED)
             try:
@@ -122,7 +122,7 @@ def run(options: TunaEvaluate, console: Console | None = None) -> dict[str, Any]
         return results
 
 
-def _judged(judge: Reward, rows: Sequence[Mapping[str, Any]], options: TunaEvaluate) -> list[dict[str, Any]]:
+def _judge_rows(judge: Reward, rows: Sequence[Mapping[str, Any]], options: TunaEvaluate) -> list[dict[str, Any]]:
     """Returns one row per instance with the judge's outcome for every policy; None if the judge gave no verdict."""
     # One flat batch over instances and policies; `places` maps its samples back.
     places, samples = [], []

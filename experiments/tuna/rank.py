@@ -98,7 +98,7 @@ def run(options: TunaRank, console: Console | None = None) -> dict[str, Any]:
                 opened.check_time()
                 # Usage counts over the whole run: the differences are the requests of this chunk.
                 requests, failed = roles["ranker"].usage.requests, roles["ranker"].usage.errors
-                chunk_rankings = _ranked(ranker, usable[first : first + CHUNK], options.seed, layout)
+                chunk_rankings = _rank_rows(ranker, usable[first : first + CHUNK], options.seed, layout)
                 requests, failed = roles["ranker"].usage.requests - requests, roles["ranker"].usage.errors - failed
                 if requests == failed > 0:  # a row that is written would not be ranked again
                     raise BackendError(
@@ -111,9 +111,9 @@ def run(options: TunaRank, console: Console | None = None) -> dict[str, Any]:
                 rankings = chunked_rows(path, len(usable), CHUNK, ranked, "requests ranked", console)
             except OutOfTimeError:
                 return opened.stopped({"requests": len(read_records(path))})
-        lists = [_list(row, item) for row, item in zip(usable, rankings, strict=True) if item["valid"]]
+        lists = [_ranked_list(row, item) for row, item in zip(usable, rankings, strict=True) if item["valid"]]
         if not lists:
-            raise InputError(f"the ranker ranked nothing; of the first request it says: {rankings[0]['feedback']}")
+            raise InputError(f"no request got a valid ranking; feedback on the first: {rankings[0]['feedback']}")
         tied = sum(len(set(item.scores)) == 1 for item in lists)
         if tied == len(lists):
             raise InputError(f"{options.ranker} ties all candidates of all {tied} lists: nothing could be learned")
@@ -151,7 +151,9 @@ def read_candidates(folder: str) -> tuple[list[dict[str, Any]], DataLayout]:
     return rows, ((config or {}).get("options") or {}).get("layout", "chat")
 
 
-def _ranked(ranker: Ranker, rows: Sequence[Mapping[str, Any]], seed: int, layout: DataLayout) -> list[dict[str, Any]]:
+def _rank_rows(
+    ranker: Ranker, rows: Sequence[Mapping[str, Any]], seed: int, layout: DataLayout
+) -> list[dict[str, Any]]:
     """Returns the ranker's output for each row; rows without a valid ranking are ranked a second time."""
     scores: dict[int, CandidateScores] = {}
     calls = [0] * len(rows)
@@ -167,7 +169,7 @@ def _ranked(ranker: Ranker, rows: Sequence[Mapping[str, Any]], seed: int, layout
         scores |= dict(zip(missing, results, strict=True))
         for i in missing:
             calls[i] += scores[i].calls
-    return [_said(row, scores[i], calls[i]) for i, row in enumerate(rows)]
+    return [_ranking_row(row, scores[i], calls[i]) for i, row in enumerate(rows)]
 
 
 def _example(row: Mapping[str, Any]) -> InstructionExample:
@@ -183,27 +185,27 @@ def _prompt(ranker: Ranker, example: InstructionExample, layout: DataLayout) -> 
     return prompt_text(example, layout) + (opening if opening != " " else "")
 
 
-def _said(row: Mapping[str, Any], found: CandidateScores, calls: int) -> dict[str, Any]:
+def _ranking_row(row: Mapping[str, Any], result: CandidateScores, calls: int) -> dict[str, Any]:
     """Returns the row of ``rankings.jsonl`` for one request."""
     return {
         "id": row["id"],
-        "valid": found.valid,
-        "scores": [float(score) for score in found.scores],
-        "added": list(found.added),
-        "added_scores": [float(score) for score in found.added_scores],
+        "valid": result.valid,
+        "scores": [float(score) for score in result.scores],
+        "added": list(result.added),
+        "added_scores": [float(score) for score in result.added_scores],
         "calls": calls,
-        "feedback": found.feedback,
+        "feedback": result.feedback,
     }
 
 
-def _list(row: Mapping[str, Any], said: Mapping[str, Any]) -> RankedList:
+def _ranked_list(row: Mapping[str, Any], ranking: Mapping[str, Any]) -> RankedList:
     """Returns the ranked list of a row of candidates and its ranking, with the candidates that the ranker added."""
-    added = [text.strip() for text in said["added"]]
+    added = [text.strip() for text in ranking["added"]]
     return RankedList(
         row["id"],
         request_text(_example(row)),
         (*row["candidates"], *added),
-        (*said["scores"], *said["added_scores"]),
+        (*ranking["scores"], *ranking["added_scores"]),
         row["output"] or None,
         {
             "instruction": row["instruction"],

@@ -45,14 +45,14 @@ def run(options: TunaReport, console: Console | None = None) -> dict[str, Any]:
     out = root / "report"
     check_output(out / "report.md")
     figures = judged["metrics"]
-    trained = _finished(root / POLICIES)
-    rankings = _finished(root / RANKINGS)
+    trainings = _finished_results(root / POLICIES)
+    rankings = _finished_results(root / RANKINGS)
     # The bootstrap takes the seed of the evaluation: its intervals are the same on every call.
     seed = int(((read_json(root / EVALUATION / "judged" / "config.json") or {}).get("options") or {}).get("seed", 0))
     others = [name for name in tasks if name != figures["against"]]
     # Paired over tasks: every arm was evaluated on the same ones.
     gaps = {name: compare_paired(tasks[name], tasks[figures["against"]], seed) for name in others}
-    tables = [_arm_rows(figures, gaps, trained), _ranking_rows(rankings)]
+    tables = [_arm_rows(figures, gaps, trainings), _ranking_rows(rankings)]
     out.mkdir(parents=True, exist_ok=True)
     count = len(tasks[BASE])
     lines = [f"# Learning from rankings, {count} held-out tasks", "", *_notes(figures["against"]), ""]
@@ -63,7 +63,7 @@ def run(options: TunaReport, console: Console | None = None) -> dict[str, Any]:
         "against": figures["against"],
         "win_rates": figures["win_rates"],
         "comparisons": {name: asdict(pair) | pair.shares for name, pair in gaps.items()},
-        "training": {name: stage_results["metrics"] for name, stage_results in trained.items()},
+        "training": {name: stage_results["metrics"] for name, stage_results in trainings.items()},
         "rankings": {
             name: stage_results["metrics"] | stage_results["counts"] for name, stage_results in rankings.items()
         },
@@ -75,7 +75,7 @@ def run(options: TunaReport, console: Console | None = None) -> dict[str, Any]:
     return results
 
 
-def _finished(folder: Path) -> dict[str, dict[str, Any]]:
+def _finished_results(folder: Path) -> dict[str, dict[str, Any]]:
     """Returns the results of the finished runs in a folder, by run name."""
     by_name = {path.parent.name: read_json(path) for path in sorted(folder.glob("*/results.json"))}
     return {name: results for name, results in by_name.items() if results and results.get("status") == "finished"}
@@ -85,8 +85,8 @@ def _notes(against: str) -> list[str]:
     """Returns the paragraphs that explain the columns of the tables."""
     return [
         "ROUGE-L (percent) of greedy answers, the mean over tasks. Win rate: the judge's mean outcome against "
-        f"{against}, each pair in both orders. Intervals: 95%, bootstrap over tasks; one training seed, of which they "
-        "know nothing.",
+        f"{against}, each pair in both orders. Intervals: 95%, bootstrap over tasks; they do not "
+        "cover the variation between training seeds, as there is only one.",
         "Same: instances with the same response from both, a tie. Orders agree: of the others, those where both orders "
         "preferred the same response.",
         "Tau: Kendall's, between the order of candidates by the policy's log-probs per token and the ranking that it "
@@ -95,7 +95,7 @@ def _notes(against: str) -> list[str]:
 
 
 def _arm_rows(
-    figures: Mapping[str, Any], gaps: Mapping[str, Any], trained: Mapping[str, Mapping[str, Any]]
+    figures: Mapping[str, Any], gaps: Mapping[str, Any], trainings: Mapping[str, Mapping[str, Any]]
 ) -> list[list[str]]:
     """Returns the table of the arms: a header, then one row per arm."""
     against = figures["against"]
@@ -106,13 +106,13 @@ def _arm_rows(
         row = [name, _percent(arm["rouge_l"], arm["rouge_l_low"], arm["rouge_l_high"])]
         row.append(_percent(gap.difference, gap.low, gap.high, "+.1f") if (gap := gaps.get(name)) else "")
         wins = figures["win_rates"].get(name)
-        row += _judged(wins) if wins and wins["win_rate"] is not None else [""] * 3
-        row += [f"{arm['tokens']:.0f}", _taus(trained.get(name, {}).get("metrics", {}))]
+        row += _win_cells(wins) if wins and wins["win_rate"] is not None else [""] * 3
+        row += [f"{arm['tokens']:.0f}", _taus(trainings.get(name, {}).get("metrics", {}))]
         rows.append(row)
     return rows
 
 
-def _judged(wins: Mapping[str, float]) -> list[str]:
+def _win_cells(wins: Mapping[str, float]) -> list[str]:
     """Returns the cells of an arm's win rate, its same responses and the agreement of the two orders."""
     agreed = "" if wins["agreement"] is None else f"{100 * wins['agreement']:.0f}%"
     rate = _percent(wins["win_rate"], wins["win_rate_low"], wins["win_rate_high"], ".0f")

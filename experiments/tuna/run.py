@@ -57,7 +57,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
         "evaluate": {"max_tokens": 96},
     },
 }
-MOST = {"smoke": (10, 6), "report": (0, HELD_OUT)}
+DEFAULT_COUNTS = {"smoke": (10, 6), "report": (0, HELD_OUT)}
 """By scale, the number of requests (0: all) and the default number of held-out tasks."""
 LEARNING_RATES = {"first": 2e-4, "second": 1e-4, DPO: 1e-4}
 """Learning rates of the first Tuna stage, of the second and of DPO. Adapters need larger ones than those of the
@@ -140,9 +140,9 @@ class TunaRun:
         return Path(self.run_dir).resolve()
 
     @property
-    def held(self) -> int:
+    def num_held_out(self) -> int:
         """Number of seed tasks to hold out."""
-        return self.held_out or MOST[self.scale][1]
+        return self.held_out or DEFAULT_COUNTS[self.scale][1]
 
     @property
     def starts_probabilistic(self) -> bool:
@@ -156,7 +156,7 @@ class TunaRun:
             InputError: if the seed tasks cannot be used.
         """
         with input_errors():
-            return load_evaluation_tasks(self.seeds or None, self.held)
+            return load_evaluation_tasks(self.seeds or None, self.num_held_out)
 
     def requests(self) -> list[InstructionExample]:
         """Returns the training requests: those of the seed tasks that are not held out and resemble no held-out task.
@@ -165,7 +165,7 @@ class TunaRun:
             InputError: if the seed tasks cannot be used, or no request is left.
         """
         with input_errors():
-            shown, _ = evaluation_split(load_tasks(self.seeds or None), self.held)
+            shown, _ = evaluation_split(load_tasks(self.seeds or None), self.num_held_out)
         # Requests that resemble an evaluation task are left out: the arms would be trained on the test data.
         gate = RougeGate(0.7, [task.instruction for task in self.evaluation_tasks()])
         examples = [
@@ -180,29 +180,29 @@ class TunaRun:
                 f"--seeds {self.seeds} has no request to learn from that resembles no evaluation task: give seed tasks "
                 "with 'instances'"
             )
-        return examples[: MOST[self.scale][0] or None]
+        return examples[: DEFAULT_COUNTS[self.scale][0] or None]
 
 
 @dataclass
-class _Chain:
+class _Stages:
     """The stages of one experiment, in their folders; each runs once, when the first other stage needs it."""
 
     options: TunaRun
     console: Console
     data: Path
-    limit: Deadline
+    deadline: Deadline
     done: set[Path] = field(default_factory=set)
 
     def folder(self, kind: str, name: str) -> Path:
         """Returns the run folder of a stage."""
         return self.options.root / kind / name
 
-    def stage(self, work: Callable[[Any, Console], dict[str, Any]], options: Any) -> Path:
-        """Runs a stage unless this chain has run it already, and returns its folder."""
+    def stage(self, run: Callable[[Any, Console], dict[str, Any]], options: Any) -> Path:
+        """Runs a stage unless this object has run it already, and returns its folder."""
         folder = Path(options.run_dir)
         if folder not in self.done:
             self.console.rule(f"{folder.parent.name}/{folder.name}", style="dim")
-            self.limit.run(work, options, self.console)
+            self.deadline.run(run, options, self.console)
             self.done.add(folder)
         return folder
 
@@ -237,9 +237,11 @@ class _Chain:
         )
         return self.stage(candidates, stage_options)
 
-    def ranking(self, name: str, drawn: Path, ranker: str, backend: str) -> Path:
+    def ranking(self, name: str, candidates: Path, ranker: str, backend: str) -> Path:
         """Ranks the candidates of a run folder and returns the run folder of the ranking."""
-        stage_options = TunaRank(**self.shared(RANKINGS, name), candidates=str(drawn), ranker=ranker, backend=backend)
+        stage_options = TunaRank(
+            **self.shared(RANKINGS, name), candidates=str(candidates), ranker=ranker, backend=backend
+        )
         return self.stage(rank, stage_options)
 
     def probabilistic(self) -> Path:
@@ -250,10 +252,10 @@ class _Chain:
     def contextual(self, writer: Path) -> Path:
         """Lets the judge rank the responses of the policy in ``writer``, and returns the run folder."""
         name = "contextual" if writer.name == SFT else f"contextual-{writer.name}"
-        drawn = self.candidates(writer.name, policy=str(writer))
-        return self.ranking(name, drawn, self.options.judge, self.options.judge_backend)
+        candidates_folder = self.candidates(writer.name, policy=str(writer))
+        return self.ranking(name, candidates_folder, self.options.judge, self.options.judge_backend)
 
-    def trained(self, name: str, start: Path, ranked: Path, loss: str, learning_rate: float) -> Path:
+    def train(self, name: str, start: Path, ranked: Path, loss: str, learning_rate: float) -> Path:
         """Trains the policy in ``start`` on ranked lists and returns the run folder."""
         stage_options = TunaTrain(
             **self.shared(POLICIES, name),
@@ -274,18 +276,18 @@ class _Chain:
         if name == SFT:
             return start
         if name == PROBABILISTIC:
-            return self.trained(name, start, self.probabilistic(), loss, first)
+            return self.train(name, start, self.probabilistic(), loss, first)
         if name == CONTEXTUAL:
-            return self.trained(name, start, self.contextual(start), loss, first)
+            return self.train(name, start, self.contextual(start), loss, first)
         # The second stage starts from the policy of the first. The contextual stage ranks responses of the policy from
         # which it starts; the teacher's ranking does not depend on the policy.
         if name == TUNA and self.options.starts_probabilistic:
             middle = self.arm(PROBABILISTIC)
-            return self.trained(name, middle, self.contextual(middle), loss, second)
+            return self.train(name, middle, self.contextual(middle), loss, second)
         if name == TUNA:
-            return self.trained(name, self.arm(CONTEXTUAL), self.probabilistic(), loss, second)
+            return self.train(name, self.arm(CONTEXTUAL), self.probabilistic(), loss, second)
         if name == DPO:
-            return self.trained(name, start, self.contextual(start), "dpo", LEARNING_RATES[DPO])
+            return self.train(name, start, self.contextual(start), "dpo", LEARNING_RATES[DPO])
         ppo_options = TunaPPO(
             **self.shared(POLICIES, PPO),
             **SIZES[self.options.scale]["ppo"],
@@ -307,7 +309,7 @@ class _Chain:
             dtype=options.dtype,
             policy=",".join(f"{name}={folder}" for name, folder in policies.items()),
             tasks=options.seeds,
-            held_out=options.held,
+            held_out=options.num_held_out,
             model=options.model,
             layout="chat",
             context_length=min(TunaEvaluate.context_length, tokenizer_of(options.model).context_length),
@@ -344,7 +346,7 @@ def _run(options: TunaRun, console: Console) -> dict[str, Any]:
     with RunFolder(options.root, identity, "tuna run").opened():
         data = options.root / "requests.jsonl"
         write_once(data, [example.row() for example in requests])
-        _Chain(options, console, data, Deadline(options.minutes)).evaluation(arms)
+        _Stages(options, console, data, Deadline(options.minutes)).evaluation(arms)
         return report(TunaReport(str(options.root)), console)
 
 

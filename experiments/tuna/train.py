@@ -140,7 +140,7 @@ def run(options: TunaTrain, console: Console | None = None) -> dict[str, Any]:
     with stage(options, "tuna train", console, True, **identity) as opened:
         if isinstance(opened, dict):
             return opened
-        write_once(opened.folder.file(TRAIN), _seen(lists, options))
+        write_once(opened.folder.file(TRAIN), _training_requests(lists, options))
         policy = _policy(options, start, model)
         ratios = LOSSES[options.loss].needs_reference_policy
         # Before the trainer restores a checkpoint, which would replace the initial weights.
@@ -201,7 +201,7 @@ def split_lists(
         dropped["lists without a reference"] = len(train) - len(complete)
         train = complete
     if not train:
-        left_out = ", ".join(f"{count} {what}" for what, count in dropped.items() if count)
+        left_out = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
         raise InputError(f"{options.ranked} has no list to train on ({left_out or 'all withheld'})")
     # Ties give no pairs; pairs with the reference exist even if all candidates tie.
     if pairing != "reference" and all(len(set(ranked.scores or ())) == 1 for ranked in train):
@@ -220,7 +220,7 @@ def withheld(lists: Sequence[RankedList], share: float, seed: int) -> set[str]:
     return set(order[: round(share * len(order))])
 
 
-def _seen(lists: Sequence[RankedList], options: TunaTrain) -> list[dict[str, str]]:
+def _training_requests(lists: Sequence[RankedList], options: TunaTrain) -> list[dict[str, str]]:
     """Returns the requests on which the policy is trained, including those of the policy that it starts from."""
     names = withheld(lists, options.holdout, options.seed)
     rows = {row["id"]: row for row in read_records(Path(options.policy) / TRAIN)} if options.policy else {}
