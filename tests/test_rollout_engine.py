@@ -50,7 +50,7 @@ class Local(VLLMEngine):
         self.servers = [StandIn(policy, fails) for _ in range(count)]
         self.taken = []
 
-    def take(self, policy, processes):
+    def push_weights(self, policy, processes):
         self.taken.append({n: p.detach().clone() for n, p in policy.parameters().items()})
 
 
@@ -157,18 +157,18 @@ def test_bad_arguments(arguments, message):
 def test_a_policy_without_adapters_is_refused(tiny_model_path):
     whole = LanguageModelPolicy(str(tiny_model_path), LoraSettings(rank=0), dtype="float32")
     with pytest.raises(InputError, match="LoRA rank"):
-        VLLMEngine([NOWHERE]).take(whole, Processes())
+        VLLMEngine([NOWHERE]).push_weights(whole, Processes())
 
 
 def test_a_server_that_is_not_there_is_said_at_once(policy):
     engine = VLLMEngine([NOWHERE])
     engine.servers[0].sender.attempts = 1
     with pytest.raises((InputError, BackendError), match="cannot be reached"):
-        engine.take(policy, Processes())
+        engine.push_weights(policy, Processes())
 
 
 class Host(StandIn):
-    """A whole server in this process: what :meth:`VLLMEngine.take` asks one for."""
+    """A whole server in this process: what :meth:`VLLMEngine.push_weights` asks one for."""
 
     def __init__(self, policy, ids=None, raw=False, off=0.0, names=("model",)):
         super().__init__(policy)
@@ -211,7 +211,7 @@ def test_each_push_replaces_the_one_before_it_and_close_leaves_nothing(policy, t
     host = Host(policy)
     engine = hosted(tmp_path, host)
     for number in (1, 2, 3):
-        engine.take(policy, Processes())
+        engine.push_weights(policy, Processes())
         assert len(host.loaded) == 1 and host.loaded[0].endswith(f"-{number}") and host.model == host.loaded[0]
         assert [path.name for path in tmp_path.iterdir()] == host.loaded  # a server may have to read it again
     engine.close()
@@ -231,23 +231,23 @@ def test_each_push_replaces_the_one_before_it_and_close_leaves_nothing(policy, t
 )
 def test_a_server_that_does_not_fit_is_refused(policy, tmp_path, wrong, message):
     with pytest.raises(InputError, match=message):
-        hosted(tmp_path, Host(policy, **wrong)).take(policy, Processes())
+        hosted(tmp_path, Host(policy, **wrong)).push_weights(policy, Processes())
 
 
 def test_the_weights_are_checked_at_any_temperature(tiny_model_path, tmp_path):
     warm = LanguageModelPolicy(str(tiny_model_path), LoraSettings(rank=2), dtype="float32", temperature=0.5)
-    hosted(tmp_path, Host(warm)).take(warm, Processes())
+    hosted(tmp_path, Host(warm)).push_weights(warm, Processes())
     with pytest.raises(InputError, match="is another one"):
-        hosted(tmp_path, Host(warm, off=1.0)).take(warm, Processes())
+        hosted(tmp_path, Host(warm, off=1.0)).push_weights(warm, Processes())
 
 
 def test_a_push_that_fails_on_one_server_leaves_nothing_behind(policy, tmp_path):
     first, second = Host(policy), Host(policy)
     engine = hosted(tmp_path, first, second)
-    engine.take(policy, Processes())
+    engine.push_weights(policy, Processes())
     second.full = True
     with pytest.raises(InputError, match="no room"):
-        engine.take(policy, Processes())
+        engine.push_weights(policy, Processes())
     engine.close()
     assert not first.loaded and not second.loaded and not list(tmp_path.iterdir())
 
@@ -255,7 +255,7 @@ def test_a_push_that_fails_on_one_server_leaves_nothing_behind(policy, tmp_path)
 def test_a_server_that_lost_the_last_adapter_gets_the_next_one(policy, tmp_path):
     host = Host(policy)
     engine = hosted(tmp_path, host)
-    engine.take(policy, Processes())
+    engine.push_weights(policy, Processes())
     host.loaded.clear()  # it was restarted
-    engine.take(policy, Processes())
+    engine.push_weights(policy, Processes())
     assert len(host.loaded) == 1

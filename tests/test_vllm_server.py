@@ -180,7 +180,7 @@ def test_ppo_with_rollouts_on_it(vllm_url, constrained):
         return agent.updates < 3
 
     agent.learn(10**6, look)
-    agent.engine.take(policy, agent.processes)
+    agent.engine.push_weights(policy, agent.processes)
     look(agent)
     assert agent.engine.pushes == 4
     gaps = [row["sampler/gap_mean"] for row in rows.rows]
@@ -200,7 +200,7 @@ def test_a_server_of_another_model_is_refused(vllm_url, tiny_model_path):
     from instructgym.agents.policy.optimization import Processes
 
     with pytest.raises(InputError, match=r"load_lora_adapter|another tokenizer|adapters need"):
-        VLLMEngine([vllm_url]).take(policy, Processes())
+        VLLMEngine([vllm_url]).push_weights(policy, Processes())
 
 
 def test_a_rank_above_the_servers_is_refused(vllm_url):
@@ -208,7 +208,7 @@ def test_a_rank_above_the_servers_is_refused(vllm_url):
 
     policy = LanguageModelPolicy("embedded", LoraSettings(rank=32), dtype="float32")
     with pytest.raises(InputError, match="max-lora-rank"):
-        VLLMEngine([vllm_url]).take(policy, Processes())
+        VLLMEngine([vllm_url]).push_weights(policy, Processes())
 
 
 def test_two_processes_train_against_it(vllm_url, tmp_path):

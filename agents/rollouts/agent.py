@@ -214,7 +214,7 @@ class RolloutAgent(ABC):
         self.optimizer.schedule(progress)
         # 1. An engine elsewhere has the weights of the last update: push the new ones, so that episodes are on-policy.
         if self.engine is not None:
-            self.engine.take(self.policy, self.processes)
+            self.engine.push_weights(self.policy, self.processes)
             self.logger.record("time/push", time.perf_counter() - started)
         # 2. Rollout. The seed depends on the number of the update alone, so a resumed run draws what an undisturbed one
         # would; each process steps its share of the env copies.

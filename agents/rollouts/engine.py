@@ -36,7 +36,7 @@ several times as much."""
 class RolloutEngine(Protocol):
     """A generator of the episodes of on-policy agents, in place of the policy."""
 
-    def take(self, policy: LanguageModelPolicy, processes: Processes) -> None:
+    def push_weights(self, policy: LanguageModelPolicy, processes: Processes) -> None:
         """Copies the policy's current weights to the engine; called by all processes before each rollout."""
 
     def generate(
@@ -74,7 +74,8 @@ class VLLMEngine:
         timeout: limit of one request in seconds.
 
     Raises:
-        InputError: if ``urls`` is empty or a string; by :meth:`take`, for a server with another model or tokenizer, or
+        InputError: if ``urls`` is empty or a string; by :meth:`push_weights`, for a server with another model or
+            tokenizer, or
             one that was started without the options above.
     """
 
@@ -94,7 +95,7 @@ class VLLMEngine:
 
     # --- weights -----------------------------------------------------------------------------------------------------
 
-    def take(self, policy: LanguageModelPolicy, processes: Processes) -> None:
+    def push_weights(self, policy: LanguageModelPolicy, processes: Processes) -> None:
         """Pushes the policy's adapter to all servers; the first call also checks that they fit the policy.
 
         Raises:

@@ -134,7 +134,7 @@ def _print(options: BenchBackend, figures: dict[str, Any], console: Console) -> 
     name, ratio = "requests_per_second", figures["ratio"]
     table = Table(title=f"{options.requests} requests, half of them duplicates, {options.concurrency} in flight")
     for title in ("", "cached backend (ours)", "bare client", "ratio (median, min to max)"):
-        table.add_column(title)
+        table.add_column(title, overflow="fold")
     spread = f"{ratio[name]:.2f} ({ratio[f'{name}_min']:.2f} to {ratio[f'{name}_max']:.2f})"
     ours, client = figures["ours"], figures["theirs"]
     table.add_row("different requests per second", f"{ours[name]:.1f}", f"{client[name]:.1f}", spread)

@@ -223,7 +223,7 @@ def run(options: BenchDenseReward, console: Console | None = None) -> dict[str, 
     }
     table = Table(title=f"Tokens until {TARGET} of the best return, {options.seeds} seeds (cap {CAP})")
     for title in ("", "median", "each seed"):
-        table.add_column(title)
+        table.add_column(title, overflow="fold")
     table.add_row("rewarded token by token (ours)", f"{medians['dense']:.0f}", " ".join(map(str, tokens["dense"])))
     table.add_row("rewarded at the end", f"{medians['terminal']:.0f}", " ".join(map(str, tokens["terminal"])))
     console.print(table)

@@ -124,7 +124,7 @@ def run(options: BenchEditEnv, console: Console | None = None) -> dict[str, Any]
     }
     table = Table(title=f"{options.num_envs} copies of {ENV_ID} on {rewriter.name}")
     for title in ("", "batched (ours)", "serial", "ratio (median, min to max)"):
-        table.add_column(title)
+        table.add_column(title, overflow="fold")
     table.add_row(
         "env steps per second",
         f"{figures['ours']['steps_per_second']:.2f}",

@@ -113,7 +113,7 @@ def _alternate(
 ) -> tuple[dict[str, list[float]], float]:
     """Measures all sides alternately; returns the rates and push seconds of :func:`_measure`."""
     processes = Processes()
-    engine.take(policy, processes)
+    engine.push_weights(policy, processes)
     # An adapter has its base model as the parent; the server must have exactly one base model.
     [base] = [model["id"] for model in engine.servers[0].models() if not model.get("parent")]
     plain = VLLMServerBackend(base, engine.servers[0].url, "completion", concurrency=256, timeout=600)
@@ -125,7 +125,7 @@ def _alternate(
     # In training every rollout follows an update, so the adapter is pushed each time.
     def pushed(batch: list[list[int]], samplings: list[Sampling]) -> list[Any]:
         begun = time.perf_counter()
-        engine.take(policy, processes)
+        engine.push_weights(policy, processes)
         pushes.append(time.perf_counter() - begun)
         return engine.generate(batch, samplings, None, frozenset())
 
@@ -177,7 +177,7 @@ def _print(options: BenchRollouts, figures: dict[str, Any], console: Console) ->
         f"tokens, rank {options.lora_rank}"
     )
     for title in ("", *SIDES, "adapter / in process"):
-        table.add_column(title)
+        table.add_column(title, overflow="fold")
     ratio, name = figures["ratio"], "tokens_per_second"
     rates = [figures[key][name] for key in ("theirs", "ours", "base_model")]
     spread = f"{ratio[name]:.2f} ({ratio[f'{name}_min']:.2f} to {ratio[f'{name}_max']:.2f})"

@@ -141,7 +141,7 @@ def print_sides(title: str, against: str, figures: Mapping[str, Any], console: C
     ours, baseline, ratio = figures["ours"], figures["theirs"], figures["ratio"]
     table = Table(title=title, caption=figures["settings"]["note"])
     for column in ("", "ours", against, "ratio (median, min to max)"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for name, measure in MEASURES.items():
         spread = f"{ratio[name]:.2f} ({ratio[f'{name}_min']:.2f} to {ratio[f'{name}_max']:.2f})"
         table.add_row(measure, f"{ours[name]:.0f}", f"{baseline[name]:.0f}", spread)

@@ -218,7 +218,7 @@ def _print(options: BenchTaskScore, figures: dict[str, Any], console: Console) -
     """Prints the results as a table."""
     table = Table(title=f"{options.prompts} prompts x {options.examples} examples, {options.model}, {options.dtype}")
     for title in ("", "likelihoods per second", "speed-up of ours (median, min to max)"):
-        table.add_column(title)
+        table.add_column(title, overflow="fold")
     table.add_row("shared prefixes (ours)", f"{figures['ours'][MEASURE]:.1f}", "")
     for title, way, name in (
         ("one full request per likelihood", "theirs", MEASURE),

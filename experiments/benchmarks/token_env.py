@@ -231,7 +231,7 @@ def _print(options: BenchTokenEnv, figures: dict[str, Any], console: Console) ->
         f"threads: {options.threads}"
     )
     for title in ("", "sampling and play (ours)", "transformers' generate", "ratio (median, min to max)"):
-        table.add_column(title)
+        table.add_column(title, overflow="fold")
     spread = f"{ratio[name]:.2f} ({ratio[f'{name}_min']:.2f} to {ratio[f'{name}_max']:.2f})"
     table.add_row("tokens per CPU-second", f"{ours[name]:.0f}", f"{baseline[name]:.0f}", spread)
     table.add_row("tokens measured", str(ours["tokens"]), str(baseline["tokens"]), "")

@@ -147,7 +147,7 @@ def run(options: BenchTokenLearning, console: Console | None = None) -> dict[str
     }
     table = Table(title=f"Tokens until {TARGET} of the best return, {options.seeds} seeds (cap {CAP})")
     for title in ("", "median", "each seed"):
-        table.add_column(title)
+        table.add_column(title, overflow="fold")
     table.add_row("TokenPPO (ours)", f"{np.median(our_tokens):.0f}", " ".join(map(str, our_tokens)))
     table.add_row("stable-baselines3 PPO", f"{np.median(sb3_tokens):.0f}", " ".join(map(str, sb3_tokens)))
     console.print(table)

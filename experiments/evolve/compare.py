@@ -407,11 +407,11 @@ def _report(
     }
     figure = plot_comparison(arms, options.budget, folder.file("figures", "comparison.png"))
     table = Table(title=f"{options.repeats} seeds, {options.budget} LLM calls per arm and seed (mean ± 95% t-interval)")
-    table.add_column("arm")
+    table.add_column("arm", overflow="fold")
     markdown = ["| arm | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     metrics: dict[str, Any] = {}
     for title in COLUMNS.values():
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", overflow="fold")
     for arm, results in runs.items():
         cells = []
         metrics[arm] = {}

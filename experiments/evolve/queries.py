@@ -174,7 +174,7 @@ def accounting_table(account: Mapping[str, Any]) -> Table:
     kind = "" if account["learner"] else ", a baseline: its training adds nothing to the data"
     table = Table(title=f"LLM calls ({account['algorithm']}{kind})")
     for title in ("", *ROLES, "all", "rows", "per row", "relative to Evol-Instruct", "per row, relative to its 3"):
-        table.add_column(title, justify="right" if title else "left")
+        table.add_column(title, justify="right" if title else "left", overflow="fold")
     table.add_row("training", *_calls(account["training"]))
     for name, dataset in account["datasets"].items():
         table.add_row(name, *_calls(dataset), str(dataset["rows"]), *_ratios(dataset, ""))

@@ -259,7 +259,7 @@ def figures_markdown(figures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> 
 def _table(figures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
     table = Table(title="Main metric in percent; malformed answers are wrong")
     for title in ("task", "method, start", *TITLES):
-        table.add_column(title)
+        table.add_column(title, overflow="fold")
     for task, arms in figures.items():
         for arm, row in arms.items():
             table.add_row(task, arm, *_cells(row))

@@ -133,7 +133,9 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def rich_table(rows: Sequence[Sequence[str]]) -> Table:
     """Returns rows of cells as a table for the terminal; the first row is the header."""
-    table = Table(*rows[0])
+    table = Table()
+    for title in rows[0]:
+        table.add_column(title, overflow="fold")
     for row in rows[1:]:
         # As Text, so that brackets in a cell are not read as markup.
         table.add_row(*map(Text, row))

@@ -300,7 +300,7 @@ def _show(console: Console, findings: Findings, speeds: Sequence[Speed], setting
 def _capability_table(findings: Findings) -> Table:
     table = Table()
     for title in ("capability", "", "evidence"):
-        table.add_column(title)
+        table.add_column(title, overflow="fold")
     for name, capability in findings.capabilities.items():
         answer = f"[{COLOURS[capability.answer]}]{capability.answer}[/]"
         table.add_row(TITLES[name], answer, escape(capability.why[:LONGEST_REASON]))
@@ -310,7 +310,7 @@ def _capability_table(findings: Findings) -> Table:
 def _speed_table(speeds: Sequence[Speed]) -> Table:
     table = Table()
     for title in ("in flight", "seconds", "tokens/s", "requests/s", "median latency", "95th percentile", "errors"):
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", overflow="fold")
     for speed in speeds:
         latencies = ["" if value is None else f"{value:.2f} s" for value in (speed.median_latency, speed.p95_latency)]
         tokens = f"{speed.tokens_per_second:.1f}" if speed.completion_tokens else "not reported"

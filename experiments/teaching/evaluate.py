@@ -64,7 +64,7 @@ def tables(
     """
     arms = Table(title=f"{counts['tasks']} tasks, {counts['instances']} instances (macro averages, percent)")
     for column in ("arm", "ROUGE-L", "95% interval", "exact match", "finished", "tokens"):
-        arms.add_column(column, justify="left" if column == "arm" else "right")
+        arms.add_column(column, justify="left" if column == "arm" else "right", overflow="fold")
     for name, row in metrics.items():
         arms.add_row(
             name,
@@ -78,7 +78,7 @@ def tables(
         return [arms]
     compared = Table(title="task by task, ROUGE-L (shares of tasks and points)")
     for column in ("comparison", "won", "tied", "lost", "difference", "95% interval"):
-        compared.add_column(column, justify="left" if column == "comparison" else "right")
+        compared.add_column(column, justify="left" if column == "comparison" else "right", overflow="fold")
     for name, pair in pairs.items():
         shares = (f"{100 * share:.0f}%" for share in pair.shares.values())
         ends = f"{100 * pair.low:+.1f} to {100 * pair.high:+.1f}"

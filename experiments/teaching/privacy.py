@@ -302,7 +302,9 @@ def _show(metrics: Mapping[str, Any], console: Console) -> None:
     """Prints the table of the attacks, then warnings and the reasons for missing rates."""
     table = Table(title="Membership inference (0.5: guessing; intervals: 95%, bootstrap)")
     for title in ("policy", "attack", "AUC", "|AUC - 0.5|", "TPR at 1% FPR", ""):
-        table.add_column(title, justify="right" if title and title not in ("policy", "attack") else "left")
+        table.add_column(
+            title, justify="right" if title and title not in ("policy", "attack") else "left", overflow="fold"
+        )
     for name, measured in metrics.items():
         for attack, figures in measured["attacks"].items():
             area = f"{figures['auc']:.3f} [{figures['auc_low']:.3f}, {figures['auc_high']:.3f}]"
