@@ -63,10 +63,10 @@ class AttackMetrics:
     def verdict(self) -> str:
         """Meaning of the AUC's interval, in words."""
         if self.auc_low > 0.5:
-            return "members can be distinguished from non-members"
+            return "members are told from non-members"
         if self.auc_high < 0.5:
             return "below 0.5: noise, or members and non-members differ otherwise; no sign of more privacy"
-        return "no better than guessing on these rows"
+        return "no better than guessing, as far as these rows tell"
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the metrics and the verdict, JSON-able."""
