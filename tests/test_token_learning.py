@@ -383,7 +383,7 @@ def test_settings_out_of_range_are_refused(cls, options):
 def test_an_env_that_does_not_fit_is_refused():
     policy = make_policy()
     for env, message in [
-        (TokenEnv(EXAMPLES, WordTokenizer(words=WORDS), Right(), embedder="hashing"), "TokenEnv has no prompts"),
+        (TokenEnv(EXAMPLES, WordTokenizer(words=WORDS), Right(), embedder="hashing"), "TokenEnv has no num_envs"),
         (SimpleNamespace(), "need a TokenVectorEnv"),
         (make_env(words=(*WORDS, "red2")), "give the env the model's own tokenizer"),
         (make_env(words=("red", "blue", "sea", "end", "sky")), "give the env the model's own tokenizer"),

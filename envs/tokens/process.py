@@ -40,9 +40,6 @@ class TokenSettings:
     group_size: int = 1
     """Number of consecutive copies of a vector env that answer the same prompt."""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-
 
 def take_settings(arguments: dict[str, Any], fixed: Sequence[str] = (), **defaults: Any) -> TokenSettings:
     """Takes the settings out of the keyword arguments of an environment.
@@ -54,7 +51,9 @@ def take_settings(arguments: dict[str, Any], fixed: Sequence[str] = (), **defaul
         **defaults: values of the environment for fields that a user did not pass.
     """
     names = {field.name for field in fields(TokenSettings)} - set(fixed)
-    return TokenSettings(**defaults | {name: arguments.pop(name) for name in names & arguments.keys()})
+    values = defaults | {name: arguments.pop(name) for name in names & arguments.keys()}
+    stop = values.get("stop", ())
+    return TokenSettings(**values | {"stop": (stop,) if isinstance(stop, str) else tuple(stop)})
 
 
 class TokenProcess:
