@@ -143,14 +143,13 @@ class ListFilters:
 
 
 def list_envs(options: ListEnvs, console: Console) -> None:
-    """Prints the id, declared spaces and longest episode of every environment."""
-    table = Table(title="instructgym environments")
-    # Ids begin alike: cut to the width of the terminal they could not be distinguished.
-    table.add_column("id", no_wrap=True)
-    for title in ("action space", "observation space", "episode"):
-        table.add_column(title, overflow="fold")
+    """Prints every id with its spaces and its longest episode, as they are declared."""
+    table = Table(title="instructgym environments", show_lines=True)
+    table.add_column("id", no_wrap=True)  # ids that are cut look alike
+    table.add_column("spaces and episode", overflow="fold")
     for env_id, entry in IDS.items():
-        table.add_row(env_id, entry.action_space, entry.observation_space, entry.episode)
+        lines = (f"actions: {entry.action_space}", f"observations: {entry.observation_space}", entry.episode)
+        table.add_row(env_id, "\n".join(lines))
     console.print(table)
 
 
@@ -188,7 +187,8 @@ def _print_list(rows: Sequence[tuple[str, str]], console: Console) -> None:
 
 def command_of(args: Sequence[str]) -> tuple[Command, list[str]] | None:
     """Returns the command that the arguments begin with, and the arguments after its name; None if they name none."""
-    args = list(args)
+    # The parser takes refine_af for refine-af, so the words that may name a command are read as it reads them.
+    args = [word if word.startswith("-") else word.replace("_", "-") for word in args[:2]] + list(args[2:])
     # The help of a group stays that of the group.
     if args and args[0] in DEFAULTS and (args[1:] or ["--"])[0].startswith("--") and args[1:2] != ["--help"]:
         args.insert(1, DEFAULTS[args[0]])
@@ -209,15 +209,20 @@ def parse(args: Sequence[str]) -> tuple[Callable[[Any, Console], Any], Any]:
         The function of the command, and its options.
     """
     called, words = command_of(args) or (None, list(args))
+    if called is None and words and not words[0].startswith("-") and words[0].replace("_", "-") not in GROUPS:
+        known = dict.fromkeys(command.name.partition(" ")[0] for command in COMMANDS)
+        print(f"error: unknown command {words[0]!r}: use {', '.join(known)}", file=sys.stderr)
+        sys.exit(2)
     app, groups = tyro.extras.SubcommandApp(), dict[str, tyro.extras.SubcommandApp]()
     function: Callable[..., Any] = _not_called
+    completes = any(word.startswith("--tyro-") for word in words)  # completions for shells list all options
     for command in COMMANDS:
         group, _, name = command.name.partition(" ")
         if name and group not in groups:
             groups[group] = tyro.extras.SubcommandApp()
             app.command(groups[group], name=group, help=GROUPS[group])
         parent = groups[group] if name else app
-        if command is called:
+        if command is called or completes:
             options, function = command.load()
             parent.command(name=name or group)(options)
         else:

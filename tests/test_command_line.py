@@ -64,6 +64,17 @@ def test_words_that_are_no_command_are_refused_with_the_choices(args, named, cap
     assert code == 2 and named in said
 
 
+def test_an_unknown_command_gets_one_line(capsys):
+    code, said = run(capsys, "nonsense", "--seed", "1")
+    assert code == 2 and said.count("\n") == 1 and "unknown command 'nonsense': use evolve" in said
+
+
+def test_words_of_a_command_may_have_underscores(capsys):
+    assert run(capsys, "refine_af", "filters") == run(capsys, "refine-af", "filters")
+    code, said = run(capsys, "bench", "edit_env", "--help")
+    assert code == 0 and "--rounds" in said
+
+
 @pytest.mark.parametrize("group", ["nlu", "prompt"])
 def test_run_may_be_left_out(group, capsys):
     assert run(capsys, group, "--nonsense")[0] == 2

@@ -45,7 +45,16 @@ from ...llm_backends.training.output_layer import (
 )
 from ...llm_backends.training.teacher_forcing import response_hidden
 
-__all__ = ["POLICY", "SETTINGS", "VALUE", "LanguageModelPolicy", "LoraSettings", "TokenScores", "ValueFunction"]
+__all__ = [
+    "POLICY",
+    "SETTINGS",
+    "VALUE",
+    "LanguageModelPolicy",
+    "LoraSettings",
+    "PolicyBackend",
+    "TokenScores",
+    "ValueFunction",
+]
 
 POLICY, VALUE = "policy", "value"
 SETTINGS, HEAD = "policy.json", "value_head.safetensors"
@@ -178,7 +187,7 @@ class LanguageModelPolicy:
             dropout: whether the adapter's dropout is on.
         """
         with self.trunk.active(name, dropout) as lm:
-            # A policy without adapters has only its own model, and the copy that is its reference.
+            # Without adapters (rank 0) any name but POLICY stands for the frozen copy that is the reference.
             yield self._reference_lm if name != POLICY and self._reference_lm is not None else lm
 
     def generate(

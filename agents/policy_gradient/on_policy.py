@@ -175,6 +175,8 @@ class OnPolicyAgent(RolloutAgent):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.kl = KLController(self.settings.kl_coefficient)
+        self._kl_observed = (0.0, 0)
+        """Mean KL per episode of this update, in nats, and its number of episodes."""
 
     def _improve(self, batch: TokenBatch) -> None:
         """Scores the episodes, estimates advantages, trains, and records the durations."""
@@ -183,6 +185,7 @@ class OnPolicyAgent(RolloutAgent):
         self._prepare(batch)
         training = time.perf_counter()
         self._train(batch)
+        self.kl.update(*self._kl_observed)  # after training, whose loss has used the coefficient of this update
         self.logger.record("time/score", training - started)
         self.logger.record("time/train", time.perf_counter() - training)
 
@@ -319,8 +322,6 @@ class OnPolicyAgent(RolloutAgent):
             self.logger.record(f"train/{name}", sum(row.get(name, 0.0) for row in rows) / tokens)
         self.logger.record("train/grad_norm", norms / steps)
         self.logger.record("train/epochs", epochs)
-        # Only now: all epochs of an update have the same coefficient.
-        self.kl.update(*self._kl_observed)
 
     def _micro_batch(self, batch: TokenBatch, rows: np.ndarray, scale: np.ndarray) -> MicroBatch:
         """Returns the tensors of some tokens.

@@ -19,7 +19,7 @@ from ...llm_backends.training.teacher_forcing import common_prefix
 from ..policy.language_model import LanguageModelPolicy
 from .engine import RolloutEngine
 
-OPENING, ALIKE = 16, 4
+OPENING_TOKENS, SMALLEST_GROUP = 16, 4
 """Number of leading tokens by which prompts are grouped, and the smallest group that gets micro-batches to itself."""
 
 
@@ -126,10 +126,10 @@ class TokenBatch:
         """Groups episodes by the first tokens of their prompts; those of small groups form one group together."""
         by_opening: dict[bytes, list[int]] = {}
         for i in episodes:
-            by_opening.setdefault(self.prompts[i][:OPENING].tobytes(), []).append(int(i))
-        alike = [members for members in by_opening.values() if len(members) >= ALIKE]
+            by_opening.setdefault(self.prompts[i][:OPENING_TOKENS].tobytes(), []).append(int(i))
+        alike = [members for members in by_opening.values() if len(members) >= SMALLEST_GROUP]
         # A few episodes are not worth passes of their own, even though their prefix is then not shared.
-        others = [i for members in by_opening.values() if len(members) < ALIKE for i in members]
+        others = [i for members in by_opening.values() if len(members) < SMALLEST_GROUP for i in members]
         return [np.array(members) for members in [*alike, others] if members]
 
 

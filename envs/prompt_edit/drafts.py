@@ -1,7 +1,9 @@
 """Holds the document of the prompt edit MDP: a task prompt, what edits may add to it, and the phrases they deleted.
 
-:class:`PromptDraft` is what the operators in :mod:`~instructgym.envs.prompt_edit.operators` edit. Phrases are split by
-punctuation and function words, without a parser.
+:class:`PromptDraft` is what the operators in :mod:`~instructgym.envs.prompt_edit.operators` edit. Phrases are the
+units that phrase edits delete, move and restore. GrIPS (Prasad et al. 2023, arXiv 2203.07281, section 3) uses the
+constituents that a parser finds; the rule here needs no model: a phrase ends after punctuation and, once it has two
+words, before a word that opens a constituent (a conjunction, a preposition, a relative).
 """
 
 from __future__ import annotations

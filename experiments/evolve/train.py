@@ -35,44 +35,6 @@ from ..runs.options import RunOptions, check_counts, input_errors, parse_part, p
 from ..runs.progress import ShowProgress, StepProgress
 from ..runs.report import COLOURS, panels, smooth
 
-OPERATION_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#999999")
-
-
-def plot_training(episodes: Sequence[Mapping[str, Any]], updates: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """Plots the learning curve of one run and the shares of the operations over its updates, and returns the path.
-
-    Args:
-        episodes: rows of ``episodes.jsonl``.
-        updates: rows of ``metrics.jsonl``.
-        path: PNG file to write.
-    """
-    figure, axes = panels(2)
-    left, right = axes[0]
-    if episodes:
-        steps = [row["timesteps"] for row in episodes]
-        returns = [row["return"] for row in episodes]
-        left.scatter(steps, returns, s=14, alpha=0.35, color=COLOURS[0], linewidths=0, label="episode")
-        window = max(len(returns) // 8, 5)
-        curve = dict(zip(steps, smooth(returns, window), strict=True))  # several episodes may end in one step
-        left.plot(list(curve), list(curve.values()), color=COLOURS[0], linewidth=2, label=f"mean of the last {window}")
-        left.legend(frameon=False)
-    left.set(title="Return per episode", xlabel="environment steps", ylabel="return")
-    names = sorted({key for row in updates for key in row if key.startswith("operations/")})
-    if names:
-        steps = [row["timesteps"] for row in updates]
-        shares = np.array([[row.get(name) or 0.0 for row in updates] for name in names])
-        right.stackplot(
-            steps, shares, labels=[n.removeprefix("operations/") for n in names], colors=OPERATION_COLOURS, alpha=0.85
-        )
-        right.set_ylim(0, 1)
-        handles, labels = right.get_legend_handles_labels()
-        # Reversed, so that the legend lists the operations as they are stacked, from top to bottom.
-        right.legend(handles[::-1], labels[::-1], frameon=False, bbox_to_anchor=(1.0, 1.0), loc="upper left")
-    right.set(title="Operations chosen (last 96 steps)", xlabel="environment steps", ylabel="share")
-    figure.savefig(path, dpi=130)
-    return path
-
-
 ENV_ID = "instructgym/EvolveInstruction-v0"
 
 
@@ -234,6 +196,8 @@ class EvolveTrain(EnvOptions):
             raise InputError(f"--n-steps must be at least 1, got {self.n_steps}")
         if self.algorithm in ("PPO", "MaskablePPO", "RecurrentPPO", "TRPO") and self.n_steps * self.num_envs < 2:
             raise InputError(f"{self.algorithm} needs rollouts of at least 2 steps: raise --n-steps or --num-envs")
+        if self.observation == "text":
+            raise InputError("--observation text is for agents of your own: use last_edit or embedding")
         if self.max_invalid_share > 1:
             raise InputError(f"--max-invalid-share is a share, at most 1, got {self.max_invalid_share}")
 
@@ -276,7 +240,7 @@ def run(options: EvolveTrain, console: Console | None = None) -> dict[str, Any]:
 
 def _train(options: EvolveTrain, folder: RunFolder, env: VecEnv, journal: Journal, console: Console) -> dict[str, Any]:
     """Trains the agent, saves its policy, draws the figure and returns the results."""
-    begun, replayed = time.monotonic(), len(journal)
+    begun, stored_replies = time.monotonic(), len(journal)
     wrapped: VecEnv = VecMonitor(env)
     if options.normalize_observation:
         wrapped = normalize_observations(wrapped)
@@ -286,7 +250,7 @@ def _train(options: EvolveTrain, folder: RunFolder, env: VecEnv, journal: Journa
         rows = RowWriter(folder.file("episodes.jsonl"))
         episodes = EpisodeRows(rows.write)
         # Replayed steps add nothing to the journal: the time limit begins with the first new reply.
-        stop = StopAtDeadline(60 * options.minutes, clock_started=lambda: len(journal) > replayed)
+        stop = StopAtDeadline(60 * options.minutes, clock_started=lambda: len(journal) > stored_replies)
         save = _Checkpoint(options, folder)
         guard = InvalidRewardGuard(options.max_invalid_share)
         with StepProgress(f"{options.algorithm} seed {options.seed}", options.timesteps, console) as progress:
@@ -314,7 +278,7 @@ def _train(options: EvolveTrain, folder: RunFolder, env: VecEnv, journal: Journa
                 "episodes": len(history),
                 "rewrite_calls": episodes.calls["rewrite_calls"],
                 "judge_calls": episodes.calls["judge_calls"],
-                "replayed_replies": replayed,
+                "replayed_replies": stored_replies,
                 "seconds": round(time.monotonic() - begun, 1),
             },
             status="stopped" if stop.out_of_time else "finished",
@@ -352,3 +316,41 @@ class _Checkpoint(BaseCallback):
 
 def _mean(values: list[float]) -> float:
     return float(np.mean(values)) if values else 0.0
+
+
+OPERATION_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#999999")
+
+
+def plot_training(episodes: Sequence[Mapping[str, Any]], updates: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Plots the learning curve of one run and the shares of the operations over its updates, and returns the path.
+
+    Args:
+        episodes: rows of ``episodes.jsonl``.
+        updates: rows of ``metrics.jsonl``.
+        path: PNG file to write.
+    """
+    figure, axes = panels(2)
+    left, right = axes[0]
+    if episodes:
+        steps = [row["timesteps"] for row in episodes]
+        returns = [row["return"] for row in episodes]
+        left.scatter(steps, returns, s=14, alpha=0.35, color=COLOURS[0], linewidths=0, label="episode")
+        window = max(len(returns) // 8, 5)
+        curve = dict(zip(steps, smooth(returns, window), strict=True))  # several episodes may end in one step
+        left.plot(list(curve), list(curve.values()), color=COLOURS[0], linewidth=2, label=f"mean of the last {window}")
+        left.legend(frameon=False)
+    left.set(title="Return per episode", xlabel="environment steps", ylabel="return")
+    names = sorted({key for row in updates for key in row if key.startswith("operations/")})
+    if names:
+        steps = [row["timesteps"] for row in updates]
+        shares = np.array([[row.get(name) or 0.0 for row in updates] for name in names])
+        right.stackplot(
+            steps, shares, labels=[n.removeprefix("operations/") for n in names], colors=OPERATION_COLOURS, alpha=0.85
+        )
+        right.set_ylim(0, 1)
+        handles, labels = right.get_legend_handles_labels()
+        # Reversed, so that the legend lists the operations as they are stacked, from top to bottom.
+        right.legend(handles[::-1], labels[::-1], frameon=False, bbox_to_anchor=(1.0, 1.0), loc="upper left")
+    right.set(title="Operations chosen (last 96 steps)", xlabel="environment steps", ylabel="share")
+    figure.savefig(path, dpi=130)
+    return path

@@ -18,9 +18,6 @@ from ...llm_backends.parts import Part
 from ...llm_backends.prompting import build_prompt, one_line
 from ..base import Score
 from .task_prompt import (
-    BLOCK,
-    TEMPLATE,
-    Demonstration,
     LabelledExample,
     TaskPrompt,
     check_prefix_free,
@@ -29,6 +26,17 @@ from .task_prompt import (
 )
 
 Calibration: TypeAlias = Literal["none", "contextual", "batch"]
+"""How the label bias of a prompt is removed: a frozen model prefers some labels whatever the input, and prompts move
+that bias. Both methods divide the probability of each label, normalised over the labels, by a bias and normalise
+again.
+
+* ``contextual`` (Zhao et al. 2021, arXiv 2102.09690, section 5): the bias is the mean of the label probabilities of
+  content-free inputs, by default the paper's three. It is the default where calibration is on: the score of an
+  example depends on the prompt and the example alone, so a minibatch of one has a score and scores can be cached.
+* ``batch`` (Zhou et al. 2023, arXiv 2309.17249, section 3): it is their mean over the examples that are scored
+  together. It is read from real inputs and costs no calls of the model, but it depends on the batch, and it removes a
+  part of the signal where the labels of a batch are not balanced.
+"""
 
 CONTENT_FREE = ("N/A", "[MASK]", "")
 """Default content-free inputs of contextual calibration."""
@@ -93,17 +101,6 @@ def without_bias(logprobs: np.ndarray, reference: np.ndarray) -> np.ndarray:
     bias = np.log(np.maximum(np.exp(normalised(reference)).mean(axis=0), np.finfo(np.float64).tiny))
     return normalised(normalised(logprobs) - bias)
 
-
-__all__ = [
-    "BLOCK",
-    "TEMPLATE",
-    "Demonstration",
-    "LabelledExample",
-    "TaskPrompt",
-    "TaskResult",
-    "TaskScorer",
-    "make_scorer",
-]
 
 CHECKED_WORDS = 1024
 """Sets of verbalizers whose token counts are cached."""

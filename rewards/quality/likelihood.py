@@ -102,16 +102,16 @@ class Likelihoods:
     def _prompt(self, prompt: str | None) -> Prompt:
         """Returns what the backend reads before a response; None: the neutral opening."""
         style = self.backend.prompt_style
-        if prompt is not None:
+        if prompt or (prompt is not None and style == "completion"):
             return request_prompt(style, prompt)
-        data = load_prompts(__package__, "quality")["likelihood"]
+        data = load_prompts(__package__, "quality")["likelihood"]  # also for an empty prompt: no chat message is empty
         return build_prompt(style, data["neutral_chat"], data["neutral"])
 
 
 def request_prompt(style: PromptStyle, request: str) -> Prompt:
     """Returns a request in the prompt style of a backend, so that the text that follows is a response to it."""
-    data = load_prompts(__package__, "quality")["likelihood"]
-    return build_prompt(style, request or data["neutral_chat"], fill(data["completion"], {"prompt": one_line(request)}))
+    form = load_prompts(__package__, "quality")["likelihood"]["completion"]
+    return build_prompt(style, request, fill(form, {"prompt": one_line(request)}))
 
 
 class LikelihoodRatio(Reward):
