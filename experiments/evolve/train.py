@@ -179,8 +179,8 @@ class EvolveTrain(EnvOptions):
     """Learner: TRPO (the paper's), PPO, A2C, DQN, MaskablePPO or RecurrentPPO; or baseline: random, round-robin or
     schedule."""
     episodes: int = 0
-    """Length of training in full episodes: episodes x horizon steps, rounded up to whole rollouts. 0: by --scale, 40 or
-    400."""
+    """Length of training, as a number of episodes of --horizon steps, rounded up to whole rollouts; episodes that end
+    early make it more. 0: by --scale, 40 or 400."""
     n_steps: int = 6
     """Steps of each environment per policy update, for on-policy algorithms."""
     normalize_observation: bool = False

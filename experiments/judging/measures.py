@@ -93,7 +93,7 @@ class Judgement:
     verdicts: tuple[Verdict, Verdict] | None = None
     """Verdicts on the order as given and on the swapped one; None if the texts are equal and no call was made."""
     probability: float | None = None
-    """Probability of the first of :data:`LABELS`, over both orders; likelihood mode only."""
+    """Probability of the first label of the pair's kind in :data:`LABELS`, over both orders; likelihood mode only."""
     repeats: tuple[bool | None, ...] = ()
     """Sampled answers on the order as given; None for a reply without an answer."""
 

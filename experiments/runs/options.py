@@ -24,18 +24,19 @@ class RunOptions:
     """Options of every experiment."""
 
     run_dir: str = ""
-    """Folder of the run. An unfinished run with the same options in this folder is resumed."""
+    """Folder of the run; required. An unfinished run with the same options in this folder is resumed."""
     seed: int = 0
-    """Seed of the run; runs with equal seeds and options give equal rows."""
+    """Seed of everything that a run draws; runs with equal seeds and options write equal rows and metrics."""
     backend: str = "embedded"
-    """LLM backend that writes the texts (and judges and answers, unless another backend is set for that): embedded,
-    transformers, scripted, 'module:factory', or JSON {"id": ..., "kwargs": {...}}."""
+    """LLM backend that writes the texts (and judges and answers, unless another backend is set for that): embedded (a
+    packaged model of 135 million parameters), transformers (see --model), scripted (a rule, for trying things out),
+    'module:factory', or JSON {"id": ..., "kwargs": {...}}, which openai, vllm and vllm-server need."""
     model: str = ""
     """Path or hub id of the backend's model; if empty, the backend's default model."""
     minutes: float = 0.0
     """Number of minutes after which the run stops cleanly; the same command resumes it. 0: no limit."""
     scale: str = "smoke"
-    """Size of the run, used for counts that are left at 0: smoke (minutes) or report (up to two hours)."""
+    """Size of the run, smoke (minutes) or report (up to two hours), for options whose help says "0: by --scale"."""
     track: str = "none"
     """wandb: log to Weights & Biases too (offline without an API key). none: write files only."""
     dry_run: bool = False

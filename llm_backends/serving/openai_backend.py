@@ -74,7 +74,7 @@ class OpenAIBackend(Backend):
         prices: money per million prompt tokens and per million completion tokens, for ``usage.cost``.
         budget: hard limits, as a :class:`Budget` (which backends can share) or its arguments. Before a prompt is sent,
             it is estimated at one token per byte. At a limit no further request is sent; results of those in flight
-            are awaited and yielded, and then :class:`BudgetExceededError` is raised.
+            are awaited and yielded, and then ``BudgetExceededError`` is raised.
 
     Raises:
         InputError: for arguments out of range, a URL with a password or query, or a budget of money without prices;
