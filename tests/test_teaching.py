@@ -209,7 +209,7 @@ def test_rows_that_resemble_an_evaluation_task_are_left_out(tmp_path, tiny_model
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)  # minutes where the hardware computes in bfloat16, three times as long elsewhere
 def test_evolve_to_its_end_on_the_embedded_model(tmp_path):
     results = evolve(EvolveRun(run_dir=str(tmp_path), scale="smoke"), QUIET)
     assert set(results["arms"]) == {"base", "random", "TRPO"}
@@ -218,7 +218,7 @@ def test_evolve_to_its_end_on_the_embedded_model(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)  # minutes where the hardware computes in bfloat16, three times as long elsewhere
 def test_refine_af_to_its_end_on_the_embedded_model(tmp_path):
     results = refine_af(RefineAFRun(run_dir=str(tmp_path), scale="smoke"), QUIET)
     assert set(results["arms"]) == {"base", "self-instruct", "refine-af"}
