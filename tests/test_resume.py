@@ -44,6 +44,7 @@ def journal_keys(path: Path) -> list[str]:
     return [row["key"] for row in read_records(path)]
 
 
+@pytest.mark.timeout(900)  # a dozen starts of the command, each of which imports torch
 @pytest.mark.slow
 @pytest.mark.parametrize(("algorithm", "kills"), [("PPO", 3), ("DQN", 1)])
 def test_killed_training_and_generation_give_the_rows_of_an_undisturbed_run(tmp_path, algorithm, kills):
