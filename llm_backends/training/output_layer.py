@@ -53,11 +53,19 @@ class OutputLayer(NamedTuple):
         logits = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
         return logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
 
-    def logprobs(self, hidden: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns log-probs of all tokens, shape (n, vocabulary), and logsumexps, shape (n,), in float32 at least."""
+    def logprobs(self, hidden: torch.Tensor, scale: float, fused: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns log-probs of all tokens, shape (n, vocabulary), and logsumexps, shape (n,), in float32 at least.
+
+        Args:
+            hidden: last hidden states, shape (n, d).
+            scale: factor that the logits are multiplied by.
+            fused: whether log_softmax computes the log-probs, which differs from logits minus logsumexps in the last
+                bits. Which of both a statistic is computed by is fixed, as trainings must repeat bit for bit.
+        """
         logits = self.logits(hidden, scale)
-        # Not log_softmax, whose last bits differ: equal models must have a divergence of exactly 0.
         logsumexps = logits.logsumexp(dim=-1)
+        if fused:
+            return logits.log_softmax(dim=-1), logsumexps
         return logits - logsumexps[:, None] if logits.requires_grad else logits.sub_(logsumexps[:, None]), logsumexps
 
 
@@ -66,6 +74,8 @@ class _Statistic(Protocol):
 
     differentiable: bool
     """Whether the number takes part in the gradient."""
+    fused: bool
+    """How :meth:`OutputLayer.logprobs` computes the log-probs."""
     logits_per_token: int
     """Rows of logits in memory per token: the model's and, where there is one, the reference's."""
 
@@ -85,12 +95,14 @@ class _Entropy:
 
     logits_per_token = 1
 
-    def __init__(self, differentiable: bool) -> None:
-        self.differentiable = differentiable
+    def __init__(self, differentiable: bool, trained_head: bool) -> None:
+        self.differentiable, self.fused = differentiable, trained_head
 
     def values(
         self, logprobs: torch.Tensor, probabilities: torch.Tensor, logsumexps: torch.Tensor, rows: torch.Tensor
     ) -> torch.Tensor:
+        if self.fused:
+            return -(probabilities * logprobs).sum(dim=-1)
         return -torch.einsum("nv,nv->n", probabilities, logprobs)
 
     def logit_gradients(
@@ -103,6 +115,7 @@ class _LogSumExp:
     """The logsumexp of the logits; its derivative by the logits is p."""
 
     differentiable = True
+    fused = False
     logits_per_token = 1
 
     def values(
@@ -127,6 +140,7 @@ class _Divergence:
     """
 
     differentiable = True
+    fused = True
     logits_per_token = 2
 
     def __init__(self, hidden: torch.Tensor, head: OutputLayer, ids: torch.Tensor, scale: float) -> None:
@@ -138,7 +152,7 @@ class _Divergence:
         self, logprobs: torch.Tensor, probabilities: torch.Tensor, logsumexps: torch.Tensor, rows: torch.Tensor
     ) -> torch.Tensor:
         with torch.no_grad():
-            references, _ = self.head.logprobs(self.hidden[rows], self.scale)
+            references, _ = self.head.logprobs(self.hidden[rows], self.scale, self.fused)
             self.reference_logprobs[rows] = (
                 references.gather(1, self.ids[rows, None]).squeeze(1).to(self.reference_logprobs.dtype)
             )
@@ -170,7 +184,7 @@ class _FrozenHead(torch.autograd.Function):
         # Gradients by the hidden states of the log-prob (0) and the statistic (1), which backward scales and adds.
         hidden_gradients = hidden.new_empty((1 + statistic.differentiable, *hidden.shape)) if needs_gradient else None
         for rows in _row_chunks(hidden, statistic.logits_per_token * len(weight)):
-            logprobs, logsumexps = head.logprobs(hidden[rows], scale)
+            logprobs, logsumexps = head.logprobs(hidden[rows], scale, statistic.fused)
             probabilities = logprobs.exp()
             chosen_logprobs[rows] = logprobs.gather(1, ids[rows, None]).squeeze(1)
             values[rows] = statistic.values(logprobs, probabilities, logsumexps, rows).to(dtype)
@@ -208,7 +222,7 @@ def _chosen_logprobs(
             return _FrozenHead.apply(hidden.to(dtype), head.to(dtype), ids, scale, statistic)
 
     def plain(hidden: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logprobs, logsumexps = head.logprobs(hidden, scale)
+        logprobs, logsumexps = head.logprobs(hidden, scale, statistic.fused)
         with torch.autocast(hidden.device.type, enabled=False):  # autocast would sum in bfloat16
             values = statistic.values(logprobs, logprobs.exp(), logsumexps, rows)
         chosen_logprobs = logprobs.gather(1, ids[rows, None]).squeeze(1)
@@ -241,7 +255,7 @@ def token_logprobs(
     Returns:
         Log-probs and entropies in nats, each of shape (n,), float32 (float64 for float64 input).
     """
-    return _chosen_logprobs(hidden, head, ids, scale, _Entropy(entropy_gradient))
+    return _chosen_logprobs(hidden, head, ids, scale, _Entropy(entropy_gradient, head.trained))
 
 
 class ChosenLogits(NamedTuple):
