@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 
@@ -168,6 +168,8 @@ class Backend(Part, ABC):
     """Identifies the model. Part of the key of every stored reply, so two models never share replies."""
     prompt_style: PromptStyle = "chat"
     """Form of prompt that this model needs."""
+    counts_result_tokens: ClassVar[bool] = True
+    """Whether ``usage`` gets the completion tokens of each result; False where a server or wrapped backend counts."""
 
     @property
     def supports_logprobs(self) -> bool:
@@ -344,7 +346,7 @@ class Backend(Part, ABC):
         self.usage.requests += 1
         if isinstance(result, BackendError):
             self.usage.errors += 1
-        else:
+        elif self.counts_result_tokens:
             self.usage.completion_tokens += sum(len(completion.token_ids) for completion in result)
 
     def _per_prompt(self, prompts: list[Prompt], sampling: Sampling | Sequence[Sampling]) -> list[Sampling]:

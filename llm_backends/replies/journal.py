@@ -127,10 +127,7 @@ class Journaled(BackendWrapper):
     """
 
     journal: Journal
-
-    def _count(self, result: Result) -> None:
-        self.usage.requests += 1
-        self.usage.errors += isinstance(result, BackendError)  # _answer adds the inner backend's tokens
+    counts_result_tokens = False  # _answer adds the inner backend's tokens
 
     def _generate(self, prompts: list[Prompt], samplings: list[Sampling]) -> list[Result]:
         keys = [request_key("generate", self.name, p, asdict(s)) for p, s in zip(prompts, samplings, strict=True)]

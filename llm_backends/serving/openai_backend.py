@@ -81,6 +81,8 @@ class OpenAIBackend(Backend):
             when the first request is sent, for a missing key.
     """
 
+    counts_result_tokens = False  # _usage_of adds the tokens, as the server counts them
+
     def __init__(
         self,
         model: str,
@@ -227,10 +229,6 @@ class OpenAIBackend(Backend):
     @property
     def _server(self) -> str:
         return self.sender.server
-
-    def _count(self, result: Result) -> None:
-        self.usage.requests += 1
-        self.usage.errors += isinstance(result, BackendError)  # _usage_of adds the tokens, as the server counts them
 
     # --- requests and replies ----------------------------------------------------------------------------------------
 
