@@ -168,6 +168,6 @@ def vllm_url(tmp_path_factory):
 
     log = tmp_path_factory.mktemp("vllm") / "server.log"
     with vllm_server(
-        embedded_model_path(), log, python=str(python), dtype="bfloat16", max_lora_rank=8, flags=("--block-size", "32")
+        embedded_model_path(), log, python=str(python), max_lora_rank=8, flags=("--block-size", "32")
     ) as url:
         yield url

@@ -41,7 +41,7 @@ def adapter(tmp_path_factory):
 @pytest.fixture(scope="module")
 def backend(adapter):
     """One engine for both: the adapter applies to the requests of a backend that names it."""
-    part = {"model": embedded_model_path(), "dtype": "bfloat16", "context_length": 512, "adapter": adapter[0]}
+    part = {"model": embedded_model_path(), "context_length": 512, "adapter": adapter[0]}
     with_adapter = resolve("backend", {"id": "vllm", "kwargs": part})
     plain = resolve("backend", {"id": "vllm", "kwargs": part | {"adapter": ""}})
     plain.llm = with_adapter.llm

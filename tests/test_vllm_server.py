@@ -184,7 +184,7 @@ def test_ppo_with_rollouts_on_it(vllm_url, constrained):
     look(agent)
     assert agent.engine.pushes == 4
     gaps = [row["sampler/gap_mean"] for row in rows.rows]
-    assert len(gaps) == 3 and all(0 < gap < 0.3 for gap in gaps), "server and policy are not of one mind"
+    assert len(gaps) == 3 and 0 < max(gaps) < 0.3, "server and policy are not of one mind"
     assert all(0.9 < row["sampler/effective_sample_size"] <= 1 for row in rows.rows)
     assert len({round(score, 3) for score in scores}) > 1, "the pushed adapters change nothing"
     prompt, word = policy.lm.encode(EXAMPLES[0].prompt), policy.tokenizer.encode_continuation(" Positive")

@@ -24,7 +24,7 @@ from ...llm_backends.base import Result
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.backend import TransformersBackend
 from ...llm_backends.local.causal_lm import CausalLM
-from ...llm_backends.local.loading import embedded_model_path, quiet_loading
+from ...llm_backends.local.loading import embedded_model_path, quiet_loading, resolved_dtype
 from ...llm_backends.local.sampling import Choices, generate
 from ...llm_backends.local.tokenization import LoadedTokenizer, Tokenizer
 from ...llm_backends.training.adapters import (
@@ -34,7 +34,6 @@ from ...llm_backends.training.adapters import (
     autocast,
     load_all_weights,
     open_model,
-    training_dtype,
 )
 from ...llm_backends.training.output_layer import (
     ComparedTokens,
@@ -118,7 +117,7 @@ class LanguageModelPolicy:
             raise InputError("value='own_adapter' needs adapters: set a LoRA rank")
         if temperature <= 0:
             raise InputError(f"temperature must be above 0, got {temperature}")
-        dtype = training_dtype(dtype, device)
+        dtype = resolved_dtype(dtype, device)
         self.lora, self.value, self.reference, self.temperature, self.dtype = lora, value, reference, temperature, dtype
         self.lm, self.model_name = open_model(model, lora, dtype, device)
         self._check_logits()

@@ -13,8 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from ...llm_backends.errors import InputError
-from ...llm_backends.local.loading import load_tokenizer
-from ...llm_backends.training.adapters import training_dtype
+from ...llm_backends.local.loading import load_tokenizer, resolved_dtype
 from ..runs.folder import write_json
 from ..runs.options import check_counts, check_output
 from .sides import (
@@ -114,7 +113,7 @@ def run(options: BenchRanking, console: Console | None = None) -> dict[str, Any]
             "targets": lora_targets(folder),
         }
         if options.against == "floor":
-            dtype = training_dtype("auto" if options.dtype == "default" else options.dtype, "cpu")
+            dtype = resolved_dtype("auto" if options.dtype == "default" else options.dtype, "cpu")
             baseline = Side("floor", module_command("floor_dpo"), spec | {"dtype": dtype})
             # Without "micro" in its spec, the worker returns its fastest micro-batch.
             baseline = replace(baseline, spec=baseline.spec | baseline.measure())

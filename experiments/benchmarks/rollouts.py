@@ -19,7 +19,7 @@ from ...agents.policy.optimization import Processes
 from ...agents.rollouts.engine import VLLMEngine
 from ...llm_backends import BackendError, Sampling, request_seed
 from ...llm_backends.errors import InputError
-from ...llm_backends.local.loading import computes_in_bfloat16
+from ...llm_backends.local.loading import resolved_dtype
 from ...llm_backends.serving.vllm_launch import vllm_server
 from ...llm_backends.serving.vllm_server import TokenSampling, VLLMServerBackend
 from ...llm_backends.training.adapters import LoraSettings
@@ -89,9 +89,7 @@ def _server(options: BenchRollouts, folder: str, scratch: Path) -> Iterator[str]
     if options.server:
         yield options.server
         return
-    dtype = options.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if computes_in_bfloat16("cpu") else "float32"
+    dtype = resolved_dtype(options.dtype, "cpu")
     rank = max(8, options.lora_rank)
     started = vllm_server(folder, scratch / "server.log", options.python, dtype=dtype, max_lora_rank=rank)
     with started as url:

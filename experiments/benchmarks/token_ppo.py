@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from ...llm_backends.errors import InputError
-from ...llm_backends.training.adapters import training_dtype
+from ...llm_backends.local.loading import resolved_dtype
 from ..runs.folder import write_json
 from ..runs.options import check_counts, check_output
 from .sides import (
@@ -76,7 +76,7 @@ def run(options: BenchTokenPPO, console: Console | None = None) -> dict[str, Any
         }
         baseline = Side(options.against, script_command(python, f"{options.against}_ppo"), spec)
         if options.against == "floor":
-            dtype = training_dtype("auto" if options.dtype == "default" else options.dtype, "cpu")
+            dtype = resolved_dtype("auto" if options.dtype == "default" else options.dtype, "cpu")
             baseline = replace(baseline, spec=spec | {"dtype": dtype})
             # Without "micro" in its spec, the worker returns its fastest micro-batch.
             baseline = replace(baseline, spec=baseline.spec | baseline.measure())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..base import Backend, BackendError, ContextLengthError, Prompt, PromptStyle, Result, Sampling
-from .loading import HUB_ID, context_length, embedded_model_path, tokenizer_at
+from .loading import HUB_ID, context_length, embedded_model_path, resolved_dtype, tokenizer_at
 from .tokenization import prompt_ids
 
 if TYPE_CHECKING:
@@ -63,11 +63,7 @@ class TransformersBackend(Backend):
     @property
     def resolved_dtype(self) -> str:
         """The dtype, with ``"auto"`` replaced by the dtype that it selects."""
-        if self.dtype != "auto":
-            return self.dtype
-        from .loading import computes_in_bfloat16
-
-        return "bfloat16" if computes_in_bfloat16(self.device) else "float32"
+        return resolved_dtype(self.dtype, self.device)
 
     @property
     def lm(self) -> CausalLM:

@@ -35,6 +35,13 @@ def computes_in_bfloat16(device: str = "auto") -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def resolved_dtype(dtype: str, device: str) -> str:
+    """Returns ``dtype``, with ``"auto"`` replaced by bfloat16 if the hardware computes in it, else by float32."""
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if computes_in_bfloat16(device) else "float32"
+
+
 def load_config(path: str | Path) -> Any:
     """Returns the configuration of the model at a local path or hub id.
 

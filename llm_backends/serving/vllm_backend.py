@@ -13,7 +13,7 @@ import numpy as np
 from ..base import Backend, BackendError, Completion, ContextLengthError, Prompt, PromptStyle, Result, Sampling
 from ..errors import InputError
 from ..local.loading import tokenizer_at
-from .vllm_launch import CPU_LORA_MODULES
+from .vllm_launch import CPU_LORA_MODULES, cpu_dtype
 
 
 @dataclass(eq=False)
@@ -25,7 +25,8 @@ class VLLMBackend(Backend):
 
     Args:
         model: local folder or hub id.
-        dtype: dtype of the weights; ``auto``: the one in the model's configuration.
+        dtype: dtype of the weights; ``auto``: the one in the model's configuration, or float32 on a CPU that does not
+            compute in bfloat16.
         prompt_style: ``chat`` for instruction-tuned models, ``completion`` for base and very small ones.
         adapter: folder of a LoRA adapter in peft's format, applied to every request; empty: none.
         context_length: maximum number of tokens of prompt and completion; 0: the model's own limit.
@@ -76,6 +77,7 @@ class VLLMBackend(Backend):
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(self.kv_cache_gb))
             # Both keep the CPU build from crashing, see vllm_launch.CPU_FLAGS.
             options["enable_chunked_prefill"] = False
+            options["dtype"] = cpu_dtype(self.dtype)
             if self.adapter:
                 options["lora_target_modules"] = list(CPU_LORA_MODULES)
         try:

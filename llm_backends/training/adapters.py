@@ -24,7 +24,6 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import InputError
 from ..local.causal_lm import CausalLM
-from ..local.loading import computes_in_bfloat16
 from .teacher_forcing import use_training_kernels
 
 
@@ -340,13 +339,6 @@ def load_all_weights(model: Any, folder: str | Path) -> None:
     loaded = {state[name].data_ptr() for name in weights if name in state}
     if unexpected or any(weight.data_ptr() not in loaded for weight in state.values()):
         raise InputError(f"the model in {folder} has other layers than this one")
-
-
-def training_dtype(dtype: str, device: str) -> str:
-    """Returns ``dtype``, with ``"auto"`` replaced by bfloat16 if the hardware computes in it, else by float32."""
-    if dtype != "auto":
-        return dtype
-    return "bfloat16" if computes_in_bfloat16(device) else "float32"
 
 
 def autocast(lm: CausalLM, dtype: str) -> Any:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.causal_lm import GROUP_TOKENS, PREFILL_TOKENS, CausalLM, token_budget_chunks
-from ...llm_backends.local.loading import ModelLoadError, quiet_loading
+from ...llm_backends.local.loading import ModelLoadError, quiet_loading, resolved_dtype
 from ...llm_backends.local.tokenization import LoadedTokenizer, Tokenizer
 from ...llm_backends.training.adapters import (
     AdaptedTrunk,
@@ -28,7 +28,6 @@ from ...llm_backends.training.adapters import (
     autocast,
     load_all_weights,
     open_model,
-    training_dtype,
 )
 from ...llm_backends.training.teacher_forcing import response_hidden
 
@@ -75,7 +74,7 @@ class RewardModel:
     ) -> None:
         if level not in ("token", "sequence"):
             raise InputError(f"level must be token or sequence, got {level!r}")
-        self.lora, self.level, self.dtype = lora, level, training_dtype(dtype, device)
+        self.lora, self.level, self.dtype = lora, level, resolved_dtype(dtype, device)
         self.lm, self.model_name = open_model(model, lora, self.dtype, device)
         self.trunk = AdaptedTrunk.of(self.lm)
         with quiet_loading():

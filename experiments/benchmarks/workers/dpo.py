@@ -18,14 +18,15 @@ import torch
 from ....agents.policy.language_model import LanguageModelPolicy
 from ....agents.preferences.trainer import RankingTrainer, TokenizedRankedList
 from ....llm_backends.local.causal_lm import CausalLM
-from ....llm_backends.training.adapters import LoraSettings, training_dtype
+from ....llm_backends.local.loading import resolved_dtype
+from ....llm_backends.training.adapters import LoraSettings
 from ..tiny import peak_mb
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """Trains on one batch as a warm-up, then on the measured batches, and returns the measurement."""
     torch.set_num_threads(spec["threads"])
-    dtype = training_dtype("auto" if spec["dtype"] == "default" else spec["dtype"], "cpu")
+    dtype = resolved_dtype("auto" if spec["dtype"] == "default" else spec["dtype"], "cpu")
     policy = LanguageModelPolicy(
         CausalLM.from_pretrained(spec["model"], dtype, "cpu"),
         LoraSettings(rank=spec["rank"], alpha=spec["alpha"], targets=spec["targets"]),

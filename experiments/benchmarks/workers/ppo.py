@@ -18,7 +18,7 @@ from ....agents.policy_gradient.ppo import TokenPPO
 from ....envs.tokens.env import TokenVectorEnv
 from ....envs.tokens.episode import PromptExample
 from ....envs.tokens.process import TokenSettings
-from ....llm_backends.local.loading import computes_in_bfloat16
+from ....llm_backends.local.loading import resolved_dtype
 from ....llm_backends.training.adapters import LoraSettings
 from ..tiny import EndlessTokenizer, endless_model, peak_mb, share_of_e
 
@@ -26,9 +26,7 @@ from ..tiny import EndlessTokenizer, endless_model, peak_mb, share_of_e
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """Trains for one warm-up update, then for the measured updates, and returns the measurement."""
     torch.set_num_threads(spec["threads"])
-    dtype = spec["dtype"]
-    if dtype == "default":
-        dtype = "bfloat16" if computes_in_bfloat16("cpu") else "float32"
+    dtype = resolved_dtype("auto" if spec["dtype"] == "default" else spec["dtype"], "cpu")
     tokenizer = EndlessTokenizer(spec["model"])
     env = TokenVectorEnv(
         spec["batch"],
