@@ -22,7 +22,7 @@ from ...llm_backends import Journal, request_seed
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
 from ..runs.folder import RowWriter, RunFolder, TimeLimit, Tracker, read_json, replayed
-from ..runs.options import RunOptions, check_output, input_errors
+from ..runs.options import BackendOptions, check_output, input_errors
 from ..runs.progress import StepProgress
 from .generator import GenerationSettings, InstructionGenerator, chunks, dataset_metrics, generation_env
 from .train import EvolveTrain, Roles, check_context, describe, identity, load_seeds, roles_of
@@ -31,7 +31,7 @@ FORMATS = ("alpaca", "messages")
 
 
 @dataclass
-class EvolveGenerate(RunOptions):
+class EvolveGenerate(BackendOptions):
     """Make an instruction data set with a trained policy."""
 
     backend: str = ""

@@ -31,7 +31,7 @@ from ...llm_backends import Backend, Journal
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
 from ..runs.folder import RowWriter, RunFolder, Tracker, journaled_roles, replayed
-from ..runs.options import RunOptions, check_counts, input_errors, parse_part, parse_reward
+from ..runs.options import BackendOptions, check_counts, input_errors, parse_part, parse_reward
 from ..runs.progress import ShowProgress, StepProgress
 from ..runs.report import COLOURS, panels, smooth
 
@@ -39,7 +39,7 @@ ENV_ID = "instructgym/EvolveInstruction-v0"
 
 
 @dataclass
-class EnvOptions(RunOptions):
+class EnvOptions(BackendOptions):
     """Options of the environment."""
 
     seeds: str = ""
@@ -147,7 +147,7 @@ def check_context(backend: Backend, instructions: Sequence[Instruction], file: s
                 )
 
 
-def identity(options: RunOptions, instructions: Sequence[Instruction] | None) -> dict[str, Any]:
+def identity(options: BackendOptions, instructions: Sequence[Instruction] | None) -> dict[str, Any]:
     """Returns what identifies a run when it is resumed: its options and a hash of its seed instructions.
 
     The hash depends on the instructions alone, not on the format of their file.

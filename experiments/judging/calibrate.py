@@ -31,7 +31,7 @@ from ...rewards.judges.verdict import (
     uses_likelihood,
 )
 from ..runs.folder import RowWriter, RunFolder, TimeLimit, Tracker, replayed
-from ..runs.options import RunOptions, input_errors, parse_part
+from ..runs.options import BackendOptions, input_errors, parse_part
 from ..runs.progress import StepProgress
 from ..runs.report import COLOURS, panels
 from .measures import LABELS, Judgement, LabelledPair, PairKind, count, measure, read_labelled_pairs
@@ -85,7 +85,7 @@ SMOKE_LIMIT = 32
 
 
 @dataclass
-class JudgeCalibrate(RunOptions):
+class JudgeCalibrate(BackendOptions):
     """Measure a judge on labelled pairs: accuracy, position bias, self-consistency, invalid rate."""
 
     backend: str = "embedded"

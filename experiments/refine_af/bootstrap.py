@@ -37,7 +37,7 @@ from ...rewards.judges.verdict import Question, judge_verdicts
 from ...rewards.quality.instance_format import Instance
 from ..evolve.train import identity
 from ..runs.folder import RowWriter, RunFolder, TimeLimit, Tracker, journaled_roles, replayed
-from ..runs.options import RunOptions, check_counts, input_errors, parse_part
+from ..runs.options import BackendOptions, check_counts, input_errors, parse_part
 from ..runs.progress import StepProgress
 from ..runs.statistics import distinct_n, mean_pairwise_distance
 
@@ -223,7 +223,7 @@ CHUNK = 16
 
 
 @dataclass
-class RefineAFBootstrap(RunOptions):
+class RefineAFBootstrap(BackendOptions):
     """Grow a pool of instructions from seed tasks, and write instances of the new ones."""
 
     backend: str = "embedded"

@@ -4,40 +4,72 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt
 
 from ...llm_backends import Backend, UnsupportedRequestError, resolve
 from ...llm_backends.errors import InputError
-from .folder import check_tracker
 
-SCALES = ("smoke", "report")
+Scale = Literal["smoke", "report"]
+DType = Literal["auto", "float32", "bfloat16"]
+Count = Annotated[int, Ge(1)]
+Positive = Annotated[float, Gt(0)]
+Seed = Annotated[int, Lt(2**32)]  # NumPy's global generator takes 32 bits
+
+BOUNDS = (
+    (Ge, "ge", operator.ge, "at least"),
+    (Gt, "gt", operator.gt, "above"),
+    (Le, "le", operator.le, "at most"),
+    (Lt, "lt", operator.lt, "below"),
+)
+
+
+def check_fields(options: Any) -> None:
+    """Checks the fields of a dataclass against their types, which are the ranges of options.
+
+    A ``Literal`` has to be one of its values; the command line ensures it, Python does not. A number has to be finite,
+    not negative, and within the bounds of an ``Annotated`` type (those of annotated-types).
+
+    Raises:
+        InputError: if a value is out of range; the message names the option.
+    """
+    hints = get_type_hints(type(options), include_extras=True)
+    for field in fields(options):
+        value, hint = getattr(options, field.name), hints[field.name]
+        wanted = ""
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            *most, last = map(str, get_args(hint))
+            wanted = f"be {', '.join(most)} or {last}"
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            for metadata in getattr(hint, "__metadata__", ()):
+                for kind, name, holds, words in BOUNDS:
+                    if isinstance(metadata, kind) and not holds(value, getattr(metadata, name)):
+                        wanted = f"be {words} {getattr(metadata, name)}"
+            if not wanted and not 0 <= value < math.inf:
+                wanted = "not be negative" if value < 0 else "be finite"
+        if wanted:
+            raise InputError(f"--{field.name.replace('_', '-')} must {wanted}, got {value!r}")
 
 
 @dataclass
 class RunOptions:
-    """Options of every experiment."""
+    """Options of every command that has a run folder."""
 
     run_dir: str = ""
     """Folder of the run; required. An unfinished run with the same options in this folder is resumed."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything that a run draws; runs with equal seeds and options write equal rows and metrics."""
-    backend: str = "embedded"
-    """LLM backend that writes the texts (and judges and answers, unless another backend is set for that): embedded (a
-    packaged model of 135 million parameters), transformers (see --model), scripted (a rule, for trying things out),
-    'module:factory', or JSON {"id": ..., "kwargs": {...}}, which openai, vllm and vllm-server need."""
-    model: str = ""
-    """Path or hub id of the backend's model; if empty, the backend's default model."""
     minutes: float = 0.0
     """Number of minutes after which the run stops cleanly; the same command resumes it. 0: no limit."""
-    scale: str = "smoke"
-    """Size of the run, smoke (minutes) or report (up to two hours), for options whose help says "0: by --scale"."""
-    track: str = "none"
+    track: Literal["none", "wandb"] = "none"
     """wandb: log to Weights & Biases too (offline without an API key). none: write files only."""
     dry_run: bool = False
     """Check all options, print what would be done, and stop before a model is loaded."""
@@ -48,31 +80,24 @@ class RunOptions:
         Raises:
             InputError: if an option is wrong; the message names it.
         """
-        check_run(self)
-        if self.scale not in SCALES:
-            raise InputError(f"--scale must be {' or '.join(SCALES)}, got {self.scale!r}")
+        if not self.run_dir:
+            raise InputError("--run-dir is missing: name the folder of the run")
+        check_output(Path(self.run_dir) / "config.json")
+        check_fields(self)
 
 
-def check_run(options: Any) -> None:
-    """Checks that the run folder can be written, the tracker exists, and numbers are finite and not negative.
+@dataclass
+class BackendOptions(RunOptions):
+    """Options of the commands in which one backend does most of the work."""
 
-    Args:
-        options: a dataclass with the fields ``run_dir``, ``track`` and ``seed`` and any others.
-
-    Raises:
-        InputError: if an option is wrong; the message names it.
-    """
-    if not options.run_dir:
-        raise InputError("--run-dir is missing: name the folder of the run")
-    check_output(Path(options.run_dir) / "config.json")
-    check_tracker(options.track)
-    for field in fields(options):
-        value = getattr(options, field.name)
-        if isinstance(value, int | float) and not isinstance(value, bool) and not 0 <= value < math.inf:
-            raise InputError(f"--{field.name.replace('_', '-')} must not be negative, got {value}")
-    # NumPy's global generator takes 32 bits.
-    if options.seed >= 2**32:
-        raise InputError(f"--seed must be below 2**32, got {options.seed}")
+    backend: str = "embedded"
+    """LLM backend that writes the texts (and judges and answers, unless another backend is set for that): embedded (a
+    packaged model of 135 million parameters), transformers (see --model), scripted (a rule, for trying things out),
+    'module:factory', or JSON {"id": ..., "kwargs": {...}}, which openai, vllm and vllm-server need."""
+    model: str = ""
+    """Path or hub id of the backend's model; if empty, the backend's default model."""
+    scale: Scale = "smoke"
+    """Size of the run, smoke (minutes) or report (up to two hours), for options whose help says "0: by --scale"."""
 
 
 def check_counts(options: Any, *names: str) -> None:

@@ -1,23 +1,100 @@
-"""Tables (Markdown and terminal) and figures (curves with intervals) of reports.
+"""Reports: the finished runs that they gather, their tables (Markdown and terminal), files and figures.
 
 Arms of an experiment take their colours from :data:`COLOURS`, in the order of the arms.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ...llm_backends.records import read_records
+from .folder import read_json, write_json
+from .options import check_output
 from .statistics import interval
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 """The palette of Okabe and Ito, which colour-blind readers can distinguish, with a grey instead of its yellow."""
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A finished run, as its folder holds it."""
+
+    folder: Path
+    command: str
+    options: dict[str, Any]
+    metrics: dict[str, Any]
+    counts: dict[str, Any]
+
+
+def finished_run(folder: Path) -> FinishedRun | None:
+    """Returns the run in a folder; None if the folder holds no finished run."""
+    config, results = read_json(folder / "config.json"), read_json(folder / "results.json")
+    if config is None or results is None or results.get("status") != "finished":
+        return None
+    return FinishedRun(folder, config["command"], config["options"], results["metrics"], results["counts"])
+
+
+def finished_runs(roots: Sequence[Path], *commands: str) -> list[FinishedRun]:
+    """Returns the finished runs of the given commands in folders and their subfolders, each once, sorted by path."""
+    folders = dict.fromkeys(path.parent for root in roots for path in sorted(root.rglob("results.json")))
+    runs = [run for folder in folders if (run := finished_run(folder)) is not None]
+    return [run for run in runs if run.command in commands]
+
+
+def differing(first: Mapping[str, Any], second: Mapping[str, Any], names: Iterable[str]) -> str:
+    """Returns those of the named options in which two runs differ, separated by commas; empty if there are none."""
+    return ", ".join(name for name in names if first.get(name) != second.get(name))
+
+
+def write_report(
+    out: Path,
+    tables: Sequence[tuple[str, Sequence[Sequence[str]]]],
+    console: Console,
+    title: str = "",
+    notes: Sequence[str] = (),
+    results: Mapping[str, Any] | None = None,
+    plots: Mapping[str, Callable[[Path], object]] = {},
+) -> None:
+    """Writes ``report.md``, ``results.json`` and figures into a folder, and prints the tables.
+
+    Args:
+        out: folder of the report.
+        tables: heading (may be empty) and rows of each table, the first row being the header.
+        console: console to print the tables on.
+        title: heading of the report; without one there are no notes.
+        notes: paragraphs that explain the tables.
+        results: content of ``results.json``; None: the file is not written.
+        plots: functions that draw a figure into the file they get, by name of the file.
+
+    Raises:
+        InputError: if the report cannot be written.
+    """
+    check_output(out / "report.md")
+    out.mkdir(parents=True, exist_ok=True)
+    lines = [f"# {title}", "", *notes, ""] if title else []
+    for heading, rows in tables:
+        lines += [f"## {heading}", ""] * bool(heading) + [markdown(rows)]
+        console.print(rich_table(rows))
+    (out / "report.md").write_text("\n".join(lines), "utf-8")
+    for name, plot in plots.items():
+        plot(out / name)
+    if results is not None:
+        write_json(out / "results.json", results)
+    console.print(f"wrote {' and '.join(str(out / name) for name in ('report.md', *plots))}")
+
+
+def percent(value: float, low: float, high: float, form: str = ".1f") -> str:
+    """Returns a share and its interval in percent, such as ``41.5 (38.0 to 45.1)``."""
+    return f"{100 * value:{form}} ({100 * low:{form}} to {100 * high:{form}})"
 
 
 def panels(columns: int, rows: int = 1) -> tuple[Any, Any]:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 
@@ -27,7 +27,7 @@ from ...agents.supervised.trainer import SupervisedTrainer
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.tokenization import EmbeddedTokenizer, Tokenizer
 from .folder import RowWriter, RunFolder, Tracker, read_json, write_json
-from .options import check_counts, check_run
+from .options import Count, DType, RunOptions
 from .progress import StepProgress
 
 CLOCK = "clock.json"
@@ -289,46 +289,18 @@ def in_time(work: Callable[[Any, Console], Any]) -> Callable[[Any, Console], Any
 
 
 @dataclass
-class Stage:
-    """Options of all stages."""
-
-    run_dir: str = ""
-    """Folder of this stage. An unfinished run with the same options in this folder is resumed."""
-    seed: int = 0
-    """Seed of data order, sampled tokens and initial weights."""
-    minutes: float = 0.0
-    """Number of minutes after which the stage stops cleanly; the same command resumes it. 0: no limit."""
-    track: str = "none"
-    """wandb: log to Weights & Biases too (offline without an API key). none: write files only."""
-    dry_run: bool = False
-    """Check all options and stop before a model is loaded."""
-
-    def check(self) -> None:
-        """Checks the options as far as possible without reading input files.
-
-        Raises:
-            InputError: if an option is wrong; the message names it.
-        """
-        check_run(self)
-
-
-@dataclass
-class TrainingOptions(Stage):
+class TrainingOptions(RunOptions):
     """Options of all stages that train a model or evaluate a trained one."""
 
-    token_budget: int = 1024
+    token_budget: Count = 1024
     """Largest number of tokens of a micro-batch in training; it limits memory and does not change results."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: DType = "auto"
     """Floating-point type of the computation. auto: bfloat16 if the hardware supports it, otherwise float32."""
-
-    def check(self) -> None:
-        super().check()
-        check_counts(self, "token_budget")
 
 
 @contextmanager
 def stage(
-    options: Stage, command: str, console: Console, distributed: bool = True, **identity: str
+    options: RunOptions, command: str, console: Console, distributed: bool = True, **identity: str
 ) -> Iterator[TokenTraining | dict[str, Any]]:
     """Opens the run of a stage.
 

@@ -24,8 +24,8 @@ from ...llm_backends import Backend, BackendError, ContextLengthError, Journal, 
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
 from ..runs.folder import RunFolder, accounted, chunked_rows, journaled_roles
-from ..runs.options import check_counts, input_errors, parse_part
-from ..runs.training import OutOfTimeError, Stage, digest, policy_folder, stage, weights_digest
+from ..runs.options import RunOptions, check_counts, input_errors, parse_part
+from ..runs.training import OutOfTimeError, digest, policy_folder, stage, weights_digest
 
 CHUNK = 16
 """Requests that are answered together: a chunk is either stored whole or drawn again."""
@@ -33,7 +33,7 @@ CANDIDATES = "candidates.jsonl"
 
 
 @dataclass
-class TunaCandidates(Stage):
+class TunaCandidates(RunOptions):
     """Draw several different responses to every request of a data set."""
 
     data: str = ""

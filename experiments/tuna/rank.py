@@ -24,8 +24,8 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
 from ...rewards import CandidateScores, ProbabilisticRanker, Ranker, rouge_l
 from ..runs.folder import accounted, chunked_rows, journaled_roles, read_json
-from ..runs.options import build_judge, input_errors, parse_part
-from ..runs.training import OutOfTimeError, Stage, digest, stage
+from ..runs.options import RunOptions, build_judge, input_errors, parse_part
+from ..runs.training import OutOfTimeError, digest, stage
 from .candidates import CANDIDATES
 
 CHUNK = 16
@@ -34,7 +34,7 @@ RANKED = "ranked.jsonl"
 
 
 @dataclass
-class TunaRank(Stage):
+class TunaRank(RunOptions):
     """Rank the candidates of every request."""
 
     candidates: str = ""

@@ -10,9 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from ...llm_backends.errors import InputError
-from ..runs.folder import read_json, write_json
-from ..runs.options import check_output
-from ..runs.report import COLOURS, markdown, panels, rich_table
+from ..runs.folder import read_json
+from ..runs.report import COLOURS, FinishedRun, finished_run, panels, percent, write_report
 from ..runs.statistics import compare_paired
 from ..teaching.evaluate import BASE
 
@@ -38,47 +37,41 @@ def run(options: TunaReport, console: Console | None = None) -> dict[str, Any]:
     if not options.run_dir:
         raise InputError("--run-dir is missing: name the folder of 'tuna run'")
     root = Path(options.run_dir)
-    judged = read_json(root / EVALUATION / "judged" / "results.json") or {}
-    tasks = read_json(root / EVALUATION / "rouge" / "tasks.json")
-    if judged.get("status") != "finished" or tasks is None:
+    judged, tasks = finished_run(root / EVALUATION / "judged"), read_json(root / EVALUATION / "rouge" / "tasks.json")
+    if judged is None or tasks is None:
         raise InputError(f"{root / EVALUATION} holds no finished evaluation: run 'tuna run' or 'tuna evaluate' first")
-    out = root / "report"
-    check_output(out / "report.md")
-    figures = judged["metrics"]
-    trainings = _finished_results(root / POLICIES)
-    rankings = _finished_results(root / RANKINGS)
-    # The bootstrap takes the seed of the evaluation: its intervals are the same on every call.
-    seed = int(((read_json(root / EVALUATION / "judged" / "config.json") or {}).get("options") or {}).get("seed", 0))
-    others = [name for name in tasks if name != figures["against"]]
-    # Paired over tasks: every arm was evaluated on the same ones.
-    gaps = {name: compare_paired(tasks[name], tasks[figures["against"]], seed) for name in others}
-    tables = [_arm_rows(figures, gaps, trainings), _ranking_rows(rankings)]
-    out.mkdir(parents=True, exist_ok=True)
+    figures, against = judged.metrics, judged.metrics["against"]
+    trainings, rankings = (_runs_by_name(root / kind) for kind in (POLICIES, RANKINGS))
+    # Paired over tasks: every arm was evaluated on the same ones. The bootstrap takes the seed of the evaluation: its
+    # intervals are the same on every call.
+    gaps = {
+        name: compare_paired(tasks[name], tasks[against], judged.options["seed"]) for name in tasks if name != against
+    }
     count = len(tasks[BASE])
-    lines = [f"# Learning from rankings, {count} held-out tasks", "", *_notes(figures["against"]), ""]
-    (out / "report.md").write_text("\n".join([*lines, *map(markdown, tables)]), "utf-8")
-    plot_arms(figures, count, out / "arms.png")
     results = {
         "arms": figures["arms"],
-        "against": figures["against"],
+        "against": against,
         "win_rates": figures["win_rates"],
         "comparisons": {name: asdict(pair) | pair.shares for name, pair in gaps.items()},
-        "training": {name: stage_results["metrics"] for name, stage_results in trainings.items()},
-        "rankings": {
-            name: stage_results["metrics"] | stage_results["counts"] for name, stage_results in rankings.items()
-        },
+        "training": {name: training.metrics for name, training in trainings.items()},
+        "rankings": {name: ranking.metrics | ranking.counts for name, ranking in rankings.items()},
     }
-    write_json(out / "results.json", results)
-    for rows in tables:
-        console.print(rich_table(rows))
-    console.print(f"wrote {out / 'report.md'} and {out / 'arms.png'}")
+    write_report(
+        root / "report",
+        [("", _arm_rows(figures, gaps, trainings)), ("", _ranking_rows(rankings))],
+        console,
+        f"Learning from rankings, {count} held-out tasks",
+        _notes(against),
+        results,
+        {"arms.png": lambda path: plot_arms(figures, count, path)},
+    )
     return results
 
 
-def _finished_results(folder: Path) -> dict[str, dict[str, Any]]:
-    """Returns the results of the finished runs in a folder, by run name."""
-    by_name = {path.parent.name: read_json(path) for path in sorted(folder.glob("*/results.json"))}
-    return {name: results for name, results in by_name.items() if results and results.get("status") == "finished"}
+def _runs_by_name(folder: Path) -> dict[str, FinishedRun]:
+    """Returns the finished runs in a folder, by the names of their folders."""
+    runs = (finished_run(path) for path in sorted(folder.glob("*")))
+    return {run.folder.name: run for run in runs if run is not None}
 
 
 def _notes(against: str) -> list[str]:
@@ -95,7 +88,7 @@ def _notes(against: str) -> list[str]:
 
 
 def _arm_rows(
-    figures: Mapping[str, Any], gaps: Mapping[str, Any], trainings: Mapping[str, Mapping[str, Any]]
+    figures: Mapping[str, Any], gaps: Mapping[str, Any], trainings: Mapping[str, FinishedRun]
 ) -> list[list[str]]:
     """Returns the table of the arms: a header, then one row per arm."""
     against = figures["against"]
@@ -103,11 +96,11 @@ def _arm_rows(
         ["arm", "ROUGE-L (95%)", f"against {against} (95%)", "win rate (95%)", "same", "orders agree", "tokens", "tau"]
     ]
     for name, arm in figures["arms"].items():
-        row = [name, _percent(arm["rouge_l"], arm["rouge_l_low"], arm["rouge_l_high"])]
-        row.append(_percent(gap.difference, gap.low, gap.high, "+.1f") if (gap := gaps.get(name)) else "")
+        row = [name, percent(arm["rouge_l"], arm["rouge_l_low"], arm["rouge_l_high"])]
+        row.append(percent(gap.difference, gap.low, gap.high, "+.1f") if (gap := gaps.get(name)) else "")
         wins = figures["win_rates"].get(name)
         row += _win_cells(wins) if wins and wins["win_rate"] is not None else [""] * 3
-        row += [f"{arm['tokens']:.0f}", _taus(trainings.get(name, {}).get("metrics", {}))]
+        row += [f"{arm['tokens']:.0f}", _taus(trainings[name].metrics if name in trainings else {})]
         rows.append(row)
     return rows
 
@@ -115,7 +108,7 @@ def _arm_rows(
 def _win_cells(wins: Mapping[str, float]) -> list[str]:
     """Returns the cells of an arm's win rate, its same responses and the agreement of the two orders."""
     agreed = "" if wins["agreement"] is None else f"{100 * wins['agreement']:.0f}%"
-    rate = _percent(wins["win_rate"], wins["win_rate_low"], wins["win_rate_high"], ".0f")
+    rate = percent(wins["win_rate"], wins["win_rate_low"], wins["win_rate_high"], ".0f")
     return [rate, f"{100 * wins['same']:.0f}%", agreed]
 
 
@@ -125,21 +118,16 @@ def _taus(metrics: Mapping[str, Any]) -> str:
     return "" if before is None or after is None else f"{before:.2f} to {after:.2f}"
 
 
-def _ranking_rows(rankings: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+def _ranking_rows(rankings: Mapping[str, FinishedRun]) -> list[list[str]]:
     """Returns the table of the rankings: a header, then one row per run of 'tuna rank'."""
     rows = [["ranking", "lists", "candidates", "no ranking", "all tied", "tau with ROUGE-L", "ROUGE-L: best", "mean"]]
-    for name, results in rankings.items():
-        metrics, counts = results["metrics"], results["counts"]
+    for name, ranking in rankings.items():
+        metrics, counts = ranking.metrics, ranking.counts
         keys = ("lists", "candidates", "without a ranking", "all tied")
         shown = ("kendall_tau", "rouge_l_best", "rouge_l_mean")
         cells = ["" if metrics[key] is None else f"{metrics[key]:.2f}" for key in shown]
         rows.append([name, *(str(counts[key]) for key in keys), *cells])
     return rows
-
-
-def _percent(value: float, low: float, high: float, form: str = ".1f") -> str:
-    """Returns a share and its interval in percent."""
-    return f"{100 * value:{form}} ({100 * low:{form}} to {100 * high:{form}})"
 
 
 def plot_arms(figures: Mapping[str, Any], tasks: int, path: Path) -> Path:

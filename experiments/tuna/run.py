@@ -7,10 +7,9 @@ the contextual stage a judge ranks responses of the model itself. DPO and PPO le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 from rich.console import Console
 
@@ -19,9 +18,10 @@ from ...envs.tasks.instruction.evaluation import HELD_OUT, EvaluationTask, load_
 from ...envs.tasks.instruction.pool import evaluation_split, load_tasks
 from ...llm_backends.errors import InputError
 from ...rewards import RougeGate
-from ..runs.folder import RunFolder, check_tracker, journaled_roles, write_once
-from ..runs.options import SCALES, check_output, input_errors, parse_part
-from ..runs.training import Deadline, digest, in_time, tokenizer_of
+from ..runs.folder import journaled_roles, write_once
+from ..runs.options import DType, Seed, input_errors, parse_part
+from ..runs.study import StudyOptions, StudyStage, needed, run_study
+from ..runs.training import digest, tokenizer_of
 from ..teaching.finetune import Finetune
 from ..teaching.finetune import run as finetune
 from .candidates import TunaCandidates
@@ -40,6 +40,9 @@ from .train import run as train
 SFT, PROBABILISTIC, CONTEXTUAL, TUNA, DPO, PPO = ARMS = ("sft", "tuna-p", "tuna-c", "tuna", "dpo", "ppo")
 """Names of the arms: the fine-tuned model from which all others start; the probabilistic stage alone; the contextual
 stage alone; both stages; and DPO and PPO on the rankings of ``tuna-c``."""
+
+PROBABILISTIC_RANKING, CONTEXTUAL_RANKING = "probabilistic", "contextual"
+"""Names of the rankings: of the teacher's candidates, and of those of the fine-tuned model."""
 
 ORDERS = ("probabilistic,contextual", "contextual,probabilistic")
 
@@ -65,15 +68,13 @@ paper."""
 
 
 @dataclass
-class TunaRun:
+class TunaRun(StudyOptions):
     """Run all stages: supervised start, candidates, rankings, training, evaluation, report."""
+
+    command: ClassVar[str] = "tuna run"
 
     run_dir: str = "runs/tuna"
     """Folder for the run folders of all stages. Finished stages are not run again."""
-    scale: Literal["smoke", "report"] = "report"
-    """smoke: under three minutes on two cores; report: up to two hours."""
-    model: str = "embedded"
-    """Model to train: embedded, or a local path or hub id of a causal language model."""
     seeds: str = ""
     """File of seed tasks: Self-Instruct's seed_tasks.jsonl, or JSONL with 'instruction' and 'instances'. Empty: those
     of the package."""
@@ -97,36 +98,26 @@ class TunaRun:
     evaluation_judge: str = JUDGE
     """Judge that compares the responses of each arm with those of sft (of the base model without that arm), in both
     orders, as an id or JSON; see --judge of 'tuna evaluate'."""
-    loss: str = "tuna"
+    loss: Literal["tuna", "tuna_released"] = "tuna"
     """Loss of the Tuna arms: tuna (as in the paper) or tuna_released (as in the released code)."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: DType = "auto"
     """Floating-point type in which models are trained. auto: bfloat16 if the hardware supports it, else float32."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of data order, sampled tokens and initial weights."""
-    minutes: float = 0.0
-    """Time limit in minutes. The run then stops cleanly, and the same command resumes it. 0: no limit."""
-    track: str = "none"
-    """Where metrics are logged besides files: wandb (Weights & Biases) or none."""
-    dry_run: bool = False
-    """Check the options and print what would be done, without loading a model."""
 
-    def check(self) -> list[str]:
-        """Checks the options and returns the names of the arms, in the order of ``ARMS``.
+    def check(self) -> None:
+        super().check()
+        _ = self.arm_names
+        self.requests()
+        _check_parts(self)
+
+    @property
+    def arm_names(self) -> list[str]:
+        """Names of the arms, in the order of ``ARMS``.
 
         Raises:
-            InputError: if an option is wrong; the message names it.
+            InputError: if an arm is unknown, or none is named.
         """
-        check_output(self.root / "report" / "report.md")
-        check_tracker(self.track)
-        if self.scale not in SCALES:
-            raise InputError(f"--scale must be {' or '.join(SCALES)}, got {self.scale!r}")
-        if self.order not in ORDERS:
-            raise InputError(f"--order must be {' or '.join(ORDERS)}, got {self.order!r}")
-        if self.loss not in ("tuna", "tuna_released"):
-            raise InputError(f"--loss must be tuna or tuna_released, got {self.loss!r}: DPO is an arm of its own")
-        for name in ("held_out", "seed", "minutes"):
-            if not 0 <= getattr(self, name) < 2**32:
-                raise InputError(f"--{name.replace('_', '-')} must be in [0, 2**32), got {getattr(self, name)}")
         names = [name.strip() for name in self.arms.split(",") if name.strip()]
         if unknown := [name for name in names if name not in ARMS]:
             raise InputError(f"--arms has an unknown {unknown[0]!r}: use {', '.join(ARMS)}")
@@ -135,19 +126,9 @@ class TunaRun:
         return [name for name in ARMS if name in names]
 
     @property
-    def root(self) -> Path:
-        """The folder of the experiment."""
-        return Path(self.run_dir).resolve()
-
-    @property
     def num_held_out(self) -> int:
         """Number of seed tasks to hold out."""
         return self.held_out or DEFAULT_COUNTS[self.scale][1]
-
-    @property
-    def starts_probabilistic(self) -> bool:
-        """Whether the probabilistic stage comes first."""
-        return self.order == ORDERS[0]
 
     def evaluation_tasks(self) -> list[EvaluationTask]:
         """Returns the held-out tasks on which the arms are evaluated.
@@ -182,142 +163,95 @@ class TunaRun:
             )
         return examples[: DEFAULT_COUNTS[self.scale][0] or None]
 
+    def identity(self) -> Mapping[str, Any]:
+        tasks = digest([[task.name, task.instruction] for task in self.evaluation_tasks()])
+        fixed = ("model", "order", "scale", "judge_backend", "evaluation_judge")
+        return {name: getattr(self, name) for name in fixed} | {"evaluation_tasks": tasks, "arms": self.arm_names}
 
-@dataclass
-class _Stages:
-    """The stages of one experiment, in their folders; each runs once, when the first other stage needs it."""
+    def stages(self) -> list[StudyStage]:
+        arms, sizes, root = self.arm_names, SIZES[self.scale], self.root
+        shared: dict[str, Any] = {"seed": self.seed, "dtype": self.dtype}
+        data, context = str(root / "requests.jsonl"), tokenizer_of(self.model).context_length
 
-    options: TunaRun
-    console: Console
-    data: Path
-    deadline: Deadline
-    done: set[Path] = field(default_factory=set)
+        def policy(arm: str) -> str:
+            return str(root / POLICIES / arm)
 
-    def folder(self, kind: str, name: str) -> Path:
-        """Returns the run folder of a stage."""
-        return self.options.root / kind / name
+        def candidates_of(name: str, *needs: str, **writer: Any) -> StudyStage:
+            """Returns the stage that draws candidates; the writer is ``backend`` or ``policy``."""
+            options = TunaCandidates(**shared, **sizes["candidates"], data=data, **writer)
+            return StudyStage(f"candidates/{name}", candidates, options, needs)
 
-    def stage(self, run: Callable[[Any, Console], dict[str, Any]], options: Any) -> Path:
-        """Runs a stage unless this object has run it already, and returns its folder."""
-        folder = Path(options.run_dir)
-        if folder not in self.done:
-            self.console.rule(f"{folder.parent.name}/{folder.name}", style="dim")
-            self.deadline.run(run, options, self.console)
-            self.done.add(folder)
-        return folder
+        def ranking(name: str, writer: str, ranker: str, backend: str) -> StudyStage:
+            """Returns the stage that ranks the candidates of a writer."""
+            folder = f"candidates/{writer}"
+            options = TunaRank(seed=self.seed, candidates=str(root / folder), ranker=ranker, backend=backend)
+            return StudyStage(f"{RANKINGS}/{name}", rank, options, (folder,))
 
-    def shared(self, kind: str, name: str) -> dict[str, Any]:
-        """Returns the options that every stage has."""
-        options = self.options
-        return {"run_dir": str(self.folder(kind, name)), "seed": options.seed, "track": options.track}
+        def training(arm: str, start: str, ranked: str, loss: str, rate: float) -> StudyStage:
+            """Returns the stage that trains an arm, from the policy of another, on a ranking."""
+            options = TunaTrain(
+                **shared,
+                **sizes["train"],
+                policy=policy(start),
+                ranked=str(root / RANKINGS / ranked),
+                loss=loss,
+                learning_rate=rate,
+                context_length=min(TunaTrain.context_length, context),
+            )
+            return StudyStage(f"{POLICIES}/{arm}", train, options, (f"{POLICIES}/{start}", f"{RANKINGS}/{ranked}"))
 
-    # --- stages ------------------------------------------------------------------------------------------------------
-
-    def start(self) -> Path:
-        """Fine-tunes the model on the requests and returns the run folder."""
-        options = self.options
-        stage_options = Finetune(
-            **self.shared(POLICIES, SFT),
-            dtype=options.dtype,
-            data=str(self.data),
-            model=options.model,
-            epochs=2,
-            context_length=min(Finetune.context_length, tokenizer_of(options.model).context_length),
+        start = Finetune(
+            **shared, data=data, model=self.model, epochs=2, context_length=min(Finetune.context_length, context)
         )
-        return self.stage(finetune, stage_options)
-
-    def candidates(self, name: str, **writer: Any) -> Path:
-        """Draws candidates and returns the run folder; the writer is ``backend`` or ``policy``."""
-        stage_options = TunaCandidates(
-            **self.shared("candidates", name),
-            **SIZES[self.options.scale]["candidates"],
-            data=str(self.data),
-            dtype=self.options.dtype,
-            **writer,
-        )
-        return self.stage(candidates, stage_options)
-
-    def ranking(self, name: str, candidates: Path, ranker: str, backend: str) -> Path:
-        """Ranks the candidates of a run folder and returns the run folder of the ranking."""
-        stage_options = TunaRank(
-            **self.shared(RANKINGS, name), candidates=str(candidates), ranker=ranker, backend=backend
-        )
-        return self.stage(rank, stage_options)
-
-    def probabilistic(self) -> Path:
-        """Ranks the teacher's responses by its likelihood and returns the run folder."""
-        teacher = self.options.teacher
-        return self.ranking("probabilistic", self.candidates("teacher", backend=teacher), "probabilistic", teacher)
-
-    def contextual(self, writer: Path) -> Path:
-        """Lets the judge rank the responses of the policy in ``writer``, and returns the run folder."""
-        name = "contextual" if writer.name == SFT else f"contextual-{writer.name}"
-        candidates_folder = self.candidates(writer.name, policy=str(writer))
-        return self.ranking(name, candidates_folder, self.options.judge, self.options.judge_backend)
-
-    def train(self, name: str, start: Path, ranked: Path, loss: str, learning_rate: float) -> Path:
-        """Trains the policy in ``start`` on ranked lists and returns the run folder."""
-        stage_options = TunaTrain(
-            **self.shared(POLICIES, name),
-            **SIZES[self.options.scale]["train"],
-            dtype=self.options.dtype,
-            policy=str(start),
-            ranked=str(ranked),
-            loss=loss,
-            learning_rate=learning_rate,
-            context_length=min(TunaTrain.context_length, tokenizer_of(self.options.model).context_length),
-        )
-        return self.stage(train, stage_options)
-
-    def arm(self, name: str) -> Path:
-        """Returns the run folder of an arm's policy; trains the policy, and what it depends on, first."""
-        start, loss = self.start(), self.options.loss
-        first, second = LEARNING_RATES["first"], LEARNING_RATES["second"]
-        if name == SFT:
-            return start
-        if name == PROBABILISTIC:
-            return self.train(name, start, self.probabilistic(), loss, first)
-        if name == CONTEXTUAL:
-            return self.train(name, start, self.contextual(start), loss, first)
-        # The second stage starts from the policy of the first. The contextual stage ranks responses of the policy from
-        # which it starts; the teacher's ranking does not depend on the policy.
-        if name == TUNA and self.options.starts_probabilistic:
-            middle = self.arm(PROBABILISTIC)
-            return self.train(name, middle, self.contextual(middle), loss, second)
-        if name == TUNA:
-            return self.train(name, self.arm(CONTEXTUAL), self.probabilistic(), loss, second)
-        if name == DPO:
-            return self.train(name, start, self.contextual(start), "dpo", LEARNING_RATES[DPO])
         ppo_options = TunaPPO(
-            **self.shared(POLICIES, PPO),
-            **SIZES[self.options.scale]["ppo"],
-            dtype=self.options.dtype,
-            policy=str(start),
-            ranked=str(self.contextual(start)),
-            context_length=min(TunaPPO.context_length, tokenizer_of(self.options.model).context_length),
+            **shared,
+            **sizes["ppo"],
+            policy=policy(SFT),
+            ranked=str(root / RANKINGS / CONTEXTUAL_RANKING),
+            context_length=min(TunaPPO.context_length, context),
         )
-        return self.stage(ppo, ppo_options) / "ppo"
-
-    def evaluation(self, arms: Sequence[str]) -> None:
-        """Trains the arms, then evaluates them together with the base model."""
-        policies = {name: self.arm(name) for name in arms}
-        options = self.options
-        stage_options = TunaEvaluate(
-            **self.shared(EVALUATION, "")
-            | {"run_dir": str(options.root / EVALUATION)}
-            | SIZES[options.scale]["evaluate"],
-            dtype=options.dtype,
-            policy=",".join(f"{name}={folder}" for name, folder in policies.items()),
-            tasks=options.seeds,
-            held_out=options.num_held_out,
-            model=options.model,
+        evaluation = TunaEvaluate(
+            **shared,
+            **sizes["evaluate"],
+            policy=",".join(f"{arm}={policy(arm)}{'/ppo' * (arm == PPO)}" for arm in arms),
+            tasks=self.seeds,
+            held_out=self.num_held_out,
+            model=self.model,
             layout="chat",
-            context_length=min(TunaEvaluate.context_length, tokenizer_of(options.model).context_length),
-            judge=options.evaluation_judge,
-            backend=options.judge_backend,
+            context_length=min(TunaEvaluate.context_length, context),
+            judge=self.evaluation_judge,
+            backend=self.judge_backend,
             against=SFT if SFT in arms else "base",
         )
-        self.stage(evaluate, stage_options)
+        first, second = LEARNING_RATES["first"], LEARNING_RATES["second"]
+        # The arm of both stages starts from the policy of its first one. The contextual stage ranks responses of the
+        # policy from which it starts; the teacher's ranking does not depend on the policy.
+        middle, last = (PROBABILISTIC, f"{CONTEXTUAL_RANKING}-{PROBABILISTIC}"), (CONTEXTUAL, PROBABILISTIC_RANKING)
+        both = middle if self.order == ORDERS[0] else last
+        stages = [
+            StudyStage(f"{POLICIES}/{SFT}", finetune, start),
+            candidates_of("teacher", backend=self.teacher),
+            ranking(PROBABILISTIC_RANKING, "teacher", "probabilistic", self.teacher),
+            training(PROBABILISTIC, SFT, PROBABILISTIC_RANKING, self.loss, first),
+            candidates_of(SFT, f"{POLICIES}/{SFT}", policy=policy(SFT)),
+            ranking(CONTEXTUAL_RANKING, SFT, self.judge, self.judge_backend),
+            training(CONTEXTUAL, SFT, CONTEXTUAL_RANKING, self.loss, first),
+            candidates_of(PROBABILISTIC, f"{POLICIES}/{PROBABILISTIC}", policy=policy(PROBABILISTIC)),
+            ranking(middle[1], PROBABILISTIC, self.judge, self.judge_backend),
+            training(TUNA, *both, self.loss, second),
+            training(DPO, SFT, CONTEXTUAL_RANKING, "dpo", LEARNING_RATES[DPO]),
+            StudyStage(
+                f"{POLICIES}/{PPO}", ppo, ppo_options, (f"{POLICIES}/{SFT}", f"{RANKINGS}/{CONTEXTUAL_RANKING}")
+            ),
+            StudyStage(EVALUATION, evaluate, evaluation, tuple(f"{POLICIES}/{arm}" for arm in arms)),
+        ]
+        return needed(stages, [EVALUATION])
+
+    def prepare(self) -> None:
+        write_once(self.root / "requests.jsonl", [example.row() for example in self.requests()])
+
+    def report(self, console: Console) -> dict[str, Any]:
+        return report(TunaReport(str(self.root)), console)
 
 
 def run(options: TunaRun, console: Console | None = None) -> dict[str, Any]:
@@ -326,28 +260,7 @@ def run(options: TunaRun, console: Console | None = None) -> dict[str, Any]:
     Raises:
         InputError: if the input is invalid.
     """
-    return in_time(_run)(options, console or Console())
-
-
-def _run(options: TunaRun, console: Console) -> dict[str, Any]:
-    arms, requests = options.check(), options.requests()
-    tasks = options.evaluation_tasks()
-    _check_parts(options)
-    if options.dry_run:
-        console.print(
-            f"would train {', '.join(arms)} on {len(requests)} requests and evaluate them on {len(tasks)} tasks, in "
-            f"{options.root}"
-        )
-        return {}
-    tasks_digest = digest([[task.name, task.instruction] for task in tasks])
-    # These options may not change between runs of one folder; the run folders of the stages check the others.
-    fixed = ("model", "order", "scale", "judge_backend", "evaluation_judge")
-    identity = {name: getattr(options, name) for name in fixed} | {"evaluation_tasks": tasks_digest, "arms": arms}
-    with RunFolder(options.root, identity, "tuna run").opened():
-        data = options.root / "requests.jsonl"
-        write_once(data, [example.row() for example in requests])
-        _Stages(options, console, data, Deadline(options.minutes)).evaluation(arms)
-        return report(TunaReport(str(options.root)), console)
+    return run_study(options, console or Console())
 
 
 def _check_parts(options: TunaRun) -> None:
