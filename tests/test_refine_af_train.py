@@ -14,7 +14,7 @@ from instructgym.experiments.refine_af.generate import RefineAFGenerate
 from instructgym.experiments.refine_af.train import RefineAFTrain, learned
 from instructgym.experiments.runs import training as token_training
 from instructgym.experiments.runs.responses import Response
-from instructgym.experiments.runs.training import TokenTraining
+from instructgym.experiments.runs.training import Run
 from instructgym.llm_backends import resolve
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.tokenization import EmbeddedTokenizer
@@ -185,7 +185,7 @@ def test_generation_stops_at_its_time_limit_and_goes_on(generate, tmp_path, monk
     monkeypatch.setattr(refine_af_generate, "CHUNK", 4)
     spent = iter([False, True])
     with monkeypatch.context() as patched:
-        patched.setattr(TokenTraining, "_out_of_time", lambda self: next(spent))
+        patched.setattr(Run, "_out_of_time", lambda self: next(spent))
         stopped = refine_af_generate.run(generate(minutes=2.0), QUIET)
     assert stopped["status"] == "stopped" and stopped["counts"]["responses"] == 4
     assert not (tmp_path / "generate" / "data.jsonl").exists()

@@ -15,7 +15,7 @@ from instructgym.agents.preferences.lists import rank_agreement, tokenize_lists
 from instructgym.envs.tasks.responses.candidates import RankedList, read_ranked_lists, write_ranked_lists
 from instructgym.experiments.cli import COMMANDS
 from instructgym.experiments.runs.folder import read_json
-from instructgym.experiments.runs.training import OutOfTimeError, TokenTraining
+from instructgym.experiments.runs.training import OutOfTimeError, Run
 from instructgym.experiments.tuna import candidates as tuna_candidates
 from instructgym.experiments.tuna import evaluate as tuna_evaluate
 from instructgym.experiments.tuna import rank as tuna_rank
@@ -163,7 +163,7 @@ def out_of_time(monkeypatch):
             if not left[0]:
                 raise OutOfTimeError
 
-        monkeypatch.setattr(TokenTraining, "check_time", check)
+        monkeypatch.setattr(Run, "check_time", check)
 
     return after
 

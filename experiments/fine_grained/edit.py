@@ -22,7 +22,7 @@ from ...rewards.learned.edits import EditedPair, edit_statistics, write_pairs
 from ..runs.folder import RunFolder, accounted, chunked_rows
 from ..runs.options import input_errors, parse_part, parse_reward
 from ..runs.responses import respond
-from ..runs.training import policy_folder, stage, tokenizer_of
+from ..runs.training import Run, policy_folder, run_stage, tokenizer_of
 from .common import ENV_ID, StageOptions, check_lengths, load_stage_policy
 
 CHUNK = 64
@@ -94,23 +94,24 @@ def run(options: FineGrainedEdit, console: Console | None = None) -> dict[str, A
     if options.dry_run:
         console.print(f"would sample 2 responses to each of {len(examples)} prompts, in {options.run_dir}")
         return {}
-    with stage(options, "fine-grained edit", console, distributed=False) as opened:
-        if isinstance(opened, dict):
-            return opened
+
+    def work(opened: Run) -> dict[str, Any]:
         backend = Journaled(parts.backend, Journal(opened.folder.file("journal.jsonl")))
         # Rebuild the editor on the journal, which keeps the replies of the language model.
-        parts = replace(parts, editor=resolve("editor", parse_part(options.editor), backend=backend))
+        journaled = replace(parts, editor=resolve("editor", parse_part(options.editor), backend=backend))
         policy = load_stage_policy(options, folder)
         with accounted({"editor": backend}, opened.folder.path):
             rows = chunked_rows(
                 opened.folder.file("responses.jsonl"),
                 len(examples),
                 CHUNK,
-                lambda start: _chunk(options, policy, examples[start : start + CHUNK], start, parts),
+                lambda start: _chunk(options, policy, examples[start : start + CHUNK], start, journaled),
                 "responses ranked and edited",
                 console,
             )
         return _finish(opened.folder, rows, policy.tokenizer, opened.seconds)
+
+    return run_stage(options, "fine-grained edit", console, work, distributed=False)
 
 
 def _chunk(

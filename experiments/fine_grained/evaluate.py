@@ -24,7 +24,7 @@ from ..runs.folder import chunked_rows, read_json
 from ..runs.options import input_errors, parse_part, parse_reward
 from ..runs.responses import Response, respond
 from ..runs.statistics import distinct_n, wilson
-from ..runs.training import policy_folder, stage, tokenizer_of
+from ..runs.training import Run, policy_folder, run_stage, tokenizer_of
 from .common import ENV_ID, StageOptions, check_lengths, load_stage_policy
 
 CHUNK = 64
@@ -89,9 +89,8 @@ def run(options: FineGrainedEvaluate, console: Console | None = None) -> dict[st
     if options.dry_run:
         console.print(f"would answer {len(examples)} prompts, in {options.run_dir}")
         return {}
-    with stage(options, "fine-grained evaluate", console, distributed=False) as opened:
-        if isinstance(opened, dict):
-            return opened
+
+    def work(opened: Run) -> dict[str, Any]:
         policy = load_stage_policy(options, folder)
         same_start = _started_from_reference(options)
 
@@ -145,6 +144,8 @@ def run(options: FineGrainedEvaluate, console: Console | None = None) -> dict[st
         shown = (f"{name} {value:.3f}" for name, value in metrics.items() if value is not None)
         console.print("  ".join(shown), highlight=False)
         return results
+
+    return run_stage(options, "fine-grained evaluate", console, work, distributed=False)
 
 
 def wilson_win_rate(wins: Sequence[float | None]) -> dict[str, float | None]:

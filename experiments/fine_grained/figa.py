@@ -17,7 +17,7 @@ from ...agents.supervised.reward_modelling import tokenize_pairs
 from ...llm_backends.errors import InputError
 from ...rewards.learned.edits import read_pairs
 from ..runs.options import check_counts
-from ..runs.training import policy_folder, stage, tokenizer_of
+from ..runs.training import Run, policy_folder, run_stage, tokenizer_of
 from .common import StageOptions, load_stage_policy
 
 
@@ -61,9 +61,8 @@ def run(options: FineGrainedFIGA, console: Console | None = None) -> dict[str, A
     if options.dry_run:
         console.print(f"would train on {len(pairs)} pairs, in {options.run_dir}")
         return {}
-    with stage(options, "fine-grained figa", console) as opened:
-        if isinstance(opened, dict):
-            return opened
+
+    def work(opened: Run) -> dict[str, Any]:
         policy = load_stage_policy(options, start)
         if opened.saved is None:
             policy.freeze_reference("sft")  # not used in training; evaluation measures the KL to it
@@ -75,9 +74,7 @@ def run(options: FineGrainedFIGA, console: Console | None = None) -> dict[str, A
             epochs=options.epochs,
             token_budget=options.token_budget,
         )
-        done = opened.supervised(trainer, pairs, f"figa on {len(pairs)} pairs")
-        if (results := opened.unfinished(done)) is not None:
-            return results
+        opened.supervised(trainer, pairs, f"figa on {len(pairs)} pairs")
         policy.save(opened.folder.file("policy", "policy.json").parent)
         return opened.folder.finish(
             {"loss": trainer.loss},
@@ -88,3 +85,5 @@ def run(options: FineGrainedFIGA, console: Console | None = None) -> dict[str, A
                 "seconds": opened.seconds,
             },
         )
+
+    return run_stage(options, "fine-grained figa", console, work)

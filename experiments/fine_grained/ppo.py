@@ -27,7 +27,7 @@ from ...rewards.learned.token_reward import SequenceReward, TokenReward
 from ..runs.folder import RunFolder, read_json, write_json
 from ..runs.options import check_counts, input_errors, parse_reward
 from ..runs.responses import respond
-from ..runs.training import policy_folder, stage, tokenizer_of
+from ..runs.training import Run, policy_folder, run_stage, tokenizer_of
 from .common import ENV_ID, StageOptions, check_lengths, load_stage_policy
 
 Form = Literal["auto", "causal", "whole", "terminal"]
@@ -100,9 +100,8 @@ def run(options: FineGrainedPPO, console: Console | None = None) -> dict[str, An
     if options.dry_run:
         console.print(f"would train {options.updates} updates on {len(examples)} prompts, in {options.run_dir}")
         return {}
-    with stage(options, "fine-grained ppo", console) as opened:
-        if isinstance(opened, dict):
-            return opened
+
+    def work(opened: Run) -> dict[str, Any]:
         policy = load_stage_policy(options, start)
         if opened.saved is None:
             policy.freeze_reference("sft")  # a resumed run restores it from the checkpoint
@@ -132,9 +131,7 @@ def run(options: FineGrainedPPO, console: Console | None = None) -> dict[str, An
             lam=options.lam,
             token_budget=options.token_budget,
         )
-        done = opened.learn(agent, options.updates, options.arm or f"ppo, {level}")
-        if (results := opened.unfinished(done)) is not None:
-            return results
+        opened.learn(agent, options.updates, options.arm or f"ppo, {level}")
         policy.save(opened.folder.file("policy", "policy.json").parent)
         return opened.folder.finish(
             {},
@@ -145,6 +142,8 @@ def run(options: FineGrainedPPO, console: Console | None = None) -> dict[str, An
                 "seconds": opened.seconds,
             },
         )
+
+    return run_stage(options, "fine-grained ppo", console, work)
 
 
 def _calibrate(

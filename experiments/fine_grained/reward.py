@@ -16,7 +16,7 @@ from ...llm_backends.training.adapters import LoraSettings
 from ...rewards.learned.edits import read_pairs
 from ...rewards.learned.reward_model import RewardModel
 from ..runs.options import check_counts
-from ..runs.training import stage, tokenizer_of
+from ..runs.training import Run, run_stage, tokenizer_of
 from .common import StageOptions
 from .heat_map import HeatRow, plot_heat_map, token_texts, write_html
 
@@ -88,9 +88,8 @@ def run(options: FineGrainedRewardModel, console: Console | None = None) -> dict
     if options.dry_run:
         console.print(f"would train on {len(train)} pairs and measure on {len(held_out)}, in {options.run_dir}")
         return {}
-    with stage(options, "fine-grained reward-model", console) as opened:
-        if isinstance(opened, dict):
-            return opened
+
+    def work(opened: Run) -> dict[str, Any]:
         model = RewardModel(
             options.model,
             LoraSettings(rank=options.lora_rank),
@@ -110,9 +109,7 @@ def run(options: FineGrainedRewardModel, console: Console | None = None) -> dict
             token_budget=options.token_budget,
             unchanged_penalty=options.unchanged_penalty if options.level == "token" else 0.0,
         )
-        done = opened.supervised(trainer, train, f"{options.level} reward model")
-        if (results := opened.unfinished(done)) is not None:
-            return results
+        opened.supervised(trainer, train, f"{options.level} reward model")
         model.save(opened.folder.file("model", "config.json").parent)
         metrics = evaluate_reward_model(model, held_out)
         if options.level == "token":
@@ -129,6 +126,8 @@ def run(options: FineGrainedRewardModel, console: Console | None = None) -> dict
         opened.tracker.summary(results)
         console.print("  ".join(f"{name} {value:.3f}" for name, value in metrics.items()), highlight=False)
         return results
+
+    return run_stage(options, "fine-grained reward-model", console, work)
 
 
 def _draw(model: RewardModel, pairs: Sequence[TokenizedPair], folder: Path) -> None:

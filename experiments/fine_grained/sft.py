@@ -12,7 +12,7 @@ from ...agents.supervised.sft import SFT, TokenizedDemonstration
 from ...llm_backends.errors import InputError
 from ...llm_backends.training.adapters import LoraSettings
 from ..runs.options import check_counts
-from ..runs.training import stage, tokenizer_of
+from ..runs.training import Run, run_stage, tokenizer_of
 from .common import StageOptions
 
 
@@ -54,9 +54,8 @@ def run(options: FineGrainedSFT, console: Console | None = None) -> dict[str, An
     if options.dry_run:
         console.print(f"would train on {len(examples)} demonstrations of {options.data}, in {options.run_dir}")
         return {}
-    with stage(options, "fine-grained sft", console) as opened:
-        if isinstance(opened, dict):
-            return opened
+
+    def work(opened: Run) -> dict[str, Any]:
         policy = LanguageModelPolicy(
             options.model, LoraSettings(rank=options.lora_rank), value="shared", dtype=options.dtype, seed=options.seed
         )
@@ -87,9 +86,7 @@ def run(options: FineGrainedSFT, console: Console | None = None) -> dict[str, An
         fitting = [demo for demo in demonstrations if len(demo.prompt) + len(demo.response) <= options.context_length]
         if not fitting:
             raise InputError(f"no demonstration fits --context-length {options.context_length}")
-        done = opened.supervised(trainer, fitting, f"sft on {options.data}")
-        if (results := opened.unfinished(done)) is not None:
-            return results
+        opened.supervised(trainer, fitting, f"sft on {options.data}")
         policy.save(opened.folder.file("policy", "policy.json").parent)
         return opened.folder.finish(
             {"loss": trainer.loss},
@@ -100,3 +97,5 @@ def run(options: FineGrainedSFT, console: Console | None = None) -> dict[str, An
                 "seconds": opened.seconds,
             },
         )
+
+    return run_stage(options, "fine-grained sft", console, work)

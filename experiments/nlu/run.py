@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -13,7 +12,6 @@ import numpy as np
 from rich.console import Console
 
 from ...agents.policy.language_model import LanguageModelPolicy
-from ...agents.policy.optimization import Processes
 from ...agents.policy_gradient.grpo import GRPO, RLOO
 from ...agents.policy_gradient.ppo import TokenPPO
 from ...agents.rollouts.agent import RolloutAgent
@@ -27,11 +25,11 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.local.sampling import Choices
 from ...llm_backends.training.adapters import LoraSettings
 from ...rewards.ground_truth import parse_answer
-from ..runs.folder import RunFolder, Tracker, check_tracker
+from ..runs.folder import RunFolder, check_tracker
 from ..runs.options import check_counts
 from ..runs.report import plot_token_training
 from ..runs.responses import respond
-from ..runs.training import TokenTraining
+from ..runs.training import Run, run_stage
 
 ENV_ID = "instructgym/GenerateLabel-v0"
 
@@ -287,21 +285,18 @@ def run(options: NLU, console: Console | None = None) -> dict[str, Any]:
     console = console or Console()
     options.check()
     data = _load(options)
-    processes = Processes()
-    path = Path(options.run_dir)
-    if not processes.is_main:  # the main process writes the run; every other one uses a scratch folder within it
-        path, console = path / "ranks" / str(processes.index), Console(quiet=True)
-    folder = RunFolder(path, asdict(options), "nlu")
+    RunFolder(options.run_dir, asdict(options), "nlu")  # raises an error if the folder holds another run
     if options.dry_run:
         console.print(
             f"would run {options.method} on {options.task}: {len(data.warm) + len(data.train)} labels, "
-            f"{len(data.evaluation)} rows to evaluate, in {folder.path}"
+            f"{len(data.evaluation)} rows to evaluate, in {options.run_dir}"
         )
         return {}
-    if (results := folder.finished(console)) is not None:
-        return results
-    with folder.opened(), Tracker(folder, options.track if processes.is_main else "none") as tracker:
-        return _Run(options, folder, tracker, console, processes).run(data)
+
+    def work(training: Run) -> dict[str, Any]:
+        return _Steps(options, training).run(data)
+
+    return run_stage(options, "nlu", console, work, save_every=options.save_every)
 
 
 def _load(options: NLU) -> _Data:
@@ -337,19 +332,12 @@ def _load(options: NLU) -> _Data:
     return _Data(train[options.warm_labels :], train[: options.warm_labels], evaluation)
 
 
-class _Run:
-    """One run, with the state that its steps share."""
+class _Steps:
+    """The steps of one run."""
 
-    def __init__(
-        self, options: NLU, folder: RunFolder, tracker: Tracker, console: Console, processes: Processes
-    ) -> None:
-        self.options, self.folder, self.tracker, self.console = options, folder, tracker, console
-        self.processes = processes
-        # Not in ``folder``, which differs between processes: all of them share the checkpoints.
-        checkpoints = Path(options.run_dir) / "checkpoints"
-        self.training = TokenTraining(
-            folder, tracker, console, processes, checkpoints, options.minutes, options.save_every
-        )
+    def __init__(self, options: NLU, training: Run) -> None:
+        self.options, self.training = options, training
+        self.folder, self.tracker, self.console = training.folder, training.tracker, training.console
 
     def run(self, data: _Data) -> dict[str, Any]:
         """Trains if the method needs it, evaluates with greedy decoding and with sampling, and returns the results."""
@@ -367,11 +355,8 @@ class _Run:
         self._check_lengths(policy, data)
         counts: dict[str, Any] = {}
         if options.method in ("sft", *AGENTS):
-            done = self._train(policy, data, counts)
+            self._train(policy, data, counts)
             counts["train_seconds"] = self.training.seconds
-            # Out of time, or a helper process of a distributed training: only the main process evaluates.
-            if (results := self.training.unfinished(done, counts)) is not None:
-                return results
             policy.save(self.folder.file("policy", "policy.json").parent)
         metrics = {}
         for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
@@ -415,11 +400,12 @@ class _Run:
 
     # --- training ------------------------------------------------------------------------------------------------
 
-    def _train(self, policy: LanguageModelPolicy, data: _Data, counts: dict[str, Any]) -> bool:
-        """Trains the policy as far as the time limit allows, and returns whether training has finished."""
+    def _train(self, policy: LanguageModelPolicy, data: _Data, counts: dict[str, Any]) -> None:
+        """Trains the policy, as far as the time limit allows."""
         options, training = self.options, self.training
         if options.method == "sft":
-            return self._supervised(policy, data.train, options.passes, counts, tracked=True)
+            self._supervised(policy, data.train, options.passes, counts, tracked=True)
+            return
         # A checkpoint includes the warm start and the frozen reference policy.
         if training.saved is None and data.warm:
             self._supervised(policy, data.warm, 4, counts, tracked=False)
@@ -431,17 +417,15 @@ class _Run:
             agent.logger.record("rollout/labels", options.warm_labels + agent.updates * options.batch_size)
 
         try:
-            if not training.learn(agent, total, f"{options.method} on {options.task}", labels):
-                return False
+            training.learn(agent, total, f"{options.method} on {options.task}", labels)
         finally:
             # Unload the run's adapters from the servers even if training fails; one process does it for all.
-            if agent.engine is not None and self.processes.is_main:
+            if agent.engine is not None and training.processes.is_main:
                 agent.engine.close()
         counts |= {"updates": agent.updates, "tokens": agent.num_timesteps, "episodes": agent.episodes}
         self.tracker.image(
             "training", plot_token_training(self.folder.path, self.folder.file("figures", "training.png"))
         )
-        return True
 
     def _agent(self, policy: LanguageModelPolicy, data: _Data) -> RolloutAgent:
         """Builds the agent of the method on a training env."""
@@ -477,8 +461,8 @@ class _Run:
         passes: int,
         counts: dict[str, Any],
         tracked: bool,
-    ) -> bool:
-        """Trains the policy on references, and returns whether training has finished.
+    ) -> None:
+        """Trains the policy on references.
 
         Args:
             policy: policy to train.
@@ -500,9 +484,8 @@ class _Run:
             token_budget=options.token_budget,
         )
         demonstrations = [self._demonstration(policy, example) for example in examples]
-        done = self.training.supervised(trainer, demonstrations, f"sft on {options.task}", tracked)
+        self.training.supervised(trainer, demonstrations, f"sft on {options.task}", tracked)
         counts["sft_steps"] = trainer.steps
-        return done
 
     def _demonstration(self, policy: LanguageModelPolicy, example: PromptExample) -> TokenizedDemonstration:
         """Returns the prompt of an example and its reference answer as token ids."""

@@ -22,7 +22,7 @@ from ...envs.tasks.instruction.pool import Task, evaluation_split, load_tasks
 from ...envs.tokens.episode import PromptExample
 from ...llm_backends import request_seed, resolve
 from ...llm_backends.errors import InputError
-from ...llm_backends.records import read_records, write_lines
+from ...llm_backends.records import write_lines
 from ...rewards import Reward, Sample
 from ...rewards.quality.instance_format import Instance
 from ..evolve.generate import FORMATS, in_format
@@ -30,7 +30,7 @@ from ..runs.folder import chunked_rows, read_json
 from ..runs.options import check_counts, check_output, input_errors
 from ..runs.responses import respond
 from ..runs.statistics import distinct_n
-from ..runs.training import OutOfTimeError, policy_folder, stage, tokenizer_of, weights_digest
+from ..runs.training import Run, policy_folder, run_stage, tokenizer_of, weights_digest
 from .common import ENV_ID, STATEFUL_PRESET, InstanceOptions, prompts_digest
 
 CHUNK = 64
@@ -108,9 +108,8 @@ def run(options: RefineAFGenerate, console: Console | None = None) -> dict[str, 
         return {}
     # A run is resumed only with the same prompts and, for a policy, the same weights.
     weights = {"weights": weights_digest(start)} if start is not None else {}
-    with stage(options, "refine-af generate", console, False, prompts=prompts_digest(examples), **weights) as opened:
-        if isinstance(opened, dict):
-            return opened
+
+    def work(opened: Run) -> dict[str, Any]:
         if start is None:
             policy = LanguageModelPolicy(model, value="none", reference="none", dtype=options.dtype)
         else:
@@ -123,12 +122,7 @@ def run(options: RefineAFGenerate, console: Console | None = None) -> dict[str, 
             return _generate_chunk(options, policy, reward, [examples[i // options.samples] for i in numbers], first)
 
         path = opened.folder.file(RESPONSES)
-        try:
-            written = chunked_rows(path, total, CHUNK, rows, "instances", console)
-        except OutOfTimeError:
-            done = len(read_records(path))
-            console.print(f"stopped at the time limit after {done} of {total} instances: the same command goes on")
-            return opened.folder.finish({}, {"responses": done}, status="stopped")
+        written = chunked_rows(path, total, CHUNK, rows, "instances", console)
         accepted, rejected = _split_responses(written, options.samples)
         exported = [in_format(row, options.format) | _origin(row) for row in [*seeds, *accepted]]
         write_lines(opened.folder.file("rejected.jsonl"), rejected)
@@ -151,6 +145,8 @@ def run(options: RefineAFGenerate, console: Console | None = None) -> dict[str, 
         reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(results["counts"]["rejected_by"].items())) or "none"
         console.print(f"{options.target}: {len(accepted)} of {total} instances kept; dropped: {reasons}")
         return results
+
+    return run_stage(options, "refine-af generate", console, work, False, prompts=prompts_digest(examples), **weights)
 
 
 def _check_training(options: RefineAFGenerate) -> None:

@@ -24,7 +24,7 @@ from ...llm_backends.training.adapters import LoraSettings
 from ...rewards import FunctionReward, WeightedSum
 from ..runs.options import SCALES, check_counts, input_errors, parse_reward
 from ..runs.report import plot_instance_training
-from ..runs.training import TokenTraining, stage, tokenizer_of
+from ..runs.training import Run, run_stage, tokenizer_of
 from .common import ENV_ID, QUALITY, InstanceOptions, prompts_digest, well_formed
 
 SIZES = {"smoke": (4, 16), "report": (80, 48)}
@@ -103,9 +103,8 @@ def run(options: RefineAFTrain, console: Console | None = None) -> dict[str, Any
     if options.dry_run:
         console.print(f"would train {updates} updates of {batch} on {len(examples)} instructions, in {options.run_dir}")
         return {}
-    with stage(options, "refine-af train", console, prompts=prompts_digest(examples)) as opened:
-        if isinstance(opened, dict):
-            return opened
+
+    def work(opened: Run) -> dict[str, Any]:
         policy = LanguageModelPolicy(
             options.model,
             LoraSettings(rank=options.lora_rank),
@@ -133,15 +132,15 @@ def run(options: RefineAFTrain, console: Console | None = None) -> dict[str, Any
             kl_coefficient=options.kl_coefficient,
             token_budget=options.token_budget,
         )
-        done = opened.learn(agent, updates, "ppo on instances")
+        opened.learn(agent, updates, "ppo on instances")
         # Out of time, or a helper process of a distributed training: only the main process saves the policy.
-        if (results := opened.unfinished(done)) is not None:
-            return results
         policy.save(opened.folder.file("policy", "policy.json").parent)
         return _finish(opened, agent, console)
 
+    return run_stage(options, "refine-af train", console, work, prompts=prompts_digest(examples))
 
-def _finish(opened: TokenTraining, agent: TokenPPO, console: Console) -> dict[str, Any]:
+
+def _finish(opened: Run, agent: TokenPPO, console: Console) -> dict[str, Any]:
     """Draws the figure, writes and prints the results, and returns them."""
     rows = read_records(opened.folder.path / "metrics.jsonl")
     opened.tracker.image("training", plot_instance_training(rows, opened.folder.file("figures", "training.png")))

@@ -1,6 +1,6 @@
 """Training of language-model policies in a run folder: progress, checkpoints, resumption and a time limit.
 
-:func:`stage` opens the run of a command and yields a :class:`TokenTraining`, which runs the training loops.
+:func:`run_stage` runs a command in its run folder; its work gets a :class:`Run`, which has the training loops.
 :class:`Deadline` shares one time limit among several stages. Run folders are in
 :mod:`instructgym.experiments.runs.folder`.
 """
@@ -10,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import wraps
 from pathlib import Path
@@ -38,14 +37,18 @@ class OutOfTimeError(Exception):
     """Raised when the time limit of a run is reached; finished work is kept."""
 
 
+class HelperDoneError(Exception):
+    """Raised in the helper processes of a distributed training when it is complete."""
+
+
 def _update_of(row: Mapping[str, Any]) -> float:
     """Returns the update of a row of ``generations.jsonl``; infinity for a row of the evaluation."""
     kind, _, number = str(row.get("when")).partition(" ")
     return int(number) if kind == "update" else float("inf")
 
 
-class TokenTraining:
-    """Runs the training loops of one run, with progress, metrics, checkpoints and a time limit.
+class Run:
+    """One run of a command: its folder, metrics, progress, checkpoints and time limit, and the training loops.
 
     Args:
         folder: the run folder, opened.
@@ -93,8 +96,8 @@ class TokenTraining:
         total: int,
         label: str,
         on_update: Callable[[RolloutAgent], None] | None = None,
-    ) -> bool:
-        """Makes the remaining updates of an agent, or as many as the time limit allows.
+    ) -> None:
+        """Makes the remaining updates of an agent, or as many as the time limit allows; the last training of a run.
 
         Args:
             agent: the agent to train; it is restored from the run's checkpoint if there is one.
@@ -102,8 +105,9 @@ class TokenTraining:
             label: label of the progress bar.
             on_update: called with the agent after every update, before its metrics are written; it may record more.
 
-        Returns:
-            True if all updates are made, False if the time limit stopped the training.
+        Raises:
+            OutOfTimeError: if the time limit stopped the training, after a checkpoint.
+            HelperDoneError: in all processes but the main one, when all updates are made.
         """
         if (saved := self.saved) is not None:
             agent.restore(saved)
@@ -117,7 +121,7 @@ class TokenTraining:
             while agent.updates < total:
                 if self._out_of_time():
                     self._save(agent.save)
-                    return False
+                    raise OutOfTimeError
                 agent.update(agent.updates / total)
                 if on_update is not None:
                     on_update(agent)
@@ -127,19 +131,21 @@ class TokenTraining:
                 self._record_samples(agent)
                 if agent.updates % self.save_every == 0 or agent.updates == total:
                     self._save(agent.save)
-        return True
+        self._leave_helpers()
 
-    def supervised(self, trainer: SupervisedTrainer, examples: Sequence[Any], label: str, tracked: bool = True) -> bool:
+    def supervised(self, trainer: SupervisedTrainer, examples: Sequence[Any], label: str, tracked: bool = True) -> None:
         """Trains on examples, as far as the time limit allows.
 
         Args:
             trainer: the trainer; it is restored from the run's checkpoint if there is one and ``tracked`` is True.
             examples: what the trainer's ``fit`` takes: demonstrations, pairs or ranked lists.
             label: label of the progress bar.
-            tracked: False: a warm start that writes no metrics or checkpoints and ignores the time limit.
+            tracked: False: a warm start that writes no metrics or checkpoints and ignores the time limit; True: the
+                last training of a run.
 
-        Returns:
-            True if the training is complete, False if the time limit stopped it.
+        Raises:
+            OutOfTimeError: if the time limit stopped the training, after a checkpoint.
+            HelperDoneError: in all processes but the main one, when a tracked training is complete.
         """
         total = trainer.settings.epochs * -(-len(examples) // trainer.settings.batch_size)
         if tracked and (saved := self.saved) is not None:
@@ -159,26 +165,15 @@ class TokenTraining:
                 return not (tracked and stopped)
 
             trainer.fit(examples, step)  # type: ignore[attr-defined]
-        return not (tracked and stopped)
+        if tracked and stopped:
+            raise OutOfTimeError
+        if tracked:
+            self._leave_helpers()
 
-    def stopped(self, counts: Mapping[str, Any] = {}) -> dict[str, Any]:
-        """Prints that the time limit is reached, and writes results that leave the run open for resumption."""
-        self.console.print(f"out of time: repeat the command to go on with {self.folder.path}")
-        return self.folder.finish({}, counts, status="stopped")
-
-    def unfinished(self, done: bool, counts: Mapping[str, Any] = {}) -> dict[str, Any] | None:
-        """Returns the results of a stage that ends after training: stopped by the time limit, or in a helper process.
-
-        Args:
-            done: whether the training is complete.
-            counts: counts to write into the results.
-
-        Returns:
-            The results; None if the stage continues, as it does in the main process after a complete training.
-        """
-        if not done:
-            return self.stopped(counts)
-        return None if self.processes.is_main else self.folder.finish({}, counts, status="helper")
+    def _leave_helpers(self) -> None:
+        """Ends the helper processes of a distributed training: only the main one evaluates and writes results."""
+        if not self.processes.is_main:
+            raise HelperDoneError
 
     def check_time(self) -> None:
         """Checks the time limit; to be called before every piece of work that is saved as a whole.
@@ -298,25 +293,32 @@ class TrainingOptions(RunOptions):
     """Floating-point type of the computation. auto: bfloat16 if the hardware supports it, otherwise float32."""
 
 
-@contextmanager
-def stage(
-    options: RunOptions, command: str, console: Console, distributed: bool = True, **identity: str
-) -> Iterator[TokenTraining | dict[str, Any]]:
-    """Opens the run of a stage.
+def run_stage(
+    options: RunOptions,
+    command: str,
+    console: Console,
+    work: Callable[[Run], dict[str, Any]],
+    distributed: bool = True,
+    save_every: int = 5,
+    **identity: Any,
+) -> dict[str, Any]:
+    """Runs the work of a command in its run folder, or returns the stored results of a finished run.
 
     Args:
-        options: options of the stage.
+        options: options of the command.
         command: name of the command, as a user types it.
         console: console that shows progress.
-        distributed: whether several processes can share the work of the stage.
+        work: does the work and returns the results, which it has written with ``folder.finish``.
+        distributed: whether several processes can share the work.
+        save_every: number of updates between checkpoints.
         **identity: further values that a run must have in common with the run it resumes: digests of data and weights
             that the options only name.
 
-    Yields:
-        The training of the run; for a finished run its results instead.
+    Returns:
+        The results; their status is ``stopped`` if the time limit was reached, ``helper`` in a helper process.
 
     Raises:
-        InputError: if the folder holds another run or is in use, or there are several processes and the stage runs in
+        InputError: if the folder holds another run or is in use, or there are several processes and the command runs in
             one.
     """
     processes = Processes()
@@ -324,15 +326,20 @@ def stage(
         raise InputError(f"'{command}' runs in one process: start it without torchrun or accelerate")
     path, config = Path(options.run_dir), asdict(options) | identity
     if (results := RunFolder(path, config, command).finished(console)) is not None:
-        yield results
-        return
+        return results
     # The main process writes the run; the others have a scratch folder within it.
     if not processes.is_main:
         path, console = path / "ranks" / str(processes.index), Console(quiet=True)
     folder = RunFolder(path, config, command)
     with folder.opened(), Tracker(folder, options.track if processes.is_main else "none") as tracker:
         checkpoints = Path(options.run_dir) / "checkpoints"
-        yield TokenTraining(folder, tracker, console, processes, checkpoints, options.minutes)
+        try:
+            return work(Run(folder, tracker, console, processes, checkpoints, options.minutes, save_every))
+        except OutOfTimeError:
+            console.print(f"out of time: repeat the command to go on with {path}")
+            return folder.finish({}, {}, status="stopped")
+        except HelperDoneError:
+            return folder.finish({}, {}, status="helper")
 
 
 def tokenizer_of(model: str) -> Tokenizer:

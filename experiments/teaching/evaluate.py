@@ -40,12 +40,11 @@ from ..runs.statistics import (
     task_scores,
 )
 from ..runs.training import (
-    OutOfTimeError,
-    TokenTraining,
+    Run,
     TrainingOptions,
     digest,
     policy_folder,
-    stage,
+    run_stage,
     tokenizer_of,
     weights_digest,
 )
@@ -286,13 +285,9 @@ def run(options: Evaluate, console: Console | None = None) -> dict[str, Any]:
         return {}
     # A run is resumed only with the same weights: stored responses belong to them.
     weights = digest([weights_digest(policy_folder(arm.run, "--policy")) for arm in arms if arm.run])
-    with stage(options, "evaluate", console, distributed=False, weights=weights) as opened:
-        if isinstance(opened, dict):
-            return opened
-        try:
-            answered = {arm.name: _answers(opened, arm, layout, requests, options, console) for arm in arms}
-        except OutOfTimeError:
-            return opened.stopped()
+
+    def work(opened: Run) -> dict[str, Any]:
+        answered = {arm.name: _answers(opened, arm, layout, requests, options, console) for arm in arms}
         rows = _score(requests, answered)
         write_lines(opened.folder.file(PREDICTIONS), rows)
         names = [row["task"] for row in rows]
@@ -328,6 +323,8 @@ def run(options: Evaluate, console: Console | None = None) -> dict[str, Any]:
             console.print(table)
         return results
 
+    return run_stage(options, "evaluate", console, work, distributed=False, weights=weights)
+
 
 def _questions(tasks: Sequence[EvaluationTask], limit: int | None) -> list[HeldOutRequest]:
     return [
@@ -353,7 +350,7 @@ def _fitting(
 
 
 def _answers(
-    opened: TokenTraining,
+    opened: Run,
     arm: Arm,
     layout: DataLayout,
     questions: Sequence[HeldOutRequest],

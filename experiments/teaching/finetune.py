@@ -30,7 +30,7 @@ from ...llm_backends.local.tokenization import Tokenizer
 from ...llm_backends.training.adapters import LoraSettings
 from ..runs.folder import write_once
 from ..runs.options import check_counts
-from ..runs.training import TrainingOptions, stage, tokenizer_of
+from ..runs.training import Run, TrainingOptions, run_stage, tokenizer_of
 
 TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
 """Files of the run folder: the rows trained on, and those withheld from training."""
@@ -186,9 +186,8 @@ def run(options: Finetune, console: Console | None = None) -> dict[str, Any]:
             f"{options.run_dir}"
         )
         return {}
-    with stage(options, "finetune", console) as opened:
-        if isinstance(opened, dict):
-            return opened
+
+    def work(opened: Run) -> dict[str, Any]:
         # Written before training: a resumed run raises an error if the data have changed.
         for name, numbers in ((TRAIN, rows.train), (HELD_OUT, rows.held_out)):
             write_once(opened.folder.file(name), [data.examples[i].row() for i in numbers])
@@ -206,10 +205,8 @@ def run(options: Finetune, console: Console | None = None) -> dict[str, Any]:
             token_budget=options.token_budget,
         )
         training_rows = [tokenized[i] for i in rows.train]
-        done = opened.supervised(trainer, training_rows, f"fine-tuning on {Path(options.data).name}")
+        opened.supervised(trainer, training_rows, f"fine-tuning on {Path(options.data).name}")
         # Out of time, or a helper process of a distributed training: only the main process saves the policy.
-        if (results := opened.unfinished(done)) is not None:
-            return results
         policy.save(opened.folder.file("policy", "policy.json").parent)
         results = opened.folder.finish(
             {"loss": trainer.loss},
@@ -226,3 +223,5 @@ def run(options: Finetune, console: Console | None = None) -> dict[str, Any]:
         opened.tracker.summary(results["metrics"])
         console.print(f"trained on {len(training_rows)} rows in {opened.seconds:.0f} s, loss {trainer.loss:.3f}")
         return results
+
+    return run_stage(options, "finetune", console, work)

@@ -28,7 +28,7 @@ from ...llm_backends.local.tokenization import Tokenizer
 from ...llm_backends.records import append_lines, read_records
 from ..runs.folder import read_json
 from ..runs.options import check_counts
-from ..runs.training import TokenTraining, TrainingOptions, digest, policy_folder, stage, tokenizer_of, weights_digest
+from ..runs.training import Run, TrainingOptions, digest, policy_folder, run_stage, tokenizer_of, weights_digest
 from .evaluate import find_arms
 from .finetune import HELD_OUT, TRAIN, demonstrations
 from .membership import ATTACKS, SIDES, attack_metrics, length_shift, plot_roc, score_rows, side_of
@@ -130,12 +130,9 @@ def run(options: Privacy, console: Console | None = None) -> dict[str, Any]:
             console.print(f"would score {len(arm.rows)} rows by {arm.folder}, in {options.run_dir}")
         return {}
     weights = digest([arm.weights for arm in arms])
-    with stage(options, "privacy", console, distributed=False, weights=weights) as opened:
-        if isinstance(opened, dict):
-            return opened
+
+    def work(opened: Run) -> dict[str, Any]:
         scores = _scores(options, opened, arms)
-        if scores is None:
-            return opened.stopped()
         metrics = {arm.name: _measure(scores[arm.name], options) for arm in arms}
         figure = plot_roc(scores, opened.folder.file("figures", "roc.png"))
         counts = {arm.name: {side: len(side_of(scores[arm.name], side)) for side in SIDES} for arm in arms}
@@ -146,6 +143,8 @@ def run(options: Privacy, console: Console | None = None) -> dict[str, Any]:
         opened.tracker.summary(results)
         _show(metrics, console)
         return results
+
+    return run_stage(options, "privacy", console, work, distributed=False, weights=weights)
 
 
 def _arm(options: Privacy, name: str, run_folder: Path) -> _AttackedArm:
@@ -220,12 +219,11 @@ def _check_reference(model: str, tokenizer: Tokenizer) -> None:
         raise InputError(f"--model {model} counts other tokens than the policy's model: its losses do not compare")
 
 
-def _scores(
-    options: Privacy, opened: TokenTraining, arms: Sequence[_AttackedArm]
-) -> dict[str, list[dict[str, Any]]] | None:
-    """Returns the scores of every row by policy, after computing those that are not stored; None if time ran out.
+def _scores(options: Privacy, opened: Run, arms: Sequence[_AttackedArm]) -> dict[str, list[dict[str, Any]]]:
+    """Returns the scores of every row by policy, after computing those that are not stored.
 
     Raises:
+        OutOfTimeError: if the time limit is reached, after the scores of a chunk are stored.
         InputError: for a stored score of another row or of other weights.
     """
     path = opened.folder.file(SCORES)
@@ -254,9 +252,8 @@ def _scores(
                     new.append(stored[places[index]])
             append_lines(path, new)
             # The time limit does not stop a run that has scored everything.
-            last = start == starts[-1] and arm is arms[-1]
-            if options.minutes and opened.seconds > 60 * options.minutes and not last:
-                return None
+            if start != starts[-1] or arm is not arms[-1]:
+                opened.check_time()
         scores[arm.name] = [stored[place] for place in places]
     return scores
 

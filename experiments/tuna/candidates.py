@@ -22,10 +22,9 @@ from ...envs.tasks.instruction.data import InstructionExample, prompt_text, read
 from ...envs.tasks.responses.candidates import Candidates, DiverseSampling, sample_candidates
 from ...llm_backends import Backend, BackendError, ContextLengthError, Journal, Prompt
 from ...llm_backends.errors import InputError
-from ...llm_backends.records import read_records
 from ..runs.folder import RunFolder, accounted, chunked_rows, journaled_roles
 from ..runs.options import RunOptions, check_counts, input_errors, parse_part
-from ..runs.training import OutOfTimeError, digest, policy_folder, stage, weights_digest
+from ..runs.training import Run, digest, policy_folder, run_stage, weights_digest
 
 CHUNK = 16
 """Requests that are answered together: a chunk is either stored whole or drawn again."""
@@ -107,9 +106,8 @@ def run(options: TunaCandidates, console: Console | None = None) -> dict[str, An
     # A resumed run must use the same requests and weights: the options hold only their paths.
     identity = {"requests": digest([example.row() for example in examples])}
     identity |= {"weights": weights_digest(start)} if start is not None else {}
-    with stage(options, "tuna candidates", console, distributed=False, **identity) as opened:
-        if isinstance(opened, dict):
-            return opened
+
+    def work(opened: Run) -> dict[str, Any]:
         with _writer(options, start, opened.folder) as writer:
 
             def rows(first: int) -> list[dict[str, Any]]:
@@ -123,13 +121,12 @@ def run(options: TunaCandidates, console: Console | None = None) -> dict[str, An
                 return [_row(example, candidates) for example, candidates in zip(chunk, results, strict=True)]
 
             path = opened.folder.file(CANDIDATES)
-            try:
-                stored_rows = chunked_rows(path, len(examples), CHUNK, rows, "responses drawn", console)
-            except OutOfTimeError:
-                return opened.stopped({"requests": len(read_records(path))})
+            stored_rows = chunked_rows(path, len(examples), CHUNK, rows, "responses drawn", console)
         results = _finish(opened.folder, stored_rows, opened.seconds, console)
         opened.tracker.summary(results)
         return results
+
+    return run_stage(options, "tuna candidates", console, work, distributed=False, **identity)
 
 
 def _refuse_outage(results: Sequence[Candidates]) -> None:

@@ -21,7 +21,7 @@ from ...rewards import Reward, Sample, score_with_retries
 from ..runs.folder import accounted, chunked_rows, journaled_roles
 from ..runs.options import build_judge, input_errors, parse_part
 from ..runs.statistics import macro_interval, task_scores
-from ..runs.training import Deadline, OutOfTimeError, digest, stage
+from ..runs.training import Deadline, OutOfTimeError, Run, digest, run_stage
 from ..teaching.evaluate import BASE, PREDICTIONS, Evaluate, find_arms
 from ..teaching.evaluate import run as evaluate
 
@@ -86,9 +86,8 @@ def run(options: TunaEvaluate, console: Console | None = None) -> dict[str, Any]
         return rouge_results
     # The judged run belongs to these responses: their digest is part of its identity.
     rows = read_records(root / "rouge" / PREDICTIONS)
-    with stage(judge_options, "tuna evaluate", console, distributed=False, predictions=digest(rows)) as opened:
-        if isinstance(opened, dict):
-            return opened
+
+    def work(opened: Run) -> dict[str, Any]:
         roles = journaled_roles(parts, Journal(opened.folder.file("journal.jsonl")))
         with accounted(roles, opened.folder.path):
             judge = options.build(roles["judge"])
@@ -98,10 +97,7 @@ def run(options: TunaEvaluate, console: Console | None = None) -> dict[str, Any]
                 return _judge_rows(judge, rows[first : first + CHUNK], options)
 
             path = opened.folder.file(JUDGED)
-            try:
-                judged_rows = chunked_rows(path, len(rows), CHUNK, judged, "instances judged", console)
-            except OutOfTimeError:
-                return opened.stopped({"judged": len(read_records(path))})
+            judged_rows = chunked_rows(path, len(rows), CHUNK, judged, "instances judged", console)
         names = [name for name in rows[0]["arms"] if name != options.against]
         metrics = {name: bootstrap_win_rate(judged_rows, name, options.seed) for name in names}
         results = opened.folder.finish(
@@ -120,6 +116,8 @@ def run(options: TunaEvaluate, console: Console | None = None) -> dict[str, Any]
                     highlight=False,
                 )
         return results
+
+    return run_stage(judge_options, "tuna evaluate", console, work, distributed=False, predictions=digest(rows))
 
 
 def _judge_rows(judge: Reward, rows: Sequence[Mapping[str, Any]], options: TunaEvaluate) -> list[dict[str, Any]]:

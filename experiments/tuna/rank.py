@@ -25,7 +25,7 @@ from ...llm_backends.records import read_records
 from ...rewards import CandidateScores, ProbabilisticRanker, Ranker, rouge_l
 from ..runs.folder import accounted, chunked_rows, journaled_roles, read_json
 from ..runs.options import RunOptions, build_judge, input_errors, parse_part
-from ..runs.training import OutOfTimeError, digest, stage
+from ..runs.training import Run, digest, run_stage
 from .candidates import CANDIDATES
 
 CHUNK = 16
@@ -87,9 +87,8 @@ def run(options: TunaRank, console: Console | None = None) -> dict[str, Any]:
     if options.dry_run:
         console.print(f"would rank the candidates of {len(usable)} of {len(rows)} requests by {options.ranker}")
         return {}
-    with stage(options, "tuna rank", console, distributed=False, candidates_digest=digest(usable)) as opened:
-        if isinstance(opened, dict):
-            return opened
+
+    def work(opened: Run) -> dict[str, Any]:
         roles = journaled_roles(parts, Journal(opened.folder.file("journal.jsonl")))
         with accounted(roles, opened.folder.path):
             ranker = options.build(roles["ranker"], layout)
@@ -107,10 +106,7 @@ def run(options: TunaRank, console: Console | None = None) -> dict[str, Any]:
                 return chunk_rankings
 
             path = opened.folder.file(RANKINGS)
-            try:
-                rankings = chunked_rows(path, len(usable), CHUNK, ranked, "requests ranked", console)
-            except OutOfTimeError:
-                return opened.stopped({"requests": len(read_records(path))})
+            rankings = chunked_rows(path, len(usable), CHUNK, ranked, "requests ranked", console)
         lists = [_ranked_list(row, item) for row, item in zip(usable, rankings, strict=True) if item["valid"]]
         if not lists:
             raise InputError(f"no request got a valid ranking; feedback on the first: {rankings[0]['feedback']}")
@@ -136,6 +132,8 @@ def run(options: TunaRank, console: Console | None = None) -> dict[str, Any]:
         shown = (f"{name} {value:.3f}" for name, value in metrics.items() if value is not None)
         console.print(f"{len(lists)} of {len(rows)} requests ranked:", *shown, highlight=False)
         return results
+
+    return run_stage(options, "tuna rank", console, work, distributed=False, candidates_digest=digest(usable))
 
 
 def read_candidates(folder: str) -> tuple[list[dict[str, Any]], DataLayout]:

@@ -25,7 +25,7 @@ from ...llm_backends.records import read_records
 from ...llm_backends.training.adapters import LoraSettings
 from ..runs.folder import RunFolder, read_json, write_json, write_once
 from ..runs.options import check_counts
-from ..runs.training import TrainingOptions, digest, policy_folder, stage, tokenizer_of, weights_digest
+from ..runs.training import Run, TrainingOptions, digest, policy_folder, run_stage, tokenizer_of, weights_digest
 from ..teaching.finetune import TRAIN
 from .rank import RANKED
 
@@ -137,18 +137,15 @@ def run(options: TunaTrain, console: Console | None = None) -> dict[str, Any]:
     # A resumed run must use the same rankings and weights: the options hold only their paths.
     identity = {"lists": digest([[ranked.id, ranked.candidates, ranked.scores] for ranked in lists])}
     identity |= {"weights": weights_digest(start)} if start is not None else {}
-    with stage(options, "tuna train", console, True, **identity) as opened:
-        if isinstance(opened, dict):
-            return opened
+
+    def work(opened: Run) -> dict[str, Any]:
         write_once(opened.folder.file(TRAIN), _training_requests(lists, options))
         policy = _policy(options, start, model)
         ratios = LOSSES[options.loss].needs_reference_policy
         # Before the trainer restores a checkpoint, which would replace the initial weights.
         before = _before(opened.folder, policy, train, held_out)
         trainer = RankingTrainer(policy, options.seed, **vars(options.settings))
-        done = opened.supervised(trainer, train, f"{options.loss} on {len(train)} lists")
-        if (results := opened.unfinished(done)) is not None:
-            return results
+        opened.supervised(trainer, train, f"{options.loss} on {len(train)} lists")
         policy.save(opened.folder.file("policy", SETTINGS).parent)
         metrics = {f"{name} before": value for name, value in before.items()}
         metrics |= {f"{name} after": value for name, value in _taus(policy, train, held_out).items()}
@@ -170,6 +167,8 @@ def run(options: TunaTrain, console: Console | None = None) -> dict[str, Any]:
         shown = (f"{name} {value:.2f}" for name, value in metrics.items() if value is not None)
         console.print("  ".join(shown), highlight=False)
         return results
+
+    return run_stage(options, "tuna train", console, work, True, **identity)
 
 
 def ranked_file(path: str) -> Path:
