@@ -100,6 +100,11 @@ class BackendOptions(RunOptions):
     """Size of the run, smoke (minutes) or report (up to two hours), for options whose help says "0: by --scale"."""
 
 
+def named(options: Any, *names: str) -> dict[str, Any]:
+    """Returns the named options with their values, to pass them on to a stage that has options of the same names."""
+    return {name: getattr(options, name) for name in names}
+
+
 def check_counts(options: Any, *names: str) -> None:
     """Checks that the named options are at least 1.
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import wraps
 from pathlib import Path
@@ -23,9 +24,10 @@ from ...agents.policy.language_model import SETTINGS
 from ...agents.policy.optimization import Processes
 from ...agents.rollouts.agent import RolloutAgent
 from ...agents.supervised.trainer import SupervisedTrainer
+from ...llm_backends import Backend, Journal
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.tokenization import EmbeddedTokenizer, Tokenizer
-from .folder import RowWriter, RunFolder, Tracker, read_json, write_json
+from .folder import RowWriter, RunFolder, Tracker, accounted, chunked_rows, journaled_roles, read_json, write_json
 from .options import Count, DType, RunOptions
 from .progress import StepProgress
 
@@ -174,6 +176,34 @@ class Run:
         """Ends the helper processes of a distributed training: only the main one evaluates and writes results."""
         if not self.processes.is_main:
             raise HelperDoneError
+
+    def rows(
+        self, name: str, total: int, size: int, make: Callable[[int], Sequence[Mapping[str, Any]]], label: str
+    ) -> list[dict[str, Any]]:
+        """Makes a file of rows in the run folder in chunks, as far as the time limit allows; see :func:`chunked_rows`.
+
+        Raises:
+            OutOfTimeError: if the time limit is reached before a chunk; complete chunks are kept.
+        """
+
+        def chunk(start: int) -> Sequence[Mapping[str, Any]]:
+            self.check_time()
+            return make(start)
+
+        return chunked_rows(self.folder.file(name), total, size, chunk, label, self.console)
+
+    @contextmanager
+    def roles(self, parts: Mapping[str, Any]) -> Iterator[dict[str, Backend]]:
+        """Builds backends by role; their replies are kept in the run's journal, and what they spend is recorded."""
+        roles = journaled_roles(parts, Journal(self.folder.file("journal.jsonl")))
+        with accounted(roles, self.folder.path):
+            yield roles
+
+    def finish(self, metrics: Mapping[str, Any], counts: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes the results of the finished run, with its time, sends them to the tracker, and returns them."""
+        results = self.folder.finish(metrics, dict(counts) | {"seconds": self.seconds})
+        self.tracker.summary(results)
+        return results
 
     def check_time(self) -> None:
         """Checks the time limit; to be called before every piece of work that is saved as a whole.

@@ -20,10 +20,10 @@ from ...agents.policy.checkpoints import policy_from
 from ...agents.policy.language_model import PolicyBackend
 from ...envs.tasks.instruction.data import InstructionExample, prompt_text, read_instruction_data, request_text
 from ...envs.tasks.responses.candidates import Candidates, DiverseSampling, sample_candidates
-from ...llm_backends import Backend, BackendError, ContextLengthError, Journal, Prompt
+from ...llm_backends import Backend, BackendError, ContextLengthError, Prompt
 from ...llm_backends.errors import InputError
-from ..runs.folder import RunFolder, accounted, chunked_rows, journaled_roles
-from ..runs.options import RunOptions, check_counts, input_errors, parse_part
+from ..runs.folder import journaled_roles
+from ..runs.options import Count, DType, RunOptions, input_errors, parse_part
 from ..runs.training import Run, digest, policy_folder, run_stage, weights_digest
 
 CHUNK = 16
@@ -57,16 +57,15 @@ class TunaCandidates(RunOptions):
     """Responses to a request differ enough if the ROUGE-L of every two of them is below this value."""
     top_p: float = 1.0
     """Probability mass of nucleus sampling. 1: no nucleus sampling."""
-    max_tokens: int = 128
+    max_tokens: Count = 128
     """Maximum number of tokens of a response."""
     limit: int = 0
     """Number of requests to use, from the first one of the data set. 0: all."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: DType = "auto"
     """Floating-point type in which a --policy computes. auto: bfloat16 if the hardware supports it, else float32."""
 
     def check(self) -> None:
         super().check()
-        check_counts(self, "max_tokens")
         if not self.data:
             raise InputError("--data is missing: name a data set of requests (JSONL, JSON or Parquet)")
         if self.policy and self.backend != "embedded":
@@ -104,14 +103,13 @@ def run(options: TunaCandidates, console: Console | None = None) -> dict[str, An
         console.print(f"would draw {options.n} responses to each of {len(examples)} requests by {writer_name}")
         return {}
     # A resumed run must use the same requests and weights: the options hold only their paths.
-    identity = {"requests": digest([example.row() for example in examples])}
+    identity: dict[str, Any] = {"requests": digest([example.row() for example in examples])}
     identity |= {"weights": weights_digest(start)} if start is not None else {}
 
     def work(opened: Run) -> dict[str, Any]:
-        with _writer(options, start, opened.folder) as writer:
+        with _writer(options, start, opened) as writer:
 
             def rows(first: int) -> list[dict[str, Any]]:
-                opened.check_time()
                 chunk = examples[first : first + CHUNK]
                 prompts = [_prompt(example, options.layout) for example in chunk]
                 # Seeds depend on the row number in the whole run: any chunk gives the same responses when drawn again.
@@ -120,11 +118,7 @@ def run(options: TunaCandidates, console: Console | None = None) -> dict[str, An
                 _refuse_outage(results)
                 return [_row(example, candidates) for example, candidates in zip(chunk, results, strict=True)]
 
-            path = opened.folder.file(CANDIDATES)
-            stored_rows = chunked_rows(path, len(examples), CHUNK, rows, "responses drawn", console)
-        results = _finish(opened.folder, stored_rows, opened.seconds, console)
-        opened.tracker.summary(results)
-        return results
+            return _finish(opened, opened.rows(CANDIDATES, len(examples), CHUNK, rows, "responses drawn"))
 
     return run_stage(options, "tuna candidates", console, work, distributed=False, **identity)
 
@@ -143,7 +137,7 @@ def _refuse_outage(results: Sequence[Candidates]) -> None:
         raise BackendError(f"all of {len(results)} requests failed: {outages[0]}; repeat the command to ask again")
 
 
-def _finish(folder: RunFolder, rows: Sequence[Mapping[str, Any]], seconds: float, console: Console) -> dict[str, Any]:
+def _finish(opened: Run, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Writes and returns the results; raises an InputError if no request has a candidate."""
     written = [row for row in rows if row["candidates"]]
     if not written:
@@ -160,20 +154,18 @@ def _finish(folder: RunFolder, rows: Sequence[Mapping[str, Any]], seconds: float
         "candidates": sum(len(row["candidates"]) for row in rows),
         "with several": several,
         "failed": len(rows) - len(written),
-        "seconds": seconds,
     }
-    console.print(f"{several} of {len(rows)} requests have several different responses", highlight=False)
-    return folder.finish(metrics, counts)
+    opened.console.print(f"{several} of {len(rows)} requests have several different responses", highlight=False)
+    return opened.finish(metrics, counts)
 
 
 @contextmanager
-def _writer(options: TunaCandidates, start: Path | None, folder: RunFolder) -> Iterator[Backend]:
+def _writer(options: TunaCandidates, start: Path | None, opened: Run) -> Iterator[Backend]:
     """Yields the backend that writes the responses; replies of ``--backend`` are kept in the journal of the run."""
     if start is not None:
         yield PolicyBackend(policy_from(start, dtype=options.dtype), weights_digest(start))
         return
-    roles = journaled_roles({"writer": parse_part(options.backend)}, Journal(folder.file("journal.jsonl")))
-    with accounted(roles, folder.path):
+    with opened.roles({"writer": parse_part(options.backend)}) as roles:
         yield roles["writer"]
 
 

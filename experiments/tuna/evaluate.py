@@ -14,11 +14,11 @@ import numpy as np
 from rich.console import Console
 
 from ...envs.tasks.instruction.data import InstructionExample, request_text
-from ...llm_backends import Journal, request_seed
+from ...llm_backends import request_seed
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
 from ...rewards import Reward, Sample, score_with_retries
-from ..runs.folder import accounted, chunked_rows, journaled_roles
+from ..runs.folder import journaled_roles
 from ..runs.options import build_judge, input_errors, parse_part
 from ..runs.statistics import macro_interval, task_scores
 from ..runs.training import Deadline, OutOfTimeError, Run, digest, run_stage
@@ -88,16 +88,13 @@ def run(options: TunaEvaluate, console: Console | None = None) -> dict[str, Any]
     rows = read_records(root / "rouge" / PREDICTIONS)
 
     def work(opened: Run) -> dict[str, Any]:
-        roles = journaled_roles(parts, Journal(opened.folder.file("journal.jsonl")))
-        with accounted(roles, opened.folder.path):
+        with opened.roles(parts) as roles:
             judge = options.build(roles["judge"])
 
             def judged(first: int) -> list[dict[str, Any]]:
-                opened.check_time()
                 return _judge_rows(judge, rows[first : first + CHUNK], options)
 
-            path = opened.folder.file(JUDGED)
-            judged_rows = chunked_rows(path, len(rows), CHUNK, judged, "instances judged", console)
+            judged_rows = opened.rows(JUDGED, len(rows), CHUNK, judged, "instances judged")
         names = [name for name in rows[0]["arms"] if name != options.against]
         metrics = {name: bootstrap_win_rate(judged_rows, name, options.seed) for name in names}
         results = opened.folder.finish(

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from annotated_types import Lt
 from rich.console import Console
 
 from ...agents.policy.checkpoints import read_state
@@ -28,7 +29,7 @@ from ..fine_grained.ppo import run as ppo
 from ..fine_grained.reward import FineGrainedRewardModel
 from ..fine_grained.reward import run as reward_model
 from ..runs.folder import RunFolder, write_once
-from ..runs.options import check_counts
+from ..runs.options import Count, named
 from ..runs.training import Deadline, OutOfTimeError, TrainingOptions, digest, policy_folder, tokenizer_of
 from .train import ranked_file, withheld
 
@@ -45,30 +46,27 @@ class TunaPPO(TrainingOptions):
     """Run folder of the policy to start from. It is also the reference policy of the KL penalty."""
     layout: Literal["chat", "plain"] = "chat"
     """Prompt format of a request. chat: the chat template of the model; plain: a text to continue."""
-    reward_epochs: int = 1
+    reward_epochs: Count = 1
     """Epochs of the reward model over its pairs: candidates of neighbouring ranks."""
-    updates: int = 16
+    updates: Count = 16
     """Number of PPO updates."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Responses per PPO update."""
     learning_rate: float = 2e-4
     """Peak learning rate of PPO (cosine, 10% warm-up)."""
-    holdout: float = 0.1
+    holdout: Annotated[float, Lt(1)] = 0.1
     """Share of the lists that is withheld from training. With the same seed, 'tuna train' withholds the same lists."""
     kl_coefficient: float = 0.05
     """Weight of the KL penalty against the policy to start from."""
-    max_tokens: int = 128
+    max_tokens: Count = 128
     """Maximum number of tokens of a response."""
-    context_length: int = 512
+    context_length: Count = 512
     """Maximum number of tokens of request and response together. Longer examples are left out and counted."""
 
     def check(self) -> None:
         super().check()
-        check_counts(self, "reward_epochs", "updates", "batch_size", "max_tokens", "context_length")
         if not self.ranked:
             raise InputError("--ranked is missing: name the run folder of 'tuna rank', or a file of ranked lists")
-        if self.holdout >= 1:
-            raise InputError(f"--holdout is a share below 1, got {self.holdout}")
 
 
 @dataclass
@@ -120,36 +118,23 @@ def run(options: TunaPPO, console: Console | None = None) -> dict[str, Any]:
     if not pairs:
         raise InputError(f"--ranked {options.ranked} has no two candidates of different rank")
     root = Path(options.run_dir)
-    shared: dict[str, Any] = {
-        "context_length": options.context_length,
-        "token_budget": options.token_budget,
-        "dtype": options.dtype,
-        "seed": options.seed,
-        "track": options.track,
-        "minutes": options.minutes,
-    }
+    shared = ("context_length", "token_budget", "dtype", "seed", "track", "minutes")
     reward_options = FineGrainedRewardModel(
         run_dir=str(root / "reward-model"),
         pairs=str(root / PAIRS),
         model=model,
         level="sequence",
         epochs=options.reward_epochs,
-        **shared,
+        **named(options, *shared),
     )
+    own = ("policy", "layout", "updates", "batch_size", "learning_rate", "kl_coefficient", "max_tokens")
     ppo_options = _ListPPO(
         run_dir=str(root / "ppo"),
         data=str(root / LISTS),
-        policy=options.policy,
         reward_model=reward_options.run_dir,
-        layout=options.layout,
         judge="",
-        updates=options.updates,
-        batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
-        kl_coefficient=options.kl_coefficient,
-        max_tokens=options.max_tokens,
         temperature=1.0,
-        **shared,
+        **named(options, *shared, *own),
     )
     reward_options.check()
     ppo_options.check()  # both stages are checked before the first one runs

@@ -19,12 +19,13 @@ from scipy.stats import kendalltau
 from ...agents.preferences.lists import FINISHED
 from ...envs.tasks.instruction.data import OPENINGS, DataLayout, InstructionExample, prompt_text, request_text
 from ...envs.tasks.responses.candidates import RankedList, write_ranked_lists
-from ...llm_backends import Backend, BackendError, Journal, request_seed
+from ...llm_backends import Backend, BackendError, request_seed
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
 from ...rewards import CandidateScores, ProbabilisticRanker, Ranker, rouge_l
-from ..runs.folder import accounted, chunked_rows, journaled_roles, read_json
+from ..runs.folder import journaled_roles
 from ..runs.options import RunOptions, build_judge, input_errors, parse_part
+from ..runs.report import finished_run
 from ..runs.training import Run, digest, run_stage
 from .candidates import CANDIDATES
 
@@ -89,12 +90,10 @@ def run(options: TunaRank, console: Console | None = None) -> dict[str, Any]:
         return {}
 
     def work(opened: Run) -> dict[str, Any]:
-        roles = journaled_roles(parts, Journal(opened.folder.file("journal.jsonl")))
-        with accounted(roles, opened.folder.path):
+        with opened.roles(parts) as roles:
             ranker = options.build(roles["ranker"], layout)
 
             def ranked(first: int) -> list[dict[str, Any]]:
-                opened.check_time()
                 # Usage counts over the whole run: the differences are the requests of this chunk.
                 requests, failed = roles["ranker"].usage.requests, roles["ranker"].usage.errors
                 chunk_rankings = _rank_rows(ranker, usable[first : first + CHUNK], options.seed, layout)
@@ -105,8 +104,7 @@ def run(options: TunaRank, console: Console | None = None) -> dict[str, Any]:
                     )
                 return chunk_rankings
 
-            path = opened.folder.file(RANKINGS)
-            rankings = chunked_rows(path, len(usable), CHUNK, ranked, "requests ranked", console)
+            rankings = opened.rows(RANKINGS, len(usable), CHUNK, ranked, "requests ranked")
         lists = [_ranked_list(row, item) for row, item in zip(usable, rankings, strict=True) if item["valid"]]
         if not lists:
             raise InputError(f"no request got a valid ranking; feedback on the first: {rankings[0]['feedback']}")
@@ -115,7 +113,7 @@ def run(options: TunaRank, console: Console | None = None) -> dict[str, Any]:
             raise InputError(f"{options.ranker} ties all candidates of all {tied} lists: nothing could be learned")
         write_ranked_lists(opened.folder.file(RANKED), lists)
         metrics = agreement(lists)
-        results = opened.folder.finish(
+        results = opened.finish(
             metrics,
             {
                 "requests": len(rows),
@@ -125,10 +123,8 @@ def run(options: TunaRank, console: Console | None = None) -> dict[str, Any]:
                 "candidates": sum(len(item.candidates) for item in lists),
                 "all tied": tied,
                 "calls": sum(item["calls"] for item in rankings),
-                "seconds": opened.seconds,
             },
         )
-        opened.tracker.summary(results)
         shown = (f"{name} {value:.3f}" for name, value in metrics.items() if value is not None)
         console.print(f"{len(lists)} of {len(rows)} requests ranked:", *shown, highlight=False)
         return results
@@ -143,10 +139,10 @@ def read_candidates(folder: str) -> tuple[list[dict[str, Any]], DataLayout]:
         InputError: if the folder holds no rows, or the run has not finished.
     """
     rows = read_records(Path(folder) / CANDIDATES)
-    results, config = read_json(Path(folder) / "results.json"), read_json(Path(folder) / "config.json")
-    if not rows or (results or {}).get("status") != "finished":
+    run = finished_run(Path(folder))
+    if not rows or run is None:
         raise InputError(f"--candidates {folder} holds no candidates: has 'tuna candidates' finished there?")
-    return rows, ((config or {}).get("options") or {}).get("layout", "chat")
+    return rows, run.options["layout"]
 
 
 def _rank_rows(

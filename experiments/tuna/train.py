@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from annotated_types import Lt
 from rich.console import Console
 
 from ...agents.policy.checkpoints import policy_from, read_state
@@ -24,7 +25,7 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
 from ...llm_backends.training.adapters import LoraSettings
 from ..runs.folder import RunFolder, read_json, write_json, write_once
-from ..runs.options import check_counts
+from ..runs.options import Count
 from ..runs.training import Run, TrainingOptions, digest, policy_folder, run_stage, tokenizer_of, weights_digest
 from ..teaching.finetune import TRAIN
 from .rank import RANKED
@@ -65,29 +66,26 @@ class TunaTrain(TrainingOptions):
     imitate: Literal["reference", "best", "all"] = "reference"
     """Responses that the likelihood term imitates: reference (the reference response, as in the paper), best (the best
     candidate) or all (as in the released code)."""
-    epochs: int = 2
+    epochs: Count = 2
     """Epochs over the lists."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Lists per optimiser step."""
     learning_rate: float = 1e-4
     """Peak learning rate (cosine, 10% warm-up)."""
     lora_rank: int = 16
     """Rank of a new LoRA adapter. 0: train all weights. Not used with --policy, which has an adapter already."""
-    holdout: float = 0.1
+    holdout: Annotated[float, Lt(1)] = 0.1
     """Share of the lists that is withheld from training. On it, the order of candidates by the policy is compared with
     the ranking."""
-    context_length: int = 512
+    context_length: Count = 512
     """Maximum number of tokens of request and response together. Longer examples are left out and counted."""
 
     def check(self) -> None:
         super().check()
-        check_counts(self, "epochs", "batch_size", "context_length")
         if not self.ranked:
             raise InputError("--ranked is missing: name the run folder of 'tuna rank', or a file of ranked lists")
         if self.policy and self.model:
             raise InputError("--policy and --model exclude each other: a policy brings the model it was trained on")
-        if self.holdout >= 1:
-            raise InputError(f"--holdout is a share below 1, got {self.holdout}")
         _ = self.settings
 
     @property
@@ -135,7 +133,7 @@ def run(options: TunaTrain, console: Console | None = None) -> dict[str, Any]:
         )
         return {}
     # A resumed run must use the same rankings and weights: the options hold only their paths.
-    identity = {"lists": digest([[ranked.id, ranked.candidates, ranked.scores] for ranked in lists])}
+    identity: dict[str, Any] = {"lists": digest([[ranked.id, ranked.candidates, ranked.scores] for ranked in lists])}
     identity |= {"weights": weights_digest(start)} if start is not None else {}
 
     def work(opened: Run) -> dict[str, Any]:
