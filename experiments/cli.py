@@ -20,10 +20,12 @@ from rich.text import Text
 
 from ..envs.registration import IDS
 from ..llm_backends.errors import InputError, RunError
+from .runs.config import config_words, take_config
 
 DESCRIPTION = (
     "Gymnasium environments for instructions, prompts and responses, and agents that solve them. "
-    "'instructgym --version' prints the version."
+    "'instructgym --version' prints the version. '--config FILE' after a command fills its options from YAML or from the "
+    "config.json of a run; options that are typed win."
 )
 CONFIG = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
 
@@ -209,6 +211,9 @@ def parse(args: Sequence[str]) -> tuple[Callable[[Any, Console], Any], Any]:
         The function of the command, and its options.
     """
     called, words = command_of(args) or (None, list(args))
+    words, config, trusted = take_config(words)
+    if called is None and config:
+        raise InputError("--config fills the options of a command: name the command first")
     if called is None and words and not words[0].startswith("-") and words[0].replace("_", "-") not in GROUPS:
         known = dict.fromkeys(command.name.partition(" ")[0] for command in COMMANDS)
         print(f"error: unknown command {words[0]!r}: use {', '.join(known)}", file=sys.stderr)
@@ -224,6 +229,8 @@ def parse(args: Sequence[str]) -> tuple[Callable[[Any, Console], Any], Any]:
         parent = groups[group] if name else app
         if command is called or completes:
             options, function = command.load()
+            if config:  # typed words come last, so that they win
+                words = [*config_words(config, command.name, options, words, trusted), *words]
             parent.command(name=name or group)(options)
         else:
             parent.command(name=name or group, help=command.summary)(_not_called)
@@ -247,8 +254,12 @@ def main(args: Sequence[str] | None = None) -> None:
     if words == ["--version"]:
         print(f"instructgym {version('instructgym')}")
         sys.exit(0)
-    function, options = parse(words)
-    sys.exit(guarded(lambda console: function(options, console)))
+
+    def work(console: Console) -> None:
+        function, options = parse(words)
+        function(options, console)
+
+    sys.exit(guarded(work))
 
 
 def guarded(work: Callable[[Console], Any]) -> int:

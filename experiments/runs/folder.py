@@ -13,7 +13,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -45,13 +45,17 @@ class RunFolder:
         path: path of the folder.
         config: JSON-able options of the command.
         command: name of the command.
+        fixed: names of the options that must be equal when the run is resumed; None: all but those of
+            :data:`NOT_IDENTITY`.
 
     Raises:
         InputError: if the folder holds another run, or rows without a ``config.json``.
     """
 
-    def __init__(self, path: str | Path, config: Mapping[str, Any], command: str) -> None:
-        self.path, self.command = Path(path), command
+    def __init__(
+        self, path: str | Path, config: Mapping[str, Any], command: str, fixed: Collection[str] | None = None
+    ) -> None:
+        self.path, self.command, self._fixed = Path(path), command, fixed
         # The round trip gives the types that a stored configuration has: tuples become lists, paths strings.
         self.config = json.loads(json.dumps(dict(config), default=str))
         self._refuse_other_run()
@@ -69,7 +73,8 @@ class RunFolder:
             raise InputError(f"{self.path} holds a run of '{stored.get('command')}': choose another folder")
         for key in sorted(set(self.config) | set(options)):
             value, stored_value = self.config.get(key), options.get(key)
-            if key not in NOT_IDENTITY and _without_budget(value) != _without_budget(stored_value):
+            fixed = key not in NOT_IDENTITY if self._fixed is None else key in self._fixed
+            if fixed and _without_budget(value) != _without_budget(stored_value):
                 raise InputError(
                     f"{self.path} holds a run with {key}={stored_value!r}, not {value!r}: choose another folder or "
                     "output, or repeat the options of that run to resume it"

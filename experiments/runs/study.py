@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -74,7 +74,10 @@ class StudyOptions(ABC):
         check_fields(self)
 
     def identity(self) -> Mapping[str, Any]:
-        """Returns the values that may not change between runs in one folder; stages check their own options."""
+        """Returns the options, and digests of data, that may not change when the study is resumed.
+
+        Stages check their own options.
+        """
         return {}
 
     @abstractmethod
@@ -111,7 +114,8 @@ def run_study(study: StudyOptions, console: Console, only: str | None = None) ->
         console.print(f"would run {names} in {study.root}", highlight=False)
         return {}
     results: dict[str, Results] = {}
-    with RunFolder(study.root, study.identity(), study.command).opened():
+    identity = study.identity()
+    with RunFolder(study.root, asdict(study) | dict(identity), study.command, fixed=set(identity)).opened():
         study.prepare()
         try:
             for stage in stages:

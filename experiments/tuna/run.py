@@ -166,7 +166,10 @@ class TunaRun(StudyOptions):
     def identity(self) -> Mapping[str, Any]:
         tasks = digest([[task.name, task.instruction] for task in self.evaluation_tasks()])
         fixed = ("model", "order", "scale", "judge_backend", "evaluation_judge")
-        return {name: getattr(self, name) for name in fixed} | {"evaluation_tasks": tasks, "arms": self.arm_names}
+        return {name: getattr(self, name) for name in fixed} | {
+            "evaluation_tasks": tasks,
+            "arms": ",".join(self.arm_names),
+        }
 
     def stages(self) -> list[StudyStage]:
         arms, sizes, root = self.arm_names, SIZES[self.scale], self.root
