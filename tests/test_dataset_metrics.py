@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instructgym.experiments.evolve.compare import plot_comparison
-from instructgym.experiments.evolve.train import plot_training
+from instructgym.experiments.evolve.plots import plot_comparison, plot_training
 from instructgym.experiments.runs.report import smooth
 from instructgym.experiments.runs.statistics import distinct_n, interval, mean_pairwise_distance
 from instructgym.llm_backends import resolve

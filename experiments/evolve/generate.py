@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,18 @@ from ...agents.sb3.policy_io import load_policy
 from ...llm_backends import Journal, request_seed
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
-from ..runs.folder import RowWriter, RunFolder, TimeLimit, Tracker, read_json, replayed
-from ..runs.options import BackendOptions, check_output, input_errors
+from ..runs.folder import RowWriter, RunFolder, TimeLimit, Tracker, replayed
+from ..runs.options import check_output, input_errors
 from ..runs.progress import StepProgress
-from .generator import GenerationSettings, InstructionGenerator, chunks, dataset_metrics, generation_env
-from .train import EvolveTrain, Roles, check_context, describe, identity, load_seeds, roles_of
+from ..runs.training import OutOfTimeError
+from .generator import GenerationOptions, InstructionGenerator, generation_env
+from .train import EvolveTrain, Roles, check_context, describe, ended_training, identity, load_seeds, roles_of
 
 FORMATS = ("alpaca", "messages")
 
 
 @dataclass
-class EvolveGenerate(BackendOptions):
+class EvolveGenerate(GenerationOptions):
     """Make an instruction data set with a trained policy."""
 
     backend: str = ""
@@ -44,12 +45,6 @@ class EvolveGenerate(BackendOptions):
     """Format of a row. alpaca: fields instruction, input and output. messages: a chat of two messages."""
     limit: int = 0
     """Number of seeds to evolve, taken from the beginning of the list. 0: all."""
-    chunk: int = 16
-    """Seed instructions evolved together in one batch."""
-    rouge_threshold: float = 0.7
-    """Drop an instruction if its ROUGE-L to a seed or to an accepted instruction is above this."""
-    answer_tokens: int = 96
-    """Maximum length of an answer, in tokens; an answer that is cut off there loses its unfinished sentence."""
     responder_backend: str = ""
     """Model that answers, written like --backend. By default the rewriter."""
     deterministic: bool = False
@@ -59,17 +54,8 @@ class EvolveGenerate(BackendOptions):
         super().check()
         if self.format not in FORMATS:
             raise InputError(f"--format must be {' or '.join(FORMATS)}, got {self.format!r}")
-        if self.chunk < 1 or self.answer_tokens < 1:
-            raise InputError("--chunk and --answer-tokens must be at least 1")
-        if not 0 < self.rouge_threshold <= 1:
-            raise InputError(f"--rouge-threshold must be in (0, 1], got {self.rouge_threshold}")
         if self.out and Path(self.out).suffix not in (".jsonl", ".parquet"):
             raise InputError(f"--out must end in .jsonl or .parquet, got {self.out!r}")
-
-    @property
-    def settings(self) -> GenerationSettings:
-        """Settings of the generator."""
-        return GenerationSettings(self.seed, self.chunk, self.rouge_threshold, self.answer_tokens, self.deterministic)
 
 
 def run(options: EvolveGenerate, console: Console | None = None) -> dict[str, Any]:
@@ -113,7 +99,7 @@ def run(options: EvolveGenerate, console: Console | None = None) -> dict[str, An
     ):
         env = generation_env(trained, roles, instructions, options.chunk)
         agent = load_policy(Path(options.run_dir) / "checkpoints", env, options.seed)
-        generator = InstructionGenerator(agent, env, roles, options.settings)
+        generator = InstructionGenerator(agent, env, roles, options, options.seed, options.deterministic)
         return _generate(options, folder, generator, journal, out, console)
 
 
@@ -129,42 +115,37 @@ def _generate(
     begun, limit = time.monotonic(), TimeLimit(options.minutes, journal)
     rows = RowWriter(out.with_suffix(".jsonl"))
     rejected = RowWriter(folder.file("rejected.jsonl"))
-    calls: Counter[str] = Counter()
-    reasons: Counter[str] = Counter()
-    returns: list[float] = []
-    accepted: list[dict[str, Any]] = []
-    count = len(generator.process.instructions)
-    done = 0
+    totals, count, done = generator.totals, len(generator.process.instructions), 0
+
+    def check_time() -> None:
+        if limit.reached():
+            raise OutOfTimeError
+
     with (
         Tracker(folder, options.track, step_name="seeds") as tracker,
         StepProgress("seeds evolved", count, console) as progress,
+        suppress(OutOfTimeError),
     ):
-        for members in chunks(count, options.chunk):
-            if limit.reached():
-                break
-            result = generator.chunk(members)
-            for row in result.accepted:
+        for made in generator.run(check_time):
+            for row in made.accepted:
                 rows.write(formatted(row, options.format, generator.roles))
-            for row in result.rejected:
+            for row in made.rejected:
                 rejected.write(row)
-            accepted += result.accepted
-            calls.update(result.calls)
-            returns += result.returns
-            reasons.update(row["rejected_by"] for row in result.rejected)
-            done += len(members)
-            counters = {f"calls/{role}": spent for role, spent in calls.items()}
-            tracker.write(counters | {"accepted": len(accepted), "rejected": sum(reasons.values())}, {}, step=done)
-            progress.update(done, f"{len(accepted)} instructions accepted")
+            done = len(totals.returns)
+            counters = {f"calls/{role}": spent for role, spent in totals.calls.items()}
+            counters |= {"accepted": len(totals.texts), "rejected": totals.rejected_by.total()}
+            tracker.write(counters, {}, step=done)
+            progress.update(done, f"{len(totals.texts)} instructions accepted")
     if out.suffix == ".parquet":
         write_parquet(out.with_suffix(".jsonl"), out)
     results = folder.finish(
-        metrics=dataset_metrics([row["instruction"] for row in accepted], calls, returns),
+        metrics=totals.metrics(),
         counts={
             "seeds": done,
-            "accepted": len(accepted),
-            "rejected": sum(reasons.values()),
-            "calls": dict(calls),
-            "rejected_by": dict(reasons),
+            "accepted": len(totals.texts),
+            "rejected": totals.rejected_by.total(),
+            "calls": dict(totals.calls),
+            "rejected_by": dict(totals.rejected_by),
             "seconds": round(time.monotonic() - begun, 1),
         },
         status="finished" if done == count else "stopped",
@@ -231,14 +212,10 @@ def trained_options(options: EvolveGenerate) -> EvolveTrain:
     Raises:
         InputError: if the run folder holds no training run or no policy.
     """
-    stored = read_json(Path(options.run_dir) / "config.json")
-    if stored is None or stored.get("command") != "evolve train":
-        raise InputError(f"{options.run_dir} holds no run of 'evolve train': train first, or name its --run-dir")
-    results = read_json(Path(options.run_dir) / "results.json")
-    if results is None or not (Path(options.run_dir) / "checkpoints" / "agent.json").exists():
-        raise InputError(f"the training in {options.run_dir} has not ended: repeat its 'evolve train' command first")
-    known = {f.name for f in fields(EvolveTrain)}
-    trained = EvolveTrain(**{k: v for k, v in stored["options"].items() if k in known})
+    stored, _ = ended_training(options.run_dir)
+    if not (Path(options.run_dir) / "checkpoints" / "agent.json").exists():
+        raise InputError(f"the training in {options.run_dir} has left no policy: repeat its 'evolve train' command")
+    trained = EvolveTrain(**{f.name: stored[f.name] for f in fields(EvolveTrain) if f.name in stored})
     if options.backend:
         # The model of the training belongs to its backend.
         trained.backend, trained.model = options.backend, ""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,26 +20,39 @@ from ...envs.edit.process import EditProcess
 from ...envs.process import Transition
 from ...envs.tasks.instruction.seeds import Instruction
 from ...llm_backends import BackendError, Message, Sampling, request_seed, resolve
+from ...llm_backends.errors import InputError
 from ...rewards import RougeGate, eliminated_by
 from ...rewards.elimination import STRING_RULES
+from ..runs.options import RunOptions, check_counts
 from ..runs.statistics import distinct_n, mean_pairwise_distance
-from .train import EnvOptions, Roles, make_env
+from .train import EnvOptions, Roles, make_env, mean
 
 
-@dataclass(frozen=True)
-class GenerationSettings:
-    """Settings of generating and filtering instructions."""
+@dataclass
+class GenerationOptions(RunOptions):
+    """Options of generating and filtering instructions."""
 
-    seed: int = 0
-    """Seed of episodes, sampled actions and answers."""
     chunk: int = 16
-    """Seed instructions evolved together in one batch."""
+    """Seed instructions evolved together in one batch of generation."""
     rouge_threshold: float = 0.7
-    """Largest ROUGE-L of an instruction to a seed or an accepted instruction; above it the instruction is dropped."""
+    """Drop an instruction if its ROUGE-L to a seed or to an accepted instruction is above this."""
     answer_tokens: int = 96
-    """Maximum length of an answer, in tokens."""
-    deterministic: bool = False
-    """Take the policy's most likely operation instead of sampling one."""
+    """Maximum length of an answer, in tokens; an answer that is cut off there loses its unfinished sentence."""
+
+    def check(self) -> None:
+        super().check()
+        check_counts(self, "chunk", "answer_tokens")
+        if not 0 < self.rouge_threshold <= 1:
+            raise InputError(f"--rouge-threshold must be in (0, 1], got {self.rouge_threshold}")
+
+    def chunk_calls(self, horizon: int, verdicts: int) -> int:
+        """Returns the largest number of LLM calls of one chunk, without retries.
+
+        Args:
+            horizon: edits per seed, each of which costs a rewrite, its verdicts and an answer.
+            verdicts: judge calls per edit.
+        """
+        return self.chunk * horizon * (2 + verdicts)
 
 
 @dataclass
@@ -55,6 +69,38 @@ class Generated:
     """LLM calls by kind: ``rewrite``, ``judge`` and ``answer``."""
 
 
+@dataclass
+class Totals:
+    """What all chunks so far gave."""
+
+    texts: list[str] = field(default_factory=list)
+    """Accepted instructions."""
+    returns: list[float] = field(default_factory=list)
+    """Return of each episode, one per seed."""
+    calls: Counter[str] = field(default_factory=Counter)
+    """LLM calls by kind."""
+    rejected_by: Counter[str] = field(default_factory=Counter)
+    """Dropped candidates by reason."""
+
+    def add(self, made: Generated) -> None:
+        """Adds the rows and counts of one chunk."""
+        self.texts += [row["instruction"] for row in made.accepted]
+        self.returns += made.returns
+        self.calls.update(made.calls)
+        self.rejected_by.update(row["rejected_by"] for row in made.rejected)
+
+    def metrics(self) -> dict[str, Any]:
+        """Returns the mean return, the cost in LLM calls, and diversity and length of the accepted instructions."""
+        texts = self.texts
+        return {
+            "mean_return": mean(self.returns),
+            "calls_per_accepted": self.calls.total() / len(texts) if texts else None,
+            "embedding_distance": mean_pairwise_distance(texts, resolve("embedder", "minilm")),
+            "distinct_2": distinct_n(texts, 2),
+            "mean_words": mean([len(text.split()) for text in texts]),
+        }
+
+
 class InstructionGenerator:
     """Evolves chunks of seeds with a policy, filters the results and has them answered.
 
@@ -63,21 +109,53 @@ class InstructionGenerator:
         env: the vector env it acts in, with at least as many sub-environments as a chunk has seeds; elimination must
             not end episodes.
         roles: the language models that rewrite, judge and answer.
-        settings: sampling and thresholds.
+        options: sizes and thresholds.
+        seed: seed of episodes, sampled actions and answers.
+        deterministic: whether to take the policy's most likely operation instead of sampling one.
     """
 
-    def __init__(self, agent: Any, env: VectorToVecEnv, roles: Roles, settings: GenerationSettings) -> None:
-        self.agent, self.roles, self.settings = agent, roles, settings
+    def __init__(
+        self,
+        agent: Any,
+        env: VectorToVecEnv,
+        roles: Roles,
+        options: GenerationOptions,
+        seed: int,
+        deterministic: bool = False,
+    ) -> None:
+        self.agent, self.roles, self.options = agent, roles, options
+        self.seed, self.deterministic = seed, deterministic
+        self.totals = Totals()
         vector: Any = env.env.unwrapped
         self.process: EditProcess = vector.process
         self.observer = vector.observer
         self.normalizer: VecNormalize | None = unwrap_vec_normalize(agent.get_env())
-        self.gate = RougeGate(settings.rouge_threshold, [instruction.text for instruction in self.process.instructions])
+        self.gate = RougeGate(options.rouge_threshold, [instruction.text for instruction in self.process.instructions])
 
-    @property
-    def max_chunk_calls(self) -> int:
-        """Largest number of LLM calls of one chunk, without retries: rewrite, verdicts and answer of every step."""
-        return self.settings.chunk * self.process.settings.horizon * (2 + self.process.reward.calls_per_sample)
+    def run(self, check_time: Callable[[], None], budget: int | None = None) -> Iterator[Generated]:
+        """Evolves chunk after chunk of the seeds and adds up :attr:`totals`.
+
+        Args:
+            check_time: called before each chunk; it raises an exception to stop.
+            budget: number of LLM calls, for passes over the seeds until it does not cover another chunk; None: one
+                pass.
+
+        Yields:
+            The result of each chunk. The same seeds always share a chunk.
+        """
+        rows, size = range(len(self.process.instructions)), self.options.chunk
+        # Reserve the most that a chunk may cost, so that no run exceeds its budget.
+        reserve = self.options.chunk_calls(self.process.settings.horizon, self.process.reward.calls_per_sample)
+        for epoch in (0,) if budget is None else itertools.count():
+            for start in rows[::size]:
+                if budget is not None and self.totals.calls.total() + reserve > budget:
+                    return
+                check_time()
+                made = self.chunk(rows[start : start + size], epoch)
+                if budget is not None and not made.calls.total():
+                    return  # a policy that only chooses the no-op makes no calls and would never spend its budget
+                self.totals.add(made)
+                yield made
 
     def chunk(self, rows: Sequence[int], epoch: int = 0) -> Generated:
         """Evolves the seed instructions with the given indices, filters the texts and answers those that are left.
@@ -101,12 +179,11 @@ class InstructionGenerator:
         copies = list(range(len(rows)))
         indices = np.zeros(len(self.process.episodes), dtype=np.int64)
         indices[: len(rows)] = rows
-        seed = self.settings.seed
         # An episode's seed depends on its row, not on the chunks before it: a resumed run repeats it.
         for copy, row in zip(copies, rows, strict=True):
-            self.process.generators[copy], _ = seeding.np_random(request_seed(seed, "generate", epoch, row))
+            self.process.generators[copy], _ = seeding.np_random(request_seed(self.seed, "generate", epoch, row))
         # The policy samples the actions of a chunk together, so the chunk's first row seeds it.
-        self._reseed(request_seed(seed, "policy", epoch, rows[0]))
+        self._reseed(request_seed(self.seed, "policy", epoch, rows[0]))
         self.process.begin(copies, {"index": indices})
         episodes: list[list[Transition]] = [[] for _ in rows]
         state, starts = None, np.ones(len(rows), dtype=bool)
@@ -131,7 +208,7 @@ class InstructionGenerator:
     def _predict(self, observation: Any, state: Any, starts: np.ndarray, copies: Sequence[int]) -> tuple[Any, Any]:
         """Returns an action per sub-environment and the policy's next recurrent state."""
         masks = np.stack([self.process.mask(copy) for copy in copies]).astype(bool)
-        kwargs = {"state": state, "episode_start": starts, "deterministic": self.settings.deterministic}
+        kwargs = {"state": state, "episode_start": starts, "deterministic": self.deterministic}
         if isinstance(self.agent, BaselineAgent) or type(self.agent).__name__ == "MaskablePPO":
             kwargs["action_masks"] = masks
         return self.agent.predict(observation, **kwargs)
@@ -188,10 +265,10 @@ class InstructionGenerator:
         ]
         samplings = [
             Sampling(
-                max_tokens=self.settings.answer_tokens,
+                max_tokens=self.options.answer_tokens,
                 temperature=0.7,
                 top_p=0.95,
-                seed=request_seed(self.settings.seed, "answer", c["epoch"], c["seed_index"], c["step"]),
+                seed=request_seed(self.seed, "answer", c["epoch"], c["seed_index"], c["step"]),
             )
             for c in candidates
         ]
@@ -225,27 +302,3 @@ def generation_env(
         elimination=tuple(STRING_RULES),
         elimination_ends=False,
     )
-
-
-def chunks(count: int, size: int) -> Iterator[list[int]]:
-    """Yields the row numbers 0 to ``count - 1`` in chunks; the same rows always share a chunk."""
-    for start in range(0, count, size):
-        yield list(range(start, min(start + size, count)))
-
-
-def dataset_metrics(texts: Sequence[str], calls: Counter[str], returns: Sequence[float]) -> dict[str, Any]:
-    """Returns diversity and length of a set of accepted instructions, their mean return and their cost in LLM calls.
-
-    Args:
-        texts: the accepted instructions.
-        calls: LLM calls by kind.
-        returns: return of each episode.
-    """
-    spent = sum(calls.values())
-    return {
-        "mean_return": float(np.mean(returns)) if returns else 0.0,
-        "calls_per_accepted": spent / len(texts) if texts else None,
-        "embedding_distance": mean_pairwise_distance(texts, resolve("embedder", "minilm")),
-        "distinct_2": distinct_n(texts, 2),
-        "mean_words": float(np.mean([len(text.split()) for text in texts])) if texts else 0.0,
-    }

@@ -19,6 +19,7 @@ from rich.table import Table
 from ...agents.sb3.factory import BASELINES
 from ...llm_backends.errors import InputError
 from ..runs.folder import read_json
+from .train import ended_training
 
 ROLES = {"rewrite": "rewriter", "judge": "judge", "answer": "responder"}
 """Kinds of LLM calls, and the role that serves each."""
@@ -78,12 +79,7 @@ def accounting(run_dir: str | Path) -> dict[str, Any]:
         InputError: if the folder holds no ended run of ``evolve train``, or a file of it is broken.
     """
     folder = Path(run_dir)
-    config, trained = read_json(folder / "config.json"), read_json(folder / "results.json")
-    if config is None or config.get("command") != "evolve train":
-        raise InputError(f"{folder} holds no run of 'evolve train': name the run folder that it trained in")
-    if trained is None:
-        raise InputError(f"the training in {folder} has not ended: repeat its 'evolve train' command first")
-    options = config["options"]
+    options, trained = ended_training(folder)
     training = _account({kind: _count(trained, f"{kind}_calls", folder) for kind in ("rewrite", "judge")}, folder)
     datasets = {}
     # Each data set made with the policy has a run folder of its own.

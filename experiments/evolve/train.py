@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,17 +30,17 @@ from ...envs.tasks.instruction.seeds import Instruction, load_instructions
 from ...llm_backends import Backend, Journal
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
-from ..runs.folder import RowWriter, RunFolder, Tracker, journaled_roles, replayed
+from ..runs.folder import RowWriter, RunFolder, Tracker, journaled_roles, read_json, replayed
 from ..runs.options import BackendOptions, check_counts, input_errors, parse_part, parse_reward
 from ..runs.progress import ShowProgress, StepProgress
-from ..runs.report import COLOURS, panels, smooth
+from .plots import plot_training
 
 ENV_ID = "instructgym/EvolveInstruction-v0"
 
 
 @dataclass
 class EnvOptions(BackendOptions):
-    """Options of the environment."""
+    """Options of the environment and of training in it."""
 
     seeds: str = ""
     """File of seed instructions: JSONL or JSON with 'instruction', Alpaca JSON, Self-Instruct's seed_tasks.jsonl, or
@@ -65,10 +65,12 @@ class EnvOptions(BackendOptions):
     """Add an action (the seventh, with the paper's six) that leaves the text unchanged and makes no LLM call."""
     num_envs: int = 8
     """Environments stepped together; their requests share one batch."""
+    n_steps: int = 6
+    """Steps of each environment per policy update in training, for on-policy algorithms."""
 
     def check(self) -> None:
         super().check()
-        check_counts(self, "horizon", "candidates", "num_envs")
+        check_counts(self, "horizon", "candidates", "num_envs", "n_steps")
         parse_reward(self.reward)
 
 
@@ -181,8 +183,6 @@ class EvolveTrain(EnvOptions):
     episodes: int = 0
     """Length of training, as a number of episodes of --horizon steps, rounded up to whole rollouts; episodes that end
     early make it more. 0: by --scale, 40 or 400."""
-    n_steps: int = 6
-    """Steps of each environment per policy update, for on-policy algorithms."""
     normalize_observation: bool = False
     """Normalise observations by their running mean and deviation, clipped to 5, like the paper's filter. The statistics
     are saved with the policy."""
@@ -192,8 +192,6 @@ class EvolveTrain(EnvOptions):
     def check(self) -> None:
         super().check()
         self.algorithm = check_algorithm(self.algorithm)
-        if self.n_steps < 1:
-            raise InputError(f"--n-steps must be at least 1, got {self.n_steps}")
         if self.algorithm in ("PPO", "MaskablePPO", "RecurrentPPO", "TRPO") and self.n_steps * self.num_envs < 2:
             raise InputError(f"{self.algorithm} needs rollouts of at least 2 steps: raise --n-steps or --num-envs")
         if self.observation == "text":
@@ -268,10 +266,10 @@ def _train(options: EvolveTrain, folder: RunFolder, env: VecEnv, journal: Journa
         fifth = max(len(returns) // 5, 1)
         results = folder.finish(
             metrics={
-                "mean_return": _mean(returns),
-                "first_fifth_return": _mean(returns[:fifth]),
-                "last_fifth_return": _mean(returns[-fifth:]),
-                "mean_length": _mean([row["length"] for row in history]),
+                "mean_return": mean(returns),
+                "first_fifth_return": mean(returns[:fifth]),
+                "last_fifth_return": mean(returns[-fifth:]),
+                "mean_length": mean([row["length"] for row in history]),
             },
             counts={
                 "timesteps": int(agent.num_timesteps),
@@ -291,6 +289,20 @@ def _train(options: EvolveTrain, folder: RunFolder, env: VecEnv, journal: Journa
         f"last fifth {results['metrics']['last_fifth_return']:.2f}; policy and figures in {folder.path}"
     )
     return results
+
+
+def ended_training(run_dir: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the options and the results of the ``evolve train`` in a run folder.
+
+    Raises:
+        InputError: if the folder holds no run of ``evolve train``, or one that has not ended.
+    """
+    stored, results = read_json(Path(run_dir) / "config.json"), read_json(Path(run_dir) / "results.json")
+    if stored is None or stored.get("command") != "evolve train":
+        raise InputError(f"{run_dir} holds no run of 'evolve train': train first, or name its --run-dir")
+    if results is None:
+        raise InputError(f"the training in {run_dir} has not ended: repeat its 'evolve train' command first")
+    return stored["options"], results
 
 
 class _Checkpoint(BaseCallback):
@@ -314,43 +326,6 @@ class _Checkpoint(BaseCallback):
         self._last = time.monotonic()
 
 
-def _mean(values: list[float]) -> float:
+def mean(values: Sequence[float]) -> float:
+    """Returns the mean of values, 0 if there are none."""
     return float(np.mean(values)) if values else 0.0
-
-
-OPERATION_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#999999")
-
-
-def plot_training(episodes: Sequence[Mapping[str, Any]], updates: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """Plots the learning curve of one run and the shares of the operations over its updates, and returns the path.
-
-    Args:
-        episodes: rows of ``episodes.jsonl``.
-        updates: rows of ``metrics.jsonl``.
-        path: PNG file to write.
-    """
-    figure, axes = panels(2)
-    left, right = axes[0]
-    if episodes:
-        steps = [row["timesteps"] for row in episodes]
-        returns = [row["return"] for row in episodes]
-        left.scatter(steps, returns, s=14, alpha=0.35, color=COLOURS[0], linewidths=0, label="episode")
-        window = max(len(returns) // 8, 5)
-        curve = dict(zip(steps, smooth(returns, window), strict=True))  # several episodes may end in one step
-        left.plot(list(curve), list(curve.values()), color=COLOURS[0], linewidth=2, label=f"mean of the last {window}")
-        left.legend(frameon=False)
-    left.set(title="Return per episode", xlabel="environment steps", ylabel="return")
-    names = sorted({key for row in updates for key in row if key.startswith("operations/")})
-    if names:
-        steps = [row["timesteps"] for row in updates]
-        shares = np.array([[row.get(name) or 0.0 for row in updates] for name in names])
-        right.stackplot(
-            steps, shares, labels=[n.removeprefix("operations/") for n in names], colors=OPERATION_COLOURS, alpha=0.85
-        )
-        right.set_ylim(0, 1)
-        handles, labels = right.get_legend_handles_labels()
-        # Reversed, so that the legend lists the operations as they are stacked, from top to bottom.
-        right.legend(handles[::-1], labels[::-1], frameon=False, bbox_to_anchor=(1.0, 1.0), loc="upper left")
-    right.set(title="Operations chosen (last 96 steps)", xlabel="environment steps", ylabel="share")
-    figure.savefig(path, dpi=130)
-    return path

@@ -313,9 +313,10 @@ class _Best(BaseCallback):
 def _edit(search: PromptSearch, algorithm: str) -> None:
     """Runs an agent that edits prompts until the calls are spent, which raises CallLimitError."""
     env = make_sb3_env(EDIT_ENV, n_envs=search.settings["copies"], **_edit_options(search))
-    agent = make_agent(algorithm, env, search.seed, search.settings["horizon"])
-    # The limit on calls ends the search, not the number of steps.
-    agent.learn(10**9, callback=[_Best(search)])
+    horizon = search.settings["horizon"]
+    agent = make_agent(algorithm, env, search.seed, horizon)
+    # More steps than the calls pay for, because each episode scores its start prompt.
+    agent.learn(horizon * search.scorer.limit, callback=[_Best(search)])
 
 
 def _edit_options(search: PromptSearch) -> dict[str, Any]:

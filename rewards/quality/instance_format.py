@@ -106,25 +106,41 @@ def parse_instance_or_reason(text: str, order: Order = "input_first", instructio
     input_text = values.get("input", "")
     absent = input_text.removesuffix(".").casefold() in NO_INPUT
     instance = Instance("" if absent else input_text, values[output_name])
-    return _defect(instance, order, instruction) or instance
-
-
-def _defect(instance: Instance, order: Order, instruction: str) -> str:
-    """Returns the reason why the values of an instance are malformed; empty if they are well formed."""
-    if not instance.output:
-        return "empty_output"
     if order == "output_first" and "\n" in instance.output:
         return "long_label"
-    if one_line(instance.input) == one_line(instance.output):
+    return value_defect(instance, instruction) or instance
+
+
+def value_defect(instance: Instance, instruction: str = "", strict: bool = True) -> str:
+    """Returns why the values of an instance are malformed, whatever its format; empty if they are well formed.
+
+    Args:
+        instance: the instance, with values without surrounding white space.
+        instruction: instruction of the instance, which the output must not repeat; empty: not checked.
+        strict: True: an output that differs from the input by white space alone equals it, and one that contains the
+            words of the instruction repeats it. False: as in Self-Instruct, whole texts are compared.
+
+    Returns:
+        The first of the reasons ``empty_output``, ``input_is_output``, ``echo`` and ``ends_with_colon`` that applies.
+    """
+    if not instance.output:
+        return "empty_output"
+    if instance.input == instance.output or (strict and one_line(instance.input) == one_line(instance.output)):
         return "input_is_output"
-    if _repeats(instance.output, instruction):
+    repeats = _contains_words if strict else _same_line
+    if instruction and repeats(instance.output, instruction):
         return "echo"
     if instance.input.endswith(":") or instance.output.endswith(":"):
         return "ends_with_colon"
     return ""
 
 
-def _repeats(output: str, instruction: str) -> bool:
+def _same_line(output: str, instruction: str) -> bool:
+    """Returns whether the output is the instruction; case and the kind of white space do not count."""
+    return one_line(output).casefold() == one_line(instruction).casefold()
+
+
+def _contains_words(output: str, instruction: str) -> bool:
     """Returns whether the output repeats the instruction word by word; case and punctuation do not count."""
     output_words, instruction_words = re.findall(r"\w+", output.casefold()), re.findall(r"\w+", instruction.casefold())
     if len(instruction_words) < ECHO_WORDS:

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 from ....llm_backends.base import Prompt, PromptStyle
 from ....llm_backends.prompting import build_prompt, fill, load_prompts, one_line
-from ....rewards.quality.instance_format import NO_INPUT, Instance, Order
+from ....rewards.quality.instance_format import NO_INPUT, Instance, Order, value_defect
 
 MAX_INSTANCES = 5
 STOPS = (f"Example {MAX_INSTANCES + 1}", "Task:")
@@ -179,7 +179,7 @@ def clean(
     # Defects of single instances.
     remaining: list[Instance] = []
     for instance in instances[:limit]:
-        reason = _defect(instance, instruction)
+        reason = value_defect(instance, instruction, strict=False)
         if reason:
             cleaned.dropped.append((instance, reason))
         else:
@@ -193,16 +193,3 @@ def clean(
     duplicates = Counter(remaining) - Counter(cleaned.kept)
     cleaned.dropped += [(instance, "duplicate") for instance in duplicates.elements()]
     return cleaned
-
-
-def _defect(instance: Instance, instruction: str) -> str | None:
-    """Returns why an instance is dropped regardless of the others; None if there is no reason."""
-    if not instance.output:
-        return "empty_output"
-    if instance.input == instance.output:
-        return "input_is_output"
-    if instruction and one_line(instance.output).casefold() == one_line(instruction).casefold():
-        return "echo"
-    if instance.input.endswith(":") or instance.output.endswith(":"):
-        return "ends_with_colon"
-    return None
