@@ -15,7 +15,7 @@ from instructgym.experiments.cli import main
 from instructgym.experiments.judging import calibrate as judge
 from instructgym.experiments.judging.calibrate import JudgeCalibrate, plot_calibration
 from instructgym.experiments.judging.measures import Judgement, LabelledPair, count, measure, read_labelled_pairs
-from instructgym.experiments.runs.statistics import auc, wilson
+from instructgym.experiments.runs.statistics import wilson
 from instructgym.llm_backends import FunctionBackend, ScriptedBackend
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.records import read_records
@@ -321,12 +321,6 @@ def test_wilsons_interval_is_scipys(case):
         assert 0 <= low <= high <= 1
     else:
         assert (low, high) == (0, 1)
-
-
-@given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), max_size=12))
-def test_auc_is_the_share_of_pairs_in_order(rows):
-    ahead = [(a > b) + (a == b) / 2 for a, is_a in rows for b, is_b in rows if is_a and not is_b]
-    assert auc(*([r[i] for r in rows] for i in (0, 1))) == (pytest.approx(np.mean(ahead)) if ahead else None)
 
 
 @given(

@@ -1,6 +1,9 @@
 """The official metrics against values worked out by hand, and malformed answers, which are wrong."""
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from instructgym.envs.tasks.nlu.metrics import evaluate, format_rate
@@ -67,6 +70,34 @@ def test_three_class_metrics_agree_with_scikit_learn():
     assert evaluate("AX", predicted, examples("AX", gold))["mcc"] == pytest.approx(matthews_corrcoef(gold, predicted))
     cb = evaluate("CB", predicted, examples("CB", gold))
     assert cb["f1_macro"] == pytest.approx(f1_score(gold, predicted, average="macro"))
+
+
+def mean_f1(gold, predicted, words):
+    """The definition: 2 hits / (labels + predictions), 0 for a class without either."""
+    hits = {word: sum(a == b == word for a, b in zip(gold, predicted, strict=True)) for word in words}
+    return np.mean([2 * hits[word] / max(gold.count(word) + predicted.count(word), 1) for word in words])
+
+
+def mcc(gold, predicted):
+    """The definition: correlation of one-hot rows; 0 if one side is constant."""
+    words = sorted({*gold, *predicted})
+    rows = [np.array([[word == w for w in words] for word in side], float) for side in (gold, predicted)]
+    one, other = (row - row.mean(axis=0) for row in rows)
+    scale = np.sqrt((one**2).sum() * (other**2).sum())
+    return (one * other).sum() / scale if scale else 0.0
+
+
+@pytest.mark.filterwarnings("error")
+@given(st.lists(st.tuples(st.sampled_from("ENC"), st.sampled_from("ENCx")), min_size=1, max_size=12))
+def test_scores_are_those_of_the_definitions_on_any_answers(rows):
+    gold, answers = (spell(side) for side in zip(*rows, strict=True))
+    predicted = [word or "" for word in answers]
+    f1 = mean_f1(gold, predicted, sorted({*gold, *predicted} - {""}))
+    assert evaluate("CB", answers, examples("CB", gold))["f1_macro"] == pytest.approx(f1, abs=1e-12)
+    assert evaluate("AX", answers, examples("AX", gold))["mcc"] == pytest.approx(mcc(gold, predicted), abs=1e-12)
+    binary = [["Yes" if word == "Entailment" else "No" for word in side] for side in (gold, predicted)]
+    found = evaluate("MRPC", binary[1], examples("MRPC", binary[0]))["f1"]
+    assert found == pytest.approx(mean_f1(*binary, ["Yes"]), abs=1e-12)
 
 
 def test_a_malformed_answer_never_scores_like_a_right_one():

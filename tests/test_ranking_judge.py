@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
 
 from instructgym.llm_backends import BackendError, FunctionBackend, ScriptedBackend, resolve
 from instructgym.llm_backends.prompting import load_prompts
 from instructgym.rewards import RankingJudge, RankingQuestion, Sample, rank, score_with_retries
-from instructgym.rewards.judges.ranking import kendall_tau, parse_ranking
+from instructgym.rewards.judges.ranking import parse_ranking
 
 TEXTS = ("q3", "q1", "q4", "q2")
 """Responses that say how good they are; the lowest number is the best."""
@@ -130,12 +129,6 @@ def test_a_judge_that_follows_the_position_disagrees_with_itself():
     assert abs(np.mean([ranking.agreement for ranking in found])) < 0.25
     scores = RankingJudge(backend, rounds=4).reward(group(*TEXTS))
     assert all(-1 <= score.terms["agreement"] < 1 for score in scores)
-
-
-@given(st.integers(2, 8).flatmap(lambda n: st.tuples(st.permutations(range(n)), st.permutations(range(n)))))
-def test_kendalls_tau_is_scipys(pair):
-    first, second = map(np.array, pair)
-    assert kendall_tau(first, second) == pytest.approx(stats.kendalltau(first, second).statistic)
 
 
 def test_scores_log_the_mean_rank_and_count_a_groups_requests_once():

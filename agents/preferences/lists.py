@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import kendalltau
 
 from ...envs.tasks.instruction.data import OPENINGS, DataLayout, InstructionExample, prompt_text
 from ...envs.tasks.responses.candidates import RankedList
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.causal_lm import token_budget_chunks
 from ...llm_backends.local.tokenization import Tokenizer
+from ...rewards.rank_statistics import mean_kendall_tau
 from ..policy.language_model import LanguageModelPolicy
 from .trainer import TokenizedRankedList
 
@@ -133,13 +133,10 @@ def rank_agreement(
             logprobs = logprobs - policy.reference_logprobs(prompts, responses, allowed)
         parts = logprobs.split([len(response) for response in responses])
         values += [float(part.sum() if ratios else part.mean()) for part in parts]
-    taus, start = [], 0
+    pairs, start = [], 0
     for ranked in lists:
         policy_values = values[start : start + len(ranked.candidates)]
         start += len(ranked.candidates)
         # The order counts better candidates, so its negative rises with quality as log-probs do.
-        tau = kendalltau(policy_values, -ranked.order()).statistic
-        # NaN if one of the two orders consists of ties.
-        if np.isfinite(tau):
-            taus.append(float(tau))
-    return float(np.mean(taus)) if taus else None
+        pairs.append((policy_values, -ranked.order()))
+    return mean_kendall_tau(pairs)

@@ -24,6 +24,7 @@ from ...llm_backends.local.causal_lm import token_budget_chunks
 from ...llm_backends.local.tokenization import Tokenizer
 from ...rewards.learned.edits import EditedPair, edit_labels
 from ...rewards.learned.reward_model import Level, RewardModel, Transform
+from ...rewards.rank_statistics import auc
 from .trainer import SupervisedSettings, SupervisedTrainer
 
 
@@ -415,17 +416,6 @@ def evaluate_reward_model(model: RewardModel, pairs: Sequence[TokenizedPair]) ->
         "written": after[written],
         "unchanged": np.concatenate([before[~removed], after[~written]]),
     }
-    aucs = {"removed_auc": _auc(-before, removed), "written_auc": _auc(after, written)}
+    aucs = {"removed_auc": auc(-before, removed), "written_auc": auc(after, written)}
     measures |= {name: value for name, value in aucs.items() if value is not None}
     return measures | {f"{kind}_reward": float(values.mean()) for kind, values in kinds.items() if len(values)}
-
-
-def _auc(values: np.ndarray, positive: np.ndarray) -> float | None:
-    """Returns the area under the ROC curve, ties counted half; None if there are no positives or no negatives."""
-    from scipy.stats import mannwhitneyu
-
-    if positive.all() or not positive.any():
-        return None
-    positives, negatives = values[positive], values[~positive]
-    # The AUC is the U statistic per pair. Only its p-value, which is not used, depends on the method: take a cheap one.
-    return float(mannwhitneyu(positives, negatives, method="asymptotic").statistic / (len(positives) * len(negatives)))

@@ -23,7 +23,7 @@ from ...rewards import Reward, Sample, Score, score_with_retries
 from ..runs.folder import chunked_rows, read_json
 from ..runs.options import input_errors, parse_part, parse_reward
 from ..runs.responses import Response, respond
-from ..runs.statistics import distinct_n, wilson
+from ..runs.statistics import distinct_n, known_mean, wilson
 from ..runs.training import Run, policy_folder, run_stage, tokenizer_of
 from .common import ENV_ID, StageOptions, check_lengths, load_stage_policy
 
@@ -188,8 +188,7 @@ def _score(reward: Reward, samples: Sequence[Sample]) -> list[float | None]:
 
 def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
     """Returns the mean of a column over the rows that have a value; None if there is none."""
-    known = [row[name] for row in rows if row[name] is not None]
-    return float(np.mean(known)) if known else None
+    return known_mean(row[name] for row in rows)
 
 
 def _reference(options: FineGrainedEvaluate, examples: Sequence[PromptExample]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from ...llm_backends.records import read_records
 from ..runs.folder import read_json
 from ..runs.options import check_output
 from ..runs.report import COLOURS, band, markdown, panels, rich_table, smooth
+from ..runs.statistics import known_mean
 from .evaluate import RESPONSES, wilson_win_rate
 
 
@@ -92,9 +93,7 @@ class _ArmRuns:
 
     def mean(self, name: str) -> float | None:
         """Returns the mean of a metric over the seeds that have it; None if no seed has."""
-        values = [results["metrics"].get(name) for results in self.evaluations]
-        known = [value for value in values if value is not None]
-        return float(np.mean(known)) if known else None
+        return known_mean(results["metrics"].get(name) for results in self.evaluations)
 
     def figures(self) -> dict[str, Any]:
         """Returns means over seeds, and the win rate with its interval over prompts.

@@ -12,11 +12,10 @@ import numpy as np
 
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_user_rows, user_text
-from ...rewards.judges.verdict import (
-    Verdict,
-)
+from ...rewards.judges.verdict import Verdict
+from ...rewards.rank_statistics import auc
 from ...rewards.texts.rouge import rouge_l
-from ..runs.statistics import auc, wilson
+from ..runs.statistics import known_mean, wilson
 
 PairKind = Literal["pairwise", "equality"]
 """``pairwise``: which of two responses is better; ``equality``: do two instructions ask for the same."""
@@ -143,7 +142,7 @@ def measure(kind: PairKind, judgements: Sequence[Judgement]) -> dict[str, Any]:
     metrics: dict[str, Any] = {
         "accuracy": shares(sum(right), len(right)),
         "accuracy_decided": shares(sum(decided), len(decided)),
-        "order_disagreement": float(np.mean(disagree)) if answer_pairs else None,
+        "order_disagreement": known_mean(disagree),
         "position_bias": None,
         "self_consistency": _consistency(judgements),
         "invalid_rate": float(np.mean([j.outcome is None for j in judgements])),
@@ -187,7 +186,7 @@ def _consistency(judgements: Sequence[Judgement]) -> float | None:
         if len(answers) > 1:
             yes, no = sum(answers), len(answers) - sum(answers)
             same.append((yes * (yes - 1) + no * (no - 1)) / (len(answers) * (len(answers) - 1)))
-    return float(np.mean(same)) if same else None
+    return known_mean(same)
 
 
 def _longer(pair: LabelledPair) -> str:

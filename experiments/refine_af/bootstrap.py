@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -39,7 +38,7 @@ from ..evolve.train import identity
 from ..runs.folder import RowWriter, RunFolder, TimeLimit, Tracker, journaled_roles, replayed
 from ..runs.options import BackendOptions, check_counts, input_errors, parse_part
 from ..runs.progress import StepProgress
-from ..runs.statistics import distinct_n, mean_pairwise_distance
+from ..runs.statistics import distinct_n, known_mean, mean_pairwise_distance
 
 
 @dataclass(frozen=True)
@@ -443,10 +442,10 @@ def _metrics(record: _Record) -> dict[str, Any]:
     answered = {row["task_id"] for row in instances}
     return {
         "acceptance_rate": len(tasks) / seen if seen else None,
-        "mean_similarity": float(np.mean([task["similarity"] for task in tasks])) if tasks else None,
+        "mean_similarity": known_mean(task["similarity"] for task in tasks),
         "embedding_distance": mean_pairwise_distance(texts, resolve("embedder", "minilm")),
         "distinct_2": distinct_n(texts, 2),
-        "mean_words": float(np.mean([len(text.split()) for text in texts])) if texts else None,
+        "mean_words": known_mean(len(text.split()) for text in texts),
         "classification_share": sum(t["is_classification"] is True for t in tasks) / len(tasks) if tasks else None,
         "instances_per_instruction": len(instances) / len(tasks) if instances else None,
         "with_instances": len(answered) / len(tasks) if instances else None,

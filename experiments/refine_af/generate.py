@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from ...agents.policy.checkpoints import policy_from, read_state
@@ -29,7 +28,7 @@ from ..evolve.generate import FORMATS, in_format
 from ..runs.folder import chunked_rows, read_json
 from ..runs.options import check_counts, check_output, input_errors
 from ..runs.responses import respond
-from ..runs.statistics import distinct_n
+from ..runs.statistics import distinct_n, known_mean
 from ..runs.training import Run, policy_folder, run_stage, tokenizer_of, weights_digest
 from .common import ENV_ID, STATEFUL_PRESET, InstanceOptions, prompts_digest
 
@@ -269,16 +268,10 @@ def _metrics(
     return {
         "acceptance_rate": len(accepted) / len(responses),
         "format_rate": 1 - malformed / len(responses),
-        "mean_reward": _mean([row["reward"] for row in responses]),
-        "mean_reward_accepted": _mean([row["reward"] for row in accepted]),
+        "mean_reward": known_mean([row["reward"] for row in responses]),
+        "mean_reward_accepted": known_mean([row["reward"] for row in accepted]),
         "with_instances": len({row["id"] for row in accepted}) * options.samples / len(responses),
-        "with_input": _mean([float(bool(row["input"])) for row in accepted]),
-        "output_words": _mean([float(len(text.split())) for text in outputs]),
+        "with_input": known_mean([float(bool(row["input"])) for row in accepted]),
+        "output_words": known_mean([float(len(text.split())) for text in outputs]),
         "distinct_2": distinct_n(outputs, 2),
     }
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    """Returns the mean of the values that are not None; None if there are none."""
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 from rich.console import Console
 
 from ...agents.policy.language_model import LanguageModelPolicy
@@ -24,6 +23,7 @@ from ...llm_backends.training.adapters import LoraSettings
 from ...rewards import FunctionReward, WeightedSum
 from ..runs.options import SCALES, check_counts, input_errors, parse_reward
 from ..runs.report import plot_instance_training
+from ..runs.statistics import known_mean
 from ..runs.training import Run, run_stage, tokenizer_of
 from .common import ENV_ID, QUALITY, InstanceOptions, prompts_digest, well_formed
 
@@ -167,6 +167,5 @@ def learned(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     count = min(ENDS, len(rows) // 2)
     for name, key in keys.items():
         for end, part in (("first", rows[:count]), ("last", rows[len(rows) - count :])):
-            values = [row[key] for row in part if row.get(key) is not None]
-            means[f"{name}_{end}"] = float(np.mean(values)) if values else None
+            means[f"{name}_{end}"] = known_mean(row.get(key) for row in part)
     return means

@@ -1,9 +1,9 @@
-"""Statistics of experiments: scores against references, comparisons of models over tasks, diversity, intervals, AUC."""
+"""Statistics of experiments: scores against references, comparisons of models over tasks, diversity, intervals."""
 
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -180,20 +180,7 @@ def wilson(right: float, total: int) -> tuple[float, float]:
     return max(float((centre - half) / scale), 0.0), min(float((centre + half) / scale), 1.0)
 
 
-def auc(values: Sequence[float], positive: Sequence[bool]) -> float | None:
-    """Returns the area under the ROC curve: the probability that a positive example has a higher value than a negative.
-
-    Args:
-        values: value of each example.
-        positive: True for each positive example.
-
-    Returns:
-        The AUC, where a tie counts as half; None if there is no positive or no negative example.
-    """
-    ranks, labels = stats.rankdata(values), np.asarray(positive, dtype=bool)
-    positives, negatives = int(labels.sum()), int((~labels).sum())
-    if not positives or not negatives:
-        return None
-    # The Mann-Whitney statistic: the positives' ranks, less those that they have among themselves, count the negatives
-    # below them.
-    return float((ranks[labels].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+def known_mean(values: Iterable[float | None]) -> float | None:
+    """Returns the mean of the values that are not None; None if there are none."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None

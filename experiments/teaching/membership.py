@@ -21,8 +21,8 @@ from ...agents.policy.language_model import LanguageModelPolicy
 from ...agents.supervised.sft import TokenizedDemonstration
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.causal_lm import token_budget_chunks
+from ...rewards.rank_statistics import auc_between
 from ..runs.report import COLOURS, panels
-from ..runs.statistics import auc
 
 ATTACKS = ("loss", "calibrated", "min_k")
 """Names of the attacks. ``loss``: negative mean loss per token; ``calibrated``: mean loss of the reference model minus
@@ -167,8 +167,7 @@ def attack_metrics(
         raise InputError(f"an attack needs members and non-members, got {len(members)} and {len(others)} scores")
     if not (np.isfinite(members).all() and np.isfinite(others).all()):
         raise InputError("a score is not finite: the model gives a row's token no probability, or is broken")
-    value = auc([*members, *others], [True] * len(members) + [False] * len(others))
-    assert value is not None
+    value = float(auc_between(members, others))
     low, high = np.quantile(_resampled_aucs(members, others, seed, resamples), [0.025, 0.975])
     rate: float | None = None
     reason = ""
@@ -184,14 +183,12 @@ def attack_metrics(
 def _resampled_aucs(members: np.ndarray, others: np.ndarray, seed: int, resamples: int) -> np.ndarray:
     """Returns the AUC of bootstrap samples of members and of non-members; float64, shape (resamples,)."""
     rng = np.random.default_rng(seed)
-    count, pairs = len(members), len(members) * len(others)
-    rows = max(1_000_000 // (count + len(others)), 1)  # bootstrap samples drawn together, which bounds the memory
+    # The number of bootstrap samples that are drawn together bounds the memory.
+    rows = max(1_000_000 // (len(members) + len(others)), 1)
     aucs = []
     for start in range(0, resamples, rows):
         drawn = [rng.choice(side, (min(rows, resamples - start), len(side))) for side in (members, others)]
-        # The AUC is the Mann-Whitney statistic of the members' ranks, divided by the number of pairs.
-        ranks = stats.rankdata(np.concatenate(drawn, axis=1), axis=1)
-        aucs.append((ranks[:, :count].sum(axis=1) - count * (count + 1) / 2) / pairs)
+        aucs.append(auc_between(*drawn))
     return np.concatenate(aucs)
 
 
@@ -228,9 +225,7 @@ def length_shift(members: Sequence[int], nonmembers: Sequence[int]) -> LengthShi
         p_value = 1.0 if min(len(inside), len(outside)) < 2 or inside.mean() == outside.mean() else 0.0
     else:
         p_value = float(stats.ttest_ind(inside, outside, equal_var=False).pvalue)
-    by_length = auc([*inside, *outside], [True] * len(inside) + [False] * len(outside))
-    assert by_length is not None
-    return LengthShift(float(inside.mean()), float(outside.mean()), p_value, by_length)
+    return LengthShift(float(inside.mean()), float(outside.mean()), p_value, float(auc_between(inside, outside)))
 
 
 def side_of(rows: Sequence[Mapping[str, Any]], side: str) -> list[Mapping[str, Any]]:
@@ -253,12 +248,10 @@ def plot_roc(scores: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> P
     for axis, (name, rows) in zip(axes.flat, scores.items(), strict=False):
         axis.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle="--", label="guessing")
         for k, attack in enumerate(ATTACKS):
-            sides = ([row[attack] for row in side_of(rows, side)] for side in SIDES)
+            sides = [[row[attack] for row in side_of(rows, side)] for side in SIDES]
             false_positives, true_positives = roc(*sides)
-            area = auc([row[attack] for row in rows], [row["member"] for row in rows])
-            axis.plot(
-                false_positives, true_positives, color=COLOURS[k], linewidth=2, label=f"{TITLES[attack]}: {area:.2f}"
-            )
+            label = f"{TITLES[attack]}: {auc_between(*map(np.array, sides)):.2f}"
+            axis.plot(false_positives, true_positives, color=COLOURS[k], linewidth=2, label=label)
         members, others = (len(side_of(rows, side)) for side in SIDES)
         axis.set(
             title=f"{name}: {members} members, {others} others",

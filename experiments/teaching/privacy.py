@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -286,13 +286,7 @@ def _measure(rows: Sequence[Mapping[str, Any]], options: Privacy) -> dict[str, A
         ).as_dict()
         for attack in ATTACKS
     }
-    lengths = {
-        "members": shift.members,
-        "nonmembers": shift.nonmembers,
-        "p_value": shift.p_value,
-        "auc": shift.auc,
-    }
-    return {"attacks": attacks, "lengths": lengths, "warnings": warnings}
+    return {"attacks": attacks, "lengths": asdict(shift), "warnings": warnings}
 
 
 def _show(metrics: Mapping[str, Any], console: Console) -> None:

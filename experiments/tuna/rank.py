@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from scipy.stats import kendalltau
 
 from ...agents.preferences.lists import FINISHED
 from ...envs.tasks.instruction.data import OPENINGS, DataLayout, InstructionExample, prompt_text, request_text
@@ -23,9 +22,11 @@ from ...llm_backends import Backend, BackendError, request_seed
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
 from ...rewards import CandidateScores, ProbabilisticRanker, Ranker, rouge_l
+from ...rewards.rank_statistics import mean_kendall_tau
 from ..runs.folder import journaled_roles
 from ..runs.options import RunOptions, build_judge, input_errors, parse_part
 from ..runs.report import finished_run
+from ..runs.statistics import known_mean
 from ..runs.training import Run, digest, run_stage
 from .candidates import CANDIDATES
 
@@ -219,18 +220,13 @@ def agreement(lists: Sequence[RankedList]) -> dict[str, float | None]:
             ROUGE-L of the candidate that is ranked first; ``rouge_l_mean``: mean ROUGE-L of all candidates. A value is
             None if no list has a reference.
     """
-    taus, best, mean = [], [], []
-    for ranked in lists:
-        if ranked.reference is None:
-            continue
-        overlaps = [rouge_l(text, ranked.reference) for text in ranked.candidates]
-        tau = kendalltau(ranked.scores, overlaps).statistic
-        if np.isfinite(tau):  # it is NaN if all scores, or all overlaps, are equal
-            taus.append(float(tau))
-        best.append(overlaps[int(np.argmax(ranked.scores))])
-        mean.append(float(np.mean(overlaps)))
+    compared = [
+        (ranked.scores, [rouge_l(text, ranked.reference) for text in ranked.candidates])
+        for ranked in lists
+        if ranked.reference is not None
+    ]
     return {
-        "kendall_tau": float(np.mean(taus)) if taus else None,
-        "rouge_l_best": float(np.mean(best)) if best else None,
-        "rouge_l_mean": float(np.mean(mean)) if mean else None,
+        "kendall_tau": mean_kendall_tau(compared),
+        "rouge_l_best": known_mean(overlaps[int(np.argmax(scores))] for scores, overlaps in compared),
+        "rouge_l_mean": known_mean(float(np.mean(overlaps)) for _, overlaps in compared),
     }

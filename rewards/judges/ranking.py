@@ -14,6 +14,7 @@ from ...llm_backends import Backend, BackendError, Prompt, Sampling, request_see
 from ...llm_backends.errors import InputError
 from ...llm_backends.prompting import build_prompt, few_shot, fill, load_prompts
 from ..base import Reward, Sample, Score
+from ..rank_statistics import mean_kendall_tau
 from .verdict import judge_temperature
 
 RequestKind = Literal["open", "closed", "either"]
@@ -214,16 +215,8 @@ def _ranking(distinct_indices: Sequence[int], replies: Sequence[Any], orders: Se
     if not rows:
         return RankingVerdict(None, distinct, why=why, calls=len(replies))
     mean = np.mean(rows, axis=0)
-    taus = [kendall_tau(a, b) for a, b in combinations(rows, 2)]
-    agreement = float(np.mean(taus)) if taus else None
+    agreement = mean_kendall_tau(combinations(rows, 2))
     return RankingVerdict(tuple(float(mean[i]) for i in distinct_indices), distinct, agreement, calls=len(replies))
-
-
-def kendall_tau(first: np.ndarray, second: np.ndarray) -> float:
-    """Returns Kendall's tau of two rankings without ties: 1 for the same order, -1 for the opposite one."""
-    upper = np.triu_indices(len(first), k=1)
-    signs = [np.sign(np.subtract.outer(ranks, ranks))[upper] for ranks in (first, second)]
-    return float((signs[0] * signs[1]).mean())
 
 
 class RankingJudge(Reward):

@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from scipy import stats
 
 from ....llm_backends.errors import InputError
@@ -90,36 +89,31 @@ def _accuracy(task: NLUTask, answers: Answers, examples: Examples) -> float:
 
 
 def _f1(task: NLUTask, answers: Answers, examples: Examples) -> float:
-    return _class_f1(*_classes(task, answers, examples), task.words[0])
-
-
-def _class_f1(gold: Sequence[str], predicted: Sequence[str], word: str) -> float:
-    hits = sum(a == b == word for a, b in zip(gold, predicted, strict=True))
-    # The guard makes F1 0 for a class that occurs in neither the labels nor the predictions.
-    return 2 * hits / max(sum(a == word for a in gold) + sum(b == word for b in predicted), 1)
+    return _mean_f1(*_classes(task, answers, examples), [task.words[0]])
 
 
 def _f1_macro(task: NLUTask, answers: Answers, examples: Examples) -> float:
     """Returns the mean F1 over the classes that occur in the labels or the predictions."""
     gold, predicted = _classes(task, answers, examples)
     # A malformed answer is a miss of its label's class, not a class to average over.
-    words = sorted({*gold, *predicted} - {MALFORMED})
-    return sum(_class_f1(gold, predicted, word) for word in words) / len(words)
+    return _mean_f1(gold, predicted, sorted({*gold, *predicted} - {MALFORMED}))
+
+
+def _mean_f1(gold: Sequence[str], predicted: Sequence[str], words: Sequence[str]) -> float:
+    """Returns the mean F1 over the classes; that of a class in neither the labels nor the predictions is 0."""
+    # Imported here, because it takes a second, which a dry run or a refusal should not wait for.
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(gold, predicted, labels=words, average="macro", zero_division=0.0))
 
 
 def _mcc(task: NLUTask, answers: Answers, examples: Examples) -> float:
-    """Returns Matthews' correlation for any number of classes: the normalised covariance of one-hot rows."""
+    """Returns Matthews' correlation for any number of classes."""
+    from sklearn.metrics import matthews_corrcoef
+
     gold, predicted = _classes(task, answers, examples)
-    words = sorted({*gold, *predicted})
-    gold_onehot, predicted_onehot = (
-        np.array([[word == w for w in words] for word in side], dtype=np.float64) for side in (gold, predicted)
-    )
-    gold_onehot, predicted_onehot = (
-        gold_onehot - gold_onehot.mean(axis=0),
-        predicted_onehot - predicted_onehot.mean(axis=0),
-    )
-    scale = float(np.sqrt((gold_onehot * gold_onehot).sum() * (predicted_onehot * predicted_onehot).sum()))
-    return float((gold_onehot * predicted_onehot).sum()) / scale if scale > 0 else 0.0
+    # scikit-learn warns if there is only one class.
+    return float(matthews_corrcoef(gold, predicted)) if len(set(gold)) > 1 else 0.0
 
 
 def _gender_parity(task: NLUTask, answers: Answers, examples: Examples) -> float:
