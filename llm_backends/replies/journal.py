@@ -184,7 +184,8 @@ class Journaled(BackendWrapper):
         self.usage.cache_hits += len(keys) - len(missing)
         if missing:
             before = replace(self.inner.usage)
-            sent, pending, errors, stored = list(missing), {}, {}, monotonic()
+            pending: dict[str, Any] = {}
+            sent, errors, stored = list(missing), {}, monotonic()
             try:
                 with preserved_rng():
                     for number, result in send(list(missing.values())):
