@@ -12,11 +12,11 @@ import json
 import random
 import sys
 from abc import ABC
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -114,6 +114,8 @@ class Completion:
 
 Result: TypeAlias = list[Completion] | BackendError
 """The result of one prompt: its completions, or the error of that prompt alone."""
+
+ResultT = TypeVar("ResultT")
 
 
 @dataclass
@@ -219,7 +221,11 @@ class Backend(Part, ABC):
     def _counted(self, prompts: list[Prompt], samplings: list[Sampling]) -> Iterator[tuple[int, Result]]:
         self.usage.calls += 1
         for index, result in self._generate_each(prompts, samplings):
-            self._count(result)
+            self.usage.requests += 1
+            if isinstance(result, BackendError):
+                self.usage.errors += 1
+            elif self.counts_result_tokens:
+                self.usage.completion_tokens += sum(len(completion.token_ids) for completion in result)
             yield index, result
 
     def logprobs(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[np.ndarray | BackendError]:
@@ -342,12 +348,22 @@ class Backend(Part, ABC):
             results.append(np.array(sums, np.float32) if error is None else error)
         return results
 
-    def _count(self, result: Result) -> None:
-        self.usage.requests += 1
-        if isinstance(result, BackendError):
-            self.usage.errors += 1
-        elif self.counts_result_tokens:
-            self.usage.completion_tokens += sum(len(completion.token_ids) for completion in result)
+    def _run_fitting(
+        self,
+        encoded: Sequence[list[int] | BackendError],
+        run: Callable[[list[int], list[list[int]]], Iterable[ResultT]],
+    ) -> list[ResultT | BackendError]:
+        """Runs the prompts that fit into the context as one batch; the others keep their error in their place.
+
+        Args:
+            encoded: for each prompt its token ids, which are counted in ``usage``, or its error.
+            run: gets indices and token ids of the prompts that fit, and returns a result for each of them.
+        """
+        fit = [index for index, ids in enumerate(encoded) if not isinstance(ids, BackendError)]
+        tokens = [ids for ids in encoded if not isinstance(ids, BackendError)]
+        self.usage.prompt_tokens += sum(map(len, tokens))
+        results = iter(run(fit, tokens) if fit else ())
+        return [ids if isinstance(ids, BackendError) else next(results) for ids in encoded]
 
     def _per_prompt(self, prompts: list[Prompt], sampling: Sampling | Sequence[Sampling]) -> list[Sampling]:
         samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)

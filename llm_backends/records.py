@@ -1,4 +1,4 @@
-"""JSONL files: a run's own, which are append-only and survive a kill, and those that a user passes.
+"""Files that are replaced whole, and JSONL files: a run's own, which survive a kill, and those that a user passes.
 
 A run appends whole rows, and drops a torn last line when it resumes. A user's rows are never dropped.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,19 @@ from .errors import InputError
 
 class RecordError(InputError):
     """The error of a JSONL file with a line that is not a JSON object, other than a torn last line."""
+
+
+@contextmanager
+def replaced(path: str | Path) -> Iterator[Path]:
+    """Yields the path of a file to write beside ``path``, which it replaces at the end of the block; creates folders.
+
+    A kill, or an error in the block, leaves the earlier file as it was: no reader sees half a file.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(path.name + ".part")
+    yield scratch
+    scratch.replace(path)
 
 
 def read_records(path: str | Path, repair: bool = False) -> list[dict[str, Any]]:
@@ -59,10 +73,8 @@ def append_lines(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
         return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    data = text.encode("utf-8", "surrogatepass")  # servers send lone surrogates in JSON escapes
     with path.open("ab", buffering=0) as file:
-        view = memoryview(data)
+        view = memoryview(_lines(rows))
         # An unbuffered write may write less than it was given.
         while len(view):
             view = view[file.write(view) :]
@@ -70,13 +82,14 @@ def append_lines(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def write_lines(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
     """Writes a file of rows, replacing an existing one atomically: no reader sees a partial file."""
-    path = Path(path)
-    scratch = path.with_name(path.name + ".part")
-    scratch.unlink(missing_ok=True)
-    scratch.parent.mkdir(parents=True, exist_ok=True)
-    scratch.touch()  # append_lines creates no file for zero rows
-    append_lines(scratch, rows)
-    scratch.replace(path)
+    with replaced(path) as scratch:
+        scratch.write_bytes(_lines(rows))
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Returns rows as the lines of a JSONL file."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return text.encode("utf-8", "surrogatepass")  # servers send lone surrogates in JSON escapes
 
 
 def read_user_text(path: str | Path, option: str = "") -> str:

@@ -15,6 +15,7 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 
 from ...llm_backends.errors import InputError
+from ...llm_backends.records import replaced
 from .baselines import BaselineAgent
 from .factory import make_agent
 
@@ -63,8 +64,10 @@ def save_policy(agent: Any, folder: str | Path, algorithm: str, n_steps: int, **
         "timesteps": int(agent.num_timesteps),
     }
     # The settings are written last: a folder that holds them holds the weights as well.
-    _replace(folder / WEIGHTS, lambda path: save_file(tensors, path))
-    _replace(folder / SETTINGS, lambda path: Path(path).write_text(json.dumps(settings, indent=2) + "\n"))
+    with replaced(folder / WEIGHTS) as scratch:
+        save_file(tensors, scratch)
+    with replaced(folder / SETTINGS) as scratch:
+        scratch.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
@@ -130,10 +133,3 @@ def observation_shapes(space: spaces.Space[Any]) -> dict[str, list[int]]:
 def _statistics(env: VecNormalize) -> dict[str, RunningMeanStd]:
     """Returns the running statistics of every part of an observation by name."""
     return env.obs_rms if isinstance(env.obs_rms, dict) else {"observation": env.obs_rms}
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Writes a file beside its place and moves it there, so that a kill never leaves half of it."""
-    scratch = path.with_suffix(path.suffix + ".part")
-    write(str(scratch))
-    scratch.replace(path)

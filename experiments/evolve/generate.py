@@ -20,7 +20,7 @@ from rich.table import Table
 from ...agents.sb3.policy_io import load_policy
 from ...llm_backends import Journal, request_seed
 from ...llm_backends.errors import InputError
-from ...llm_backends.records import read_records
+from ...llm_backends.records import read_records, replaced
 from ..runs.folder import RowWriter, RunFolder, TimeLimit, Tracker, replayed
 from ..runs.options import check_output, input_errors
 from ..runs.progress import StepProgress
@@ -176,11 +176,10 @@ def write_parquet(source: Path, target: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    scratch = target.with_suffix(".parquet.part")
     # As text: the terms differ from reward to reward, and Parquet has no type for an object without fields.
     rows = [row | {"reward_terms": json.dumps(row["reward_terms"])} for row in read_records(source)]
-    pq.write_table(pa.Table.from_pylist(rows), scratch)
-    scratch.replace(target)
+    with replaced(target) as scratch:
+        pq.write_table(pa.Table.from_pylist(rows), scratch)
 
 
 def generation_table(results: dict[str, Any], out: Path) -> Table:

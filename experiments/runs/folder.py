@@ -26,7 +26,7 @@ from stable_baselines3.common.logger import KVWriter, Logger
 
 from ...llm_backends import Backend, Journal, Journaled, resolve
 from ...llm_backends.errors import InputError
-from ...llm_backends.records import append_lines, read_records, write_lines
+from ...llm_backends.records import append_lines, read_records, replaced, write_lines
 from ...llm_backends.serving.budget import Budget
 from .progress import StepProgress
 
@@ -291,10 +291,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON file atomically: after a kill, the file is complete or unchanged."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".part")
-    scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    scratch.replace(path)
+    with replaced(path) as scratch:
+        scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def _versions() -> dict[str, str]:

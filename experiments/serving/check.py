@@ -18,29 +18,12 @@ from rich.status import Status
 from rich.table import Table
 
 from ...llm_backends.errors import InputError
-from ...llm_backends.serving.probe import Findings, ServerProbe
+from ...llm_backends.serving.probe import CAPABILITIES, Findings, ServerProbe
 from ...llm_backends.serving.speed import Speed, measure_speed, recommended
 from ..runs.folder import write_json
 from ..runs.options import check_output
 
-TITLES = {
-    "chat": "chat",
-    "completions": "plain completions",
-    "logprobs": "log-probs of completions",
-    "token_ids": "token ids out",
-    "tokenize": "tokenizer",
-    "prompt_ids": "token ids in",
-    "given_logprobs": "log-probs of given texts",
-    "allowed_tokens": "only allowed tokens",
-    "processed_logprobs": "processed log-probs",
-    "end_tokens": "custom end tokens",
-    "adapters": "LoRA adapters at run time",
-    "structured_vllm": "structured output, vLLM",
-    "structured_json_schema": "structured output, json_schema",
-    "n": "n",
-    "seed": "seed",
-    "stop": "stop",
-}
+TITLES = {name: title for name, (title, _) in CAPABILITIES.items()}
 """Titles of the capabilities in the table, by name."""
 
 ROLLOUT_NEEDS = (
@@ -81,8 +64,7 @@ def suggest(findings: Findings, speeds: Sequence[Speed], key_variable: str = "OP
         speeds: measured speeds; may be empty.
         key_variable: environment variable with the key.
     """
-    concurrency = recommended(speeds)
-    missing = rollouts_lack(findings)
+    concurrency, missing = recommended(speeds), rollouts_lack(findings)
     return Settings(
         backend=backend_spec(findings, concurrency, key_variable),
         judge_mode="likelihood" if findings.can("given_logprobs") else "verdict",
@@ -100,7 +82,7 @@ def backend_spec(findings: Findings, concurrency: int | None, key_variable: str)
         concurrency: number of requests in flight; None: the backend's default.
         key_variable: environment variable with the key.
     """
-    part_id = "vllm-server" if findings.can("given_logprobs", "token_ids", "logprobs") else "openai"
+    is_vllm = findings.can("given_logprobs", "token_ids", "logprobs")
     forms = {"vllm": "structured_vllm", "json_schema": "structured_json_schema"}
     structured = next((form for form, name in forms.items() if findings.can(name)), "none")
     kwargs: dict[str, Any] = {
@@ -115,15 +97,16 @@ def backend_spec(findings: Findings, concurrency: int | None, key_variable: str)
         "concurrency": concurrency,
     }
     # The defaults of the logprobs, token_ids and structured arguments differ between the two backends.
-    is_vllm = part_id == "vllm-server"
     defaults = {
         "logprobs": is_vllm,
         "token_ids": is_vllm,
         "structured": "vllm" if is_vllm else "none",
+        "max_tokens_field": "max_tokens",
+        "key_variable": "OPENAI_API_KEY",
         "concurrency": None,
     }
-    defaults |= {"max_tokens_field": "max_tokens", "key_variable": "OPENAI_API_KEY"}
-    return {"id": part_id, "kwargs": {k: v for k, v in kwargs.items() if k not in defaults or defaults[k] != v}}
+    kwargs = {name: value for name, value in kwargs.items() if name not in defaults or defaults[name] != value}
+    return {"id": "vllm-server" if is_vllm else "openai", "kwargs": kwargs}
 
 
 def rollouts_lack(findings: Findings) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..base import Backend, BackendError, ContextLengthError, Prompt, PromptStyle, Result, Sampling
+from ..base import Backend, BackendError, Completion, ContextLengthError, Prompt, PromptStyle, Result, Sampling
 from .loading import HUB_ID, context_length, embedded_model_path, resolved_dtype, tokenizer_at
 from .tokenization import prompt_ids
 
@@ -90,15 +90,11 @@ class TransformersBackend(Backend):
     def _generate(self, prompts: list[Prompt], samplings: list[Sampling]) -> list[Result]:
         from .sampling import generate
 
-        # Prompts that fit run as one batch; the others keep their error in their place.
-        encoded = self._encode(prompts)
-        fit = [i for i, ids in enumerate(encoded) if isinstance(ids, list)]
-        tokens = [ids for ids in encoded if isinstance(ids, list)]
-        self.usage.prompt_tokens += sum(map(len, tokens))
-        fit_samplings = [samplings[i] for i in fit]
-        choices = [self._choices(sampling) for sampling in fit_samplings]
-        completions = iter(generate(self.lm, tokens, fit_samplings, choices) if fit else [])
-        return [next(completions) if isinstance(ids, list) else ids for ids in encoded]
+        def complete(fit: list[int], tokens: list[list[int]]) -> list[list[Completion]]:
+            fit_samplings = [samplings[i] for i in fit]
+            return generate(self.lm, tokens, fit_samplings, [self._choices(sampling) for sampling in fit_samplings])
+
+        return self._run_fitting(self._encode(prompts), complete)
 
     def _choices(self, sampling: Sampling) -> Choices | None:
         from .sampling import Choices
@@ -109,13 +105,10 @@ class TransformersBackend(Backend):
         return Choices(texts, eos) if texts else None
 
     def _logprobs(self, prompts: list[Prompt], completions: list[str]) -> list[np.ndarray | BackendError]:
-        encoded = self._encode(prompts, completions)
-        fit = [i for i, ids in enumerate(encoded) if isinstance(ids, list)]
-        tokens = [ids for ids in encoded if isinstance(ids, list)]
-        self.usage.prompt_tokens += sum(map(len, tokens))
-        targets = [self.lm.encode_completion(completions[i]) for i in fit]
-        scores = iter(self.lm.logprobs(tokens, targets) if fit else [])
-        return [next(scores) if isinstance(ids, list) else ids for ids in encoded]
+        def score(fit: list[int], tokens: list[list[int]]) -> list[np.ndarray]:
+            return self.lm.logprobs(tokens, [self.lm.encode_completion(completions[i]) for i in fit])
+
+        return self._run_fitting(self._encode(prompts, completions), score)
 
     def _choice_logprobs(
         self, prompts: list[Prompt], choices: list[list[str]], heads: list[Prompt]
@@ -129,20 +122,17 @@ class TransformersBackend(Backend):
         encoded = encode_all(lm, prompts)
         unique = {_key(head): head for head in heads if len(head)}
         beginnings = dict(zip(unique, encode_all(lm, list(unique.values())), strict=True))
-        # Each prompt whose longest continuation does not fit gets an error.
-        results: list[np.ndarray | BackendError] = []
-        for ids, continuations in zip(encoded, tails, strict=True):
-            total, limit = len(ids) + max(map(len, continuations)), lm.context_length
-            error = ContextLengthError(f"prompt and completion have {total} tokens, {self.name} reads {limit}")
-            results.append(error if total > limit else np.empty(0, np.float32))
-        # Score the others, reading each shared head once.
-        fit = [i for i, result in enumerate(results) if not isinstance(result, BackendError)]
-        self.usage.prompt_tokens += sum(len(encoded[i]) for i in fit)
-        shared_lengths = [shared_length(encoded[i], beginnings[_key(heads[i])]) if len(heads[i]) else 0 for i in fit]
-        scores = choice_logprobs(lm, [encoded[i] for i in fit], shared_lengths, [tails[i] for i in fit])
-        for i, row in zip(fit, scores, strict=True):
-            results[i] = row
-        return results
+        longest = [max(map(len, continuations)) for continuations in tails]
+        checked = [self._fitting(ids, further) for ids, further in zip(encoded, longest, strict=True)]
+
+        def score(fit: list[int], tokens: list[list[int]]) -> list[np.ndarray]:
+            shared_lengths = [
+                shared_length(ids, beginnings[_key(heads[i])]) if len(heads[i]) else 0
+                for i, ids in zip(fit, tokens, strict=True)
+            ]
+            return choice_logprobs(lm, tokens, shared_lengths, [tails[i] for i in fit])
+
+        return self._run_fitting(checked, score)
 
     def completion_ids(self, texts: Sequence[str]) -> list[list[int]]:
         tokenizer = tokenizer_at(self._path())
@@ -152,18 +142,19 @@ class TransformersBackend(Backend):
         """Returns the token ids of each prompt, or an error for one that, with its completion, exceeds the context."""
         encoded: list[list[int] | BackendError] = []
         for index, prompt in enumerate(prompts):
+            further = 0 if completions is None else len(self.lm.encode_completion(completions[index]))
             try:
-                ids = self.lm.encode(prompt)
-                if completions is not None:
-                    total = len(ids) + len(self.lm.encode_completion(completions[index]))
-                    if total > self.lm.context_length:
-                        raise ContextLengthError(
-                            f"prompt and completion have {total} tokens, {self.name} reads {self.lm.context_length}"
-                        )
-                encoded.append(ids)
+                encoded.append(self._fitting(self.lm.encode(prompt), further))
             except BackendError as error:
                 encoded.append(error)
         return encoded
+
+    def _fitting(self, ids: list[int], further: int) -> list[int] | BackendError:
+        """Returns the token ids of a prompt, or an error if they and ``further`` more exceed the context."""
+        total, limit = len(ids) + further, self.lm.context_length
+        if total <= limit:
+            return ids
+        return ContextLengthError(f"prompt and completion have {total} tokens, {self.name} reads {limit}")
 
 
 @dataclass(eq=False)

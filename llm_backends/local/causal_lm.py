@@ -324,20 +324,18 @@ class CausalLM:
         return decode_ids(self.tokenizer, ids)
 
     @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Sequence[int]], free_positions: int) -> Prefilled:
-        """Reads the prompts, except for prefixes that the prefix cache holds.
+    def prefill(self, prompts: Sequence[Sequence[int]], free_positions: int, are_prefixes: bool = False) -> Prefilled:
+        """Reads the prompts, except for prefixes that the prefix cache holds, in groups, into one cache.
 
         Args:
             prompts: token ids, none empty.
             free_positions: number of positions to keep free in the cache for the tokens that follow.
+            are_prefixes: whether the prompts are prefixes of others, all of which are stored in the prefix cache.
         """
         # Prefixes that are read first are found in the cache when the prompts are read.
-        if self.prefix_cache.capacity and (headers := self.prefix_cache.prefixes_to_prefill(prompts)):
-            self._read(headers, 0, store_all=True)
-        return self._read(prompts, free_positions)
-
-    def _read(self, prompts: Sequence[Sequence[int]], free_positions: int, store_all: bool = False) -> Prefilled:
-        """Reads the prompts behind their stored prefixes, in groups, into one cache."""
+        look_for_prefixes = self.prefix_cache.capacity and not are_prefixes
+        if look_for_prefixes and (shared := self.prefix_cache.prefixes_to_prefill(prompts)):
+            self.prefill(shared, 0, are_prefixes=True)
         batch = len(prompts)
         prefixes = [self.prefix_cache.lookup(p) if self.plain_attention else None for p in prompts]
         known = [0 if prefix is None else prefix.shape[-2] for prefix in prefixes]
@@ -366,7 +364,7 @@ class CausalLM:
             # The group's pass starts at its own first column; the columns before that are padding for all its rows.
             window = BatchCache(cache.buffer[:, :, rows, :, first:], past) if isinstance(cache, BatchCache) else cache
             logits.append(self.forward(ids.to(self.device), mask[rows, first:].to(self.device), window))
-            self._store_prefixes(prompts[rows], known[rows], past, window, store_all)
+            self._store_prefixes(prompts[rows], known[rows], past, window, are_prefixes)
         # The groups wrote into views of the buffer: only the length of the whole is missing.
         if isinstance(cache, BatchCache):
             cache = BatchCache(cache.buffer, columns)

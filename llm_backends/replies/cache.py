@@ -11,20 +11,18 @@ import os
 import sqlite3
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import time
 from typing import Any
 
-import numpy as np
-
-from ..base import BackendError, Completion, Prompt, Result, Sampling, Usage
+from ..base import BackendError, Prompt, Sampling, Usage
 from ..errors import InputError
 from ..parts import resolve
-from .journal import BackendWrapper, request_key
+from .journal import BackendWrapper, Send, pack
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS replies
@@ -156,24 +154,29 @@ class Cached(BackendWrapper):
     store: ReplyStore
     refresh: bool = False
     _usage: Usage = field(default_factory=Usage, repr=False)
-    _in_flight: dict[str, Future[Result | None]] = field(default_factory=dict, repr=False)
+    _in_flight: dict[str, Future[Any]] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.store, ReplyStore):
             self.store = ReplyStore(self.store)
 
-    def _generate_each(self, prompts: list[Prompt], samplings: list[Sampling]) -> Iterator[tuple[int, Result]]:
+    def _key(self, prompt: Prompt, sampling: Sampling) -> str:
+        """Returns the key of a request; greedy requests that differ in the seed only have the same key."""
+        # Greedy decoding draws nothing.
+        return super()._key(prompt, sampling if sampling.temperature else sampling.with_seed(0))
+
+    def _answers(self, keys: list[str], send: Send, unpack: Callable[[Any], Any]) -> Iterator[tuple[int, Any]]:
         # Equal requests share a key: one result answers all their indices.
         open_requests: dict[str, list[int]] = {}
-        for index, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
-            open_requests.setdefault(self._key(prompt, sampling), []).append(index)
-        self.usage.cache_hits += len(prompts)  # _round subtracts those that are sent
+        for index, key in enumerate(keys):
+            open_requests.setdefault(key, []).append(index)
+        self.usage.cache_hits += len(keys)  # _round subtracts those that are sent
         # A further round is needed if another call gave up a request that this one was waiting for.
         while open_requests:
-            claimed: dict[str, Future[Result | None]] = {}
+            claimed: dict[str, Future[Any]] = {}
             try:
-                for key, result in self._round(open_requests, claimed, prompts, samplings):
+                for key, result in self._round(open_requests, claimed, send, unpack):
                     yield from ((index, result) for index in open_requests.pop(key))
             finally:
                 # If this call breaks off, None tells calls that wait for its results to send the requests themselves.
@@ -183,32 +186,27 @@ class Cached(BackendWrapper):
                         if not future.done():
                             future.set_result(None)
 
-    def _key(self, prompt: Prompt, sampling: Sampling) -> str:
-        """Returns the key of a request; greedy requests that differ in the seed only have the same key."""
-        normalised = sampling if sampling.temperature else sampling.with_seed(0)  # greedy decoding draws nothing
-        return request_key("generate", self.name, prompt, asdict(normalised))
-
     def _round(
         self,
         open_requests: dict[str, list[int]],
-        claimed: dict[str, Future[Result | None]],
-        prompts: list[Prompt],
-        samplings: list[Sampling],
-    ) -> Iterator[tuple[str, Result]]:
+        claimed: dict[str, Future[Any]],
+        send: Send,
+        unpack: Callable[[Any], Any],
+    ) -> Iterator[tuple[str, Any]]:
         """Yields stored replies, then those of requests that this call sends, then those that other calls have sent.
 
         Args:
             open_requests: indices of the open requests by key.
             claimed: filled with a future for each request that this call sends.
-            prompts: all prompts of the call.
-            samplings: sampling parameters of each prompt.
+            send: sends requests by their indices.
+            unpack: returns the result of a stored reply.
 
         Yields:
             Key and result; none for a request that another call sent and gave up.
         """
         # Sort the keys: stored, in flight in another call, or claimed by this one.
         stored: dict[str, str] = {}
-        others: dict[str, Future[Result | None]] = {}
+        others: dict[str, Future[Any]] = {}
         for key in open_requests:
             with self._lock:  # no other thread may claim the key between lookup and claim
                 reply = None if self.refresh else self.store.get(key)
@@ -219,16 +217,14 @@ class Cached(BackendWrapper):
                 else:
                     claimed[key] = self._in_flight[key] = Future()
         for key, reply in stored.items():
-            yield key, [Completion(**completion) for completion in json.loads(reply)]
+            yield key, unpack(json.loads(reply))
         sent_keys = list(claimed)
         if sent_keys:
             self.usage.cache_hits -= len(sent_keys)
-            indices = [open_requests[key][0] for key in sent_keys]
-            replies = self.inner.generate_each([prompts[i] for i in indices], [samplings[i] for i in indices])
-            for number, result in replies:
+            for number, result in send([open_requests[key][0] for key in sent_keys]):
                 key = sent_keys[number]
                 if not isinstance(result, BackendError):
-                    self.store.put(key, json.dumps([asdict(completion) for completion in result]))
+                    self.store.put(key, json.dumps(pack(result)))
                 claimed[key].set_result(result)
                 yield key, result
         # Last, so that this call never holds up its own requests while it waits for other calls.
@@ -244,25 +240,6 @@ class Cached(BackendWrapper):
         self._usage.prompt_tokens, self._usage.completion_tokens = inner.prompt_tokens, inner.completion_tokens
         self._usage.cost = inner.cost
         return self._usage
-
-    def _logprobs(self, prompts: list[Prompt], completions: list[str]) -> list[np.ndarray | BackendError]:
-        keys = [request_key("logprobs", self.name, p, c) for p, c in zip(prompts, completions, strict=True)]
-        replies = {key: None if self.refresh else self.store.get(key) for key in dict.fromkeys(keys)}
-        # Reversed, so that of equal requests the first one is sent.
-        missing = {key: index for index, key in reversed(list(enumerate(keys))) if replies[key] is None}
-        self.usage.cache_hits += len(keys) - len(missing)
-        errors: dict[str, BackendError] = {}
-        if missing:
-            rows = self.inner.logprobs(
-                [prompts[i] for i in missing.values()], [completions[i] for i in missing.values()]
-            )
-            for key, row in zip(missing, rows, strict=True):
-                if isinstance(row, BackendError):
-                    errors[key] = row
-                else:
-                    replies[key] = json.dumps([float(value) for value in row])
-                    self.store.put(key, str(replies[key]))
-        return [errors[k] if k in errors else np.array(json.loads(str(replies[k])), dtype=np.float32) for k in keys]
 
 
 def cached(inner: Any, path: str, max_mb: float = 1024.0, refresh: bool = False) -> Cached:

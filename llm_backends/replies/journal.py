@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -29,10 +29,15 @@ from ..base import (
 )
 from ..records import RecordError, append_lines, read_records
 
+Send: TypeAlias = Callable[[list[int]], Iterable[tuple[int, Any]]]
+"""Sends the requests with the given indices and yields (position in that list, result)."""
+
 
 @dataclass(eq=False)
 class BackendWrapper(Backend):
-    """A backend that answers for another one, with the same name, prompt style and features.
+    """A backend that answers for another one from stored replies, with the same name, prompt style and features.
+
+    Subclasses implement :meth:`_answers`.
 
     Args:
         inner: the backend that answers requests without a stored reply.
@@ -65,6 +70,48 @@ class BackendWrapper(Backend):
 
     def completion_ids(self, texts: Sequence[str]) -> list[list[int]] | None:
         return self.inner.completion_ids(texts)
+
+    def _key(self, prompt: Prompt, sampling: Sampling) -> str:
+        """Returns the key of a request for completions."""
+        return request_key("generate", self.name, prompt, asdict(sampling))
+
+    def _generate_each(self, prompts: list[Prompt], samplings: list[Sampling]) -> Iterator[tuple[int, Result]]:
+        return self._answers(
+            [self._key(prompt, sampling) for prompt, sampling in zip(prompts, samplings, strict=True)],
+            lambda missing: self.inner.generate_each([prompts[i] for i in missing], [samplings[i] for i in missing]),
+            unpack=lambda reply: [Completion(**completion) for completion in reply],
+        )
+
+    def _logprobs(self, prompts: list[Prompt], completions: list[str]) -> list[np.ndarray | BackendError]:
+        keys = [request_key("logprobs", self.name, p, c) for p, c in zip(prompts, completions, strict=True)]
+        rows = dict(
+            self._answers(
+                keys,
+                lambda missing: enumerate(
+                    self.inner.logprobs([prompts[i] for i in missing], [completions[i] for i in missing])
+                ),
+                unpack=lambda reply: np.asarray(reply, dtype=np.float32),
+            )
+        )
+        return [rows[index] for index in range(len(keys))]
+
+    def _answers(self, keys: list[str], send: Send, unpack: Callable[[Any], Any]) -> Iterator[tuple[int, Any]]:
+        """Answers requests from the store, sends the rest (equal requests once), and stores their replies.
+
+        Args:
+            keys: n request keys.
+            send: sends requests by their indices.
+            unpack: reverses :func:`pack`.
+
+        Yields:
+            Index and result of all n requests in any order, errors included.
+        """
+        raise NotImplementedError
+
+
+def pack(result: Iterable[Any]) -> list[Any]:
+    """Returns completions, or the log-probs of a text, as JSON-able values."""
+    return [asdict(value) if isinstance(value, Completion) else float(value) for value in result]
 
 
 STORE_EVERY = 0.2
@@ -127,46 +174,9 @@ class Journaled(BackendWrapper):
     """
 
     journal: Journal
-    counts_result_tokens = False  # _answer adds the inner backend's tokens
+    counts_result_tokens = False  # _answers adds the inner backend's tokens
 
-    def _generate(self, prompts: list[Prompt], samplings: list[Sampling]) -> list[Result]:
-        keys = [request_key("generate", self.name, p, asdict(s)) for p, s in zip(prompts, samplings, strict=True)]
-        return self._answer(
-            keys,
-            lambda missing: self.inner.generate_each([prompts[i] for i in missing], [samplings[i] for i in missing]),
-            pack=lambda result: [asdict(completion) for completion in result],
-            unpack=lambda reply: [Completion(**completion) for completion in reply],
-        )
-
-    def _logprobs(self, prompts: list[Prompt], completions: list[str]) -> list[np.ndarray | BackendError]:
-        keys = [request_key("logprobs", self.name, p, c) for p, c in zip(prompts, completions, strict=True)]
-        return self._answer(
-            keys,
-            lambda missing: enumerate(
-                self.inner.logprobs([prompts[i] for i in missing], [completions[i] for i in missing])
-            ),
-            pack=lambda result: [float(x) for x in result],
-            unpack=lambda reply: np.asarray(reply, dtype=np.float32),
-        )
-
-    def _answer(
-        self,
-        keys: list[str],
-        send: Callable[[list[int]], Iterable[tuple[int, Any]]],
-        pack: Callable[[Any], Any],
-        unpack: Callable[[Any], Any],
-    ) -> list[Any]:
-        """Answers requests from the journal, sends the rest in one call (equal requests once), stores the replies.
-
-        Args:
-            keys: n request keys.
-            send: sends the requests with the given indices and yields (position in that list, result).
-            pack: makes a result JSON-able.
-            unpack: reverses ``pack``.
-
-        Returns:
-            n results, errors included.
-        """
+    def _answers(self, keys: list[str], send: Send, unpack: Callable[[Any], Any]) -> Iterator[tuple[int, Any]]:
         missing: dict[str, int] = {}
         for index, key in enumerate(keys):
             if self.journal.get(key) is None:
@@ -174,7 +184,8 @@ class Journaled(BackendWrapper):
         self.usage.cache_hits += len(keys) - len(missing)
         if missing:
             before = replace(self.inner.usage)
-            sent, pending, errors, stored = list(missing), {}, {}, monotonic()
+            pending: dict[str, Any] = {}
+            sent, errors, stored = list(missing), {}, monotonic()
             try:
                 with preserved_rng():
                     for number, result in send(list(missing.values())):
@@ -195,8 +206,9 @@ class Journaled(BackendWrapper):
                 self.usage.prompt_tokens += spent.prompt_tokens
                 self.usage.completion_tokens += spent.completion_tokens
                 self.usage.cost += spent.cost
-        replies = [self.journal.get(key) for key in keys]
-        return [_unpack_error(reply) if _is_error(reply) else unpack(reply) for reply in replies]
+        for index, key in enumerate(keys):
+            reply = self.journal.get(key)
+            yield index, _unpack_error(reply) if _is_error(reply) else unpack(reply)
 
 
 _ERRORS = {error.__name__: error for error in (BackendError, ContextLengthError, UnsupportedRequestError)}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, RunError
+from ..records import replaced
 
 
 class BudgetExceededError(RunError):
@@ -87,16 +88,13 @@ class Budget:
                 raise InputError(
                     f"{file} is no record of a budget: {error}; remove it to start from nothing"
                 ) from error
-            file.parent.mkdir(parents=True, exist_ok=True)
             self._file = file
             self._write()
 
     def _write(self) -> None:
         if self._file is not None:
-            # The file is replaced in one move, so that a kill never leaves half of it.
-            scratch = self._file.with_name(self._file.name + ".part")
-            scratch.write_text(json.dumps(asdict(self.spent + self.reserved)) + "\n", "utf-8")
-            scratch.replace(self._file)
+            with replaced(self._file) as scratch:
+                scratch.write_text(json.dumps(asdict(self.spent + self.reserved)) + "\n", "utf-8")
 
     def reserve(self, amount: Spending) -> bool:
         """Reserves the whole amount or nothing.

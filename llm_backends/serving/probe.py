@@ -88,6 +88,7 @@ class Findings:
 
 COUNTING = "Count from one to twenty in words: one, two, three, four, five,"
 INVENTING = "Invent the name of a person and a random number below one million:"
+GREEDY = Sampling(max_tokens=24, temperature=0.0)
 
 CHOICE_SETS = (("zvorblat", "quimnex"), ("plorvik", "drabwuzzle"), ("fnerp", "oskwidge"))
 """Sets of made-up words, which a model without constrained decoding would not answer."""
@@ -234,11 +235,8 @@ class ServerProbe:
 
     def _count(self, style: PromptStyle) -> str:
         """Checks one form of request by a greedy completion, which other checks compare with."""
-        [completion] = _single_result(
-            self._openai(style).generate([COUNTING], Sampling(max_tokens=24, temperature=0.0))
-        )
-        if not completion.text:
-            raise UnsupportedRequestError("the completion is empty")
+        completion, _ = _completed(self._openai(style), COUNTING, GREEDY)
+        _require(completion.text, "the completion is empty")
         self._greedy[style] = completion
         return ""
 
@@ -248,8 +246,7 @@ class ServerProbe:
         """Checks that ``n`` gives different completions of one prompt."""
         results = self._openai(self.findings.style).generate([INVENTING], Sampling(max_tokens=24, n=3, seed=1))
         texts = {completion.text for completion in _single_result(results)}
-        if len(texts) == 1:
-            raise UnsupportedRequestError("3 copies of one completion")
+        _require(len(texts) > 1, "3 copies of one completion")
         # Sampling may repeat one text by chance: that shows neither.
         if len(texts) == 2:
             raise BackendError("2 of 3 completions are the same")
@@ -259,11 +256,10 @@ class ServerProbe:
         """Checks that equal seeds give equal texts and different seeds different ones."""
         backend, texts = self._openai(self.findings.style), []
         for seed in (1, 1, 2):  # one after the other, so that they do not share a batch
-            texts.append(_single_result(backend.generate([INVENTING], Sampling(max_tokens=24, seed=seed)))[0].text)
-        if texts[0] != texts[1]:
-            raise UnsupportedRequestError("one seed gave two texts: it is ignored, or the server is not deterministic")
-        if texts[0] == texts[2]:
-            raise UnsupportedRequestError("two seeds gave one text")
+            completion, _ = _completed(backend, INVENTING, Sampling(max_tokens=24, seed=seed))
+            texts.append(completion.text)
+        _require(texts[0] == texts[1], "one seed gave two texts: it is ignored, or the server is not deterministic")
+        _require(texts[0] != texts[2], "two seeds gave one text")
         return "one seed, one text; another seed, another text"
 
     def _stop(self) -> str:
@@ -277,57 +273,47 @@ class ServerProbe:
         if not before.strip():
             raise BackendError(f"no stop string to be had from the completion {greedy[:40]!r}")
         with_ids = self.findings.can("token_ids")
-        sampling = Sampling(max_tokens=24, temperature=0.0, stop=(stop,))
-        [completion] = _single_result(self._openai(style, token_ids=with_ids).generate([COUNTING], sampling))
-        if stop in completion.text or completion.finish_reason != "stop":
-            raise UnsupportedRequestError("the text goes on past the stop string")
+        completion, _ = _completed(self._openai(style, token_ids=with_ids), COUNTING, replace(GREEDY, stop=(stop,)))
+        ended = stop not in completion.text and completion.finish_reason == "stop"
+        _require(ended, "the text goes on past the stop string")
         if completion.text != before:
             raise BackendError("greedy decoding gave two texts: the server is not deterministic")
         if not with_ids or not self._ids:
             return "the text ends before it"
         # Without the last space, which may be in the first token of the stop string.
         ids = _single_result(self._vllm().tokenize([before.rstrip()], special=False))
-        if len(completion.token_ids) <= len(ids):
-            raise UnsupportedRequestError("its tokens are missing from the token ids")
+        _require(len(completion.token_ids) > len(ids), "its tokens are missing from the token ids")
         return "the text ends before it, its tokens stay"
 
     # --- tokens and log-probs ----------------------------------------------------------------------------------------
 
-    def _logprobs(self) -> str:
-        """Checks the log-probs of completions."""
-        completion, used = _generate_with_usage(
-            self._openai(self.findings.style, logprobs=True), COUNTING, Sampling(max_tokens=8)
-        )
-        _check_count(completion, used, len(completion.logprobs), "log-probs")
-        return "one per token"
-
-    def _token_ids(self) -> str:
-        """Checks the token ids of completions."""
-        completion, used = _generate_with_usage(
-            self._openai(self.findings.style, token_ids=True), COUNTING, Sampling(max_tokens=8)
-        )
-        _check_count(completion, used, len(completion.token_ids), "token ids")
+    def _per_token(self, kind: Literal["logprobs", "token_ids"]) -> str:
+        """Checks that completions come with one value of a kind per token, as the server itself counts tokens."""
+        backend = self._openai(self.findings.style, **{kind: True})
+        completion, used = _completed(backend, COUNTING, Sampling(max_tokens=8))
+        count, written = len(getattr(completion, kind)), used.completion_tokens
+        # Servers may leave out the value of the end-of-sequence token; 0: the server reports no usage.
+        valid = (written, written - 1) if completion.finish_reason == "stop" else (written,)
+        value_name = {"logprobs": "log-probs", "token_ids": "token ids"}[kind]
+        _require(not written or count in valid, f"{count} {value_name} of {written} tokens")
         return "one per token"
 
     def _tokenize(self) -> str:
         """Checks vLLM's ``/tokenize``."""
         ids = _single_result(self._vllm().tokenize([COUNTING]))
-        if len(ids) < 2 or not all(isinstance(token, int) for token in ids):
-            raise UnsupportedRequestError("/tokenize gave no token ids")
+        _require(len(ids) > 1 and all(isinstance(token, int) for token in ids), "/tokenize gave no token ids")
         self._ids = ids
         return ""
 
     def _prompt_ids(self) -> str:
         """Checks that prompts of token ids are completed as their text is."""
         ids = self._known_ids()
-        completion, used = _generate_with_usage(
-            self._openai("completion"), ids, Sampling(max_tokens=24, temperature=0.0)
-        )
+        completion, used = _completed(self._openai("completion"), ids, GREEDY)
         # 0: the server reports no usage.
-        if used.prompt_tokens not in (0, len(ids)):
-            raise UnsupportedRequestError(f"{len(ids)} ids were read as {used.prompt_tokens} tokens")
-        if "completion" not in self._greedy or completion.text[:12] != self._greedy["completion"].text[:12]:
-            raise UnsupportedRequestError("ids and their text are continued in different ways")
+        read = used.prompt_tokens
+        _require(read in (0, len(ids)), f"{len(ids)} ids were read as {read} tokens")
+        alike = "completion" in self._greedy and completion.text[:12] == self._greedy["completion"].text[:12]
+        _require(alike, "ids and their text are continued in different ways")
         return "ids are continued as their text is"
 
     def _given_logprobs(self) -> str:
@@ -335,19 +321,18 @@ class ServerProbe:
         texts = (" six, seven, eight", " xylophone of the moon")
         scored = self._vllm(self.findings.style).logprobs([COUNTING, COUNTING], texts)
         for values in (_single_result([result]) for result in scored):
-            if not len(values) or not np.isfinite(values).all() or values.max() > SAME:
-                raise UnsupportedRequestError("they are no numbers below 0")
-        if scored[0].sum() == scored[1].sum():  # type: ignore[union-attr]
-            raise UnsupportedRequestError("two texts got the same log-probs")
+            sound = len(values) and np.isfinite(values).all() and values.max() <= SAME
+            _require(sound, "they are no numbers below 0")
+        different = scored[0].sum() != scored[1].sum()  # type: ignore[union-attr]
+        _require(different, "two texts got the same log-probs")
         return "prompt_logprobs"
 
     def _allowed_tokens(self) -> str:
         """Checks that a completion holds only allowed tokens."""
         backend, tokens = self._vllm(), self._known_ids()[:2]
         for token in tokens:
-            [completion] = _single_result(backend.generate([self._ids], TokenSampling(max_tokens=1, allowed=(token,))))
-            if completion.token_ids != [token]:
-                raise UnsupportedRequestError("another token was written")
+            completion, _ = _completed(backend, self._ids, TokenSampling(max_tokens=1, allowed=(token,)))
+            _require(completion.token_ids == [token], "another token was written")
             self._forced += completion.logprobs
         return "allowed_token_ids"
 
@@ -356,19 +341,17 @@ class ServerProbe:
         if not self.findings.can("allowed_tokens"):
             raise BackendError("only forced tokens would show it")
         # A token that is the only allowed one has log-prob 0 in the distribution that was sampled from.
-        if max(map(abs, self._forced)) > SAME:
-            raise UnsupportedRequestError("log-probs are the model's own (raw)")
+        _require(max(map(abs, self._forced)) <= SAME, "log-probs are the model's own (raw)")
         return "log-probs are those of what was sampled from"
 
     def _end_tokens(self) -> str:
         """Checks that the tokens that end a completion can be set."""
         backend, ids = self._vllm(), self._known_ids()
         # Without end tokens the completion has all 4 tokens; with its first token as the end it has only this one.
-        [completion] = _single_result(backend.generate([ids], TokenSampling(max_tokens=4, temperature=0.0, eos=())))
-        first = completion.token_ids[0]
-        [ended] = _single_result(backend.generate([ids], TokenSampling(max_tokens=4, temperature=0.0, eos=(first,))))
-        if len(completion.token_ids) != 4 or ended.token_ids != [first]:
-            raise UnsupportedRequestError("a completion ends elsewhere")
+        whole, _ = _completed(backend, ids, TokenSampling(max_tokens=4, temperature=0.0, eos=()))
+        first = whole.token_ids[0]
+        ended, _ = _completed(backend, ids, TokenSampling(max_tokens=4, temperature=0.0, eos=(first,)))
+        _require(len(whole.token_ids) == 4 and ended.token_ids == [first], "a completion ends elsewhere")
         return "stop_token_ids, ignore_eos"
 
     def _known_ids(self) -> list[int]:
@@ -411,7 +394,8 @@ class ServerProbe:
         """Checks one capability and records the answer."""
         self.on_request(name)
         try:
-            capability = Capability("yes", CAPABILITIES[name](self))
+            _, check = CAPABILITIES[name]
+            capability = Capability("yes", check(self))
         except (BackendError, InputError) as error:
             # Every server must answer these two: a refusal here is about the key.
             if _status(error) in (401, 403) and name in ("chat", "completions"):
@@ -445,25 +429,29 @@ class ServerProbe:
         return before + (message[2] if message else re.sub(r"^\d+ - ", "", reply))
 
 
-CAPABILITIES: dict[str, Callable[[ServerProbe], str]] = {
-    "chat": ServerProbe._chat,
-    "completions": partial(ServerProbe._count, style="completion"),
-    "logprobs": ServerProbe._logprobs,
-    "token_ids": ServerProbe._token_ids,
-    "tokenize": ServerProbe._tokenize,
-    "prompt_ids": ServerProbe._prompt_ids,
-    "given_logprobs": ServerProbe._given_logprobs,
-    "allowed_tokens": ServerProbe._allowed_tokens,
-    "processed_logprobs": ServerProbe._processed_logprobs,
-    "end_tokens": ServerProbe._end_tokens,
-    "adapters": ServerProbe._adapters,
-    "structured_vllm": partial(ServerProbe._structured, form="vllm"),
-    "structured_json_schema": partial(ServerProbe._structured, form="json_schema"),
-    "n": ServerProbe._n,
-    "seed": ServerProbe._seed,
-    "stop": ServerProbe._stop,
+CAPABILITIES: dict[str, tuple[str, Callable[[ServerProbe], str]]] = {
+    "chat": ("chat", ServerProbe._chat),
+    "completions": ("plain completions", partial(ServerProbe._count, style="completion")),
+    "logprobs": ("log-probs of completions", partial(ServerProbe._per_token, kind="logprobs")),
+    "token_ids": ("token ids out", partial(ServerProbe._per_token, kind="token_ids")),
+    "tokenize": ("tokenizer", ServerProbe._tokenize),
+    "prompt_ids": ("token ids in", ServerProbe._prompt_ids),
+    "given_logprobs": ("log-probs of given texts", ServerProbe._given_logprobs),
+    "allowed_tokens": ("only allowed tokens", ServerProbe._allowed_tokens),
+    "processed_logprobs": ("processed log-probs", ServerProbe._processed_logprobs),
+    "end_tokens": ("custom end tokens", ServerProbe._end_tokens),
+    "adapters": ("LoRA adapters at run time", ServerProbe._adapters),
+    "structured_vllm": ("structured output, vLLM", partial(ServerProbe._structured, form="vllm")),
+    "structured_json_schema": (
+        "structured output, json_schema",
+        partial(ServerProbe._structured, form="json_schema"),
+    ),
+    "n": ("n", ServerProbe._n),
+    "seed": ("seed", ServerProbe._seed),
+    "stop": ("stop", ServerProbe._stop),
 }
-"""Check of each capability by name, in the order in which they are run: later ones use results of earlier ones."""
+"""Title and check of each capability by name, in the order in which they are run: later ones use results of earlier
+ones."""
 
 
 def _single_result(results: Sequence[ResultT | BackendError]) -> ResultT:
@@ -474,27 +462,17 @@ def _single_result(results: Sequence[ResultT | BackendError]) -> ResultT:
     return result
 
 
-def _generate_with_usage(backend: OpenAIBackend, prompt: Prompt, sampling: Sampling) -> tuple[Completion, Usage]:
-    """Returns a completion and the usage that the server reports for it."""
+def _require(shown: object, otherwise: str) -> None:
+    """Raises UnsupportedRequestError, which is the answer "no", unless a capability has shown."""
+    if not shown:
+        raise UnsupportedRequestError(otherwise)
+
+
+def _completed(backend: OpenAIBackend, prompt: Prompt, sampling: Sampling) -> tuple[Completion, Usage]:
+    """Returns the completion of a prompt and the usage that the server reports for it."""
     before = replace(backend.usage)
     [completion] = _single_result(backend.generate([prompt], sampling))
     return completion, backend.usage - before
-
-
-def _check_count(completion: Completion, used: Usage, count: int, value_name: str) -> None:
-    """Raises UnsupportedRequestError if a number of reported values differs from the server's own count of tokens.
-
-    Args:
-        completion: the completion.
-        used: usage that the server reports for it; nothing is checked if that has no tokens.
-        count: number of values in the reply.
-        value_name: name of the values in the error message.
-    """
-    written = used.completion_tokens
-    # Servers may leave out the value of the end-of-sequence token.
-    valid = (written, written - 1) if completion.finish_reason == "stop" else (written,)
-    if written and count not in valid:
-        raise UnsupportedRequestError(f"{count} {value_name} of {written} tokens")
 
 
 def _status(error: Exception) -> int | None:

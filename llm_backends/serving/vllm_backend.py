@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -94,47 +94,38 @@ class VLLMBackend(Backend):
         return LoRARequest("adapter", 1, self.adapter)
 
     def _generate(self, prompts: list[Prompt], samplings: list[Sampling]) -> list[Result]:
+        def complete(fit: list[int], tokens: list[list[int]]) -> Iterator[list[Completion]]:
+            outputs = self._run(tokens, [self._parameters(samplings[i]) for i in fit])
+            for i, output in zip(fit, outputs, strict=True):
+                completions = [_completion(one) for one in output.outputs]
+                # A greedy prompt has one output (see _parameters): repeat it n times.
+                yield completions * (samplings[i].n // len(completions))
+
         encoded = [self._encode(p, s.max_tokens) for p, s in zip(prompts, samplings, strict=True)]
-        fitting = [(ids, s) for ids, s in zip(encoded, samplings, strict=True) if not isinstance(ids, BackendError)]
-        outputs = iter(self._run([ids for ids, _ in fitting], [self._parameters(s) for _, s in fitting]))
-        # Outputs exist for the fitting prompts only: take the next one for each of these.
-        results: list[Result] = []
-        for ids, sampling in zip(encoded, samplings, strict=True):
-            if isinstance(ids, BackendError):
-                results.append(ids)
-                continue
-            self.usage.prompt_tokens += len(ids)
-            completions = [_completion(output) for output in next(outputs).outputs]
-            # A greedy prompt has one output (see _parameters): repeat it n times.
-            results.append(completions * (sampling.n // len(completions)))
-        return results
+        return self._run_fitting(encoded, complete)
 
     def _logprobs(self, prompts: list[Prompt], completions: list[str]) -> list[np.ndarray | BackendError]:
         from vllm import SamplingParams
 
+        def score(fit: list[int], texts: list[list[int]]) -> Iterator[np.ndarray]:
+            # Each text is sent as a prompt; the one token that is generated is not used.
+            scoring = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+            for i, text, output in zip(fit, texts, self._run(texts, [scoring] * len(texts)), strict=True):
+                rows = output.prompt_logprobs[len(text) - len(tails[i]) :]
+                yield np.array([row[t].logprob for row, t in zip(rows, tails[i], strict=True)], dtype=np.float32)
+
         tails = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in completions]
         encoded = [self._encode(p, len(tail) + 1) for p, tail in zip(prompts, tails, strict=True)]
-        texts = [[*ids, *tail] for ids, tail in zip(encoded, tails, strict=True) if not isinstance(ids, BackendError)]
-        # Each text is sent as a prompt; the one token that is generated is not used.
-        scoring = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        outputs = iter(self._run(texts, [scoring] * len(texts)))
-        results: list[np.ndarray | BackendError] = []
-        for ids, tail in zip(encoded, tails, strict=True):
-            if isinstance(ids, BackendError):
-                results.append(ids)
-                continue
-            self.usage.prompt_tokens += len(ids) + len(tail)
-            rows = next(outputs).prompt_logprobs[len(ids) :]
-            results.append(np.array([row[t].logprob for row, t in zip(rows, tail, strict=True)], dtype=np.float32))
-        return results
+        texts = [
+            ids if isinstance(ids, BackendError) else [*ids, *tail] for ids, tail in zip(encoded, tails, strict=True)
+        ]
+        return self._run_fitting(texts, score)
 
     def completion_ids(self, texts: Sequence[str]) -> list[list[int]]:
         tokenizer = tokenizer_at(self.model)
         return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
 
     def _run(self, prompts: Sequence[list[int]], parameters: Sequence[Any]) -> list[Any]:
-        if not prompts:
-            return []
         requests = [{"prompt_token_ids": ids} for ids in prompts]
         return list(self.llm.generate(requests, list(parameters), lora_request=self._lora, use_tqdm=False))
 

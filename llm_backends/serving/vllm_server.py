@@ -180,18 +180,13 @@ class VLLMServerBackend(OpenAIBackend):
         words, unique = list(dict.fromkeys(completions)), {json.dumps(p, default=_plain): p for p in chat_prompts}
         tails = dict(zip(words, self.tokenize(words, special=False), strict=True))
         heads = dict(zip(unique, self.tokenize(list(unique.values())), strict=True))
-        results: list[Any] = []
-        jobs, places = [], []
-        for index, prompt in enumerate(chat_prompts):
-            ids, tail = heads[json.dumps(prompt, default=_plain)], tails[completions[index]]
+        jobs: list[Job | BackendError] = []
+        for prompt, completion in zip(chat_prompts, completions, strict=True):
+            ids, tail = heads[json.dumps(prompt, default=_plain)], tails[completion]
             error = next((tokens for tokens in (ids, tail) if isinstance(tokens, BackendError)), None)
-            results.append(error)
-            if error is None:
-                jobs.append(self._scoring(ids, tail))  # type: ignore[arg-type]
-                places.append(index)
-        for number, result in self.sender.run(jobs) if jobs else ():
-            results[places[number]] = result
-        return results
+            jobs.append(error or self._scoring(ids, tail))  # type: ignore[arg-type]
+        results = dict(self.sender.run(jobs))
+        return [results[index] for index in range(len(jobs))]
 
     def completion_ids(self, texts: Sequence[str]) -> list[list[int]]:
         rows: list[list[int]] = []

@@ -20,7 +20,7 @@ import numpy as np
 
 from ...llm_backends import Tokenizer
 from ...llm_backends.errors import InputError
-from ...llm_backends.records import read_user_rows
+from ...llm_backends.records import read_user_rows, replaced
 
 UNCHANGED, DELETED, ADDED, SUBSTITUTED = "U", "D", "A", "S"
 
@@ -237,15 +237,10 @@ def read_pairs(path: str | Path) -> Pairs:
 
 def write_pairs(path: str | Path, pairs: Iterable[EditedPair]) -> None:
     """Writes pairs as JSONL for :func:`read_pairs`, atomically: the file is either complete or not written."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Write beside the target, then rename, so that no reader sees half a file.
-    scratch = path.with_name(path.name + ".part")
-    with scratch.open("w", encoding="utf-8", newline="\n") as file:
+    with replaced(path) as scratch, scratch.open("w", encoding="utf-8", newline="\n") as file:
         for pair in pairs:
             row = vars(pair) | {"metadata": dict(pair.metadata)}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    scratch.replace(path)
 
 
 def edit_statistics(pairs: Sequence[EditedPair], tokenizer: Tokenizer) -> dict[str, float]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from ....llm_backends import Backend, BackendError, ContextLengthError, Prompt, Sampling, request_seed
 from ....llm_backends.errors import InputError
-from ....llm_backends.records import read_user_rows, user_text
+from ....llm_backends.records import read_user_rows, replaced, user_text
 from ....rewards.judges.ranking import distinct_texts
 from ....rewards.texts.rouge import TOLERANCE, pairwise_rouge_l
 
@@ -232,13 +232,9 @@ def write_ranked_lists(path: str | Path, lists: Iterable[RankedList]) -> None:
         path: the file; missing folders are created.
         lists: the ranked lists.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".part")
-    with scratch.open("w", encoding="utf-8", newline="\n") as file:
+    with replaced(path) as scratch, scratch.open("w", encoding="utf-8", newline="\n") as file:
         for ranked in lists:
             file.write(json.dumps(ranked_row(ranked), ensure_ascii=False, allow_nan=False) + "\n")
-    scratch.replace(path)
 
 
 def ranked_row(ranked_list: RankedList) -> dict[str, Any]:
