@@ -7,6 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.envs.registration import EnvSpec
+from tiny_models import build_tokenizer
 from token_cases import assert_equal, plain, stepped
 
 import instructgym  # noqa: F401
@@ -16,7 +17,6 @@ from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.backend import TransformersBackend
 from instructgym.llm_backends.local.tokenization import LoadedTokenizer
 from instructgym.rewards import FunctionReward, HintedResponse, Sample
-from tests.conftest import build_tokenizer
 
 ENV_ID = "instructgym/GeneratePrompt-v0"
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from agent_cases import logged, same, undisturbed_and_restored
+from tiny_models import build_model
 
 import instructgym  # noqa: F401  (registers the envs)
 from instructgym.agents import SoftQ
@@ -26,7 +27,6 @@ from instructgym.llm_backends.local.causal_lm import CausalLM
 from instructgym.llm_backends.local.tokenization import WordTokenizer
 from instructgym.llm_backends.training.adapters import LoraSettings
 from instructgym.llm_backends.training.output_layer import ChosenLogits
-from tests.conftest import build_model
 
 TOKENIZER = WordTokenizer(words=("red", "blue", "sea", "sky", "end"), positions=64)
 RED, BLUE, SEA, SKY, END, EOS, UNK = range(7)
