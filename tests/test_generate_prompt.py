@@ -1,7 +1,6 @@
 """``instructgym/GeneratePrompt-v0``: instructions for a task, hints for one input, what they are paid, bad input."""
 
 import json
-import time
 
 import gymnasium as gym
 import numpy as np
@@ -226,11 +225,10 @@ def test_a_spec_survives_json(make, options):
     assert paid(env, " red", options={"index": 2})[0] == paid(again, " red", options={"index": 2})[0]
 
 
-def test_the_default_builds_no_model_and_is_quick():
-    started = time.perf_counter()
+def test_the_default_builds_no_model(monkeypatch):
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
     env = gym.make(ENV_ID).unwrapped
     env.reset(seed=0)
-    assert time.perf_counter() - started < 10.0
     assert env.reward.scorer.backend.usage.calls == 0 and env.generation.max_tokens == 16
 
 
