@@ -199,8 +199,9 @@ def launched(model, folder, count):
 
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(tmp_path):
+    from tiny_models import build_model
+
     from instructgym.llm_backends.local.tokenization import WordTokenizer
-    from tests.conftest import build_model
 
     tokenizer, model = WordTokenizer(words=("red", "blue", "sea", "sky", "end")).hf, tmp_path / "model"
     network = build_model(vocabulary=len(tokenizer))

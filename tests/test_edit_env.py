@@ -13,6 +13,7 @@ import instructgym  # noqa: F401 - registers the ids
 from instructgym.envs.edit.operators import Edit, LLMOperator, Operator, load_operations, operation_names, tidy
 from instructgym.envs.process import InvalidRewardError, Unicode
 from instructgym.llm_backends import BackendError, Completion, ContextLengthError, ScriptedBackend
+from instructgym.llm_backends.local.embeddings import HashingEmbedder
 from instructgym.rewards import FunctionReward, Score
 
 PAPER_ORDER = (
@@ -106,7 +107,7 @@ def test_embedding_observation():
     for step in range(5):
         assert set(observation) == {"last_edit", "progress", "embedding"}
         assert observation["progress"] == np.float32(step / 4)
-        np.testing.assert_allclose(observation["embedding"], env.observer._embedder.embed([info["text"]])[0], atol=1e-6)
+        np.testing.assert_allclose(observation["embedding"], HashingEmbedder().embed([info["text"]])[0], atol=1e-6)
         observation, _, _, _, info = env.step(3) if step < 4 else (None,) * 5
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from stable_baselines3.common.logger import KVWriter, Logger
+from tiny_models import build_model
 
 from instructgym.agents.policy.language_model import LanguageModelPolicy
 from instructgym.agents.supervised.figa import FIGA, FIGASettings, figa_weights
@@ -13,7 +14,6 @@ from instructgym.llm_backends.local.causal_lm import CausalLM
 from instructgym.llm_backends.local.tokenization import WordTokenizer
 from instructgym.llm_backends.training.adapters import LoraSettings
 from instructgym.rewards.learned.edits import EditedPair
-from tests.conftest import build_model
 
 WORDS = ("red", "blue", "sea", "sky", "end")
 RED, BLUE, SEA, SKY, END, EOS, UNK = range(7)

@@ -4,6 +4,7 @@ import json
 
 import gymnasium as gym
 import pytest
+from tiny_models import build_tokenizer
 
 import instructgym  # noqa: F401
 from instructgym.envs.tasks.instruction.instance_prompts import few_shot_prompt, instance_prompts, read_response
@@ -13,7 +14,6 @@ from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.tokenization import EmbeddedTokenizer, LoadedTokenizer
 from instructgym.rewards import FunctionReward
 from instructgym.rewards.quality.instance_format import Instance, parse_instance
-from tests.conftest import build_tokenizer
 
 ENV_ID = "instructgym/GenerateInstance-v0"
 SORT = {"instruction": "Say whether the animal is a bird or a fish.", "is_classification": True, "id": "sort"}

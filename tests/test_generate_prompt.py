@@ -1,12 +1,12 @@
 """``instructgym/GeneratePrompt-v0``: instructions for a task, hints for one input, what they are paid, bad input."""
 
 import json
-import time
 
 import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.envs.registration import EnvSpec
+from tiny_models import build_tokenizer
 from token_cases import assert_equal, plain, stepped
 
 import instructgym  # noqa: F401
@@ -16,7 +16,6 @@ from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.backend import TransformersBackend
 from instructgym.llm_backends.local.tokenization import LoadedTokenizer
 from instructgym.rewards import FunctionReward, HintedResponse, Sample
-from tests.conftest import build_tokenizer
 
 ENV_ID = "instructgym/GeneratePrompt-v0"
 
@@ -226,11 +225,10 @@ def test_a_spec_survives_json(make, options):
     assert paid(env, " red", options={"index": 2})[0] == paid(again, " red", options={"index": 2})[0]
 
 
-def test_the_default_builds_no_model_and_is_quick():
-    started = time.perf_counter()
+def test_the_default_builds_no_model(monkeypatch):
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
     env = gym.make(ENV_ID).unwrapped
     env.reset(seed=0)
-    assert time.perf_counter() - started < 10.0
     assert env.reward.scorer.backend.usage.calls == 0 and env.generation.max_tokens == 16
 
 

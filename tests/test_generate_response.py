@@ -5,6 +5,7 @@ import json
 import gymnasium as gym
 import numpy as np
 import pytest
+from tiny_models import CHAT_TEMPLATE, build_tokenizer
 
 import instructgym  # noqa: F401
 from instructgym.envs.tasks.responses.openings import response_prompts
@@ -12,7 +13,6 @@ from instructgym.envs.tokens.episode import PromptExample
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.tokenization import LoadedTokenizer
 from instructgym.rewards import FunctionReward, Reward, Score
-from tests.conftest import CHAT_TEMPLATE, build_tokenizer
 
 ENV_ID = "instructgym/GenerateResponse-v0"
 EXAMPLES = [PromptExample("one", "red sea"), PromptExample("two", "blue")]

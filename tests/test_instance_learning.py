@@ -2,6 +2,7 @@
 
 import gymnasium as gym
 import numpy as np
+from tiny_models import build_model
 
 import instructgym  # noqa: F401
 from instructgym.agents.policy.language_model import LanguageModelPolicy
@@ -11,7 +12,6 @@ from instructgym.llm_backends.local.causal_lm import CausalLM
 from instructgym.llm_backends.local.tokenization import WordTokenizer
 from instructgym.llm_backends.training.adapters import LoraSettings
 from instructgym.rewards import LinearReward
-from tests.conftest import build_model
 
 WORDS = ("red", "blue", "Input:", "Output:", "sea", "sky")
 UPDATES = 60

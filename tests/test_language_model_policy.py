@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from tiny_models import build_model
 
 from instructgym.agents.policy.language_model import POLICY, VALUE, LanguageModelPolicy
 from instructgym.llm_backends.base import Sampling
@@ -14,7 +15,6 @@ from instructgym.llm_backends.local.causal_lm import CausalLM
 from instructgym.llm_backends.local.sampling import Choices
 from instructgym.llm_backends.local.tokenization import WordTokenizer
 from instructgym.llm_backends.training.adapters import LoraSettings
-from tests.conftest import build_model
 
 WORDS = ("red", "blue", "sea", "sky", "end")
 PROMPTS = [np.array(p, np.int32) for p in ([0, 1], [2], [4, 3, 2, 1, 0])]

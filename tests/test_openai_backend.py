@@ -216,9 +216,9 @@ def test_half_a_character_is_not_sent(server):
 
 def test_a_reply_that_trickles_is_given_up(server):
     server.trickle = 20
-    begun = time.monotonic()
     [result] = backend(server, timeout=0.5, attempts=1).generate(["one"])
-    assert "no answer within" in str(result) and time.monotonic() - begun < 3.5  # the whole reply takes 4
+    assert "no answer within" in str(result)
+    assert server.in_flight == 1, "the server is still writing"
 
 
 def test_a_process_that_was_forked_sends_by_itself(server):
@@ -283,26 +283,26 @@ def test_no_more_requests_are_in_flight_than_allowed():
 @pytest.mark.parametrize("options", [{"requests_per_minute": 60}, {"tokens_per_minute": 60 * 66}])
 def test_requests_and_tokens_per_minute(server, options):
     assert max_prompt_tokens("p") + 1 == 66
-    it = backend(server, concurrency=64, **options)
-    begun = time.monotonic()
-    it.generate(["p"] * 12, Sampling(max_tokens=1))  # ten at once, then one a second
-    assert 1.5 < time.monotonic() - begun < 50  # twelve at one a second, were there no burst, and a busy machine
+    server.latency = 0.3
+    backend(server, concurrency=64, **options).generate(["p"] * 12, Sampling(max_tokens=1))
+    # Ten at once, then one a second: twelve would be under way together, were there no limit, and one, were there no
+    # burst. Eleven on a machine that is too busy for the first ten to end within a second.
+    assert 2 <= server.most_in_flight <= 11 and server.attempts["p"] == 12
 
 
 def test_a_request_above_a_burst_takes_its_whole_share_of_the_limit(server):
     per_minute = 60 * 66  # ten requests' worth at once, then one a second
+    server.latency = 0.3
     it = backend(server, concurrency=8, tokens_per_minute=per_minute)
-    begun = time.monotonic()
     it.generate(["p"] * 2, Sampling(max_tokens=66 * 6 - 65))  # each as much as six of those
-    assert time.monotonic() - begun > 1.5
+    assert server.most_in_flight == 1 and server.attempts["p"] == 2, "the second waits for two seconds"
 
 
 def test_an_error_that_ends_a_call_does_not_wait_for_the_limits():
     with serving(rate=1.0, faults=("401",)) as server:
-        begun = time.monotonic()
-        with pytest.raises(InputError):
-            backend(server, requests_per_minute=6, concurrency=1).generate(["p"] * 30)
-        assert time.monotonic() - begun < 60 and sum(server.attempts.values()) == 1  # the limits would take minutes
+        with pytest.raises(InputError):  # the limits would take longer than a test may
+            backend(server, requests_per_minute=6, concurrency=1).generate(["p"] * 60)
+        assert sum(server.attempts.values()) == 1
 
 
 @pytest.mark.parametrize("limit", [{"requests": 25}, {"tokens": 2000}, {"cost": 0.002}])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CORPUS, build_tokenizer
+from tiny_models import CORPUS, build_tokenizer
 
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.loading import ModelLoadError

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import build_model
+from tiny_models import build_model
 
 from instructgym.llm_backends import BackendError, FunctionBackend, ScriptedBackend, UnsupportedRequestError, resolve
 from instructgym.llm_backends.local.tokenization import ByteTokenizer

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from agent_cases import logged, same, undisturbed_and_restored
+from tiny_models import build_model
 
 import instructgym  # noqa: F401  (registers the envs)
 from instructgym.agents.policy.language_model import LanguageModelPolicy
@@ -19,7 +20,6 @@ from instructgym.llm_backends.local.causal_lm import CausalLM
 from instructgym.llm_backends.local.tokenization import WordTokenizer
 from instructgym.llm_backends.training.adapters import LoraSettings
 from instructgym.rewards import RankReward, Reward, Score
-from tests.conftest import build_model
 
 TOKENIZER = WordTokenizer(words=("red", "blue", "sea", "sky", "end"), positions=64)
 RED, BLUE, SEA, SKY, END, EOS, UNK = range(7)

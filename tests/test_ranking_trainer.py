@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.stats import kendalltau
 from stable_baselines3.common.logger import KVWriter, Logger
+from tiny_models import build_model
 
 from instructgym.agents.policy.language_model import POLICY, LanguageModelPolicy
 from instructgym.agents.preferences.losses import LOSSES
@@ -15,7 +16,6 @@ from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.causal_lm import CausalLM
 from instructgym.llm_backends.local.tokenization import WordTokenizer
 from instructgym.llm_backends.training.adapters import LoraSettings
-from tests.conftest import build_model
 
 TOKENIZER = WordTokenizer(words=("red", "blue", "sea", "sky", "end"), positions=64)
 RED, BLUE, SEA, SKY, END, EOS, UNK = range(7)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 from rich.console import Console
+from tiny_models import build_model, build_tokenizer
 
 from instructgym.envs.tasks.instruction.pool import held_out, load_tasks
 from instructgym.experiments.refine_af import generate as refine_af_generate
@@ -20,7 +21,6 @@ from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.tokenization import EmbeddedTokenizer
 from instructgym.llm_backends.records import read_records
 from instructgym.rewards.quality.linear import PRESETS
-from tests.conftest import build_model, build_tokenizer
 
 QUIET = Console(quiet=True)
 SHORTER = "fine_grained_cases:annotator"

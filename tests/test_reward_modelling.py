@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 from stable_baselines3.common.logger import KVWriter, Logger
+from tiny_models import build_model
 
 from instructgym.agents.policy.optimization import TrainingDivergedError
 from instructgym.agents.supervised.reward_modelling import (
@@ -30,7 +31,6 @@ from instructgym.llm_backends.local.tokenization import ByteTokenizer, WordToken
 from instructgym.llm_backends.training.adapters import LoraSettings
 from instructgym.rewards.learned.edits import EditedPair
 from instructgym.rewards.learned.reward_model import RewardModel
-from tests.conftest import build_model
 
 # --- losses ------------------------------------------------------------------------------------------------------
 

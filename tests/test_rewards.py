@@ -24,6 +24,7 @@ from instructgym.rewards import (
     score_with_retries,
 )
 from instructgym.rewards.elimination import STRING_RULES
+from instructgym.rewards.texts import rouge
 
 TEXTS = ["name a red bird", "name a blue bird", "sing a song", "how deep is the sea"]
 WORDS = st.lists(st.sampled_from("a bird fish red sea sings the".split()), max_size=8).map(" ".join)
@@ -296,11 +297,9 @@ def test_the_nearest_text_of_a_pool_is_found_exactly(texts, text, floor):
 
 
 def test_most_pairs_of_a_pool_are_never_compared(monkeypatch):
-    from instructgym.rewards.texts import rouge as module
-
     pool = RougePool([f"word{i} other{i}" for i in range(50)] + ["a red bird sings"])
-    compared, lcs = [], module._lcs
-    monkeypatch.setattr(module, "_lcs", lambda *sequences: compared.append(lcs(*sequences)) or compared[-1])
+    compared, lcs = [], rouge.lcs_length
+    monkeypatch.setattr(rouge, "lcs_length", lambda *sequences: compared.append(lcs(*sequences)) or compared[-1])
     assert pool.nearest("a red bird sang") == pytest.approx(0.75)
     assert compared == [3]
 

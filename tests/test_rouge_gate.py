@@ -1,6 +1,6 @@
 """The ROUGE-L gate says what comparing with every text of the pool says, and stays fast."""
 
-import time
+import pickle
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from instructgym.envs.tasks.instruction.seeds import load_instructions
 from instructgym.rewards import RougeGate, RougePool
+from instructgym.rewards.texts import rouge
 from instructgym.rewards.texts.rouge import TOLERANCE
 
 SCORER = RougeScorer(["rougeL"])
@@ -64,7 +65,7 @@ def test_a_pool_that_discards_for_long_forgets_and_answers_alike():
         pool.add(text)
         if len(pool) > 40:
             pool.discard_oldest()
-    assert len(pool) == 40 and len(pool._tokens) < 200
+    assert len(pool) == 40 and len(pickle.dumps(pool)) < len(pickle.dumps(RougePool(texts))) / 2
     assert pool.most_similar("number 470 of birds") == RougePool(texts[-40:]).most_similar("number 470 of birds")
     with pytest.raises(IndexError, match="empty"):
         RougePool().discard_oldest()
@@ -119,13 +120,14 @@ def instruction_like(count, seed=0):
     return texts
 
 
-def test_a_large_pool_is_searched_exactly_and_fast():
+def test_a_large_pool_is_searched_exactly_and_mostly_without_comparing(monkeypatch):
     texts = instruction_like(2100)
     pool = RougePool(texts[:2000])
     for text in texts[2000:2004]:
         scores = reference(text, texts[:2000])
         assert pool.most_similar(text) == (max(scores), scores.index(max(scores)))
-    begun = time.process_time()
+    compared, length = [], rouge.lcs_length
+    monkeypatch.setattr(rouge, "lcs_length", lambda *given: compared.append(1) or length(*given))
     for text in texts[2000:]:
         pool.nearest(text)
-    assert time.process_time() - begun < 5.0  # comparing all pairs takes over a minute
+    assert 100 <= len(compared) < 2000 * 100 / 20

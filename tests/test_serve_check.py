@@ -201,14 +201,22 @@ def test_a_model_has_to_be_named_where_the_list_leaves_it_open(models, message):
 
 def test_speed_is_measured_at_each_concurrency():
     with serving(latency=0.05, usage=(9, 4)) as server:
-        speeds = measure_speed(lambda level: OpenAIBackend("m", server.url, concurrency=level), [1, 4], 8, 5, 4)
+        most = []
+
+        def backend(level):
+            most.append(server.most_in_flight)
+            server.most_in_flight = 0
+            return OpenAIBackend("m", server.url, concurrency=level)
+
+        speeds = measure_speed(backend, [1, 4], 8, 5, 4)
+        most.append(server.most_in_flight)
         prompts = [body["messages"][0]["content"] for body in server.bodies]
     assert len(set(prompts)) == len(prompts) == 1 + 2 * 8  # a prompt that was read before would be answered faster
     assert all(len(prompt.split()) == 5 for prompt in prompts)
     assert [one.completion_tokens for one in speeds] == [32, 32] and not any(one.errors for one in speeds)
-    assert speeds[0].seconds >= 0.4 and speeds[1].seconds < speeds[0].seconds
-    assert 0.05 <= speeds[0].median_latency <= speeds[0].p95_latency
-    assert recommended(speeds) == 4
+    assert most[-2:] == [1, 4]
+    # What the server waits for is in the figures, however busy the machine is.
+    assert speeds[0].seconds >= 8 * 0.05 and 0.05 <= speeds[0].median_latency <= speeds[0].p95_latency
 
 
 def test_errors_are_counted_and_have_no_latency():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from agent_cases import logged, same, undisturbed_and_restored
+from tiny_models import build_model
 
 import instructgym  # noqa: F401  (registers the envs)
 from instructgym.agents import SoftQ
@@ -26,7 +27,6 @@ from instructgym.llm_backends.local.causal_lm import CausalLM
 from instructgym.llm_backends.local.tokenization import WordTokenizer
 from instructgym.llm_backends.training.adapters import LoraSettings
 from instructgym.llm_backends.training.output_layer import ChosenLogits
-from tests.conftest import build_model
 
 TOKENIZER = WordTokenizer(words=("red", "blue", "sea", "sky", "end"), positions=64)
 RED, BLUE, SEA, SKY, END, EOS, UNK = range(7)
@@ -225,7 +225,7 @@ def test_returns_are_standardised_and_mapped():
     rows = episodes((1.0, "a"), (3.0, "a"), (10.0, "b"), (10.0, "b"), (6.0, "c"))
 
     def shaped(**options):
-        return SoftQ(make_env(4), make_policy(), **options)._shaped(rows).tolist()
+        return SoftQ(make_env(4), make_policy(), **options).shaped_returns(rows).tolist()
 
     plain = {"zscore": "none", "shaped_low": -10.0, "shaped_high": 10.0}
     assert shaped(zscore="none") == [5.0, 15.0, 50.0, 50.0, 30.0]
@@ -283,14 +283,14 @@ def test_the_target_follows_the_policy_slowly(rank):
         assert torch.equal(target.logits(*asked).logprobs, start)
         moved(policy, 0.2)
         assert torch.equal(target.logits(*asked).logprobs, start)
-        before = [mine.clone() for mine, _ in target._pairs]
+        before = [mine.clone() for mine, _ in target.pairs]
         target.follow(0.25)
-        for (mine, theirs), old in zip(target._pairs, before, strict=True):
+        for (mine, theirs), old in zip(target.pairs, before, strict=True):
             torch.testing.assert_close(mine, 0.75 * old + 0.25 * theirs)
         assert not torch.equal(target.logits(*asked).logprobs, start)
         target.follow(1.0)
         assert torch.equal(target.logits(*asked).logprobs, policy_logits(policy, *asked).logprobs)
-    assert not any(mine.requires_grad for mine, _ in target._pairs)
+    assert not any(mine.requires_grad for mine, _ in target.pairs)
     assert all(p.requires_grad for p in policy.parameters().values())
 
 
@@ -326,7 +326,7 @@ def start_run(run, seed):
 def test_a_restored_run_is_the_undisturbed_one_bit_for_bit(tmp_path, run):
     whole, second = undisturbed_and_restored(lambda seed: start_run(run, seed), tmp_path, 150, 2)
     assert same(whole.policy.parameters(), second.policy.parameters())
-    for (mine, _), (theirs, _) in zip(whole.target._pairs, second.target._pairs, strict=True):
+    for (mine, _), (theirs, _) in zip(whole.target.pairs, second.target.pairs, strict=True):
         assert torch.equal(mine, theirs)
 
 

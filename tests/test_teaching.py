@@ -114,8 +114,11 @@ def test_a_finished_stage_is_kept(taught, monkeypatch):
     for module in ("finetune", "evaluate", "privacy"):
         monkeypatch.setattr(f"instructgym.experiments.teaching.{module}.LanguageModelPolicy", None)
         monkeypatch.setattr(f"instructgym.experiments.teaching.{module}.policy_from", None, raising=False)
+    written = {path: path.read_bytes() for path in options.root.glob("*/**/*.json*")}
+    assert {"finetune", "evaluate"} <= {path.relative_to(options.root).parts[0] for path in written}
     teaching.finetune_arms(options, QUIET)
     teaching.evaluate_arms(options, QUIET)
+    assert {path: path.read_bytes() for path in options.root.glob("*/**/*.json*")} == written
 
 
 def test_a_run_that_is_out_of_time_goes_on(tmp_path, tiny_model_path, monkeypatch):

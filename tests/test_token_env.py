@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 import types
 import warnings
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env
+from transformers import PreTrainedTokenizerBase
 
 from instructgym.envs.process import InvalidRewardError
 from instructgym.envs.tokens.env import TokenEnv
@@ -583,18 +583,23 @@ def test_a_spec_survives_json(monkeypatch):
         del gym.registry["tests/Tokens-v0"]
 
 
-def test_a_step_costs_the_same_however_long_the_response():
+def test_a_step_decodes_as_much_however_long_the_response(monkeypatch):
     env = make([PromptExample("x", "a")], ByteTokenizer(), max_tokens=2000, context_length=2048, stop=("\n\n",))
     env.reset(seed=0)
+    decoded, decode = [], PreTrainedTokenizerBase.decode
 
-    def seconds(steps):
-        start = time.perf_counter()
+    def counting(self, ids, *args, **kwargs):
+        decoded.append(len(ids))
+        return decode(self, ids, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "decode", counting)
+
+    def longest(steps):
+        decoded.clear()
         for _ in range(steps):
             env.step(65)
-        return time.perf_counter() - start
+        return max(decoded), len(decoded)
 
-    seconds(50)
-    early = min(seconds(100) for _ in range(4))
-    seconds(1000)
-    late = min(seconds(100) for _ in range(4))
-    assert late < 5 * early
+    early = longest(100)
+    longest(1000)
+    assert longest(100) == early and early[0] < 20

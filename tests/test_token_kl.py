@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from tiny_models import build_model
 
 from instructgym.agents.policy.language_model import POLICY, LanguageModelPolicy
 from instructgym.llm_backends.errors import InputError
@@ -11,7 +12,6 @@ from instructgym.llm_backends.local.tokenization import WordTokenizer
 from instructgym.llm_backends.training import output_layer
 from instructgym.llm_backends.training.adapters import LoraSettings
 from instructgym.llm_backends.training.output_layer import OutputLayer, compared_tokens
-from tests.conftest import build_model
 
 ROWS, VOCABULARY, DIM = 7, 13, 5
 

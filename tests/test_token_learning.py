@@ -8,6 +8,7 @@ import pytest
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger
+from tiny_models import build_model
 
 from instructgym.agents.policy.checkpoints import policy_from
 from instructgym.agents.policy.language_model import LanguageModelPolicy
@@ -24,7 +25,6 @@ from instructgym.llm_backends.local.causal_lm import CausalLM
 from instructgym.llm_backends.local.tokenization import WordTokenizer
 from instructgym.llm_backends.training.adapters import LoraSettings
 from instructgym.rewards import Reward, Score
-from tests.conftest import build_model
 
 WORDS = ("red", "blue", "sea", "sky", "end")
 RED, BLUE, SEA, SKY, END, EOS, UNK = range(7)

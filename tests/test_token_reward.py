@@ -6,6 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from tiny_models import build_model
 
 from instructgym.agents.policy.language_model import LanguageModelPolicy
 from instructgym.agents.supervised.sft import SFT, TokenizedDemonstration
@@ -19,7 +20,6 @@ from instructgym.llm_backends.training.adapters import LoraSettings
 from instructgym.rewards import Sample, WeightedSum
 from instructgym.rewards.learned.reward_model import ADAPTER, RewardModel
 from instructgym.rewards.learned.token_reward import SequenceReward, TokenReward
-from tests.conftest import build_model
 
 WORDS = ("red", "blue", "sea", "sky", "end")
 RED, BLUE, SEA, SKY, END, EOS, UNK = range(7)

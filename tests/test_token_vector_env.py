@@ -60,7 +60,9 @@ def test_stable_baselines3_takes_the_vector_form():
     from instructgym.agents.sb3.factory import VectorToVecEnv
 
     env = VectorToVecEnv(make(mode=AutoresetMode.SAME_STEP, observation="onehot", max_tokens=4))
-    PPO("MlpPolicy", env, n_steps=8, batch_size=8, n_epochs=1, seed=0).learn(48)
+    agent = PPO("MlpPolicy", env, n_steps=8, batch_size=8, n_epochs=1, seed=0).learn(48)
+    assert agent.num_timesteps >= 48
+    assert all(bool(weight.isfinite().all()) for weight in agent.policy.parameters())
 
 
 def test_the_default_mode_is_disabled():

@@ -268,7 +268,7 @@ class SoftQ(RolloutAgent):
         if any(allowed is not None for allowed in batch.allowed):
             raise InputError("soft_q's values are over the whole vocabulary: episodes were written under constraints")
         episodes, replayed = self._episodes(batch)
-        returns = self._shaped(episodes)
+        returns = self.shaped_returns(episodes)
         self.logger.record("train/replayed", replayed)
         self._train(_batch(episodes), returns)
         self.logger.record("time/train", time.perf_counter() - begun)
@@ -290,7 +290,7 @@ class SoftQ(RolloutAgent):
         self.replay.add(fresh)
         return local_episodes + past[self.processes.index :: self.processes.count], len(past)
 
-    def _shaped(self, episodes: Sequence[StoredEpisode]) -> np.ndarray:
+    def shaped_returns(self, episodes: Sequence[StoredEpisode]) -> np.ndarray:
         """Returns the shaped returns of episodes, z-scored and mapped linearly; float64, shape (episodes,)."""
         settings = self.settings
         values = np.array([episode.value for episode in episodes], dtype=np.float64)

@@ -37,7 +37,8 @@ class TargetPolicy:
         if not policy.lora.rank:
             self._whole = frozen_copy(policy.lm)
             target_weights = list(self._whole.model.parameters())
-            self._pairs = list(zip(target_weights, policy.lm.model.parameters(), strict=True))
+            self.pairs = list(zip(target_weights, policy.lm.model.parameters(), strict=True))
+            """Each weight of the target with the one of the policy that it follows."""
             return
         if TARGET in policy.frozen_adapters():
             raise InputError(f"a frozen adapter of this policy is called {TARGET!r} already: give it another name")
@@ -47,7 +48,7 @@ class TargetPolicy:
         policy_weights = policy.trunk.parameters(POLICY)
         adapter_weights = policy.trunk.parameters(TARGET)
         # peft's parameter names differ only in the adapter's name.
-        self._pairs = [
+        self.pairs = [
             (adapter_weights[name.replace(f".{POLICY}.", f".{TARGET}.")], weight)
             for name, weight in policy_weights.items()
         ]
@@ -62,7 +63,7 @@ class TargetPolicy:
         Args:
             rate: share of the distance that each weight moves, in (0, 1]; 1 copies the policy's weights.
         """
-        for target_weight, policy_weight in self._pairs:
+        for target_weight, policy_weight in self.pairs:
             target_weight.lerp_(policy_weight.detach(), rate)
 
     @torch.no_grad()

@@ -56,7 +56,7 @@ def pairwise_rouge_l(texts: Sequence[str], stem: bool = False) -> np.ndarray:
             masks[token] = masks.get(token, 0) | 1 << position
         for j in range(i):
             same = texts[i].split() == texts[j].split()
-            common = 0 if same else _lcs(masks, len(first), tokens[j])
+            common = 0 if same else lcs_length(masks, len(first), tokens[j])
             table[i, j] = table[j, i] = 1.0 if same else _f_measure(common, len(first), len(tokens[j]))
     return table
 
@@ -144,7 +144,7 @@ class RougePool:
             if bound < best - TOLERANCE:
                 break
             similarity = _f_measure(
-                _lcs(masks, len(tokens), self._tokens[other]), len(tokens), len(self._tokens[other])
+                lcs_length(masks, len(tokens), self._tokens[other]), len(tokens), len(self._tokens[other])
             )
             if similarity > best or (similarity == best and other < index):
                 best, index = similarity, other
@@ -213,7 +213,7 @@ def _features(tokens: Sequence[int]) -> Iterator[tuple[int, int]]:
         yield token, seen[token]
 
 
-def _lcs(masks: Mapping[Any, int], size: int, tokens: Sequence[Any]) -> int:
+def lcs_length(masks: Mapping[Any, int], size: int, tokens: Sequence[Any]) -> int:
     """Returns the length of the LCS of two sequences, bit-parallel (Hyyrö 2004): a table column is one integer.
 
     Args:
