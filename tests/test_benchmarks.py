@@ -27,7 +27,7 @@ from instructgym.experiments.benchmarks.task_score import BenchTaskScore
 from instructgym.experiments.benchmarks.tiny import build_tiny, make_prompts
 from instructgym.experiments.benchmarks.token_env import BenchTokenEnv
 from instructgym.experiments.benchmarks.token_ppo import BenchTokenPPO
-from instructgym.experiments.benchmarks.trl_environment import TRL_VERSION, installed, trl_folder
+from instructgym.experiments.benchmarks.workers.trl_environment import TRL_VERSION, installed, trl_folder
 from instructgym.llm_backends import BackendError
 from instructgym.llm_backends.errors import InputError
 from instructgym.rewards import Reward, Sample, Score
@@ -190,7 +190,7 @@ def test_bad_options_of_token_env_are_refused():
 
 
 def test_an_environment_that_cannot_be_prepared_is_one_error(tmp_path, monkeypatch):
-    from instructgym.experiments.benchmarks import trl_environment
+    from instructgym.experiments.benchmarks.workers import trl_environment
 
     monkeypatch.setenv("INSTRUCTGYM_CACHE", str(tmp_path))
     monkeypatch.setattr(trl_environment.sys, "executable", "/bin/false")
