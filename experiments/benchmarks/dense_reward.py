@@ -13,27 +13,24 @@ median over three other seeds (100 to 102).
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import gymnasium as gym
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from ...envs.tokens.episode import PromptExample
 from ...llm_backends import Tokenizer
-from ...llm_backends.errors import InputError
 from ...llm_backends.local.tokenization import WordTokenizer
 from ...rewards import Reward, Sample, Score
 from ...rewards.learned.edits import EditedPair
-from ..runs.folder import write_json
-from ..runs.options import check_output
+from .learning import CAP, Goal, LearningOptions, publish_tokens, tiny_ppo
 from .tiny import tiny_llama
 
 if TYPE_CHECKING:
+    from ...agents import TokenPPO
     from ...rewards.learned.reward_model import RewardModel
 
 WORDS = tuple(f"w{i}" for i in range(32))
@@ -46,7 +43,7 @@ KL_COEFFICIENT = 0.004
 LEARNING_RATES, LAMBDAS = (1e-3, 3e-3, 1e-2, 3e-2), (0.5, 0.95, 1.0)
 DENSE_RATE, DENSE_LAMBDA = 3e-2, 0.5
 TERMINAL_RATE, TERMINAL_LAMBDA = 1e-2, 0.95
-TARGET, WINDOW, CAP = 0.9, 64, 20_000
+TARGET = 0.9
 EPISODES = 3_000
 """Maximum number of episodes: a limit for policies whose responses have become so short that CAP is out of reach."""
 
@@ -54,11 +51,9 @@ Placement = Literal["dense", "terminal"]
 
 
 @dataclass
-class BenchDenseReward:
+class BenchDenseReward(LearningOptions):
     """Tokens until 90% of what a policy writes is good: with a reward for each token, or their sum at the end."""
 
-    seeds: int = 5
-    """Number of seeds of each policy."""
     dense_rate: float = DENSE_RATE
     """Learning rate of the dense policy, which gets a reward for every token."""
     dense_lambda: float = DENSE_LAMBDA
@@ -67,10 +62,6 @@ class BenchDenseReward:
     """Learning rate of the terminal policy, which gets the sum of the rewards at the last token."""
     terminal_lambda: float = TERMINAL_LAMBDA
     """Lambda of generalised advantage estimation (GAE) of the terminal policy, in [0, 1]."""
-    first_seed: int = 0
-    """The first seed. Each seed trains its own reward model."""
-    json: str = ""
-    """JSON file for the results. Empty: do not write one."""
 
 
 class TerminalSum(Reward):
@@ -152,10 +143,6 @@ def reward_of(model: RewardModel, measures: dict[str, float], placement: Placeme
 
 def tokens_needed(seed: int, reward: Reward, learning_rate: float, lam: float) -> int:
     """Returns the number of tokens until PPO reaches the target with the reward; CAP if it does not."""
-    import gymnasium as gym
-
-    from ...agents import LanguageModelPolicy, LoraSettings, TokenPPO
-
     env = gym.make_vec(
         "instructgym/GenerateResponse-v0",
         num_envs=NUM_ENVS,
@@ -165,25 +152,19 @@ def tokens_needed(seed: int, reward: Reward, learning_rate: float, lam: float) -
         max_tokens=LENGTH,
         context_length=1 + LENGTH,
     )
-    lm = tiny_llama(env.unwrapped.tokenizer, seed, "writer")  # type: ignore[attr-defined]
-    policy = LanguageModelPolicy(lm, LoraSettings(rank=0), dtype="float32", seed=seed)
-    agent = TokenPPO(
-        env, policy, seed, learning_rate=learning_rate, epochs=4, kl_coefficient=KL_COEFFICIENT, gamma=1.0, lam=lam,
-        value_coefficient=0.5, value_clip=0.0,
-    )  # fmt: skip
-    returns: deque[float] = deque(maxlen=WINDOW)
+    agent = tiny_ppo(
+        env, seed, "writer", "base", learning_rate=learning_rate, kl_coefficient=KL_COEFFICIENT, gamma=1.0, lam=lam
+    )
+    goal = Goal(TARGET)
 
     def learned(agent: TokenPPO) -> bool:
         assert agent.last_rollout is not None
-        returns.extend(true_return(response) for response in agent.last_rollout.responses)
-        return not reached() and agent.episodes < EPISODES
-
-    def reached() -> bool:
-        return len(returns) == WINDOW and float(np.mean(returns)) >= TARGET
+        reached = goal.reached(true_return(response) for response in agent.last_rollout.responses)
+        return not reached and agent.episodes < EPISODES
 
     agent.learn(CAP, learned)  # type: ignore[arg-type]
     env.close()
-    return agent.num_timesteps if reached() else CAP
+    return agent.num_timesteps if goal.reached() else CAP
 
 
 def run(options: BenchDenseReward, console: Console | None = None) -> dict[str, Any]:
@@ -195,40 +176,25 @@ def run(options: BenchDenseReward, console: Console | None = None) -> dict[str, 
     Raises:
         InputError: if an option is out of range or the JSON file cannot be written.
     """
-    console = console or Console()
-    if options.seeds < 1:
-        raise InputError(f"--seeds must be at least 1, got {options.seeds}")
-    if options.json:
-        check_output(Path(options.json))
-    tokens: dict[Placement, list[int]] = {"dense": [], "terminal": []}
+    options.check()
     settings = {
         "dense": (options.dense_rate, options.dense_lambda),
         "terminal": (options.terminal_rate, options.terminal_lambda),
     }
+    tokens: dict[Placement, list[int]] = {"dense": [], "terminal": []}
     models = []
-    for seed in range(options.first_seed, options.first_seed + options.seeds):
+    for seed in options.seed_range():
         model, measures = trained_reward(seed)
         models.append(measures)
         for placement, needed in tokens.items():
             needed.append(tokens_needed(seed, reward_of(model, measures, placement), *settings[placement]))
-    medians = {placement: float(np.median(needed)) for placement, needed in tokens.items()}
-    figures = {
-        "ours": {"tokens": tokens["dense"], "median": medians["dense"]},
-        "theirs": {"tokens": tokens["terminal"], "median": medians["terminal"]},
-        "ratio": {"tokens": medians["terminal"] / medians["dense"]},
+    titles = {"rewarded token by token (ours)": tokens["dense"], "rewarded at the end": tokens["terminal"]}
+    more = {
         "reward_model": {
             name: [measures[name] for measures in models] for name in ("accuracy", "removed_auc", "written_auc")
         },
         "settings": {"target": TARGET, "cap": CAP, "rate_and_lambda": {k: list(v) for k, v in settings.items()}},
     }
-    table = Table(title=f"Tokens until {TARGET} of the best return, {options.seeds} seeds (cap {CAP})")
-    for title in ("", "median", "each seed"):
-        table.add_column(title, overflow="fold")
-    table.add_row("rewarded token by token (ours)", f"{medians['dense']:.0f}", " ".join(map(str, tokens["dense"])))
-    table.add_row("rewarded at the end", f"{medians['terminal']:.0f}", " ".join(map(str, tokens["terminal"])))
-    console.print(table)
     lowest = min(min(measures["removed_auc"], measures["written_auc"]) for measures in models)
-    console.print(f"reward models: lowest token AUC on held-out edits {lowest:.3f}")
-    if options.json:
-        write_json(Path(options.json), figures)
-    return figures
+    remark = f"reward models: lowest token AUC on held-out edits {lowest:.3f}"
+    return publish_tokens(options, TARGET, titles, more, console, remark)

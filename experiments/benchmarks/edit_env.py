@@ -5,23 +5,20 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from ...llm_backends import resolve
-from ...llm_backends.errors import InputError
 from ..evolve.train import ENV_ID, load_seeds
-from ..runs.folder import write_json
-from ..runs.options import check_output, input_errors, parse_part, parse_reward
+from ..runs.options import input_errors, parse_part, parse_reward
+from .frame import RATIO, BenchOptions, alternate, compare, publish, spread_text
 
 
 @dataclass
-class BenchEditEnv:
+class BenchEditEnv(BenchOptions):
     """Steps per second of n batched copies against n copies stepped one after the other."""
 
     num_envs: int = 8
@@ -39,8 +36,8 @@ class BenchEditEnv:
     """File of seed instructions. Empty: those of the package."""
     seed: int = 0
     """Seed of texts and actions."""
-    json: str = ""
-    """JSON file for the results. Empty: do not write one."""
+
+    lowest = {"seed": 0}
 
 
 def run(options: BenchEditEnv, console: Console | None = None) -> dict[str, Any]:
@@ -49,11 +46,7 @@ def run(options: BenchEditEnv, console: Console | None = None) -> dict[str, Any]
     Raises:
         InputError: if an option is out of range or a part cannot be built.
     """
-    console = console or Console()
-    if options.num_envs < 1 or options.rounds < 1:
-        raise InputError("--num-envs and --rounds must be at least 1")
-    if options.json:
-        check_output(Path(options.json))
+    options.check()
     part = parse_part(options.backend, options.model)
     seeds = load_seeds(options.seeds)
 
@@ -79,61 +72,50 @@ def run(options: BenchEditEnv, console: Console | None = None) -> dict[str, Any]
     for i, env in enumerate(serial_envs):
         env.reset(seed=options.seed + i, options={"index": int(indices[i])})
 
-    vector_rates: list[float] = []
-    serial_rates: list[float] = []
-    same = 0
+    count, name = options.num_envs, "steps_per_second"
     rewriter = vector.unwrapped.backend  # type: ignore[attr-defined]
     judge = getattr(vector.unwrapped.reward, "backend", None)  # type: ignore[attr-defined]
+    space: Any = vector.single_action_space
+    # The first round, a warm-up, loads models and fills prefix caches.
+    actions = [rng.integers(space.n, size=count) for _ in range(options.rounds + 1)]
     calls: list[tuple[int, int]] = []
-    for round_number in range(options.rounds + 1):
-        actions = rng.integers(vector.single_action_space.n, size=options.num_envs)  # type: ignore[attr-defined]
-        before = (rewriter.usage.calls, judge.usage.calls if judge else 0)
-        start = time.perf_counter()
-        infos = vector.step(actions)[-1]
-        middle = time.perf_counter()
-        serial_texts = [env.step(action)[-1]["text"] for env, action in zip(serial_envs, actions, strict=True)]
-        end = time.perf_counter()
-        after = (rewriter.usage.calls, judge.usage.calls if judge else 0)
-        # Backend calls of the vector step only: the serial envs have their own backends.
+    texts: dict[str, list[str]] = {"ours": [], "theirs": []}
+
+    def backend_calls() -> tuple[int, int]:
+        """Returns the calls of rewriter and judge of the vector env: the serial envs have their own backends."""
+        return rewriter.usage.calls, judge.usage.calls if judge else 0
+
+    def batched(number: int) -> float:
+        before, start = backend_calls(), time.perf_counter()
+        infos = vector.step(actions[number])[-1]
+        seconds = time.perf_counter() - start
+        after = backend_calls()
         calls.append((after[0] - before[0], after[1] - before[1]))
-        same += sum(a == b for a, b in zip(infos["text"], serial_texts, strict=True))
-        if round_number:  # the first round loads models and fills prefix caches
-            vector_rates.append(options.num_envs / (middle - start))
-            serial_rates.append(options.num_envs / (end - middle))
-    ratios = np.array(vector_rates) / np.array(serial_rates)
-    figures: dict[str, Any] = {
-        "ours": {
-            "steps_per_second": float(np.median(vector_rates)),
-            "backend_calls_per_vector_step": {
-                "rewriter": max(c[0] for c in calls),
-                "judge": max(c[1] for c in calls),
-            },
-        },
-        "theirs": {"steps_per_second": float(np.median(serial_rates))},
-        "ratio": {
-            "steps_per_second": float(np.median(ratios)),
-            "steps_per_second_min": float(ratios.min()),
-            "steps_per_second_max": float(ratios.max()),
-        },
-        "settings": {
-            "num_envs": options.num_envs,
-            "rounds": options.rounds,
-            "backend": rewriter.name,
-            "equal_texts": f"{same}/{(options.rounds + 1) * options.num_envs}",
-        },
+        texts["ours"] += list(infos["text"])
+        return count / seconds
+
+    def serial(number: int) -> float:
+        start = time.perf_counter()
+        written = [env.step(action)[-1]["text"] for env, action in zip(serial_envs, actions[number], strict=True)]
+        seconds = time.perf_counter() - start
+        texts["theirs"] += written
+        return count / seconds
+
+    figures = compare(name, **alternate({"ours": batched, "theirs": serial}, options.rounds))
+    most = {"rewriter": max(call[0] for call in calls), "judge": max(call[1] for call in calls)}
+    figures["ours"]["backend_calls_per_vector_step"] = most
+    same = sum(a == b for a, b in zip(texts["ours"], texts["theirs"], strict=True))
+    figures["settings"] = {
+        "num_envs": count,
+        "rounds": options.rounds,
+        "backend": rewriter.name,
+        "equal_texts": f"{same}/{len(texts['ours'])}",
     }
-    table = Table(title=f"{options.num_envs} copies of {ENV_ID} on {rewriter.name}")
-    for title in ("", "batched (ours)", "serial", "ratio (median, min to max)"):
-        table.add_column(title, overflow="fold")
-    table.add_row(
-        "env steps per second",
-        f"{figures['ours']['steps_per_second']:.2f}",
-        f"{figures['theirs']['steps_per_second']:.2f}",
-        f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})",
-    )
-    table.add_row("backend calls per vector step", json.dumps(figures["ours"]["backend_calls_per_vector_step"]), "", "")
-    table.add_row("equal texts", figures["settings"]["equal_texts"], "", "")
-    console.print(table)
-    if options.json:
-        write_json(Path(options.json), figures)
-    return figures
+    our_rate, serial_rate = (f"{figures[side][name]:.2f}" for side in ("ours", "theirs"))
+    rows = [
+        ("", "batched (ours)", "serial", RATIO),
+        ("env steps per second", our_rate, serial_rate, spread_text(name, figures["ratio"])),
+        ("backend calls per vector step", json.dumps(most), "", ""),
+        ("equal texts", figures["settings"]["equal_texts"], "", ""),
+    ]
+    return publish(options, figures, f"{count} copies of {ENV_ID} on {rewriter.name}", rows, console)

@@ -27,7 +27,7 @@ from .sides import (
     settings_of,
 )
 from .tiny import WORDS, lora_targets, make_prompts, model_folder
-from .trl_environment import trl_python
+from .workers.trl_environment import trl_python
 
 NOTES = {
     "trl": "every pair is seen once; both compute its reference log-probs on the way, with the adapters switched off",

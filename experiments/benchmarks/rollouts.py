@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from ...agents.policy.language_model import LanguageModelPolicy
 from ...agents.policy.optimization import Processes
@@ -23,15 +22,15 @@ from ...llm_backends.local.loading import resolved_dtype
 from ...llm_backends.serving.vllm_launch import vllm_server
 from ...llm_backends.serving.vllm_server import TokenSampling, VLLMServerBackend
 from ...llm_backends.training.adapters import LoraSettings
-from ..runs.folder import write_json
-from ..runs.options import check_counts, check_output
+from .frame import BenchOptions, alternate, compare, publish, scratch_folder, spread_text
 from .tiny import make_prompts, model_folder
 
-SIDES = ("in process", "vLLM, adapter", "vLLM, base model")
+SIDES = {"theirs": "in process", "ours": "vLLM, adapter", "base_model": "vLLM, base model"}
+"""Titles of the sides in the order in which they are measured, by their key in the results."""
 
 
 @dataclass
-class BenchRollouts:
+class BenchRollouts(BenchOptions):
     """Response tokens per second of rollouts on a vLLM server, adapter pushed, against sampling in this process."""
 
     server: str = ""
@@ -53,8 +52,6 @@ class BenchRollouts:
     else float32."""
     rounds: int = 3
     """Measurements of each side, taken alternately after a warm-up."""
-    json: str = ""
-    """JSON file for the results. Empty: do not write one."""
 
 
 def run(options: BenchRollouts, console: Console | None = None) -> dict[str, Any]:
@@ -66,21 +63,26 @@ def run(options: BenchRollouts, console: Console | None = None) -> dict[str, Any
     Raises:
         InputError: if an option is out of range, or a server cannot be used or started.
     """
-    console = console or Console()
-    check_counts(options, "batch", "prompt_tokens", "response_tokens", "lora_rank", "rounds")
-    if options.json:
-        check_output(Path(options.json))
+    options.check()
     if not options.server and not Path(options.python).exists():
         raise InputError(f"no interpreter {options.python}: make venv-server, or name a server with --server")
-    with tempfile.TemporaryDirectory(prefix="instructgym-bench-") as scratch:
-        folder = model_folder(options.model, Path(scratch))
-        with _server(options, folder, Path(scratch)) as url:
+    with scratch_folder() as scratch:
+        folder = model_folder(options.model, scratch)
+        with _server(options, folder, scratch) as url:
             rates, push = _measure(options, folder, url)
-    figures = _figures(options, rates, push)
-    _print(options, figures, console)
-    if options.json:
-        write_json(Path(options.json), figures)
-    return figures
+    name = "tokens_per_second"
+    figures = compare(name, rates["ours"], rates["theirs"])
+    figures["ours"]["push_seconds"] = push
+    figures["base_model"] = {name: float(np.median(rates["base_model"]))}
+    figures["settings"] = options.settings()
+    medians = [f"{figures[side][name]:.1f}" for side in SIDES]
+    rows = [
+        ("", *SIDES.values(), "adapter / in process"),
+        ("response tokens per second", *medians, spread_text(name, figures["ratio"])),
+        ("seconds to push the adapter", "", f"{push:.2f}", "", ""),
+    ]
+    tokens = f"{options.batch} x ({options.prompt_tokens} + {options.response_tokens}) tokens"
+    return publish(options, figures, f"rollouts of {options.model}: {tokens}, rank {options.lora_rank}", rows, console)
 
 
 @contextmanager
@@ -127,58 +129,28 @@ def _alternate(
         pushes.append(time.perf_counter() - begun)
         return engine.generate(batch, samplings, None, frozenset())
 
-    sides: dict[str, Callable[[list[list[int]], list[Sampling]], list[Any]]] = {
-        SIDES[0]: lambda batch, samplings: policy.generate(batch, samplings, None, frozenset()),
-        SIDES[1]: pushed,
-        SIDES[2]: lambda batch, samplings: plain.generate(batch, [TokenSampling(**vars(s), eos=()) for s in samplings]),
+    writers: dict[str, Callable[[list[list[int]], list[Sampling]], list[Any]]] = {
+        "theirs": lambda batch, samplings: policy.generate(batch, samplings, None, frozenset()),
+        "ours": pushed,
+        "base_model": lambda batch, samplings: plain.generate(
+            batch, [TokenSampling(**vars(s), eos=()) for s in samplings]
+        ),
     }
-    rates: dict[str, list[float]] = {side: [] for side in SIDES}
-    for number in range(options.rounds + 1):
+
+    def rate(side: str, number: int) -> float:
         batch = prompts[number * options.batch : (number + 1) * options.batch]
         samplings = [sampling.with_seed(request_seed(number, i)) for i in range(options.batch)]
-        for side, write in sides.items():
-            begun = time.perf_counter()
-            written = write(batch, samplings)
-            seconds = time.perf_counter() - begun
-            failed = next((result for result in written if isinstance(result, BackendError)), None)
-            if failed is not None:
-                raise failed
-            counts = [len(completions[0].token_ids) for completions in written]
-            if set(counts) != {options.response_tokens}:
-                raise RuntimeError(f"{side}: responses of {sorted(set(counts))} tokens, not {options.response_tokens}")
-            if number:  # the first round warms up
-                rates[side].append(sum(counts) / seconds)
+        begun = time.perf_counter()
+        written = writers[side](batch, samplings)
+        seconds = time.perf_counter() - begun
+        failed = next((result for result in written if isinstance(result, BackendError)), None)
+        if failed is not None:
+            raise failed
+        counts = [len(completions[0].token_ids) for completions in written]
+        if set(counts) != {options.response_tokens}:
+            wrong = f"responses of {sorted(set(counts))} tokens, not {options.response_tokens}"
+            raise RuntimeError(f"{SIDES[side]}: {wrong}")
+        return sum(counts) / seconds
+
+    rates = alternate({side: partial(rate, side) for side in SIDES}, options.rounds)
     return rates, float(np.median(pushes[1:]))
-
-
-def _figures(options: BenchRollouts, rates: dict[str, list[float]], push: float) -> dict[str, Any]:
-    """Returns medians over rounds, and the ratio of adapter to process with its spread."""
-    name = "tokens_per_second"
-    ratios = np.array(rates[SIDES[1]]) / np.array(rates[SIDES[0]])
-    return {
-        "ours": {name: float(np.median(rates[SIDES[1]])), "push_seconds": push},
-        "theirs": {name: float(np.median(rates[SIDES[0]]))},
-        "base_model": {name: float(np.median(rates[SIDES[2]]))},
-        "ratio": {
-            name: float(np.median(ratios)),
-            f"{name}_min": float(ratios.min()),
-            f"{name}_max": float(ratios.max()),
-        },
-        "settings": {key: value for key, value in vars(options).items() if key != "json"},
-    }
-
-
-def _print(options: BenchRollouts, figures: dict[str, Any], console: Console) -> None:
-    """Prints the results as a table."""
-    table = Table(
-        title=f"rollouts of {options.model}: {options.batch} x ({options.prompt_tokens} + {options.response_tokens}) "
-        f"tokens, rank {options.lora_rank}"
-    )
-    for title in ("", *SIDES, "adapter / in process"):
-        table.add_column(title, overflow="fold")
-    ratio, name = figures["ratio"], "tokens_per_second"
-    rates = [figures[key][name] for key in ("theirs", "ours", "base_model")]
-    spread = f"{ratio[name]:.2f} ({ratio[f'{name}_min']:.2f} to {ratio[f'{name}_max']:.2f})"
-    table.add_row("response tokens per second", *(f"{rate:.1f}" for rate in rates), spread)
-    table.add_row("seconds to push the adapter", "", f"{figures['ours']['push_seconds']:.2f}", "", "")
-    console.print(table)

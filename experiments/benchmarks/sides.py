@@ -18,7 +18,7 @@ from rich.table import Table
 
 from ...llm_backends import Tokenizer
 from ...llm_backends.errors import InputError
-from .trl_environment import SHARED, clean_environment, installed
+from .workers.trl_environment import SHARED, clean_environment, installed
 
 WORKERS = Path(__file__).resolve().parent / "workers"
 

@@ -14,16 +14,13 @@ The last two score only the first prompts: their time per likelihood does not de
 from __future__ import annotations
 
 import random
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from ...envs.tasks.prompt_search.tasks import PromptTask, load_prompt_task
 from ...llm_backends import BackendError
@@ -32,8 +29,7 @@ from ...llm_backends.local.backend import TransformersBackend
 from ...llm_backends.local.causal_lm import PrefixCache
 from ...rewards.prompt_scoring.scorer import TaskScorer
 from ...rewards.prompt_scoring.task_prompt import Demonstration, LabelledExample, TaskPrompt
-from ..runs.folder import write_json
-from ..runs.options import check_counts, check_output
+from .frame import BenchOptions, alternate, publish, scratch_folder, spread, spread_text, torch_threads
 from .tiny import model_folder
 
 MEASURE = "likelihoods_per_second"
@@ -44,7 +40,7 @@ LONGEST = 80
 
 
 @dataclass
-class BenchTaskScore:
+class BenchTaskScore(BenchOptions):
     """Prompts scored on examples with shared prefixes, against a full request per prompt, example and label."""
 
     model: str = "tiny"
@@ -71,8 +67,13 @@ class BenchTaskScore:
     """Number of threads of torch."""
     seed: int = 0
     """Seed of examples and demonstrations."""
-    json: str = ""
-    """JSON file for the results. Empty: do not write one."""
+
+    lowest = {"demonstrations": 0, "seed": 0}
+
+    def check(self) -> None:
+        super().check()
+        if self.naive_prompts > self.prompts:
+            raise InputError(f"--naive-prompts {self.naive_prompts} are more than --prompts {self.prompts}")
 
 
 def run(options: BenchTaskScore, console: Console | None = None) -> dict[str, Any]:
@@ -82,52 +83,39 @@ def run(options: BenchTaskScore, console: Console | None = None) -> dict[str, An
         InputError: if an option is out of range, there are too few examples, or the ways give different likelihoods.
         BackendError: if a request fails.
     """
-    import torch
-
-    console = console or Console()
-    check_counts(options, "prompts", "examples", "naive_prompts", "batch", "rounds", "threads")
-    if options.naive_prompts > options.prompts:
-        raise InputError(f"--naive-prompts {options.naive_prompts} are more than --prompts {options.prompts}")
-    if options.demonstrations < 0:
-        raise InputError(f"--demonstrations must be at least 0, got {options.demonstrations}")
-    if options.json:
-        check_output(Path(options.json))
+    options.check()
     prompts, examples = draw_task_prompts(options)
-    threads = torch.get_num_threads()
-    seconds: dict[str, list[float]] = {"ours": [], "theirs": [], "sharing_backend": []}
-    largest = 0.0
-    torch.set_num_threads(options.threads)
-    try:
-        with tempfile.TemporaryDirectory(prefix="instructgym-bench-") as scratch:
-            folder = model_folder(options.model, Path(scratch))
-            backend = TransformersBackend(folder, options.dtype, "auto", "completion")
-            # Warm-up on two prompts and two examples.
-            _measure(backend, prompts[:2], examples[:2], 2, options.batch)
-            for _ in range(options.rounds):
-                logprobs, durations = _measure(backend, prompts, examples, options.naive_prompts, options.batch)
-                for way, value in durations.items():
-                    seconds[way].append(value / logprobs[way].size)
-                our_logprobs = logprobs["ours"][: options.naive_prompts]
-                largest = max(
-                    largest,
-                    *(float(np.abs(our_logprobs - logprobs[way]).max()) for way in ("theirs", "sharing_backend")),
-                )
-    finally:
-        torch.set_num_threads(threads)
+    with torch_threads(options.threads), scratch_folder() as scratch:
+        folder = model_folder(options.model, scratch)
+        backend = TransformersBackend(folder, options.dtype, "auto", "completion")
+        # Warm-up on two prompts and two examples.
+        alternate(_sides(backend, prompts[:2], examples[:2], 2, options.batch), rounds=1, warm_up=0)
+        sides = _sides(backend, prompts, examples, options.naive_prompts, options.batch)
+        measured = alternate(sides, options.rounds, warm_up=0)
+    seconds = {side: [each for _, each in measurements] for side, measurements in measured.items()}
+    largest = max(
+        float(np.abs(ours[: options.naive_prompts] - slower).max())
+        for side in ("theirs", "sharing_backend")
+        for (ours, _), (slower, _) in zip(measured["ours"], measured[side], strict=True)
+    )
     if options.dtype == "float32" and largest > TOLERANCE:
         raise InputError(f"the methods differ by {largest:g} nats, more than {TOLERANCE:g}: one of them is wrong")
     figures: dict[str, Any] = {
-        way: {MEASURE: 1 / float(np.median(values)), "seconds_each": values} for way, values in seconds.items()
+        side: {MEASURE: 1 / float(np.median(values)), "seconds_each": values} for side, values in seconds.items()
     }
-    ratios = np.array(seconds["theirs"]) / np.array(seconds["ours"])
-    sharing = np.array(seconds["sharing_backend"]) / np.array(seconds["ours"])
-    figures["ratio"] = _spread(MEASURE, ratios) | _spread(f"{MEASURE}_of_the_sharing_backend", sharing)
-    figures["largest_difference"] = largest
-    figures["settings"] = {key: value for key, value in vars(options).items() if key != "json"}
-    _print(options, figures, console)
-    if options.json:
-        write_json(Path(options.json), figures)
-    return figures
+    sharing = f"{MEASURE}_of_the_sharing_backend"
+    ratio = spread(MEASURE, seconds["theirs"], seconds["ours"])
+    ratio |= spread(sharing, seconds["sharing_backend"], seconds["ours"])
+    figures |= {"ratio": ratio, "largest_difference": largest, "settings": options.settings()}
+    rates = {side: f"{figures[side][MEASURE]:.1f}" for side in seconds}
+    rows = [
+        ("", "likelihoods per second", "speed-up of ours (median, min to max)"),
+        ("shared prefixes (ours)", rates["ours"], ""),
+        ("one full request per likelihood", rates["theirs"], spread_text(MEASURE, ratio)),
+        ("Backend.logprobs, which shares prefixes", rates["sharing_backend"], spread_text(sharing, ratio)),
+    ]
+    title = f"{options.prompts} prompts x {options.examples} examples, {options.model}, {options.dtype}"
+    return publish(options, figures, title, rows, console, f"largest difference of a log-prob: {largest:.1e} nats")
 
 
 def draw_task_prompts(options: BenchTaskScore) -> tuple[list[TaskPrompt], list[LabelledExample]]:
@@ -155,14 +143,16 @@ def draw_task_prompts(options: BenchTaskScore) -> tuple[list[TaskPrompt], list[L
     return prompts, examples[: options.examples]
 
 
-def _measure(
+def _sides(
     backend: TransformersBackend,
     prompts: Sequence[TaskPrompt],
     examples: Sequence[LabelledExample],
     few: int,
     batch: int,
-) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Returns log-probs in nats, shape (prompts, examples, labels), and seconds by way.
+) -> dict[str, Callable[[int], tuple[np.ndarray, float]]]:
+    """Returns the three ways: functions that return log-probs in nats and the seconds that each of them took.
+
+    Log-probs have the shape (prompts, examples, labels).
 
     Args:
         backend: model that computes the log-probs.
@@ -176,25 +166,28 @@ def _measure(
     rows = [("".join(p.render(e.text)), f" {word}") for p in prompts[:few] for e in examples for word in p.verbalizers]
     # The same rows in the order of labels: no batch of the naive loop has two labels of one example.
     by_label = [rows[i] for label in range(labels) for i in range(label, len(rows), labels)]
-    capacity = lm.prefix_cache.capacity
-    logprobs: dict[str, np.ndarray] = {}
-    durations: dict[str, float] = {}
-    try:
-        for way in ("ours", "theirs", "sharing_backend"):
-            # A new cache: no way may use the prefixes of another, and the naive loop has none.
-            lm.prefix_cache = PrefixCache(0 if way == "theirs" else capacity)
+
+    def naive() -> np.ndarray:
+        return np.moveaxis(_in_batches(backend, by_label, batch).reshape(labels, *shape[:2]), 0, -1)
+
+    def timed(compute: Callable[[], np.ndarray], capacity: int) -> Callable[[int], tuple[np.ndarray, float]]:
+        def measure(_: int) -> tuple[np.ndarray, float]:
+            # A new cache: no way may use the prefixes of another.
+            stored, lm.prefix_cache = lm.prefix_cache, PrefixCache(capacity)
             begun = time.perf_counter()
-            if way == "ours":
-                logprobs[way] = TaskScorer(backend).label_logprobs(prompts, examples)
-            elif way == "theirs":
-                values = _in_batches(backend, by_label, batch)
-                logprobs[way] = np.moveaxis(values.reshape(labels, *shape[:2]), 0, -1)
-            else:
-                logprobs[way] = _in_batches(backend, rows, batch).reshape(shape)
-            durations[way] = time.perf_counter() - begun
-    finally:
-        lm.prefix_cache = PrefixCache(capacity)
-    return logprobs, durations
+            logprobs = compute()
+            seconds = time.perf_counter() - begun
+            lm.prefix_cache = stored
+            return logprobs, seconds / logprobs.size
+
+        return measure
+
+    capacity = lm.prefix_cache.capacity
+    return {
+        "ours": timed(lambda: TaskScorer(backend).label_logprobs(prompts, examples), capacity),
+        "theirs": timed(naive, 0),
+        "sharing_backend": timed(lambda: _in_batches(backend, rows, batch).reshape(shape), capacity),
+    }
 
 
 def _in_batches(backend: TransformersBackend, rows: Sequence[tuple[str, str]], batch: int) -> np.ndarray:
@@ -207,25 +200,3 @@ def _in_batches(backend: TransformersBackend, rows: Sequence[tuple[str, str]], b
                 raise row
             sums.append(float(row.sum()))
     return np.array(sums, np.float32)
-
-
-def _spread(name: str, ratios: np.ndarray) -> dict[str, float]:
-    """Returns median, minimum and maximum of ratios."""
-    return {name: float(np.median(ratios)), f"{name}_min": float(ratios.min()), f"{name}_max": float(ratios.max())}
-
-
-def _print(options: BenchTaskScore, figures: dict[str, Any], console: Console) -> None:
-    """Prints the results as a table."""
-    table = Table(title=f"{options.prompts} prompts x {options.examples} examples, {options.model}, {options.dtype}")
-    for title in ("", "likelihoods per second", "speed-up of ours (median, min to max)"):
-        table.add_column(title, overflow="fold")
-    table.add_row("shared prefixes (ours)", f"{figures['ours'][MEASURE]:.1f}", "")
-    for title, way, name in (
-        ("one full request per likelihood", "theirs", MEASURE),
-        ("Backend.logprobs, which shares prefixes", "sharing_backend", f"{MEASURE}_of_the_sharing_backend"),
-    ):
-        ratio = figures["ratio"]
-        spread = f"{ratio[name]:.2f} ({ratio[f'{name}_min']:.2f} to {ratio[f'{name}_max']:.2f})"
-        table.add_row(title, f"{figures[way][MEASURE]:.1f}", spread)
-    console.print(table)
-    console.print(f"largest difference of a log-prob: {figures['largest_difference']:.1e} nats")

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from ...envs.generate_label import generate_label_vector
@@ -23,15 +20,15 @@ from ...llm_backends import Sampling, request_seed
 from ...llm_backends.local.causal_lm import CausalLM, selective_log_softmax
 from ...llm_backends.local.loading import quiet_loading
 from ...llm_backends.local.sampling import generate
-from ..runs.folder import write_json
-from ..runs.options import check_counts, check_output
+from .frame import RATIO, BenchOptions, alternate, compare, publish, scratch_folder, spread_text, torch_threads
 from .tiny import EndlessTokenizer, endless_model, make_prompts, model_folder, share_of_e
 
 STEP_ENV = "instructgym/GenerateLabel-v0"
+RATE = "tokens_per_cpu_second"
 
 
 @dataclass
-class BenchTokenEnv:
+class BenchTokenEnv(BenchOptions):
     """Tokens per CPU-second of sampling and play against transformers' generate, and steps per second of the env."""
 
     model: str = "tiny"
@@ -50,8 +47,6 @@ class BenchTokenEnv:
     """Number of tokens of the episodes that measure the rate of ``step``."""
     episodes: int = 5
     """Number of episodes that measure the rate of ``step``, after a warm-up."""
-    json: str = ""
-    """JSON file for the results. Empty: do not write one."""
 
 
 def run(options: BenchTokenEnv, console: Console | None = None) -> dict[str, Any]:
@@ -60,23 +55,23 @@ def run(options: BenchTokenEnv, console: Console | None = None) -> dict[str, Any
     Raises:
         InputError: if an option is out of range, or the model cannot be used.
     """
-    console = console or Console()
-    check_counts(options, "batch", "prompt_tokens", "response_tokens", "rounds", "threads", "step_tokens", "episodes")
-    if options.json:
-        check_output(Path(options.json))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
-    try:
-        with tempfile.TemporaryDirectory(prefix="instructgym-bench-") as scratch:
-            figures = _rollouts(options, model_folder(options.model, Path(scratch)))
+    options.check()
+    with torch_threads(options.threads):
+        with scratch_folder() as scratch:
+            figures = _rollouts(options, model_folder(options.model, scratch))
         figures["ours"] |= _steps(options)
-    finally:
-        torch.set_num_threads(threads)
-    figures["settings"] = {key: value for key, value in vars(options).items() if key != "json"}
-    _print(options, figures, console)
-    if options.json:
-        write_json(Path(options.json), figures)
-    return figures
+    figures["settings"] = options.settings()
+    ours, baseline = figures["ours"], figures["theirs"]
+    steps = f"steps per second, {options.step_tokens} tokens, {ours['steps_tokenizer']}"
+    rows = [
+        ("", "sampling and play (ours)", "transformers' generate", RATIO),
+        ("tokens per CPU-second", f"{ours[RATE]:.0f}", f"{baseline[RATE]:.0f}", spread_text(RATE, figures["ratio"])),
+        ("tokens measured", str(ours["tokens"]), str(baseline["tokens"]), ""),
+        ("share of play in a rollout", f"{ours['play_share']:.2%}", "", ""),
+        (steps, f"{ours['steps_per_second']:.0f}", "", ""),
+    ]
+    size = f"{options.batch} x {options.response_tokens} tokens, float32, threads: {options.threads}"
+    return publish(options, figures, f"rollouts of {options.model}, {size}", rows, console)
 
 
 @dataclass
@@ -152,34 +147,27 @@ def _rollouts(options: BenchTokenEnv, folder: str) -> dict[str, Any]:
     model.generation_config.eos_token_id = None
     pad = tokenizer.hf.pad_token_id or 0
     ids = torch.tensor(tokenizer.encode_batch(prompts))
-    our_rates, plain_rates, shares, tokens = [], [], [], [0, 0]
-    for number in range(options.rounds + 1):
+    shares = []
+
+    def play(number: int) -> tuple[int, float]:
         ours.play_seconds = 0.0
         wall = time.perf_counter()
-        count, seconds = _timed(lambda: ours.rollout(number))  # noqa: B023
-        wall = time.perf_counter() - wall
+        measured = _timed(lambda: ours.rollout(number))
+        shares.append(ours.play_seconds / (time.perf_counter() - wall))
+        return measured
+
+    def plain(number: int) -> tuple[int, float]:
         rows = ids[_indices(number, options.batch)]
-        plain_count, plain_seconds = _timed(lambda: _plain_rollout(model, rows, options.response_tokens, pad))  # noqa: B023
-        if number:  # the first round warms up
-            our_rates.append(count / seconds)
-            plain_rates.append(plain_count / plain_seconds)
-            shares.append(ours.play_seconds / wall)
-            tokens = [tokens[0] + count, tokens[1] + plain_count]
+        return _timed(lambda: _plain_rollout(model, rows, options.response_tokens, pad))
+
+    measured = alternate({"ours": play, "theirs": plain}, options.rounds)
     env.close()
-    ratios = np.array(our_rates) / np.array(plain_rates)
-    return {
-        "ours": {
-            "tokens_per_cpu_second": float(np.median(our_rates)),
-            "play_share": float(np.median(shares)),
-            "tokens": tokens[0],
-        },
-        "theirs": {"tokens_per_cpu_second": float(np.median(plain_rates)), "tokens": tokens[1]},
-        "ratio": {
-            "tokens_per_cpu_second": float(np.median(ratios)),
-            "tokens_per_cpu_second_min": float(ratios.min()),
-            "tokens_per_cpu_second_max": float(ratios.max()),
-        },
-    }
+    rates = {side: [count / seconds for count, seconds in rounds] for side, rounds in measured.items()}
+    figures = compare(RATE, **rates)
+    figures["ours"]["play_share"] = float(np.median(shares[1:]))
+    for side, rounds in measured.items():
+        figures[side]["tokens"] = sum(count for count, _ in rounds)
+    return figures
 
 
 def _timed(function: Callable[[], int]) -> tuple[int, float]:
@@ -220,26 +208,3 @@ def _letters(env: gym.Env, count: int) -> Sequence[int]:
     text = "the river runs past a quiet garden and winter light falls on old stone "
     ids = env.unwrapped.tokenizer.encode_continuation(text * (count // 8 + 1))  # type: ignore[attr-defined]
     return [int(token) for token in ids[:count]]
-
-
-def _print(options: BenchTokenEnv, figures: dict[str, Any], console: Console) -> None:
-    """Prints the results as a table."""
-    ours, baseline, ratio = figures["ours"], figures["theirs"], figures["ratio"]
-    name = "tokens_per_cpu_second"
-    table = Table(
-        title=f"rollouts of {options.model}, {options.batch} x {options.response_tokens} tokens, float32, "
-        f"threads: {options.threads}"
-    )
-    for title in ("", "sampling and play (ours)", "transformers' generate", "ratio (median, min to max)"):
-        table.add_column(title, overflow="fold")
-    spread = f"{ratio[name]:.2f} ({ratio[f'{name}_min']:.2f} to {ratio[f'{name}_max']:.2f})"
-    table.add_row("tokens per CPU-second", f"{ours[name]:.0f}", f"{baseline[name]:.0f}", spread)
-    table.add_row("tokens measured", str(ours["tokens"]), str(baseline["tokens"]), "")
-    table.add_row("share of play in a rollout", f"{ours['play_share']:.2%}", "", "")
-    table.add_row(
-        f"steps per second, {options.step_tokens} tokens, {ours['steps_tokenizer']}",
-        f"{ours['steps_per_second']:.0f}",
-        "",
-        "",
-    )
-    console.print(table)

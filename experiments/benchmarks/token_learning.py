@@ -9,28 +9,25 @@ random weights. The learning rate of each was chosen from :data:`LEARNING_RATES`
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from ...envs.tokens.episode import PromptExample
-from ...llm_backends.errors import InputError
 from ...rewards import Reward, Sample, Score
-from ..runs.folder import write_json
-from ..runs.options import check_output
-from .tiny import tiny_llama
+from .learning import CAP, Goal, LearningOptions, publish_tokens, tiny_ppo
+
+if TYPE_CHECKING:
+    from ...agents import TokenPPO
 
 DIGITS, LENGTH, NUM_ENVS = 6, 4, 16
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 OURS_RATE, THEIRS_RATE = 3e-3, 3e-3
-TARGET, WINDOW, CAP = 0.8, 64, 20_000
+TARGET = 0.8
 
 
 class CountingReward(Reward):
@@ -52,19 +49,13 @@ class CountingReward(Reward):
 
 
 @dataclass
-class BenchTokenLearning:
+class BenchTokenLearning(LearningOptions):
     """Env steps (tokens) until the mean return of the last 64 episodes reaches 0.8 of the best."""
 
-    seeds: int = 5
-    """Number of seeds of each agent."""
     ours_rate: float = OURS_RATE
     """Learning rate of PPO of this library."""
     theirs_rate: float = THEIRS_RATE
     """Learning rate of PPO of stable-baselines3."""
-    first_seed: int = 0
-    """The first seed."""
-    json: str = ""
-    """JSON file for the results. Empty: do not write one."""
 
 
 def counting_env(**options: Any) -> gym.vector.VectorEnv[Any, Any, Any]:
@@ -83,21 +74,15 @@ def counting_env(**options: Any) -> gym.vector.VectorEnv[Any, Any, Any]:
 
 def tokens_of_ours(seed: int, learning_rate: float = OURS_RATE) -> int:
     """Returns the number of tokens until PPO of this library reaches the target; CAP or a little more if not."""
-    from ...agents import LanguageModelPolicy, LoraSettings, TokenPPO
-
-    env = counting_env()
-    lm = tiny_llama(env.unwrapped.tokenizer, seed, "counting")  # type: ignore[attr-defined]
-    policy = LanguageModelPolicy(lm, LoraSettings(rank=0), reference="none", dtype="float32", seed=seed)
-    agent = TokenPPO(
-        env, policy, seed, learning_rate=learning_rate, rollout_batches=2, epochs=4, kl_coefficient=0.0, lam=0.95,
-        gamma=0.9, value_coefficient=0.5, value_clip=0.0,
+    agent = tiny_ppo(
+        counting_env(), seed, "counting", "none", learning_rate=learning_rate, rollout_batches=2, kl_coefficient=0.0,
+        lam=0.95, gamma=0.9,
     )  # fmt: skip
-    returns: deque[float] = deque(maxlen=WINDOW)
+    goal = Goal(TARGET)
 
     def learned(agent: TokenPPO) -> bool:
         assert agent.last_rollout is not None
-        returns.extend(agent.last_rollout.per_episode(agent.last_rollout.rewards).tolist())
-        return not (len(returns) == WINDOW and np.mean(returns) >= TARGET)
+        return not goal.reached(agent.last_rollout.per_episode(agent.last_rollout.rewards).tolist())
 
     agent.learn(CAP, learned)  # type: ignore[arg-type]
     return agent.num_timesteps
@@ -115,11 +100,10 @@ def tokens_of_sb3(seed: int, learning_rate: float = THEIRS_RATE) -> int:
         "MlpPolicy", env, learning_rate=learning_rate, n_steps=2 * LENGTH, batch_size=64, n_epochs=10,
         gamma=0.9, gae_lambda=0.95, seed=seed, device="cpu",
     )  # fmt: skip
-    returns: deque[float] = deque(maxlen=WINDOW)
+    goal = Goal(TARGET)
 
     def learned(scope: dict[str, Any], _: Any) -> bool:
-        returns.extend(info["episode"]["r"] for info in scope["infos"] if "episode" in info)
-        return not (len(returns) == WINDOW and np.mean(returns) >= TARGET)
+        return not goal.reached(info["episode"]["r"] for info in scope["infos"] if "episode" in info)
 
     agent.learn(CAP, callback=learned)
     return int(agent.num_timesteps)
@@ -131,26 +115,10 @@ def run(options: BenchTokenLearning, console: Console | None = None) -> dict[str
     Raises:
         InputError: if there are no seeds or the JSON file cannot be written.
     """
-    console = console or Console()
-    if options.seeds < 1:
-        raise InputError(f"--seeds must be at least 1, got {options.seeds}")
-    if options.json:
-        check_output(Path(options.json))
-    seeds = range(options.first_seed, options.first_seed + options.seeds)
-    our_tokens = [tokens_of_ours(seed, options.ours_rate) for seed in seeds]
-    sb3_tokens = [tokens_of_sb3(seed, options.theirs_rate) for seed in seeds]
-    figures = {
-        "ours": {"tokens": our_tokens, "median": float(np.median(our_tokens))},
-        "theirs": {"tokens": sb3_tokens, "median": float(np.median(sb3_tokens))},
-        "ratio": {"tokens": float(np.median(sb3_tokens) / np.median(our_tokens))},
-        "settings": {"target": TARGET, "cap": CAP, "rates": [options.ours_rate, options.theirs_rate]},
+    options.check()
+    tokens = {
+        "TokenPPO (ours)": [tokens_of_ours(seed, options.ours_rate) for seed in options.seed_range()],
+        "stable-baselines3 PPO": [tokens_of_sb3(seed, options.theirs_rate) for seed in options.seed_range()],
     }
-    table = Table(title=f"Tokens until {TARGET} of the best return, {options.seeds} seeds (cap {CAP})")
-    for title in ("", "median", "each seed"):
-        table.add_column(title, overflow="fold")
-    table.add_row("TokenPPO (ours)", f"{np.median(our_tokens):.0f}", " ".join(map(str, our_tokens)))
-    table.add_row("stable-baselines3 PPO", f"{np.median(sb3_tokens):.0f}", " ".join(map(str, sb3_tokens)))
-    console.print(table)
-    if options.json:
-        write_json(Path(options.json), figures)
-    return figures
+    settings = {"target": TARGET, "cap": CAP, "rates": [options.ours_rate, options.theirs_rate]}
+    return publish_tokens(options, TARGET, tokens, {"settings": settings}, console)

@@ -25,7 +25,7 @@ from .sides import (
     settings_of,
 )
 from .tiny import lora_targets, make_prompts, model_folder
-from .trl_environment import trl_python
+from .workers.trl_environment import trl_python
 
 NOTES = {
     "trl": "TRL scores with a reward model and has a value model of its own; ours counts a letter and has a value head",

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ...llm_backends.errors import InputError
-from ...llm_backends.local.loading import cache_folder
+from ....llm_backends.errors import InputError
+from ....llm_backends.local.loading import cache_folder
 
 TRL_VERSION = "1.12.0"
 
