@@ -22,7 +22,7 @@ from ...llm_backends import Journal
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
 from ..runs.folder import RowWriter, RunFolder, Tracker, accounted, read_json, write_json
-from ..runs.options import check_counts, input_errors
+from ..runs.options import Count, input_errors
 from ..runs.progress import StepProgress
 from ..runs.report import markdown, rich_table
 from ..runs.training import Deadline, OutOfTimeError
@@ -53,19 +53,18 @@ class EvolveCompare(EnvOptions, GenerationOptions):
 
     algorithms: str = "TRPO,PPO,random,schedule"
     """Arms to compare, separated by commas: learners and baselines that 'evolve train --algorithm' takes."""
-    repeats: int = 3
+    repeats: Count = 3
     """Random seeds per arm: --seed, --seed + 1, ..."""
     calls: int = 0
     """LLM calls per arm and random seed, training included: rewrites, judge verdicts and answers. 0: by --scale, 700
     or 2400."""
     episodes: int = 0
     """Length of each learner's training, in full episodes. 0: by --scale, 20 or 80."""
-    answer_tokens: int = 64
+    answer_tokens: Count = 64
     """Maximum length of an answer, in tokens; an answer that is cut off there loses its unfinished sentence."""
 
     def check(self) -> None:
         super().check()
-        check_counts(self, "repeats")
         arms = self.arms
         if not arms or len(set(arms)) < len(arms):
             raise InputError(f"--algorithms must name distinct arms, separated by commas, got {self.algorithms!r}")

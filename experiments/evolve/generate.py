@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -41,7 +41,7 @@ class EvolveGenerate(GenerationOptions):
     """Seed instructions to evolve, in any format of 'evolve train --seeds'. By default the package's own."""
     out: str = ""
     """File to write the data set to: .jsonl, or .parquet for Parquet. By default data.jsonl in the run folder."""
-    format: str = "alpaca"
+    format: Literal["alpaca", "messages"] = "alpaca"
     """Format of a row. alpaca: fields instruction, input and output. messages: a chat of two messages."""
     limit: int = 0
     """Number of seeds to evolve, taken from the beginning of the list. 0: all."""
@@ -52,8 +52,6 @@ class EvolveGenerate(GenerationOptions):
 
     def check(self) -> None:
         super().check()
-        if self.format not in FORMATS:
-            raise InputError(f"--format must be {' or '.join(FORMATS)}, got {self.format!r}")
         if self.out and Path(self.out).suffix not in (".jsonl", ".parquet"):
             raise InputError(f"--out must end in .jsonl or .parquet, got {self.out!r}")
 

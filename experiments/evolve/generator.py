@@ -6,9 +6,10 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Gt, Le
 from gymnasium.utils import seeding
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecNormalize, unwrap_vec_normalize
@@ -20,30 +21,23 @@ from ...envs.edit.process import EditProcess
 from ...envs.process import Transition
 from ...envs.tasks.instruction.seeds import Instruction
 from ...llm_backends import BackendError, Message, Sampling, request_seed, resolve
-from ...llm_backends.errors import InputError
 from ...rewards import RougeGate, eliminated_by
 from ...rewards.elimination import STRING_RULES
-from ..runs.options import RunOptions, check_counts
+from ..runs.options import BackendOptions, Count
 from ..runs.statistics import distinct_n, mean_pairwise_distance
 from .train import EnvOptions, Roles, make_env, mean
 
 
 @dataclass
-class GenerationOptions(RunOptions):
+class GenerationOptions(BackendOptions):
     """Options of generating and filtering instructions."""
 
-    chunk: int = 16
+    chunk: Count = 16
     """Seed instructions evolved together in one batch of generation."""
-    rouge_threshold: float = 0.7
+    rouge_threshold: Annotated[float, Gt(0), Le(1)] = 0.7
     """Drop an instruction if its ROUGE-L to a seed or to an accepted instruction is above this."""
-    answer_tokens: int = 96
+    answer_tokens: Count = 96
     """Maximum length of an answer, in tokens; an answer that is cut off there loses its unfinished sentence."""
-
-    def check(self) -> None:
-        super().check()
-        check_counts(self, "chunk", "answer_tokens")
-        if not 0 < self.rouge_threshold <= 1:
-            raise InputError(f"--rouge-threshold must be in (0, 1], got {self.rouge_threshold}")
 
     def chunk_calls(self, horizon: int, verdicts: int) -> int:
         """Returns the largest number of LLM calls of one chunk, without retries.

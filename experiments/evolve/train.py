@@ -31,7 +31,7 @@ from ...llm_backends import Backend, Journal
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
 from ..runs.folder import RowWriter, RunFolder, Tracker, journaled_roles, read_json, replayed
-from ..runs.options import BackendOptions, check_counts, input_errors, parse_part, parse_reward
+from ..runs.options import BackendOptions, Count, input_errors, parse_part, parse_reward
 from ..runs.progress import ShowProgress, StepProgress
 from .plots import plot_training
 
@@ -55,22 +55,21 @@ class EnvOptions(BackendOptions):
     """Sum of rewards, e.g. 'judge' or 'judge + 0.5*diversity'; a term with weight 0 is logged but not rewarded."""
     judge_backend: str = ""
     """Model that judges, written like --backend. By default the rewriter itself, as in the paper."""
-    horizon: int = 6
+    horizon: Count = 6
     """Edits per episode."""
-    candidates: int = 1
+    candidates: Count = 1
     """Rewrites sampled per edit, of which the most likely is used. Each edit still counts as one LLM call."""
     operations: str = ""
     """Edit operations in the order of their action indices, separated by commas. By default the paper's six."""
     no_op: bool = False
     """Add an action (the seventh, with the paper's six) that leaves the text unchanged and makes no LLM call."""
-    num_envs: int = 8
+    num_envs: Count = 8
     """Environments stepped together; their requests share one batch."""
-    n_steps: int = 6
+    n_steps: Count = 6
     """Steps of each environment per policy update in training, for on-policy algorithms."""
 
     def check(self) -> None:
         super().check()
-        check_counts(self, "horizon", "candidates", "num_envs", "n_steps")
         parse_reward(self.reward)
 
 

@@ -31,7 +31,7 @@ from ...rewards.judges.verdict import (
     uses_likelihood,
 )
 from ..runs.folder import RowWriter, RunFolder, TimeLimit, Tracker, replayed
-from ..runs.options import BackendOptions, input_errors, parse_part
+from ..runs.options import BackendOptions, Scale, input_errors, parse_part
 from ..runs.progress import StepProgress
 from ..runs.report import COLOURS, panels
 from .measures import LABELS, Judgement, LabelledPair, PairKind, count, measure, read_labelled_pairs
@@ -101,7 +101,7 @@ class JudgeCalibrate(BackendOptions):
     """Verdicts sampled per pair, at temperature 0.7, to measure self-consistency; verdict mode only. 0: none."""
     limit: int = 0
     """Number of pairs to use, from the start of the file. 0: all, or 32 with --scale smoke."""
-    scale: str = "report"
+    scale: Scale = "report"
     """Size of the run if --limit is 0: smoke (32 pairs) or report (all pairs)."""
 
     def check(self) -> None:
