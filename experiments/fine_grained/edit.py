@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from ...agents.policy.checkpoints import read_state
-from ...agents.policy.language_model import SETTINGS, LanguageModelPolicy
+from ...agents.policy.language_model import LanguageModelPolicy
 from ...envs.tasks.responses.editors import EditBounds, Editor, EditRequest, edit_responses
 from ...envs.tokens.episode import PromptExample
 from ...llm_backends import Backend, Journal, Journaled, request_seed, resolve
@@ -21,21 +20,16 @@ from ...rewards import Reward
 from ...rewards.learned.edits import EditedPair, edit_statistics, write_pairs
 from ..runs.folder import RunFolder, accounted, chunked_rows
 from ..runs.options import input_errors, parse_part, parse_reward
-from ..runs.responses import respond
-from ..runs.training import Run, policy_folder, run_stage, tokenizer_of
-from .common import ENV_ID, StageOptions, check_lengths, load_stage_policy
+from ..runs.training import Run, tokenizer_of
+from .common import PolicyOptions, check_lengths, load_stage_policy
 
 CHUNK = 64
 
 
 @dataclass
-class FineGrainedEdit(StageOptions):
-    """Sample responses, rank them by an annotator, and edit the worse ones minimally."""
+class EditOptions:
+    """Options of the annotator and the editor, which the stage and the study share."""
 
-    policy: str = ""
-    """Run folder of the policy that writes the responses: that of 'fine-grained sft'."""
-    limit: int = 1500
-    """Maximum number of prompts; two responses are sampled for each. 0: all prompts of this stage's share."""
     annotator: str = "vader"
     """Reward that decides which response is better, and whether an edit is an improvement: an id, or a weighted sum
     such as 'vader + 0.5*diversity'."""
@@ -49,6 +43,14 @@ class FineGrainedEdit(StageOptions):
     """Largest share of words that a minimal edit may change."""
 
 
+@dataclass
+class FineGrainedEdit(EditOptions, PolicyOptions):
+    """Sample responses, rank them by an annotator, and edit the worse ones minimally."""
+
+    limit: int = 1500
+    """Maximum number of prompts; two responses are sampled for each. 0: all prompts of this stage's share."""
+
+
 @dataclass(frozen=True)
 class EditParts:
     """The annotator, the editor with its language model, and the bounds of a minimal edit."""
@@ -59,7 +61,7 @@ class EditParts:
     bounds: EditBounds
 
     @classmethod
-    def of(cls, options: FineGrainedEdit) -> EditParts:
+    def of(cls, options: EditOptions) -> EditParts:
         """Builds the parts that the options describe.
 
         Raises:
@@ -86,14 +88,10 @@ def run(options: FineGrainedEdit, console: Console | None = None) -> dict[str, A
     """
     console = console or Console()
     options.check()
-    folder = policy_folder(options.policy, "--policy")
-    model = read_state(folder / SETTINGS)["model"]
+    folder, model = options.start()
     examples = options.prompts("preferences", model, options.limit)
     check_lengths(options, examples, tokenizer_of(model))
     parts = EditParts.of(options)
-    if options.dry_run:
-        console.print(f"would sample 2 responses to each of {len(examples)} prompts, in {options.run_dir}")
-        return {}
 
     def work(opened: Run) -> dict[str, Any]:
         backend = Journaled(parts.backend, Journal(opened.folder.file("journal.jsonl")))
@@ -111,7 +109,8 @@ def run(options: FineGrainedEdit, console: Console | None = None) -> dict[str, A
             )
         return _finish(opened.folder, rows, policy.tokenizer, opened.seconds)
 
-    return run_stage(options, "fine-grained edit", console, work, distributed=False)
+    plan = f"sample 2 responses to each of {len(examples)} prompts"
+    return options.run("fine-grained edit", console, plan, work, distributed=False)
 
 
 def _chunk(
@@ -124,18 +123,7 @@ def _chunk(
     """Samples and ranks two responses to each prompt of a chunk, edits the worse one and returns a row per prompt."""
     # The seed depends on the position of the chunk: a resumed run draws the same responses.
     seed = request_seed(options.seed, "pairs", start)
-    responses = [
-        respond(
-            policy,
-            ENV_ID,
-            examples,
-            options.temperature,
-            request_seed(seed, k),
-            reward=parts.annotator,
-            **options.env_options(),
-        )
-        for k in range(2)
-    ]
+    responses = [options.sample(policy, examples, request_seed(seed, k), parts.annotator) for k in range(2)]
     rows: list[dict[str, Any]] = []
     for example, *pair in zip(examples, *responses, strict=True):
         # A stable sort: of equal rewards, the first sample is `worse`. Such pairs are edited, but are no preferences.

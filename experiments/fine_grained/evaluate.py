@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from ...agents.policy.checkpoints import read_state
-from ...agents.policy.language_model import SETTINGS, LanguageModelPolicy
+from ...agents.policy.language_model import LanguageModelPolicy
 from ...envs.tasks.responses.openings import response_prompts
 from ...envs.tokens.episode import PromptExample
 from ...llm_backends import request_seed, resolve
@@ -22,10 +21,10 @@ from ...llm_backends.records import read_records
 from ...rewards import Reward, Sample, Score, score_with_retries
 from ..runs.folder import chunked_rows, read_json
 from ..runs.options import input_errors, parse_part, parse_reward
-from ..runs.responses import Response, respond
+from ..runs.responses import Response
 from ..runs.statistics import distinct_n, known_mean, wilson
-from ..runs.training import Run, policy_folder, run_stage, tokenizer_of
-from .common import ENV_ID, StageOptions, check_lengths, load_stage_policy
+from ..runs.training import Run, policy_folder, tokenizer_of
+from .common import PolicyOptions, check_lengths, load_stage_policy, print_metrics
 
 CHUNK = 64
 RESPONSES = "responses.jsonl"
@@ -35,7 +34,7 @@ RESERVED_COLUMNS = ("id", "prompt", "response", "finish_reason", "tokens", "win"
 
 
 @dataclass
-class FineGrainedEvaluate(StageOptions):
+class FineGrainedEvaluate(PolicyOptions):
     """Have a policy answer held-out prompts and judge its responses, alone and against a reference."""
 
     policy: str = ""
@@ -76,8 +75,8 @@ def run(options: FineGrainedEvaluate, console: Console | None = None) -> dict[st
     """
     console = console or Console()
     options.check()
-    folder = policy_folder(options.policy, "--policy")
-    tokenizer = tokenizer_of(read_state(folder / SETTINGS)["model"])
+    folder, model = options.start()
+    tokenizer = tokenizer_of(model)
     examples = response_prompts(
         options.data, options.split, options.limit or None, options.layout, options.data_seed, tokenizer
     )
@@ -86,9 +85,6 @@ def run(options: FineGrainedEvaluate, console: Console | None = None) -> dict[st
         measures = {name: resolve("reward", parse_reward(name)) for name in options.measure_names}
         judge = resolve("reward", parse_part(options.judge)) if options.against else None
     reference = _reference(options, examples) if options.against else None
-    if options.dry_run:
-        console.print(f"would answer {len(examples)} prompts, in {options.run_dir}")
-        return {}
 
     def work(opened: Run) -> dict[str, Any]:
         policy = load_stage_policy(options, folder)
@@ -98,9 +94,8 @@ def run(options: FineGrainedEvaluate, console: Console | None = None) -> dict[st
             chunk = examples[start : start + CHUNK]
             # The seed depends on the position of the chunk: a resumed run draws the same responses.
             seed = request_seed(options.seed, "responses", start)
-            responses = respond(
-                policy, ENV_ID, chunk, options.temperature, seed, reward=_no_reward, **options.env_options()
-            )
+            # The environment needs a reward; the evaluation does not use it.
+            responses = options.sample(policy, chunk, seed, lambda samples: [Score(0.0) for _ in samples])
             samples = [
                 Sample(
                     response=response.text.strip(),
@@ -129,23 +124,23 @@ def run(options: FineGrainedEvaluate, console: Console | None = None) -> dict[st
 
         path = opened.folder.file(RESPONSES)
         stored_rows = chunked_rows(path, len(examples), CHUNK, rows, "responses judged", console)
-        metrics: dict[str, float | None] = {f"mean/{name}": _mean(stored_rows, name) for name in options.measure_names}
+        metrics: dict[str, float | None] = {f"mean/{name}": mean_of(stored_rows, name) for name in measures}
         if judge is not None:
             metrics |= wilson_win_rate([row["win"] for row in stored_rows])
-        metrics |= {"kl": _mean(stored_rows, "kl")} if same_start else {}
+        metrics |= {"kl": mean_of(stored_rows, "kl")} if same_start else {}
         metrics |= {
-            "tokens": _mean(stored_rows, "tokens"),
+            "tokens": mean_of(stored_rows, "tokens"),
             "finished": float(np.mean([row["finish_reason"] != "length" for row in stored_rows])),
             "distinct_2": distinct_n([row["response"] for row in stored_rows]),
         }
         results = opened.folder.finish(metrics, {"prompts": len(examples), "seconds": opened.seconds})
         opened.tracker.summary(results)
         opened.tracker.table("responses", stored_rows[:50])
-        shown = (f"{name} {value:.3f}" for name, value in metrics.items() if value is not None)
-        console.print("  ".join(shown), highlight=False)
+        print_metrics(console, metrics)
         return results
 
-    return run_stage(options, "fine-grained evaluate", console, work, distributed=False)
+    plan = f"answer {len(examples)} prompts"
+    return options.run("fine-grained evaluate", console, plan, work, distributed=False)
 
 
 def wilson_win_rate(wins: Sequence[float | None]) -> dict[str, float | None]:
@@ -175,20 +170,15 @@ def wilson_win_rate(wins: Sequence[float | None]) -> dict[str, float | None]:
     }
 
 
-def _no_reward(samples: Sequence[Sample]) -> list[Score]:
-    """Returns reward 0 for every sample: the environment needs a reward, the evaluation does not use it."""
-    return [Score(0.0) for _ in samples]
-
-
 def _score(reward: Reward, samples: Sequence[Sample]) -> list[float | None]:
     """Returns the reward of each sample; None if its score is invalid."""
     scores = score_with_retries(reward, samples)
     return [score.value if score.valid else None for score in scores]
 
 
-def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+def mean_of(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
     """Returns the mean of a column over the rows that have a value; None if there is none."""
-    return known_mean(row[name] for row in rows)
+    return known_mean(row.get(name) for row in rows)
 
 
 def _reference(options: FineGrainedEvaluate, examples: Sequence[PromptExample]) -> dict[str, str]:

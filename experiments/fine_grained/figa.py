@@ -10,29 +10,25 @@ from typing import Any
 
 from rich.console import Console
 
-from ...agents.policy.checkpoints import read_state
-from ...agents.policy.language_model import SETTINGS
 from ...agents.supervised.figa import FIGA
 from ...agents.supervised.reward_modelling import tokenize_pairs
 from ...llm_backends.errors import InputError
 from ...rewards.learned.edits import read_pairs
-from ..runs.options import check_counts
-from ..runs.training import Run, policy_folder, run_stage, tokenizer_of
-from .common import StageOptions, load_stage_policy
+from ..runs.options import Count
+from ..runs.training import Run, tokenizer_of
+from .common import PolicyOptions, load_stage_policy
 
 
 @dataclass
-class FineGrainedFIGA(StageOptions):
+class FineGrainedFIGA(PolicyOptions):
     """Train a policy on edited pairs directly (FIGA)."""
 
-    policy: str = ""
-    """Run folder of the policy to start from: that of 'fine-grained sft'."""
     pairs: str = ""
     """File of edited pairs: JSONL with 'prompt', 'original' and 'edited', such as edits.jsonl of 'fine-grained
     edit'."""
-    epochs: int = 5
+    epochs: Count = 5
     """Epochs over the pairs."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Pairs per optimiser step."""
     learning_rate: float = 1e-4
     """Constant learning rate. The code of FIGA uses 1e-5 for all weights of a model; here only an adapter is
@@ -40,7 +36,6 @@ class FineGrainedFIGA(StageOptions):
 
     def check(self) -> None:
         super().check()
-        check_counts(self, "epochs", "batch_size")
         if not self.pairs:
             raise InputError("--pairs is missing: name a JSONL file of edited pairs")
 
@@ -53,14 +48,11 @@ def run(options: FineGrainedFIGA, console: Console | None = None) -> dict[str, A
     """
     console = console or Console()
     options.check()
-    start = policy_folder(options.policy, "--policy")
+    start, model = options.start()
     read = read_pairs(options.pairs)
-    pairs, dropped = tokenize_pairs(read, tokenizer_of(read_state(start / SETTINGS)["model"]), options.context_length)
+    pairs, dropped = tokenize_pairs(read, tokenizer_of(model), options.context_length)
     if not pairs:
         raise InputError(f"{options.pairs} has no pair that can be used: {dropped}")
-    if options.dry_run:
-        console.print(f"would train on {len(pairs)} pairs, in {options.run_dir}")
-        return {}
 
     def work(opened: Run) -> dict[str, Any]:
         policy = load_stage_policy(options, start)
@@ -86,4 +78,4 @@ def run(options: FineGrainedFIGA, console: Console | None = None) -> dict[str, A
             },
         )
 
-    return run_stage(options, "fine-grained figa", console, work)
+    return options.run("fine-grained figa", console, f"train on {len(pairs)} pairs", work)

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import gymnasium as gym
 import numpy as np
+from annotated_types import Le
 from rich.console import Console
 
-from ...agents.policy.checkpoints import read_state
-from ...agents.policy.language_model import SETTINGS, LanguageModelPolicy
+from ...agents.policy.language_model import LanguageModelPolicy
 from ...agents.policy_gradient.ppo import TokenPPO
 from ...envs.tokens.episode import PromptExample
 from ...llm_backends import resolve
@@ -25,16 +25,15 @@ from ...rewards import Reward, WeightedSum
 from ...rewards.learned.reward_model import RewardModel, read_reward_settings
 from ...rewards.learned.token_reward import SequenceReward, TokenReward
 from ..runs.folder import RunFolder, read_json, write_json
-from ..runs.options import check_counts, input_errors, parse_reward
-from ..runs.responses import respond
-from ..runs.training import Run, policy_folder, run_stage, tokenizer_of
-from .common import ENV_ID, StageOptions, check_lengths, load_stage_policy
+from ..runs.options import Count, input_errors, parse_reward
+from ..runs.training import Run, tokenizer_of
+from .common import COSINE, ENV_ID, PolicyOptions, check_lengths, load_stage_policy
 
 Form = Literal["auto", "causal", "whole", "terminal"]
 
 
 @dataclass
-class FineGrainedPPO(StageOptions):
+class FineGrainedPPO(PolicyOptions):
     """Train a policy by token-level PPO on the rewards of a reward model."""
 
     policy: str = ""
@@ -50,29 +49,26 @@ class FineGrainedPPO(StageOptions):
     judge: str = "reviews"
     """Held-out reward that is logged and not trained on: an id, or a weighted sum such as 'reviews + 0.5*vader'. Empty:
     none."""
-    updates: int = 32
+    updates: Count = 32
     """Number of PPO updates."""
-    batch_size: int = 48
+    batch_size: Count = 48
     """Responses per PPO update."""
-    epochs: int = 1
+    epochs: Count = 1
     """Epochs over the responses of an update."""
     learning_rate: float = 5e-4
     """Peak learning rate (cosine, 10% warm-up)."""
     kl_coefficient: float = 0.05
     """Weight of the KL penalty against the policy to start from, on a scale on which the returns of that policy have
     standard deviation 1."""
-    lam: float = 0.95
+    lam: Annotated[float, Le(1)] = 0.95
     """Lambda of generalised advantage estimation (GAE), in [0, 1]."""
-    calibration: int = 128
+    calibration: Count = 128
     """Number of responses of the policy to start from by which the reward is shifted and scaled."""
 
     def check(self) -> None:
         super().check()
-        check_counts(self, "updates", "batch_size", "epochs", "calibration")
         if not self.reward_model:
             raise InputError("--reward-model is missing: name the run folder of 'fine-grained reward-model'")
-        if self.lam > 1:
-            raise InputError(f"--lam must be in [0, 1], got {self.lam}")
 
 
 def run(options: FineGrainedPPO, console: Console | None = None) -> dict[str, Any]:
@@ -83,11 +79,11 @@ def run(options: FineGrainedPPO, console: Console | None = None) -> dict[str, An
     """
     console = console or Console()
     options.check()
-    start = policy_folder(options.policy, "--policy")
+    start, base = options.start()
     model_folder = Path(options.reward_model) / "model"
     if not model_folder.is_dir():
         raise InputError(f"--reward-model {options.reward_model} holds no reward model: has that stage finished?")
-    settings, base = read_reward_settings(model_folder), read_state(start / SETTINGS)["model"]
+    settings = read_reward_settings(model_folder)
     level = settings["level"]
     if level == "sequence" and options.form not in ("auto", "terminal"):
         raise InputError(
@@ -97,9 +93,6 @@ def run(options: FineGrainedPPO, console: Console | None = None) -> dict[str, An
     check_lengths(options, examples, tokenizer_of(base))
     with input_errors():
         judge = resolve("reward", parse_reward(options.judge)) if options.judge else None
-    if options.dry_run:
-        console.print(f"would train {options.updates} updates on {len(examples)} prompts, in {options.run_dir}")
-        return {}
 
     def work(opened: Run) -> dict[str, Any]:
         policy = load_stage_policy(options, start)
@@ -110,27 +103,10 @@ def run(options: FineGrainedPPO, console: Console | None = None) -> dict[str, An
         model = RewardModel.load(model_folder, shared, dtype=options.dtype)
         reward = _calibrate(options, opened.folder, model, policy, examples)
         terms = {"proxy": reward} | ({"judge": judge} if judge is not None else {})
-        env = gym.make_vec(
-            ENV_ID,
-            num_envs=min(options.batch_size, len(examples)),
-            examples=examples,
-            tokenizer=policy.tokenizer,
-            # With weight 0 the judge is logged, but does not change the reward.
-            reward=WeightedSum(terms, {"judge": 0.0} if judge is not None else {}),
-            **options.env_options(),
-        )
-        agent = TokenPPO(
-            env,
-            policy,
-            options.seed,
-            learning_rate=options.learning_rate,
-            schedule="cosine",
-            warmup=0.1,
-            epochs=options.epochs,
-            kl_coefficient=options.kl_coefficient,
-            lam=options.lam,
-            token_budget=options.token_budget,
-        )
+        # With weight 0 the judge is logged, but does not change the reward.
+        total = WeightedSum(terms, {"judge": 0.0} if judge is not None else {})
+        copies = min(options.batch_size, len(examples))
+        agent = ppo_agent(options, policy, ENV_ID, copies, examples, total, lam=options.lam)
         opened.learn(agent, options.updates, options.arm or f"ppo, {level}")
         policy.save(opened.folder.file("policy", "policy.json").parent)
         return opened.folder.finish(
@@ -143,7 +119,41 @@ def run(options: FineGrainedPPO, console: Console | None = None) -> dict[str, An
             },
         )
 
-    return run_stage(options, "fine-grained ppo", console, work)
+    plan = f"train {options.updates} updates on {len(examples)} prompts"
+    return options.run("fine-grained ppo", console, plan, work)
+
+
+def ppo_agent(
+    options: Any,
+    policy: LanguageModelPolicy,
+    env_id: str,
+    copies: int,
+    examples: Sequence[PromptExample],
+    reward: Reward,
+    **settings: Any,
+) -> TokenPPO:
+    """Returns the agent of a stage that trains by token-level PPO, with its environment.
+
+    Args:
+        options: options of the stage; ``seed``, ``learning_rate``, ``epochs``, ``kl_coefficient``, ``token_budget`` and
+            ``env_options()`` are read.
+        policy: the policy to train.
+        env_id: id of the environment.
+        copies: number of sub-environments, one per response of an update.
+        examples: the prompts.
+        reward: reward of a response.
+        **settings: further settings of the agent.
+    """
+    env: Any = gym.make_vec(
+        env_id,
+        num_envs=copies,
+        examples=examples,
+        tokenizer=policy.tokenizer,
+        reward=reward,
+        **options.env_options(),
+    )
+    names = ("learning_rate", "epochs", "kl_coefficient", "token_budget")
+    return TokenPPO(env, policy, options.seed, **{name: getattr(options, name) for name in names}, **COSINE, **settings)
 
 
 def _calibrate(
@@ -161,19 +171,11 @@ def _calibrate(
     # A resumed run keeps the scale that it started with, and samples no responses for it.
     stored = read_json(folder.path / "scale.json")
     if stored is None:
-        calibration_examples = examples[: options.calibration]
         raw = _reward(options, model, 1.0, 0.0)
-        responses = respond(
-            policy,
-            ENV_ID,
-            calibration_examples,
-            options.temperature,
-            options.data_seed,
-            reward=raw,
-            **options.env_options(),
-        )
+        responses = options.sample(policy, examples[: options.calibration], options.data_seed, raw)
         returns = np.array([response.reward for response in responses])
-        units = np.array([len(r.token_ids) if _per_token(options, model) else 1 for r in responses])
+        # The mean is subtracted per token from a reward that each token gets on its own, else per response.
+        units = np.array([len(r.token_ids) if raw.timing == "causal" else 1 for r in responses])
         center = float(returns.sum() / units.sum())
         spread = float((returns - center * units).std())
         if not spread > 0:
@@ -181,11 +183,6 @@ def _calibrate(
         stored = {"center": center, "scale": 1.0 / spread}
         write_json(folder.file("scale.json"), stored)
     return _reward(options, model, stored["scale"], stored["center"])
-
-
-def _per_token(options: FineGrainedPPO, model: RewardModel) -> bool:
-    """Returns whether the mean is subtracted per token, not per response."""
-    return model.level == "token" and options.form in ("auto", "causal")
 
 
 def _reward(options: FineGrainedPPO, model: RewardModel, scale: float, center: float) -> Reward:

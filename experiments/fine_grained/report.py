@@ -12,11 +12,8 @@ from rich.console import Console
 
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
-from ..runs.folder import read_json
-from ..runs.options import check_output
-from ..runs.report import COLOURS, band, markdown, panels, rich_table, smooth
-from ..runs.statistics import known_mean
-from .evaluate import RESPONSES, wilson_win_rate
+from ..runs.report import COLOURS, band, differing, finished_runs, panels, percent, smooth, write_report
+from .evaluate import RESPONSES, mean_of, wilson_win_rate
 
 
 def plot_fine_grained(
@@ -65,7 +62,8 @@ def plot_fine_grained(
     return path
 
 
-COMMAND = "fine-grained "
+MODEL, PPO, EVALUATE = COMMANDS = ("fine-grained reward-model", "fine-grained ppo", "fine-grained evaluate")
+"""Commands whose runs are in the report."""
 
 
 @dataclass
@@ -86,22 +84,19 @@ SAME_OPTIONS = ("split", "judge", "against", "temperature", "limit", "data", "da
 class _ArmRuns:
     """One arm: the evaluations of its seeds and the curves of their training."""
 
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)  # metrics
     wins: list[dict[str, float]] = field(default_factory=list)
     curves: list[list[dict[str, Any]]] = field(default_factory=list)
     evaluation_options: dict[str, Any] = field(default_factory=dict)
-
-    def mean(self, name: str) -> float | None:
-        """Returns the mean of a metric over the seeds that have it; None if no seed has."""
-        return known_mean(results["metrics"].get(name) for results in self.evaluations)
 
     def figures(self) -> dict[str, Any]:
         """Returns means over seeds, and the win rate with its interval over prompts.
 
         The outcome of a prompt is its mean over seeds: more seeds do not make the interval over prompts narrower.
         """
-        names = sorted({name for results in self.evaluations for name in results["metrics"]})
-        figures = {name: self.mean(name) for name in names} | {"seeds": len(self.evaluations)}
+        names = sorted({name for metrics in self.evaluations for name in metrics})
+        figures: dict[str, Any] = {name: mean_of(self.evaluations, name) for name in names}
+        figures["seeds"] = len(self.evaluations)
         # Only prompts that every seed has a verdict on.
         prompts = set.intersection(*(set(wins) for wins in self.wins)) if self.wins else set()
         if prompts:
@@ -122,19 +117,11 @@ def run(options: FineGrainedReport, console: Console | None = None) -> dict[str,
     arms, reward_models = _gather(Path(options.runs))
     if not any(arm.evaluations for arm in arms.values()):
         raise InputError(f"no finished run of 'fine-grained evaluate' in {options.runs}")
-    out = Path(options.out) if options.out else Path(options.runs) / "report"
-    check_output(out / "report.md")
-    out.mkdir(parents=True, exist_ok=True)
     figures = {name: arm.figures() for name, arm in arms.items() if arm.evaluations}
-    tables = [_arm_rows(figures), _reward_rows(reward_models)]
-    (out / "report.md").write_text("\n".join(markdown(rows) for rows in tables if len(rows) > 1), "utf-8")
+    tables = [("", rows) for rows in (_arm_rows(figures), _reward_rows(reward_models)) if len(rows) > 1]
     curves = {name: arms[name].curves for name in figures if arms[name].curves}
-    if curves:
-        plot_fine_grained(curves, figures, out / "curves.png")
-    for rows in tables:
-        if len(rows) > 1:
-            console.print(rich_table(rows))
-    console.print(f"wrote {out / 'report.md'}" + (f" and {out / 'curves.png'}" if curves else ""))
+    plots = {"curves.png": lambda path: plot_fine_grained(curves, figures, path)} if curves else {}
+    write_report(Path(options.out or Path(options.runs) / "report"), tables, console, plots=plots)
     return {"arms": figures, "reward_models": reward_models}
 
 
@@ -146,40 +133,28 @@ def _gather(root: Path) -> tuple[dict[str, _ArmRuns], dict[str, dict[str, Any]]]
     """
     arms: dict[str, _ArmRuns] = {}
     reward_models: dict[str, dict[str, Any]] = {}
-    for path in sorted(root.rglob("results.json")):
-        config, results = read_json(path.parent / "config.json"), read_json(path)
-        command = str((config or {}).get("command", ""))
-        if config is None or results is None or results.get("status") != "finished" or not command.startswith(COMMAND):
-            continue
-        options = config["options"]
-        # Each command gives other data; the other stages of the experiment are not in the report.
-        if command == COMMAND + "reward-model":
-            reward_models[str(path.parent.relative_to(root))] = results["metrics"] | {
+    for run in finished_runs([root], *COMMANDS):
+        options, name = run.options, run.options.get("arm") or run.folder.name
+        if run.command == MODEL:
+            reward_models[str(run.folder.relative_to(root))] = run.metrics | {
                 "pairs_from": Path(options["pairs"]).stem,
-                "level": options["level"],
-                "loss": options["loss"],
-                "pairs": results["counts"]["pairs"],
-                "held_out": results["counts"]["held_out"],
+                **{key: options[key] for key in ("level", "loss")},
+                **{key: run.counts[key] for key in ("pairs", "held_out")},
             }
-        elif command == COMMAND + "ppo":
-            rows = [row for row in read_records(path.parent / "metrics.jsonl") if "train/kl" in row]
+        elif run.command == PPO:
+            rows = [row for row in read_records(run.folder / "metrics.jsonl") if "train/kl" in row]
             if rows:
-                arms.setdefault(options["arm"] or path.parent.name, _ArmRuns()).curves.append(rows)
-        elif command == COMMAND + "evaluate":
-            name = options["arm"] or path.parent.name
-            evaluation_options = {key: options.get(key) for key in SAME_OPTIONS}
+                arms.setdefault(name, _ArmRuns()).curves.append(rows)
+        else:
             arm = arms.setdefault(name, _ArmRuns())
-            arm.evaluation_options = arm.evaluation_options or evaluation_options
-            if arm.evaluation_options != evaluation_options:
-                differing = ", ".join(
-                    key for key in SAME_OPTIONS if arm.evaluation_options[key] != evaluation_options[key]
-                )
+            arm.evaluation_options = arm.evaluation_options or options
+            if names := differing(arm.evaluation_options, options, SAME_OPTIONS):
                 raise InputError(
-                    f"the evaluations of {name} differ in {differing}, so they are no seeds of one arm: give them "
-                    f"other names by --arm, or move {path.parent} out of {root}"
+                    f"the evaluations of {name} differ in {names}, so they are no seeds of one arm: give them "
+                    f"other names by --arm, or move {run.folder} out of {root}"
                 )
-            arm.evaluations.append(results)
-            rows = read_records(path.parent / RESPONSES)
+            arm.evaluations.append(run.metrics)
+            rows = read_records(run.folder / RESPONSES)
             if wins := {row["id"]: row["win"] for row in rows if row.get("win") is not None}:
                 arm.wins.append(wins)
     return arms, reward_models
@@ -198,9 +173,7 @@ def _arm_rows(figures: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     ]
     rows = [[*titles, "seeds"]]
     for name, row in sorted(figures.items(), key=lambda item: item[1].get("win_rate", -1.0)):
-        won = ""
-        if "win_rate" in row:
-            won = "{:.1f} ({:.1f} to {:.1f})".format(*(100 * row[f"win_rate{end}"] for end in ("", "_low", "_high")))
+        won = percent(*(row[f"win_rate{end}"] for end in ("", "_low", "_high"))) if "win_rate" in row else ""
         rows.append(
             [
                 name,

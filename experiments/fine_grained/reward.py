@@ -15,9 +15,9 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.training.adapters import LoraSettings
 from ...rewards.learned.edits import read_pairs
 from ...rewards.learned.reward_model import RewardModel
-from ..runs.options import check_counts
-from ..runs.training import Run, run_stage, tokenizer_of
-from .common import StageOptions
+from ..runs.options import Count
+from ..runs.training import Run, tokenizer_of
+from .common import COSINE, StageOptions, print_metrics
 from .heat_map import HeatRow, plot_heat_map, token_texts, write_html
 
 HELD_OUT = 0.15
@@ -46,20 +46,19 @@ class FineGrainedRewardModel(StageOptions):
     unchanged_penalty: float = 0.1
     """Weight of the mean square of the rewards of unchanged tokens, for --level token. Without it, unchanged tokens get
     a part of the credit of the edit before them. 0: no penalty, as published."""
-    epochs: int = 2
+    epochs: Count = 2
     """Epochs over the pairs."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Pairs per optimiser step."""
     learning_rate: float = 5e-4
     """Peak learning rate (cosine, 10% warm-up)."""
-    lora_rank: int = 8
+    lora_rank: Count = 8
     """Rank of the LoRA adapter of the reward model."""
     limit: int = 0
     """Maximum number of pairs. 0: all."""
 
     def check(self) -> None:
         super().check()
-        check_counts(self, "epochs", "batch_size", "lora_rank")
         if not self.pairs:
             raise InputError("--pairs is missing: name a JSONL file of edited pairs")
         self.loss = self.loss or LOSSES[self.level][0]
@@ -85,9 +84,6 @@ def run(options: FineGrainedRewardModel, console: Console | None = None) -> dict
         raise InputError(
             f"{options.pairs} has {len(pairs)} usable pairs, too few to train on some and measure on others"
         )
-    if options.dry_run:
-        console.print(f"would train on {len(train)} pairs and measure on {len(held_out)}, in {options.run_dir}")
-        return {}
 
     def work(opened: Run) -> dict[str, Any]:
         model = RewardModel(
@@ -102,12 +98,11 @@ def run(options: FineGrainedRewardModel, console: Console | None = None) -> dict
             options.loss,
             options.seed,
             learning_rate=options.learning_rate,
-            schedule="cosine",
-            warmup=0.1,
             batch_size=options.batch_size,
             epochs=options.epochs,
             token_budget=options.token_budget,
             unchanged_penalty=options.unchanged_penalty if options.level == "token" else 0.0,
+            **COSINE,
         )
         opened.supervised(trainer, train, f"{options.level} reward model")
         model.save(opened.folder.file("model", "config.json").parent)
@@ -124,10 +119,11 @@ def run(options: FineGrainedRewardModel, console: Console | None = None) -> dict
             },
         )
         opened.tracker.summary(results)
-        console.print("  ".join(f"{name} {value:.3f}" for name, value in metrics.items()), highlight=False)
+        print_metrics(console, metrics)
         return results
 
-    return run_stage(options, "fine-grained reward-model", console, work)
+    plan = f"train on {len(train)} pairs and measure on {len(held_out)}"
+    return options.run("fine-grained reward-model", console, plan, work)
 
 
 def _draw(model: RewardModel, pairs: Sequence[TokenizedPair], folder: Path) -> None:

@@ -5,17 +5,18 @@ By default the experiment has four arms: the supervised policy and three arms of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from rich.console import Console
 
 from ...agents.policy.optimization import Processes
 from ...llm_backends.errors import InputError
-from ..runs.options import check_output
-from .edit import EditParts, FineGrainedEdit
+from ..runs.options import Count, DType
+from ..runs.study import Results, StudyOptions, StudyStage, run_study
+from .common import PromptOptions
+from .edit import EditOptions, EditParts, FineGrainedEdit
 from .edit import run as edit
 from .evaluate import FineGrainedEvaluate
 from .evaluate import run as evaluate
@@ -84,58 +85,104 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
 
 
 @dataclass
-class FineGrainedRun:
+class FineGrainedRun(EditOptions, PromptOptions, StudyOptions):
     """Run all stages: supervised start, edits, reward models, PPO, evaluation, report."""
+
+    command: ClassVar[str] = "fine-grained run"
 
     run_dir: str = "runs/fine-grained"
     """Folder for the run folders of all stages. Finished stages are not run again."""
-    scale: Literal["smoke", "report"] = "report"
-    """Size of the experiment. smoke: under three minutes on two cores; report: up to two hours."""
     arms: str = "sequence-preferences,sequence-edits,token-edits"
     """Arms to train and to compare with the supervised policy, separated by commas: those of the default, or figa,
     token-whole, token-published, token-terminal, token-edited-only, token-tlcr."""
-    seeds: int = 1
+    seeds: Count = 1
     """Number of seeds of PPO, FIGA and their evaluation: 0, 1, ... The scale smoke always uses one."""
-    model: str = "embedded"
-    """Model to train: embedded, or a local path or hub id of a causal language model."""
-    data: str = "reviews"
-    """Data set of prompts: reviews (openings of film reviews, from an installed package), instructions (from this
-    package), or a JSONL file with 'prompt' and 'response'."""
-    layout: Literal["plain", "chat"] = "plain"
-    """Prompt format. plain: the response continues the prompt; chat: the prompt is a user's message in the chat
-    template of the model."""
-    annotator: str = "vader"
-    """Reward that decides which response is better, and whether an edit is an improvement: an id, or a weighted sum
-    such as 'vader + 0.5*diversity'."""
-    editor: str = "sentiment-swaps"
-    """Editor of the worse responses: sentiment-swaps (a rule that swaps words), llm, 'module:factory', or JSON {"id":
-    ..., "kwargs": {...}}."""
-    backend: str = "embedded"
-    """Language model of the editor llm: embedded, transformers, openai, vllm, 'module:factory', or JSON {"id": ...,
-    "kwargs": {...}}."""
-    max_changed: float = 0.4
-    """Largest share of words that a minimal edit may change."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: DType = "auto"
     """Floating-point type of the computation. auto: bfloat16 if the hardware supports it, else float32."""
-    track: str = "none"
-    """Where metrics are logged besides files: wandb (Weights & Biases) or none."""
-    dry_run: bool = False
-    """Check the options and print what would be done, without loading a model."""
 
-    def check(self) -> list[str]:
-        """Checks the options and returns the names of the arms.
+    def check(self) -> None:
+        super().check()
+        if Processes().count > 1:
+            raise InputError(f"'{self.command}' runs in one process: only its stages that train can share work")
+        # Wrong arms, parts and data are found here, before the supervised training.
+        EditParts.of(self)
+        start, *_ = self.stages()
+        start.options.check()
+        start.options.demonstrations_found()
+
+    @property
+    def arm_names(self) -> list[str]:
+        """Names of the arms.
 
         Raises:
-            InputError: if an arm is unknown, no arm is named, there are no seeds, or the report cannot be written.
+            InputError: if an arm is unknown, or none is named.
         """
         names = [name.strip() for name in self.arms.split(",") if name.strip()]
-        unknown = [name for name in names if name not in (*ARMS, FIGA)]
-        if unknown or not names:
+        if not names or not {*names} <= {*ARMS, FIGA}:
             raise InputError(f"--arms must be some of {', '.join([*ARMS, FIGA])}, got {self.arms!r}")
-        if self.seeds < 1:
-            raise InputError(f"--seeds must be at least 1, got {self.seeds}")
-        check_output(Path(self.run_dir) / "report" / "report.md")
         return names
+
+    def stages(self) -> list[StudyStage]:
+        # As typed, not absolute: a resumed stage must have the options that it started with.
+        root, names = Path(self.run_dir), self.arm_names
+        start, reference = str(root / "sft"), str(root / "evaluate" / "sft")
+        reward_models = {ARMS[name].model: ARMS[name] for name in names if name != FIGA}
+
+        def evaluation(name: str, **options: Any) -> StudyStage:
+            return StudyStage(f"evaluate/{name}", evaluate, self._options(FineGrainedEvaluate, "evaluate", **options))
+
+        stages = [
+            StudyStage("sft", sft, self._options(FineGrainedSFT, "sft", run_dir=start)),
+            StudyStage("edit", edit, self._options(FineGrainedEdit, "edit", policy=start)),
+            # One reward model per name: arms that differ in the form of the reward share it.
+            *(self._reward_model(arm) for arm in reward_models.values()),
+            evaluation("sft", policy=start, arm="sft"),
+        ]
+        for seed in range(1 if self.scale == "smoke" else self.seeds):
+            for name in names:
+                folder = f"figa/{name}-{seed}" if name == FIGA else f"ppo/{name}-{seed}"
+                if name == FIGA:
+                    pairs = str(root / "edit" / "edits.jsonl")
+                    figa_options = self._options(FineGrainedFIGA, "figa", policy=start, pairs=pairs, seed=seed)
+                    stages.append(StudyStage(folder, figa, figa_options))
+                else:
+                    arm = ARMS[name]
+                    model = str(root / "reward-model" / arm.model)
+                    ppo_options = self._options(
+                        FineGrainedPPO, "ppo", policy=start, reward_model=model, arm=name, form=arm.form, seed=seed
+                    )
+                    stages.append(StudyStage(folder, ppo, ppo_options))
+                # The reference was sampled with seed 0: responses must not have its random numbers.
+                stages.append(
+                    evaluation(f"{name}-{seed}", policy=str(root / folder), against=reference, arm=name, seed=1 + seed)
+                )
+        return stages
+
+    def _reward_model(self, arm: PPOArm) -> StudyStage:
+        """Returns the stage that trains the reward model of an arm."""
+
+        def options(results: Results) -> FineGrainedRewardModel:
+            # All reward models get the same number of pairs, so that they differ in the kind of pairs only.
+            counts = results["edit"]["counts"]
+            return self._options(
+                FineGrainedRewardModel,
+                "reward-model",
+                pairs=str(Path(self.run_dir) / "edit" / f"{arm.pairs}.jsonl"),
+                level=arm.level,
+                loss=arm.loss,
+                unchanged_penalty=arm.unchanged_penalty,
+                limit=min(counts["edits"], counts["preferences"]),
+            )
+
+        return StudyStage(f"reward-model/{arm.model}", reward_model, options)
+
+    def _options(self, stage: Any, kind: str, **own: Any) -> Any:
+        """Returns the options of a stage: those of the study by the same names, those that the scale sets, its own."""
+        shared = {field.name for field in fields(stage)} & {field.name for field in fields(self)}
+        return stage(**{name: getattr(self, name) for name in shared} | SIZES[self.scale][kind] | own)
+
+    def report(self, console: Console) -> Results:
+        return report(FineGrainedReport(self.run_dir), console)
 
 
 def run(options: FineGrainedRun, console: Console | None = None) -> dict[str, Any]:
@@ -144,89 +191,4 @@ def run(options: FineGrainedRun, console: Console | None = None) -> dict[str, An
     Raises:
         InputError: if the input is invalid.
     """
-    console = console or Console()
-    names = options.check()
-    root, sizes = Path(options.run_dir), SIZES[options.scale]
-    seeds = 1 if options.scale == "smoke" else options.seeds
-
-    def stage_options(kind: str, *folder: str) -> Mapping[str, Any]:
-        """Returns the options of a stage: those that all stages share, and those that the scale sets."""
-        shared = {name: getattr(options, name) for name in ("data", "layout", "dtype", "track")}
-        return shared | sizes[kind] | {"run_dir": str(root.joinpath(*folder))}
-
-    if Processes().count > 1:
-        raise InputError(
-            "'fine-grained run' runs in one process: only its stages sft, reward-model and ppo can share work"
-        )
-    start, pairs_folder = str(root / "sft"), root / "edit"
-    sft_options = FineGrainedSFT(**stage_options("sft", "sft"), model=options.model)
-    edit_options = FineGrainedEdit(
-        **stage_options("edit", "edit"),
-        policy=start,
-        annotator=options.annotator,
-        editor=options.editor,
-        backend=options.backend,
-        max_changed=options.max_changed,
-    )
-    EditParts.of(edit_options)  # wrong parts fail here, before the supervised training
-    if options.dry_run:
-        sft(replace(sft_options, dry_run=True), console)
-        console.print(f"then edits, reward models, and {len(names)} arms of PPO over {seeds} seeds, in {root}")
-        return {}
-    sft(sft_options, console)
-    # All reward models get the same number of pairs, so that they differ in the kind of pairs only.
-    counts = edit(edit_options, console)["counts"]
-    pair_limit = min(counts["edits"], counts["preferences"])
-    # One reward model per name: arms that differ in the form of the reward share it.
-    for arm in {ARMS[name].model: ARMS[name] for name in names if name != FIGA}.values():
-        reward_model(
-            FineGrainedRewardModel(
-                **stage_options("reward-model", "reward-model", arm.model),
-                pairs=str(pairs_folder / f"{arm.pairs}.jsonl"),
-                model=options.model,
-                level=arm.level,
-                loss=arm.loss,
-                unchanged_penalty=arm.unchanged_penalty,
-                limit=pair_limit,
-            ),
-            console,
-        )
-    reference = str(root / "evaluate" / "sft")
-    evaluate(FineGrainedEvaluate(**stage_options("evaluate", "evaluate", "sft"), policy=start, arm="sft"), console)
-    for seed in range(seeds):
-        for name in names:
-            if name == FIGA:
-                policy_folder = str(root / "figa" / f"{name}-{seed}")
-                figa(
-                    FineGrainedFIGA(
-                        **stage_options("figa", "figa", f"{name}-{seed}"),
-                        policy=start,
-                        pairs=str(pairs_folder / "edits.jsonl"),
-                        seed=seed,
-                    ),
-                    console,
-                )
-            else:
-                policy_folder = str(root / "ppo" / f"{name}-{seed}")
-                ppo(
-                    FineGrainedPPO(
-                        **stage_options("ppo", "ppo", f"{name}-{seed}"),
-                        policy=start,
-                        reward_model=str(root / "reward-model" / ARMS[name].model),
-                        arm=name,
-                        form=ARMS[name].form,
-                        seed=seed,
-                    ),
-                    console,
-                )
-            evaluate(
-                FineGrainedEvaluate(
-                    **stage_options("evaluate", "evaluate", f"{name}-{seed}"),
-                    policy=policy_folder,
-                    against=reference,
-                    arm=name,
-                    seed=1 + seed,  # the reference was sampled with seed 0: responses must not have its random numbers
-                ),
-                console,
-            )
-    return report(FineGrainedReport(str(root)), console)
+    return run_study(options, console or Console())

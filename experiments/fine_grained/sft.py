@@ -9,11 +9,12 @@ from rich.console import Console
 
 from ...agents.policy.language_model import LanguageModelPolicy
 from ...agents.supervised.sft import SFT, TokenizedDemonstration
+from ...envs.tokens.episode import PromptExample
 from ...llm_backends.errors import InputError
 from ...llm_backends.training.adapters import LoraSettings
-from ..runs.options import check_counts
-from ..runs.training import Run, run_stage, tokenizer_of
-from .common import StageOptions
+from ..runs.options import Count
+from ..runs.training import Run, tokenizer_of
+from .common import COSINE, StageOptions
 
 
 @dataclass
@@ -24,18 +25,27 @@ class FineGrainedSFT(StageOptions):
     """Model to train: embedded, or a local path or hub id of a causal language model."""
     demonstrations: int = 2000
     """Maximum number of demonstrations, prompts with a response. 0: all of this stage's share."""
-    epochs: int = 1
+    epochs: Count = 1
     """Epochs over the demonstrations."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Demonstrations per optimiser step."""
     learning_rate: float = 5e-4
     """Peak learning rate (cosine, 10% warm-up)."""
-    lora_rank: int = 8
+    lora_rank: Count = 8
     """Rank of the LoRA adapter of the policy, which PPO trains further."""
 
-    def check(self) -> None:
-        super().check()
-        check_counts(self, "epochs", "batch_size", "lora_rank")
+    def demonstrations_found(self) -> list[PromptExample]:
+        """Returns the prompts with a response on which the policy is trained.
+
+        Raises:
+            InputError: if there are none, or the model has no token to end a response.
+        """
+        examples = [example for example in self.prompts("sft", self.model) if example.reference]
+        if not examples:
+            raise InputError(f"{self.data} has no responses to imitate")
+        if not tokenizer_of(self.model).eos_ids:
+            raise InputError(f"the tokenizer of {self.model} has no EOS token, by which responses could end")
+        return examples[: self.demonstrations or None]
 
 
 def run(options: FineGrainedSFT, console: Console | None = None) -> dict[str, Any]:
@@ -46,14 +56,7 @@ def run(options: FineGrainedSFT, console: Console | None = None) -> dict[str, An
     """
     console = console or Console()
     options.check()
-    examples = [e for e in options.prompts("sft", options.model) if e.reference][: options.demonstrations or None]
-    if not examples:
-        raise InputError(f"{options.data} has no responses to imitate")
-    if not tokenizer_of(options.model).eos_ids:
-        raise InputError(f"the tokenizer of {options.model} has no EOS token, by which responses could end")
-    if options.dry_run:
-        console.print(f"would train on {len(examples)} demonstrations of {options.data}, in {options.run_dir}")
-        return {}
+    examples = options.demonstrations_found()
 
     def work(opened: Run) -> dict[str, Any]:
         policy = LanguageModelPolicy(
@@ -67,11 +70,10 @@ def run(options: FineGrainedSFT, console: Console | None = None) -> dict[str, An
             policy,
             options.seed,
             learning_rate=options.learning_rate,
-            schedule="cosine",
-            warmup=0.1,
             batch_size=options.batch_size,
             epochs=options.epochs,
             token_budget=options.token_budget,
+            **COSINE,
         )
         tokenizer, end = policy.tokenizer, min(policy.tokenizer.eos_ids)
         # A chat template ends where the response begins; a plain prompt needs a blank before it.
@@ -98,4 +100,5 @@ def run(options: FineGrainedSFT, console: Console | None = None) -> dict[str, An
             },
         )
 
-    return run_stage(options, "fine-grained sft", console, work)
+    plan = f"train on {len(examples)} demonstrations of {options.data}"
+    return options.run("fine-grained sft", console, plan, work)
