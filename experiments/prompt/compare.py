@@ -2,82 +2,54 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 from rich.console import Console
 
 from ...llm_backends.errors import InputError
-from ..runs.options import SCALES, check_output
-from ..runs.training import Deadline, in_time
+from ..runs.study import StudyOptions, StudyStage, run_study
 from .methods import METHODS
 from .report import write_prompt_report
-from .run import PromptRun
+from .run import PromptRun, SearchOptions
 from .run import run as search
 
 SEEDS = {"smoke": 1, "report": 3}
+"""Number of seeds by scale."""
 
 
 @dataclass
-class PromptCompare:
+class PromptCompare(SearchOptions, StudyOptions):
     """Run methods side by side and gather them."""
+
+    command: ClassVar[str] = "prompt compare"
 
     run_dir: str = "runs/prompt"
     """Folder for the run folders of all searches. Finished searches are not run again."""
-    scale: Literal["smoke", "report"] = "report"
-    """Size of each search. smoke: minutes; report: hours."""
     tasks: str = "rotten-tomatoes"
     """Tasks, separated by commas: rotten-tomatoes (offline), tasks of GLUE or SuperGLUE, or TOML files that describe
     one."""
-    data_dir: str = ""
-    """Folder with the files of GLUE or SuperGLUE. Empty: the datasets library downloads them."""
     methods: str = "manual,random,maskable-ppo,soft-q,gepa"
     """Search methods, separated by commas: those of the default, or beam, ppo and grpo."""
     seeds: int = 0
     """Number of seeds of each search: 0, 1, ... The method manual is not random and runs once. 0: set by --scale, 1 for
     smoke and 3 for report."""
-    calls: int = 0
-    """Maximum number of task-model calls of each search, one per example and label. 0: set by --scale."""
-    test: int = 0
-    """Number of test examples. If it changes, finished searches are tested again, but not repeated. 0: set by
-    --scale."""
-    backend: str = "embedded"
-    """Frozen task model, a backend with log-probs: embedded, transformers, vllm-server, or JSON {"id": ..., "kwargs":
-    {...}}."""
-    backend_dtype: Literal["auto", "float32", "bfloat16"] = "float32"
-    """Floating-point type of a frozen task model in this process. In bfloat16 the score of a prompt depends slightly on
-    the other texts in its batch, and likelihoods may tie. auto: bfloat16 if the hardware supports it, else float32."""
-    rewriter: str = "embedded"
-    """Language model that edits prompts, or reflects on failures for gepa: embedded, transformers, openai, vllm, or
-    JSON {"id": ..., "kwargs": {...}}."""
-    model: str = "embedded"
-    """Model of the policy that ppo, grpo and soft-q train: embedded, or a local path or hub id."""
     minutes: float = 0.0
     """Time limit in minutes. No search starts after it, and the same command resumes the rest. 0: no limit."""
-    track: str = "none"
-    """Where metrics are logged besides files: wandb (Weights & Biases) or none."""
-    dry_run: bool = False
-    """Check the options and print what would be done, without loading a model."""
 
-    @property
-    def root(self) -> Path:
-        """Folder of all runs and the report."""
-        return Path(self.run_dir)
+    def check(self) -> None:
+        super().check()
+        # One dry run per task and method finds invalid options before the first search.
+        for stage in {(stage.options.task, stage.options.method): stage for stage in self.stages()}.values():
+            search(replace(stage.options, run_dir=str(self.root / stage.name), dry_run=True), Console(quiet=True))
 
-    def runs(self) -> list[PromptRun]:
-        """Returns the options of all searches, seed by seed.
+    def stages(self) -> list[StudyStage]:
+        """Returns the searches, seed by seed.
 
         Raises:
-            InputError: if a method is unknown, no method or no task is named, two tasks have the same name, or scale,
-                seeds or minutes are out of range.
+            InputError: if a method is unknown, no method or no task is named, or two tasks have the same name.
         """
-        if self.scale not in SCALES:
-            raise InputError(f"--scale must be {' or '.join(SCALES)}, got {self.scale!r}")
-        for name in ("seeds", "minutes"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"--{name} must not be negative, got {getattr(self, name)}")
         methods, tasks = (
             list(dict.fromkeys(name.strip() for name in value.split(",") if name.strip()))
             for value in (self.methods, self.tasks)
@@ -90,21 +62,12 @@ class PromptCompare:
             raise InputError(
                 f"--tasks names files of one name, whose run folders would be the same: {', '.join(tasks)}"
             )
+        shared = {field.name: getattr(self, field.name) for field in fields(SearchOptions)}
         return [
-            PromptRun(
-                run_dir=str(self.root / f"{Path(task).stem}-{method}-{seed}"),
-                task=task,
-                data_dir=self.data_dir,
-                method=method,  # type: ignore[arg-type]
-                calls=self.calls,
-                test=self.test,
-                backend=self.backend,
-                backend_dtype=self.backend_dtype,
-                rewriter=self.rewriter,
-                model=self.model,
-                scale=self.scale,
-                seed=seed,
-                track=self.track,
+            StudyStage(
+                f"{Path(task).stem}-{method}-{seed}",
+                _whole_search,
+                PromptRun(task=task, method=method, seed=seed, **shared),  # type: ignore[arg-type]
             )
             # Seeds are outermost: if time runs out, every method has had about as many seeds.
             for seed in range(self.seeds or SEEDS[self.scale])
@@ -113,6 +76,10 @@ class PromptCompare:
             if method != "manual" or not seed
         ]
 
+    def report(self, console: Console) -> dict[str, Any]:
+        # The report is of these searches alone: the folder may hold others.
+        return write_prompt_report([self.root / stage.name for stage in self.stages()], self.root / "report", console)
+
 
 def run(options: PromptCompare, console: Console | None = None) -> dict[str, Any]:
     """Runs the searches that are not finished and returns the report of these searches alone.
@@ -120,21 +87,9 @@ def run(options: PromptCompare, console: Console | None = None) -> dict[str, Any
     Raises:
         InputError: if the input is invalid, before the first search.
     """
-    return in_time(_run)(options, console or Console())
+    return run_study(options, console or Console())
 
 
-def _run(options: PromptCompare, console: Console) -> dict[str, Any]:
-    limit = Deadline(options.minutes)
-    runs = options.runs()
-    out = options.root / "report"
-    check_output(out / "report.md")
-    # One dry run per task and method finds invalid options before the first search.
-    for planned in {(planned.task, planned.method): planned for planned in runs}.values():
-        search(PromptRun(**vars(planned) | {"dry_run": True}), Console(quiet=True))
-    if options.dry_run:
-        console.print(f"would make {len(runs)} searches in {options.run_dir}")
-        return {}
-    for planned in runs:
-        limit.check()
-        search(planned, console)
-    return write_prompt_report([Path(planned.run_dir) for planned in runs], out, console)
+def _whole_search(options: PromptRun, console: Console) -> dict[str, Any]:
+    """Runs a search without a time limit, because an interrupted one would start again from the beginning."""
+    return search(replace(options, minutes=0.0), console)

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -20,13 +21,14 @@ from stable_baselines3.common.callbacks import BaseCallback
 from ...agents.reflective import MAX_TOKENS, PromptAdapter, reflective_search
 from ...agents.sb3.baselines import random_actions
 from ...agents.sb3.factory import make_agent, make_sb3_env
-from ...envs.tasks.prompt_search.tasks import PromptTask, minibatch
+from ...envs.tasks.prompt_search.tasks import PromptTask
 from ...llm_backends import Backend, ContextLengthError
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import append_lines
 from ...rewards.prompt_scoring.scorer import CallLimitError, LimitedScorer, TaskResult, TaskScorer
 from ...rewards.prompt_scoring.task_prompt import Demonstration, LabelledExample, TaskPrompt
 from ..runs.progress import StepProgress
+from ..runs.training import Deadline
 
 VALIDATED_PER_ROUND = 2
 """Maximum number of prompts of a round that are validated."""
@@ -55,6 +57,8 @@ class PromptSearch:
     out: Path
     """JSONL file that gets a row per validated prompt."""
     progress: StepProgress | None = None
+    limit: Deadline = field(default_factory=Deadline)
+    """Time limit, which is checked between prompts."""
     best: TaskPrompt | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     """A row per validated prompt: ``calls`` so far; ``accuracy`` and ``gap`` on the validation examples; whether it is
@@ -103,7 +107,7 @@ class PromptSearch:
                 self._dropped.append(prompt)
             else:
                 self.validate(prompt)
-        self.show()
+        self.advance()
 
     def _worse_on_first_part(self, prompt: TaskPrompt) -> bool:
         """Returns whether a prompt gets fewer of the first validation examples right than the best prompt so far."""
@@ -141,13 +145,18 @@ class PromptSearch:
         append_lines(self.out, [row])
         if better:
             self.best, self._result = prompt, result
-        self.show()
+        self.advance()
 
-    def show(self) -> None:
-        """Updates the progress bar."""
+    def advance(self) -> None:
+        """Updates the progress bar and checks the time limit; called between rounds and after each validated prompt.
+
+        Raises:
+            OutOfTimeError: if the time limit is reached.
+        """
         if self.progress is not None:
             best = max((row["accuracy"] for row in self.history), default=0.0)
             self.progress.update(self.scorer.calls, f"{len(self.prompts)} prompts validated, best {best:.2f}")
+        self.limit.check()
 
 
 def manual(search: PromptSearch) -> None:
@@ -156,9 +165,42 @@ def manual(search: PromptSearch) -> None:
         search.validate(search.task.prompt(instruction))
 
 
-def random_edits(search: PromptSearch) -> None:
-    """Edits prompts at random, among the possible edits."""
-    _edit(search, "random")
+class _Best(BaseCallback):
+    """A callback that validates the best prompts of each rollout, by their scores on minibatches."""
+
+    def __init__(self, search: PromptSearch) -> None:
+        super().__init__()
+        self.search = search
+        self.scored_prompts: list[tuple[float, TaskPrompt]] = []
+
+    def _on_step(self) -> bool:
+        self.scored_prompts += [(info["score"], info["prompt"]) for info in self.locals["infos"]]
+        return True
+
+    def _on_rollout_end(self) -> None:
+        pairs, self.scored_prompts = self.scored_prompts, []
+        self.search.validate_best(pairs)
+
+
+def edit_prompts(search: PromptSearch, algorithm: str) -> None:
+    """Has an agent edit prompts: one that edits at random, or MaskablePPO of sb3-contrib."""
+    horizon = search.settings["horizon"]
+    env = make_sb3_env(EDIT_ENV, n_envs=search.settings["copies"], **_edit_options(search))
+    agent = make_agent(algorithm, env, search.seed, horizon)
+    # An episode takes at least one call, for its first prompt: this number of steps takes more calls than there are.
+    agent.learn(search.scorer.limit * horizon, callback=[_Best(search)])
+
+
+def _edit_options(search: PromptSearch) -> dict[str, Any]:
+    """Returns the arguments of the environment that edits prompts."""
+    return {
+        "task": search.task,
+        "operator": search.settings["operator"],
+        "backend": search.rewriter,
+        "scorer": search.scorer,
+        "batch_size": search.settings["minibatch"],
+        "horizon": search.settings["horizon"],
+    }
 
 
 def beam(search: PromptSearch) -> None:
@@ -193,151 +235,25 @@ def best_prompts(pairs: Sequence[tuple[float, TaskPrompt]], count: int) -> list[
     return list(distinct.values())[:count]
 
 
-def maskable_ppo(search: PromptSearch) -> None:
-    """Lets MaskablePPO of sb3-contrib choose the edits."""
-    _edit(search, "MaskablePPO")
+def write_prompts(search: PromptSearch, method: str) -> None:
+    """Trains a policy that writes instructions: by token-level PPO, GRPO, or soft Q-learning as in RLPrompt.
 
-
-def token_ppo(search: PromptSearch) -> None:
-    """Trains a policy that writes instructions by token-level PPO."""
-    from ...agents.policy_gradient.ppo import TokenPPO
-
-    _write(search, TokenPPO, "shared", {"epochs": 2})
-
-
-def grpo(search: PromptSearch) -> None:
-    """Trains a policy that writes instructions by GRPO."""
-    from ...agents.policy_gradient.grpo import GRPO
-
-    _write(search, GRPO, "none", {})
-
-
-def soft_q(search: PromptSearch) -> None:
-    """Trains a policy that writes instructions by soft Q-learning, as in RLPrompt."""
-    from ...agents.soft_q.agent import SoftQ
-
-    _write(search, SoftQ, "none", {"shaped_high": 20.0})
-
-
-def gepa(search: PromptSearch) -> None:
-    """Runs GEPA: a language model reads failures and rewrites the instruction, first that of the task."""
-    validation = tuple(search.validation)
-
-    def record(prompt: TaskPrompt, result: TaskResult) -> None:
-        # GEPA scores on minibatches too; only full validations count for the best prompt.
-        if result.examples == validation:
-            search.record(prompt, result)
-        search.show()
-
-    adapter = PromptAdapter(
-        search.task.prompt(search.task.instructions[0]), search.scorer, search.rewriter, search.seed, record
-    )
-    train = search.task.examples("train")
-    reflective_search(adapter, train, validation, search.scorer.remaining, search.settings["minibatch"], search.seed)
-
-
-METHODS: dict[str, Callable[[PromptSearch], None]] = {
-    "manual": manual,
-    "random": random_edits,
-    "beam": beam,
-    "maskable-ppo": maskable_ppo,
-    "ppo": token_ppo,
-    "grpo": grpo,
-    "soft-q": soft_q,
-    "gepa": gepa,
-}
-"""Search methods by name."""
-
-
-LEARNING = ("maskable-ppo", "ppo", "grpo", "soft-q", "gepa")
-"""Methods that learn from the scores of earlier prompts what to try next."""
-
-
-def least_calls(method: str, settings: Mapping[str, Any], labels: int, content_free: int = 0) -> int:
-    """Returns the number of task-model calls for one round of a method and the validation of one prompt.
-
-    Args:
-        method: name in :data:`METHODS`.
-        settings: the counts ``validation``, ``minibatch``, ``copies``, ``horizon`` and ``episodes``.
-        labels: number of labels of the task.
-        content_free: number of content-free inputs that calibration scores with every prompt.
+    All instructions of a round are scored on one minibatch.
     """
-    scored = settings["minibatch"] + content_free
-    rounds = {
-        "manual": 0,
-        "gepa": 0,
-        "beam": 2 * settings["copies"] * scored,
-        # The start prompts, an episode of edits, and the start prompts of the next episode.
-        **dict.fromkeys(("random", "maskable-ppo"), settings["copies"] * (settings["horizon"] + 2) * scored),
-        **dict.fromkeys(("ppo", "grpo", "soft-q"), settings["episodes"] * scored),
-    }
-    return int(labels * (rounds[method] + settings["validation"] + content_free))
-
-
-def longest_instruction(method: str, max_tokens: int) -> str:
-    """Returns an instruction as long as the longest that a method writes.
-
-    It is empty for methods that edit, because an edit that does not fit into the context is undone.
-
-    Args:
-        method: name in :data:`METHODS`.
-        max_tokens: maximum number of tokens of methods that write token by token.
-    """
-    tokens = {"gepa": MAX_TOKENS, **dict.fromkeys(("ppo", "grpo", "soft-q"), max_tokens)}
-    return " ".join(["any"] * tokens.get(method, 0))
-
-
-def run_search(search: PromptSearch, method: str) -> None:
-    """Runs a method until the calls are spent or it has nothing left to try."""
-    with suppress(CallLimitError):
-        METHODS[method](search)
-
-
-class _Best(BaseCallback):
-    """A callback that validates the best prompts of each rollout, by their scores on minibatches."""
-
-    def __init__(self, search: PromptSearch) -> None:
-        super().__init__()
-        self.search = search
-        self.scored_prompts: list[tuple[float, TaskPrompt]] = []
-
-    def _on_step(self) -> bool:
-        self.scored_prompts += [(info["score"], info["prompt"]) for info in self.locals["infos"]]
-        return True
-
-    def _on_rollout_end(self) -> None:
-        pairs, self.scored_prompts = self.scored_prompts, []
-        self.search.validate_best(pairs)
-
-
-def _edit(search: PromptSearch, algorithm: str) -> None:
-    """Runs an agent that edits prompts until the calls are spent, which raises CallLimitError."""
-    env = make_sb3_env(EDIT_ENV, n_envs=search.settings["copies"], **_edit_options(search))
-    horizon = search.settings["horizon"]
-    agent = make_agent(algorithm, env, search.seed, horizon)
-    # More steps than the calls pay for, because each episode scores its start prompt.
-    agent.learn(horizon * search.scorer.limit, callback=[_Best(search)])
-
-
-def _edit_options(search: PromptSearch) -> dict[str, Any]:
-    """Returns the arguments of the environment that edits prompts."""
-    return {
-        "task": search.task,
-        "operator": search.settings["operator"],
-        "backend": search.rewriter,
-        "scorer": search.scorer,
-        "batch_size": search.settings["minibatch"],
-        "horizon": search.settings["horizon"],
-    }
-
-
-def _write(search: PromptSearch, agent_class: Any, value: str, options: Mapping[str, Any]) -> None:
-    """Runs an agent that writes instructions; all instructions of a round are scored on one minibatch."""
     from ...agents.policy.language_model import LanguageModelPolicy
+    from ...agents.policy_gradient.grpo import GRPO
+    from ...agents.policy_gradient.ppo import TokenPPO
+    from ...agents.soft_q.agent import SoftQ
     from ...rewards.prompt_scoring.rewards import TaskReward
 
+    agents: dict[str, tuple[Any, Literal["shared", "none"], dict[str, Any]]] = {
+        "ppo": (TokenPPO, "shared", {"epochs": 2}),
+        "grpo": (GRPO, "none", {}),
+        "soft-q": (SoftQ, "none", {"shaped_high": 20.0}),
+    }
+    agent_class, value, options = agents[method]
     settings, task = search.settings, search.task
-    policy = LanguageModelPolicy(search.model, value=value, dtype=settings["dtype"], seed=search.seed)  # type: ignore[arg-type]
+    policy = LanguageModelPolicy(search.model, value=value, dtype=settings["dtype"], seed=search.seed)
     reward = TaskReward(task.prompt(""), task.examples("train"), settings["minibatch"], search.scorer, seed=search.seed)
     env = gym.make_vec(
         TOKEN_ENV,
@@ -366,9 +282,76 @@ def _write(search: PromptSearch, agent_class: Any, value: str, options: Mapping[
         silent = silent + 1 if search.scorer.calls == before else 0
 
 
-def validation_set(task: PromptTask, size: int, seed: int) -> tuple[LabelledExample, ...]:
-    """Returns the validation examples, which decide between prompts; the seed chooses them."""
-    return minibatch(task, "validation", min(size, len(task.examples("validation"))), seed)
+def gepa(search: PromptSearch) -> None:
+    """Runs GEPA: a language model reads failures and rewrites the instruction, first that of the task."""
+    validation = tuple(search.validation)
+
+    def record(prompt: TaskPrompt, result: TaskResult) -> None:
+        # GEPA scores on minibatches too; only full validations count for the best prompt.
+        if result.examples == validation:
+            search.record(prompt, result)
+        search.advance()
+
+    adapter = PromptAdapter(
+        search.task.prompt(search.task.instructions[0]), search.scorer, search.rewriter, search.seed, record
+    )
+    train = search.task.examples("train")
+    reflective_search(adapter, train, validation, search.scorer.remaining, search.settings["minibatch"], search.seed)
+
+
+EDITING = ("random", "maskable-ppo")
+"""Methods by which an agent edits prompts."""
+WRITING = ("ppo", "grpo", "soft-q")
+"""Methods that write prompts token by token."""
+LEARNING = ("maskable-ppo", *WRITING, "gepa")
+"""Methods that learn from the scores of earlier prompts what to try next."""
+METHODS: dict[str, Callable[[PromptSearch], None]] = {
+    "manual": manual,
+    "random": partial(edit_prompts, algorithm="random"),
+    "beam": beam,
+    "maskable-ppo": partial(edit_prompts, algorithm="MaskablePPO"),
+    **{name: partial(write_prompts, method=name) for name in WRITING},
+    "gepa": gepa,
+}
+"""Search methods by name."""
+
+
+def run_search(search: PromptSearch, method: str) -> None:
+    """Runs a method until the calls are spent or it has nothing left to try."""
+    with suppress(CallLimitError):
+        METHODS[method](search)
+
+
+def least_calls(method: str, settings: Mapping[str, Any], labels: int, content_free: int = 0) -> int:
+    """Returns the number of task-model calls for one round of a method and the validation of one prompt.
+
+    Args:
+        method: name in :data:`METHODS`.
+        settings: the counts ``validation``, ``minibatch``, ``copies``, ``horizon`` and ``episodes``.
+        labels: number of labels of the task.
+        content_free: number of content-free inputs that calibration scores with every prompt.
+    """
+    scored = settings["minibatch"] + content_free
+    rounds = {
+        "beam": 2 * settings["copies"] * scored,
+        # The start prompts, an episode of edits, and the start prompts of the next episode.
+        **dict.fromkeys(EDITING, settings["copies"] * (settings["horizon"] + 2) * scored),
+        **dict.fromkeys(WRITING, settings["episodes"] * scored),
+    }
+    return int(labels * (rounds.get(method, 0) + settings["validation"] + content_free))
+
+
+def longest_instruction(method: str, max_tokens: int) -> str:
+    """Returns an instruction as long as the longest that a method writes.
+
+    It is empty for methods that edit, because an edit that does not fit into the context is undone.
+
+    Args:
+        method: name in :data:`METHODS`.
+        max_tokens: maximum number of tokens of methods that write token by token.
+    """
+    tokens = {"gepa": MAX_TOKENS, **dict.fromkeys(WRITING, max_tokens)}
+    return " ".join(["any"] * tokens.get(method, 0))
 
 
 TESTED = "test.jsonl"

@@ -13,36 +13,23 @@ from rich.console import Console
 
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
-from ..runs.folder import read_json, write_json
-from ..runs.options import check_output
-from ..runs.report import COLOURS, markdown, panels, rich_table
+from ..runs.folder import NOT_IDENTITY
+from ..runs.report import COLOURS, FinishedRun, differing, finished_runs, panels, write_report
 from ..runs.statistics import interval
 from .methods import CURVE_EXAMPLES, KINDS, LEARNING, METHODS, TESTED
 from .run import PROMPTS
 
-COMMAND = "prompt run"
 TASK_OPTIONS = (
     "task data_seed calls validation train minibatch backend backend_dtype rewriter calibrate data_dir".split()
 )
 """Options that must be equal in all runs of one task."""
-FREE_OPTIONS = ("run_dir", "seed", "test", "scale", "track", "dry_run")
+FREE_OPTIONS = NOT_IDENTITY | {"seed", "test", "scale"}
 """Options that may differ between the runs of one method."""
 BEST = "best learned"
 
 
-@dataclass(frozen=True)
-class SearchRun:
+class SearchRun(FinishedRun):
     """A finished run of 'prompt run'."""
-
-    options: dict[str, Any]
-    results: dict[str, Any]
-    folder: Path
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        """Metrics of the results."""
-        metrics: dict[str, Any] = self.results["metrics"]
-        return metrics
 
     @cached_property
     def test_rows(self) -> list[dict[str, Any]]:
@@ -52,7 +39,7 @@ class SearchRun:
             InputError: if rows are missing.
         """
         rows = read_records(self.folder / TESTED)
-        if len(rows) != self.results["counts"]["test"]:
+        if len(rows) != self.counts["test"]:
             raise InputError(f"{self.folder} has no whole {TESTED}: delete the folder and repeat the search")
         return rows
 
@@ -79,16 +66,15 @@ def run(options: PromptReport, console: Console | None = None) -> dict[str, Any]
     Raises:
         InputError: if there are no finished runs, or runs of one task cannot be compared.
     """
-    folders = sorted(path.parent for path in Path(options.runs).rglob("results.json"))
-    out = Path(options.out) if options.out else Path(options.runs) / "report"
-    return write_prompt_report(folders, out, console or Console())
+    root = Path(options.runs)
+    return write_prompt_report([root], Path(options.out) if options.out else root / "report", console or Console())
 
 
 def write_prompt_report(folders: Sequence[Path], out: Path, console: Console) -> dict[str, Any]:
-    """Writes the report of the finished runs of 'prompt run' in the given folders; ignores other folders.
+    """Writes the report of the finished runs of 'prompt run' in the given folders; ignores other runs.
 
     Args:
-        folders: run folders.
+        folders: run folders, or folders that hold run folders at any depth.
         out: folder for the files of the report.
         console: where the tables are printed.
 
@@ -101,53 +87,45 @@ def write_prompt_report(folders: Sequence[Path], out: Path, console: Console) ->
     runs = _gather(folders)
     if not runs:
         raise InputError(f"no finished run of 'prompt run' for {out}: name a folder with run folders")
-    check_output(out / "report.md")
     figures: dict[str, dict[str, Any]] = {}
     for task, arms in runs.items():
         compared = arms | ({BEST: best} if (best := _best_learned(arms)) else {})
         figures[task] = {name: _figures(method_runs, arms.get("manual", ())) for name, method_runs in compared.items()}
-    out.mkdir(parents=True, exist_ok=True)
-    lines = ["# Prompts for a frozen model", "", *_notes(), ""]
-    tables = {task: _rows(arms) for task, arms in figures.items()}
-    for task, rows in tables.items():
-        lines += [f"## {task}", "", markdown(rows)]
-    (out / "report.md").write_text("\n".join(lines), "utf-8")
-    plot_methods(figures, out / "methods.png")
-    write_json(out / "results.json", figures)
-    for rows in tables.values():
-        console.print(rich_table(rows))
-    console.print(f"wrote {out / 'report.md'} and {out / 'methods.png'}")
+    write_report(
+        out,
+        [(task, _rows(arms)) for task, arms in figures.items()],
+        console,
+        "Prompts for a frozen model",
+        _notes(),
+        figures,
+        {"methods.png": lambda path: plot_methods(figures, path)},
+    )
     return figures
 
 
 def _gather(folders: Sequence[Path]) -> dict[str, dict[str, list[SearchRun]]]:
     """Returns the finished runs by task and method; raises an InputError if two of them cannot be compared."""
     by_task: dict[str, dict[str, list[SearchRun]]] = {}
-    for folder in folders:
-        config, results = read_json(folder / "config.json"), read_json(folder / "results.json")
-        if config is None or config.get("command") != COMMAND or results is None:
-            continue
-        if results.get("status") != "finished":
-            continue
-        run = SearchRun(config["options"], results, folder)
+    for finished in finished_runs(folders, "prompt run"):
+        run = SearchRun(**vars(finished))
         arms = by_task.setdefault(run.options["task"], {})
         method_runs = arms.setdefault(run.options["method"], [])
         # Comparing with the first run is enough: all earlier ones agree with it.
         for other in next(iter(arms.values()))[:1]:
             _refuse_differing(run, other, TASK_OPTIONS)
         for other in method_runs[:1]:
-            _refuse_differing(run, other, sorted({*run.options, *other.options} - {*FREE_OPTIONS}))
+            _refuse_differing(run, other, sorted({*run.options, *other.options} - FREE_OPTIONS))
         for other in method_runs:
             if run.options["seed"] == other.options["seed"]:
-                raise InputError(f"{folder} and {other.folder} are one search: gather them apart")
+                raise InputError(f"{run.folder} and {other.folder} are one search: gather them apart")
         method_runs.append(run)
     return {task: {name: arms[name] for name in METHODS if name in arms} for task, arms in sorted(by_task.items())}
 
 
 def _refuse_differing(run: SearchRun, other: SearchRun, names: Sequence[str]) -> None:
     """Raises an InputError if two runs differ in one of the named options."""
-    if differing := [name for name in names if run.options.get(name) != other.options.get(name)]:
-        raise InputError(f"{run.folder} and {other.folder} differ in {', '.join(differing)}: gather them apart")
+    if options := differing(run.options, other.options, names):
+        raise InputError(f"{run.folder} and {other.folder} differ in {options}: gather them apart")
 
 
 def _best_learned(arms: Mapping[str, Sequence[SearchRun]]) -> list[SearchRun]:
@@ -176,7 +154,7 @@ def _figures(runs: Sequence[SearchRun], manual: Sequence[SearchRun]) -> dict[str
         for calls in shared
     ]
     for name in ("calls", "prompts", "rewriter_requests"):
-        figures[name] = float(np.mean([run.results["counts"][name] for run in runs]))
+        figures[name] = float(np.mean([run.counts[name] for run in runs]))
     figures["validation"] = float(np.mean([run.validated[0] for run in runs]))
     figures["methods"] = [run.options["method"] for run in runs]
     figures["example"] = max(runs, key=lambda run: run.validated).metrics["prompt"]

@@ -18,11 +18,11 @@ from ...llm_backends.local.backend import TransformersBackend
 from ...llm_backends.records import read_records, write_lines
 from ...rewards.prompt_scoring.scorer import LimitedScorer, TaskScorer, calibration_method, check_batch
 from ..runs.folder import RunFolder, Tracker, accounted, journaled_roles, read_json
-from ..runs.options import SCALES, check_counts, check_run, input_errors, parse_part
+from ..runs.options import Count, DType, Positive, RunOptions, Scale, input_errors, parse_part
 from ..runs.progress import StepProgress
+from ..runs.training import Deadline, OutOfTimeError
 from .methods import (
     KINDS,
-    METHODS,
     TESTED,
     PromptSearch,
     accuracy,
@@ -31,7 +31,6 @@ from .methods import (
     longest_instruction,
     run_search,
     test_incumbents,
-    validation_set,
 )
 
 SIZES = {
@@ -53,7 +52,34 @@ SEARCHED = "searched"
 
 
 @dataclass
-class PromptRun:
+class SearchOptions:
+    """Options that all searches of a comparison share."""
+
+    data_dir: str = ""
+    """Folder with the files of GLUE or SuperGLUE. Empty: the datasets library downloads them."""
+    calls: int = 0
+    """Maximum number of task-model calls of a search, one per example and label, including validation. 0: set by
+    --scale."""
+    test: int = 0
+    """Number of test examples. If it changes, a finished search is tested again, but not repeated. 0: set by
+    --scale."""
+    backend: str = "embedded"
+    """Frozen task model, a backend with log-probs: embedded, transformers, vllm-server, or JSON {"id": ..., "kwargs":
+    {...}}."""
+    backend_dtype: DType = "float32"
+    """Floating-point type of a frozen task model in this process. In bfloat16 the score of a prompt depends slightly on
+    the other texts in its batch, and likelihoods may tie. auto: bfloat16 if the hardware supports it, else float32."""
+    rewriter: str = "embedded"
+    """Language model that edits prompts, or reflects on failures for gepa: embedded, transformers, openai, vllm, or
+    JSON {"id": ..., "kwargs": {...}}. It needs no log-probs."""
+    model: str = "embedded"
+    """Model of the policy that ppo, grpo and soft-q train: embedded, or a local path or hub id."""
+    scale: Scale = "report"
+    """Size of a search, for the counts that are 0. smoke: minutes; report: hours."""
+
+
+@dataclass
+class PromptRun(SearchOptions, RunOptions):
     """Search for a prompt by one method and test the best one."""
 
     run_dir: str = ""
@@ -61,20 +87,12 @@ class PromptRun:
     journal."""
     task: str = "rotten-tomatoes"
     """Labelled task: rotten-tomatoes (offline), a task of GLUE or SuperGLUE, or a TOML file that describes one."""
-    data_dir: str = ""
-    """Folder with the files of GLUE or SuperGLUE. Empty: the datasets library downloads them."""
     method: Literal["manual", "random", "beam", "maskable-ppo", "ppo", "grpo", "soft-q", "gepa"] = "maskable-ppo"
     """Search method. manual only validates the instructions that people wrote; random, beam and maskable-ppo edit
     prompts; ppo, grpo and soft-q train a policy that writes prompts token by token; gepa rewrites prompts after
     reflection on failures."""
-    calls: int = 0
-    """Maximum number of task-model calls of the search, one per example and label, including validation. 0: set by
-    --scale."""
     validation: int = 0
     """Number of validation examples, by which the best prompt is chosen. 0: set by --scale."""
-    test: int = 0
-    """Number of test examples. If it changes, a finished search is tested again, but not repeated. 0: set by
-    --scale."""
     train: int = 0
     """Number of training examples, from which minibatches are drawn. 0: set by --scale."""
     minibatch: int = 0
@@ -83,59 +101,29 @@ class PromptRun:
     """Number of parallel copies of the edit environment (random, beam, maskable-ppo). 0: set by --scale."""
     episodes: int = 0
     """Number of instructions that ppo, grpo and soft-q write per update. 0: set by --scale."""
-    horizon: int = 4
+    horizon: Count = 4
     """Edits per episode of random, beam and maskable-ppo."""
-    operator: str = "edits"
+    operator: Literal["edits", "phrases"] = "edits"
     """Kind of edits of random, beam and maskable-ppo: edits (of whole prompts, some by a language model) or phrases (of
     the phrases of the instruction)."""
-    max_tokens: int = 16
+    max_tokens: Count = 16
     """Maximum number of tokens of an instruction that ppo, grpo or soft-q writes."""
-    learning_rate: float = 3e-4
+    learning_rate: Positive = 3e-4
     """Learning rate of the policy that ppo, grpo and soft-q train."""
-    backend: str = "embedded"
-    """Frozen task model, a backend with log-probs: embedded, transformers, vllm-server, or JSON {"id": ..., "kwargs":
-    {...}}."""
-    rewriter: str = "embedded"
-    """Language model that edits prompts, or reflects on failures for gepa: embedded, transformers, openai, vllm, or
-    JSON {"id": ..., "kwargs": {...}}. It needs no log-probs."""
-    model: str = "embedded"
-    """Model of the policy that ppo, grpo and soft-q train: embedded, or a local path or hub id."""
     calibrate: Literal["", "contextual", "batch"] = ""
     """Calibration of the scores in the search: contextual (by content-free inputs), batch, or empty for none. The test
     always reports raw and calibrated accuracy."""
-    scale: Literal["smoke", "report"] = "report"
-    """Size of the counts that are 0. smoke: minutes; report: hours."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: DType = "auto"
     """Floating-point type of the policy that is trained, and of a rewriter in this process. auto: bfloat16 if the
     hardware supports it, else float32."""
-    backend_dtype: Literal["auto", "float32", "bfloat16"] = "float32"
-    """Floating-point type of a frozen task model in this process. In bfloat16 the score of a prompt depends slightly on
-    the other texts in its batch, and likelihoods may tie. auto: bfloat16 if the hardware supports it, else float32."""
-    seed: int = 0
-    """Seed of the search. The choice of examples depends on --data-seed alone."""
     data_seed: int = 0
-    """Seed that chooses training, validation and test examples."""
-    track: str = "none"
-    """Where metrics are logged besides files: wandb (Weights & Biases) or none."""
-    dry_run: bool = False
-    """Check the options and print what would be done, without loading a model."""
+    """Seed that chooses training, validation and test examples; --seed does not."""
+    minutes: float = 0.0
+    """Number of minutes after which a search stops, before its next prompt; the same command starts it again from the
+    beginning, with stored replies. A test is not stopped. 0: no limit."""
 
     def check(self) -> None:
-        """Checks the options as far as possible without data.
-
-        Raises:
-            InputError: if an option is wrong; the message names it.
-        """
-        check_run(self)
-        check_counts(self, "horizon", "max_tokens")
-        if self.scale not in SCALES:
-            raise InputError(f"--scale must be {' or '.join(SCALES)}, got {self.scale!r}")
-        if self.method not in METHODS:
-            raise InputError(f"--method must be one of {', '.join(METHODS)}, got {self.method!r}")
-        if self.operator not in ("edits", "phrases"):
-            raise InputError(f"--operator must be edits or phrases, got {self.operator!r}")
-        if not self.learning_rate:
-            raise InputError("--learning-rate must be above 0")
+        super().check()
         if self.method == "gepa" and not find_spec("gepa"):
             raise InputError("--method gepa needs the library gepa: pip install 'instructgym[gepa]'")
 
@@ -191,7 +179,7 @@ def run(options: PromptRun, console: Console | None = None) -> dict[str, Any]:
         console.print(f"would search by {options.method} with {sized['calls']} calls, in {options.run_dir}")
         return {}
     # The number of test examples is not part of the identity: a finished search can be tested again.
-    identity = {name: value for name, value in (asdict(options) | sized).items() if name != "test"}
+    identity = {name: value for name, value in sized.items() if name != "test"}
     folder = RunFolder(options.run_dir, identity, "prompt run")
     stored = read_json(folder.path / "results.json") or {}
     # A finished search with the same number of test examples has nothing left to do.
@@ -202,7 +190,11 @@ def run(options: PromptRun, console: Console | None = None) -> dict[str, Any]:
         with accounted(roles, folder.path):
             # The search is stored before its test, so that an interrupted test does not repeat the search.
             if stored.get("status") not in (SEARCHED, "finished"):
-                stored = folder.finish({}, _search(options, sized, task, roles, folder, console), SEARCHED)
+                try:
+                    stored = folder.finish({}, _search(options, sized, task, roles, folder, console), SEARCHED)
+                except OutOfTimeError:
+                    console.print(f"out of time: the same command starts the search in {folder.path} again")
+                    return folder.finish({}, {}, "stopped")
             history = read_records(folder.path / PROMPTS)
             curve, rows = test_incumbents(task, history, sized["calls"], roles["task model"])
             write_lines(folder.path / TESTED, rows)
@@ -237,9 +229,10 @@ def _search(
     scorer = LimitedScorer(
         sized["calls"], roles["task model"], options.calibrate or False, content_free=task.content_free
     )
-    validation = validation_set(task, sized["validation"], options.data_seed)
+    validation = minibatch(task, "validation", min(sized["validation"], len(task.validation)), options.data_seed)
     with StepProgress(f"{options.method} on {task.name}", sized["calls"], console) as progress:
-        search = PromptSearch(task, scorer, validation, roles["rewriter"], options.model, sized, out, progress)
+        limit = Deadline(options.minutes)
+        search = PromptSearch(task, scorer, validation, roles["rewriter"], options.model, sized, out, progress, limit)
         run_search(search, options.method)
     if search.best is None:
         raise InputError(f"{options.method} found no prompt with {sized['calls']} calls: raise --calls")

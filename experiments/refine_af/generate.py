@@ -106,7 +106,7 @@ def run(options: RefineAFGenerate, console: Console | None = None) -> dict[str, 
         console.print(f"would write {total} instances of {len(examples)} instructions into {options.target}")
         return {}
     # A run is resumed only with the same prompts and, for a policy, the same weights.
-    weights = {"weights": weights_digest(start)} if start is not None else {}
+    weights: dict[str, Any] = {"weights": weights_digest(start)} if start is not None else {}
 
     def work(opened: Run) -> dict[str, Any]:
         if start is None:

@@ -21,7 +21,7 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
 from ...llm_backends.training.adapters import LoraSettings
 from ...rewards import FunctionReward, WeightedSum
-from ..runs.options import SCALES, check_counts, input_errors, parse_reward
+from ..runs.options import check_counts, input_errors, parse_reward
 from ..runs.report import plot_instance_training
 from ..runs.statistics import known_mean
 from ..runs.training import Run, run_stage, tokenizer_of
@@ -44,7 +44,7 @@ class RefineAFTrain(InstanceOptions):
     reference policy of the KL penalty."""
     metrics: str = ""
     """Rewards that are logged but not trained on, separated by commas: ids or 'module:factory'."""
-    scale: str = "smoke"
+    scale: Scale = "smoke"
     """Size of the run where a count is left at 0: smoke (minutes) or report (up to two hours)."""
     updates: int = 0
     """Number of updates. 0: by --scale, 4 or 80."""
@@ -63,8 +63,6 @@ class RefineAFTrain(InstanceOptions):
     def check(self) -> None:
         super().check()
         check_counts(self, "epochs", "lora_rank")
-        if self.scale not in SCALES:
-            raise InputError(f"--scale must be {' or '.join(SCALES)}, got {self.scale!r}")
         # The quality reward and the format rate are terms of the reward already.
         for name in self.logged:
             if name in (QUALITY, FORMAT) or not re.fullmatch(r"[\w.:-]+", name):

@@ -7,22 +7,22 @@ evaluation on held-out tasks, membership inference. All stages write to one fold
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+from annotated_types import Le
 from rich.console import Console
 
 from ...envs.tasks.instruction.data import InstructionExample, prompt_text, read_instruction_data
 from ...envs.tasks.instruction.evaluation import EvaluationTask, load_evaluation_tasks
 from ...llm_backends.errors import InputError
 from ...rewards import RougeGate
-from ..runs.folder import RunFolder, check_tracker, read_json, write_once
-from ..runs.options import SCALES, check_counts, check_output, input_errors
+from ..runs.folder import RunFolder, read_json, write_once
+from ..runs.options import Count, DType, Scale, Seed, check_counts, check_fields, check_output, input_errors
 from ..runs.training import Deadline, digest, tokenizer_of
 from .evaluate import Evaluate
 from .evaluate import run as evaluate
@@ -51,7 +51,7 @@ class TeachingOptions(ABC):
 
     run_dir: str = ""
     """Folder of the experiment, which holds the run folders of all its stages."""
-    scale: Literal["smoke", "report"] = "report"
+    scale: Scale = "report"
     """Size of the experiment. smoke: under three minutes on two cores; report: up to two hours."""
     model: str = "embedded"
     """Model to fine-tune: embedded, or a local path or hub id of a causal language model."""
@@ -64,28 +64,28 @@ class TeachingOptions(ABC):
     tasks: str = ""
     """Evaluation tasks, in place of the held-out seed tasks: Super-NaturalInstructions' JSON files, or JSONL with
     'instruction' and 'instances'."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the generation of the data; the seeds of fine-tuning are set by --sft-seeds."""
     size: int = 0
     """Rows of each data set, including those withheld for membership inference. 0: as many as the smallest data set
     has, but at most 40 or 240, by --scale."""
-    withheld: float = 0.25
+    withheld: Annotated[float, Le(0.9)] = 0.25
     """Share of the rows withheld from training, as the non-members of membership inference. 0: no membership
     inference."""
     sft_layout: Literal["chat", "plain", "alpaca"] = "chat"
     """How requests are written in fine-tuning and evaluation. chat: in the model's chat template; plain: as a text to
     continue; alpaca: as in Stanford Alpaca."""
-    sft_epochs: int = 2
+    sft_epochs: Count = 2
     """Passes over the rows in fine-tuning."""
     sft_learning_rate: float = 5e-4
     """Peak learning rate of fine-tuning (cosine schedule, 10% warm-up)."""
-    sft_seeds: int = 0
+    sft_seeds: Seed = 0
     """Number of fine-tuning runs per data set, with seeds 0, 1, and so on. 0: by --scale, 1 or 3."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: DType = "auto"
     """Number format of the computation. auto: bfloat16 if the hardware supports it."""
     minutes: float = 0.0
     """Stop cleanly after so many minutes; the same command goes on from there. 0: no limit."""
-    track: str = "none"
+    track: Literal["none", "wandb"] = "none"
     """wandb: log to Weights & Biases too. none: files only."""
     dry_run: bool = False
     """Check the options and stop before a model is loaded."""
@@ -103,21 +103,11 @@ class TeachingOptions(ABC):
         if not self.run_dir or "," in self.run_dir:
             raise InputError(f"--run-dir must name the folder of the experiment, without a comma, got {self.run_dir!r}")
         check_output(self.root / "report" / "report.md")
-        check_tracker(self.track)
-        if self.scale not in SCALES:
-            raise InputError(f"--scale must be {' or '.join(SCALES)}, got {self.scale!r}")
-        if not 0 <= self.minutes < math.inf:
-            raise InputError(f"--minutes must not be negative, got {self.minutes}")
-        if not 0 <= self.withheld <= 0.9:
-            raise InputError(f"--withheld is a share of at most 0.9, got {self.withheld}")
+        check_fields(self)
         if self.size and self.size < LEAST_ROWS:
             raise InputError(f"--size must be at least {LEAST_ROWS}, got {self.size}")
         if not self.tasks:
             check_counts(self, "held_out")
-        check_counts(self, "sft_epochs")
-        for name in ("sft_seeds", "seed"):
-            if not 0 <= getattr(self, name) < 2**32:
-                raise InputError(f"--{name.replace('_', '-')} must be in [0, 2**32), got {getattr(self, name)}")
         self._finetune("", Path("data.jsonl"), 0).check()
         # Raises an error if the layout needs a chat template that the model's tokenizer lacks.
         prompt_text(InstructionExample("a", "", "b"), self.sft_layout, tokenizer_of(self.model))
