@@ -25,8 +25,8 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.local.sampling import Choices
 from ...llm_backends.training.adapters import LoraSettings
 from ...rewards.ground_truth import parse_answer
-from ..runs.folder import RunFolder, check_tracker
-from ..runs.options import check_counts
+from ..runs.folder import RunFolder
+from ..runs.options import Count, DType, RunOptions, Scale
 from ..runs.report import plot_token_training
 from ..runs.responses import respond
 from ..runs.training import Run, run_stage
@@ -113,7 +113,7 @@ SMOKE = {"labels": 64, "eval_limit": 32}
 
 
 @dataclass
-class NLU:
+class NLU(RunOptions):
     """Train or evaluate one method on language-understanding tasks."""
 
     task: str = "rotten-tomatoes"
@@ -134,12 +134,12 @@ class NLU:
     """Folder of the run. A folder with an unfinished run of the same options is resumed."""
     labels: int = 3000
     """Maximum number of training labels per task. 0: all."""
-    passes: int = 1
+    passes: Count = 1
     """Passes over the training prompts."""
     layout: Literal["tagged", "plain"] = "tagged"
     """Where the response holds the answer. tagged: between judgement tags; plain: after a cue, up to the end of the
     line."""
-    shots: int = 4
+    shots: Count = 4
     """Number of solved examples before each prompt, with --method few-shot or --start few-shot-header."""
     preset: Literal["paper", "code"] = "paper"
     """Rewards of right, wrong and malformed answers: paper (1, 0, -1) or code (1, -1, -3)."""
@@ -152,9 +152,9 @@ class NLU:
     set."""
     eval_limit: int = 0
     """Maximum number of rows to evaluate on, per task. 0: all."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Prompts per update of ppo, grpo and rloo."""
-    group_size: int = 4
+    group_size: Count = 4
     """Responses sampled per prompt by grpo and rloo."""
     learning_rate: float = 3e-4
     """Peak learning rate."""
@@ -167,7 +167,7 @@ class NLU:
     kl_coefficient: float = 0.02
     """Weight of the KL penalty to the policy before training. 0: no penalty, which saves the forward pass of the
     reference policy."""
-    lora_rank: int = 16
+    lora_rank: Count = 16
     """Rank of the LoRA adapters."""
     token_budget: int = 1024
     """Maximum tokens of a micro-batch."""
@@ -179,25 +179,17 @@ class NLU:
     adapter_dir: str = ""
     """Folder through which adapters are passed to the vLLM servers, which must see it under the same path. By default a
     temporary folder."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: DType = "auto"
     """Number format of the computation. auto: bfloat16 if the hardware supports it."""
-    max_tokens: int = 12
+    max_tokens: Count = 12
     """Maximum tokens of an answer."""
     context_length: int = 512
     """Maximum tokens of prompt and answer together."""
-    save_every: int = 5
+    save_every: Count = 5
     """Updates between checkpoints."""
-    scale: Literal["smoke", "report"] = "report"
+    scale: Scale = "report"
     """Size of the run. smoke: a few minutes on two cores, with at most 64 labels and 32 evaluated rows per task;
     report: as the other options set it."""
-    seed: int = 0
-    """Seed of the choice of labels, their order, sampled tokens and initial weights."""
-    minutes: float = 0.0
-    """Stop cleanly after so many minutes; the same command continues the run. 0: no limit."""
-    track: str = "none"
-    """wandb: log to Weights & Biases too. none: files only."""
-    dry_run: bool = False
-    """Check options and data, and stop before a model is loaded."""
 
     def check(self) -> None:
         """Checks the options, after reducing them to those of ``--scale smoke`` if it is set.
@@ -205,7 +197,7 @@ class NLU:
         Raises:
             InputError: for options that exclude each other or have an unknown value, naming them.
         """
-        check_tracker(self.track)
+        super().check()
         if self.scale == "smoke":
             self.labels = min(self.labels or SMOKE["labels"], SMOKE["labels"])
             self.eval_limit = min(self.eval_limit or SMOKE["eval_limit"], SMOKE["eval_limit"])
@@ -218,10 +210,6 @@ class NLU:
             raise InputError(f"--start {self.start} leaves no labels of --labels {self.labels} for training")
         if start == "sft" and self.method not in AGENTS:
             raise InputError(f"--start {self.start} is for {', '.join(AGENTS)}, not for {self.method}")
-        check_counts(self, "batch_size", "group_size", "passes", "shots", "save_every", "max_tokens", "lora_rank")
-        for name in ("labels", "eval_limit", "minutes"):
-            if getattr(self, name) < 0:
-                raise InputError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
         if (self.rollouts == "vllm") != bool(self.urls):
             raise InputError("--rollouts vllm needs --servers, and --servers is for --rollouts vllm")
         if self.rollouts == "vllm" and self.method not in AGENTS:

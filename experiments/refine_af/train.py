@@ -21,7 +21,7 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
 from ...llm_backends.training.adapters import LoraSettings
 from ...rewards import FunctionReward, WeightedSum
-from ..runs.options import check_counts, input_errors, parse_reward
+from ..runs.options import Scale, check_counts, input_errors, parse_reward
 from ..runs.report import plot_instance_training
 from ..runs.statistics import known_mean
 from ..runs.training import Run, run_stage, tokenizer_of
