@@ -225,7 +225,7 @@ def test_requests_that_were_trained_on_are_counted(ask, tuned, write, tmp_path):
         ({"context_length": 512}, "reads 256 tokens"),
         ({"learning_rate": 0.0}, "--learning-rate"),
         ({"batch_size": 0}, "--batch-size"),
-        ({"layout": "vicuna"}, "unknown layout"),
+        ({"layout": "vicuna"}, "--layout must be chat, plain or alpaca"),
     ],
 )
 def test_bad_input_of_fine_tuning(tune, tmp_path, monkeypatch, options, message):

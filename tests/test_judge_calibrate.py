@@ -275,7 +275,7 @@ def test_the_last_row_needs_no_line_end(tmp_path):
         ({"repeats": 1}, "--repeats must be at least 2"),
         ({"repeats": -1}, "--repeats must not be negative"),
         ({"limit": -1}, "--limit must not be negative"),
-        ({"mode": "loud"}, "unknown judge mode 'loud'"),
+        ({"mode": "loud"}, "--mode must be auto, verdict or likelihood, got 'loud'"),
         ({"backend": "nobody"}, "unknown backend 'nobody'"),
         ({"backend": '{"id": "openai", "kwargs": {"tone": 1}}'}, "cannot build backend 'openai'"),
     ],

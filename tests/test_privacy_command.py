@@ -190,7 +190,7 @@ def no_model(monkeypatch):
         ({"members": "{root}/m.jsonl", "nonmembers": "{root}/empty.jsonl"}, "holds no rows"),
         ({"members": "{root}/m.jsonl", "nonmembers": "{root}/m.jsonl"}, "both trained on and held out"),
         ({"members": "{root}/m.jsonl", "nonmembers": "{root}/broken.jsonl"}, "row 1: field 'output'"),
-        ({"layout": "haiku"}, "unknown layout"),
+        ({"layout": "haiku"}, "--layout must be empty, chat"),
         ({"limit": -1}, "--limit"),
         ({"resamples": 0}, "--resamples"),
         ({"model": "embedded"}, "counts other tokens"),

@@ -17,6 +17,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from ...llm_backends import Backend, UnsupportedRequestError, resolve
 from ...llm_backends.errors import InputError
+from .folder import check_tracker
 
 Scale = Literal["smoke", "report"]
 DType = Literal["auto", "float32", "bfloat16"]
@@ -46,7 +47,7 @@ def check_fields(options: Any) -> None:
         value, hint = getattr(options, field.name), hints[field.name]
         wanted = ""
         if get_origin(hint) is Literal and value not in get_args(hint):
-            *most, last = map(str, get_args(hint))
+            *most, last = (str(choice) or "empty" for choice in get_args(hint))
             wanted = f"be {', '.join(most)} or {last}"
         elif isinstance(value, int | float) and not isinstance(value, bool):
             for metadata in getattr(hint, "__metadata__", ()):
@@ -69,7 +70,7 @@ class RunOptions:
     """Seed of everything that a run draws; runs with equal seeds and options write equal rows and metrics."""
     minutes: float = 0.0
     """Number of minutes after which the run stops cleanly; the same command resumes it. 0: no limit."""
-    track: Literal["none", "wandb"] = "none"
+    track: str = "none"
     """wandb: log to Weights & Biases too (offline without an API key). none: write files only."""
     dry_run: bool = False
     """Check all options, print what would be done, and stop before a model is loaded."""
@@ -83,6 +84,7 @@ class RunOptions:
         if not self.run_dir:
             raise InputError("--run-dir is missing: name the folder of the run")
         check_output(Path(self.run_dir) / "config.json")
+        check_tracker(self.track)
         check_fields(self)
 
 

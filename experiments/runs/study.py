@@ -10,12 +10,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from rich.console import Console
 
 from ...llm_backends.errors import InputError
-from .folder import RunFolder
+from .folder import RunFolder, check_tracker
 from .options import Scale, check_fields, check_output
 from .training import Deadline, OutOfTimeError
 
@@ -52,7 +52,7 @@ class StudyOptions(ABC):
     """Model to train: embedded, or a local path or hub id of a causal language model."""
     minutes: float = 0.0
     """Number of minutes after which the study stops cleanly; the same command resumes it. 0: no limit."""
-    track: Literal["none", "wandb"] = "none"
+    track: str = "none"
     """wandb: log to Weights & Biases too (offline without an API key). none: write files only."""
     dry_run: bool = False
     """Check all options, print what would be done, and stop before a model is loaded."""
@@ -71,6 +71,7 @@ class StudyOptions(ABC):
         if not self.run_dir:
             raise InputError("--run-dir is missing: name the folder of the study")
         check_output(self.root / "report" / "report.md")
+        check_tracker(self.track)
         check_fields(self)
 
     def identity(self) -> Mapping[str, Any]:

@@ -21,7 +21,7 @@ from ...envs.tasks.instruction.data import InstructionExample, prompt_text, read
 from ...envs.tasks.instruction.evaluation import EvaluationTask, load_evaluation_tasks
 from ...llm_backends.errors import InputError
 from ...rewards import RougeGate
-from ..runs.folder import RunFolder, read_json, write_once
+from ..runs.folder import RunFolder, check_tracker, read_json, write_once
 from ..runs.options import Count, DType, Scale, Seed, check_counts, check_fields, check_output, input_errors
 from ..runs.training import Deadline, digest, tokenizer_of
 from .evaluate import Evaluate
@@ -85,7 +85,7 @@ class TeachingOptions(ABC):
     """Number format of the computation. auto: bfloat16 if the hardware supports it."""
     minutes: float = 0.0
     """Stop cleanly after so many minutes; the same command goes on from there. 0: no limit."""
-    track: Literal["none", "wandb"] = "none"
+    track: str = "none"
     """wandb: log to Weights & Biases too. none: files only."""
     dry_run: bool = False
     """Check the options and stop before a model is loaded."""
@@ -103,6 +103,7 @@ class TeachingOptions(ABC):
         if not self.run_dir or "," in self.run_dir:
             raise InputError(f"--run-dir must name the folder of the experiment, without a comma, got {self.run_dir!r}")
         check_output(self.root / "report" / "report.md")
+        check_tracker(self.track)
         check_fields(self)
         if self.size and self.size < LEAST_ROWS:
             raise InputError(f"--size must be at least {LEAST_ROWS}, got {self.size}")
