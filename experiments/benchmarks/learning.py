@@ -91,11 +91,14 @@ def publish_tokens(
         console: where to print; None: the terminal.
         remark: line after the table; empty: none.
     """
-    ours, theirs = (dict[str, Any](tokens=needed, median=float(np.median(needed))) for needed in tokens.values())
-    ratio = {"tokens": theirs["median"] / ours["median"]}
+    medians = {side: float(np.median(needed)) for side, needed in tokens.items()}
     rows = [("", "median", "each seed")]
-    for title, needed in tokens.items():
-        rows.append((title, f"{np.median(needed):.0f}", " ".join(map(str, needed))))
+    for side, needed in tokens.items():
+        rows.append((side, f"{medians[side]:.0f}", " ".join(map(str, needed))))
+    ours, theirs = tokens
+    ratio = {"tokens": medians[theirs] / medians[ours]}
     title = f"Tokens until {target} of the best return, {options.seeds} seeds (cap {CAP})"
-    figures = {"ours": ours, "theirs": theirs, "ratio": ratio} | more
+    sides = {"ours": ours, "theirs": theirs}
+    figures = {key: {"tokens": tokens[side], "median": medians[side]} for key, side in sides.items()}
+    figures |= {"ratio": ratio} | more
     return publish(options, figures, title, rows, console, remark)

@@ -28,7 +28,8 @@ from ..runs.training import OutOfTimeError
 from .generator import GenerationOptions, InstructionGenerator, generation_env
 from .train import EvolveTrain, Roles, check_context, describe, ended_training, identity, load_seeds, roles_of
 
-FORMATS = ("alpaca", "messages")
+Format = Literal["alpaca", "messages"]
+"""Formats of the rows of a data set."""
 
 
 @dataclass
@@ -41,7 +42,7 @@ class EvolveGenerate(GenerationOptions):
     """Seed instructions to evolve, in any format of 'evolve train --seeds'. By default the package's own."""
     out: str = ""
     """File to write the data set to: .jsonl, or .parquet for Parquet. By default data.jsonl in the run folder."""
-    format: Literal["alpaca", "messages"] = "alpaca"
+    format: Format = "alpaca"
     """Format of a row. alpaca: fields instruction, input and output. messages: a chat of two messages."""
     limit: int = 0
     """Number of seeds to evolve, taken from the beginning of the list. 0: all."""
@@ -162,7 +163,7 @@ def formatted(row: dict[str, Any], style: str, roles: Roles) -> dict[str, Any]:
 
 
 def in_format(row: Mapping[str, Any], style: str) -> dict[str, Any]:
-    """Returns instruction, input and output of a row in the format ``style``, one of :data:`FORMATS`."""
+    """Returns instruction, input and output of a row in the format ``style``, one of :data:`Format`."""
     if style == "alpaca":
         return {"instruction": row["instruction"], "input": row["input"], "output": row["output"]}
     question = f"{row['instruction']}\n\n{row['input']}".strip()

@@ -108,7 +108,8 @@ class FineGrainedRun(EditOptions, PromptOptions, StudyOptions):
         EditParts.of(self)
         start, *_ = self.stages()
         start.options.check()
-        start.options.demonstrations_found()
+        if self.dry_run:  # otherwise the first stage, which reads the data, finds what is wrong with them
+            start.options.demonstrations_found()
 
     @property
     def arm_names(self) -> list[str]:

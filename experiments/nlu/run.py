@@ -273,8 +273,8 @@ def run(options: NLU, console: Console | None = None) -> dict[str, Any]:
     console = console or Console()
     options.check()
     data = _load(options)
-    RunFolder(options.run_dir, asdict(options), "nlu")  # raises an error if the folder holds another run
     if options.dry_run:
+        RunFolder(options.run_dir, asdict(options), "nlu")  # raises an error if the folder holds another run
         console.print(
             f"would run {options.method} on {options.task}: {len(data.warm) + len(data.train)} labels, "
             f"{len(data.evaluation)} rows to evaluate, in {options.run_dir}"

@@ -24,8 +24,8 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.records import write_lines
 from ...rewards import Reward, Sample
 from ...rewards.quality.instance_format import Instance
-from ..evolve.generate import FORMATS, in_format
-from ..runs.folder import chunked_rows, read_json
+from ..evolve.generate import Format, in_format
+from ..runs.folder import read_json
 from ..runs.options import check_counts, check_output, input_errors
 from ..runs.responses import respond
 from ..runs.statistics import distinct_n, known_mean
@@ -55,7 +55,7 @@ class RefineAFGenerate(InstanceOptions):
     """File of seed tasks whose own instances are added to the data set, except those of held-out tasks."""
     limit: int = 0
     """Number of instructions to use, taken from the beginning of the file. 0: all."""
-    format: str = "alpaca"
+    format: Format = "alpaca"
     """Format of a row. alpaca: fields instruction, input and output. messages: a chat of two messages."""
     out: str = ""
     """File to write the data set to, .jsonl. By default data.jsonl in the run folder."""
@@ -69,8 +69,6 @@ class RefineAFGenerate(InstanceOptions):
             raise InputError(
                 f"--reward-preset {STATEFUL_PRESET} compares with earlier texts, which chunks do not share"
             )
-        if self.format not in FORMATS:
-            raise InputError(f"--format must be {' or '.join(FORMATS)}, got {self.format!r}")
         if self.out and Path(self.out).suffix != ".jsonl":
             raise InputError(f"--out must end in .jsonl, got {self.out!r}")
 
@@ -115,13 +113,11 @@ def run(options: RefineAFGenerate, console: Console | None = None) -> dict[str, 
             policy = policy_from(start, dtype=options.dtype)
 
         def rows(first: int) -> list[dict[str, Any]]:
-            opened.check_time()
             # The samples of one instruction are consecutive rows.
             numbers = range(first, min(first + CHUNK, total))
             return _generate_chunk(options, policy, reward, [examples[i // options.samples] for i in numbers], first)
 
-        path = opened.folder.file(RESPONSES)
-        written = chunked_rows(path, total, CHUNK, rows, "instances", console)
+        written = opened.rows(RESPONSES, total, CHUNK, rows, "instances")
         accepted, rejected = _split_responses(written, options.samples)
         exported = [in_format(row, options.format) | _origin(row) for row in [*seeds, *accepted]]
         write_lines(opened.folder.file("rejected.jsonl"), rejected)

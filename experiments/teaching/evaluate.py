@@ -27,7 +27,7 @@ from ...envs.tokens.episode import PromptExample
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records, write_lines
 from ...rewards import Sample, Score
-from ..runs.folder import chunked_rows, read_json, write_json
+from ..runs.folder import read_json, write_json
 from ..runs.options import check_counts
 from ..runs.report import COLOURS, panels
 from ..runs.responses import respond
@@ -287,7 +287,7 @@ def run(options: Evaluate, console: Console | None = None) -> dict[str, Any]:
     weights = digest([weights_digest(policy_folder(arm.run, "--policy")) for arm in arms if arm.run])
 
     def work(opened: Run) -> dict[str, Any]:
-        answered = {arm.name: _answers(opened, arm, layout, requests, options, console) for arm in arms}
+        answered = {arm.name: _answers(opened, arm, layout, requests, options) for arm in arms}
         rows = _score(requests, answered)
         write_lines(opened.folder.file(PREDICTIONS), rows)
         names = [row["task"] for row in rows]
@@ -355,7 +355,6 @@ def _answers(
     layout: DataLayout,
     questions: Sequence[HeldOutRequest],
     options: Evaluate,
-    console: Console,
 ) -> list[dict[str, Any]]:
     """Returns an arm's responses, one row per question; its model is loaded only if some are missing, then freed.
 
@@ -363,7 +362,8 @@ def _answers(
         InputError: if the responses that the run folder holds are to other questions.
         OutOfTimeError: between chunks, if the time budget is spent.
     """
-    path = opened.folder.path / "responses" / f"{arm.name}.jsonl"
+    name = f"responses/{arm.name}.jsonl"
+    path = opened.folder.path / name
     for row, question in zip(read_records(path), questions, strict=False):
         if row.get("id") != question.id or row.get("request") != question.request.row():
             raise InputError(f"{path} answers other tasks: they have changed since, choose another --run-dir")
@@ -371,7 +371,6 @@ def _answers(
     loaded: list[LanguageModelPolicy] = []
 
     def rows(start: int) -> list[dict[str, Any]]:
-        opened.check_time()
         if not loaded:
             loaded.append(_policy(arm, options))
         chunk = questions[start : start + CHUNK]
@@ -399,7 +398,7 @@ def _answers(
         ]
 
     try:
-        return chunked_rows(path, len(questions), CHUNK, rows, f"responses of {arm.name}", console)
+        return opened.rows(name, len(questions), CHUNK, rows, f"responses of {arm.name}")
     finally:
         if loaded:  # free the memory before the next arm's model is loaded
             loaded.clear()

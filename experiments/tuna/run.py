@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 from rich.console import Console
@@ -108,7 +109,7 @@ class TunaRun(StudyOptions):
     def check(self) -> None:
         super().check()
         _ = self.arm_names
-        self.requests()
+        _ = self.requests
         _check_parts(self)
 
     @property
@@ -130,8 +131,9 @@ class TunaRun(StudyOptions):
         """Number of seed tasks to hold out."""
         return self.held_out or DEFAULT_COUNTS[self.scale][1]
 
+    @cached_property
     def evaluation_tasks(self) -> list[EvaluationTask]:
-        """Returns the held-out tasks on which the arms are evaluated.
+        """The held-out tasks on which the arms are evaluated, read once.
 
         Raises:
             InputError: if the seed tasks cannot be used.
@@ -139,8 +141,9 @@ class TunaRun(StudyOptions):
         with input_errors():
             return load_evaluation_tasks(self.seeds or None, self.num_held_out)
 
+    @cached_property
     def requests(self) -> list[InstructionExample]:
-        """Returns the training requests: those of the seed tasks that are not held out and resemble no held-out task.
+        """The training requests, read once: those of seed tasks that are not held out and resemble no held-out task.
 
         Raises:
             InputError: if the seed tasks cannot be used, or no request is left.
@@ -148,7 +151,7 @@ class TunaRun(StudyOptions):
         with input_errors():
             shown, _ = evaluation_split(load_tasks(self.seeds or None), self.num_held_out)
         # Requests that resemble an evaluation task are left out: the arms would be trained on the test data.
-        gate = RougeGate(0.7, [task.instruction for task in self.evaluation_tasks()])
+        gate = RougeGate(0.7, [task.instruction for task in self.evaluation_tasks])
         examples = [
             InstructionExample(task.instruction, instance.input.strip(), instance.output.strip())
             for task in shown
@@ -164,7 +167,7 @@ class TunaRun(StudyOptions):
         return examples[: DEFAULT_COUNTS[self.scale][0] or None]
 
     def identity(self) -> Mapping[str, Any]:
-        tasks = digest([[task.name, task.instruction] for task in self.evaluation_tasks()])
+        tasks = digest([[task.name, task.instruction] for task in self.evaluation_tasks])
         fixed = ("model", "order", "scale", "judge_backend", "evaluation_judge")
         return {name: getattr(self, name) for name in fixed} | {
             "evaluation_tasks": tasks,
@@ -251,7 +254,7 @@ class TunaRun(StudyOptions):
         return needed(stages, [EVALUATION])
 
     def prepare(self) -> None:
-        write_once(self.root / "requests.jsonl", [example.row() for example in self.requests()])
+        write_once(self.root / "requests.jsonl", [example.row() for example in self.requests])
 
     def report(self, console: Console) -> dict[str, Any]:
         return report(TunaReport(str(self.root)), console)
