@@ -20,7 +20,7 @@ from rich.text import Text
 
 from ..envs.registration import IDS
 from ..llm_backends.errors import InputError, RunError
-from .runs.config import config_words, take_config
+from .runs.config import FILE_OPTION, TRUST_OPTION, config_words
 
 DESCRIPTION = (
     "Gymnasium environments for instructions, prompts and responses, and agents that solve them. "
@@ -199,6 +199,26 @@ def command_of(args: Sequence[str]) -> tuple[Command, list[str]] | None:
         if args[: len(words)] == words:
             return command, args[len(words) :]
     return None
+
+
+def take_config(words: Sequence[str]) -> tuple[list[str], str, bool]:
+    """Splits the words of a command line: those of the command, the file after ``--config``, whether it is trusted.
+
+    Raises:
+        InputError: if ``--config`` names no file, or stands twice.
+    """
+    rest, files, trusted = [], [], False
+    pending = iter(words)
+    for word in pending:
+        if word == FILE_OPTION or word.startswith(f"{FILE_OPTION}="):
+            files.append(word.partition("=")[2] or next(pending, ""))
+        elif word == TRUST_OPTION:
+            trusted = True
+        else:
+            rest.append(word)
+    if len(files) > 1 or "" in files:
+        raise InputError(f"{FILE_OPTION} names one file of options, YAML or the config.json of a run")
+    return rest, files[0] if files else "", trusted
 
 
 def parse(args: Sequence[str]) -> tuple[Callable[[Any, Console], Any], Any]:

@@ -11,29 +11,9 @@ from typing import Any
 
 from ...llm_backends.errors import InputError
 
-CONFIG, TRUST = "--config", "--trust-run-folder"
+FILE_OPTION, TRUST_OPTION = "--config", "--trust-run-folder"
 FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 """The form ``module:factory`` of a part that is code outside of this package."""
-
-
-def take_config(words: Sequence[str]) -> tuple[list[str], str, bool]:
-    """Splits the words of a command line: those of the command, the file after ``--config``, whether it is trusted.
-
-    Raises:
-        InputError: if ``--config`` names no file, or stands twice.
-    """
-    rest, files, trusted = [], [], False
-    pending = iter(words)
-    for word in pending:
-        if word == CONFIG or word.startswith(f"{CONFIG}="):
-            files.append(word.partition("=")[2] or next(pending, ""))
-        elif word == TRUST:
-            trusted = True
-        else:
-            rest.append(word)
-    if len(files) > 1 or "" in files:
-        raise InputError(f"{CONFIG} names one file of options, YAML or the config.json of a run")
-    return rest, files[0] if files else "", trusted
 
 
 def config_words(path: str, command: str, options: type, typed: Sequence[str], trusted: bool) -> list[str]:
@@ -51,8 +31,9 @@ def config_words(path: str, command: str, options: type, typed: Sequence[str], t
         InputError: if the file cannot be read, belongs to another command, has an unknown option, or names code.
     """
     values, of_run = _read(path)
+    source = f"{FILE_OPTION} {path}"
     if of_run is not None and of_run not in (command, command.partition(" ")[0]):
-        raise InputError(f"{CONFIG} {path} has the options of '{of_run}', not of '{command}'")
+        raise InputError(f"{source} has the options of '{of_run}', not of '{command}'")
     types = {field.name: str(field.type) for field in fields(options)}
     words: list[str] = []
     for key, value in values.items():
@@ -61,22 +42,22 @@ def config_words(path: str, command: str, options: type, typed: Sequence[str], t
         if name not in types:
             if of_run is not None:
                 continue
-            raise InputError(f"{CONFIG} {path}: '{command}' has no option {key!r}; its options: {', '.join(types)}")
+            raise InputError(f"{source}: '{command}' has no option {key!r}; its options: {', '.join(types)}")
         for code in _factories(value):
             if not trusted and not any(code in word for word in typed):
                 raise InputError(
-                    f"{CONFIG} {path} names code to run, {option} {code}: if you trust the file, add {TRUST} or type "
+                    f"{source} names code to run, {option} {code}: if you trust the file, add {TRUST_OPTION} or type "
                     "the option"
                 )
         if types[name] == "bool":
             if not isinstance(value, bool):
-                raise InputError(f"{CONFIG} {path}: {option} must be true or false, got {value!r}")
+                raise InputError(f"{source}: {option} must be true or false, got {value!r}")
             words.append(option if value else option.replace("--", "--no-", 1))
         elif isinstance(value, Mapping):
             words += [option, json.dumps(value)]
         elif isinstance(value, list):
             if "tuple" not in types[name]:
-                raise InputError(f"{CONFIG} {path}: {option} takes one value, got a list: separate names by commas")
+                raise InputError(f"{source}: {option} takes one value, got a list: separate names by commas")
             words += [option, *map(str, value)]
         else:
             words += [option, str(value)]
@@ -92,9 +73,9 @@ def _read(path: str) -> tuple[Mapping[str, Any], str | None]:
         text = Path(path).read_text("utf-8")
         value = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"cannot read {CONFIG} {path}: {' '.join(str(error).split())}") from error
+        raise InputError(f"cannot read {FILE_OPTION} {path}: {' '.join(str(error).split())}") from error
     if not isinstance(value, Mapping):
-        raise InputError(f"{CONFIG} {path} must hold a mapping of option names to values")
+        raise InputError(f"{FILE_OPTION} {path} must hold a mapping of option names to values")
     if isinstance(value.get("options"), Mapping) and "command" in value:
         return value["options"], str(value["command"])
     return value, None
