@@ -38,6 +38,8 @@ class Sample:
     """The request that the response answers; for an edit, the text that the episode started from."""
     reference: str | None = None
     """Ground truth; None if there is none."""
+    prompt_ids: np.ndarray | None = None
+    """int32, shape (prompt tokens,): the prompt's tokens; None where only text is scored."""
     token_ids: np.ndarray | None = None
     """int32, shape (tokens,): the response's tokens; None where only text is scored."""
     loss_mask: np.ndarray | None = None

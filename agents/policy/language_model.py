@@ -37,12 +37,11 @@ from ...llm_backends.training.adapters import (
 )
 from ...llm_backends.training.output_layer import (
     ComparedTokens,
-    OutputLayer,
     allowed_logprobs,
     compared_tokens,
     token_logprobs,
 )
-from ...llm_backends.training.teacher_forcing import response_hidden
+from ...llm_backends.training.teacher_forcing import output_layer, response_hidden, training_pass
 
 __all__ = [
     "POLICY",
@@ -94,8 +93,8 @@ class LanguageModelPolicy:
         seed: seed of the adapters' initial weights.
 
     Raises:
-        InputError: if an argument is out of range, or if the model cannot be loaded, has no tokenizer, changes its
-            logits after the output layer, or has a policy already.
+        InputError: if an argument is out of range, or if the model cannot be loaded, has no tokenizer, has a policy
+            already, or has logits that are no known function of its hidden states.
     """
 
     def __init__(
@@ -120,7 +119,7 @@ class LanguageModelPolicy:
         dtype = resolved_dtype(dtype, device)
         self.lora, self.value, self.reference, self.temperature, self.dtype = lora, value, reference, temperature, dtype
         self.lm, self.model_name = open_model(model, lora, dtype, device)
-        self._check_logits()
+        training_pass(self.lm)  # refuses a model that cannot be trained, before it is changed
         self.trunk = AdaptedTrunk.of(self.lm)
         self._reference_lm: CausalLM | None = None
         self._frozen: set[str] = set()
@@ -144,23 +143,10 @@ class LanguageModelPolicy:
         """Returns the names of the trained adapters: the policy's, and the value function's if it has one."""
         return [POLICY, VALUE] if self.value == "own_adapter" else [POLICY]
 
-    def _check_logits(self) -> None:
-        """Refuses a model whose logits are not a scaled linear map of its last hidden states.
-
-        Scoring reads only hidden states from the model and computes the logits itself, a few rows at a time.
-        """
-        ids = torch.tensor([[0, 1]], device=self.lm.device)
-        with torch.no_grad():
-            logits = self.lm.model(input_ids=ids, use_cache=False).logits.float()
-            hidden = self.lm.trunk(input_ids=ids, use_cache=False).last_hidden_state
-            expected = self.lm.head(hidden).float() * self.lm.logit_scale
-        if not torch.allclose(logits, expected, atol=1e-3, rtol=1e-3):
-            raise InputError(f"{self.lm.name} changes its logits after the output layer (soft capping?): not supported")
-
     @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer, which the env that the policy acts in must have as well."""
-        return LoadedTokenizer(self.lm.tokenizer, self.model_name, self.lm.context_length)
+        return LoadedTokenizer(self.lm.tokenizer, self.model_name, self.lm.context_length, self.lm.eos_token_ids)
 
     # --- what is trained ---------------------------------------------------------------------------------------------
 
@@ -308,11 +294,11 @@ class LanguageModelPolicy:
         if reference_hidden is None:
             reference_hidden = self.reference_hidden(prompts, responses)
         with self.reference_model() as lm:
-            reference_head = OutputLayer.of(lm)
+            reference_head = output_layer(lm)
         with self.adapter(POLICY, torch.is_grad_enabled()) as lm, autocast(self.lm, self.dtype):
             hidden = response_hidden(lm, prompts, responses)
-            scale = lm.logit_scale / self.temperature
-            head, ids = OutputLayer.of(lm), _ids(responses, hidden.device)
+            scale = 1 / self.temperature
+            head, ids = output_layer(lm), _ids(responses, hidden.device)
             return compared_tokens(hidden, head, reference_hidden, reference_head, ids, scale)
 
     @contextmanager
@@ -331,8 +317,8 @@ class LanguageModelPolicy:
         entropy_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns log-probs and entropies of the response tokens from their hidden states, each of shape (tokens,)."""
-        ids, scale = _ids(responses, hidden.device), lm.logit_scale / self.temperature
-        head = OutputLayer.of(lm)
+        ids, scale = _ids(responses, hidden.device), 1 / self.temperature
+        head = output_layer(lm)
         free = [tokens is None for tokens in allowed]
         if all(free):
             return token_logprobs(hidden, head, ids, scale, entropy_gradient)
@@ -454,7 +440,9 @@ class LanguageModelPolicy:
 def frozen_copy(lm: CausalLM) -> CausalLM:
     """Returns a copy of a model whose weights are frozen."""
     twin = copy.deepcopy(lm.model).requires_grad_(False)
-    return CausalLM(twin, lm.tokenizer, name=f"{lm.name} (reference)")
+    copied = CausalLM(twin, lm.tokenizer, name=f"{lm.name} (reference)", reading=lm.reading)
+    copied.training = copy.copy(lm.training)
+    return copied
 
 
 def _ids(responses: Sequence[np.ndarray], device: torch.device) -> torch.Tensor:

@@ -209,8 +209,8 @@ class RankingAgent(RolloutAgent):
         if opening is None:
             opening = "" if self.policy.lm.tokenizer.decode(list(prompt[-1:]))[-1:].isspace() else " "
         ids = self.policy.tokenizer.encode_continuation(opening + text)
-        # At most one end-of-sequence token, the smallest id: the set of ids has no order.
-        return [*ids, *sorted(self.env.generation.eos_ids)[:1]][: self.env.generation.max_tokens]
+        ends = [end for end in self.policy.tokenizer.closing() if end in self.env.generation.eos_ids]
+        return [*ids, *ends][: self.env.generation.max_tokens]
 
     def _train(self, lists: Sequence[PreparedList], sampled: Sequence[np.ndarray]) -> None:
         """Makes the optimiser steps of an update and logs their mean metrics.

@@ -59,8 +59,9 @@ def tokenize_lists(
     """
     if not tokenizer.eos_ids:
         raise InputError(f"the tokenizer of {tokenizer.name} has no EOS token, by which responses could end")
-    end, opening = [min(tokenizer.eos_ids)], OPENINGS[layout]
-    prompts = tokenizer.encode_batch([prompt_text(request_of(ranked), layout, tokenizer) for ranked in lists])
+    chat, opening = layout == "chat", OPENINGS[layout]
+    end = tokenizer.closing(chat)
+    prompts = tokenizer.encode_batch([prompt_text(request_of(ranked), layout, tokenizer) for ranked in lists], chat)
     dropped: Counter[str] = Counter(candidates=0, references=0, lists=0)
     tokenized = []
     for ranked, prompt in zip(lists, prompts, strict=True):

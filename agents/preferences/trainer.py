@@ -297,7 +297,7 @@ class RankingTrainer(SupervisedTrainer):
         """Returns the number of prompt tokens that are read once for all candidates of a list."""
         # The last prompt token predicts the first token of each response, so it is read with every candidate.
         shared = len(prepared.prompt) - 1
-        return shared if self.policy.lm.plain_attention and shared >= SHARED_PREFIX else 0
+        return shared if self.policy.lm.shares_prefixes and shared >= SHARED_PREFIX else 0
 
     # --- training ----------------------------------------------------------------------------------------------------
 

@@ -13,8 +13,8 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.local.causal_lm import CausalLM
 from ...llm_backends.local.loading import quiet_loading
 from ...llm_backends.training.adapters import autocast, load_all_weights
-from ...llm_backends.training.output_layer import ChosenLogits, OutputLayer, chosen_logits
-from ...llm_backends.training.teacher_forcing import response_hidden
+from ...llm_backends.training.output_layer import ChosenLogits, chosen_logits
+from ...llm_backends.training.teacher_forcing import output_layer, response_hidden
 from ..policy.language_model import POLICY, LanguageModelPolicy, frozen_copy
 
 TARGET = "target"
@@ -132,4 +132,4 @@ def _logits(
     with autocast(policy.lm, policy.dtype):
         hidden = response_hidden(lm, prompts, responses)
         ids = torch.from_numpy(np.concatenate(responses).astype(np.int64)).to(hidden.device)
-        return chosen_logits(hidden, OutputLayer.of(lm), ids, lm.logit_scale / policy.temperature)
+        return chosen_logits(hidden, output_layer(lm), ids, 1 / policy.temperature)

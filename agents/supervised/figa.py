@@ -143,9 +143,10 @@ class FIGA(SupervisedTrainer):
         nll = -self.policy.score(prompts, responses, [None] * len(responses), values=False).logprobs
         # Likelihoods only choose weights, so they are detached.
         rows = np.split(nll.detach().float().cpu().numpy(), np.cumsum([len(r) for r in responses])[:-1])
-        eos = self.policy.lm.tokenizer.eos_token_id
+        ends = self.policy.lm.eos_token_ids
         sides = [
-            figa_weights(pair, eos, self.settings, row) for pair, row in zip(pairs, rows[len(pairs) :], strict=True)
+            figa_weights(pair, last if (last := int(pair.edited[-1])) in ends else None, self.settings, row)
+            for pair, row in zip(pairs, rows[len(pairs) :], strict=True)
         ]
         weights = np.concatenate([edited for edited, _ in sides] + [original for _, original in sides])
         return (nll * torch.from_numpy(weights).to(nll.device)).sum(), weights

@@ -209,18 +209,17 @@ def tokenize_pairs(
     """
     if not pairs:
         raise InputError("there are no pairs of responses: give at least one")
-    eos = tokenizer.hf.eos_token_id
     tokenized: list[TokenizedPair] = []
     dropped: Counter[str] = Counter(empty=0, identical=0, too_long=0)
     for number, pair in enumerate(pairs):
         name = f"pair {number} ({pair.id})" if pair.id else f"pair {number}"
-        prompt = tokenizer.encode(pair.prompt) if pair.prompt.strip() else []
+        prompt = tokenizer.encode(pair.prompt, pair.markup) if pair.prompt.strip() else []
         if not prompt:
             raise InputError(f"{name} has an empty prompt: a reward needs a prompt")
-        if pair.finished and eos is None:
+        end = tokenizer.closing(pair.markup) if pair.finished else []
+        if pair.finished and not end:
             raise InputError(f"{name} is finished, but {tokenizer.name!r} has no EOS token: set finished=False")
         original, edited = (tokenizer.encode_continuation(text) for text in (pair.original, pair.edited))
-        end = [eos] if pair.finished else []
         if not original or not edited:
             dropped["empty"] += 1
         elif original == edited:

@@ -29,13 +29,15 @@ class PromptExample:
     id: str
     """Id of the example, the same in every run; episodes with the same id form a group."""
     prompt: str
-    """The text that the response continues, without a trailing blank."""
+    """The text that the response continues, without a trailing blank. A control token that it spells is data."""
     reference: str | None = None
     """The right answer in the form that a response should have, without surrounding blanks; None if there is none."""
     choices: tuple[str, ...] = ()
     """The allowed answers (verbalizers), without surrounding blanks; empty if the answer is free."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """JSON-able values that are passed to rewards and metrics."""
+    markup: bool = False
+    """Whether ``prompt`` is a chat as ``Tokenizer.chat_text`` writes it: its control tokens are the template's."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class GenerationSpec:
     vocabulary: int
     """Number of token ids, the size of the action space."""
     eos_ids: frozenset[int]
-    """Ids of the end-of-sequence tokens."""
+    """Ids of the tokens that end a response, control tokens among the stop strings included."""
     stop: tuple[str, ...]
     """Stop strings: texts that end a response."""
     max_tokens: int
@@ -379,6 +381,7 @@ class TokenScorer:
             response=episode.response(self.tokenizer),
             prompt=example.prompt,
             reference=example.reference,
+            prompt_ids=episode.prompt,
             token_ids=np.array(episode.tokens, np.int32),
             loss_mask=mask,
             episode_id=example.id,

@@ -87,7 +87,8 @@ class TokenProcess:
         self.generation = GenerationSpec(
             tokenizer=tokenizer.name,
             vocabulary=tokenizer.vocabulary,
-            eos_ids=tokenizer.eos_ids,
+            # Decoded texts do not show control tokens: one that is a stop string ends a response by its id.
+            eos_ids=tokenizer.eos_ids | tokenizer.stop_ids(settings.stop),
             stop=tuple(settings.stop),
             max_tokens=settings.max_tokens,
             context_length=min(settings.context_length, tokenizer.context_length),
@@ -338,7 +339,8 @@ class TokenProcess:
 
     def _prompt(self, index: int) -> np.ndarray:
         if index not in self._prompts:
-            self._remember_prompt(index, self.tokenizer.encode(self.examples[index].prompt))
+            example = self.examples[index]
+            self._remember_prompt(index, self.tokenizer.encode(example.prompt, example.markup))
         return self._prompts[index]
 
     def _remember_prompt(self, index: int, ids: Sequence[int]) -> None:
@@ -361,9 +363,11 @@ class TokenProcess:
             for i, example in enumerate(self.examples)
             if not example.prompt.strip() or len(example.prompt.encode("utf-8", "replace")) > room
         ]
-        encoded = self.tokenizer.encode_batch([self.examples[i].prompt for i in doubtful])
-        for index, ids in zip(doubtful, encoded, strict=True):
-            self._remember_prompt(index, ids)
+        for markup in (False, True):
+            indices = [i for i in doubtful if self.examples[i].markup == markup]
+            encoded = self.tokenizer.encode_batch([self.examples[i].prompt for i in indices], markup)
+            for index, ids in zip(indices, encoded, strict=True):
+                self._remember_prompt(index, ids)
 
     def _choices_of(self, example: PromptExample) -> Choices:
         words = tuple(example.choices)
@@ -381,7 +385,7 @@ class TokenProcess:
             if len({tuple(tokens) for tokens in ids}) < len(ids):
                 raise InputError(f"choices of example {example.id!r} are the same in tokens: {', '.join(words)}")
             try:
-                self._choices[words] = Choices(ids, min(self.generation.eos_ids, default=None))
+                self._choices[words] = Choices(ids, next(iter(self.tokenizer.closing()), None))
             except ValueError as error:
                 raise InputError(f"choices of example {example.id!r}: {error}") from error
         return self._choices[words]

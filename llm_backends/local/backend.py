@@ -12,7 +12,7 @@ import numpy as np
 
 from ..base import Backend, BackendError, Completion, ContextLengthError, Prompt, PromptStyle, Result, Sampling
 from .loading import HUB_ID, context_length, embedded_model_path, resolved_dtype, tokenizer_at
-from .tokenization import prompt_ids
+from .tokenization import encode_texts, prompt_ids
 
 if TYPE_CHECKING:
     from .causal_lm import CausalLM
@@ -82,7 +82,10 @@ class TransformersBackend(Backend):
         limit = context_length(self._path())
         if isinstance(prompt, str) and len(prompt.encode()) + max_tokens <= limit:
             return None  # a token is at least one byte, so such a text fits: no need to load the tokenizer
-        size = len(prompt_ids(tokenizer_at(self._path()), prompt, self.name)) + max_tokens
+        try:
+            size = len(prompt_ids(tokenizer_at(self._path()), prompt, self.name)) + max_tokens
+        except BackendError:
+            return None  # the chat template refuses the prompt, as the request will
         if size <= limit:
             return None
         return ContextLengthError(f"prompt and completion take up to {size} tokens, {self.name} reads {limit}")
@@ -99,8 +102,9 @@ class TransformersBackend(Backend):
     def _choices(self, sampling: Sampling) -> Choices | None:
         from .sampling import Choices
 
-        # One end-of-sequence token suffices to end a choice that begins another; min, as a set has no fixed order.
-        eos = min(self.lm.eos_token_ids, default=None)
+        # One end-of-sequence token suffices to end a choice that begins another.
+        eos = self.lm.tokenizer.eos_token_id
+        eos = min(self.lm.eos_token_ids, default=None) if eos is None else eos
         texts = [self.lm.encode_completion(text) for text in sampling.choices]
         return Choices(texts, eos) if texts else None
 
@@ -125,18 +129,18 @@ class TransformersBackend(Backend):
         longest = [max(map(len, continuations)) for continuations in tails]
         checked = [self._fitting(ids, further) for ids, further in zip(encoded, longest, strict=True)]
 
+        def shared(index: int, ids: list[int]) -> int:
+            head = beginnings[_key(heads[index])] if len(heads[index]) else []
+            return 0 if isinstance(head, BackendError) else shared_length(ids, head)
+
         def score(fit: list[int], tokens: list[list[int]]) -> list[np.ndarray]:
-            shared_lengths = [
-                shared_length(ids, beginnings[_key(heads[i])]) if len(heads[i]) else 0
-                for i, ids in zip(fit, tokens, strict=True)
-            ]
+            shared_lengths = [shared(i, ids) for i, ids in zip(fit, tokens, strict=True)]
             return choice_logprobs(lm, tokens, shared_lengths, [tails[i] for i in fit])
 
         return self._run_fitting(checked, score)
 
     def completion_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        tokenizer = tokenizer_at(self._path())
-        return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+        return encode_texts(tokenizer_at(self._path()), texts, start=False)
 
     def _encode(self, prompts: list[Prompt], completions: list[str] | None = None) -> list[list[int] | BackendError]:
         """Returns the token ids of each prompt, or an error for one that, with its completion, exceeds the context."""
@@ -149,8 +153,10 @@ class TransformersBackend(Backend):
                 encoded.append(error)
         return encoded
 
-    def _fitting(self, ids: list[int], further: int) -> list[int] | BackendError:
+    def _fitting(self, ids: list[int] | BackendError, further: int) -> list[int] | BackendError:
         """Returns the token ids of a prompt, or an error if they and ``further`` more exceed the context."""
+        if isinstance(ids, BackendError):
+            return ids
         total, limit = len(ids) + further, self.lm.context_length
         if total <= limit:
             return ids

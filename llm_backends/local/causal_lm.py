@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
+import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -18,8 +21,18 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ..base import ContextLengthError, Prompt
-from .loading import ModelLoadError, load_config, load_error, load_tokenizer, quiet_loading
-from .tokenization import decode_ids, prompt_ids
+from ..errors import InputError
+from .loading import (
+    ModelLoadError,
+    configured_context,
+    id_set,
+    load_config,
+    load_error,
+    load_tokenizer,
+    quiet_loading,
+)
+from .tokenization import decode_ids, encode_texts, prompt_ids, vocabulary_size
+from .verification import ReadingChangedError, find_reading, holds_at
 
 BLOCK = 16
 """Tokens in one cached prefix block."""
@@ -194,23 +207,63 @@ GROUP_TOKENS = 1024
 """Largest number of tokens in one pass on a CPU, where larger batches are no faster and padding costs time."""
 
 
-def _logit_scale(config: Any) -> float:
-    """Returns the constant that a model multiplies its logits by; NaN for soft-capping, which is no constant."""
-    if getattr(config, "final_logit_softcapping", None):
-        return float("nan")  # LanguageModelPolicy refuses such models
-    return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+Reading: TypeAlias = Literal["blocks", "cached", "padded", "single"]
+"""A way of reading a model. ``blocks``: batches with padding on the left, keys and values in a :class:`BatchCache`, and
+shared prefixes read once; ``cached``: such batches with transformers' own cache; ``padded``: whole rows at every step,
+padded on the right; ``single``: whole rows, one at a time."""
+
+READINGS: tuple[Reading, ...] = ("blocks", "cached", "padded", "single")
+"""All ways, the fastest first. The last two assume nothing of a model but that it is causal."""
+
+SLOW: dict[Reading, str] = {
+    "cached": "without shared prefixes",
+    "padded": "whole at every step, without a cache",
+    "single": "whole and row by row at every step, without a cache",
+}
+"""What a slower way does, for the warning that a model needs it."""
+
+
+class RowCache:
+    """What stands for a cache where whole rows are read at every step: the tokens of each row.
+
+    Args:
+        rows: token ids of the rows.
+    """
+
+    def __init__(self, rows: Iterable[Sequence[int]]) -> None:
+        self.rows = [list(row) for row in rows]
 
 
 @dataclass
 class Prefilled:
     """State of a batch after its prompts were read; rows are padded on the left, so that all end in the same column."""
 
-    cache: Cache
-    """Keys and values of the prompts."""
+    cache: Cache | RowCache
+    """Keys and values of the prompts, or the prompts where a model is read without a cache."""
     mask: torch.Tensor
     """int64, shape (batch, positions): 1 where a position holds a token, 0 for padding."""
     logits: torch.Tensor
     """float32, shape (batch, vocabulary): logits of the token after each prompt."""
+
+
+PROBE_TOKENS = 44
+"""Number of positions of the batch on which a way of reading is tried when a model is opened."""
+
+Work = TypeVar("Work", bound=Callable[..., Any])
+
+
+def until_exact(work: Work) -> Work:
+    """Decorates what reads a model: it is done again if a batch shows that the model must be read in another way."""
+
+    @wraps(work)
+    def done(*args: Any, **kwargs: Any) -> Any:
+        while True:
+            try:
+                return work(*args, **kwargs)
+            except ReadingChangedError:  # at most once per slower way
+                continue
+
+    return done  # type: ignore[return-value]
 
 
 class CausalLM:
@@ -221,25 +274,92 @@ class CausalLM:
         tokenizer: its Hugging Face tokenizer.
         name: name in error messages and keys.
         prefix_cache_tokens: capacity of the cache of shared prompt prefixes, in tokens; 0 turns it off.
+        reading: the way in which the model is read; None: the fastest that a comparison with its plain forward pass
+            proves exact.
+
+    Raises:
+        InputError: if the tokenizer has more token ids than the model has embeddings, or the model is not causal.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, name: str = "model", prefix_cache_tokens: int = 8192) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        name: str = "model",
+        prefix_cache_tokens: int = 8192,
+        reading: Reading | None = None,
+    ) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
+        rows = len(model.get_input_embeddings().weight)
+        self.vocabulary = rows if tokenizer is None else vocabulary_size(tokenizer)
+        """Number of token ids of the tokenizer; the model's output layer may be padded beyond it."""
+        if self.vocabulary > rows:
+            raise InputError(
+                f"the tokenizer of {name} has token ids up to {self.vocabulary - 1}, but the model embeds only {rows}: "
+                f"resize the model's embeddings to {self.vocabulary}, or use the tokenizer that it was trained with"
+            )
         # Guards the prefix cache and the active adapter, which are state of the model that all its users share.
         self.lock = threading.RLock()
         self.adapted: Any = None  # the AdaptedTrunk of this model, once it has adapters
-        config = model.config.get_text_config()
-        layer_types = getattr(config, "layer_types", None) or []
-        # Sliding or linear attention keeps other state than one (key, value) per position. Such models use the cache of
-        # transformers and no prefix cache.
-        self.plain_attention = set(layer_types) <= {"full_attention"} and not (
-            not layer_types and getattr(config, "sliding_window", None)
-        )
-        self.logit_scale = _logit_scale(config)
+        self.text_config = config = model.config.get_text_config()
+        signature = inspect.signature(model.forward).parameters
+        self.keeps_logits = "logits_to_keep" in signature
+        self.cache_argument = "cache" if "cache" in signature else "past_key_values"
+        """Name of the argument for a key-value cache, which transformers has changed."""
         # The slice of the last positions is not contiguous; torch would then copy the output layer once per row.
-        model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
-        self.prefix_cache = PrefixCache(prefix_cache_tokens if self.plain_attention else 0)
-        self.text_config = config
+        if (head := model.get_output_embeddings()) is not None:
+            head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+        self.prefix_cache = PrefixCache(prefix_cache_tokens)
+        self.small: CausalLM | None = None  # see verification.miniature
+        self.training: Any = None  # see training/teacher_forcing.py, which proves how hidden states are read
+        self.checked = PROBE_TOKENS
+        """Largest number of positions of a batch at which the reading has been found exact."""
+        # Sliding or linear attention keeps other state than one (key, value) per position.
+        sliding = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+        layer_types = set(getattr(config, "layer_types", None) or (["sliding"] if sliding else []))
+        self.reading: Reading = "blocks"
+        if reading is None:
+            candidates = READINGS if layer_types <= {"full_attention"} else READINGS[1:]
+            reading = find_reading(self, candidates)
+            if reading not in READINGS[:2] or (layer_types <= {"full_attention"} and reading != "blocks"):
+                self._warn(reading)
+        self.reading = reading
+
+    def _warn(self, reading: Reading) -> None:
+        """Says that the model is read in a slower way."""
+        warnings.warn(f"{self.name} is read {SLOW[reading]}: faster ways are not exact for it", stacklevel=3)
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether prefixes that prompts share are read once."""
+        return self.reading == "blocks"
+
+    @property
+    def in_float32(self) -> bool:
+        """Whether the weights are in float32, in which exact ways of reading agree closely."""
+        return self.model.dtype == torch.float32
+
+    def check(self, columns: int, tokens: Sequence[int], logits: torch.Tensor) -> None:
+        """Checks one row of a batch that is longer than any checked before.
+
+        Args:
+            columns: number of positions of the batch, padding included.
+            tokens: token ids of the row.
+            logits: logits after the row as they were read in the batch, shape (vocabulary,).
+
+        Raises:
+            ReadingChangedError: if they are not those of the plain forward pass; the model is read in a slower way from
+                now on.
+        """
+        if columns <= self.checked or self.reading == "single":
+            return
+        if holds_at(self, columns, tokens, logits):
+            self.checked = columns
+            return
+        self.prefix_cache.clear()
+        self.reading = READINGS[READINGS.index(self.reading) + 1]
+        self._warn(self.reading)
+        raise ReadingChangedError
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: str = "float32", device: str = "auto", **kwargs: Any) -> CausalLM:
@@ -286,19 +406,18 @@ class CausalLM:
     @property
     def context_length(self) -> int:
         """Context length in tokens."""
-        return int(getattr(self.text_config, "max_position_embeddings", None) or self.tokenizer.model_max_length)
+        return configured_context(self.model.config)
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
         """Ids of the tokens that end a completion, from the generation config and the tokenizer."""
         configured = getattr(self.model.generation_config, "eos_token_id", None)
-        ids = configured if isinstance(configured, list) else [configured]
-        return frozenset(i for i in [*ids, self.tokenizer.eos_token_id] if i is not None)
+        return id_set(configured) | id_set(self.tokenizer.eos_token_id)
 
     def encode(self, prompt: Prompt, check: bool = True) -> list[int]:
         """Returns the token ids of a prompt.
 
-        Chat messages go through the chat template; strings get the tokenizer's own special tokens.
+        Chat messages go through the chat template; strings get the tokens that the tokenizer puts before a text.
 
         Args:
             prompt: string, chat messages or token ids.
@@ -306,7 +425,8 @@ class CausalLM:
 
         Raises:
             ContextLengthError: if the context has no room for even one token after the prompt.
-            ValueError: if the prompt is chat messages and the tokenizer has no chat template.
+            BackendError: if the chat template refuses the messages.
+            InputError: if the prompt is chat messages and the tokenizer has no chat template.
         """
         ids = prompt_ids(self.tokenizer, prompt, self.name)
         if check and len(ids) >= self.context_length:
@@ -317,7 +437,7 @@ class CausalLM:
 
     def encode_completion(self, text: str) -> list[int]:
         """Returns the token ids of a text that follows a prompt, without special tokens."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return encode_texts(self.tokenizer, [text], start=False)[0]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of token ids, without special tokens."""
@@ -332,12 +452,15 @@ class CausalLM:
             free_positions: number of positions to keep free in the cache for the tokens that follow.
             are_prefixes: whether the prompts are prefixes of others, all of which are stored in the prefix cache.
         """
+        if self.reading in ("padded", "single"):
+            mask = torch.ones((len(prompts), 1), dtype=torch.long, device=self.device)
+            return Prefilled(RowCache(prompts), mask, self._read_rows(prompts, 1)[:, -1])
         # Prefixes that are read first are found in the cache when the prompts are read.
-        look_for_prefixes = self.prefix_cache.capacity and not are_prefixes
+        look_for_prefixes = self.shares_prefixes and self.prefix_cache.capacity and not are_prefixes
         if look_for_prefixes and (shared := self.prefix_cache.prefixes_to_prefill(prompts)):
             self.prefill(shared, 0, are_prefixes=True)
         batch = len(prompts)
-        prefixes = [self.prefix_cache.lookup(p) if self.plain_attention else None for p in prompts]
+        prefixes = [self.prefix_cache.lookup(p) if self.shares_prefixes else None for p in prompts]
         known = [0 if prefix is None else prefix.shape[-2] for prefix in prefixes]
         fresh = [len(p) - k for p, k in zip(prompts, known, strict=True)]
         # Row layout: [padding][stored prefix][gap][new tokens]. Every row ends in the same column, so that decoding
@@ -368,17 +491,35 @@ class CausalLM:
         # The groups wrote into views of the buffer: only the length of the whole is missing.
         if isinstance(cache, BatchCache):
             cache = BatchCache(cache.buffer, columns)
-        return Prefilled(cache, mask.to(self.device), torch.cat(logits))
+        state = Prefilled(cache, mask.to(self.device), torch.cat(logits))
+        row = riskiest_row(mask)
+        self.check(columns, prompts[row], state.logits[row])
+        return state
 
     def _groups(self, lengths: Sequence[int]) -> list[list[int]]:
         """Returns groups of consecutive rows to read together, on a CPU smaller ones, to pad short rows less."""
         # Transformers' own cache cannot be filled in parts of its rows.
-        if not self.plain_attention:
+        if not self.shares_prefixes:
             return [list(range(len(lengths)))]
         return list(token_budget_chunks(lengths, GROUP_TOKENS if self.device.type == "cpu" else PREFILL_TOKENS))
 
+    def _read_rows(self, rows: Sequence[Sequence[int]], last: int) -> torch.Tensor:
+        """Returns the logits of the last positions of whole rows, float32, shape (rows, last, vocabulary)."""
+        together = token_budget_chunks(list(map(len, rows)), GROUP_TOKENS)
+        read = []
+        for group in together if self.reading == "padded" else ([k] for k in range(len(rows))):
+            ids = torch.zeros((len(group), max(len(rows[k]) for k in group)), dtype=torch.long)
+            for row, k in enumerate(group):
+                ids[row, : len(rows[k])] = torch.as_tensor(rows[k])
+            # By causality no position sees the padding behind it.
+            logits = self.model(input_ids=ids.to(self.device), use_cache=False).logits
+            read += [logits[row, len(rows[k]) - last : len(rows[k]), : self.vocabulary] for row, k in enumerate(group)]
+        return torch.stack(read).float()
+
     @torch.inference_mode()
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: Cache, logits_to_keep: int = 1) -> torch.Tensor:
+    def forward(
+        self, ids: torch.Tensor, mask: torch.Tensor, cache: Cache | RowCache, logits_to_keep: int = 1
+    ) -> torch.Tensor:
         """Runs the model on new tokens after those of a cache.
 
         Args:
@@ -388,9 +529,14 @@ class CausalLM:
             logits_to_keep: number of last positions to return the logits of.
 
         Returns:
-            float32 logits, shape (batch, vocabulary) for ``logits_to_keep=1``, else (batch, logits_to_keep,
-            vocabulary).
+            float32 logits of the tokenizer's ids, shape (batch, vocabulary) for ``logits_to_keep=1``, else (batch,
+            logits_to_keep, vocabulary).
         """
+        if isinstance(cache, RowCache):
+            for row, new in zip(cache.rows, ids.tolist(), strict=True):
+                row += new
+            logits = self._read_rows(cache.rows, logits_to_keep)
+            return logits[:, -1] if logits_to_keep == 1 else logits
         # Positions count the tokens in the mask, so that padding and gaps take up none. Leading padding would get -1,
         # and finished rows may run past the context, where a table of position embeddings ends: clamp both.
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0, max=self.context_length - 1)[:, -ids.shape[1] :]
@@ -398,13 +544,15 @@ class CausalLM:
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=logits_to_keep,
+            **{self.cache_argument: cache},
         )
-        logits = output.logits.float()  # softmax and logsumexp in float32 whatever the dtype of the weights
+        # Output layers may be padded beyond the tokenizer. Softmax and logsumexp are in float32 whatever the dtype.
+        logits = output.logits[..., : self.vocabulary].float()
         return logits[:, -1] if logits_to_keep == 1 else logits[:, -logits_to_keep:]
 
+    @until_exact
     def logprobs(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Returns the log-probs of completion tokens given their prompts.
 
@@ -427,14 +575,19 @@ class CausalLM:
             with self.lock:
                 state = self.prefill(list(members), free_positions=width)
                 owner = [members[tuple(prompts[i])] for i in chunk_rows]
-                scores = self.completion_logprobs(state, owner, [completions[i] for i in chunk_rows])
+                chosen = [completions[i] for i in chunk_rows]
+                scores = self.completion_logprobs(state, owner, chosen, list(members))
             for i, row in zip(chunk_rows, scores, strict=True):
                 rows[i] = row
         return rows
 
     @torch.inference_mode()
     def completion_logprobs(
-        self, state: Prefilled, owner: list[int], completions: Sequence[Sequence[int]]
+        self,
+        state: Prefilled,
+        owner: list[int],
+        completions: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int]] | None = None,
     ) -> list[np.ndarray]:
         """Returns the log-probs of completions after prompts that have been read.
 
@@ -443,6 +596,7 @@ class CausalLM:
                 attention throughout.
             owner: for each completion the row of its prompt in ``state``.
             completions: token ids, none empty.
+            prompts: token ids of the rows of ``state``, by which a batch of new length is checked; None: it is not.
 
         Returns:
             A float32 array per completion, shape (len(completion),), in nats.
@@ -465,11 +619,16 @@ class CausalLM:
             for row, i in enumerate(longer):
                 rest = torch.tensor(completions[i][1:], device=self.device)
                 scores[i] = torch.cat([scores[i], selective_log_softmax(logits[row, : len(rest)], rest)])
+            if prompts is not None:
+                row = riskiest_row(mask)
+                i = longer[row]
+                read = [*prompts[owner[i]], *completions[i][:-1]]
+                self.check(mask.shape[1], read, logits[row, len(completions[i]) - 2])
         return [row.cpu().numpy().astype(np.float32) for row in scores]
 
     def _empty_cache(self, batch: int, capacity: int) -> Cache:
         """Returns a cache for a batch; other than full attention needs transformers' own."""
-        if not self.plain_attention:
+        if not self.shares_prefixes:
             return DynamicCache(config=self.text_config)
         return BatchCache.allocate(self.text_config, batch, capacity, self.model.dtype, self.device)
 
@@ -489,19 +648,31 @@ class CausalLM:
             self.prefix_cache.store(prompt, torch.cat([stored, new], dim=-2) if known_length else new, store_all)
 
 
-def select_rows(cache: Cache, rows: torch.Tensor, capacity: int | None = None) -> Cache:
-    """Returns some rows of a cache; a :class:`BatchCache` is copied, any other is changed in place.
+def select_rows(cache: Cache | RowCache, rows: torch.Tensor, capacity: int | None = None) -> Cache | RowCache:
+    """Returns some rows of a cache; transformers' own is changed in place, the others are copied.
 
     Args:
         cache: the cache.
         rows: int64 row numbers; repeats are allowed.
         capacity: number of positions of the copy; None: unchanged.
     """
+    if isinstance(cache, RowCache):
+        return RowCache(cache.rows[row] for row in rows.tolist())
     if isinstance(cache, BatchCache):
         return cache.select(rows, capacity)
     for layer in cache.layers:
         layer.batch_select_indices(rows)  # type: ignore[union-attr]
     return cache
+
+
+def riskiest_row(mask: torch.Tensor) -> int:
+    """Returns the row of a mask that has the largest gap between its tokens, and of such rows the longest.
+
+    A window of attention that counts positions instead of tokens goes wrong there first.
+    """
+    tokens = mask.sum(dim=1)
+    gaps = mask.shape[1] - mask.argmax(dim=1) - tokens
+    return int((gaps * (mask.shape[1] + 1) + tokens).argmax())
 
 
 def selective_log_softmax(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

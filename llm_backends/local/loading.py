@@ -12,7 +12,7 @@ import io
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -114,10 +114,46 @@ UNKNOWN_CONTEXT = 1_000_000_000
 """Context length, in tokens, of models without a maximum (ALiBi, state-space models): no prompt is too long."""
 
 
+def configured_context(config: Any) -> int:
+    """Returns the context length, in tokens, that a configuration sets; without one no prompt is too long."""
+    text_config = config.get_text_config()
+    # RWKV, MPT and others have names of their own for it.
+    for name in ("max_position_embeddings", "max_seq_len", "context_length"):
+        value = getattr(text_config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return UNKNOWN_CONTEXT
+
+
 @lru_cache(maxsize=8)
 def context_length(path: str) -> int:
     """Returns the context length, in tokens, of the model at a path or hub id, from its configuration alone."""
-    return int(getattr(load_config(path).get_text_config(), "max_position_embeddings", None) or UNKNOWN_CONTEXT)
+    return configured_context(load_config(path))
+
+
+@lru_cache(maxsize=8)
+def end_ids(path: str) -> frozenset[int]:
+    """Returns ids of the tokens that end a turn by the generation config at a path or hub id, or by the model's.
+
+    Returns:
+        The ids; empty for a tokenizer without a model.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        with quiet_loading():
+            config = GenerationConfig.from_pretrained(path)
+    except OSError:  # there is no such file: transformers then goes by the model's configuration
+        try:
+            config = load_config(path).get_text_config()
+        except ModelLoadError:
+            return frozenset()
+    return id_set(getattr(config, "eos_token_id", None))
+
+
+def id_set(ids: int | Sequence[int] | None) -> frozenset[int]:
+    """Returns token ids as a set; configurations hold one id, a list of them, or None."""
+    return frozenset(() if ids is None else [ids] if isinstance(ids, int) else map(int, ids))
 
 
 @lru_cache(maxsize=8)

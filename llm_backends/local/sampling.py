@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from ..base import Completion, Sampling, request_seed
-from .causal_lm import CausalLM, select_rows, token_budget_chunks
-from .tokenization import stopped_text
+from .causal_lm import CausalLM, riskiest_row, select_rows, token_budget_chunks, until_exact
+from .tokenization import control_tokens, stopped_text
 
 
 class Choices:
@@ -137,6 +137,7 @@ class _Row:
         return Completion(text, self.token_ids, self.logprobs, "stop" if stopped else "length")
 
 
+@until_exact
 def generate(
     lm: CausalLM,
     prompts: Sequence[Sequence[int]],
@@ -187,12 +188,15 @@ def _decode(
     """Generates all completions of one batch and returns them in the order of the requests."""
     # Read each distinct prompt once, then give every completion a row of the cache.
     unique = {prompt: index for index, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    vocabulary = len(lm.tokenizer)  # output layers are often padded beyond it
-    rows = [
-        _Row(i, unique[tuple(prompts[i])], sampling, _uniforms(lm, prompts[i], sampling, k), eos, choices[i])
-        for i, sampling in enumerate(samplings)
-        for k in range(sampling.n)
-    ]
+    controls = control_tokens(lm.tokenizer) if any(sampling.stop for sampling in samplings) else {}
+    rows = []
+    for i, sampling in enumerate(samplings):
+        # Texts do not show control tokens: one that is a stop string ends a row by its id.
+        ends = eos | {controls[text] for text in sampling.stop if text in controls}
+        rows += [
+            _Row(i, unique[tuple(prompts[i])], sampling, _uniforms(lm, prompts[i], sampling, k), ends, choices[i])
+            for k in range(sampling.n)
+        ]
     free_positions = max(len(row.uniforms) for row in rows)
     state = lm.prefill(list(unique), free_positions)
     cache, mask, logits = state.cache, state.mask, state.logits
@@ -211,7 +215,7 @@ def _decode(
     constrained = any(row.choices is not None for row in rows)
     length, step = mask.shape[1] - free_positions, 0
     while True:
-        logits = logits[:, :vocabulary]
+        read = logits  # before constraints
         if constrained and any(rows[i].choices is not None for i in live):
             logits = _masked(logits, [rows[i] for i in live])
         # Sample a token for every row, finished ones included, and append it to the others.
@@ -223,6 +227,12 @@ def _decode(
                 done[i] = rows[i].finished(lm)
         going = [k for k, i in enumerate(live) if not done[i]]
         if not going:
+            if step:
+                # Of the rows that ended now; what was sampled for rows that had ended before is nowhere written.
+                ended = [k for k, i in enumerate(live) if len(rows[i].token_ids) > step]
+                k = ended[riskiest_row(mask[ended, : length + step])]
+                row = rows[live[k]]
+                lm.check(length + step, [*prompts[row.request], *row.token_ids[:step]], read[k])
             return sorted(rows, key=lambda row: row.request)
         # Finished rows leave the batch. Not one by one, as each time the cache of the others is copied.
         if len(going) <= 0.75 * len(live):

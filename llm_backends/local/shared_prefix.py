@@ -14,8 +14,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..base import Prompt
-from .causal_lm import GROUP_TOKENS, PREFILL_TOKENS, BatchCache, Prefilled, PrefixCache, token_budget_chunks
+from ..base import BackendError, Prompt
+from .causal_lm import (
+    GROUP_TOKENS,
+    PREFILL_TOKENS,
+    BatchCache,
+    Prefilled,
+    PrefixCache,
+    riskiest_row,
+    token_budget_chunks,
+    until_exact,
+)
+from .tokenization import encode_texts
 
 if TYPE_CHECKING:
     from .causal_lm import CausalLM
@@ -29,11 +39,21 @@ CACHED_SHARE = 8
 Tokens = Sequence[int]
 
 
-def encode_all(lm: CausalLM, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Returns the token ids of prompts, even of too long ones; strings are tokenised in one call, which is faster."""
+def encode_all(lm: CausalLM, prompts: Sequence[Prompt]) -> list[list[int] | BackendError]:
+    """Returns the token ids of prompts, even of too long ones, or the error of a chat that its template refuses.
+
+    Strings are tokenised in one call, which is faster.
+    """
     texts = list(dict.fromkeys(prompt for prompt in prompts if isinstance(prompt, str)))
-    known = dict(zip(texts, lm.tokenizer(texts)["input_ids"] if texts else [], strict=True))
-    return [known[prompt] if isinstance(prompt, str) else lm.encode(prompt, check=False) for prompt in prompts]
+    known = dict(zip(texts, encode_texts(lm.tokenizer, texts), strict=True))
+
+    def encode(prompt: Prompt) -> list[int] | BackendError:
+        try:
+            return known[prompt] if isinstance(prompt, str) else lm.encode(prompt, check=False)
+        except BackendError as error:
+            return error
+
+    return [encode(prompt) for prompt in prompts]
 
 
 def shared_length(prompt: Tokens, head: Tokens) -> int:
@@ -45,6 +65,7 @@ def shared_length(prompt: Tokens, head: Tokens) -> int:
     return min(same, len(prompt) - 1)
 
 
+@until_exact
 def choice_logprobs(
     lm: CausalLM, prompts: Sequence[Tokens], shared_lengths: Sequence[int], choices: Sequence[Sequence[Tokens]]
 ) -> list[np.ndarray]:
@@ -63,7 +84,7 @@ def choice_logprobs(
     # Group the prompts by head. A head of one prompt is not shared: that prompt is read whole.
     heads: dict[tuple[int, ...], list[int]] = {}
     for index, (prompt, length) in enumerate(zip(prompts, shared_lengths, strict=True)):
-        heads.setdefault(tuple(prompt[:length] if lm.plain_attention else ()), []).append(index)
+        heads.setdefault(tuple(prompt[:length] if lm.shares_prefixes else ()), []).append(index)
     unshared = heads.pop((), []) + [rows.pop() for rows in heads.values() if len(rows) == 1]
     order = sorted((head for head, rows in heads.items() if rows), key=len)
     free_positions = max((len(tokens) for continuations in choices for tokens in continuations), default=1)
@@ -71,7 +92,8 @@ def choice_logprobs(
     # Score all continuations of each chunk of prompts.
     for rows, state in _read(lm, prompts, unshared, [heads[head] for head in order], order, free_positions):
         owner = [k for k, i in enumerate(rows) for _ in choices[i]]
-        scores = iter(lm.completion_logprobs(state, owner, [tokens for i in rows for tokens in choices[i]]))
+        tails = [tokens for i in rows for tokens in choices[i]]
+        scores = iter(lm.completion_logprobs(state, owner, tails, [prompts[i] for i in rows]))
         for i in rows:
             sums = [next(scores).sum(dtype=np.float64) for _ in choices[i]]
             results[i] = np.array(sums, np.float32)
@@ -121,10 +143,10 @@ def _read(
             for chunk in token_budget_chunks(sizes, budget):
                 chunk_rows = [rows[k] for k in chunk]
                 tails = [prompts[i][len(prompts[i]) - new :] for new, _, i in chunk_rows]
-                yield (
-                    [i for *_, i in chunk_rows],
-                    _continued(lm, state, [head_row for _, head_row, _ in chunk_rows], tails, free_positions),
-                )
+                read = _continued(lm, state, [head_row for _, head_row, _ in chunk_rows], tails, free_positions)
+                row = riskiest_row(read.mask)
+                lm.check(read.mask.shape[1], prompts[chunk_rows[row][2]], read.logits[row])
+                yield [i for *_, i in chunk_rows], read
 
 
 def _prefilled(lm: CausalLM, prompts: Sequence[Tokens], free_positions: int) -> Prefilled:

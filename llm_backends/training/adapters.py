@@ -191,6 +191,7 @@ class AdaptedTrunk:
             raise InputError(
                 f"{self.lm.name} has an adapter {name!r} already: load the model a second time, or use another name"
             )
+        self._check_targets(lora)
         # The lock keeps other threads from running the model while its layers are replaced.
         with self.lm.lock, warnings.catch_warnings():
             # Peft uses a deprecated name of transformers, which the user cannot change.
@@ -205,6 +206,22 @@ class AdaptedTrunk:
                 parameter.requires_grad_(flag)
             use_lora_kernel(self.lm.model)
             self._switch(None)
+
+    def _check_targets(self, lora: LoraSettings) -> None:
+        """Raises an InputError for adapters on the output layer or the embeddings, as scores would leave them out."""
+        if lora.targets == "all-linear":  # which leaves both out
+            return
+        model, targets = self.lm.model, lora.targets.split(",")
+        for part, words in (
+            (model.get_output_embeddings(), "output layer"),
+            (model.get_input_embeddings(), "embeddings"),
+        ):
+            name = next((name for name, module in model.named_modules() if module is part), "")
+            if any(name == target or name.endswith(f".{target}") for target in targets):
+                raise InputError(
+                    f"targets={lora.targets!r} puts an adapter on {name}, the {words} of {self.lm.name}: leave it "
+                    "out, or train all weights (rank 0)"
+                )
 
     def parameters(self, *names: str) -> dict[str, torch.nn.Parameter]:
         """Makes the weights of adapters trainable and returns them by name.

@@ -8,31 +8,110 @@ is computed twice. If it is trained, the backward pass computes the logits a sec
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from ..local.causal_lm import CausalLM
+from ..errors import InputError
+from ..local.causal_lm import PROBE_TOKENS, CausalLM
+from ..local.verification import ROUGH_TOLERANCE, TOLERANCE, difference, plain_logits, probe_rows
 
 CHUNK_LOGITS = 8_388_608
 """Largest number of logits (rows x vocabulary) in memory at once."""
 
 
+@dataclass(frozen=True)
+class OutputForm:
+    """What a model makes of its hidden states to get logits, besides the weights of its output layer."""
+
+    at_head: bool = False
+    """Whether the states are what the output layer gets, as those that the trunk returns are changed before it."""
+    scale: float = 1.0
+    """Constant that the model multiplies its logits by."""
+    cap: float = 0.0
+    """Bound c of soft-capped logits, c tanh(x / c); 0: they are not capped."""
+
+
+def last_hidden(lm: CausalLM, at_head: bool, **arguments: Any) -> torch.Tensor:
+    """Runs a model without its output layer and returns the states that the layer would get, shape (batch, new, d).
+
+    Args:
+        lm: the model.
+        at_head: False: the states that the trunk returns; True: those that reach the output layer.
+        **arguments: arguments of the forward pass.
+    """
+    if not at_head:
+        return lm.trunk(**arguments).last_hidden_state
+    states: list[torch.Tensor] = []
+
+    def keep(hidden: torch.Tensor) -> torch.Tensor:
+        states.append(hidden)
+        return hidden[..., :1]  # instead of logits, which would fill the memory
+
+    lm.head.forward = keep
+    try:
+        lm.model(**arguments)
+    finally:
+        del lm.head.forward
+    return states[0]
+
+
+def find_output_form(lm: CausalLM) -> OutputForm:
+    """Returns the form that gives the model's own logits.
+
+    Raises:
+        InputError: if none does.
+    """
+    ids = probe_rows(lm, PROBE_TOKENS)[0][0]
+    rows = torch.tensor([ids], device=lm.device)
+    logits = plain_logits(lm, ids, len(ids))
+    numbers = [
+        float(v) for v in vars(lm.text_config).values() if isinstance(v, int | float) and not isinstance(v, bool)
+    ]
+    # Soft caps are above the logits; one that is far above them changes nothing.
+    caps = [0.0, *sorted({v for v in numbers if float(logits.abs().max()) <= v <= 100.0})]
+    tolerance = TOLERANCE if lm.in_float32 else ROUGH_TOLERANCE
+    for at_head in (False, True) if lm.head is not None else ():
+        try:
+            with torch.no_grad():
+                hidden = last_hidden(lm, at_head, input_ids=rows, use_cache=False)
+                raw = lm.head(hidden)[0, :, : lm.vocabulary].float()
+        except Exception:  # of an architecture whose trunk is not the model without its head
+            continue
+        for cap in caps:
+            target = cap * torch.atanh((logits / cap).clamp(-1 + 1e-6, 1 - 1e-6)) if cap else logits
+            fitted = float((raw * target).sum() / (raw * raw).sum())
+            # The constant is a number of the configuration, or its inverse.
+            exact = [1.0, *numbers, *(1 / v for v in numbers if v)]
+            scale = min(exact, key=lambda v: abs(v - fitted))
+            made = _capped(raw * scale, cap)
+            if difference(made, logits) <= tolerance:
+                return OutputForm(at_head, scale, cap)
+    raise InputError(f"{lm.name} changes its logits after the output layer in an unknown way: it cannot be trained")
+
+
+def _capped(logits: torch.Tensor, cap: float) -> torch.Tensor:
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
 class OutputLayer(NamedTuple):
-    """A linear map from last hidden states to logits."""
+    """A map from last hidden states to logits: linear, scaled, and capped where the model caps its logits."""
 
     weight: torch.Tensor
     """Shape (vocabulary, d)."""
     bias: torch.Tensor | None = None
     """Shape (vocabulary,)."""
+    form: OutputForm = OutputForm()
+    """What follows the linear map."""
 
     @classmethod
-    def of(cls, lm: CausalLM) -> OutputLayer:
+    def of(cls, lm: CausalLM, form: OutputForm) -> OutputLayer:
         """Returns a model's output layer without the padding beyond the tokenizer, as the sampler leaves it out too."""
-        vocabulary, bias = len(lm.tokenizer), getattr(lm.head, "bias", None)
-        return cls(lm.head.weight[:vocabulary], None if bias is None else bias[:vocabulary])
+        bias = getattr(lm.head, "bias", None)
+        return cls(lm.head.weight[: lm.vocabulary], None if bias is None else bias[: lm.vocabulary], form)
 
     @property
     def trained(self) -> bool:
@@ -41,7 +120,7 @@ class OutputLayer(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> OutputLayer:
         """Returns the same layer in another dtype."""
-        return OutputLayer(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+        return self._replace(weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))
 
     def product_dtype(self, hidden: torch.Tensor) -> torch.dtype:
         """Returns the dtype of the product with hidden states, as autocast does not act in a custom function."""
@@ -51,7 +130,14 @@ class OutputLayer(NamedTuple):
     def logits(self, hidden: torch.Tensor, scale: float) -> torch.Tensor:
         """Returns the logits of all tokens, shape (n, vocabulary), times ``scale``, in float32 at least."""
         logits = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if not self.form.cap:
+            return logits * (self.form.scale * scale)
+        return _capped(logits * self.form.scale, self.form.cap) * scale
+
+    def slopes(self, logits: torch.Tensor, scale: float) -> torch.Tensor:
+        """Returns the derivatives of capped logits, as :meth:`logits` gives them, by weight times hidden state."""
+        return (1 - (logits / (self.form.cap * scale)) ** 2) * (self.form.scale * scale)
 
     def logprobs(self, hidden: torch.Tensor, scale: float, fused: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns log-probs of all tokens, shape (n, vocabulary), and logsumexps, shape (n,), in float32 at least.
@@ -190,14 +276,25 @@ class _FrozenHead(torch.autograd.Function):
             values[rows] = statistic.values(logprobs, probabilities, logsumexps, rows).to(dtype)
             if hidden_gradients is None:
                 continue
+            if head.form.cap:
+                # The slope of the cap differs from logit to logit.
+                slopes = head.slopes(logprobs + logsumexps[:, None], scale)
+                chosen = torch.nn.functional.one_hot(ids[rows], len(weight)).to(logprobs.dtype)
+                products = [((chosen - probabilities) * slopes).to(weight.dtype) @ weight]
+                if statistic.differentiable:
+                    by_logits = statistic.logit_gradients(logprobs, probabilities, values[rows])
+                    products.append((by_logits * slopes).to(weight.dtype) @ weight)
+                hidden_gradients[:, rows] = torch.stack(products).to(hidden_gradients.dtype)
+                continue
+            slope = head.form.scale * scale
             # p W, the mean weight under the model's distribution.
             mean = probabilities.to(weight.dtype) @ weight
-            hidden_gradients[0, rows] = ((weight[ids[rows]] - mean) * scale).to(hidden_gradients.dtype)
+            hidden_gradients[0, rows] = ((weight[ids[rows]] - mean) * slope).to(hidden_gradients.dtype)
             if statistic.differentiable:
                 by_logits = statistic.logit_gradients(logprobs, probabilities, values[rows])
                 # The derivatives of the logsumexp are the probabilities, whose product with W is known already.
                 product = mean if by_logits is probabilities else by_logits.to(weight.dtype) @ weight
-                hidden_gradients[1, rows] = (product * scale).to(hidden_gradients.dtype)
+                hidden_gradients[1, rows] = (product * slope).to(hidden_gradients.dtype)
         ctx.save_for_backward(hidden_gradients)
         if not statistic.differentiable:
             ctx.mark_non_differentiable(values)
@@ -356,6 +453,7 @@ def allowed_logprobs(
         logits = torch.einsum("nd,nkd->nk", hidden.float(), head.weight[table].float())
         if head.bias is not None:
             logits = logits + head.bias[table].float()
+        logits = _capped(logits * head.form.scale, head.form.cap)
         logprobs = (logits * scale).masked_fill(~real, float("-inf")).log_softmax(dim=-1)
         # 0 instead of -inf at the padding, as 0 times -inf is NaN.
         entropies = -(logprobs.exp() * logprobs.masked_fill(~real, 0.0)).sum(dim=-1)

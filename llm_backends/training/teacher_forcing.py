@@ -8,10 +8,13 @@ without gradients the fused kernel is as fast or faster.
 
 from __future__ import annotations
 
+import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -21,7 +24,17 @@ from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from ..local.causal_lm import CausalLM
+from ..local.causal_lm import PROBE_TOKENS, CausalLM
+from ..local.verification import (
+    ROUGH_TOLERANCE,
+    TOLERANCE,
+    config_key,
+    difference,
+    miniature,
+    plain_logits,
+    probe_rows,
+)
+from .output_layer import OutputForm, OutputLayer, find_output_form, last_hidden
 
 ATTENTION_NAME = "instructgym"
 """Name of the attention in the registries of transformers."""
@@ -137,6 +150,72 @@ def common_prefix(sequences: Sequence[np.ndarray]) -> int:
     return shared
 
 
+TrainingReading: TypeAlias = Literal["shared", "padded", "single"]
+"""A way of reading whole sequences. ``shared``: in batches padded on the right, what they share once; ``padded``: in
+such batches, each sequence whole; ``single``: one sequence at a time."""
+
+TRAINING_READINGS: tuple[TrainingReading, ...] = ("shared", "padded", "single")
+
+
+@dataclass
+class TrainingPass:
+    """How the hidden states of a model are read, as a comparison with its plain forward pass has proved it."""
+
+    form: OutputForm
+    """What the model makes of hidden states to get logits."""
+    reading: TrainingReading = "shared"
+    """The way of reading sequences."""
+    checked: int = PROBE_TOKENS
+    """Largest length of a sequence at which the reading has been found exact."""
+
+
+_FOUND: dict[str, TrainingReading] = {}
+"""The exact reading by configuration, so that a process proves it once."""
+
+
+def training_pass(lm: CausalLM) -> TrainingPass:
+    """Returns how the hidden states of a model are read; found out on the first call, without adapters.
+
+    Raises:
+        InputError: if the model cannot be trained, as its logits are no known function of its hidden states.
+    """
+    if lm.training is None:
+        lm.training = TrainingPass(find_output_form(lm))
+        key = config_key(lm.model)
+        if key not in _FOUND:
+            subject = lm if lm.in_float32 else miniature(lm)
+            _FOUND[key] = next(r for r in TRAINING_READINGS if r == "single" or _exact(subject, r, PROBE_TOKENS))
+        lm.training.reading = _FOUND[key]
+    return lm.training
+
+
+def output_layer(lm: CausalLM) -> OutputLayer:
+    """Returns the output layer of a model."""
+    return OutputLayer.of(lm, training_pass(lm).form)
+
+
+def _exact(lm: CausalLM, reading: TrainingReading, length: int) -> bool:
+    """Returns whether a way of reading gives the logits of the plain forward pass for ragged sequences."""
+    tolerance = TOLERANCE if lm.in_float32 else ROUGH_TOLERANCE
+    before, lm.training = lm.training, TrainingPass(find_output_form(lm), reading, sys.maxsize)
+    prompts, responses = (list(map(np.array, rows)) for rows in probe_rows(lm, length))
+    try:
+        # All share a beginning in the first batch; in the second prompts have several responses.
+        for rows in (prompts[:3], responses[:3]), (prompts + prompts[:2], responses + responses[1:3]):
+            with torch.no_grad():
+                logits = output_layer(lm).logits(response_hidden(lm, *rows), 1.0)
+            for prompt, response in zip(*rows, strict=True):
+                own, logits = logits[: len(response)], logits[len(response) :]
+                plain = plain_logits(lm, [*prompt, *response], len(response) + 1)[:-1]
+                if difference(own, plain) > tolerance:
+                    return False
+        return True
+    except Exception:  # whatever an architecture raises: this way is not for it
+        return False
+    finally:
+        lm.training = before
+
+
 def response_hidden(
     lm: CausalLM, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], after_token: bool = False
 ) -> torch.Tensor:
@@ -144,7 +223,8 @@ def response_hidden(
 
     Rows are padded on the right, where causality hides padding from the real positions, so no attention mask is needed.
     A prefix that all prompts share (task description, few-shot header) is read once; gradients through it are exact.
-    Without a common prefix, on a CPU, each prompt with several responses is read once.
+    Without a common prefix, on a CPU, each prompt with several responses is read once. For models that this is not
+    exact for, see :data:`TrainingReading`.
 
     Args:
         lm: the model.
@@ -167,8 +247,12 @@ def response_hidden(
     starts = [len(sequence) for sequence in unique]
     for k, prompt in zip(owners, prompts, strict=True):
         starts[k] = min(starts[k], len(prompt) - 1)
-    prefixes = _prefixes(lm, unique, starts)
-    states = _read(lm, unique, prefixes)
+    while True:
+        reading = training_pass(lm).reading
+        prefixes = _prefixes(lm, unique, starts) if reading == "shared" else [0] * len(unique)
+        states = _read(lm, unique, prefixes)
+        if _checked(lm, unique, prefixes, states):
+            break
     # Pick the states of the response tokens. Columns count from the end of the row's prefix; a token is predicted one
     # column before its own.
     rows = [np.full(len(r), k) for k, r in zip(owners, responses, strict=True)]
@@ -177,6 +261,39 @@ def response_hidden(
         for k, p, r in zip(owners, prompts, responses, strict=True)
     ]
     return states[torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(columns))]
+
+
+def _checked(lm: CausalLM, sequences: Sequence[np.ndarray], prefixes: Sequence[int], states: torch.Tensor) -> bool:
+    """Checks the states after one sequence, if a batch is longer than all before it.
+
+    Args:
+        lm: the model.
+        sequences: token ids.
+        prefixes: for each sequence the number of leading tokens that were read with other sequences.
+        states: hidden states after the prefixes, shape (n, longest rest, d).
+
+    Returns:
+        Whether the batch is exact; if not, the model is read in a slower way from now on.
+    """
+    found, length = lm.training, max(prefixes) + states.shape[1]
+    if length <= found.checked or found.reading == "single":
+        return True
+    if any(m.training and m.p > 0 for m in lm.model.modules() if isinstance(m, torch.nn.Dropout)):
+        return True  # two passes differ by what is dropped: a pass without dropout is checked
+    if lm.in_float32 and not torch.is_autocast_enabled(lm.device.type):
+        # The one with the largest gap between prefix and rest, and of such the longest.
+        k = max(range(len(sequences)), key=lambda k: (max(prefixes) - prefixes[k], len(sequences[k])))
+        with torch.no_grad():
+            logits = output_layer(lm).logits(states[k, len(sequences[k]) - prefixes[k] - 1][None], 1.0)
+        exact = difference(logits, plain_logits(lm, sequences[k].tolist(), 1)) <= TOLERANCE
+    else:
+        exact = _exact(miniature(lm), found.reading, length)
+    if exact:
+        found.checked = length
+        return True
+    found.reading = TRAINING_READINGS[TRAINING_READINGS.index(found.reading) + 1]
+    warnings.warn(f"{lm.name} is trained in a slower way ({found.reading}): faster ones are not exact", stacklevel=2)
+    return False
 
 
 def _prefixes(lm: CausalLM, sequences: Sequence[np.ndarray], starts: Sequence[int]) -> list[int]:
@@ -192,7 +309,7 @@ def _prefixes(lm: CausalLM, sequences: Sequence[np.ndarray], starts: Sequence[in
     """
     count = len(sequences)
     heads = [sequence[:start] for sequence, start in zip(sequences, starts, strict=True)]
-    if count == 1 or not lm.plain_attention:
+    if count == 1 or not lm.shares_prefixes:
         return [0] * count
     if (shared := common_prefix(heads)) >= SHARED_PREFIX:
         return [shared] * count
@@ -205,20 +322,26 @@ def _prefixes(lm: CausalLM, sequences: Sequence[np.ndarray], starts: Sequence[in
 
 def _read(lm: CausalLM, sequences: Sequence[np.ndarray], prefixes: Sequence[int]) -> torch.Tensor:
     """Returns the last hidden states after the prefixes, shape (n, longest rest, d); rows are right-padded."""
-    ids = _padded([sequence[prefix:] for sequence, prefix in zip(sequences, prefixes, strict=True)], lm.device)
+    at_head = lm.training.form.at_head
     with training_kernels():
+        if lm.training.reading == "single":
+            single = [
+                last_hidden(lm, at_head, input_ids=_padded([row], lm.device), use_cache=False)[0] for row in sequences
+            ]
+            return torch.nn.utils.rnn.pad_sequence(single, batch_first=True)
+        ids = _padded([sequence[prefix:] for sequence, prefix in zip(sequences, prefixes, strict=True)], lm.device)
         if not any(prefixes):
-            return lm.trunk(input_ids=ids, use_cache=False).last_hidden_state
+            return last_hidden(lm, at_head, input_ids=ids, use_cache=False)
         # Read each distinct prefix once, into a cache.
         heads = [sequence[:prefix] for sequence, prefix in zip(sequences, prefixes, strict=True)]
         distinct = {head.tobytes(): head for head in heads}
         index = {key: k for k, key in enumerate(distinct)}
-        cache = DynamicCache(config=lm.text_config)
-        lm.trunk(input_ids=_padded(list(distinct.values()), lm.device), past_key_values=cache, use_cache=True)
+        cache = {lm.cache_argument: DynamicCache(config=lm.text_config)}
+        last_hidden(lm, at_head, input_ids=_padded(list(distinct.values()), lm.device), use_cache=True, **cache)
         rows = torch.tensor([index[head.tobytes()] for head in heads], device=lm.device)
         # Give every sequence a row of the cache. A single prefix is expanded, which copies nothing; autograd sums the
         # gradients of both forms over the sequences.
-        for layer in cache.layers:
+        for layer in cache[lm.cache_argument].layers:
             for name in ("keys", "values"):
                 states = getattr(layer, name)
                 setattr(layer, name, states.expand(len(heads), -1, -1, -1) if len(states) == 1 else states[rows])
@@ -231,14 +354,10 @@ def _read(lm: CausalLM, sequences: Sequence[np.ndarray], prefixes: Sequence[int]
             mask = torch.cat([real, real.new_ones(ids.shape)], dim=1).long()
         else:
             lengths = lengths[:1]
-        output = lm.trunk(
-            input_ids=ids,
-            past_key_values=cache,
-            attention_mask=mask,
-            position_ids=lengths + columns.to(lm.device),
-            use_cache=True,
+        positions = lengths + columns.to(lm.device)
+        return last_hidden(
+            lm, at_head, input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **cache
         )
-        return output.last_hidden_state
 
 
 def _padded(rows: Sequence[np.ndarray], device: torch.device) -> torch.Tensor:

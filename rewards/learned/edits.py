@@ -52,6 +52,8 @@ class EditedPair:
     the original off."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """Further JSON-serialisable values."""
+    markup: bool = False
+    """Whether ``prompt`` is a chat as ``Tokenizer.chat_text`` writes it: its control tokens are the template's."""
 
 
 class Pairs(list[EditedPair]):
@@ -209,7 +211,8 @@ def read_pairs(path: str | Path) -> Pairs:
     """Reads pairs from a JSONL file.
 
     A row has the texts ``prompt``, ``original`` (or ``original_output``) and ``edited`` (or ``revised_output``), and
-    may have ``id`` (default: a hash of the texts), ``finished`` (default: true) and ``metadata`` (default: empty).
+    may have ``id`` (default: a hash of the texts), ``finished`` (default: true), ``metadata`` (default: empty) and
+    ``markup`` (default: false).
 
     Args:
         path: the file.
@@ -240,6 +243,8 @@ def write_pairs(path: str | Path, pairs: Iterable[EditedPair]) -> None:
     with replaced(path) as scratch, scratch.open("w", encoding="utf-8", newline="\n") as file:
         for pair in pairs:
             row = vars(pair) | {"metadata": dict(pair.metadata)}
+            if not pair.markup:
+                del row["markup"]
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -298,7 +303,8 @@ def _pair(where: str, row: Mapping[str, Any]) -> EditedPair:
     pair_id = str(row.get("id") or hashlib.sha1("\x1f".join(texts.values()).encode()).hexdigest()[:12])
     finished = _typed(where, row, "finished", bool, "true or false") if "finished" in row else True
     metadata = _typed(where, row, "metadata", dict, "an object") if "metadata" in row else {}
-    return EditedPair(**texts, id=pair_id, finished=finished, metadata=metadata)
+    markup = _typed(where, row, "markup", bool, "true or false") if "markup" in row else False
+    return EditedPair(**texts, id=pair_id, finished=finished, metadata=metadata, markup=markup)
 
 
 def _typed(where: str, row: Mapping[str, Any], column: str, kind: type, words: str) -> Any:

@@ -29,7 +29,7 @@ from ...llm_backends.training.adapters import (
     load_all_weights,
     open_model,
 )
-from ...llm_backends.training.teacher_forcing import response_hidden
+from ...llm_backends.training.teacher_forcing import response_hidden, training_pass
 
 ADAPTER = "reward"
 SETTINGS, HEAD = "reward_model.json", "reward_head.safetensors"
@@ -76,6 +76,7 @@ class RewardModel:
             raise InputError(f"level must be token or sequence, got {level!r}")
         self.lora, self.level, self.dtype = lora, level, resolved_dtype(dtype, device)
         self.lm, self.model_name = open_model(model, lora, self.dtype, device)
+        training_pass(self.lm)  # refuses a model that cannot be trained, before it is changed
         self.trunk = AdaptedTrunk.of(self.lm)
         with quiet_loading():
             # The adapter's initial weights are drawn from torch's global generator.
@@ -86,7 +87,9 @@ class RewardModel:
                 self.trunk.train_whole(ADAPTER)
             self.head = torch.nn.Linear(self.lm.head.weight.shape[1], 1, bias=False, device=self.lm.device)
             torch.nn.init.zeros_(self.head.weight)
-        self.tokenizer: Tokenizer = LoadedTokenizer(self.lm.tokenizer, self.model_name, self.lm.context_length)
+        self.tokenizer: Tokenizer = LoadedTokenizer(
+            self.lm.tokenizer, self.model_name, self.lm.context_length, self.lm.eos_token_ids
+        )
         self.loss = ""
         """Name of the loss that the model was trained with; empty before training."""
         self.transform: Transform = "identity"

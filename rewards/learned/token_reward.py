@@ -76,12 +76,13 @@ class _LearnedReward(Reward):
         nonempty = [i for i, sample in enumerate(samples) if len(sample.token_ids)]  # type: ignore[arg-type]
         if not nonempty:
             return scores
-        # Encode prompts as the env does, each distinct one once: many samples share a prompt.
-        encoded = {
-            prompt: np.array(self.model.tokenizer.encode(prompt), np.int32)
-            for prompt in dict.fromkeys(samples[i].prompt for i in nonempty)
-        }
-        prompts = [encoded[samples[i].prompt] for i in nonempty]
+        # Token envs pass the ids of their prompts; other texts are encoded, each distinct one once.
+        texts = list(dict.fromkeys(samples[i].prompt for i in nonempty if samples[i].prompt_ids is None))
+        encoded = dict(zip(texts, self.model.tokenizer.encode_batch(texts), strict=True))
+        prompts = [
+            np.asarray(encoded[s.prompt] if s.prompt_ids is None else s.prompt_ids, np.int32)
+            for s in (samples[i] for i in nonempty)
+        ]
         responses = [np.asarray(samples[i].token_ids, np.int32) for i in nonempty]
         for i, row in zip(nonempty, self.model.score(prompts, responses), strict=True):
             scores[i] = self._score(row)

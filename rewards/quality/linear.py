@@ -161,10 +161,8 @@ class LinearReward(Reward):
         prompt = "\n\n".join(filter(None, [_instruction(sample), instance.input]))
         ids = None
         if self.tokenizer is not None:
-            # Any one EOS token ends the output; the lowest id makes the choice deterministic.
-            end = sorted(self.tokenizer.eos_ids)[:1]
-            ids = np.array(self.tokenizer.encode_continuation(instance.output) + end, np.int32)
-        return replace(sample, prompt=prompt, response=instance.output, token_ids=ids, loss_mask=None)
+            ids = np.array(self.tokenizer.encode_continuation(instance.output) + self.tokenizer.closing(), np.int32)
+        return replace(sample, prompt=prompt, prompt_ids=None, response=instance.output, token_ids=ids, loss_mask=None)
 
     def _score_instances(self, samples: Sequence[Sample]) -> list[Score]:
         if not samples:

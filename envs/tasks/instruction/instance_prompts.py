@@ -125,7 +125,7 @@ def _example(task: Task, name: str, tokenizer: Tokenizer | None) -> PromptExampl
         request = fill(_table(order)["chat"], {"instruction": task.instruction}).strip()
         prompt = tokenizer.chat_text([{"role": "user", "content": request}]) + opening
     metadata = {"task": name, "instruction": task.instruction, "order": order, "opening": opening}
-    return PromptExample(f"{name}/{task.id}", prompt, metadata=metadata)
+    return PromptExample(f"{name}/{task.id}", prompt, metadata=metadata, markup=tokenizer is not None)
 
 
 def few_shot_prompt(instruction: str, order: Order) -> str:

@@ -49,6 +49,7 @@ class Openings:
             _check_placeholder(opening, "opening", placeholder)
         self.form = _forms(kind)[layout] if opening is None else opening
         self.tokenizer = tokenizer if layout == "chat" else None
+        self.markup = layout == "chat"
 
     def fill(self, **values: str) -> str:
         """Returns the opening with its placeholders replaced by the values, in the chat template if there is one."""
@@ -72,7 +73,12 @@ def task_openings(task: PromptTask, minibatches: int, openings: Openings) -> lis
     text = openings.fill(labels=_labels(task))
     # The number of the minibatch makes the ids differ, so that each example is a group of its own.
     return [
-        PromptExample(f"{task.name}/minibatch-{number}", text, metadata={"task": task.name, "minibatch": number})
+        PromptExample(
+            f"{task.name}/minibatch-{number}",
+            text,
+            metadata={"task": task.name, "minibatch": number},
+            markup=openings.markup,
+        )
         for number in range(minibatches)
     ]
 
@@ -90,6 +96,7 @@ def label_hints(task: PromptTask, split: str, openings: Openings) -> list[Prompt
             example.id,
             openings.fill(input=example.text, labels=_labels(task)),
             metadata={"task": task.name, "example": asdict(example)},
+            markup=openings.markup,
         )
         for example in task.examples(split)
     ]
@@ -122,7 +129,13 @@ def response_hints(requests: Sequence[Request], openings: Openings) -> list[Prom
             )
         metadata = dict(request.metadata) | {"plain": request.plain, "request": request.chat}
         hints.append(
-            PromptExample(request.id, openings.fill(request=request.chat), request.reference, metadata=metadata)
+            PromptExample(
+                request.id,
+                openings.fill(request=request.chat),
+                request.reference,
+                metadata=metadata,
+                markup=openings.markup,
+            )
         )
     return hints
 

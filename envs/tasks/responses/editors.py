@@ -77,6 +77,8 @@ class EditRequest:
     finished: bool = True
     """True if the writer ended the response, False if a token limit cut it off; the pair inherits it
     (:class:`~instructgym.rewards.learned.edits.EditedPair`)."""
+    markup: bool = False
+    """Whether the prompt is a chat as ``Tokenizer.chat_text`` writes it; the pair inherits it."""
 
 
 class Editor(Part, ABC):
@@ -358,4 +360,4 @@ def _not_better(
 
 def _pair(request: EditRequest, edited: str, attempt: int, editor: str) -> EditedPair:
     metadata = {"editor": editor, "attempt": attempt}
-    return EditedPair(request.prompt, request.response, edited, request.id, request.finished, metadata)
+    return EditedPair(request.prompt, request.response, edited, request.id, request.finished, metadata, request.markup)

@@ -202,4 +202,4 @@ def _refuse_repeats(places: Sequence[str], requests: Sequence[Request]) -> None:
 def _example(request: Request, tokenizer: Tokenizer | None) -> PromptExample:
     metadata = dict(request.metadata) | {"request": request.plain if tokenizer is None else request.chat}
     prompt = request.plain if tokenizer is None else tokenizer.chat_text([{"role": "user", "content": request.chat}])
-    return PromptExample(request.id, prompt, request.reference, metadata=metadata)
+    return PromptExample(request.id, prompt, request.reference, metadata=metadata, markup=tokenizer is not None)
