@@ -117,6 +117,44 @@ Result: TypeAlias = list[Completion] | BackendError
 
 ResultT = TypeVar("ResultT")
 
+REASONING_TOKENS = 2048
+"""Number of tokens that a model may reason for before its answer, besides those of the answer."""
+
+
+def answer_text(text: str) -> str | None:
+    """Returns a reply without the reasoning before its answer, which ends with ``</think>``.
+
+    Servers with a reasoning parser leave it out themselves. Some chat templates write ``<think>``, so that a reply has
+    only the end.
+
+    Returns:
+        The answer; None if the reply is cut off before it.
+    """
+    opened = text.lstrip().startswith("<think>")
+    reasoning, closed, answer = text.partition("</think>")
+    if closed and (opened or "<think>" not in reasoning):
+        return answer.lstrip()
+    return None if opened else text
+
+
+def _answer(result: Result, stop: Sequence[str]) -> Result:
+    """Returns the completions with the texts of their answers, or an error if one has none.
+
+    Args:
+        result: result of a request.
+        stop: strings that end an answer, which were not part of the request.
+    """
+    if isinstance(result, BackendError):
+        return result
+    answers = []
+    for completion in result:
+        answer = answer_text(completion.text)
+        if answer is None:
+            return BackendError(f"the model was still reasoning after {len(completion.token_ids)} tokens")
+        answer = answer[: min((at for text in stop if (at := answer.find(text)) >= 0), default=len(answer))]
+        answers.append(completion if answer == completion.text else replace(completion, text=answer))
+    return answers
+
 
 @dataclass
 class Usage:
@@ -220,13 +258,32 @@ class Backend(Part, ABC):
 
     def _counted(self, prompts: list[Prompt], samplings: list[Sampling]) -> Iterator[tuple[int, Result]]:
         self.usage.calls += 1
-        for index, result in self._generate_each(prompts, samplings):
+        for index, result in self._answers(prompts, samplings):
             self.usage.requests += 1
             if isinstance(result, BackendError):
                 self.usage.errors += 1
             elif self.counts_result_tokens:
                 self.usage.completion_tokens += sum(len(completion.token_ids) for completion in result)
             yield index, result
+
+    def _answers(self, prompts: list[Prompt], samplings: list[Sampling]) -> Iterator[tuple[int, Result]]:
+        """Yields (index, result) in any order, without the reasoning of models that reason aloud before an answer.
+
+        A caller asks for the tokens of an answer, and sets the strings that end it. A reply that one of both cut off
+        while the model still reasoned is asked for again, with room for that and without stop strings.
+        """
+        again = []
+        for index, result in self._generate_each(prompts, samplings):
+            if isinstance(result, BackendError) or all(answer_text(reply.text) is not None for reply in result):
+                yield index, _answer(result, ())
+            else:
+                again.append(index)
+        if again:
+            longer = [
+                replace(samplings[i], max_tokens=samplings[i].max_tokens + REASONING_TOKENS, stop=()) for i in again
+            ]
+            for k, result in self._generate_each([prompts[i] for i in again], longer):
+                yield again[k], _answer(result, samplings[again[k]].stop)
 
     def logprobs(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[np.ndarray | BackendError]:
         """Returns the log-probs of given completions.
