@@ -31,7 +31,7 @@ def test_chosen_logits_and_gradients_are_those_of_full_logits(monkeypatch, bias,
     for whole in (False, True):
         hidden, head, ids = layer(bias, trained)
         if whole:
-            logits = torch.nn.functional.linear(hidden, *head) * scale
+            logits = torch.nn.functional.linear(hidden, *head[:2]) * scale
             values = logits.logsumexp(dim=-1)
             chosen = logits.gather(1, ids[:, None]).squeeze(1)
             logprobs = chosen - values
@@ -39,7 +39,7 @@ def test_chosen_logits_and_gradients_are_those_of_full_logits(monkeypatch, bias,
             found = chosen_logits(hidden, head, ids, scale)
             (logprobs, values), chosen = found, found.logits
         (logprobs * weights + values * others + chosen**2).sum().backward()
-        gradients = [t.grad for t in (hidden, *head) if t is not None and t.grad is not None]
+        gradients = [t.grad for t in (hidden, *head[:2]) if t is not None and t.grad is not None]
         outcomes.append([logprobs.detach(), values.detach(), *gradients])
     assert len(outcomes[0]) == 3 + trained * (1 + bias)
     for mine, plain in zip(*outcomes, strict=True):

@@ -665,14 +665,17 @@ def select_rows(cache: Cache | RowCache, rows: torch.Tensor, capacity: int | Non
     return cache
 
 
+def gap_sizes(mask: torch.Tensor) -> torch.Tensor:
+    """Returns the number of masked positions behind the first token of each row of a mask, int64, shape (rows,)."""
+    return mask.shape[1] - mask.argmax(dim=1) - mask.sum(dim=1)
+
+
 def riskiest_row(mask: torch.Tensor) -> int:
     """Returns the row of a mask that has the largest gap between its tokens, and of such rows the longest.
 
     A window of attention that counts positions instead of tokens goes wrong there first.
     """
-    tokens = mask.sum(dim=1)
-    gaps = mask.shape[1] - mask.argmax(dim=1) - tokens
-    return int((gaps * (mask.shape[1] + 1) + tokens).argmax())
+    return int((gap_sizes(mask) * (mask.shape[1] + 1) + mask.sum(dim=1)).argmax())
 
 
 def selective_log_softmax(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

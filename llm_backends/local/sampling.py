@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..base import Completion, Sampling, request_seed
-from .causal_lm import CausalLM, riskiest_row, select_rows, token_budget_chunks, until_exact
+from .causal_lm import CausalLM, gap_sizes, select_rows, token_budget_chunks, until_exact
 from .tokenization import control_tokens, stopped_text
 
 
@@ -214,25 +214,29 @@ def _decode(
     mask = torch.nn.functional.pad(mask, (0, free_positions), value=1)
     constrained = any(row.choices is not None for row in rows)
     length, step = mask.shape[1] - free_positions, 0
+    gaps = gap_sizes(mask[:, :length]).tolist()
+    ended: dict[
+        int, tuple[int, torch.Tensor]
+    ] = {}  # of rows that ended beyond lm.checked: columns, and the last logits
     while True:
         read = logits  # before constraints
         if constrained and any(rows[i].choices is not None for i in live):
             logits = _masked(logits, [rows[i] for i in live])
         # Sample a token for every row, finished ones included, and append it to the others.
         ids, logprobs = sample_tokens(logits, [rows[i].sampling for i in live], uniforms[step], tempered_logprobs)
-        for i, token, logprob in zip(live, ids.tolist(), logprobs.tolist(), strict=True):
+        for k, (i, token, logprob) in enumerate(zip(live, ids.tolist(), logprobs.tolist(), strict=True)):
             if not done[i]:
                 rows[i].token_ids.append(token)
                 rows[i].logprobs.append(logprob)
                 done[i] = rows[i].finished(lm)
+                if done[i] and length + step > lm.checked:
+                    ended[i] = length + step, read[k]
         going = [k for k, i in enumerate(live) if not done[i]]
         if not going:
-            if step:
-                # Of the rows that ended now; what was sampled for rows that had ended before is nowhere written.
-                ended = [k for k, i in enumerate(live) if len(rows[i].token_ids) > step]
-                k = ended[riskiest_row(mask[ended, : length + step])]
-                row = rows[live[k]]
-                lm.check(length + step, [*prompts[row.request], *row.token_ids[:step]], read[k])
+            if ended:
+                i = max(ended, key=lambda i: (gaps[i], ended[i][0]))
+                tokens = [*prompts[rows[i].request], *rows[i].token_ids[:-1]]
+                lm.check(max(columns for columns, _ in ended.values()), tokens, ended[i][1])
             return sorted(rows, key=lambda row: row.request)
         # Finished rows leave the batch. Not one by one, as each time the cache of the others is copied.
         if len(going) <= 0.75 * len(live):

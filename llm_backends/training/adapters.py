@@ -49,7 +49,9 @@ class _LoraLinear(torch.autograd.Function):
         low = linear(rows, a) * scale  # the scale costs least on the low-rank side
         ctx.save_for_backward(rows, weight, a, b, low)
         ctx.scale = scale
-        return linear(rows, weight, bias).addmm_(low, b.t()).view(*x.shape[:-1], -1)
+        output = linear(rows, weight, bias).addmm_(low, b.t())
+        # Not a view, which autograd would not let a model change in place.
+        return torch.ops.aten._unsafe_view(output, (*x.shape[:-1], output.shape[-1]))
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
@@ -197,10 +199,14 @@ class AdaptedTrunk:
             # Peft uses a deprecated name of transformers, which the user cannot change.
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
             trained = [(p, p.requires_grad) for p in self.lm.model.parameters()]
-            if self._peft is None:
-                self._peft = get_peft_model(self.lm.model, lora.config(), adapter_name=name)
-            else:
-                self._peft.add_adapter(name, lora.config())
+            try:
+                if self._peft is None:
+                    self._peft = get_peft_model(self.lm.model, lora.config(), adapter_name=name)
+                else:
+                    self._peft.add_adapter(name, lora.config())
+            except ValueError as error:
+                reason = " ".join(str(error).split())
+                raise InputError(f"{self.lm.name} takes no adapters on targets={lora.targets!r}: {reason}") from error
             # Peft freezes the other adapters, which may be in training.
             for parameter, flag in trained:
                 parameter.requires_grad_(flag)

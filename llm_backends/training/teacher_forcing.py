@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from ..errors import InputError
 from ..local.causal_lm import PROBE_TOKENS, CausalLM
 from ..local.verification import (
     ROUGH_TOLERANCE,
@@ -184,7 +185,11 @@ def training_pass(lm: CausalLM) -> TrainingPass:
         key = config_key(lm.model)
         if key not in _FOUND:
             subject = lm if lm.in_float32 else miniature(lm)
-            _FOUND[key] = next(r for r in TRAINING_READINGS if r == "single" or _exact(subject, r, PROBE_TOKENS))
+            found = next((reading for reading in TRAINING_READINGS if _exact(subject, reading, PROBE_TOKENS)), None)
+            if found is None:
+                lm.training = None
+                raise InputError(f"{lm.name} cannot be trained: its hidden states do not give its own logits")
+            _FOUND[key] = found
         lm.training.reading = _FOUND[key]
     return lm.training
 
