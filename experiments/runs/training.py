@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -297,20 +296,6 @@ class Deadline:
         if results.get("status") == "stopped":
             raise OutOfTimeError
         return results
-
-
-def in_time(work: Callable[[Any, Console], Any]) -> Callable[[Any, Console], Any]:
-    """Decorates a command: if its time limit is reached, it prints so and returns ``{"status": "stopped"}``."""
-
-    @wraps(work)
-    def run(options: Any, console: Console) -> Any:
-        try:
-            return work(options, console)
-        except OutOfTimeError:
-            console.print(f"out of time: the same command goes on in {options.root}")
-            return {"status": "stopped"}
-
-    return run
 
 
 @dataclass
