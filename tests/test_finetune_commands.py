@@ -237,7 +237,8 @@ def test_bad_input_of_fine_tuning(tune, tmp_path, monkeypatch, options, message)
 def test_bad_input_of_evaluation(ask, tuned, tune, tmp_path, monkeypatch):
     run, chat = str(tuned[0]), tmp_path / "chat"
     finetune.run(tune(chat, limit=5), QUIET)
-    monkeypatch.setattr(evaluate, "_policy", _broken)
+    for name in ("policy_from", "LanguageModelPolicy"):
+        monkeypatch.setattr(evaluate, name, _broken)
     for options, message in [
         ({"policy": f"a={run},a={run}"}, "two arms called 'a'"),
         ({"policy": f"base={run}"}, "two arms called 'base'"),

@@ -15,9 +15,8 @@ from test_resume import command, journal_keys, run_with_kills
 
 from instructgym.envs.tasks.instruction.pool import InstructionPool, held_out, load_tasks
 from instructgym.experiments.cli import main
-from instructgym.experiments.refine_af import bootstrap as instruction_bootstrap
 from instructgym.experiments.refine_af import bootstrap as refine_af_bootstrap
-from instructgym.experiments.refine_af.bootstrap import Bootstrapper, BootstrapSettings, RefineAFBootstrap
+from instructgym.experiments.refine_af.bootstrap import Bootstrapper, RefineAFBootstrap
 from instructgym.experiments.runs.progress import Deadline
 from instructgym.llm_backends import BackendError, Completion, Journal, ScriptedBackend
 from instructgym.llm_backends.errors import InputError
@@ -124,7 +123,7 @@ SEEDS = load_tasks()
 
 def bootstrapper(*replies, style="completion", **settings):
     backend = Answers(*replies, style=style)
-    return Bootstrapper(InstructionPool(SEEDS), backend, backend, BootstrapSettings(batch=len(replies), **settings))
+    return Bootstrapper(InstructionPool(SEEDS), backend, backend, RefineAFBootstrap(batch=len(replies), **settings))
 
 
 @pytest.mark.parametrize("keep_cut", [False, True])
@@ -144,7 +143,7 @@ def test_a_chat_models_list_starts_with_its_number():
         _logprobs = ScriptedBackend.__mro__[1]._logprobs
 
     backend = Chat("Here:\n9. Count every ship in the harbour.", "1. Weigh a sack of wool.", "Perhaps.", style="chat")
-    maker = Bootstrapper(InstructionPool(SEEDS), backend, backend, BootstrapSettings(batch=2))
+    maker = Bootstrapper(InstructionPool(SEEDS), backend, backend, RefineAFBootstrap(batch=2))
     found = maker.instructions(0, 100)
     assert [row["instruction"] for row in found.accepted] == ["Count every ship in the harbour."]
     assert found.accepted[0]["is_classification"] is None and "Perhaps" in found.accepted[0]["task_type_error"]
@@ -199,8 +198,8 @@ def test_a_model_that_repeats_itself_ends_the_run_with_what_there_is(tmp_path):
     [
         ({"batch": 0}, "--batch must be at least 1"),
         ({"patience": 0}, "--patience must be at least 1"),
-        ({"rouge_threshold": 1.5}, "--rouge-threshold must be in"),
-        ({"top_p": 0.0}, "--top-p must be in"),
+        ({"rouge_threshold": 1.5}, "--rouge-threshold must be at most 1"),
+        ({"top_p": 0.0}, "--top-p must be above 0"),
         ({"temperature": -1.0}, "--temperature must not be negative"),
         ({"backend": "nobody"}, "nobody"),
         ({"seeds": "missing.jsonl"}, "cannot read seed file missing.jsonl"),
@@ -283,12 +282,13 @@ def test_requests_do_not_depend_on_the_batch_around_them():
         seen = []
         backend = bootstrapping()
         backend.reply = lambda prompt, sampling: seen.append((prompt, sampling)) or ""
-        maker = Bootstrapper(InstructionPool(SEEDS), backend, backend, BootstrapSettings(seed=5, batch=size))
+        maker = Bootstrapper(InstructionPool(SEEDS), backend, backend, RefineAFBootstrap(seed=5, batch=size))
         maker.instructions(3, 10)
+        maker.instances([task("Do it.", False)])
         return seen
 
-    assert asked(2) == asked(5)[:2]
-    assert instruction_bootstrap.instance_sampling(BootstrapSettings()).temperature == 0
+    assert asked(2)[:2] == asked(5)[:2] and asked(2)[-1] == asked(5)[-1]
+    assert asked(2)[-1][1].temperature == 0, "instances are decoded greedily"
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
 from ...llm_backends.training.adapters import LoraSettings
 from ...rewards import FunctionReward, WeightedSum
-from ..runs.options import Scale, check_counts, input_errors, parse_reward
+from ..runs.options import Count, Scale, input_errors, parse_reward
 from ..runs.report import plot_instance_training
 from ..runs.statistics import known_mean
 from ..runs.training import Run, run_stage, tokenizer_of
@@ -50,19 +50,18 @@ class RefineAFTrain(InstanceOptions):
     """Number of updates. 0: by --scale, 4 or 80."""
     batch_size: int = 0
     """Instances per update. 0: by --scale, 16 or 48."""
-    epochs: int = 2
+    epochs: Count = 2
     """Passes over the instances of an update."""
     learning_rate: float = 3e-4
     """Peak learning rate (cosine schedule, 10% warm-up)."""
     kl_coefficient: float = 0.01
     """Weight of the KL penalty to the base model. With the default, a KL of a few nats costs about as much as the
     quality reward gives, which is of the order of 0.1."""
-    lora_rank: int = 16
+    lora_rank: Count = 16
     """Rank of the LoRA adapters."""
 
     def check(self) -> None:
         super().check()
-        check_counts(self, "epochs", "lora_rank")
         # The quality reward and the format rate are terms of the reward already.
         for name in self.logged:
             if name in (QUALITY, FORMAT) or not re.fullmatch(r"[\w.:-]+", name):
@@ -133,21 +132,15 @@ def run(options: RefineAFTrain, console: Console | None = None) -> dict[str, Any
         opened.learn(agent, updates, "ppo on instances")
         # Out of time, or a helper process of a distributed training: only the main process saves the policy.
         policy.save(opened.folder.file("policy", "policy.json").parent)
-        return _finish(opened, agent, console)
+        rows = read_records(opened.folder.path / "metrics.jsonl")
+        opened.tracker.image("training", plot_instance_training(rows, opened.folder.file("figures", "training.png")))
+        metrics = learned(rows)
+        shown = (f"{name} {value:.3f}" for name, value in metrics.items() if value is not None)
+        console.print("  ".join(shown), highlight=False)
+        counts = {"updates": agent.updates, "tokens": agent.num_timesteps, "episodes": agent.episodes}
+        return opened.finish(metrics, counts)
 
     return run_stage(options, "refine-af train", console, work, prompts=prompts_digest(examples))
-
-
-def _finish(opened: Run, agent: TokenPPO, console: Console) -> dict[str, Any]:
-    """Draws the figure, writes and prints the results, and returns them."""
-    rows = read_records(opened.folder.path / "metrics.jsonl")
-    opened.tracker.image("training", plot_instance_training(rows, opened.folder.file("figures", "training.png")))
-    counts = {"updates": agent.updates, "tokens": agent.num_timesteps, "episodes": agent.episodes}
-    results = opened.folder.finish(learned(rows), counts | {"seconds": opened.seconds})
-    opened.tracker.summary(results["metrics"])
-    shown = (f"{name} {value:.3f}" for name, value in results["metrics"].items() if value is not None)
-    console.print("  ".join(shown), highlight=False)
-    return results
 
 
 def learned(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
@@ -160,10 +153,11 @@ def learned(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
         Means by ``reward``, ``format_rate`` or ``kl`` with ``_first`` or ``_last``; None where no row has a value.
     """
     keys = {"reward": "rollout/reward", "format_rate": f"rollout/terms/{FORMAT}", "kl": "train/kl"}
-    means: dict[str, float | None] = {}
     # At most half of the updates, so that first and last updates do not overlap.
     count = min(ENDS, len(rows) // 2)
-    for name, key in keys.items():
-        for end, part in (("first", rows[:count]), ("last", rows[len(rows) - count :])):
-            means[f"{name}_{end}"] = known_mean(row.get(key) for row in part)
-    return means
+    ends = {"first": rows[:count], "last": rows[len(rows) - count :]}
+    return {
+        f"{name}_{end}": known_mean(row.get(key) for row in part)
+        for name, key in keys.items()
+        for end, part in ends.items()
+    }

@@ -244,8 +244,6 @@ class Run:
             )
 
 
-
-
 @dataclass
 class TrainingOptions(RunOptions):
     """Options of all stages that train a model or evaluate a trained one."""

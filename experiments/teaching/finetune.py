@@ -29,7 +29,7 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.local.tokenization import Tokenizer
 from ...llm_backends.training.adapters import LoraSettings
 from ..runs.folder import write_once
-from ..runs.options import check_counts
+from ..runs.options import Count, Positive
 from ..runs.training import Run, TrainingOptions, run_stage, tokenizer_of
 
 TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
@@ -53,24 +53,21 @@ class Finetune(TrainingOptions):
     layout: Literal["chat", "plain", "alpaca"] = "chat"
     """How requests are written. chat: in the model's chat template; plain: as a text to continue; alpaca: as in
     Stanford Alpaca."""
-    epochs: int = 3
+    epochs: Count = 3
     """Passes over the training rows."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Rows per optimiser step."""
-    learning_rate: float = 2e-4
+    learning_rate: Positive = 2e-4
     """Peak learning rate (cosine schedule, 10% warm-up)."""
     lora_rank: int = 16
     """Rank of the LoRA adapter. 0: train all weights."""
-    context_length: int = 512
+    context_length: Count = 512
     """Maximum tokens of request and response together; longer rows are dropped and counted."""
 
     def check(self) -> None:
         super().check()
-        check_counts(self, "epochs", "batch_size", "context_length")
         if not self.data:
             raise InputError("--data is missing: name a data set (JSONL, JSON or Parquet)")
-        if not self.learning_rate:
-            raise InputError("--learning-rate must be above 0")
         if self.holdout > 1 and self.holdout % 1:
             raise InputError(f"--holdout must be a share below 1 or a whole number, got {self.holdout}")
 
@@ -208,20 +205,15 @@ def run(options: Finetune, console: Console | None = None) -> dict[str, Any]:
         opened.supervised(trainer, training_rows, f"fine-tuning on {Path(options.data).name}")
         # Out of time, or a helper process of a distributed training: only the main process saves the policy.
         policy.save(opened.folder.file("policy", "policy.json").parent)
-        results = opened.folder.finish(
-            {"loss": trainer.loss},
-            {
-                "train": len(rows.train),
-                "held_out": len(rows.held_out),
-                "unused": rows.unused,
-                "dropped": {"too long": rows.too_long, "duplicates": data.duplicates},
-                "response_tokens": sum(len(row.response) for row in training_rows),
-                "steps": trainer.steps,
-                "seconds": opened.seconds,
-            },
-        )
-        opened.tracker.summary(results["metrics"])
         console.print(f"trained on {len(training_rows)} rows in {opened.seconds:.0f} s, loss {trainer.loss:.3f}")
-        return results
+        counts = {
+            "train": len(rows.train),
+            "held_out": len(rows.held_out),
+            "unused": rows.unused,
+            "dropped": {"too long": rows.too_long, "duplicates": data.duplicates},
+            "response_tokens": sum(len(row.response) for row in training_rows),
+            "steps": trainer.steps,
+        }
+        return opened.finish({"loss": trainer.loss}, counts)
 
     return run_stage(options, "finetune", console, work)

@@ -15,8 +15,8 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
 from ..runs.folder import read_json
 from ..runs.report import COLOURS, panels, percent, write_report
-from ..runs.statistics import PairedComparison, compare_paired, macro_interval
-from .evaluate import BASE
+from ..runs.statistics import compare_paired, macro_interval
+from .evaluate import BASE, comparison_rows
 
 ATTACK = "calibrated"
 """The attack that the table shows: the base model's loss minus the model's own."""
@@ -91,10 +91,11 @@ def write_teaching_report(
     base, first, *others = arms = _gather(root, models)
     # Compare every data set with the base model, and with the first data set.
     pairs = {
-        (arm.name, reference.name): compare_paired(arm.tasks, reference.tasks)
-        for reference, compared in ((base, [first, *others]), (first, others))
-        for arm in compared
+        (arm.name, other.name): compare_paired(arm.tasks, other.tasks)
+        for other, rest in ((base, [first, *others]), (first, others))
+        for arm in rest
     }
+    named = {f"{name} against {other}": pair for (name, other), pair in pairs.items()}
     seeds = len(first.seeds)
     notes = [
         f"Zero-shot ROUGE-L (percent) on {len(base.tasks)} held-out tasks, greedy; for fine-tuned models the mean "
@@ -113,7 +114,7 @@ def write_teaching_report(
     }
     write_report(
         root / "report",
-        [("", rows) for rows in (_score_rows(arms), _pair_rows(pairs), _cost_rows(costs))],
+        [("", rows) for rows in (_score_rows(arms), comparison_rows(named, "task by task"), _cost_rows(costs))],
         console,
         title,
         notes,
@@ -159,20 +160,6 @@ def _score_rows(arms: Sequence[ArmResult]) -> list[list[str]]:
                 "{:.2f} ({:.2f} to {:.2f})".format(*arm.auc) if arm.auc else "",
             ]
             for arm in arms
-        ),
-    ]
-
-
-def _pair_rows(pairs: Mapping[tuple[str, str], PairedComparison]) -> list[list[str]]:
-    return [
-        ["task by task", "won", "tied", "lost", "difference (95%)"],
-        *(
-            [
-                f"{first} against {second}",
-                *(f"{100 * share:.0f}%" for share in pair.shares.values()),
-                percent(pair.difference, pair.low, pair.high, "+.1f"),
-            ]
-            for (first, second), pair in pairs.items()
         ),
     ]
 
