@@ -129,12 +129,10 @@ def split_rows(lengths: Sequence[int], options: Finetune) -> RowSplit:
     withheld = round(options.holdout * len(order)) if options.holdout < 1 else int(options.holdout)
     left = len(order) - withheld
     if left < max(options.limit, 1):
+        kept = f"; --holdout {options.holdout:g} withholds {withheld} and leaves {max(left, 0)}" if withheld else ""
         reason = f"--limit {options.limit} needs as many" if options.limit else "none may be withheld"
         raise InputError(
-            f"{options.data} has {len(order)} usable rows of {len(lengths)}; --holdout {options.holdout:g} withholds "
-            f"{withheld} and leaves {max(left, 0)}, but {reason}"
-            if withheld
-            else f"{options.data} has {len(order)} usable rows of {len(lengths)}, but {reason}: lower it, or make more"
+            f"{options.data} has {len(order)} usable rows of {len(lengths)}{kept}, but {reason}: lower it, or make more"
         )
     train = sorted(order[withheld:][: options.limit or None])
     return RowSplit(train, sorted(order[:withheld]), len(lengths) - len(order), left - len(train))
