@@ -120,7 +120,7 @@ def test_a_stopped_training_goes_on_where_it_stood(train, trained, tmp_path, mon
 
 
 def test_a_finished_training_is_left_alone(train, trained, monkeypatch):
-    monkeypatch.setattr(refine_af_train, "LanguageModelPolicy", None)
+    monkeypatch.setattr(refine_af_train, "new_policy", None)
     assert refine_af_train.run(train(trained), QUIET)["counts"]["updates"] == 3
 
 
@@ -145,14 +145,14 @@ def test_scale_fills_what_is_left_open(train, tmp_path):
     ],
 )
 def test_bad_options_are_refused_before_a_model_is_loaded(options, message, train, tmp_path, monkeypatch):
-    monkeypatch.setattr(refine_af_train, "LanguageModelPolicy", None)
+    monkeypatch.setattr(refine_af_train, "new_policy", None)
     with pytest.raises(InputError, match=message):
         refine_af_train.run(train(tmp_path / "run", **options), QUIET)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_dry_run_makes_nothing(train, tmp_path, monkeypatch):
-    monkeypatch.setattr(refine_af_train, "LanguageModelPolicy", None)
+    monkeypatch.setattr(refine_af_train, "new_policy", None)
     assert refine_af_train.run(train(tmp_path / "run", dry_run=True), QUIET) == {}
     assert not (tmp_path / "run").exists()
 

@@ -125,9 +125,10 @@ def test_seeds_are_averaged_task_by_task(taught, tmp_path):
 
 def test_a_finished_stage_is_kept(taught, monkeypatch):
     options, _ = taught
-    for module in ("finetune", "evaluate", "privacy"):
+    monkeypatch.setattr("instructgym.experiments.teaching.finetune.new_policy", None)
+    for module in ("evaluate", "privacy"):
         monkeypatch.setattr(f"instructgym.experiments.teaching.{module}.LanguageModelPolicy", None)
-        monkeypatch.setattr(f"instructgym.experiments.teaching.{module}.policy_from", None, raising=False)
+        monkeypatch.setattr(f"instructgym.experiments.teaching.{module}.policy_from", None)
     written = {path: path.read_bytes() for path in options.root.glob("*/**/*.json*")}
     assert {"finetune", "evaluate"} <= {path.relative_to(options.root).parts[0] for path in written}
     finetune(options)

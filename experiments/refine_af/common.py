@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import gymnasium as gym
-
 from ...envs.tasks.instruction.instance_prompts import OWN, instance_prompts, read_response
 from ...envs.tasks.instruction.pool import DEMONSTRATIONS, evaluation_split, load_tasks
 from ...envs.tokens.episode import PromptExample
@@ -15,6 +13,7 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.local.tokenization import Tokenizer
 from ...rewards import Sample
 from ..runs.options import Count, Positive, input_errors, named, parse_reward
+from ..runs.responses import check_prompts
 from ..runs.training import TrainingOptions, digest
 
 ENV_ID = "instructgym/GenerateInstance-v0"
@@ -77,10 +76,7 @@ class InstanceOptions(TrainingOptions):
             examples = [example for example in examples if example.metadata["instruction"] not in hidden]
         if not examples:
             raise InputError(f"{self.instructions or 'the package'} has no instruction for this stage: add some")
-        # Making the env checks the lengths of all prompts.
-        gym.make_vec(
-            ENV_ID, num_envs=1, examples=examples, tokenizer=tokenizer, reward=well_formed, **self.env_options()
-        ).close()
+        check_prompts(ENV_ID, examples, tokenizer, reward=well_formed, **self.env_options())
         return examples
 
     def env_options(self) -> dict[str, Any]:

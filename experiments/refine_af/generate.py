@@ -98,11 +98,6 @@ def run(options: RefineAFGenerate, console: Console | None = None) -> dict[str, 
     with input_errors():
         reward = resolve("reward", options.reward_part() if options.reward else no_reward)
     total = len(examples) * options.samples
-    if options.dry_run:
-        console.print(f"would write {total} instances of {len(examples)} instructions into {options.target}")
-        return {}
-    # A run is resumed only with the same prompts and, for a policy, the same weights.
-    weights: dict[str, Any] = {"weights": weights_digest(start)} if start is not None else {}
 
     def work(opened: Run) -> dict[str, Any]:
         if start is None:
@@ -154,7 +149,10 @@ def run(options: RefineAFGenerate, console: Console | None = None) -> dict[str, 
         }
         return opened.finish(_metrics(options, written, accepted, reasons), counts)
 
-    return run_stage(options, "refine-af generate", console, work, False, prompts=prompts_digest(examples), **weights)
+    # A run is resumed only with the same prompts and, for a policy, the same weights.
+    identity = {"prompts": prompts_digest(examples)} | ({} if start is None else {"weights": weights_digest(start)})
+    plan = f"write {total} instances of {len(examples)} instructions into {options.target}"
+    return run_stage(options, "refine-af generate", console, work, distributed=False, plan=plan, **identity)
 
 
 def _check_training(options: RefineAFGenerate) -> None:

@@ -11,20 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import gymnasium as gym
 from rich.console import Console
 
-from ...agents.policy.language_model import LanguageModelPolicy
-from ...agents.policy_gradient.ppo import TokenPPO
 from ...llm_backends import resolve
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
-from ...llm_backends.training.adapters import LoraSettings
 from ...rewards import FunctionReward, WeightedSum
 from ..runs.options import Count, Scale, input_errors, parse_reward
 from ..runs.report import plot_instance_training
 from ..runs.statistics import known_mean
-from ..runs.training import Run, run_stage, tokenizer_of
+from ..runs.training import Run, new_policy, ppo_agent, run_stage, tokenizer_of
 from .common import ENV_ID, QUALITY, InstanceOptions, prompts_digest, well_formed
 
 SIZES = {"smoke": (4, 16), "report": (80, 48)}
@@ -97,50 +93,21 @@ def run(options: RefineAFTrain, console: Console | None = None) -> dict[str, Any
     examples = options.prompts("train", tokenizer_of(options.model))
     with input_errors():
         reward = options.rewards()
-    if options.dry_run:
-        console.print(f"would train {updates} updates of {batch} on {len(examples)} instructions, in {options.run_dir}")
-        return {}
 
     def work(opened: Run) -> dict[str, Any]:
-        policy = LanguageModelPolicy(
-            options.model,
-            LoraSettings(rank=options.lora_rank),
-            temperature=options.temperature,
-            dtype=options.dtype,
-            seed=options.seed,
-        )
-        # One sub-environment per instance of an update.
-        env = gym.make_vec(
-            ENV_ID,
-            num_envs=batch,
-            examples=examples,
-            tokenizer=policy.tokenizer,
-            reward=reward,
-            **options.env_options(),
-        )
-        agent = TokenPPO(
-            env,
-            policy,
-            options.seed,
-            learning_rate=options.learning_rate,
-            schedule="cosine",
-            warmup=0.1,
-            epochs=options.epochs,
-            kl_coefficient=options.kl_coefficient,
-            token_budget=options.token_budget,
-        )
+        policy = new_policy(options, temperature=options.temperature)
+        agent = ppo_agent(options, policy, ENV_ID, batch, examples, reward)
         opened.learn(agent, updates, "ppo on instances")
-        # Out of time, or a helper process of a distributed training: only the main process saves the policy.
-        policy.save(opened.folder.file("policy", "policy.json").parent)
+        opened.save_policy(policy)
         rows = read_records(opened.folder.path / "metrics.jsonl")
         opened.tracker.image("training", plot_instance_training(rows, opened.folder.file("figures", "training.png")))
         metrics = learned(rows)
-        shown = (f"{name} {value:.3f}" for name, value in metrics.items() if value is not None)
-        console.print("  ".join(shown), highlight=False)
+        opened.show(metrics)
         counts = {"updates": agent.updates, "tokens": agent.num_timesteps, "episodes": agent.episodes}
         return opened.finish(metrics, counts)
 
-    return run_stage(options, "refine-af train", console, work, prompts=prompts_digest(examples))
+    plan = f"train {updates} updates of {batch} on {len(examples)} instructions"
+    return run_stage(options, "refine-af train", console, work, plan=plan, prompts=prompts_digest(examples))
 
 
 def learned(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

@@ -193,9 +193,6 @@ def run(options: Evaluate, console: Console | None = None) -> dict[str, Any]:
     for name, count in seen.items():
         if count:
             console.print(f"warning: {name} was trained on {count} of the {len(requests)} requests", style="yellow")
-    if options.dry_run:
-        console.print(f"would answer {len(requests)} instances by {', '.join(arm.name for arm in arms)}")
-        return {}
 
     def work(opened: Run) -> dict[str, Any]:
         rows = _score(requests, {arm.name: _answers(opened, arm, layout, requests, options) for arm in arms})
@@ -233,7 +230,8 @@ def run(options: Evaluate, console: Console | None = None) -> dict[str, Any]:
 
     # A run is resumed only with the same weights: stored responses belong to them.
     weights = digest([weights_digest(arm.policy) for arm in arms if arm.policy])
-    return run_stage(options, "evaluate", console, work, distributed=False, weights=weights)
+    plan = f"answer {len(requests)} instances by {', '.join(arm.name for arm in arms)}"
+    return run_stage(options, "evaluate", console, work, distributed=False, plan=plan, weights=weights)
 
 
 def _fitting(
@@ -243,9 +241,7 @@ def _fitting(
     fits = np.ones(len(questions), dtype=bool)
     # Arms with one base model share its tokenizer.
     for model in dict.fromkeys(arm.model for arm in arms):
-        tokenizer = tokenizer_of(model)
-        if tokenizer.context_length < options.context_length:
-            raise InputError(f"{model} reads {tokenizer.context_length} tokens: set --context-length to that or less")
+        tokenizer = tokenizer_of(model, options.context_length)
         prompts = tokenizer.encode_batch([prompt_text(item.request, layout, tokenizer) for item in questions])
         fits &= [len(ids) + options.max_tokens <= options.context_length for ids in prompts]
     return [question for question, fit in zip(questions, fits, strict=True) if fit]

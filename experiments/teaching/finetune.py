@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from rich.console import Console
 
-from ...agents.policy.language_model import LanguageModelPolicy
 from ...agents.supervised.sft import SFT, TokenizedDemonstration
 from ...envs.tasks.instruction.data import (
     OPENINGS,
@@ -27,10 +26,17 @@ from ...envs.tasks.instruction.data import (
 from ...llm_backends import request_seed
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.tokenization import Tokenizer
-from ...llm_backends.training.adapters import LoraSettings
 from ..runs.folder import write_once
-from ..runs.options import Count, Positive
-from ..runs.training import Run, TrainingOptions, run_stage, tokenizer_of
+from ..runs.options import Count, Positive, Required
+from ..runs.training import (
+    Run,
+    TrainingOptions,
+    new_policy,
+    run_stage,
+    tokenized_demonstrations,
+    tokenizer_of,
+    trainer_settings,
+)
 
 TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
 """Files of the run folder: the rows trained on, and those withheld from training."""
@@ -40,7 +46,7 @@ TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
 class Finetune(TrainingOptions):
     """Fine-tune a language model on instruction data; the loss is on the responses alone."""
 
-    data: str = ""
+    data: Annotated[str, Required("a data set (JSONL, JSON or Parquet)")] = ""
     """File of the data set: JSONL, JSON or Parquet with instruction, input and output (or messages, or Self-Instruct's
     instances)."""
     model: str = "embedded"
@@ -66,8 +72,6 @@ class Finetune(TrainingOptions):
 
     def check(self) -> None:
         super().check()
-        if not self.data:
-            raise InputError("--data is missing: name a data set (JSONL, JSON or Parquet)")
         if self.holdout > 1 and self.holdout % 1:
             raise InputError(f"--holdout must be a share below 1 or a whole number, got {self.holdout}")
 
@@ -85,15 +89,8 @@ def demonstrations(
     Raises:
         InputError: if the tokenizer has no end-of-sequence token or, for the layout ``chat``, no chat template.
     """
-    if not tokenizer.eos_ids:
-        raise InputError(f"the tokenizer of {tokenizer.name} has no EOS token, by which responses could end")
-    # A tokenizer may have several end-of-sequence tokens: always take the same one.
-    end = min(tokenizer.eos_ids)
-    prompts = tokenizer.encode_batch([prompt_text(example, layout, tokenizer) for example in examples])
-    return [
-        TokenizedDemonstration(ids, [*tokenizer.encode_continuation(f"{OPENINGS[layout]}{example.output}"), end])
-        for ids, example in zip(prompts, examples, strict=True)
-    ]
+    prompts = [prompt_text(example, layout, tokenizer) for example in examples]
+    return tokenized_demonstrations(prompts, [f"{OPENINGS[layout]}{example.output}" for example in examples], tokenizer)
 
 
 @dataclass(frozen=True)
@@ -150,11 +147,7 @@ def usable_rows(options: Finetune) -> int:
 def _read(options: Finetune) -> tuple[InstructionData, list[TokenizedDemonstration]]:
     """Returns the data set, and its rows as token ids."""
     data = read_instruction_data(options.data, "--data")
-    tokenizer = tokenizer_of(options.model)
-    if tokenizer.context_length < options.context_length:
-        raise InputError(
-            f"{options.model} reads {tokenizer.context_length} tokens: set --context-length to that or less"
-        )
+    tokenizer = tokenizer_of(options.model, options.context_length)
     return data, demonstrations(data.examples, options.layout, tokenizer)
 
 
@@ -175,34 +168,16 @@ def run(options: Finetune, console: Console | None = None) -> dict[str, Any]:
     options.check()
     data, tokenized = _read(options)
     rows = split_rows(_lengths(tokenized), options)
-    if options.dry_run:
-        console.print(
-            f"would train on {len(rows.train)} rows of {options.data} and withhold {len(rows.held_out)}, in "
-            f"{options.run_dir}"
-        )
-        return {}
 
     def work(opened: Run) -> dict[str, Any]:
         # Written before training: a resumed run raises an error if the data have changed.
         for name, numbers in ((TRAIN, rows.train), (HELD_OUT, rows.held_out)):
             write_once(opened.folder.file(name), [data.examples[i].row() for i in numbers])
-        policy = LanguageModelPolicy(
-            options.model, LoraSettings(rank=options.lora_rank), value="shared", dtype=options.dtype, seed=options.seed
-        )
-        trainer = SFT(
-            policy,
-            options.seed,
-            learning_rate=options.learning_rate,
-            schedule="cosine",
-            warmup=0.1,
-            batch_size=options.batch_size,
-            epochs=options.epochs,
-            token_budget=options.token_budget,
-        )
+        policy = new_policy(options, value="shared")
+        trainer = SFT(policy, options.seed, **trainer_settings(options, "batch_size"))
         training_rows = [tokenized[i] for i in rows.train]
         opened.supervised(trainer, training_rows, f"fine-tuning on {Path(options.data).name}")
-        # Out of time, or a helper process of a distributed training: only the main process saves the policy.
-        policy.save(opened.folder.file("policy", "policy.json").parent)
+        opened.save_policy(policy)
         console.print(f"trained on {len(training_rows)} rows in {opened.seconds:.0f} s, loss {trainer.loss:.3f}")
         counts = {
             "train": len(rows.train),
@@ -214,4 +189,5 @@ def run(options: Finetune, console: Console | None = None) -> dict[str, Any]:
         }
         return opened.finish({"loss": trainer.loss}, counts)
 
-    return run_stage(options, "finetune", console, work)
+    plan = f"train on {len(rows.train)} rows of {options.data} and withhold {len(rows.held_out)}"
+    return run_stage(options, "finetune", console, work, plan=plan)

@@ -104,10 +104,6 @@ def run(options: Privacy, console: Console | None = None) -> dict[str, Any]:
     arms = [_attacked(options, arm) for arm in find_arms(options.policy) if arm.policy]
     if not arms:
         raise InputError("--policy is missing: name the run folder of a fine-tuning")
-    if options.dry_run:
-        for attacked in arms:
-            console.print(f"would score {len(attacked.rows)} rows by {attacked.arm.policy}, in {options.run_dir}")
-        return {}
 
     def work(opened: Run) -> dict[str, Any]:
         scores = _scores(options, opened, arms)
@@ -121,7 +117,8 @@ def run(options: Privacy, console: Console | None = None) -> dict[str, Any]:
         return results
 
     weights = digest([attacked.weights for attacked in arms])
-    return run_stage(options, "privacy", console, work, distributed=False, weights=weights)
+    plan = "score " + ", ".join(f"{len(attacked.rows)} rows by {attacked.arm.policy}" for attacked in arms)
+    return run_stage(options, "privacy", console, work, distributed=False, plan=plan, weights=weights)
 
 
 def _attacked(options: Privacy, arm: Arm) -> _AttackedArm:
