@@ -276,6 +276,7 @@ def run_stage(
     work: Callable[[Run], dict[str, Any]],
     distributed: bool = True,
     save_every: int = 5,
+    plan: str = "",
     **identity: Any,
 ) -> dict[str, Any]:
     """Runs the work of a command in its run folder, or returns the stored results of a finished run.
@@ -287,6 +288,7 @@ def run_stage(
         work: does the work and returns the results, which it has written with ``folder.finish``.
         distributed: whether several processes can share the work.
         save_every: number of updates between checkpoints.
+        plan: what a dry run prints, if the command leaves it to this function.
         **identity: further values that a run must have in common with the run it resumes: digests of data and weights
             that the options only name.
 
@@ -301,12 +303,16 @@ def run_stage(
     if processes.count > 1 and not distributed:
         raise InputError(f"'{command}' runs in one process: start it without torchrun or accelerate")
     path, config = Path(options.run_dir), asdict(options) | identity
-    if (results := RunFolder(path, config, command).finished(console)) is not None:
+    folder = RunFolder(path, config, command)
+    if options.dry_run:
+        console.print(plan)
+        return {}
+    if (results := folder.finished(console)) is not None:
         return results
     # The main process writes the run; the others have a scratch folder within it.
     if not processes.is_main:
         path, console = path / "ranks" / str(processes.index), Console(quiet=True)
-    folder = RunFolder(path, config, command)
+        folder = RunFolder(path, config, command)
     with folder.opened(), Tracker(folder, options.track if processes.is_main else "none") as tracker:
         checkpoints = Path(options.run_dir) / "checkpoints"
         try:
