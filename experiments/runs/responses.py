@@ -80,6 +80,7 @@ def respond(
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
     responses: dict[int, Response] = {}
     generation = env.generation
+    sampling = Sampling(generation.max_tokens, temperature, stop=generation.stop)
     for start in range(0, len(order), copies):
         chunk = order[start : start + copies]
         mask = np.arange(copies) < len(chunk)
@@ -87,15 +88,7 @@ def respond(
         index = np.array([chunk[min(i, len(chunk) - 1)] for i in range(copies)])
         env.reset(seed=request_seed(seed, "env") if not start else None, options={"index": index})
         prompts, constraints = env.prompts(), env.constraints()
-        samplings = [
-            Sampling(
-                max_tokens=generation.max_tokens,
-                temperature=temperature,
-                stop=generation.stop,
-                seed=request_seed(seed, "evaluate", i),
-            )
-            for i in chunk
-        ]
+        samplings = [sampling.with_seed(request_seed(seed, "evaluate", i)) for i in chunk]
         completions = policy.generate(prompts[: len(chunk)], samplings, constraints[: len(chunk)], generation.eos_ids)
         written = [np.array(c[0].token_ids, np.int32) for c in completions]
         played = env.play([*written, *[[]] * (copies - len(chunk))], mask)

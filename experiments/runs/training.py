@@ -301,19 +301,20 @@ def run_stage(
         InputError: if the folder holds another run or is in use, or there are several processes and the command runs in
             one.
     """
-    if options.dry_run:
-        console.print(f"would {plan}, in {options.run_dir}")
-        return {}
     processes = Processes()
     if processes.count > 1 and not distributed:
         raise InputError(f"'{command}' runs in one process: start it without torchrun or accelerate")
     path, config = Path(options.run_dir), asdict(options) | identity
-    if (results := RunFolder(path, config, command).finished(console)) is not None:
+    folder = RunFolder(path, config, command)
+    if options.dry_run:
+        console.print(f"would {plan}, in {path}")
+        return {}
+    if (results := folder.finished(console)) is not None:
         return results
     # The main process writes the run; the others have a scratch folder within it.
     if not processes.is_main:
         path, console = path / "ranks" / str(processes.index), Console(quiet=True)
-    folder = RunFolder(path, config, command)
+        folder = RunFolder(path, config, command)
     with folder.opened(), Tracker(folder, options.track if processes.is_main else "none") as tracker:
         checkpoints = Path(options.run_dir) / "checkpoints"
         try:
