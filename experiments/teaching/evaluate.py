@@ -28,7 +28,7 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records, write_lines
 from ...rewards import Sample, Score
 from ..runs.folder import read_json, write_json
-from ..runs.options import Count
+from ..runs.options import Count, named
 from ..runs.report import COLOURS, panels, percent, rich_table
 from ..runs.responses import respond
 from ..runs.statistics import (
@@ -108,9 +108,8 @@ def find_arms(policy: str, model: str = "") -> list[Arm]:
     """
     arms: list[Arm] = []
     for piece in filter(None, (text.strip() for text in policy.split(","))):
-        named = re.fullmatch(r"([\w.-]+)=(.+)", piece)
-        run = named[2] if named else piece
-        name = named[1] if named else Path(run).resolve().name
+        match = re.fullmatch(r"([\w.-]+)=(.+)", piece)
+        name, run = match.groups() if match else (Path(piece).resolve().name, piece)
         if not re.fullmatch(r"[\w.-]+", name):
             raise InputError(f"--policy {piece}: {name!r} cannot name an arm, write NAME={run}")
         if name == BASE or name in {arm.name for arm in arms}:
@@ -273,15 +272,8 @@ def _answers(
         chunk = questions[start : start + CHUNK]
         tokenizer = loaded[0].tokenizer
         examples = [PromptExample(item.id, prompt_text(item.request, layout, tokenizer)) for item in chunk]
-        responses = respond(
-            loaded[0],
-            ENV_ID,
-            examples,
-            temperature=0.0,
-            reward=no_reward,
-            max_tokens=options.max_tokens,
-            context_length=options.context_length,
-        )
+        lengths = named(options, "max_tokens", "context_length")
+        responses = respond(loaded[0], ENV_ID, examples, temperature=0.0, reward=no_reward, **lengths)
         return [
             {
                 "id": item.id,
