@@ -119,7 +119,7 @@ def run(options: EvolveCompare, console: Console | None = None) -> dict[str, Any
         console or Console(),
         work,
         distributed=False,
-        plan=f"would run {', '.join(options.arms)} on {options.repeats} seeds, {options.budget} calls each",
+        plan=f"run {', '.join(options.arms)} on {options.repeats} seeds, {options.budget} calls each",
         **identity(options, instructions),
     )
 

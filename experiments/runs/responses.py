@@ -1,4 +1,7 @@
-"""Evaluation rollouts of a policy: one response per example, generated and scored through the environment."""
+"""Evaluation rollouts of a policy: one response per example, generated and scored through the environment.
+
+:func:`check_prompts` checks the examples before a model is loaded.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import numpy as np
 
 from ...agents.policy.language_model import LanguageModelPolicy
 from ...envs.tokens.episode import PromptExample
-from ...llm_backends import Sampling, request_seed
+from ...llm_backends import Sampling, Tokenizer, request_seed
 
 COPIES = 64
 """Largest number of sub-environments, and so of responses that are generated at once."""
@@ -33,6 +36,22 @@ class Response:
     """The env's reward, summed over the tokens."""
     valid: bool
     """False if the env got no valid score and imputed the reward."""
+
+
+def check_prompts(env_id: str, examples: Sequence[PromptExample], tokenizer: Tokenizer, **env_options: Any) -> None:
+    """Checks that every prompt leaves room for a response within the context length of an environment.
+
+    Args:
+        env_id: id of a token environment that takes ``examples`` and ``tokenizer``.
+        examples: the prompts.
+        tokenizer: tokenizer of the policy's model.
+        **env_options: further arguments of the environment.
+
+    Raises:
+        InputError: if a prompt does not; the message names it.
+    """
+    # The environment checks the lengths when it is built.
+    gym.make_vec(env_id, num_envs=1, examples=list(examples), tokenizer=tokenizer, **env_options).close()
 
 
 def respond(
