@@ -301,14 +301,14 @@ def run_stage(
         InputError: if the folder holds another run or is in use, or there are several processes and the command runs in
             one.
     """
-    processes = Processes()
-    if processes.count > 1 and not distributed:
-        raise InputError(f"'{command}' runs in one process: start it without torchrun or accelerate")
     path, config = Path(options.run_dir), asdict(options) | identity
     folder = RunFolder(path, config, command)
     if options.dry_run:
-        console.print(f"would {plan}, in {path}")
+        console.print(f"would {plan}, in {options.run_dir}")
         return {}
+    processes = Processes()
+    if processes.count > 1 and not distributed:
+        raise InputError(f"'{command}' runs in one process: start it without torchrun or accelerate")
     if (results := folder.finished(console)) is not None:
         return results
     # The main process writes the run; the others have a scratch folder within it.
