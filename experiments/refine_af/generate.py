@@ -150,7 +150,9 @@ def run(options: RefineAFGenerate, console: Console | None = None) -> dict[str, 
         return opened.finish(_metrics(options, written, accepted, reasons), counts)
 
     # A run is resumed only with the same prompts and, for a policy, the same weights.
-    identity = {"prompts": prompts_digest(examples)} | ({} if start is None else {"weights": weights_digest(start)})
+    identity: dict[str, Any] = {"prompts": prompts_digest(examples)}
+    if start is not None:
+        identity["weights"] = weights_digest(start)
     plan = f"write {total} instances of {len(examples)} instructions into {options.target}"
     return run_stage(options, "refine-af generate", console, work, distributed=False, plan=plan, **identity)
 
