@@ -121,9 +121,8 @@ class EvolveRun(EvolveStageOptions):
 
     def prepare(self) -> None:
         # The seeds of the data are the tasks that are not held out for evaluation.
-        tasks = load_tasks(self.seeds or None)
         with input_errors():
-            shown, _ = evaluation_split(tasks, self.num_held_out)
+            shown, _ = evaluation_split(load_tasks(self.seeds or None), self.num_held_out)
         write_once(self.root / "seeds.jsonl", [task.row() for task in shown])
 
     def stages(self) -> list[StudyStage]:

@@ -209,9 +209,8 @@ def _seed_rows(options: RefineAFGenerate) -> list[dict[str, Any]]:
     """
     if not options.seeds:
         return []
-    tasks = load_tasks(options.seeds)
     with input_errors():
-        shown, _ = evaluation_split(tasks, options.held_out)
+        shown, _ = evaluation_split(load_tasks(options.seeds), options.held_out)
     rows = [
         {"id": task.id, "instruction": task.instruction, "source": "seed"} | asdict(instance)
         for task in shown
