@@ -26,7 +26,7 @@ from ..runs.progress import StepProgress
 from ..runs.report import markdown, rich_table
 from ..runs.training import Run, run_stage
 from .generator import GenerationOptions, InstructionGenerator, generation_env
-from .plots import over_seeds, plot_comparison
+from .plots import Runs, over_seeds, plot_comparison
 from .train import EnvOptions, EvolveTrain, check_context, identity, load_seeds, make_env, roles_of
 from .train import run as train
 
@@ -192,7 +192,7 @@ def _arm(
     return result
 
 
-def _report(options: EvolveCompare, opened: Run, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+def _report(options: EvolveCompare, opened: Run, results: Runs) -> dict[str, Any]:
     """Draws the figure, writes the table, and returns the results of the comparison."""
     figure = plot_comparison(results, options.budget, opened.folder.file("figures", "comparison.png"))
     metrics = {arm: {key: over_seeds(of_arm, key) for key in COLUMNS} for arm, of_arm in results.items()}

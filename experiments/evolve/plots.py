@@ -14,6 +14,21 @@ from ..runs.statistics import interval
 
 OPERATION_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#999999")
 
+BARS = {
+    "LLM queries per accepted instruction (fewer is better)": {
+        "calls_per_accepted": "training included",
+        "calls_per_accepted_generation": "generation only",
+    },
+    "Diversity of the accepted instructions": {
+        "embedding_distance": "mean cosine distance",
+        "distinct_2": "distinct-2",
+    },
+}
+"""Panels of bars by title: two metrics and their names."""
+
+Runs = Mapping[str, Sequence[Mapping[str, Any]]]
+"""Results of each seed, by name of the arm."""
+
 
 def plot_training(episodes: Sequence[Mapping[str, Any]], updates: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """Plots the learning curve of one run and the shares of the operations over its updates, and returns the path.
@@ -55,7 +70,7 @@ def _learning_curve(steps: Sequence[int], returns: Sequence[float]) -> tuple[dic
     return dict(zip(steps, smooth(returns, window), strict=True)), window
 
 
-def plot_comparison(runs: Mapping[str, Sequence[Mapping[str, Any]]], budget: int, path: Path) -> Path:
+def plot_comparison(runs: Runs, budget: int, path: Path) -> Path:
     """Plots agents and baselines side by side, with 95% t-intervals over seeds, and returns the path.
 
     Args:
@@ -84,33 +99,16 @@ def plot_comparison(runs: Mapping[str, Sequence[Mapping[str, Any]]], budget: int
     for axis in (training, accepted):
         if axis.get_legend_handles_labels()[1]:
             axis.legend(frameon=False)
-    _plot_bars(
-        axes[1, 0],
-        runs,
-        colours,
-        {"calls_per_accepted": "training included", "calls_per_accepted_generation": "generation only"},
-        "LLM queries per accepted instruction (fewer is better)",
-    )
-    _plot_bars(
-        axes[1, 1],
-        runs,
-        colours,
-        {"embedding_distance": "mean cosine distance", "distinct_2": "distinct-2"},
-        "Diversity of the accepted instructions",
-    )
+    for axis, (title, keys) in zip(axes[1], BARS.items(), strict=True):
+        axis.set(title=title)
+        _plot_bars(axis, runs, colours, keys)
     seeds = max(map(len, runs.values()))
     figure.suptitle(f"{seeds} seeds, {budget} LLM calls per arm and seed; bands and bars: 95% t-interval of the mean")
     figure.savefig(path, dpi=130)
     return path
 
 
-def _plot_bars(
-    axis: Any,
-    runs: Mapping[str, Sequence[Mapping[str, Any]]],
-    colours: Sequence[str],
-    keys: Mapping[str, str],
-    title: str,
-) -> None:
+def _plot_bars(axis: Any, runs: Runs, colours: Sequence[str], keys: Mapping[str, str]) -> None:
     """Draws two metrics, solid and light, as neighbouring bars for each arm."""
     for offset, alpha, key in zip((-0.2, 0.2), (1.0, 0.45), keys, strict=True):
         # The bars of one arm are centred on its tick and take most of 0.8 of the way to the next.
@@ -126,7 +124,6 @@ def _plot_bars(
         )
         axis.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
     axis.set_xticks(range(len(runs)), list(runs))
-    axis.set(title=title)
     axis.set_ylim(top=axis.get_ylim()[1] * 1.12)
     legend = "solid: {} | light: {}".format(*keys.values())
     axis.text(0.99, 0.99, legend, transform=axis.transAxes, ha="right", va="top", fontsize=8)

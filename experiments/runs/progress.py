@@ -84,12 +84,11 @@ class StepProgress:
     Args:
         label: text in front of the bar or line.
         total: number of steps.
-        console: console to print on; None: a new one on standard output.
+        console: console to print on.
     """
 
-    def __init__(self, label: str, total: int, console: Console | None = None) -> None:
-        self.label, self.total = label, total
-        self.console = console or Console()
+    def __init__(self, label: str, total: int, console: Console) -> None:
+        self.label, self.total, self.console = label, total, console
         self._tenth = 0
         self._bar = Progress(
             TextColumn("{task.description}"),
