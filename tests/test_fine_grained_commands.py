@@ -191,6 +191,18 @@ def test_edits_go_on_behind_the_last_whole_chunk(made, small, tmp_path, monkeypa
     assert (parts / "responses.jsonl").read_text() == whole
 
 
+@pytest.mark.parametrize(
+    ("command", "stage"),
+    [
+        (fine_grained_edit, fine_grained_edit.FineGrainedEdit),
+        (fine_grained_evaluate, fine_grained_evaluate.FineGrainedEvaluate),
+    ],
+)
+def test_rows_stop_at_the_time_limit(made, small, tmp_path, command, stage):
+    options = small(stage, tmp_path / "run", policy=str(made / "sft"), minutes=1e-9)
+    assert command.run(options, QUIET)["status"] == "stopped"
+
+
 def test_a_smoke_run_goes_through_all_stages(data, tmp_path, tiny_model_path, monkeypatch):
     sizes = {kind: size | {"max_tokens": 6} for kind, size in fine_grained_run.SIZES["smoke"].items()}
     monkeypatch.setitem(fine_grained_run.SIZES, "smoke", sizes)
