@@ -282,7 +282,7 @@ def test_the_test_examples_are_looked_at_once_the_search_is_over(options, tmp_pa
 
     monkeypatch.setattr(LimitedScorer, "_pair_logprobs", asked)
     prompt.run(options(tmp_path, "random"), QUIET)
-    loaded = prompt.load(options(tmp_path), options(tmp_path).sized())
+    loaded = prompt.load(options(tmp_path).sized())
     parts = {split: {e.text for e in loaded.examples(split)} for split in ("train", "validation", "test")}
     assert set(texts) <= parts["train"] | parts["validation"] and not set(texts) & parts["test"]
     assert not parts["train"] & parts["validation"]
