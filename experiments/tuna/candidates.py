@@ -7,23 +7,22 @@ responses of a teacher, the contextual ranking responses of the model that is tr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from rich.console import Console
 
 from ...agents.policy.checkpoints import policy_from
 from ...agents.policy.language_model import PolicyBackend
 from ...envs.tasks.instruction.data import InstructionExample, prompt_text, read_instruction_data, request_text
 from ...envs.tasks.responses.candidates import Candidates, DiverseSampling, sample_candidates
-from ...llm_backends import Backend, BackendError, ContextLengthError, Prompt
+from ...llm_backends import BackendError, ContextLengthError, Prompt
 from ...llm_backends.errors import InputError
 from ..runs.folder import journaled_roles
 from ..runs.options import Count, DType, RunOptions, input_errors, parse_part
+from ..runs.statistics import known_mean
 from ..runs.training import Run, digest, policy_folder, run_stage, weights_digest
 
 CHUNK = 16
@@ -96,8 +95,9 @@ def run(options: TunaCandidates, console: Console | None = None) -> dict[str, An
     options.check()
     start = policy_folder(options.policy, "--policy") if options.policy else None
     examples = read_instruction_data(options.data, "--data").examples[: options.limit or None]
+    parts = {"writer": parse_part(options.backend)}
     with input_errors():  # builds the backend once, so that wrong options fail before the run folder is opened
-        journaled_roles({"writer": parse_part(options.backend)}, None)
+        journaled_roles(parts, None)
     if options.dry_run:
         writer_name = options.policy or options.backend
         console.print(f"would draw {options.n} responses to each of {len(examples)} requests by {writer_name}")
@@ -107,18 +107,45 @@ def run(options: TunaCandidates, console: Console | None = None) -> dict[str, An
     identity |= {"weights": weights_digest(start)} if start is not None else {}
 
     def work(opened: Run) -> dict[str, Any]:
-        with _writer(options, start, opened) as writer:
+        # A policy in this process writes the same again; replies of --backend are kept in the journal of the run.
+        policy = start and PolicyBackend(policy_from(start, dtype=options.dtype), weights_digest(start))
+        with nullcontext({"writer": policy}) if policy else opened.roles(parts) as roles:
 
             def rows(first: int) -> list[dict[str, Any]]:
                 chunk = examples[first : first + CHUNK]
-                prompts = [_prompt(example, options.layout) for example in chunk]
+                # The layout chat has messages, the others a text.
+                prompts: list[Prompt] = [
+                    [{"role": "user", "content": request_text(example)}]
+                    if options.layout == "chat"
+                    else prompt_text(example, options.layout)
+                    for example in chunk
+                ]
                 # Seeds depend on the row number in the whole run: any chunk gives the same responses when drawn again.
                 numbers = range(first, first + len(chunk))
-                results = sample_candidates(writer, prompts, options.sampling, options.seed, numbers)
+                results = sample_candidates(roles["writer"], prompts, options.sampling, options.seed, numbers)
                 _refuse_outage(results)
                 return [_row(example, candidates) for example, candidates in zip(chunk, results, strict=True)]
 
-            return _finish(opened, opened.rows(CANDIDATES, len(examples), CHUNK, rows, "responses drawn"))
+            drawn = opened.rows(CANDIDATES, len(examples), CHUNK, rows, "responses drawn")
+        written = [row for row in drawn if row["candidates"]]
+        if not written:
+            raise InputError(f"no request got a response: {drawn[0]['error'] or 'all of them are blank'}")
+        several = sum(len(row["candidates"]) > 1 for row in drawn)
+        console.print(f"{several} of {len(drawn)} requests have several different responses", highlight=False)
+        return opened.finish(
+            {
+                "tries": known_mean(row["tries"] for row in written),
+                "max_rouge": known_mean(row["max_rouge"] for row in written),
+                "finished": known_mean(flag for row in written for flag in row["finished"]),
+                "words": known_mean(len(text.split()) for row in written for text in row["candidates"]),
+            },
+            {
+                "requests": len(drawn),
+                "candidates": sum(len(row["candidates"]) for row in drawn),
+                "with several": several,
+                "failed": len(drawn) - len(written),
+            },
+        )
 
     return run_stage(options, "tuna candidates", console, work, distributed=False, **identity)
 
@@ -135,45 +162,6 @@ def _refuse_outage(results: Sequence[Candidates]) -> None:
     outages = [error for error in errors if not isinstance(error, ContextLengthError)]
     if len(errors) == len(results) and outages:
         raise BackendError(f"all of {len(results)} requests failed: {outages[0]}; repeat the command to ask again")
-
-
-def _finish(opened: Run, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Writes and returns the results; raises an InputError if no request has a candidate."""
-    written = [row for row in rows if row["candidates"]]
-    if not written:
-        raise InputError(f"no request got a response: {rows[0]['error'] or 'all of them are blank'}")
-    several = sum(len(row["candidates"]) > 1 for row in rows)
-    metrics = {
-        "tries": float(np.mean([row["tries"] for row in written])),
-        "max_rouge": float(np.mean([row["max_rouge"] for row in written])),
-        "finished": float(np.mean([flag for row in written for flag in row["finished"]])),
-        "words": float(np.mean([len(text.split()) for row in written for text in row["candidates"]])),
-    }
-    counts = {
-        "requests": len(rows),
-        "candidates": sum(len(row["candidates"]) for row in rows),
-        "with several": several,
-        "failed": len(rows) - len(written),
-    }
-    opened.console.print(f"{several} of {len(rows)} requests have several different responses", highlight=False)
-    return opened.finish(metrics, counts)
-
-
-@contextmanager
-def _writer(options: TunaCandidates, start: Path | None, opened: Run) -> Iterator[Backend]:
-    """Yields the backend that writes the responses; replies of ``--backend`` are kept in the journal of the run."""
-    if start is not None:
-        yield PolicyBackend(policy_from(start, dtype=options.dtype), weights_digest(start))
-        return
-    with opened.roles({"writer": parse_part(options.backend)}) as roles:
-        yield roles["writer"]
-
-
-def _prompt(example: InstructionExample, layout: Any) -> Prompt:
-    """Returns the prompt of a request: messages for the layout ``chat``, else a text."""
-    if layout == "chat":
-        return [{"role": "user", "content": request_text(example)}]
-    return prompt_text(example, layout)
 
 
 def _row(example: InstructionExample, result: Candidates) -> dict[str, Any]:

@@ -114,7 +114,9 @@ def run(options: TunaRank, console: Console | None = None) -> dict[str, Any]:
             raise InputError(f"{options.ranker} ties all candidates of all {tied} lists: nothing could be learned")
         write_ranked_lists(opened.folder.file(RANKED), lists)
         metrics = agreement(lists)
-        results = opened.finish(
+        shown = (f"{name} {value:.3f}" for name, value in metrics.items() if value is not None)
+        console.print(f"{len(lists)} of {len(rows)} requests ranked:", *shown, highlight=False)
+        return opened.finish(
             metrics,
             {
                 "requests": len(rows),
@@ -126,9 +128,6 @@ def run(options: TunaRank, console: Console | None = None) -> dict[str, Any]:
                 "calls": sum(item["calls"] for item in rankings),
             },
         )
-        shown = (f"{name} {value:.3f}" for name, value in metrics.items() if value is not None)
-        console.print(f"{len(lists)} of {len(rows)} requests ranked:", *shown, highlight=False)
-        return results
 
     return run_stage(options, "tuna rank", console, work, distributed=False, candidates_digest=digest(usable))
 
@@ -149,22 +148,32 @@ def read_candidates(folder: str) -> tuple[list[dict[str, Any]], DataLayout]:
 def _rank_rows(
     ranker: Ranker, rows: Sequence[Mapping[str, Any]], seed: int, layout: DataLayout
 ) -> list[dict[str, Any]]:
-    """Returns the ranker's output for each row; rows without a valid ranking are ranked a second time."""
-    scores: dict[int, CandidateScores] = {}
+    """Returns the row of ``rankings.jsonl`` of each request; those without a valid ranking are ranked a second time."""
+    results: dict[int, CandidateScores] = {}
     calls = [0] * len(rows)
     for attempt in range(2):
-        missing = [i for i in range(len(rows)) if i not in scores or not scores[i].valid]
-        results = ranker.rank(
+        missing = [i for i in range(len(rows)) if i not in results or not results[i].valid]
+        ranked = ranker.rank(
             [_prompt(ranker, _example(rows[i]), layout) for i in missing],
             [rows[i]["candidates"] for i in missing],
             [rows[i]["output"] or None for i in missing],
             [request_seed(seed, "rank", rows[i]["id"], attempt) for i in missing],
             attempt,
         )
-        scores |= dict(zip(missing, results, strict=True))
-        for i in missing:
-            calls[i] += scores[i].calls
-    return [_ranking_row(row, scores[i], calls[i]) for i, row in enumerate(rows)]
+        for i, result in zip(missing, ranked, strict=True):
+            results[i], calls[i] = result, calls[i] + result.calls
+    return [
+        {
+            "id": row["id"],
+            "valid": results[i].valid,
+            "scores": results[i].scores.tolist(),
+            "added": list(results[i].added),
+            "added_scores": results[i].added_scores.tolist(),
+            "calls": calls[i],
+            "feedback": results[i].feedback,
+        }
+        for i, row in enumerate(rows)
+    ]
 
 
 def _example(row: Mapping[str, Any]) -> InstructionExample:
@@ -175,38 +184,21 @@ def _prompt(ranker: Ranker, example: InstructionExample, layout: DataLayout) -> 
     """Returns the request or, for a teacher outside the layout ``chat``, the text that the candidates continue."""
     if layout == "chat" or not isinstance(ranker, ProbabilisticRanker):
         return request_text(example)
-    opening = OPENINGS[layout]
     # The ranker puts the blank before each candidate itself.
-    return prompt_text(example, layout) + (opening if opening != " " else "")
-
-
-def _ranking_row(row: Mapping[str, Any], result: CandidateScores, calls: int) -> dict[str, Any]:
-    """Returns the row of ``rankings.jsonl`` for one request."""
-    return {
-        "id": row["id"],
-        "valid": result.valid,
-        "scores": [float(score) for score in result.scores],
-        "added": list(result.added),
-        "added_scores": [float(score) for score in result.added_scores],
-        "calls": calls,
-        "feedback": result.feedback,
-    }
+    return prompt_text(example, layout) + OPENINGS[layout].strip(" ")
 
 
 def _ranked_list(row: Mapping[str, Any], ranking: Mapping[str, Any]) -> RankedList:
     """Returns the ranked list of a row of candidates and its ranking, with the candidates that the ranker added."""
     added = [text.strip() for text in ranking["added"]]
+    finished = [*row["finished"], *[True] * len(added)]
     return RankedList(
         row["id"],
         request_text(_example(row)),
         (*row["candidates"], *added),
         (*ranking["scores"], *ranking["added_scores"]),
         row["output"] or None,
-        {
-            "instruction": row["instruction"],
-            "input": row["input"],
-            FINISHED: [*row["finished"], *[True] * len(added)],
-        },
+        {"instruction": row["instruction"], "input": row["input"], FINISHED: finished},
     )
 
 
