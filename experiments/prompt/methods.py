@@ -244,13 +244,14 @@ def write_prompts(search: PromptSearch, method: str) -> None:
     from ...agents.soft_q.agent import SoftQ
     from ...rewards.prompt_scoring.rewards import TaskReward
 
-    agents: dict[str, tuple[Any, Literal["shared", "none"], dict[str, Any]]] = {
-        "ppo": (TokenPPO, "shared", {"epochs": 2}),
-        "grpo": (GRPO, "none", {}),
-        "soft-q": (SoftQ, "none", {"shaped_high": 20.0}),
+    agents: dict[str, tuple[Any, dict[str, Any]]] = {
+        "ppo": (TokenPPO, {"epochs": 2}),
+        "grpo": (GRPO, {}),
+        "soft-q": (SoftQ, {"shaped_high": 20.0}),
     }
-    agent_class, value, options = agents[method]
+    agent_class, options = agents[method]
     settings, task = search.settings, search.task
+    value: Literal["shared", "none"] = "shared" if agent_class.needs_values else "none"
     policy = LanguageModelPolicy(search.model, value=value, dtype=settings["dtype"], seed=search.seed)
     reward = TaskReward(task.prompt(""), task.examples("train"), settings["minibatch"], search.scorer, seed=search.seed)
     env = gym.make_vec(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from rich.console import Console
@@ -17,11 +18,11 @@ from rich.console import Console
 from ...agents.policy.checkpoints import policy_from
 from ...agents.policy.language_model import PolicyBackend
 from ...envs.tasks.instruction.data import InstructionExample, prompt_text, read_instruction_data, request_text
-from ...envs.tasks.responses.candidates import Candidates, DiverseSampling, sample_candidates
-from ...llm_backends import BackendError, ContextLengthError, Prompt
+from ...envs.tasks.responses.candidates import DiverseSampling, sample_candidates
+from ...llm_backends import Backend, BackendError, ContextLengthError, Prompt
 from ...llm_backends.errors import InputError
 from ..runs.folder import journaled_roles
-from ..runs.options import Count, DType, RunOptions, input_errors, parse_part
+from ..runs.options import Count, DType, RunOptions, input_errors, named, parse_part
 from ..runs.statistics import known_mean
 from ..runs.training import Run, digest, policy_folder, run_stage, weights_digest
 
@@ -78,9 +79,8 @@ class TunaCandidates(RunOptions):
         Raises:
             InputError: if a value is out of range.
         """
-        return DiverseSampling(
-            self.n, self.temperature, self.step, self.tries, self.threshold, self.max_tokens, self.top_p
-        )
+        names = ("n", "temperature", "step", "tries", "threshold", "max_tokens", "top_p")
+        return DiverseSampling(**named(self, *names))
 
 
 def run(options: TunaCandidates, console: Console | None = None) -> dict[str, Any]:
@@ -110,23 +110,8 @@ def run(options: TunaCandidates, console: Console | None = None) -> dict[str, An
         # A policy in this process writes the same again; replies of --backend are kept in the journal of the run.
         policy = start and PolicyBackend(policy_from(start, dtype=options.dtype), weights_digest(start))
         with nullcontext({"writer": policy}) if policy else opened.roles(parts) as roles:
-
-            def rows(first: int) -> list[dict[str, Any]]:
-                chunk = examples[first : first + CHUNK]
-                # The layout chat has messages, the others a text.
-                prompts: list[Prompt] = [
-                    [{"role": "user", "content": request_text(example)}]
-                    if options.layout == "chat"
-                    else prompt_text(example, options.layout)
-                    for example in chunk
-                ]
-                # Seeds depend on the row number in the whole run: any chunk gives the same responses when drawn again.
-                numbers = range(first, first + len(chunk))
-                results = sample_candidates(roles["writer"], prompts, options.sampling, options.seed, numbers)
-                _refuse_outage(results)
-                return [_row(example, candidates) for example, candidates in zip(chunk, results, strict=True)]
-
-            drawn = opened.rows(CANDIDATES, len(examples), CHUNK, rows, "responses drawn")
+            make = partial(_draw, options, roles["writer"], examples)
+            drawn = opened.rows(CANDIDATES, len(examples), CHUNK, make, "responses drawn")
         written = [row for row in drawn if row["candidates"]]
         if not written:
             raise InputError(f"no request got a response: {drawn[0]['error'] or 'all of them are blank'}")
@@ -150,27 +135,36 @@ def run(options: TunaCandidates, console: Console | None = None) -> dict[str, An
     return run_stage(options, "tuna candidates", console, work, distributed=False, **identity)
 
 
-def _refuse_outage(results: Sequence[Candidates]) -> None:
-    """Raises an error if all requests of a chunk failed.
-
-    If their rows were written, a repetition of the command would not send these requests again.
+def _draw(
+    options: TunaCandidates, writer: Backend, examples: Sequence[InstructionExample], first: int
+) -> list[dict[str, Any]]:
+    """Returns the rows of the chunk from row ``first`` on, with candidates that are neither blank nor repeated.
 
     Raises:
-        BackendError: if every request of a chunk failed, and at least one of them not because of its length.
+        BackendError: if every request of the chunk failed, and at least one of them not because of its length.
     """
-    errors = [candidates.errors[-1] for candidates in results if not candidates.texts and candidates.errors]
+    chunk = examples[first : first + CHUNK]
+    # The layout chat has messages, the others a text.
+    prompts: list[Prompt] = [
+        [{"role": "user", "content": request_text(example)}]
+        if options.layout == "chat"
+        else prompt_text(example, options.layout)
+        for example in chunk
+    ]
+    # Seeds depend on the row number in the whole run: any chunk gives the same responses when drawn again.
+    results = sample_candidates(writer, prompts, options.sampling, options.seed, range(first, first + len(chunk)))
+    # If rows without responses were written, a repetition of the command would not send these requests again.
+    errors = [result.errors[-1] for result in results if not result.texts and result.errors]
     outages = [error for error in errors if not isinstance(error, ContextLengthError)]
     if len(errors) == len(results) and outages:
         raise BackendError(f"all of {len(results)} requests failed: {outages[0]}; repeat the command to ask again")
-
-
-def _row(example: InstructionExample, result: Candidates) -> dict[str, Any]:
-    """Returns the row of ``candidates.jsonl`` for one request: only candidates that are neither blank nor repeated."""
-    return example.row() | {
-        "candidates": [text.strip() for text in result.distinct],
-        "finished": [result.finished[number] for number in result.distinct_indices],
-        "temperature": result.temperature,
-        "tries": result.tries,
-        "max_rouge": result.max_rouge,
-        "error": str(result.errors[-1]) if result.errors else "",
-    }
+    return [
+        example.row()
+        | {
+            "candidates": [text.strip() for text in result.distinct],
+            "finished": [result.finished[number] for number in result.distinct_indices],
+            **named(result, "temperature", "tries", "max_rouge"),
+            "error": str(result.errors[-1]) if result.errors else "",
+        }
+        for example, result in zip(chunk, results, strict=True)
+    ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,16 +90,10 @@ def run(options: TunaEvaluate, console: Console | None = None) -> dict[str, Any]
 
     def work(opened: Run) -> dict[str, Any]:
         with opened.roles(parts) as roles:
-            judge = options.build(roles["judge"])
-            judged_rows = opened.rows(
-                JUDGED,
-                len(rows),
-                CHUNK,
-                lambda first: _judge_rows(judge, rows[first : first + CHUNK], options),
-                "instances judged",
-            )
+            make = partial(_judge_rows, options, options.build(roles["judge"]), rows)
+            judged = opened.rows(JUDGED, len(rows), CHUNK, make, "instances judged")
         names = [name for name in rows[0]["arms"] if name != options.against]
-        metrics = {name: bootstrap_win_rate(judged_rows, name, options.seed) for name in names}
+        metrics = {name: bootstrap_win_rate(judged, name, options.seed) for name in names}
         for name, figures in metrics.items():
             if figures["win_rate"] is None:
                 console.print(f"{name}: the judge gave no verdict", highlight=False)
@@ -114,8 +109,11 @@ def run(options: TunaEvaluate, console: Console | None = None) -> dict[str, Any]
     return run_stage(judge_options, "tuna evaluate", console, work, distributed=False, predictions=digest(rows))
 
 
-def _judge_rows(judge: Reward, rows: Sequence[Mapping[str, Any]], options: TunaEvaluate) -> list[dict[str, Any]]:
-    """Returns one row per instance with the judge's outcome for every policy; None if the judge gave no verdict."""
+def _judge_rows(
+    options: TunaEvaluate, judge: Reward, instances: Sequence[Mapping[str, Any]], first: int
+) -> list[dict[str, Any]]:
+    """Returns, for a chunk of instances, the judge's outcome for every policy; None if the judge gave no verdict."""
+    rows = instances[first : first + CHUNK]
     outcomes: list[dict[str, Any]] = [
         {"id": row["id"], "task": row["task"], "wins": {}, "agreed": {}, "same": {}} for row in rows
     ]
