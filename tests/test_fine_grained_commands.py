@@ -17,7 +17,7 @@ from instructgym.experiments.fine_grained import report as fine_grained_report
 from instructgym.experiments.fine_grained import reward as fine_grained_reward
 from instructgym.experiments.fine_grained import run as fine_grained_run
 from instructgym.experiments.fine_grained import sft as fine_grained_sft
-from instructgym.experiments.fine_grained.common import ENV_ID, load_stage_policy
+from instructgym.experiments.fine_grained.common import ENV_ID
 from instructgym.experiments.fine_grained.evaluate import wilson_win_rate
 from instructgym.experiments.runs import training as token_training
 from instructgym.experiments.runs.responses import respond
@@ -128,9 +128,9 @@ def check_scale(small, made, tmp_path, level, form):
     """Returns of the start's responses have mean 0 and deviation 1 under the stored scale."""
     stored = json.loads((tmp_path / "ppo" / "scale.json").read_text())
     options = ppo_options(small, made, tmp_path / "other", level, form=form)
-    policy = load_stage_policy(options, made / "sft" / "policy")
+    policy = options.load(made / "sft" / "policy")
     model = RewardModel.load(made / level / "model", policy.trunk, dtype="float32")
-    part = fine_grained_ppo._reward(options, model, stored["scale"], stored["center"])
+    part = fine_grained_ppo.scaled_reward(model, form, **stored)
     assert part.timing == {"auto": "causal" if level == "token" else "terminal", "whole": "whole"}.get(form, "terminal")
     examples = options.prompts("unlabelled", policy.model_name)[:128]
     drawn = respond(policy, ENV_ID, examples, options.temperature, 0, reward=part, **options.env_options())

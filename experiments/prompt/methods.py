@@ -27,8 +27,7 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.records import append_lines
 from ...rewards.prompt_scoring.scorer import CallLimitError, LimitedScorer, TaskResult, TaskScorer
 from ...rewards.prompt_scoring.task_prompt import Demonstration, LabelledExample, TaskPrompt
-from ..runs.progress import StepProgress
-from ..runs.training import Deadline
+from ..runs.progress import Deadline, StepProgress
 
 VALIDATED_PER_ROUND = 2
 """Maximum number of prompts of a round that are validated."""

@@ -19,8 +19,7 @@ from ...llm_backends.records import read_records, write_lines
 from ...rewards.prompt_scoring.scorer import Calibration, LimitedScorer, TaskScorer, calibration_method, check_batch
 from ..runs.folder import RunFolder, Tracker, accounted, journaled_roles, read_json
 from ..runs.options import Count, DType, Positive, RunOptions, Scale, input_errors, parse_part
-from ..runs.progress import StepProgress
-from ..runs.training import Deadline, OutOfTimeError
+from ..runs.progress import Deadline, OutOfTimeError, StepProgress
 from .methods import TESTED, PromptSearch, least_calls, longest_instruction, run_search, test_incumbents
 
 BOTH = {"copies": 4, "episodes": 8}

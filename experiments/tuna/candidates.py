@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from rich.console import Console
 
@@ -22,7 +22,7 @@ from ...envs.tasks.responses.candidates import DiverseSampling, sample_candidate
 from ...llm_backends import Backend, BackendError, ContextLengthError, Prompt
 from ...llm_backends.errors import InputError
 from ..runs.folder import journaled_roles
-from ..runs.options import Count, DType, RunOptions, input_errors, named, parse_part
+from ..runs.options import Count, DType, Required, RunOptions, input_errors, named, parse_part
 from ..runs.statistics import known_mean
 from ..runs.training import Run, digest, policy_folder, run_stage, weights_digest
 
@@ -35,7 +35,7 @@ CANDIDATES = "candidates.jsonl"
 class TunaCandidates(RunOptions):
     """Draw several different responses to every request of a data set."""
 
-    data: str = ""
+    data: Annotated[str, Required("a data set of requests (JSONL, JSON or Parquet)")] = ""
     """Data set of requests with reference responses: JSONL, JSON or Parquet with instruction, input and output."""
     backend: str = "embedded"
     """Backend that writes the responses: embedded, transformers, openai, vllm, 'module:factory', or JSON {"id": ...,
@@ -66,8 +66,6 @@ class TunaCandidates(RunOptions):
 
     def check(self) -> None:
         super().check()
-        if not self.data:
-            raise InputError("--data is missing: name a data set of requests (JSONL, JSON or Parquet)")
         if self.policy and self.backend != "embedded":
             raise InputError("--policy and --backend exclude each other: only one of them writes the responses")
         _ = self.sampling
@@ -98,10 +96,6 @@ def run(options: TunaCandidates, console: Console | None = None) -> dict[str, An
     parts = {"writer": parse_part(options.backend)}
     with input_errors():  # builds the backend once, so that wrong options fail before the run folder is opened
         journaled_roles(parts, None)
-    if options.dry_run:
-        writer_name = options.policy or options.backend
-        console.print(f"would draw {options.n} responses to each of {len(examples)} requests by {writer_name}")
-        return {}
     # A resumed run must use the same requests and weights: the options hold only their paths.
     identity: dict[str, Any] = {"requests": digest([example.row() for example in examples])}
     identity |= {"weights": weights_digest(start)} if start is not None else {}
@@ -132,7 +126,8 @@ def run(options: TunaCandidates, console: Console | None = None) -> dict[str, An
             },
         )
 
-    return run_stage(options, "tuna candidates", console, work, distributed=False, **identity)
+    plan = f"draw {options.n} responses to each of {len(examples)} requests by {options.policy or options.backend}"
+    return run_stage(options, "tuna candidates", console, work, distributed=False, plan=plan, **identity)
 
 
 def _draw(

@@ -20,9 +20,10 @@ from ...llm_backends.records import read_records
 from ...rewards import Reward, Sample, score_with_retries
 from ..runs.folder import journaled_roles
 from ..runs.options import build_judge, input_errors, named, parse_part
+from ..runs.progress import Deadline, OutOfTimeError
 from ..runs.report import percent, with_ends
 from ..runs.statistics import known_mean, macro_interval, task_scores
-from ..runs.training import Deadline, OutOfTimeError, Run, digest, run_stage
+from ..runs.training import Run, digest, run_stage
 from ..teaching.evaluate import BASE, PREDICTIONS, Evaluate, find_arms
 from ..teaching.evaluate import run as evaluate
 

@@ -29,7 +29,8 @@ from ..fine_grained.reward import FineGrainedRewardModel
 from ..fine_grained.reward import run as reward_model
 from ..runs.folder import write_once
 from ..runs.options import Count, named
-from ..runs.training import Deadline, Run, digest, policy_folder, run_stage, tokenizer_of
+from ..runs.progress import Deadline
+from ..runs.training import Run, digest, policy_folder, run_stage, tokenizer_of
 from .train import RankedOptions
 
 LISTS, PAIRS = "lists.jsonl", "pairs.jsonl"
@@ -39,8 +40,6 @@ LISTS, PAIRS = "lists.jsonl", "pairs.jsonl"
 class TunaPPO(RankedOptions):
     """Train a reward model on ranked candidates, and a policy by token-level PPO on its reward."""
 
-    ranked: str = ""
-    """Run folder of 'tuna rank', or a JSONL file of ranked lists. The requests of the lists are the prompts of PPO."""
     policy: str = ""
     """Run folder of the policy to start from. It is also the reference policy of the KL penalty."""
     layout: Literal["chat", "plain"] = "chat"
@@ -48,7 +47,7 @@ class TunaPPO(RankedOptions):
     reward_epochs: Count = 1
     """Epochs of the reward model over its pairs: candidates of neighbouring ranks."""
     updates: Count = 16
-    """Number of PPO updates."""
+    """Number of PPO updates. The prompts are the requests of the lists."""
     batch_size: Count = 32
     """Responses per PPO update."""
     learning_rate: float = 2e-4
@@ -126,9 +125,6 @@ def run(options: TunaPPO, console: Console | None = None) -> dict[str, Any]:
     reward_options.check()
     ppo_options.check()  # both stages are checked before the first one runs
     prompts = ppo_options.fitting(lists, model)
-    if options.dry_run:
-        console.print(f"would train a reward model on {len(pairs)} pairs, then {options.updates} updates of PPO")
-        return {}
 
     def work(opened: Run) -> dict[str, Any]:
         write_once(opened.folder.file(LISTS), [ranked_row(ranked) for ranked in lists])
@@ -136,14 +132,16 @@ def run(options: TunaPPO, console: Console | None = None) -> dict[str, Any]:
         deadline = Deadline(options.minutes)
         reward_results = deadline.run(reward_model, reward_options, console)
         results = deadline.run(ppo, ppo_options, console)
-        return opened.folder.finish(
-            {f"reward model, {name}": value for name, value in reward_results["metrics"].items()},
-            results["counts"] | {"prompts": len(prompts), "dropped": {"too long": len(lists) - len(prompts)}},
-        )
+        metrics = {f"reward model, {name}": value for name, value in reward_results["metrics"].items()}
+        dropped = {"too long": len(lists) - len(prompts)}
+        results = opened.folder.finish(metrics, results["counts"] | {"prompts": len(prompts), "dropped": dropped})
+        opened.tracker.summary(results)
+        return results
 
+    plan = f"train a reward model on {len(pairs)} pairs, then a policy by {options.updates} updates of PPO"
     # A resumed run must have the same rankings.
     lists_digest = digest([[ranked.id, ranked.scores] for ranked in lists])
-    return run_stage(options, "tuna ppo", console, work, distributed=False, lists=lists_digest)
+    return run_stage(options, "tuna ppo", console, work, distributed=False, plan=plan, lists=lists_digest)
 
 
 def neighbour_pairs(lists: Sequence[RankedList], layout: DataLayout, tokenizer: Tokenizer) -> list[EditedPair]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from rich.console import Console
@@ -24,7 +24,7 @@ from ...llm_backends.records import read_records
 from ...rewards import CandidateScores, ProbabilisticRanker, Ranker, rouge_l
 from ...rewards.rank_statistics import mean_kendall_tau
 from ..runs.folder import journaled_roles
-from ..runs.options import RunOptions, build_judge, input_errors, parse_part
+from ..runs.options import Required, RunOptions, build_judge, input_errors, parse_part
 from ..runs.report import finished_run
 from ..runs.statistics import known_mean
 from ..runs.training import Run, digest, run_stage
@@ -39,7 +39,7 @@ RANKED = "ranked.jsonl"
 class TunaRank(RunOptions):
     """Rank the candidates of every request."""
 
-    candidates: str = ""
+    candidates: Annotated[str, Required("the run folder of 'tuna candidates'")] = ""
     """Run folder of 'tuna candidates'."""
     ranker: str = "probabilistic"
     """How candidates are ranked: probabilistic (log-likelihood under the teacher), contextual (a judge orders all
@@ -48,11 +48,6 @@ class TunaRank(RunOptions):
     backend: str = "embedded"
     """Language model of the teacher or judge: embedded, transformers, openai, vllm, 'module:factory', or JSON {"id":
     ..., "kwargs": {...}}. A teacher gets the prompts in the --layout of 'tuna candidates'."""
-
-    def check(self) -> None:
-        super().check()
-        if not self.candidates:
-            raise InputError("--candidates is missing: name the run folder of 'tuna candidates'")
 
     def build(self, backend: Backend, layout: DataLayout = "chat") -> Ranker:
         """Builds the ranker on a backend.
@@ -86,9 +81,6 @@ def run(options: TunaRank, console: Console | None = None) -> dict[str, Any]:
     parts = {"ranker": parse_part(options.backend)}
     with input_errors():  # builds the ranker once, so that wrong options fail before the run folder is opened
         options.build(journaled_roles(parts, None)["ranker"], layout)
-    if options.dry_run:
-        console.print(f"would rank the candidates of {len(usable)} of {len(rows)} requests by {options.ranker}")
-        return {}
 
     def work(opened: Run) -> dict[str, Any]:
         with opened.roles(parts) as roles:
@@ -114,8 +106,8 @@ def run(options: TunaRank, console: Console | None = None) -> dict[str, Any]:
             raise InputError(f"{options.ranker} ties all candidates of all {tied} lists: nothing could be learned")
         write_ranked_lists(opened.folder.file(RANKED), lists)
         metrics = agreement(lists)
-        shown = (f"{name} {value:.3f}" for name, value in metrics.items() if value is not None)
-        console.print(f"{len(lists)} of {len(rows)} requests ranked:", *shown, highlight=False)
+        console.print(f"{len(lists)} of {len(rows)} requests ranked", highlight=False)
+        opened.show(metrics)
         return opened.finish(
             metrics,
             {
@@ -129,7 +121,8 @@ def run(options: TunaRank, console: Console | None = None) -> dict[str, Any]:
             },
         )
 
-    return run_stage(options, "tuna rank", console, work, distributed=False, candidates_digest=digest(usable))
+    plan, stored = f"rank candidates of {len(usable)} requests by {options.ranker}", digest(usable)
+    return run_stage(options, "tuna rank", console, work, distributed=False, plan=plan, candidates_digest=stored)
 
 
 def read_candidates(folder: str) -> tuple[list[dict[str, Any]], DataLayout]:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ...llm_backends.errors import InputError
 from ..runs.folder import read_json
-from ..runs.report import COLOURS, FinishedRun, finished_run, panels, percent, with_ends, write_report
+from ..runs.report import COLOURS, finished_run, panels, percent, with_ends, write_report
 from ..runs.statistics import PairedComparison, compare_paired
 from ..teaching.evaluate import BASE
 
@@ -41,10 +41,9 @@ def run(options: TunaReport, console: Console | None = None) -> dict[str, Any]:
     if judged is None or tasks is None:
         raise InputError(f"{root / EVALUATION} holds no finished evaluation: run 'tuna run' or 'tuna evaluate' first")
     figures, against = judged.metrics, judged.metrics["against"]
-    trainings, rankings = (
-        {run.folder.name: run for path in sorted((root / kind).glob("*")) if (run := finished_run(path)) is not None}
-        for kind in (POLICIES, RANKINGS)
-    )
+    runs = {kind: filter(None, map(finished_run, sorted((root / kind).glob("*")))) for kind in (POLICIES, RANKINGS)}
+    training = {run.folder.name: run.metrics for run in runs[POLICIES]}
+    rankings = {run.folder.name: run.metrics | run.counts for run in runs[RANKINGS]}
     # Paired over tasks: every arm was evaluated on the same ones. The bootstrap takes the seed of the evaluation: its
     # intervals are the same on every call.
     gaps = {
@@ -56,12 +55,12 @@ def run(options: TunaReport, console: Console | None = None) -> dict[str, Any]:
         "against": against,
         "win_rates": figures["win_rates"],
         "comparisons": {name: asdict(pair) | pair.shares for name, pair in gaps.items()},
-        "training": {name: training.metrics for name, training in trainings.items()},
-        "rankings": {name: ranking.metrics | ranking.counts for name, ranking in rankings.items()},
+        "training": training,
+        "rankings": rankings,
     }
     write_report(
         root / "report",
-        [("", _arm_rows(figures, gaps, trainings)), ("", _ranking_rows(rankings))],
+        [("", _arm_rows(figures, gaps, training)), ("", _ranking_rows(rankings))],
         console,
         f"Learning from rankings, {count} held-out tasks",
         _notes(against),
@@ -85,7 +84,7 @@ def _notes(against: str) -> list[str]:
 
 
 def _arm_rows(
-    figures: Mapping[str, Any], gaps: Mapping[str, PairedComparison], trainings: Mapping[str, FinishedRun]
+    figures: Mapping[str, Any], gaps: Mapping[str, PairedComparison], training: Mapping[str, Mapping[str, Any]]
 ) -> list[list[str]]:
     """Returns the table of the arms: a header, then one row per arm."""
     against = f"against {figures['against']} (95%)"
@@ -95,23 +94,22 @@ def _arm_rows(
         row = [name, percent(*with_ends(arm, "rouge_l"))]
         row.append(percent(gap.difference, gap.low, gap.high, "+.1f") if gap else "")
         if wins and wins["win_rate"] is not None:
-            agreed = "" if wins["agreement"] is None else f"{100 * wins['agreement']:.0f}%"
-            row += [percent(*with_ends(wins, "win_rate"), ".0f"), f"{100 * wins['same']:.0f}%", agreed]
+            agreed = "" if wins["agreement"] is None else f"{wins['agreement']:.0%}"
+            row += [percent(*with_ends(wins, "win_rate"), ".0f"), f"{wins['same']:.0%}", agreed]
         else:
             row += [""] * 3
-        metrics = trainings[name].metrics if name in trainings else {}
-        before, after = (metrics.get(f"tau, held out {when}") for when in ("before", "after"))
+        before, after = (training.get(name, {}).get(f"tau, held out {when}") for when in ("before", "after"))
         taus = "" if before is None or after is None else f"{before:.2f} to {after:.2f}"
         rows.append([*row, f"{arm['tokens']:.0f}", taus])
     return rows
 
 
-def _ranking_rows(rankings: Mapping[str, FinishedRun]) -> list[list[str]]:
+def _ranking_rows(rankings: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     """Returns the table of the rankings: a header, then one row per run of 'tuna rank'."""
     rows = [["ranking", "lists", "candidates", "no ranking", "all tied", "tau with ROUGE-L", "ROUGE-L: best", "mean"]]
     for name, ranking in rankings.items():
-        counts = [ranking.counts[key] for key in ("lists", "candidates", "without a ranking", "all tied")]
-        means = [ranking.metrics[key] for key in ("kendall_tau", "rouge_l_best", "rouge_l_mean")]
+        counts = [ranking[key] for key in ("lists", "candidates", "without a ranking", "all tied")]
+        means = [ranking[key] for key in ("kendall_tau", "rouge_l_best", "rouge_l_mean")]
         rows.append([name, *map(str, counts), *("" if mean is None else f"{mean:.2f}" for mean in means)])
     return rows
 

@@ -7,7 +7,7 @@ The losses are in :mod:`~instructgym.agents.preferences.losses`, the training lo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,33 +23,35 @@ from ...envs.tasks.responses.candidates import RankedList, read_ranked_lists
 from ...llm_backends import request_seed
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
-from ...llm_backends.training.adapters import LoraSettings
 from ..runs.folder import read_json, write_json, write_once
-from ..runs.options import Count, named
-from ..runs.training import Run, TrainingOptions, digest, policy_folder, run_stage, tokenizer_of, weights_digest
+from ..runs.options import Count, Required
+from ..runs.training import (
+    Run,
+    TrainingOptions,
+    digest,
+    new_policy,
+    policy_folder,
+    run_stage,
+    tokenizer_of,
+    trainer_settings,
+    weights_digest,
+)
 from ..teaching.finetune import TRAIN
 from .rank import RANKED
 
 BEFORE = "before.json"
-TRAINER_OPTIONS = "learning_rate batch_size epochs token_budget loss margin beta alpha pairs mle_weight imitate".split()
-"""Options that are settings of the trainer by the same name."""
 
 
 @dataclass
 class RankedOptions(TrainingOptions):
     """Options of the stages that train on ranked lists."""
 
-    ranked: str = ""
+    ranked: Annotated[str, Required("the run folder of 'tuna rank', or a file of ranked lists")] = ""
     """Run folder of 'tuna rank', or a JSONL file of ranked lists."""
     holdout: Annotated[float, Lt(1)] = 0.1
     """Share of the lists that is withheld from training. With the same seed, all stages withhold the same lists."""
     context_length: Count = 512
     """Maximum number of tokens of request and response together. Longer examples are left out and counted."""
-
-    def check(self) -> None:
-        super().check()
-        if not self.ranked:
-            raise InputError("--ranked is missing: name the run folder of 'tuna rank', or a file of ranked lists")
 
     def lists(self) -> tuple[list[RankedList], list[RankedList], list[RankedList]]:
         """Reads the ranked lists and returns all, those to train on, and those to withhold.
@@ -122,7 +124,8 @@ class TunaTrain(RankedOptions):
         Raises:
             InputError: if a value is out of range, or the loss does not have an option that is set.
         """
-        return RankingSettings(schedule="cosine", warmup=0.1, **named(self, *TRAINER_OPTIONS))
+        of_loss = ("loss", "margin", "beta", "alpha", "pairs", "mle_weight", "imitate")
+        return RankingSettings(**trainer_settings(self, "batch_size", *of_loss))
 
 
 def run(options: TunaTrain, console: Console | None = None) -> dict[str, Any]:
@@ -140,11 +143,6 @@ def run(options: TunaTrain, console: Console | None = None) -> dict[str, Any]:
     start = policy_folder(options.policy, "--policy") if options.policy else None
     model = read_state(start / SETTINGS)["model"] if start is not None else options.model or "embedded"
     train, held_out, dropped = tokenized(options, model, used, withheld)
-    if options.dry_run:
-        console.print(
-            f"would train on {len(train)} lists and withhold {len(held_out)}, by {options.loss}, in {options.run_dir}"
-        )
-        return {}
     # A resumed run must use the same rankings and weights: the options hold only their paths.
     identity: dict[str, Any] = {"lists": digest([[ranked.id, ranked.candidates, ranked.scores] for ranked in lists])}
     identity |= {"weights": weights_digest(start)} if start is not None else {}
@@ -166,14 +164,13 @@ def run(options: TunaTrain, console: Console | None = None) -> dict[str, Any]:
             write_json(opened.folder.file(BEFORE), before := taus())
         trainer = RankingTrainer(policy, options.seed, **vars(options.settings))
         opened.supervised(trainer, train, f"{options.loss} on {len(train)} lists")
-        policy.save(opened.folder.file("policy", SETTINGS).parent)
+        opened.save_policy(policy)
         metrics = {f"{name} before": value for name, value in before.items()}
         metrics |= {f"{name} after": value for name, value in taus().items()}
         if LOSSES[options.loss].needs_reference_policy:
             metrics["tau, held out, log-ratios"] = rank_agreement(policy, held_out, ratios=True)
         metrics["loss"] = trainer.loss
-        shown = (f"{name} {value:.2f}" for name, value in metrics.items() if value is not None)
-        console.print("  ".join(shown), highlight=False)
+        opened.show(metrics, 2)
         return opened.finish(
             metrics,
             {
@@ -185,7 +182,8 @@ def run(options: TunaTrain, console: Console | None = None) -> dict[str, Any]:
             },
         )
 
-    return run_stage(options, "tuna train", console, work, True, **identity)
+    plan = f"train on {len(train)} lists and withhold {len(held_out)}, by {options.loss}"
+    return run_stage(options, "tuna train", console, work, plan=plan, **identity)
 
 
 def tokenized(
@@ -197,9 +195,7 @@ def tokenized(
         InputError: if nothing is left to train on, the model's context is too short, or scores are too large for the
             loss.
     """
-    tokenizer = tokenizer_of(model)
-    if tokenizer.context_length < options.context_length:
-        raise InputError(f"{model} reads {tokenizer.context_length} tokens: set --context-length to that or less")
+    tokenizer = tokenizer_of(model, options.context_length)
     (train, dropped), (held_out, _) = (
         tokenize_lists(part, options.layout, tokenizer, options.context_length) for part in (used, withheld)
     )
@@ -226,8 +222,7 @@ def tokenized(
 def _policy(options: TunaTrain, start: Path | None, model: str) -> LanguageModelPolicy:
     """Returns the policy to train: a new one of the model, or the one in ``start`` with itself as the reference."""
     if start is None:
-        lora = LoraSettings(rank=options.lora_rank)
-        return LanguageModelPolicy(model, lora, value="shared", dtype=options.dtype, seed=options.seed)
+        return new_policy(replace(options, model=model), value="shared")
     policy = policy_from(start, dtype=options.dtype, reference="base")
     policy.freeze_reference("start")  # the start as it is now; a checkpoint that is resumed restores its own copy
     return policy
