@@ -86,6 +86,12 @@ def sums(policy, one, reference=False):
 # --- what is refused -----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def untrained():
+    """A policy for what is refused before a step: no test changes it."""
+    return make_policy()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -106,9 +112,9 @@ def sums(policy, one, reference=False):
         ({"batch_size": 0}, "batch_size must be at least 1"),
     ],
 )
-def test_bad_settings_are_refused(options, message):
+def test_bad_settings_are_refused(options, message, untrained):
     with pytest.raises(InputError, match=message):
-        RankingTrainer(make_policy(), **options)
+        RankingTrainer(untrained, **options)
 
 
 def test_a_reference_policy_must_be_there():
@@ -138,20 +144,20 @@ def test_a_reference_policy_must_be_there():
         ({"ranks": None, "scores": [0.0, 90.0]}, "lipo_lambda", "of 32 at most in size"),
     ],
 )
-def test_bad_lists_are_refused_before_training(change, loss, message):
+def test_bad_lists_are_refused_before_training(change, loss, message, untrained):
     good = replace(ONE, ranks=None, scores=[1.0, 0.0]) if loss == "lipo_lambda" else ONE
-    trainer = RankingTrainer(make_policy(), loss=loss, batch_size=1)
+    trainer = RankingTrainer(untrained, loss=loss, batch_size=1)
     with pytest.raises(InputError, match=message):
         trainer.fit([good, replace(ONE, **change)])
     assert trainer.steps == 0
 
 
-def test_nothing_to_rank_is_refused():
+def test_nothing_to_rank_is_refused(untrained):
     ties = replace(ONE, ranks=[2, 2])
     alone = replace(ONE, candidates=[[RED]], ranks=[1])
     for lists in ([], [ties], [alone, ties]):
         with pytest.raises(InputError, match="there is nothing to rank"):
-            RankingTrainer(make_policy()).fit(lists)
+            RankingTrainer(untrained).fit(lists)
 
 
 # --- updates -------------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def run(options: TunaCandidates, console: Console | None = None) -> dict[str, An
 
     def work(opened: Run) -> dict[str, Any]:
         # A policy in this process writes the same again; replies of --backend are kept in the journal of the run.
-        policy = start and PolicyBackend(policy_from(start, dtype=options.dtype), weights_digest(start))
+        policy = PolicyBackend(policy_from(start, dtype=options.dtype), weights_digest(start)) if start else None
         with nullcontext({"writer": policy}) if policy else opened.roles(parts) as roles:
             make = partial(_draw, options, roles["writer"], examples)
             drawn = opened.rows(CANDIDATES, len(examples), CHUNK, make, "responses drawn")
