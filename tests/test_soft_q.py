@@ -120,7 +120,7 @@ CASES = {
     "multi, by prompt": {"loss": "multi", "shaped_high": 20.0, "zscore": "group"},
     "published": {"prior": "none"},
     "both": {"shaped_high": 20.0},
-    "reversed, unscaled": {"zscore": "none", "shaped_high": 30.0, "reversed_weight": 0.5, "prior": "none"},
+    "reversed, unscaled": {"n": 32, "zscore": "none", "shaped_high": 30.0, "reversed_weight": 0.5, "prior": "none"},
     "single, two tokens": {"loss": "single", "max_tokens": 2, "prior": "none"},
 }
 
@@ -129,7 +129,7 @@ CASES = {
 def test_the_share_of_a_word_rises(case):
     env_id = "GeneratePrompt" if case == "both" else "GenerateResponse"
     options = {"learning_rate": 1e-2, "target_rate": 0.1} | CASES[case]
-    env = make_env(env_id=env_id, max_tokens=options.pop("max_tokens", 6))
+    env = make_env(options.pop("n", 20), env_id, max_tokens=options.pop("max_tokens", 6))
     agent, rows = logged(SoftQ(env, make_policy(), **options))
     updates(agent, 12)
     seen = [row["rollout/reward"] for row in rows]
