@@ -109,6 +109,11 @@ def table_rows(
     ]
 
 
+def with_ends(figures: Mapping[str, float], name: str) -> tuple[float, float, float]:
+    """Returns a figure and the ends of its interval, which are called ``NAME_low`` and ``NAME_high``."""
+    return figures[name], figures[f"{name}_low"], figures[f"{name}_high"]
+
+
 def percent(value: float, low: float, high: float, form: str = ".1f") -> str:
     """Returns a share and its interval in percent, such as ``41.5 (38.0 to 45.1)``."""
     return f"{100 * value:{form}} ({100 * low:{form}} to {100 * high:{form}})"
