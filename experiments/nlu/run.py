@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -23,13 +24,14 @@ from ...envs.tasks.nlu.tasks import get_task, response_text
 from ...envs.tokens.episode import PromptExample
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.sampling import Choices
+from ...llm_backends.local.tokenization import Tokenizer
 from ...llm_backends.training.adapters import LoraSettings
 from ...rewards.ground_truth import parse_answer
 from ..runs.folder import RunFolder
-from ..runs.options import Count, DType, RunOptions, Scale
+from ..runs.options import Count, Scale
 from ..runs.report import plot_token_training
 from ..runs.responses import respond
-from ..runs.training import Run, run_stage
+from ..runs.training import Run, TrainingOptions, run_stage
 
 ENV_ID = "instructgym/GenerateLabel-v0"
 
@@ -54,20 +56,17 @@ def answers(
         One row per example: ``episode_id``, ``text``, ``finish_reason``, ``prediction`` (the parsed answer, None if it
         is malformed) and ``reference``.
     """
-    rows = []
-    for example, response in zip(
-        examples, respond(policy, ENV_ID, examples, temperature, seed, **env_options), strict=True
-    ):
-        rows.append(
-            {
-                "episode_id": example.id,
-                "text": response.text,
-                "finish_reason": response.finish_reason,
-                "prediction": parse_answer(response.text, response.finish_reason, example.choices),
-                "reference": example.reference,
-            }
-        )
-    return rows
+    responses = respond(policy, ENV_ID, examples, temperature, seed, **env_options)
+    return [
+        {
+            "episode_id": example.id,
+            "text": response.text,
+            "finish_reason": response.finish_reason,
+            "prediction": parse_answer(response.text, response.finish_reason, example.choices),
+            "reference": example.reference,
+        }
+        for example, response in zip(examples, responses, strict=True)
+    ]
 
 
 def scores(examples: Sequence[PromptExample], predictions: Sequence[str | None]) -> dict[str, dict[str, float]]:
@@ -107,13 +106,15 @@ Method = Literal["majority", "zero-shot", "few-shot", "sft", "ppo", "grpo", "rlo
 
 AGENTS: dict[str, type[RolloutAgent]] = {"ppo": TokenPPO, "grpo": GRPO, "rloo": RLOO}
 """Methods that train by reinforcement learning."""
+TRAINED = ("sft", *AGENTS)
+"""All methods that train."""
 
 SMOKE = {"labels": 64, "eval_limit": 32}
 """Upper limits of these options with ``--scale smoke``."""
 
 
 @dataclass
-class NLU(RunOptions):
+class NLU(TrainingOptions):
     """Train or evaluate one method on language-understanding tasks."""
 
     task: str = "rotten-tomatoes"
@@ -169,8 +170,6 @@ class NLU(RunOptions):
     reference policy."""
     lora_rank: Count = 16
     """Rank of the LoRA adapters."""
-    token_budget: int = 1024
-    """Maximum tokens of a micro-batch."""
     rollouts: Literal["process", "vllm"] = "process"
     """Where ppo, grpo and rloo generate their episodes. process: in this process; vllm: on the vLLM servers of
     --servers."""
@@ -179,8 +178,6 @@ class NLU(RunOptions):
     adapter_dir: str = ""
     """Folder through which adapters are passed to the vLLM servers, which must see it under the same path. By default a
     temporary folder."""
-    dtype: DType = "auto"
-    """Number format of the computation. auto: bfloat16 if the hardware supports it."""
     max_tokens: Count = 12
     """Maximum tokens of an answer."""
     context_length: int = 512
@@ -192,7 +189,7 @@ class NLU(RunOptions):
     report: as the other options set it."""
 
     def check(self) -> None:
-        """Checks the options, after reducing them to those of ``--scale smoke`` if it is set.
+        """Checks the options, and reduces them to those of ``--scale smoke`` if it is set.
 
         Raises:
             InputError: for options that exclude each other or have an unknown value, naming them.
@@ -214,13 +211,9 @@ class NLU(RunOptions):
             raise InputError("--rollouts vllm needs --servers, and --servers is for --rollouts vllm")
         if self.rollouts == "vllm" and self.method not in AGENTS:
             raise InputError(f"--rollouts vllm is for {', '.join(AGENTS)}, not for {self.method}")
-        for task in f"{self.task},{self.eval_task}".split(","):
-            if task.strip() or not self.eval_task:
-                kind = get_task(task.strip()).kind if task.strip() else ""
-                if kind == "regression" and self.constrained and self.method != "majority":
-                    raise InputError(
-                        f"{task} asks for a number, which --start constrained cannot write: use free or sft:N"
-                    )
+        for task in filter(None, map(str.strip, f"{self.task},{self.eval_task}".split(","))):
+            if get_task(task).kind == "regression" and self.constrained and self.method != "majority":
+                raise InputError(f"{task} asks for a number, which --start constrained cannot write: use free or sft:N")
 
     @property
     def constrained(self) -> bool:
@@ -252,6 +245,15 @@ class NLU(RunOptions):
             "context_length": self.context_length,
         }
 
+    def optimization(self) -> dict[str, Any]:
+        """Returns the settings that agents and supervised training share."""
+        return {
+            "learning_rate": self.learning_rate,
+            "schedule": self.schedule,
+            "warmup": 0.1,
+            "optimizer": self.optimizer,
+        }
+
 
 @dataclass
 class _Data:
@@ -262,6 +264,11 @@ class _Data:
     warm: list[PromptExample]
     """Examples of the supervised warm start."""
     evaluation: list[PromptExample]
+
+    @property
+    def labels(self) -> int:
+        """Number of labels that the run sees."""
+        return len(self.warm) + len(self.train)
 
 
 def run(options: NLU, console: Console | None = None) -> dict[str, Any]:
@@ -276,15 +283,12 @@ def run(options: NLU, console: Console | None = None) -> dict[str, Any]:
     if options.dry_run:
         RunFolder(options.run_dir, asdict(options), "nlu")  # raises an error if the folder holds another run
         console.print(
-            f"would run {options.method} on {options.task}: {len(data.warm) + len(data.train)} labels, "
+            f"would run {options.method} on {options.task}: {data.labels} labels, "
             f"{len(data.evaluation)} rows to evaluate, in {options.run_dir}"
         )
         return {}
 
-    def work(training: Run) -> dict[str, Any]:
-        return _Steps(options, training).run(data)
-
-    return run_stage(options, "nlu", console, work, save_every=options.save_every)
+    return run_stage(options, "nlu", console, partial(_work, options, data), save_every=options.save_every)
 
 
 def _load(options: NLU) -> _Data:
@@ -320,19 +324,12 @@ def _load(options: NLU) -> _Data:
     return _Data(train[options.warm_labels :], train[: options.warm_labels], evaluation)
 
 
-class _Steps:
-    """The steps of one run."""
-
-    def __init__(self, options: NLU, training: Run) -> None:
-        self.options, self.training = options, training
-        self.folder, self.tracker, self.console = training.folder, training.tracker, training.console
-
-    def run(self, data: _Data) -> dict[str, Any]:
-        """Trains if the method needs it, evaluates with greedy decoding and with sampling, and returns the results."""
-        options = self.options
-        if options.method == "majority":
-            guesses = majority(data.train, data.evaluation)
-            return self._finish(data, {"greedy": scores(data.evaluation, guesses)}, {})
+def _work(options: NLU, data: _Data, run: Run) -> dict[str, Any]:
+    """Trains if the method needs it, evaluates with greedy decoding and with sampling, and returns the results."""
+    counts: dict[str, Any] = {}
+    if options.method == "majority":
+        metrics = {"greedy": scores(data.evaluation, majority(data.train, data.evaluation))}
+    else:
         policy = LanguageModelPolicy(
             options.model,
             LoraSettings(rank=options.lora_rank),
@@ -340,151 +337,142 @@ class _Steps:
             dtype=options.dtype,
             seed=options.seed,
         )
-        self._check_lengths(policy, data)
-        counts: dict[str, Any] = {}
-        if options.method in ("sft", *AGENTS):
-            self._train(policy, data, counts)
-            counts["train_seconds"] = self.training.seconds
-            policy.save(self.folder.file("policy", "policy.json").parent)
-        metrics = {}
-        for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-            rows = answers(policy, data.evaluation, temperature, options.seed, **options.env_options())
-            metrics[name] = scores(data.evaluation, [row["prediction"] for row in rows])
-            for row in rows[:20]:
-                self.training.generations.write({"when": f"evaluation, {name}"} | row)
-        self.tracker.table("generations", [{"when": name, **row} for row in rows[:50]])
-        return self._finish(data, metrics, counts)
+        _check_lengths(options, policy, data)
+        if options.method in TRAINED:
+            counts = _train(options, data, run, policy) | {"train_seconds": run.seconds}
+            policy.save(run.folder.file("policy", "policy.json").parent)
+        metrics = _evaluate(options, data, run, policy)
+    counts = {"labels": data.labels, "evaluated": len(data.evaluation), "seconds": run.seconds} | counts
+    results = run.folder.finish(metrics, counts)
+    run.tracker.summary(results)
+    for decoding, by_task in metrics.items():
+        for task, values in by_task.items():
+            line = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+            run.console.print(f"{task} {options.method} ({decoding}): {line}", highlight=False)
+    return results
 
-    def _check_lengths(self, policy: LanguageModelPolicy, data: _Data) -> None:
-        """Raises an InputError if prompts of training or evaluation do not fit the context."""
-        if policy.lm.context_length < self.options.context_length:
-            raise InputError(
-                f"{self.options.model} reads {policy.lm.context_length} tokens: set --context-length to that or less"
-            )
-        trains = [data.warm, data.train] if self.options.method in ("sft", *AGENTS) else []
-        # Making the env checks the lengths of its prompts.
-        for examples in filter(None, [data.evaluation, *trains]):
-            gym.make_vec(
-                ENV_ID, num_envs=1, examples=examples, tokenizer=policy.tokenizer, **self.options.env_options()
-            ).close()
 
-    def _finish(self, data: _Data, metrics: Mapping[str, Any], counts: Mapping[str, Any]) -> dict[str, Any]:
-        """Writes, logs and prints the results, and returns them."""
-        results = self.folder.finish(
-            metrics,
-            {
-                "labels": len(data.warm) + len(data.train),
-                "evaluated": len(data.evaluation),
-                "seconds": self.training.seconds,
-                **counts,
-            },
+def _check_lengths(options: NLU, policy: LanguageModelPolicy, data: _Data) -> None:
+    """Raises an InputError if prompts of training or evaluation do not fit the context."""
+    if policy.lm.context_length < options.context_length:
+        raise InputError(
+            f"{options.model} reads {policy.lm.context_length} tokens: set --context-length to that or less"
         )
-        self.tracker.summary(results)
-        for decoding, by_task in metrics.items():
-            for task, values in by_task.items():
-                line = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
-                self.console.print(f"{task} {self.options.method} ({decoding}): {line}", highlight=False)
-        return results
+    trains = [data.warm, data.train] if options.method in TRAINED else []
+    # Making the env checks the lengths of its prompts.
+    for examples in filter(None, [data.evaluation, *trains]):
+        gym.make_vec(ENV_ID, num_envs=1, examples=examples, tokenizer=policy.tokenizer, **options.env_options()).close()
 
-    # --- training ------------------------------------------------------------------------------------------------
 
-    def _train(self, policy: LanguageModelPolicy, data: _Data, counts: dict[str, Any]) -> None:
-        """Trains the policy, as far as the time limit allows."""
-        options, training = self.options, self.training
-        if options.method == "sft":
-            self._supervised(policy, data.train, options.passes, counts, tracked=True)
-            return
-        # A checkpoint includes the warm start and the frozen reference policy.
-        if training.saved is None and data.warm:
-            self._supervised(policy, data.warm, 4, counts, tracked=False)
-            policy.freeze_reference("sft")
-        agent = self._agent(policy, data)
-        total = -(-len(data.train) // options.batch_size) * options.passes
+def _evaluate(
+    options: NLU, data: _Data, run: Run, policy: LanguageModelPolicy
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Returns the metrics of the policy's answers by decoding, task and name, and records some of the answers."""
+    metrics = {}
+    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        rows = answers(policy, data.evaluation, temperature, options.seed, **options.env_options())
+        metrics[name] = scores(data.evaluation, [row["prediction"] for row in rows])
+        for row in rows[:20]:
+            run.generations.write({"when": f"evaluation, {name}"} | row)
+    run.tracker.table("generations", [{"when": name, **row} for row in rows[:50]])
+    return metrics
 
-        def labels(agent: RolloutAgent) -> None:
-            agent.logger.record("rollout/labels", options.warm_labels + agent.updates * options.batch_size)
 
-        try:
-            training.learn(agent, total, f"{options.method} on {options.task}", labels)
-        finally:
-            # Unload the run's adapters from the servers even if training fails; one process does it for all.
-            if agent.engine is not None and training.processes.is_main:
-                agent.engine.close()
-        counts |= {"updates": agent.updates, "tokens": agent.num_timesteps, "episodes": agent.episodes}
-        self.tracker.image(
-            "training", plot_token_training(self.folder.path, self.folder.file("figures", "training.png"))
-        )
+def _train(options: NLU, data: _Data, run: Run, policy: LanguageModelPolicy) -> dict[str, int]:
+    """Trains the policy and returns counts of the training.
 
-    def _agent(self, policy: LanguageModelPolicy, data: _Data) -> RolloutAgent:
-        """Builds the agent of the method on a training env."""
-        options = self.options
-        group = 1 if options.method == "ppo" else options.group_size
-        env = gym.make_vec(
-            ENV_ID,
-            num_envs=min(options.batch_size, len(data.train)) * group,
-            examples=data.train,
-            tokenizer=policy.tokenizer,
-            group_size=group,
-            **options.env_options(),
-        )
-        engine = VLLMEngine(options.urls, options.adapter_dir) if options.rollouts == "vllm" else None
-        return AGENTS[options.method](
-            env,
-            policy,
-            options.seed,
-            engine=engine,
-            learning_rate=options.learning_rate,
-            schedule=options.schedule,
-            warmup=0.1,
-            optimizer=options.optimizer,
-            epochs=options.epochs,
-            kl_coefficient=options.kl_coefficient,
-            token_budget=options.token_budget * group,
-        )
+    Raises:
+        OutOfTimeError: if the time limit stopped the training, after a checkpoint.
+    """
+    if options.method == "sft":
+        return {"sft_steps": _imitate(options, run, policy, data.train, options.passes, 32)}
+    counts = {}
+    # A checkpoint includes the warm start and the frozen reference policy.
+    if run.saved is None and data.warm:
+        counts["sft_steps"] = _imitate(options, run, policy, data.warm, 4, 16, tracked=False)
+        policy.freeze_reference("sft")
+    agent = _agent(options, policy, data.train)
+    total = -(-len(data.train) // options.batch_size) * options.passes
 
-    def _supervised(
-        self,
-        policy: LanguageModelPolicy,
-        examples: Sequence[PromptExample],
-        passes: int,
-        counts: dict[str, Any],
-        tracked: bool,
-    ) -> None:
-        """Trains the policy on references.
+    def labels(agent: RolloutAgent) -> None:
+        agent.logger.record("rollout/labels", options.warm_labels + agent.updates * options.batch_size)
 
-        Args:
-            policy: policy to train.
-            examples: examples whose references are imitated.
-            passes: passes over the examples.
-            counts: gets the number of optimiser steps as ``sft_steps``.
-            tracked: False for a warm start, which leaves no metrics or checkpoints and is not cut short.
-        """
-        options = self.options
-        trainer = SFT(
-            policy,
-            options.seed,
-            learning_rate=options.learning_rate,
-            schedule=options.schedule,
-            warmup=0.1,
-            optimizer=options.optimizer,
-            batch_size=32 if tracked else 16,
-            epochs=passes,
-            token_budget=options.token_budget,
-        )
-        demonstrations = [self._demonstration(policy, example) for example in examples]
-        self.training.supervised(trainer, demonstrations, f"sft on {options.task}", tracked)
-        counts["sft_steps"] = trainer.steps
+    try:
+        run.learn(agent, total, f"{options.method} on {options.task}", labels)
+    finally:
+        # Unload the run's adapters from the servers even if training fails; one process does it for all.
+        if agent.engine is not None and run.processes.is_main:
+            agent.engine.close()
+    run.tracker.image("training", plot_token_training(run.folder.path, run.folder.file("figures", "training.png")))
+    return counts | {"updates": agent.updates, "tokens": agent.num_timesteps, "episodes": agent.episodes}
 
-    def _demonstration(self, policy: LanguageModelPolicy, example: PromptExample) -> TokenizedDemonstration:
-        """Returns the prompt of an example and its reference answer as token ids."""
-        tokenizer, answer = policy.tokenizer, str(example.reference)
-        prompt = tokenizer.encode(example.prompt)
-        if not self.options.constrained:
-            return TokenizedDemonstration(
-                prompt, tokenizer.encode_continuation(response_text(answer, self.options.layout))
-            )
-        response = tokenizer.encode_continuation(f" {answer}")
-        # Under constrained decoding, the loss is among the allowed tokens of each position.
-        choices = Choices([tokenizer.encode_continuation(f" {word}") for word in example.choices])
-        allowed = [choices.allowed(response[:t]) for t in range(len(response))]
-        return TokenizedDemonstration(prompt, response, [tokens for tokens in allowed if tokens is not None])
+
+def _agent(options: NLU, policy: LanguageModelPolicy, examples: Sequence[PromptExample]) -> RolloutAgent:
+    """Builds the agent of the method on a training env."""
+    group = 1 if options.method == "ppo" else options.group_size
+    env = gym.make_vec(
+        ENV_ID,
+        num_envs=min(options.batch_size, len(examples)) * group,
+        examples=examples,
+        tokenizer=policy.tokenizer,
+        group_size=group,
+        **options.env_options(),
+    )
+    return AGENTS[options.method](
+        env,
+        policy,
+        options.seed,
+        engine=VLLMEngine(options.urls, options.adapter_dir) if options.rollouts == "vllm" else None,
+        epochs=options.epochs,
+        kl_coefficient=options.kl_coefficient,
+        token_budget=options.token_budget * group,
+        **options.optimization(),
+    )
+
+
+def _imitate(
+    options: NLU,
+    run: Run,
+    policy: LanguageModelPolicy,
+    examples: Sequence[PromptExample],
+    passes: int,
+    batch_size: int,
+    tracked: bool = True,
+) -> int:
+    """Trains the policy on references and returns the number of optimiser steps.
+
+    Args:
+        options: options of the run.
+        run: the run.
+        policy: policy to train.
+        examples: examples whose references are imitated.
+        passes: passes over the examples.
+        batch_size: examples per optimiser step.
+        tracked: False for a warm start, which leaves no metrics or checkpoints and is not cut short.
+
+    Raises:
+        OutOfTimeError: if the time limit stopped a tracked training, after a checkpoint.
+    """
+    trainer = SFT(
+        policy,
+        options.seed,
+        batch_size=batch_size,
+        epochs=passes,
+        token_budget=options.token_budget,
+        **options.optimization(),
+    )
+    demonstrations = [_demonstration(options, policy.tokenizer, example) for example in examples]
+    run.supervised(trainer, demonstrations, f"sft on {options.task}", tracked)
+    return trainer.steps
+
+
+def _demonstration(options: NLU, tokenizer: Tokenizer, example: PromptExample) -> TokenizedDemonstration:
+    """Returns the prompt of an example and its reference answer as token ids."""
+    prompt, answer = tokenizer.encode(example.prompt), str(example.reference)
+    if not options.constrained:
+        return TokenizedDemonstration(prompt, tokenizer.encode_continuation(response_text(answer, options.layout)))
+    response = tokenizer.encode_continuation(f" {answer}")
+    # Under constrained decoding, the loss is among the allowed tokens of each position.
+    choices = Choices([tokenizer.encode_continuation(f" {word}") for word in example.choices])
+    allowed = [choices.allowed(response[:t]) for t in range(len(response))]
+    return TokenizedDemonstration(prompt, response, [tokens for tokens in allowed if tokens is not None])
