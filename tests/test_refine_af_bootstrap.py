@@ -18,7 +18,7 @@ from instructgym.experiments.cli import main
 from instructgym.experiments.refine_af import bootstrap as instruction_bootstrap
 from instructgym.experiments.refine_af import bootstrap as refine_af_bootstrap
 from instructgym.experiments.refine_af.bootstrap import Bootstrapper, BootstrapSettings, RefineAFBootstrap
-from instructgym.experiments.runs.folder import TimeLimit
+from instructgym.experiments.runs.progress import Deadline
 from instructgym.llm_backends import BackendError, Completion, Journal, ScriptedBackend
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.records import read_records
@@ -258,13 +258,13 @@ def test_a_time_limit_stops_cleanly_and_the_same_command_goes_on(tmp_path, finis
 
 def test_a_time_limit_does_not_count_what_is_replayed(tmp_path, monkeypatch):
     clock = iter(range(0, 1000, 60))
-    monkeypatch.setattr("instructgym.experiments.runs.folder.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("instructgym.experiments.runs.progress.time.monotonic", lambda: next(clock))
     journal = Journal(tmp_path / "journal.jsonl")
-    limit = TimeLimit(2, journal)
+    limit = Deadline(2, journal)
     assert [limit.reached() for _ in range(3)] == [False] * 3  # nothing was asked: minutes 0 to 2
     journal.put({"key": "reply"})
     assert [limit.reached() for _ in range(2)] == [False, True]  # the piece that began at minute 2 was paid for
-    assert not TimeLimit(0, journal).reached()
+    assert not Deadline(0, journal).reached()
 
 
 def test_the_command_line(tmp_path, capsys):

@@ -30,9 +30,9 @@ from ...rewards.judges.verdict import (
     sigmoid,
     uses_likelihood,
 )
-from ..runs.folder import RowWriter, RunFolder, TimeLimit, Tracker, replayed
+from ..runs.folder import RowWriter, RunFolder, Tracker, replayed
 from ..runs.options import BackendOptions, Scale, input_errors, parse_part
-from ..runs.progress import StepProgress
+from ..runs.progress import Deadline, StepProgress
 from ..runs.report import COLOURS, panels
 from .measures import LABELS, Judgement, LabelledPair, PairKind, count, measure, read_labelled_pairs
 
@@ -156,7 +156,7 @@ def _calibrate(
     backend: Journaled,
     console: Console,
 ) -> dict[str, Any]:
-    start_time, limit = time.monotonic(), TimeLimit(options.minutes, backend.journal)
+    start_time, limit = time.monotonic(), Deadline(options.minutes, backend.journal)
     rows = RowWriter(folder.file("judgements.jsonl"))
     likelihood = uses_likelihood(backend, options.mode)
     judgements: list[Judgement] = []

@@ -35,9 +35,9 @@ from ...llm_backends.errors import InputError
 from ...rewards.judges.verdict import Question, judge_verdicts
 from ...rewards.quality.instance_format import Instance
 from ..evolve.train import identity
-from ..runs.folder import RowWriter, RunFolder, TimeLimit, Tracker, journaled_roles, replayed
+from ..runs.folder import RowWriter, RunFolder, Tracker, journaled_roles, replayed
 from ..runs.options import BackendOptions, check_counts, input_errors, parse_part
-from ..runs.progress import StepProgress
+from ..runs.progress import Deadline, StepProgress
 from ..runs.statistics import distinct_n, known_mean, mean_pairwise_distance
 
 
@@ -380,7 +380,7 @@ def _bootstrap(
     console: Console,
 ) -> dict[str, Any]:
     """Runs both stages as far as the time limit allows, and returns the results."""
-    begun, limit = time.monotonic(), TimeLimit(options.minutes, journal)
+    begun, limit = time.monotonic(), Deadline(options.minutes, journal)
     replies = len(journal)  # those of earlier starts, which are replayed
     record = _Record(folder)
     instructions = record.rows["instructions"]  # the list itself: it grows with every batch

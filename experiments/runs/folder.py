@@ -1,4 +1,4 @@
-"""Run folders: a command's options, the rows and replies that it writes, its spending, its time limit and its results.
+"""Run folders: a command's options, the rows and replies that it writes, its spending and its results.
 
 :class:`RunFolder` is the folder. :class:`RowWriter` and :func:`replayed` let a killed run be repeated from its journal
 of model replies; :class:`Tracker` writes metrics. Training with checkpoints is in
@@ -12,7 +12,6 @@ import json
 import math
 import os
 import platform
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -390,36 +389,6 @@ def accounted(backends: Mapping[str, Backend], folder: Path) -> Iterator[None]:
             usage["requests"] -= usage.pop("cache_hits")
             totals[name] = {key: before.get(key, 0) + value for key, value in usage.items()}
         write_json(folder / "usage.json", totals)
-
-
-class TimeLimit:
-    """A limit on a run's time that does not count the replay of stored replies.
-
-    Args:
-        minutes: the limit in minutes; 0: no limit.
-        journal: journal of the run, before its first request.
-    """
-
-    def __init__(self, minutes: float, journal: Journal) -> None:
-        self.minutes, self.journal, self.replies = minutes, journal, len(journal)
-        self._last_check: float | None = None
-        """Time of the last call of :meth:`reached`."""
-        self._counting_since: float | None = None
-        """Time from which the limit counts; None while all replies come from the journal."""
-
-    def reached(self) -> bool:
-        """Returns whether the run is to stop; to be called before every piece of work.
-
-        Time counts from the start of the first piece of work that added a reply to the journal.
-        """
-        if self._counting_since is None and len(self.journal) > self.replies:
-            self._counting_since = self._last_check
-        self._last_check = time.monotonic()
-        return (
-            bool(self.minutes)
-            and self._counting_since is not None
-            and self._last_check - self._counting_since >= 60 * self.minutes
-        )
 
 
 TRACKERS = ("none", "wandb")

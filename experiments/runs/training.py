@@ -1,8 +1,7 @@
 """Training of language-model policies in a run folder: progress, checkpoints, resumption and a time limit.
 
-:func:`run_stage` runs a command in its run folder; its work gets a :class:`Run`, which has the training loops.
-:class:`Deadline` shares one time limit among several stages. Run folders are in
-:mod:`instructgym.experiments.runs.folder`.
+:func:`run_stage` runs a command in its run folder; its work gets a :class:`Run`, which has the training loops. Run
+folders are in :mod:`instructgym.experiments.runs.folder`, time limits in :mod:`instructgym.experiments.runs.progress`.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -29,14 +28,10 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.local.tokenization import EmbeddedTokenizer, Tokenizer
 from .folder import RowWriter, RunFolder, Tracker, accounted, chunked_rows, journaled_roles, read_json, write_json
 from .options import Count, DType, RunOptions
-from .progress import StepProgress
+from .progress import Deadline, OutOfTimeError, StepProgress
 
 CLOCK = "clock.json"
 """File in a checkpoint that holds the seconds spent on its run."""
-
-
-class OutOfTimeError(Exception):
-    """Raised when the time limit of a run is reached; finished work is kept."""
 
 
 class HelperDoneError(Exception):
@@ -73,8 +68,7 @@ class Run:
         save_every: int = 5,
     ) -> None:
         self.folder, self.tracker, self.console, self.processes = folder, tracker, console, processes
-        self.checkpoints, self.minutes, self.save_every = checkpoints, minutes, save_every
-        self._begun = time.monotonic()
+        self.checkpoints, self.limit, self.save_every = checkpoints, Deadline(minutes), save_every
         # Seconds of earlier starts, up to the checkpoint that this one continues.
         saved = self.saved
         clock = read_json(saved / CLOCK) if saved is not None else None
@@ -90,7 +84,7 @@ class Run:
     @property
     def seconds(self) -> float:
         """Seconds spent on this run, including those before the checkpoint that it continues."""
-        return round(time.monotonic() - self._begun + self._seconds_before, 1)
+        return round(time.monotonic() - self.limit.begun + self._seconds_before, 1)
 
     def learn(
         self,
@@ -216,9 +210,8 @@ class Run:
 
     def _out_of_time(self) -> bool:
         """Returns whether any process has reached the time limit."""
-        expired = time.monotonic() - self._begun > 60 * self.minutes
         # All processes stop together: one that went on would wait for the others' gradients.
-        return bool(self.minutes) and any(self.processes.gather(expired))
+        return bool(self.limit.minutes) and any(self.processes.gather(self.limit.reached()))
 
     def _save(self, write: Callable[[Path], None]) -> None:
         """Replaces the run's checkpoint by one that ``write`` writes, with the time spent so far."""
@@ -250,53 +243,6 @@ class Run:
                     "logprobs": [round(float(v), 4) for v in logprobs[rows]],
                 }
             )
-
-
-class Deadline:
-    """The time limit of an experiment with several stages; its clock starts on construction.
-
-    Args:
-        minutes: the limit in minutes; 0: no limit.
-    """
-
-    def __init__(self, minutes: float = 0.0) -> None:
-        self.minutes, self.begun = minutes, time.monotonic()
-
-    @property
-    def left(self) -> float:
-        """Remaining minutes; 0: no limit.
-
-        Raises:
-            OutOfTimeError: if the time limit is reached.
-        """
-        left = self.minutes - (time.monotonic() - self.begun) / 60 if self.minutes else 0.0
-        if self.minutes and left <= 0:
-            raise OutOfTimeError
-        return left
-
-    def check(self) -> None:
-        """Checks the time limit.
-
-        Raises:
-            OutOfTimeError: if the time limit is reached.
-        """
-        _ = self.left
-
-    def run(self, run: Callable[[Any, Console], dict[str, Any]], options: Any, console: Console) -> dict[str, Any]:
-        """Runs a stage within the remaining time and returns its results.
-
-        Args:
-            run: function of the stage.
-            options: options of the stage; their ``minutes`` are replaced.
-            console: console that shows progress.
-
-        Raises:
-            OutOfTimeError: if no time is left, or the stage stopped before its end.
-        """
-        results = run(replace(options, minutes=self.left), console)
-        if results.get("status") == "stopped":
-            raise OutOfTimeError
-        return results
 
 
 def in_time(work: Callable[[Any, Console], Any]) -> Callable[[Any, Console], Any]:
