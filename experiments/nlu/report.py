@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,48 +18,53 @@ from ..runs.report import COLOURS, FinishedRun, band, finished_runs, panels, smo
 from ..runs.statistics import interval
 from .run import NLU, TRAINED
 
-Curve = list[tuple[float, float, float]]
-"""For each update: labels seen, share of right answers, share of well-formed answers."""
 
-
-def plot_nlu(curves: Mapping[str, Mapping[str, Sequence[Curve]]], figures: Mapping[str, Any], path: Path) -> Path:
+def plot_nlu(runs: Mapping[str, Mapping[str, Sequence[FinishedRun]]], figures: Mapping[str, Any], path: Path) -> Path:
     """Plots learning curves and final scores of language-understanding runs, a row of axes per task; returns the path.
 
     Args:
-        curves: by task and arm, one curve per seed.
+        runs: by task and arm, one run per seed.
         figures: by task and arm, a row of the table: ``greedy`` (mean and half-width of the main metric), ``metric``
             (its name), ``examples`` (number of evaluated rows).
         path: PNG file to write.
     """
-    tasks = list(figures)
-    figure, axes = panels(2, len(tasks))
-    for (left, right), task in zip(axes, tasks, strict=True):
-        arms = list(figures[task])
-        for k, arm in enumerate(arms):
-            colour, runs = COLOURS[k % len(COLOURS)], curves[task][arm]
-            if runs:
+    figure, axes = panels(2, len(runs))
+    for (left, right), (task, arms) in zip(axes, runs.items(), strict=True):
+        colours = [COLOURS[k % len(COLOURS)] for k in range(len(arms))]
+        for colour, (arm, members) in zip(colours, arms.items(), strict=True):
+            curves = [np.array(curve).T for run in members if (curve := learning_curve(run))]
+            if curves:
                 # Average over seeds on the range of labels that every seed covers.
-                grid = np.linspace(max(r[0][0] for r in runs), min(r[-1][0] for r in runs), 80)
-                columns = [np.array(run).T for run in runs]
-                rows = [np.interp(grid, c[0], smooth(c[1], max(len(c[1]) // 8, 1))) for c in columns]
+                grid = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 80)
+                rows = [np.interp(grid, x, smooth(y, max(len(y) // 8, 1))) for x, y in curves]
                 band(left, grid, np.array(rows), arm, colour)
         left.set(title=f"{task}: right answers in training (smoothed)", xlabel="labels seen", ylabel="share")
         if left.get_legend_handles_labels()[1]:
             left.legend(frameon=False, fontsize=8)
-        means = [100 * figures[task][arm]["greedy"][0] for arm in arms]
+        scores = list(figures[task].values())
+        means, halves = 100 * np.array([row["greedy"] for row in scores]).T
         # The half-width of a single seed is NaN: draw no error bar.
-        errors = [0 if np.isnan(h := figures[task][arm]["greedy"][1]) else 100 * h for arm in arms]
-        bars = right.barh(
-            range(len(arms)), means, xerr=errors, color=[COLOURS[k % len(COLOURS)] for k in range(len(arms))]
-        )
+        bars = right.barh(range(len(arms)), means, xerr=np.nan_to_num(halves), color=colours)
         right.bar_label(bars, fmt="%.1f", fontsize=8, padding=3)
         right.set_yticks(range(len(arms)), arms, fontsize=8)
         right.invert_yaxis()
         right.set_xlim(right=max(*means, 1.0) * 1.15)
-        metric, count = figures[task][arms[0]]["metric"], figures[task][arms[0]]["examples"]
+        metric, count = scores[0]["metric"], scores[0]["examples"]
         right.set(title=f"{task}: {metric}, greedy, {count} dev rows", xlabel="percent")
     figure.savefig(path, dpi=130)
     return path
+
+
+def learning_curve(run: FinishedRun) -> list[tuple[float, float]]:
+    """Returns the labels seen and the share of right answers by update; empty without reinforcement learning."""
+    rows = read_records(run.folder / "metrics.jsonl")
+    return [(row["rollout/labels"], row.get("rollout/terms/correct") or 0.0) for row in rows if "rollout/labels" in row]
+
+
+def _percent(value: Any) -> str:
+    """Returns a share, or a mean of shares and the half-width of its interval (NaN: none), in percent."""
+    mean, half = value if isinstance(value, tuple) else (value, np.nan)
+    return f"{100 * mean:.1f}" + ("" if np.isnan(half) else f" ± {100 * half:.1f}")
 
 
 NON_IDENTITY_OPTIONS = NOT_IDENTITY | set("seed data_dir eval_data_dir save_every token_budget".split())
@@ -68,8 +74,17 @@ TRAINING_OPTIONS |= {"kl_coefficient", "lora_rank", "rollouts"}
 """Options without effect on a method that is not trained."""
 ORDER = ("majority", "zero-shot", "few-shot", *TRAINED)
 """Order of the methods in the table."""
-TITLES = ("metric", "greedy", "T = 1", "format, greedy", "format, T = 1", "labels", "seeds", "minutes")
-"""Titles of the columns that describe an arm."""
+COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("metric", "metric", str),
+    ("greedy", "greedy", _percent),
+    ("T = 1", "sampled", _percent),
+    ("format, greedy", "greedy_format", _percent),
+    ("format, T = 1", "sampled_format", _percent),
+    ("labels", "labels", str),
+    ("seeds", "seeds", str),
+    ("minutes", "minutes", "{:.1f}".format),
+)
+"""Columns that describe an arm: title, key in its row, and form."""
 
 
 @dataclass
@@ -97,28 +112,19 @@ def run(options: NLUReport, console: Console | None = None) -> dict[str, Any]:
     tasks = dict.fromkeys(task for run in runs for task in run.metrics["greedy"])
     arms = {task: _group_by_arm([run for run in runs if task in run.metrics["greedy"]]) for task in tasks}
     figures = {task: {arm: _row(members, task) for arm, members in arms[task].items()} for task in tasks}
-    curves = {
-        task: {arm: [curve for run in members if (curve := _curve(run))] for arm, members in arms[task].items()}
-        for task in tasks
-    }
-    rows = [[task, arm, *_cells(row)] for task, by_arm in figures.items() for arm, row in by_arm.items()]
+    rows = [
+        [task, arm, *(form(row[key]) if key in row else "" for _, key, form in COLUMNS)]
+        for task, rows_by_arm in figures.items()
+        for arm, row in rows_by_arm.items()
+    ]
     console.print("Main metric in percent; malformed answers are wrong")
     write_report(
         Path(options.out),
-        [("", [["task", "method, start", *TITLES], *rows])],
+        [("", [["task", "method, start", *(title for title, *_ in COLUMNS)], *rows])],
         console,
-        plots={"curves.png": lambda path: plot_nlu(curves, figures, path)},
+        plots={"curves.png": lambda path: plot_nlu(arms, figures, path)},
     )
     return figures
-
-
-def _curve(run: FinishedRun) -> Curve:
-    """Returns the learning curve of a run; empty for one that was not trained by reinforcement learning."""
-    return [
-        (row["rollout/labels"], row.get("rollout/terms/correct") or 0.0, row.get("rollout/terms/format") or 0.0)
-        for row in read_records(run.folder / "metrics.jsonl")
-        if "rollout/labels" in row
-    ]
 
 
 def _arm(run: FinishedRun) -> str:
@@ -146,28 +152,20 @@ def _group_by_arm(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
     Raises:
         InputError: for two runs of one group with the same seed.
     """
-    groups: dict[str, dict[tuple[tuple[str, str], ...], list[FinishedRun]]] = {}
-    for run in runs:
-        groups.setdefault(_arm(run), {}).setdefault(tuple(sorted(_identity(run).items())), []).append(run)
-    # Name each group by its arm and the options in which the groups of that arm differ.
+    arms: dict[str, dict[frozenset[tuple[str, str]], list[FinishedRun]]] = {}
+    for run in sorted(runs, key=lambda run: (ORDER.index(run.options["method"]), _arm(run))):
+        arms.setdefault(_arm(run), {}).setdefault(frozenset(_identity(run).items()), []).append(run)
     named: dict[str, list[FinishedRun]] = {}
-    for arm in sorted(groups, key=lambda arm: (_rank(arm), arm)):
-        options = [dict(key) for key in groups[arm]]
-        keys = sorted(set().union(*options))
-        differing = [key for key in keys if len({option.get(key) for option in options}) > 1]
-        for option, members in zip(options, groups[arm].values(), strict=True):
-            seeds = [run.options["seed"] for run in members]
-            if len(set(seeds)) < len(seeds):
-                raise InputError(f"{arm}: two runs with seed {max(seeds, key=seeds.count)} are alike: leave one out")
-            named["".join([arm, *(f", {key.replace('_', ' ')} {option.get(key)}" for key in differing)])] = members
+    for arm, groups in arms.items():
+        # Name each group by its arm and the options in which the groups of that arm differ.
+        shared = frozenset.intersection(*groups)
+        for identity, members in groups.items():
+            [(seed, count)] = Counter(run.options["seed"] for run in members).most_common(1)
+            if count > 1:
+                raise InputError(f"{arm}: two runs with seed {seed} are alike: leave one out")
+            options = sorted(identity - shared)
+            named["".join([arm, *(f", {key.replace('_', ' ')} {value}" for key, value in options)])] = members
     return named
-
-
-def _rank(arm: str) -> int:
-    """Returns the place of an arm in the table, that of its method in :data:`ORDER`."""
-    name = arm.partition(",")[0]
-    # The arm of few-shot begins with the number of examples, as in "4-shot".
-    return ORDER.index("few-shot" if name.endswith("-shot") and name[0].isdigit() else name)
 
 
 def _row(runs: Sequence[FinishedRun], task: str) -> dict[str, Any]:
@@ -184,22 +182,3 @@ def _row(runs: Sequence[FinishedRun], task: str) -> dict[str, Any]:
     row["minutes"] = float(np.mean([run.counts["seconds"] for run in runs])) / 60
     row["examples"] = runs[0].counts["evaluated"]
     return row
-
-
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    """Returns the cells of an arm's row as text, in the order of :data:`TITLES`."""
-
-    def figure(pair: Any) -> str:
-        mean, half = pair
-        return f"{100 * mean:.1f}" + ("" if np.isnan(half) else f" ± {100 * half:.1f}")
-
-    return [
-        row["metric"],
-        figure(row["greedy"]),
-        figure(row["sampled"]) if "sampled" in row else "",
-        f"{100 * row['greedy_format']:.1f}",
-        f"{100 * row['sampled_format']:.1f}" if "sampled" in row else "",
-        str(row["labels"]),
-        str(row["seeds"]),
-        f"{row['minutes']:.1f}",
-    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -28,45 +29,12 @@ from ...llm_backends.local.tokenization import Tokenizer
 from ...llm_backends.training.adapters import LoraSettings
 from ...rewards.ground_truth import parse_answer
 from ..runs.folder import RunFolder
-from ..runs.options import Count, Scale
+from ..runs.options import Count, Scale, named
 from ..runs.report import plot_token_training
 from ..runs.responses import respond
 from ..runs.training import Run, TrainingOptions, run_stage
 
 ENV_ID = "instructgym/GenerateLabel-v0"
-
-
-def answers(
-    policy: LanguageModelPolicy,
-    examples: Sequence[PromptExample],
-    temperature: float,
-    seed: int = 0,
-    **env_options: Any,
-) -> list[dict[str, Any]]:
-    """Generates the policy's answers.
-
-    Args:
-        policy: policy that answers.
-        examples: prompts, with allowed answers and reference.
-        temperature: sampling temperature; 0 for greedy decoding.
-        seed: seed of sampled answers; an answer depends only on it, the example and its place in the list.
-        env_options: arguments of ``GenerateLabel``, as in training.
-
-    Returns:
-        One row per example: ``episode_id``, ``text``, ``finish_reason``, ``prediction`` (the parsed answer, None if it
-        is malformed) and ``reference``.
-    """
-    responses = respond(policy, ENV_ID, examples, temperature, seed, **env_options)
-    return [
-        {
-            "episode_id": example.id,
-            "text": response.text,
-            "finish_reason": response.finish_reason,
-            "prediction": parse_answer(response.text, response.finish_reason, example.choices),
-            "reference": example.reference,
-        }
-        for example, response in zip(examples, responses, strict=True)
-    ]
 
 
 def scores(examples: Sequence[PromptExample], predictions: Sequence[str | None]) -> dict[str, dict[str, float]]:
@@ -88,17 +56,17 @@ def majority(train: Sequence[PromptExample], examples: Sequence[PromptExample]) 
     """Predicts for each example the most frequent training answer of its task, or the mean if answers are numbers.
 
     Args:
-        train: training examples; those without a reference are ignored.
+        train: training examples with a reference.
         examples: examples to predict.
     """
     best: dict[str, str] = {}
     for task in dict.fromkeys(str(example.metadata["task"]) for example in [*train, *examples]):
-        labelled = [e for e in train if e.metadata["task"] == task and e.reference is not None]
+        labelled = [e for e in train if e.metadata["task"] == task]
         if labelled and labelled[0].metadata["kind"] == "regression":
             best[task] = f"{np.mean([float(e.reference or 0) for e in labelled]):.1f}"
         else:
             frequencies = Counter(str(e.reference) for e in labelled)
-            best[task] = frequencies.most_common(1)[0][0] if frequencies else ""
+            best[task] = max(frequencies, key=frequencies.__getitem__, default="")
     return [best[str(example.metadata["task"])] for example in examples]
 
 
@@ -196,21 +164,16 @@ class NLU(TrainingOptions):
         """
         super().check()
         if self.scale == "smoke":
-            self.labels = min(self.labels or SMOKE["labels"], SMOKE["labels"])
-            self.eval_limit = min(self.eval_limit or SMOKE["eval_limit"], SMOKE["eval_limit"])
-        start, _, count = self.start.partition(":")
-        if start not in ("constrained", "free", "few-shot-header", "sft") or (start == "sft") != bool(count):
+            for name, most in SMOKE.items():
+                setattr(self, name, min(getattr(self, name) or most, most))
+        if not re.fullmatch(r"constrained|free|few-shot-header|sft:0*[1-9]\d*", self.start):
             raise InputError(f"--start must be constrained, free, few-shot-header or sft:N, got {self.start!r}")
-        if count and not (count.isdigit() and int(count) > 0):
-            raise InputError(f"--start sft:N needs a number of labels, got {self.start!r}")
-        if count and self.labels and int(count) >= self.labels:
+        if self.labels and self.warm_labels >= self.labels:
             raise InputError(f"--start {self.start} leaves no labels of --labels {self.labels} for training")
-        if start == "sft" and self.method not in AGENTS:
-            raise InputError(f"--start {self.start} is for {', '.join(AGENTS)}, not for {self.method}")
         if (self.rollouts == "vllm") != bool(self.urls):
             raise InputError("--rollouts vllm needs --servers, and --servers is for --rollouts vllm")
-        if self.rollouts == "vllm" and self.method not in AGENTS:
-            raise InputError(f"--rollouts vllm is for {', '.join(AGENTS)}, not for {self.method}")
+        if self.method not in AGENTS and (self.warm_labels or self.urls):
+            raise InputError(f"--start sft:N and --rollouts vllm are for {', '.join(AGENTS)}, not for {self.method}")
         for task in filter(None, map(str.strip, f"{self.task},{self.eval_task}".split(","))):
             if get_task(task).kind == "regression" and self.constrained and self.method != "majority":
                 raise InputError(f"{task} asks for a number, which --start constrained cannot write: use free or sft:N")
@@ -237,22 +200,11 @@ class NLU(TrainingOptions):
 
     def env_options(self) -> dict[str, Any]:
         """Returns the arguments of the environment, except examples and tokenizer."""
-        return {
-            "layout": self.layout,
-            "preset": self.preset,
-            "constrained": self.constrained,
-            "max_tokens": self.max_tokens,
-            "context_length": self.context_length,
-        }
+        return named(self, "layout", "preset", "constrained", "max_tokens", "context_length")
 
     def optimization(self) -> dict[str, Any]:
         """Returns the settings that agents and supervised training share."""
-        return {
-            "learning_rate": self.learning_rate,
-            "schedule": self.schedule,
-            "warmup": 0.1,
-            "optimizer": self.optimizer,
-        }
+        return named(self, "learning_rate", "schedule", "optimizer") | {"warmup": 0.1}
 
 
 @dataclass
@@ -297,22 +249,13 @@ def _load(options: NLU) -> _Data:
     Raises:
         InputError: for data that cannot be used, evaluation rows without a label, and too few labels to train on.
     """
-    limit = options.labels or None
-    train = load_examples(
-        options.task, "train", options.data_dir, limit, options.num_shots, options.layout, options.seed
-    )
+    load = partial(load_examples, shots=options.num_shots, layout=options.layout, seed=options.seed)
+    train = load(options.task, "train", options.data_dir, options.labels or None)
     train = [example for example in train if example.reference is not None]
     # Shuffle: the examples of several tasks are loaded one task after the other.
     train = [train[i] for i in np.random.default_rng(options.seed).permutation(len(train))]
-    evaluation = load_examples(
-        options.eval_task or options.task,
-        options.eval_split,
-        (options.eval_data_dir or options.data_dir) if options.eval_task else options.data_dir,
-        options.eval_limit or None,
-        options.num_shots,
-        options.layout,
-        options.seed,
-    )
+    folder = (options.eval_task and options.eval_data_dir) or options.data_dir
+    evaluation = load(options.eval_task or options.task, options.eval_split, folder, options.eval_limit or None)
     hidden = next((example for example in evaluation if example.reference is None), None)
     if hidden is not None:
         raise InputError(
@@ -342,9 +285,7 @@ def _work(options: NLU, data: _Data, run: Run) -> dict[str, Any]:
             counts = _train(options, data, run, policy) | {"train_seconds": run.seconds}
             policy.save(run.folder.file("policy", "policy.json").parent)
         metrics = _evaluate(options, data, run, policy)
-    counts = {"labels": data.labels, "evaluated": len(data.evaluation), "seconds": run.seconds} | counts
-    results = run.folder.finish(metrics, counts)
-    run.tracker.summary(results)
+    results = run.finish(metrics, {"labels": data.labels, "evaluated": len(data.evaluation)} | counts)
     for decoding, by_task in metrics.items():
         for task, values in by_task.items():
             line = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
@@ -367,10 +308,27 @@ def _check_lengths(options: NLU, policy: LanguageModelPolicy, data: _Data) -> No
 def _evaluate(
     options: NLU, data: _Data, run: Run, policy: LanguageModelPolicy
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Returns the metrics of the policy's answers by decoding, task and name, and records some of the answers."""
+    """Answers with greedy decoding and by sampling, records some answers, and returns the metrics.
+
+    Rows of answers have ``episode_id``, ``text``, ``finish_reason``, ``prediction`` (the parsed answer, None if it is
+    malformed) and ``reference``.
+
+    Returns:
+        The metrics by decoding, task and name.
+    """
     metrics = {}
     for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        rows = answers(policy, data.evaluation, temperature, options.seed, **options.env_options())
+        responses = respond(policy, ENV_ID, data.evaluation, temperature, options.seed, **options.env_options())
+        rows = [
+            {
+                "episode_id": example.id,
+                "text": response.text,
+                "finish_reason": response.finish_reason,
+                "prediction": parse_answer(response.text, response.finish_reason, example.choices),
+                "reference": example.reference,
+            }
+            for example, response in zip(data.evaluation, responses, strict=True)
+        ]
         metrics[name] = scores(data.evaluation, [row["prediction"] for row in rows])
         for row in rows[:20]:
             run.generations.write({"when": f"evaluation, {name}"} | row)
@@ -385,11 +343,11 @@ def _train(options: NLU, data: _Data, run: Run, policy: LanguageModelPolicy) -> 
         OutOfTimeError: if the time limit stopped the training, after a checkpoint.
     """
     if options.method == "sft":
-        return {"sft_steps": _imitate(options, run, policy, data.train, options.passes, 32)}
+        return {"sft_steps": _imitate(options, run, policy, data.train, options.passes)}
     counts = {}
     # A checkpoint includes the warm start and the frozen reference policy.
     if run.saved is None and data.warm:
-        counts["sft_steps"] = _imitate(options, run, policy, data.warm, 4, 16, tracked=False)
+        counts["sft_steps"] = _imitate(options, run, policy, data.warm, 4, tracked=False)
         policy.freeze_reference("sft")
     agent = _agent(options, policy, data.train)
     total = -(-len(data.train) // options.batch_size) * options.passes
@@ -423,9 +381,8 @@ def _agent(options: NLU, policy: LanguageModelPolicy, examples: Sequence[PromptE
         policy,
         options.seed,
         engine=VLLMEngine(options.urls, options.adapter_dir) if options.rollouts == "vllm" else None,
-        epochs=options.epochs,
-        kl_coefficient=options.kl_coefficient,
         token_budget=options.token_budget * group,
+        **named(options, "epochs", "kl_coefficient"),
         **options.optimization(),
     )
 
@@ -436,7 +393,6 @@ def _imitate(
     policy: LanguageModelPolicy,
     examples: Sequence[PromptExample],
     passes: int,
-    batch_size: int,
     tracked: bool = True,
 ) -> int:
     """Trains the policy on references and returns the number of optimiser steps.
@@ -447,7 +403,6 @@ def _imitate(
         policy: policy to train.
         examples: examples whose references are imitated.
         passes: passes over the examples.
-        batch_size: examples per optimiser step.
         tracked: False for a warm start, which leaves no metrics or checkpoints and is not cut short.
 
     Raises:
@@ -456,7 +411,7 @@ def _imitate(
     trainer = SFT(
         policy,
         options.seed,
-        batch_size=batch_size,
+        batch_size=32 if tracked else 16,
         epochs=passes,
         token_budget=options.token_budget,
         **options.optimization(),
