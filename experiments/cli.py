@@ -289,11 +289,8 @@ def guarded(work: Callable[[Console], Any]) -> int:
     """
     try:
         work(Console())
-    except (InputError, RunError) as error:
+    except (InputError, RunError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: a command with a run folder goes on from here when it is repeated", file=sys.stderr)

@@ -13,7 +13,7 @@ import math
 import os
 import platform
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -244,18 +244,9 @@ def chunked_rows(
 def _without_budget(option: Any) -> Any:
     """Returns an option's value; of a part in JSON form without its budget, which may be raised to resume a run."""
     if isinstance(option, str) and option.lstrip().startswith("{"):
-        try:
-            return _drop_budgets(json.loads(option))
-        except ValueError:
-            pass
+        with suppress(ValueError):
+            return json.loads(option, object_hook=lambda part: {k: v for k, v in part.items() if k != "budget"})
     return option
-
-
-def _drop_budgets(value: Any) -> Any:
-    """Returns a JSON value without the keys ``budget`` at any depth."""
-    if isinstance(value, dict):
-        return {key: _drop_budgets(inner) for key, inner in value.items() if key != "budget"}
-    return [_drop_budgets(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _almost_equal(row: Any, stored: Any) -> bool:
@@ -264,10 +255,8 @@ def _almost_equal(row: Any, stored: Any) -> bool:
         return row.keys() == stored.keys() and all(_almost_equal(row[key], stored[key]) for key in row)
     if isinstance(row, list) and isinstance(stored, list):
         return len(row) == len(stored) and all(map(_almost_equal, row, stored))
-    if isinstance(row, float) or isinstance(stored, float):
-        return (
-            isinstance(row, int | float) and isinstance(stored, int | float) and math.isclose(row, stored, abs_tol=1e-4)
-        )
+    if {type(row), type(stored)} in ({float}, {int, float}):
+        return math.isclose(row, stored, abs_tol=1e-4)
     return bool(row == stored)
 
 
@@ -305,7 +294,7 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-Roles = TypeVar("Roles")
+Roles = TypeVar("Roles", bound=Mapping[str, Backend])
 
 
 @contextmanager
@@ -316,8 +305,7 @@ def replayed(
 
     Args:
         folder: the run folder.
-        build: returns the run's backends by role, which store their replies in the journal: a mapping, or an object
-            with the backends as attributes.
+        build: returns the run's backends by role, which store their replies in the journal.
         console: console on which to print that a run is resumed.
         name: path to print for the resumed run; None: the run folder.
 
@@ -334,7 +322,7 @@ def replayed(
                 f"resuming {name or folder.path}: {len(journal)} stored replies are replayed, none is paid for again"
             )
         roles = build(journal)
-        with accounted(roles if isinstance(roles, Mapping) else vars(roles), folder.path):
+        with accounted(roles, folder.path):
             yield journal, roles
 
 
@@ -465,7 +453,7 @@ def check_tracker(track: str) -> None:
 
 
 def _start_wandb(folder: RunFolder) -> Any:
-    """Starts a wandb run, offline without an API key.
+    """Starts the wandb run of a folder, offline without an API key, unless the environment sets another mode.
 
     Raises:
         InputError: if wandb is not installed or refuses the run.
@@ -476,23 +464,18 @@ def _start_wandb(folder: RunFolder) -> Any:
         raise InputError("--track wandb needs wandb: pip install wandb") from error
     has_key = bool(os.environ.get("WANDB_API_KEY")) or (Path.home() / ".netrc").exists()
     try:
-        return _init_wandb(wandb, folder, "online" if has_key else "offline")
+        return wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "instructgym"),
+            name=folder.path.name,
+            # The id depends on the path alone, so a resumed run continues its wandb run.
+            id=hashlib.sha1(str(folder.path.resolve()).encode()).hexdigest()[:16],
+            resume="allow",
+            dir=str(folder.path),
+            config=folder.config,
+            mode=os.environ.get("WANDB_MODE") or ("online" if has_key else "offline"),  # type: ignore[arg-type]
+        )
     except wandb.errors.Error as error:
         raise InputError(f"wandb refused the run: {error}") from error
-
-
-def _init_wandb(wandb: Any, folder: RunFolder, mode: str) -> Any:
-    """Starts the wandb run of a folder, with ``mode`` unless the environment sets another."""
-    return wandb.init(
-        project=os.environ.get("WANDB_PROJECT", "instructgym"),
-        name=folder.path.name,
-        # The id depends on the path alone, so a resumed run continues its wandb run.
-        id=hashlib.sha1(str(folder.path.resolve()).encode()).hexdigest()[:16],
-        resume="allow",
-        dir=str(folder.path),
-        config=folder.config,
-        mode=os.environ.get("WANDB_MODE") or mode,
-    )
 
 
 def _number(value: Any) -> Any:

@@ -33,11 +33,20 @@ BOUNDS = (
 )
 
 
+@dataclass(frozen=True)
+class Required:
+    """Marks an option that may not be empty, as ``Annotated[str, Required("the run folder of a policy")]``."""
+
+    what: str
+    """What the option is to name."""
+
+
 def check_fields(options: Any) -> None:
     """Checks the fields of a dataclass against their types, which are the ranges of options.
 
     A ``Literal`` has to be one of its values; the command line ensures it, Python does not. A number has to be finite,
-    not negative, and within the bounds of an ``Annotated`` type (those of annotated-types).
+    not negative, and within the bounds of an ``Annotated`` type (those of annotated-types). An option with
+    :class:`Required` must have a value.
 
     Raises:
         InputError: if a value is out of range; the message names the option.
@@ -45,7 +54,10 @@ def check_fields(options: Any) -> None:
     hints = get_type_hints(type(options), include_extras=True)
     for field in fields(options):
         value, hint = getattr(options, field.name), hints[field.name]
-        wanted = ""
+        option, wanted = f"--{field.name.replace('_', '-')}", ""
+        for metadata in getattr(hint, "__metadata__", ()):
+            if isinstance(metadata, Required) and not value:
+                raise InputError(f"{option} is missing: name {metadata.what}")
         if get_origin(hint) is Literal and value not in get_args(hint):
             *most, last = (str(choice) or "empty" for choice in get_args(hint))
             wanted = f"be {', '.join(most)} or {last}"
@@ -57,7 +69,7 @@ def check_fields(options: Any) -> None:
             if not wanted and not 0 <= value < math.inf:
                 wanted = "not be negative" if value < 0 else "be finite"
         if wanted:
-            raise InputError(f"--{field.name.replace('_', '-')} must {wanted}, got {value!r}")
+            raise InputError(f"{option} must {wanted}, got {value!r}")
 
 
 @dataclass

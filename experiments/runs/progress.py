@@ -1,4 +1,4 @@
-"""The time limit of commands, and the display of their progress, also as a callback of stable-baselines3."""
+"""The time limit of commands, and the display of their progress."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from stable_baselines3.common.callbacks import BaseCallback
 
 
 class OutOfTimeError(Exception):
@@ -124,21 +123,3 @@ class StepProgress:
         if not self.console.is_terminal and tenth > self._tenth:
             self._tenth = tenth
             self.console.print(f"{self.label}: {completed}/{self.total}  {note}".rstrip(), highlight=False)
-
-
-class ShowProgress(BaseCallback):
-    """A callback that shows env steps and the mean return of the last 100 episodes.
-
-    Args:
-        progress: an open :class:`StepProgress`.
-    """
-
-    def __init__(self, progress: StepProgress) -> None:
-        super().__init__()
-        self.progress = progress
-
-    def _on_step(self) -> bool:
-        episodes = list(self.model.ep_info_buffer or [])
-        mean = f"return {sum(e['r'] for e in episodes) / len(episodes):.2f}" if episodes else ""
-        self.progress.update(self.num_timesteps, mean)
-        return True

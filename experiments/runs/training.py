@@ -16,18 +16,24 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 from rich.console import Console
 
 from ...agents.policy.checkpoints import latest_checkpoint, replace_checkpoint
-from ...agents.policy.language_model import SETTINGS
+from ...agents.policy.language_model import SETTINGS, LanguageModelPolicy
 from ...agents.policy.optimization import Processes
+from ...agents.policy_gradient.ppo import TokenPPO
 from ...agents.rollouts.agent import RolloutAgent
+from ...agents.supervised.sft import TokenizedDemonstration
 from ...agents.supervised.trainer import SupervisedTrainer
+from ...envs.tokens.episode import PromptExample
 from ...llm_backends import Backend, Journal
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.tokenization import EmbeddedTokenizer, Tokenizer
+from ...llm_backends.training.adapters import LoraSettings
+from ...rewards import Reward
 from .folder import RowWriter, RunFolder, Tracker, accounted, chunked_rows, journaled_roles, read_json, write_json
-from .options import Count, DType, RunOptions
+from .options import Count, DType, RunOptions, named
 from .progress import Deadline, OutOfTimeError, StepProgress
 
 CLOCK = "clock.json"
@@ -198,6 +204,15 @@ class Run:
         with accounted(roles, self.folder.path):
             yield roles
 
+    def save_policy(self, policy: LanguageModelPolicy) -> None:
+        """Saves the policy into the run folder, where :func:`policy_folder` finds it."""
+        policy.save(self.folder.file("policy", SETTINGS).parent)
+
+    def show(self, metrics: Mapping[str, float | None], digits: int = 3) -> None:
+        """Prints the metrics that have a value in one line, with so many decimals."""
+        shown = (f"{name} {value:.{digits}f}" for name, value in metrics.items() if value is not None)
+        self.console.print("  ".join(shown), highlight=False)
+
     def finish(self, metrics: Mapping[str, Any], counts: Mapping[str, Any]) -> dict[str, Any]:
         """Writes the results of the finished run, with its time, sends them to the tracker, and returns them."""
         results = self.folder.finish(metrics, dict(counts) | {"seconds": self.seconds})
@@ -281,17 +296,21 @@ def run_stage(
     work: Callable[[Run], dict[str, Any]],
     distributed: bool = True,
     save_every: int = 5,
+    plan: str = "",
     **identity: Any,
 ) -> dict[str, Any]:
     """Runs the work of a command in its run folder, or returns the stored results of a finished run.
+
+    In a dry run it prints the plan and returns nothing.
 
     Args:
         options: options of the command.
         command: name of the command, as a user types it.
         console: console that shows progress.
-        work: does the work and returns the results, which it has written with ``folder.finish``.
+        work: does the work and returns the results, which it has written with :meth:`Run.finish`.
         distributed: whether several processes can share the work.
         save_every: number of updates between checkpoints.
+        plan: what the command does, such as ``train on 10 pairs``; a command that prints its own plan returns before.
         **identity: further values that a run must have in common with the run it resumes: digests of data and weights
             that the options only name.
 
@@ -302,16 +321,20 @@ def run_stage(
         InputError: if the folder holds another run or is in use, or there are several processes and the command runs in
             one.
     """
+    path, config = Path(options.run_dir), asdict(options) | identity
+    folder = RunFolder(path, config, command)
+    if options.dry_run:
+        console.print(f"would {plan}, in {options.run_dir}")
+        return {}
     processes = Processes()
     if processes.count > 1 and not distributed:
         raise InputError(f"'{command}' runs in one process: start it without torchrun or accelerate")
-    path, config = Path(options.run_dir), asdict(options) | identity
-    if (results := RunFolder(path, config, command).finished(console)) is not None:
+    if (results := folder.finished(console)) is not None:
         return results
     # The main process writes the run; the others have a scratch folder within it.
     if not processes.is_main:
         path, console = path / "ranks" / str(processes.index), Console(quiet=True)
-    folder = RunFolder(path, config, command)
+        folder = RunFolder(path, config, command)
     with folder.opened(), Tracker(folder, options.track if processes.is_main else "none") as tracker:
         checkpoints = Path(options.run_dir) / "checkpoints"
         try:
@@ -323,9 +346,80 @@ def run_stage(
             return folder.finish({}, {}, status="helper")
 
 
-def tokenizer_of(model: str) -> Tokenizer:
-    """Returns the tokenizer of a model by the model's name, without loading the model."""
-    return EmbeddedTokenizer() if model == "embedded" else Tokenizer(model)
+def tokenizer_of(model: str, context_length: int = 0) -> Tokenizer:
+    """Returns the tokenizer of a model by the model's name, without loading the model.
+
+    Raises:
+        InputError: if the model reads fewer tokens than the context length, the value of ``--context-length``.
+    """
+    tokenizer = EmbeddedTokenizer() if model == "embedded" else Tokenizer(model)
+    if context_length and tokenizer.context_length < context_length:
+        raise InputError(f"{model} reads {tokenizer.context_length} tokens: set --context-length to that or less")
+    return tokenizer
+
+
+def tokenized_demonstrations(
+    prompts: Sequence[str], responses: Sequence[str], tokenizer: Tokenizer
+) -> list[TokenizedDemonstration]:
+    """Tokenizes prompts and the responses to imitate, each of which ends with an end-of-sequence token.
+
+    Args:
+        prompts: the prompts.
+        responses: the texts that continue them, including a blank between prompt and response.
+        tokenizer: tokenizer of the model to train.
+
+    Raises:
+        InputError: if the tokenizer has no end-of-sequence token.
+    """
+    if not tokenizer.eos_ids:
+        raise InputError(f"the tokenizer of {tokenizer.name} has no EOS token, by which responses could end")
+    # A tokenizer may have several end-of-sequence tokens: always take the same one.
+    end = min(tokenizer.eos_ids)
+    return [
+        TokenizedDemonstration(ids, [*tokenizer.encode_continuation(response), end])
+        for ids, response in zip(tokenizer.encode_batch(prompts), responses, strict=True)
+    ]
+
+
+def new_policy(options: Any, **settings: Any) -> LanguageModelPolicy:
+    """Returns a policy of the options' ``model`` with a new adapter; ``lora_rank``, ``dtype`` and ``seed`` are read."""
+    lora = LoraSettings(rank=options.lora_rank)
+    return LanguageModelPolicy(options.model, lora, **named(options, "dtype", "seed"), **settings)
+
+
+def trainer_settings(options: Any, *names: str) -> dict[str, Any]:
+    """Returns the settings that trainers take from the options of a command: a cosine schedule with 10% warm-up.
+
+    Args:
+        options: options; ``learning_rate``, ``epochs`` and ``token_budget`` are read.
+        *names: further options that are settings of the trainer by the same names, as ``batch_size``.
+    """
+    return {"schedule": "cosine", "warmup": 0.1} | named(options, "learning_rate", "epochs", "token_budget", *names)
+
+
+def ppo_agent(
+    options: Any,
+    policy: LanguageModelPolicy,
+    env_id: str,
+    copies: int,
+    examples: Sequence[PromptExample],
+    reward: Reward,
+    *names: str,
+) -> TokenPPO:
+    """Returns the agent of a command that trains by token-level PPO, with its environment.
+
+    Args:
+        options: options with ``seed``, ``kl_coefficient``, ``env_options()`` and what :func:`trainer_settings` reads.
+        policy: the policy to train.
+        env_id: id of the environment.
+        copies: number of sub-environments, one per response of an update.
+        examples: the prompts.
+        reward: reward of a response.
+        *names: further options that are settings of the agent.
+    """
+    parts: dict[str, Any] = {"examples": examples, "tokenizer": policy.tokenizer, "reward": reward}
+    env: Any = gym.make_vec(env_id, num_envs=copies, **parts, **options.env_options())
+    return TokenPPO(env, policy, options.seed, **trainer_settings(options, "kl_coefficient", *names))
 
 
 def digest(value: Any) -> str:
