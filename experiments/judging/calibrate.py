@@ -150,15 +150,7 @@ def run(options: JudgeCalibrate, console: Console | None = None) -> dict[str, An
     if options.mode == "likelihood" and not backend.supports_logprobs:
         raise InputError(f"--mode likelihood needs log-probs, which backend {backend.name!r} does not report")
     likelihood = uses_likelihood(backend, options.mode)
-    # The hash of the pairs is an option of the run: with other data it is not resumed.
-    digest = hashlib.sha256(json.dumps([kind, *map(asdict, pairs)]).encode()).hexdigest()[:16]
-    if options.dry_run:
-        RunFolder(options.run_dir, asdict(options) | {"pairs": digest}, "judge calibrate")
-        console.print(
-            f"would ask {backend.name} about {len(pairs)} {kind} pairs in both orders, "
-            f"{'by likelihood' if likelihood else f'and {options.repeats} times more each'}, in {options.run_dir}"
-        )
-        return {}
+    asked = "by likelihood" if likelihood else f"and {options.repeats} times more each"
 
     def work(run: Run) -> dict[str, Any]:
         rows = RowWriter(run.folder.file("judgements.jsonl"))
@@ -194,7 +186,16 @@ def run(options: JudgeCalibrate, console: Console | None = None) -> dict[str, An
             )
         return results
 
-    return run_stage(options, "judge calibrate", console, work, distributed=False, pairs=digest)
+    return run_stage(
+        options,
+        "judge calibrate",
+        console,
+        work,
+        distributed=False,
+        plan=f"ask {backend.name} about {len(pairs)} {kind} pairs in both orders, {asked}",
+        # With other data the run is not resumed.
+        pairs=hashlib.sha256(json.dumps([kind, *map(asdict, pairs)]).encode()).hexdigest()[:16],
+    )
 
 
 def ask_judge(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -26,13 +26,11 @@ from ...envs.tokens.episode import PromptExample
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.sampling import Choices
 from ...llm_backends.local.tokenization import Tokenizer
-from ...llm_backends.training.adapters import LoraSettings
 from ...rewards.ground_truth import parse_answer
-from ..runs.folder import RunFolder
 from ..runs.options import Count, Scale, named
 from ..runs.report import plot_token_training
-from ..runs.responses import respond
-from ..runs.training import Run, TrainingOptions, run_stage
+from ..runs.responses import check_prompts, respond
+from ..runs.training import Run, TrainingOptions, new_policy, run_stage, tokenizer_of
 
 ENV_ID = "instructgym/GenerateLabel-v0"
 
@@ -232,15 +230,8 @@ def run(options: NLU, console: Console | None = None) -> dict[str, Any]:
     console = console or Console()
     options.check()
     data = _load(options)
-    if options.dry_run:
-        RunFolder(options.run_dir, asdict(options), "nlu")  # raises an error if the folder holds another run
-        console.print(
-            f"would run {options.method} on {options.task}: {data.labels} labels, "
-            f"{len(data.evaluation)} rows to evaluate, in {options.run_dir}"
-        )
-        return {}
-
-    return run_stage(options, "nlu", console, partial(_work, options, data), save_every=options.save_every)
+    plan = f"run {options.method} on {options.task}: {data.labels} labels, {len(data.evaluation)} rows to evaluate"
+    return run_stage(options, "nlu", console, partial(_work, options, data), save_every=options.save_every, plan=plan)
 
 
 def _load(options: NLU) -> _Data:
@@ -273,17 +264,15 @@ def _work(options: NLU, data: _Data, run: Run) -> dict[str, Any]:
     if options.method == "majority":
         metrics = {"greedy": scores(data.evaluation, majority(data.train, data.evaluation))}
     else:
-        policy = LanguageModelPolicy(
-            options.model,
-            LoraSettings(rank=options.lora_rank),
-            value="shared" if options.method == "ppo" else "none",
-            dtype=options.dtype,
-            seed=options.seed,
-        )
-        _check_lengths(options, policy, data)
+        tokenizer = tokenizer_of(options.model, options.context_length)
+        for examples in filter(
+            None, [data.evaluation, *([data.warm, data.train] if options.method in TRAINED else [])]
+        ):
+            check_prompts(ENV_ID, examples, tokenizer, **options.env_options())
+        policy = new_policy(options, value="shared" if options.method == "ppo" else "none")
         if options.method in TRAINED:
             counts = _train(options, data, run, policy) | {"train_seconds": run.seconds}
-            policy.save(run.folder.file("policy", "policy.json").parent)
+            run.save_policy(policy)
         metrics = _evaluate(options, data, run, policy)
     results = run.finish(metrics, {"labels": data.labels, "evaluated": len(data.evaluation)} | counts)
     for decoding, by_task in metrics.items():
@@ -291,18 +280,6 @@ def _work(options: NLU, data: _Data, run: Run) -> dict[str, Any]:
             line = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
             run.console.print(f"{task} {options.method} ({decoding}): {line}", highlight=False)
     return results
-
-
-def _check_lengths(options: NLU, policy: LanguageModelPolicy, data: _Data) -> None:
-    """Raises an InputError if prompts of training or evaluation do not fit the context."""
-    if policy.lm.context_length < options.context_length:
-        raise InputError(
-            f"{options.model} reads {policy.lm.context_length} tokens: set --context-length to that or less"
-        )
-    trains = [data.warm, data.train] if options.method in TRAINED else []
-    # Making the env checks the lengths of its prompts.
-    for examples in filter(None, [data.evaluation, *trains]):
-        gym.make_vec(ENV_ID, num_envs=1, examples=examples, tokenizer=policy.tokenizer, **options.env_options()).close()
 
 
 def _evaluate(

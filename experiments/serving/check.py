@@ -27,16 +27,8 @@ TITLES = {name: title for name, (title, _) in CAPABILITIES.items()}
 """Titles of the capabilities in the table, by name."""
 
 ROLLOUT_NEEDS = (
-    "completions",
-    "token_ids",
-    "tokenize",
-    "prompt_ids",
-    "given_logprobs",
-    "allowed_tokens",
-    "end_tokens",
-    "adapters",
-    "processed_logprobs",
-)
+    "completions token_ids tokenize prompt_ids given_logprobs allowed_tokens end_tokens adapters processed_logprobs"
+).split()
 """Capabilities that a server needs to write the rollouts of token-level agents."""
 
 
@@ -66,15 +58,12 @@ def suggest(findings: Findings, speeds: Sequence[Speed], key_variable: str = "OP
     """
     concurrency, missing = recommended(speeds), rollouts_lack(findings)
     is_vllm = findings.can("given_logprobs", "token_ids", "logprobs")
-    forms = {"vllm": "structured_vllm", "json_schema": "structured_json_schema"}
+    structured = next((form for form in ("vllm", "json_schema") if findings.can(f"structured_{form}")), "none")
     # Arguments of the most capable backend for the server, with their defaults, some of which differ between backends.
     arguments: dict[str, tuple[Any, Any]] = {
         "logprobs": (findings.can("logprobs"), is_vllm),
         "token_ids": (findings.can("token_ids"), is_vllm),
-        "structured": (
-            next((form for form, name in forms.items() if findings.can(name)), "none"),
-            "vllm" if is_vllm else "none",
-        ),
+        "structured": (structured, "vllm" if is_vllm else "none"),
         "max_tokens_field": (findings.max_tokens_field, "max_tokens"),
         "key_variable": (key_variable, "OPENAI_API_KEY"),
         "concurrency": (concurrency, None),
@@ -184,12 +173,8 @@ def run(options: ServeCheck, console: Console | None = None) -> dict[str, Any]:
         check_output(Path(options.json))
     with console.status("requesting the list of models") as status:
         probe = ServerProbe(
-            options.base_url,
-            options.model,
-            options.style,
-            options.key_variable,
-            options.timeout,
-            lambda name: status.update(f"probing: {TITLES.get(name, name)}"),
+            **named(options, "base_url", "model", "style", "key_variable", "timeout"),
+            on_request=lambda name: status.update(f"probing: {TITLES.get(name, name)}"),
         )
         findings = probe.run()
         speeds = _measure(options, probe, levels, status) if options.requests else []
@@ -217,10 +202,8 @@ def _measure(options: ServeCheck, probe: ServerProbe, levels: Sequence[int], sta
     return measure_speed(
         lambda level: probe.openai(findings.style, concurrency=level, extra_body=extra),
         levels,
-        options.requests,
-        options.prompt_tokens,
-        options.max_tokens,
-        lambda level: status.update(f"measuring {options.requests} requests, {level} in flight"),
+        **named(options, "requests", "prompt_tokens", "max_tokens"),
+        on_level=lambda level: status.update(f"measuring {options.requests} requests, {level} in flight"),
     )
 
 
