@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import compress
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 from rich.console import Console
@@ -22,16 +22,9 @@ from scipy.stats import binned_statistic
 from ...llm_backends import Backend, Journaled, request_seed
 from ...llm_backends.errors import InputError
 from ...rewards.judges.pairwise import Pair, both_orders, compare, pair_question
-from ...rewards.judges.verdict import (
-    RETRY_TEMPERATURE,
-    Verdict,
-    VerdictMode,
-    judge_verdicts,
-    sigmoid,
-    uses_likelihood,
-)
+from ...rewards.judges.verdict import RETRY_TEMPERATURE, Verdict, VerdictMode, judge_verdicts, sigmoid, uses_likelihood
 from ..runs.folder import RowWriter, RunFolder, journaled_roles
-from ..runs.options import BackendOptions, Scale, input_errors, named, parse_part
+from ..runs.options import BackendOptions, Required, Scale, input_errors, named, parse_part
 from ..runs.progress import Deadline, StepProgress
 from ..runs.report import COLOURS, panels
 from ..runs.training import Run, run_stage
@@ -109,7 +102,7 @@ class JudgeCalibrate(BackendOptions):
     backend: str = "embedded"
     """Backend of the judge: embedded, transformers, openai, scripted, 'module:factory', or JSON
     {"id": ..., "kwargs": {...}}."""
-    data: str = ""
+    data: Annotated[str, Required("a JSONL file of labelled pairs")] = ""
     """JSONL file of labelled pairs. Rows: {"prompt", "first", "second", "better": "first" | "second" | "tie"} for the
     pairwise judge, or {"first", "second", "verdict": "Equal" | "Not Equal"} for the equality judge."""
     mode: VerdictMode = "auto"
@@ -124,8 +117,6 @@ class JudgeCalibrate(BackendOptions):
 
     def check(self) -> None:
         super().check()
-        if not self.data:
-            raise InputError("--data is missing: name a JSONL file of labelled pairs")
         if self.repeats == 1:
             raise InputError("--repeats must be at least 2, as self-consistency compares verdicts, or 0 for none")
 
@@ -165,8 +156,7 @@ def run(options: JudgeCalibrate, console: Console | None = None) -> dict[str, An
                 chunk = pairs[start : start + CHUNK]
                 # By the index among all pairs, so that the seeds do not depend on the chunk size.
                 seeds = [request_seed(options.seed, "pair", start + i) for i in range(len(chunk))]
-                repeats = 0 if likelihood else options.repeats
-                for judgement in ask_judge(judge, kind, chunk, seeds, options.mode, repeats):
+                for judgement in ask_judge(judge, kind, chunk, seeds, options):
                     judgements.append(judgement)
                     rows.write(judgement_row(kind, len(judgements), judgement))
                 counts = count(judgements)
@@ -199,12 +189,7 @@ def run(options: JudgeCalibrate, console: Console | None = None) -> dict[str, An
 
 
 def ask_judge(
-    backend: Backend,
-    kind: PairKind,
-    pairs: Sequence[LabelledPair],
-    seeds: Sequence[int],
-    mode: VerdictMode,
-    repeats: int,
+    backend: Backend, kind: PairKind, pairs: Sequence[LabelledPair], seeds: Sequence[int], options: JudgeCalibrate
 ) -> list[Judgement]:
     """Asks the judge about labelled pairs in both orders, then samples further verdicts.
 
@@ -215,13 +200,13 @@ def ask_judge(
         kind: kind of the pairs.
         pairs: n pairs.
         seeds: n request seeds.
-        mode: see :data:`~instructgym.rewards.judges.verdict.VerdictMode`.
-        repeats: sampled verdicts per pair; 0: none.
+        options: options of the run, with the mode and the number of sampled verdicts.
 
     Returns:
         n judgements, in order.
     """
-    prompt = KINDS[kind].prompt()
+    prompt, mode = KINDS[kind].prompt(), options.mode
+    repeats = 0 if uses_likelihood(backend, mode) else options.repeats
     asked = [Pair(pair.first, pair.second, pair.prompt, seed) for pair, seed in zip(pairs, seeds, strict=True)]
     if kind == "pairwise":
         judgements = [
