@@ -194,7 +194,12 @@ class Run:
     @contextmanager
     def roles(self, parts: Mapping[str, Any]) -> Iterator[dict[str, Backend]]:
         """Builds backends by role; their replies are kept in the run's journal, and what they spend is recorded."""
-        roles = journaled_roles(parts, Journal(self.folder.file("journal.jsonl")))
+        journal = Journal(self.folder.file("journal.jsonl"))
+        if len(journal):
+            self.console.print(
+                f"resuming {self.folder.path}: {len(journal)} stored replies are replayed, none is paid for again"
+            )
+        roles = journaled_roles(parts, journal)
         with accounted(roles, self.folder.path):
             yield roles
 
