@@ -12,7 +12,7 @@ from typing import Any
 from gymnasium.vector import AutoresetMode
 
 from ..llm_backends import resolve
-from ..llm_backends.errors import InputError
+from ..llm_backends.errors import InputError, check_at_least
 from ..rewards.elimination import check_rules
 from ..rewards.prompt_scoring.rewards import TaskGain
 from ..rewards.prompt_scoring.scorer import TaskScorer
@@ -49,8 +49,7 @@ def _parts(
 ) -> tuple[PromptProcess, EditObserver]:
     """Returns the process of ``copies`` copies and its observer; see :class:`EditPromptEnv` for the arguments."""
     # Settings and ids are checked before data are read.
-    if horizon < 1:
-        raise InputError(f"horizon must be at least 1, got {horizon}")
+    check_at_least(1, horizon=horizon)
     check_on_invalid(on_invalid)
     rules = tuple(elimination)
     check_rules(rules)

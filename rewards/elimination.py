@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..llm_backends import resolve
+from ..llm_backends.errors import check_known
 from ..llm_backends.prompting import load_prompts
 from .base import Reward, Sample, Score
 from .judges.verdict import (
@@ -93,9 +94,8 @@ def eliminated_by(text: str, previous: str | None = None, rules: Sequence[str] =
 
 def check_rules(rules: Sequence[str]) -> None:
     """Raises a ValueError for an unknown rule name."""
-    unknown = [rule for rule in rules if rule not in STRING_RULES]
-    if unknown:
-        raise ValueError(f"unknown elimination rule {unknown[0]!r}: use {', '.join(STRING_RULES)}")
+    for rule in rules:
+        check_known("elimination rule", rule, STRING_RULES)
 
 
 class EliminationReward(Reward):

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from ..llm_backends.errors import InputError
+from ..llm_backends.errors import InputError, check_known
 from .base import Reward, Sample, Score
 
 Preset = Literal["paper", "code"]
@@ -200,8 +200,7 @@ class SpanReward(_AnswerReward):
     name = "span"
 
     def __init__(self, measure: Literal["em", "f1"] = "f1") -> None:
-        if measure not in ("em", "f1"):
-            raise InputError(f"unknown measure {measure!r}: use em or f1")
+        check_known("measure", measure, ("em", "f1"))
         self.measure = measure
 
     def score(self, sample: Sample) -> Score:
@@ -246,8 +245,7 @@ class GroundTruth(_AnswerReward):
 
 
 def _points(preset: str) -> LabelPoints:
-    if preset not in PRESETS:
-        raise InputError(f"unknown preset {preset!r}: use {' or '.join(PRESETS)}")
+    check_known("preset", preset, PRESETS)
     return PRESETS[preset]
 
 

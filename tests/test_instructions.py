@@ -214,7 +214,7 @@ def test_splits_are_about_eighty_ten_ten_and_never_change():
 
 
 def test_unknown_splits_are_refused():
-    with pytest.raises(ValueError, match="unknown split 'dev': use train, validation, test"):
+    with pytest.raises(ValueError, match="unknown split 'dev': use train, validation or test"):
         load_instructions(TEXTS, "dev")
 
 

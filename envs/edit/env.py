@@ -12,6 +12,7 @@ from typing import Any
 from gymnasium.vector import AutoresetMode
 
 from ...llm_backends import Backend, resolve
+from ...llm_backends.errors import check_at_least
 from ...rewards import Reward
 from ..process import ProcessEnv, ProcessVectorEnv, check_copies, check_on_invalid
 from ..tasks.instruction.seeds import Instruction
@@ -39,8 +40,7 @@ class _EditParts:
         embedder: Any,
         settings: EditSettings,
     ) -> None:
-        if settings.horizon < 1:
-            raise ValueError(f"horizon must be at least 1, got {settings.horizon}")
+        check_at_least(1, horizon=settings.horizon)
         check_on_invalid(settings.on_invalid)
         rewriter: Backend = resolve("backend", backend)
         # The rewriter also judges unless another model is given, as in the paper.

@@ -16,6 +16,7 @@ import numpy as np
 from gymnasium import spaces
 
 from ...llm_backends import Backend, BackendError, ContextLengthError, Embedder, request_seed, resolve
+from ...llm_backends.errors import check_known
 from ...rewards import Reward, Sample, Score, eliminated_by, score_with_retries
 from ..process import (
     EpisodeSource,
@@ -142,13 +143,12 @@ def make_edit_observer(mode: str, operations: int, horizon: int, embedder: Any, 
     Raises:
         ValueError: for an unknown mode.
     """
+    check_known("observation mode", mode, OBSERVATIONS)
     if mode == "last_edit":
         return LastEdit(operations)
     if mode == "embedding":
         return LastEditEmbedding(operations, horizon, resolve("embedder", embedder), actions)
-    if mode == "text":
-        return TextObserver()
-    raise ValueError(f"unknown observation mode {mode!r}: use {', '.join(OBSERVATIONS)}")
+    return TextObserver()
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from ..base import (
     UnsupportedRequestError,
     Usage,
 )
-from ..errors import InputError
+from ..errors import InputError, check_known
 from .openai_backend import OpenAIBackend, Structured
 from .sending import MalformedReplyError
 from .vllm_server import TokenSampling, VLLMServerBackend
@@ -130,8 +130,7 @@ class ServerProbe:
     ) -> None:
         if not base_url:
             raise InputError("the base URL is missing: name the server as http(s)://host/v1")
-        if style not in ("auto", "chat", "completion"):
-            raise InputError(f"style must be auto, chat or completion, got {style!r}")
+        check_known("style", style, ("auto", "chat", "completion"))
         self.base_url, self.requested_style, self.on_request = base_url, style, on_request
         self.options: dict[str, Any] = {"key_variable": key_variable, "timeout": timeout, "attempts": 1}
         self.findings = Findings(base_url, model)

@@ -9,9 +9,10 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ...llm_backends import Backend, BackendError, Prompt, Sampling, UnsupportedRequestError, resolve
+from ...llm_backends.errors import check_known
 from ...llm_backends.prompting import build_prompt, few_shot, fill, load_prompts
 from ..base import Reward, Sample, Score
 
@@ -106,8 +107,7 @@ class Question:
 
 def check_mode(mode: str) -> None:
     """Raises a ValueError for an unknown mode."""
-    if mode not in ("auto", "verdict", "likelihood"):
-        raise ValueError(f"unknown judge mode {mode!r}: use 'auto', 'verdict' or 'likelihood'")
+    check_known("judge mode", mode, get_args(VerdictMode))
 
 
 def sigmoid(log_odds: float) -> float:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ...llm_backends.errors import InputError
+from ...llm_backends.errors import InputError, check_known
 from ...llm_backends.local.tokenization import Tokenizer
 from ..base import Reward, Sample, Score
 from .reward_model import RewardModel, check_fingerprint, read_reward_settings
@@ -128,8 +128,7 @@ class TokenReward(_LearnedReward):
         dtype: str = "auto",
         device: str = "auto",
     ) -> None:
-        if form not in ("causal", "whole"):
-            raise InputError(f"form must be causal or whole, got {form!r}")
+        check_known("form", form, ("causal", "whole"))
         super().__init__(model, scale, center, dtype, device)
         if self._settings["level"] != "token":
             raise InputError(

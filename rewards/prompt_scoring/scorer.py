@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 
 from ...llm_backends import Backend, BackendError, ContextLengthError, Prompt, UnsupportedRequestError, resolve
-from ...llm_backends.errors import InputError
+from ...llm_backends.errors import InputError, check_at_least, check_known
 from ...llm_backends.parts import Part
 from ...llm_backends.prompting import build_prompt, one_line
 from ..base import Score
@@ -50,8 +50,7 @@ def calibration_method(calibrate: bool | str) -> Calibration:
     """
     if isinstance(calibrate, bool):
         return "contextual" if calibrate else "none"
-    if calibrate not in get_args(Calibration):
-        raise InputError(f"unknown calibration {calibrate!r}: use {', '.join(get_args(Calibration))}")
+    check_known("calibration", calibrate, get_args(Calibration))
     return calibrate  # type: ignore[return-value]
 
 
@@ -182,8 +181,7 @@ class TaskScorer(Part):
             raise InputError(
                 f"content_free must be a list of at least one input that says nothing, got {content_free!r}"
             )
-        if cache < 0:
-            raise InputError(f"cache must be a number of pairs of at least 0, got {cache}")
+        check_at_least(0, cache=cache)
         self.calibration: Calibration = calibration_method(calibrate)
         self.backend: Backend = resolve("backend", backend)
         if not self.backend.supports_logprobs:
@@ -512,8 +510,7 @@ class LimitedScorer(TaskScorer):
 
     def __init__(self, limit: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if limit < 1:
-            raise InputError(f"a limit of task-model calls must be at least 1, got {limit}")
+        check_at_least(1, limit=limit)
         self.limit, self.calls = limit, 0
 
     @property

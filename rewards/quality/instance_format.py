@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from ...llm_backends.errors import InputError
+from ...llm_backends.errors import check_known
 from ...llm_backends.prompting import one_line
 
 Order = Literal["input_first", "output_first"]
@@ -80,8 +80,7 @@ def parse_instance_or_reason(text: str, order: Order = "input_first", instructio
     Raises:
         InputError: for an unknown order.
     """
-    if order not in FIELDS:
-        raise InputError(f"order must be input_first or output_first, got {order!r}")
+    check_known("order", order, FIELDS)
     # Split the lines into fields; a line without a field name continues the field before it.
     fields: list[tuple[str, str]] = []
     for line in text.strip().splitlines():

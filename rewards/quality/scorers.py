@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from ...llm_backends import Tokenizer, resolve
+from ...llm_backends.errors import check_known
 from ...llm_backends.prompting import load_prompts
 from ..base import Reward, Sample, Score
 from ..judges.verdict import Question, VerdictMode, VerdictPrompt, check_mode, judge_temperature, judge_verdicts
@@ -22,8 +23,7 @@ def quality_prompt(aspect: Aspect) -> VerdictPrompt:
     Raises:
         ValueError: for another aspect.
     """
-    if aspect not in ("natural", "understandable", "coherent"):
-        raise ValueError(f"aspect must be natural, understandable or coherent, got {aspect!r}")
+    check_known("aspect", aspect, get_args(Aspect))
     data = {"positive": "Yes", "negative": "No"} | load_prompts(__package__, "quality")[aspect]
     if aspect == "coherent":
         return VerdictPrompt.from_file(data, ("Request", "Response", "Answer"), ("prompt", "response"))

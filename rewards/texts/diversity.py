@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ...llm_backends import resolve
+from ...llm_backends.errors import check_at_least, check_known
 from ..base import Reward, Sample, Score
 from .rouge import RougePool, rouge_l
 
@@ -32,10 +33,8 @@ class DiversityReward(Reward):
     def __init__(
         self, form: Literal["cosine", "rouge"] = "cosine", embedder: Any = "minilm", capacity: int = 10_000
     ) -> None:
-        if form not in ("cosine", "rouge"):
-            raise ValueError(f"unknown diversity form {form!r}: use 'cosine' or 'rouge'")
-        if capacity < 1:
-            raise ValueError(f"capacity must be at least 1, got {capacity}")
+        check_known("diversity form", form, ("cosine", "rouge"))
+        check_at_least(1, capacity=capacity)
         self.form, self.capacity = form, capacity
         self.embedder = resolve("embedder", embedder) if form == "cosine" else None
         self.reset()

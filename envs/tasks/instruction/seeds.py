@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from ....llm_backends.errors import InputError
+from ....llm_backends.errors import InputError, check_known
 
 SPLITS = {"train": range(0, 8), "validation": range(8, 9), "test": range(9, 10)}
 """Maps a split to its tenths of the hash space: the split of an instruction depends on its text alone."""
+
+
+RowT = TypeVar("RowT")
 
 
 class SeedFileError(InputError):
@@ -78,9 +82,28 @@ def in_split(text: str, split: str) -> bool:
     Raises:
         InputError: if the split is unknown.
     """
-    if split not in SPLITS:
-        raise InputError(f"unknown split {split!r}: use {', '.join(SPLITS)} or none")
+    check_known("split", split, SPLITS)
     return int(hashlib.sha1(text.encode()).hexdigest(), 16) % 10 in SPLITS[split]
+
+
+def check_limit(limit: int | None) -> None:
+    """Raises an InputError for a limit that leaves no row."""
+    if limit is not None and limit < 1:
+        raise InputError(f"a limit of {limit} rows leaves none: use at least 1")
+
+
+def limited(rows: Sequence[RowT], limit: int | None, seed: int) -> list[RowT]:
+    """Returns at most ``limit`` rows, drawn by the seed; None: all of them, in their order.
+
+    Raises:
+        InputError: for a limit that leaves none.
+    """
+    check_limit(limit)
+    rows = list(rows)
+    # The shuffle does not depend on the limit, so a smaller limit gives a subset of a larger one.
+    if limit is not None:
+        random.Random(f"{seed}/limit").shuffle(rows)
+    return rows[:limit]
 
 
 def read_instructions(path: Path) -> list[Instruction]:

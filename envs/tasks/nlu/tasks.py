@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-from ....llm_backends.errors import InputError
+from ....llm_backends.errors import InputError, check_known
 from ....llm_backends.prompting import fill, load_prompts, one_line
 from ....rewards.ground_truth import HIGH, LOW
 
@@ -149,8 +149,7 @@ def get_task(name: str) -> NLUTask:
     Raises:
         InputError: if the name is unknown; the message lists the known ones.
     """
-    if name not in TASKS:
-        raise InputError(f"unknown task {name!r}: use one of {', '.join(TASKS)}")
+    check_known("task", name, TASKS)
     return TASKS[name]
 
 
@@ -208,5 +207,4 @@ def few_shot_header(task: NLUTask | str, rows: Sequence[Mapping[str, Any]], layo
 
 def check_layout(layout: str) -> None:
     """Raises an InputError if the layout is unknown."""
-    if layout not in STOPS:
-        raise InputError(f"unknown layout {layout!r}: use {' or '.join(STOPS)}")
+    check_known("layout", layout, STOPS)

@@ -279,8 +279,7 @@ def read_ranked_lists(path: str | Path) -> list[RankedList]:
 
 
 def _ranked_list(where: str, row: Mapping[str, Any]) -> RankedList:
-    unknown = set(row) - set(FIELDS)
-    if unknown:
+    if unknown := set(row) - set(FIELDS):
         raise InputError(f"{where}: unknown field {min(unknown)!r}: use {', '.join(FIELDS)}")
     texts, scores = _list_field(where, row, "candidates"), _list_field(where, row, "scores")
     # Each candidate gets a field name, so that an error names the one that is wrong.

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ....llm_backends import Tokenizer
-from ....llm_backends.errors import InputError
+from ....llm_backends.errors import InputError, check_known
 from ....llm_backends.prompting import fill, load_prompts
 from ....llm_backends.records import read_user_rows, user_text
 from ....rewards.texts.sentiment import text_hash
 from ...tokens.episode import PromptExample
 from ..instruction.data import instruction_form, optional_text
-from ..instruction.seeds import SPLITS, load_instructions
+from ..instruction.seeds import SPLITS, check_limit, limited, load_instructions
 from ..nlu.data import OFFLINE_TASK, load_rows
 
 Layout = Literal["plain", "chat"]
@@ -48,6 +48,13 @@ class Request:
     reference: str | None = None
     """The reference response; None if there is none."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+def check_layout(layout: str, tokenizer: Tokenizer | None) -> None:
+    """Raises an InputError for an unknown layout, and for ``chat`` without a tokenizer, whose template it needs."""
+    check_known("layout", layout, LAYOUTS)
+    if layout == "chat" and tokenizer is None:
+        raise InputError("layout 'chat' needs a tokenizer: pass that of the model")
 
 
 def response_prompts(
@@ -83,10 +90,7 @@ def response_prompts(
         InputError: if the split or layout is unknown, the limit is below 1, the split has no rows, the data cannot be
             loaded, a row cannot be used, an id or prompt occurs twice, or the tokenizer has no chat template.
     """
-    if layout not in LAYOUTS:
-        raise InputError(f"unknown layout {layout!r}: use {' or '.join(LAYOUTS)}")
-    if layout == "chat" and tokenizer is None:
-        raise InputError("layout 'chat' needs a tokenizer: pass that of the model")
+    check_layout(layout, tokenizer)
     requests = response_requests(data, split, limit, seed)
     return [_example(request, tokenizer if layout == "chat" else None) for request in requests]
 
@@ -106,10 +110,8 @@ def response_requests(
         InputError: if the split is unknown, the limit is below 1, the split has no rows, the data cannot be loaded, a
             row cannot be used, or an id or prompt occurs twice.
     """
-    if split not in SPLITS:
-        raise InputError(f"unknown split {split!r}: use {', '.join(SPLITS)}")
-    if limit is not None and limit < 1:
-        raise InputError(f"a limit of {limit} rows leaves none: use at least 1")
+    check_known("split", split, SPLITS)
+    check_limit(limit)
     if data == "reviews":
         requests = _openings(split, seed)
     elif data == "instructions":
@@ -125,11 +127,7 @@ def response_requests(
         ]
     else:
         requests = _file_requests(Path(data), split)
-    # The shuffle does not depend on the limit, so a smaller limit gives a subset of a larger one.
-    if limit is not None:
-        random.Random(f"{seed}/limit").shuffle(requests)
-        requests = requests[:limit]
-    return requests
+    return limited(requests, limit, seed)
 
 
 def _openings(split: str, seed: int) -> list[Request]:
