@@ -1,7 +1,19 @@
 """The bases of the errors that commands print as one line: bad input, and a run that cannot go on."""
 
+import operator
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import fields
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt
+
+BOUNDS = (
+    (Ge, "ge", operator.ge, "at least"),
+    (Gt, "gt", operator.gt, "above"),
+    (Le, "le", operator.le, "at most"),
+    (Lt, "lt", operator.lt, "below"),
+)
 
 
 class InputError(ValueError):
@@ -33,6 +45,37 @@ def check_at_least(minimum: int, **values: float) -> None:
     for name, value in values.items():
         if not value >= minimum:  # not "<", which NaN would pass
             raise InputError(f"{name} must be at least {minimum}, got {value}")
+
+
+def requirement(hint: Any, value: Any) -> str:
+    """Returns what a value fails to be by its type, e.g. ``at least 1``; empty if it fits.
+
+    Args:
+        hint: the type: a ``Literal``, whose values are the only ones; a number with bounds (an ``Annotated`` type with
+            those of annotated-types); one of these or None; any other type fits every value.
+        value: the value.
+    """
+    if get_origin(hint) in (Union, UnionType):
+        if value is None:
+            return ""
+        hint = next(part for part in get_args(hint) if part is not type(None))
+    if get_origin(hint) is Literal and value not in get_args(hint):
+        *most, last = (str(choice) or "empty" for choice in get_args(hint))
+        return f"{', '.join(most)} or {last}"
+    for metadata in getattr(hint, "__metadata__", ()):
+        for kind, name, holds, words in BOUNDS:
+            if isinstance(metadata, kind) and not holds(value, getattr(metadata, name)):  # NaN is in no range
+                return f"{words} {getattr(metadata, name)}"
+    return ""
+
+
+def check_fields(settings: Any) -> None:
+    """Raises :class:`InputError` if a field of a dataclass does not fit its type, see :func:`requirement`."""
+    hints = get_type_hints(type(settings), include_extras=True)
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if wanted := requirement(hints[field.name], value):
+            raise InputError(f"{field.name} must be {wanted}, got {value!r}")
 
 
 def check_choice(settings: Any, name: str, values: tuple[str, ...]) -> None:

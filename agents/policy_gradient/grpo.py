@@ -14,7 +14,6 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 
-from ...llm_backends.errors import check_choice
 from ..policy.language_model import TokenScores
 from ..rollouts.batch import TokenBatch
 from .on_policy import MicroBatch, OnPolicyAgent, OnPolicySettings, clipped_policy_loss
@@ -93,10 +92,6 @@ class GRPOSettings(OnPolicySettings):
     loss_mean: Literal["sequence", "token"] = "sequence"
     """Mean of the token losses: ``sequence``: over each response, then over responses, as in the paper; ``token``: over
     all tokens of a minibatch, in which long responses count more."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self, "loss_mean", ("sequence", "token"))
 
 
 class _GroupAgent(OnPolicyAgent):

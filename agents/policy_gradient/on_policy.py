@@ -11,16 +11,18 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from annotated_types import Ge, Gt
 
-from ...llm_backends.errors import InputError, check_at_least_zero
+from ...llm_backends.errors import check_fields
 from ..policy.language_model import TokenScores
 from ..rollouts.agent import RolloutAgent, RolloutSettings
 from ..rollouts.batch import TokenBatch
 
+NotNegative = Annotated[float, Ge(0)]
 KLEstimator = Literal["k1", "k3"]
 
 Total = Callable[[np.ndarray], np.ndarray]
@@ -123,24 +125,22 @@ class OnPolicySettings(RolloutSettings):
     With ``top_k`` the gradient is no longer exact, as tokens are sampled from another distribution than the policy's.
     """
 
-    clip: float = 0.2
+    clip: Annotated[float, Gt(0)] = 0.2
     """Half the width of the clip range of the probability ratio, [1 - clip, 1 + clip]."""
-    kl_coefficient: float = 0.05
+    kl_coefficient: NotNegative = 0.05
     """Weight of the KL penalty for distance from the reference policy; 0: the reference policy is not used."""
-    entropy_coefficient: float = 0.0
+    entropy_coefficient: NotNegative = 0.0
     """Weight of the entropy bonus in the loss."""
-    target_kl: float = 0.0
+    target_kl: NotNegative = 0.0
     """Early stopping: no further epoch of an update starts once the mean KL per token from the policy before the update
     exceeds 1.5 times this, in nats; 0: all epochs are run."""
-    importance_cap: float = 2.0
+    importance_cap: NotNegative = 2.0
     """Upper limit of the importance weights, which correct for the gap between the log-probs of sampler and training;
     0: no weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.clip > 0:
-            raise InputError(f"clip must be above 0, got {self.clip}")
-        check_at_least_zero(self, "kl_coefficient", "entropy_coefficient", "target_kl", "importance_cap")
+        check_fields(self)
 
 
 @dataclass

@@ -19,18 +19,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
+from annotated_types import Ge, Gt, Le
 
-from ...llm_backends.errors import InputError, check_at_least_zero, check_choice
 from ..policy.language_model import TokenScores
 from ..rollouts.batch import TokenBatch
 from .on_policy import (
     KLController,
     KLEstimator,
     MicroBatch,
+    NotNegative,
     OnPolicyAgent,
     OnPolicySettings,
     Total,
@@ -124,13 +125,13 @@ def explained_variance(values: np.ndarray, returns: np.ndarray, total: Total = l
 class PPOSettings(OnPolicySettings):
     """Settings of token-level PPO."""
 
-    gamma: float = 1.0
+    gamma: Annotated[float, Gt(0), Le(1)] = 1.0
     """Discount per token, in (0, 1]."""
-    lam: float = 0.95
+    lam: Annotated[float, Ge(0), Le(1)] = 0.95
     """Lambda of GAE, in [0, 1]: lower values have less variance and more bias."""
-    value_clip: float = 0.2
+    value_clip: NotNegative = 0.2
     """Clip range of the values: changes beyond it do not reduce the value loss; 0: no clipping."""
-    value_coefficient: float = 0.1
+    value_coefficient: NotNegative = 0.1
     """Weight of the value loss against the policy loss."""
     whiten_advantages: bool = True
     """Whether advantages are whitened to mean 0 and deviation 1 over the policy's tokens of an update."""
@@ -138,20 +139,11 @@ class PPOSettings(OnPolicySettings):
     """Whether rewards are divided by their deviation; their mean is not shifted."""
     kl_estimator: KLEstimator = "k1"
     """Estimator of the KL penalty in the reward: k1 (unbiased) or k3 (never negative)."""
-    kl_target: float = 0.0
+    kl_target: NotNegative = 0.0
     """Mean KL to the reference policy per episode, in nats, that the KL coefficient is adapted to reach; 0: the
     coefficient is constant."""
-    kl_horizon: int = 10_000
+    kl_horizon: Annotated[int, Ge(1)] = 10_000
     """Number of episodes over which the KL coefficient adapts."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.gamma <= 1 or not 0 <= self.lam <= 1:
-            raise InputError(f"gamma must be in (0, 1] and lam in [0, 1], got {self.gamma} and {self.lam}")
-        check_choice(self, "kl_estimator", ("k1", "k3"))
-        check_at_least_zero(self, "value_clip", "value_coefficient", "kl_target")
-        if self.kl_horizon < 1:
-            raise InputError(f"kl_horizon must be at least 1, got {self.kl_horizon}")
 
 
 class TokenPPO(OnPolicyAgent):

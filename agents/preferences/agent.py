@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ...llm_backends.errors import InputError, check_at_least_zero
+from ...llm_backends.errors import InputError, check_at_least
 from ..rollouts.agent import RolloutAgent, RolloutSettings
 from ..rollouts.batch import TokenBatch
 from .losses import LOSSES
@@ -45,7 +45,7 @@ class RankingAgentSettings(RankingSettings, RolloutSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least_zero(self, "refresh_reference")
+        check_at_least(0, refresh_reference=self.refresh_reference)
         if self.refresh_reference and not LOSSES[self.loss].needs_reference_policy:
             raise InputError(f"refresh_reference: the loss {self.loss} compares with no reference policy")
 

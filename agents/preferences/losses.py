@@ -18,8 +18,8 @@ UNRANKED = -1
 """Rank of a reference response, which is not part of the ranking."""
 
 Pairing = Literal["all", "best_worst", "reference"]
-PAIRINGS = ("all", "best_worst")
-"""Pairings that compare candidates by their ranks."""
+"""Pairs of a list that a loss compares: candidates by their ranks (all, or the best with the worst), or the reference
+response with the candidates."""
 
 
 @dataclass

@@ -9,20 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from annotated_types import Ge, Gt, Lt
 from scipy.special import expit
 from scipy.stats import rankdata
 from torch.utils.checkpoint import checkpoint
 
-from ...llm_backends.errors import InputError, check_at_least_zero, check_choice
+from ...llm_backends.errors import InputError, check_fields, check_known
 from ...llm_backends.local.causal_lm import token_budget_chunks
 from ...llm_backends.training.teacher_forcing import SHARED_PREFIX
 from ..policy.language_model import LanguageModelPolicy
 from ..supervised.trainer import SupervisedSettings, SupervisedTrainer
-from .losses import LOSSES, PAIRINGS, UNRANKED, Pairing, RankedListBatch, nll
+from .losses import LOSSES, UNRANKED, RankedListBatch, nll
 
 OPTIONS = ("margin", "beta", "alpha", "label_smoothing", "pairs")
 """Settings that are passed to the loss function."""
@@ -76,19 +77,19 @@ class RankingSettings(SupervisedSettings):
 
     loss: str = "tuna"
     """Name of the ranking loss, a key of :data:`~instructgym.agents.preferences.losses.LOSSES`."""
-    margin: float | None = None
+    margin: Annotated[float, Ge(0)] | None = None
     """Margin per rank of Tuna's losses, at least 0, in nats per token; None: the loss's default."""
-    beta: float | None = None
+    beta: Annotated[float, Gt(0)] | None = None
     """Strength of the pull towards the reference policy, in the losses that have one, above 0; None: the loss's
     default."""
-    alpha: float | None = None
+    alpha: Annotated[float, Ge(0)] | None = None
     """Weight of the KL divergences to the reference policy in ``tdpo2``, at least 0; None: the loss's default."""
-    label_smoothing: float | None = None
+    label_smoothing: Annotated[float, Ge(0), Lt(0.5)] | None = None
     """Probability that a preference is wrong, in ``dpo``, in [0, 0.5); None: the loss's default."""
-    pairs: Pairing | None = None
+    pairs: Literal["all", "best_worst"] | None = None
     """Pairs that ``dpo``, ``ipo``, ``sppo`` and TDPO's losses compare: ``all`` or ``best_worst``; None: the loss's
     default."""
-    mle_weight: float | None = None
+    mle_weight: Annotated[float, Ge(0)] | None = None
     """Weight of the negative log-likelihood per token of ``imitate``; None: 1 for Tuna's losses, 0 for the others."""
     imitate: Literal["reference", "best", "all"] = "reference"
     """Responses that the MLE term (their negative log-likelihood) imitates: ``reference``: the reference response, as
@@ -97,20 +98,12 @@ class RankingSettings(SupervisedSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self, "loss", tuple(LOSSES))
-        check_choice(self, "imitate", ("reference", "best", "all"))
+        check_known("loss", self.loss, LOSSES)
+        check_fields(self)
         known = LOSSES[self.loss].defaults
         for name in self.loss_options():
             if name not in known:
                 raise InputError(f"{name} is no option of the loss {self.loss}, which has {', '.join(known)}")
-        limited = ("margin", "alpha", "mle_weight")
-        check_at_least_zero(self, *(name for name in limited if getattr(self, name) is not None))
-        if self.pairs is not None:
-            check_choice(self, "pairs", PAIRINGS)
-        if self.beta is not None and not self.beta > 0:
-            raise InputError(f"beta must be above 0, got {self.beta}")
-        if self.label_smoothing is not None and not 0 <= self.label_smoothing < 0.5:
-            raise InputError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
 
     def loss_options(self) -> dict[str, Any]:
         """Returns the options of the loss that are set; the others keep the loss's defaults."""

@@ -13,14 +13,15 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
+from annotated_types import Ge, Gt, Le
 from safetensors import SafetensorError
 
 from ...llm_backends import request_seed
-from ...llm_backends.errors import InputError, check_at_least_zero, check_choice
+from ...llm_backends.errors import InputError, check_fields
 from ..policy.checkpoints import POLICY_FOLDER
 from ..rollouts.agent import RolloutAgent, RolloutSettings
 from ..rollouts.batch import TokenBatch
@@ -161,10 +162,10 @@ class SoftQSettings(RolloutSettings):
     the start, and the optimum is pi_ref x exp(shaped return). ``none``: the raw logits, as published. The published
     logits are those of a small new network; those of a language model have an offset of some 20 nats, which outweighs
     the rewards."""
-    reversed_weight: float = 0.0
+    reversed_weight: Annotated[float, Ge(0), Le(1)] = 0.0
     """Weight, in [0, 1], of the losses with exchanged networks: V is the policy's, A the target's. At 0 only A takes a
     gradient, and nothing keeps V in the range of the rewards."""
-    target_rate: float = 1e-3
+    target_rate: Annotated[float, Gt(0), Le(1)] = 1e-3
     """Polyak averaging of the target network: share, in (0, 1], of the distance to the policy that its weights move
     after every optimiser step."""
     zscore: Literal["none", "batch", "group"] = "batch"
@@ -179,29 +180,19 @@ class SoftQSettings(RolloutSettings):
     """Shaped return that ``reward_low`` is mapped to."""
     shaped_high: float = 5.0
     """Shaped return that ``reward_high`` is mapped to."""
-    replay_ratio: float = 0.0
+    replay_ratio: Annotated[float, Ge(0)] = 0.0
     """Number of past episodes per new one that an update also learns from; 0: on-policy learning."""
-    replay_capacity: int = 1000
+    replay_capacity: Annotated[int, Ge(1)] = 1000
     """Maximum number of past episodes in the replay buffer; it is used if ``replay_ratio`` is above 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self, "loss", ("single", "multi", "both"))
-        check_choice(self, "prior", ("reference", "none"))
-        check_choice(self, "zscore", ("none", "batch", "group"))
-        check_at_least_zero(self, "replay_ratio")
-        if not 0 <= self.reversed_weight <= 1 or not 0 < self.target_rate <= 1:
-            raise InputError(
-                "reversed_weight must be in [0, 1] and target_rate in (0, 1], got "
-                f"{self.reversed_weight} and {self.target_rate}"
-            )
+        check_fields(self)
         if not self.reward_low < self.reward_high or not self.shaped_low < self.shaped_high:
             raise InputError(
                 "reward_low must be below reward_high and shaped_low below shaped_high, got "
                 f"{self.reward_low}, {self.reward_high}, {self.shaped_low} and {self.shaped_high}"
             )
-        if self.replay_capacity < 1:
-            raise InputError(f"replay_capacity must be at least 1, got {self.replay_capacity}")
 
 
 class SoftQ(RolloutAgent):

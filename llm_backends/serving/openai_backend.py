@@ -111,9 +111,7 @@ class OpenAIBackend(Backend):
             raise InputError(f"base_url must be http(s)://host/v1, got {url!r}")
         check_known("prompt_style", prompt_style, get_args(PromptStyle))
         check_at_least(1, concurrency=concurrency, attempts=attempts)
-        check_at_least(
-            0, backoff=backoff, requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute
-        )
+        check_at_least(0, backoff=backoff, requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute)
         if timeout <= 0:
             raise InputError(f"timeout must be above 0, got {timeout}")
         self.model, self.url, self.prompt_style, self.key_variable = model, url, prompt_style, key_variable

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from ...llm_backends import Backend, BackendError, Prompt, Sampling, UnsupportedRequestError, resolve
@@ -187,7 +187,11 @@ def judge_verdicts(
     ]
     if uses_likelihood(backend, mode):
         return _by_likelihood(backend, prompts, questions)
-    samplings = [verdict_sampling(backend, question, temperature) for question in questions]
+    words = [(question.prompt.positive, question.prompt.negative) for question in questions]
+    samplings = [
+        Sampling(8, temperature, stop=("\n",), choices=allowed_replies(backend, answers), seed=question.seed)
+        for question, answers in zip(questions, words, strict=True)
+    ]
     verdicts = []
     for question, result in zip(questions, backend.generate(prompts, samplings), strict=True):
         if isinstance(result, BackendError):
@@ -197,13 +201,6 @@ def judge_verdicts(
         why = "" if answer is not None else f"not a verdict: {result[0].text[:80]!r}"
         verdicts.append(Verdict(answer, why=why))
     return verdicts
-
-
-def verdict_sampling(backend: Backend, question: Question, temperature: float) -> Sampling:
-    """Returns the sampling of one verdict, constrained to the two answers if the backend has constrained decoding."""
-    words = (question.prompt.positive, question.prompt.negative)
-    choices = allowed_replies(backend, words)
-    return Sampling(max_tokens=8, temperature=temperature, stop=("\n",), choices=choices, seed=question.seed)
 
 
 def answer_separator(backend: Backend) -> str:
@@ -230,6 +227,24 @@ def _by_likelihood(backend: Backend, prompts: Sequence[Prompt], questions: Seque
         else:
             verdicts.append(Verdict(None, why=f"the judge's log-odds are {log_odds}"))
     return verdicts
+
+
+def verdict_score(name: str, verdict: Verdict, prompt: VerdictPrompt, graded: bool = True) -> Score:
+    """Returns the score of a verdict that took one request.
+
+    Args:
+        name: name of the reward.
+        verdict: the verdict; without an answer the score is invalid.
+        prompt: the form of the question.
+        graded: give the probability of the positive answer, if there is one, instead of 0 or 1.
+    """
+    if verdict.answer is None:
+        return Score.invalid(verdict.why, calls=1)
+    # There is no probability for a generated verdict.
+    probability = verdict.probability if graded else None
+    value = float(verdict.answer) if probability is None else probability
+    feedback = prompt.positive if verdict.answer else prompt.negative
+    return Score(value, terms={name: value}, feedback=feedback, calls=1)
 
 
 def equality_prompt() -> VerdictPrompt:
@@ -270,7 +285,7 @@ class EqualityJudge(Reward):
         self.backend = resolve("backend", backend)
         self.mode, self.graded = mode, graded
         prompt = equality_prompt()
-        self.prompt = prompt if bias is None else VerdictPrompt(**(vars(prompt) | {"bias": bias}))
+        self.prompt = prompt if bias is None else replace(prompt, bias=bias)
 
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
         """Scores edits; each sample needs ``previous``.
@@ -278,30 +293,19 @@ class EqualityJudge(Reward):
         Raises:
             ValueError: if a sample has no previous text.
         """
-        # Equal texts are scored at once; None marks a score that needs a verdict.
-        scores: list[Score | None] = []
-        questions: list[Question] = []
+        # Equal texts need no verdict: None in place of a question.
+        questions: list[Question | None] = []
         for sample in samples:
             if sample.previous is None:
                 raise ValueError("the equality judge compares a text with the one before: Sample.previous is None")
-            if sample.previous.split() == sample.response.split():
-                scores.append(self._score(0.0, "the texts are the same", calls=0))
-            else:
-                scores.append(None)
-                texts = {"first": sample.previous, "second": sample.response}
-                questions.append(Question(self.prompt, texts, sample.seed))
-        verdicts = iter(judge_verdicts(self.backend, questions, self.mode, judge_temperature(samples)))
-        for index, score in enumerate(scores):
-            if score is None:
-                verdict = next(verdicts)
-                if verdict.answer is None:
-                    scores[index] = Score.invalid(verdict.why, calls=1)
-                else:
-                    # There is no probability for a generated verdict.
-                    probability = verdict.probability if self.graded else None
-                    value = float(verdict.answer) if probability is None else probability
-                    scores[index] = self._score(value, "Not Equal" if verdict.answer else "Equal", calls=1)
-        return scores  # type: ignore[return-value]
-
-    def _score(self, value: float, feedback: str, calls: int) -> Score:
-        return Score(value, terms={self.name: value}, feedback=feedback, calls=calls)
+            texts = {"first": sample.previous, "second": sample.response}
+            same = sample.previous.split() == sample.response.split()
+            questions.append(None if same else Question(self.prompt, texts, sample.seed))
+        asked = [question for question in questions if question is not None]
+        verdicts = iter(judge_verdicts(self.backend, asked, self.mode, judge_temperature(samples)))
+        return [
+            Score(0.0, terms={self.name: 0.0}, feedback="the texts are the same")
+            if question is None
+            else verdict_score(self.name, next(verdicts), self.prompt, self.graded)
+            for question in questions
+        ]

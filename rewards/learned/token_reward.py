@@ -23,7 +23,12 @@ class _LearnedReward(Reward):
     """
 
     def __init__(
-        self, model: str | RewardModel, scale: float, center: bool | float | None, dtype: str, device: str
+        self,
+        model: str | RewardModel,
+        scale: float = 1.0,
+        center: bool | float | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
     ) -> None:
         if not np.isfinite(scale):
             raise InputError(f"scale must be finite, got {scale}")
@@ -166,16 +171,6 @@ class SequenceReward(_LearnedReward):
     """
 
     name = "sequence-reward"
-
-    def __init__(
-        self,
-        model: str | RewardModel,
-        scale: float = 1.0,
-        center: bool | float | None = None,
-        dtype: str = "auto",
-        device: str = "auto",
-    ) -> None:
-        super().__init__(model, scale, center, dtype, device)
 
     def _score(self, rewards: np.ndarray) -> Score:
         raw = float(rewards.mean())

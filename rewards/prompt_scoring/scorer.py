@@ -17,6 +17,7 @@ from ...llm_backends.errors import InputError, check_at_least, check_known
 from ...llm_backends.parts import Part
 from ...llm_backends.prompting import build_prompt, one_line
 from ..base import Score
+from ..judges.verdict import answer_separator
 from .task_prompt import (
     LabelledExample,
     TaskPrompt,
@@ -209,7 +210,8 @@ class TaskScorer(Part):
                 results are cached.
         """
         self.check(prompts, examples)
-        return self._ask(prompts, [example.text for example in examples])
+        rows = self._pair_logprobs([(prompt, example.text) for prompt in prompts for example in examples])
+        return np.array(rows, np.float32).reshape(len(prompts), len(examples), len(prompts[0].verbalizers))
 
     def score(
         self,
@@ -236,13 +238,7 @@ class TaskScorer(Part):
         method = self.calibration if calibrate is None else calibration_method(calibrate)
         check_batch(method, len(examples))
         self.check(prompts, examples)
-        texts = [example.text for example in examples]
-        extra = list(self.content_free) if method == "contextual" else []
-        rows = self._ask(prompts, texts + extra)
-        return [
-            _result(prompt, prompt_rows[: len(texts)], prompt_rows[len(texts) :], method, tuple(examples))
-            for prompt, prompt_rows in zip(prompts, rows, strict=True)
-        ]
+        return self._results(prompts, [examples] * len(prompts), method)
 
     def score_each(
         self, prompts: Sequence[TaskPrompt], examples: Sequence[Sequence[LabelledExample]]
@@ -265,7 +261,13 @@ class TaskScorer(Part):
         for prompt, own_examples in zip(prompts, examples, strict=True):
             check_batch(self.calibration, len(own_examples))
             self.check([prompt], own_examples)
-        extra = list(self.content_free) if self.calibration == "contextual" else []
+        return self._results(prompts, examples, self.calibration)
+
+    def _results(
+        self, prompts: Sequence[TaskPrompt], examples: Sequence[Sequence[LabelledExample]], method: Calibration
+    ) -> list[TaskResult]:
+        """Scores prompts on their own examples, all of which have been checked."""
+        extra = list(self.content_free) if method == "contextual" else []
         texts = [[example.text for example in own_examples] + extra for own_examples in examples]
         pairs = [(prompt, text) for prompt, own_examples in zip(prompts, texts, strict=True) for text in own_examples]
         # All pairs are one backend call; the rows come back in the order of the pairs.
@@ -273,7 +275,7 @@ class TaskScorer(Part):
         results = []
         for prompt, own_examples in zip(prompts, examples, strict=True):
             parts = [np.array([next(rows) for _ in part], np.float32) for part in (own_examples, extra)]
-            results.append(_result(prompt, parts[0], parts[1], self.calibration, tuple(own_examples)))
+            results.append(_result(prompt, parts[0], parts[1], method, tuple(own_examples)))
         return results
 
     def reward_each(
@@ -351,7 +353,7 @@ class TaskScorer(Part):
     def _checked_tokens(self, words: tuple[str, ...]) -> int:
         """Returns the tokens of the longest verbalizer; 1 if the backend does not know its tokenizer."""
         if words not in self._checked:
-            tokens = self.backend.completion_ids([self._answer_separator + word for word in words])
+            tokens = self.backend.completion_ids([answer_separator(self.backend) + word for word in words])
             for word, ids in zip(words, tokens or [], strict=False):
                 if not ids:
                     raise InputError(f"the verbalizer {word!r} is no token of {self.backend.name}: use another word")
@@ -361,17 +363,8 @@ class TaskScorer(Part):
                 self._checked.popitem(last=False)
         return self._checked[words]
 
-    @property
-    def _answer_separator(self) -> str:
-        """Text before a verbalizer: a blank if the verbalizer continues the prompt's text, else empty."""
-        return " " if self.backend.prompt_style == "completion" else ""
-
     def _built(self, text: str) -> Prompt:
         return build_prompt(self.backend.prompt_style, text, text)
-
-    def _ask(self, prompts: Sequence[TaskPrompt], texts: Sequence[str]) -> np.ndarray:
-        rows = self._pair_logprobs([(prompt, text) for prompt in prompts for text in texts])
-        return np.array(rows, np.float32).reshape(len(prompts), len(texts), len(prompts[0].verbalizers))
 
     def _pair_logprobs(self, pairs: Sequence[tuple[TaskPrompt, str]]) -> list[np.ndarray]:
         """Returns the labels' log-probs, float32, shape (labels,), for each pair of a prompt and an input."""
@@ -397,7 +390,7 @@ class TaskScorer(Part):
 
     def _request_missing(self, missing: dict[bytes, tuple[str, str, tuple[str, ...]]]) -> dict[bytes, np.ndarray]:
         """Requests the log-probs of pairs that are not cached, caches what succeeds and raises the first error."""
-        separator = self._answer_separator
+        separator = answer_separator(self.backend)
         rows = self.backend.choice_logprobs(
             [self._built(head + rest) for head, rest, _ in missing.values()],
             [[separator + word for word in words] for _, _, words in missing.values()],

@@ -12,7 +12,15 @@ from ...llm_backends import Tokenizer, resolve
 from ...llm_backends.errors import check_known
 from ...llm_backends.prompting import load_prompts
 from ..base import Reward, Sample, Score
-from ..judges.verdict import Question, VerdictMode, VerdictPrompt, check_mode, judge_temperature, judge_verdicts
+from ..judges.verdict import (
+    Question,
+    VerdictMode,
+    VerdictPrompt,
+    check_mode,
+    judge_temperature,
+    judge_verdicts,
+    verdict_score,
+)
 
 Aspect = Literal["natural", "understandable", "coherent"]
 
@@ -70,15 +78,8 @@ class BooleanQA(Reward):
             Question(self.prompt, {"prompt": sample.prompt, "response": sample.response}, sample.seed)
             for sample in samples
         ]
-        scores = []
-        for verdict in judge_verdicts(self.backend, questions, self.mode, judge_temperature(samples)):
-            if verdict.answer is None:
-                scores.append(Score.invalid(verdict.why, calls=1))
-                continue
-            value = float(verdict.answer) if verdict.probability is None else verdict.probability
-            feedback = self.prompt.positive if verdict.answer else self.prompt.negative
-            scores.append(Score(value, terms={self.name: value}, feedback=feedback, calls=1))
-        return scores
+        verdicts = judge_verdicts(self.backend, questions, self.mode, judge_temperature(samples))
+        return [verdict_score(self.name, verdict, self.prompt) for verdict in verdicts]
 
 
 class OutputLength(Reward):

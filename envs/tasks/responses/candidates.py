@@ -11,12 +11,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Ge, Gt, Le, Lt
 
 from ....llm_backends import Backend, BackendError, ContextLengthError, Prompt, Sampling, request_seed
-from ....llm_backends.errors import InputError
+from ....llm_backends.errors import InputError, check_fields
 from ....llm_backends.records import read_user_rows, replaced, user_text
 from ....rewards.judges.ranking import distinct_texts
 from ....rewards.texts.rouge import TOLERANCE, pairwise_rouge_l
@@ -30,35 +31,25 @@ class DiverseSampling:
         InputError: on construction, if a value is out of range.
     """
 
-    n: int = 4
+    n: Annotated[int, Ge(2)] = 4
     """Responses per prompt."""
-    temperature: float = 1.0
+    temperature: Annotated[float, Gt(0), Lt(math.inf)] = 1.0
     """Sampling temperature of the first try."""
-    step: float = 0.1
+    step: Annotated[float, Ge(0), Lt(math.inf)] = 0.1
     """Increase of the temperature from try to try."""
-    tries: int = 3
+    tries: Annotated[int, Ge(1)] = 3
     """Largest number of tries."""
-    threshold: float = 0.8
+    threshold: Annotated[float, Gt(0), Le(1)] = 0.8
     """Responses differ enough if the ROUGE-L F-measure (on stems) of every two of them is below this."""
-    max_tokens: int = 512
+    max_tokens: Annotated[int, Ge(1)] = 512
     """Tokens of a response at most."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
     """Probability mass of nucleus sampling; 1 samples from all tokens."""
     stop: tuple[str, ...] = ()
     """Texts that end a response."""
 
     def __post_init__(self) -> None:
-        for name, valid, rule in (
-            ("n", self.n >= 2, "at least 2"),
-            ("temperature", 0 < self.temperature < math.inf, "above 0: greedy responses are all the same"),
-            ("step", 0 <= self.step < math.inf, "a finite number of at least 0"),
-            ("tries", self.tries >= 1, "at least 1"),
-            ("threshold", 0 < self.threshold <= 1, "in (0, 1]"),
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-        ):
-            if not valid:
-                raise InputError(f"DiverseSampling.{name} must be {rule}, got {getattr(self, name)!r}")
+        check_fields(self)
 
     def request(self, attempt: int, seed: int) -> Sampling:
         """Returns the sampling settings of a try.
