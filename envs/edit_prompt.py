@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gymnasium.vector import AutoresetMode
-
 from ..llm_backends import resolve
 from ..llm_backends.errors import InputError, check_at_least
 from ..rewards.elimination import check_rules
@@ -19,7 +17,7 @@ from ..rewards.prompt_scoring.scorer import TaskScorer
 from ..rewards.prompt_scoring.task_prompt import TaskPrompt
 from .edit.env import TextEditEnv, TextEditVectorEnv
 from .edit.process import EditObserver, EditSettings, make_edit_observer
-from .process import check_copies, check_on_invalid
+from .process import check_on_invalid
 from .prompt_edit.operators import PromptOperator, verbalizer_sets
 from .prompt_edit.process import PromptData, PromptProcess
 from .tasks.prompt_search.tasks import PromptTask, load_prompt_task
@@ -164,11 +162,7 @@ class EditPromptEnv(TextEditEnv):
 
     process: PromptProcess
     """The edit MDP of prompts, with one copy."""
-
-    def __init__(self, render_mode: str | None = None, **kwargs: Any) -> None:
-        self.process, self.observer = _parts(1, **kwargs)
-        self.observation_space, self.action_space = self.observer.space, self.process.operator.action_space
-        self.render_mode = render_mode
+    build = staticmethod(_parts)
 
 
 class EditPromptVectorEnv(TextEditVectorEnv):
@@ -185,14 +179,4 @@ class EditPromptVectorEnv(TextEditVectorEnv):
 
     process: PromptProcess
     """The edit MDP of prompts, with ``num_envs`` copies."""
-
-    def __init__(
-        self,
-        num_envs: int = 1,
-        render_mode: str | None = None,
-        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
-        **kwargs: Any,
-    ) -> None:
-        check_copies(num_envs)
-        self.process, self.observer = _parts(num_envs, **kwargs)
-        self._setup(num_envs, self.process.operator.action_space, render_mode, autoreset_mode)
+    build = staticmethod(_parts)

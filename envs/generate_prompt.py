@@ -88,13 +88,7 @@ def _arguments(
                 if at_task
                 else label_hints(prompt_task, split, openings)
             )
-    return others | {
-        "examples": examples,
-        "tokenizer": tokenizer,
-        "reward": reward,
-        "backend": backend,
-        "settings": settings,
-    }
+    return dict(others, examples=examples, tokenizer=tokenizer, reward=reward, backend=backend, settings=settings)
 
 
 def _check(level: str, measure: str) -> None:

@@ -6,14 +6,13 @@ from dataclasses import fields
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from annotated_types import Ge, Gt, Le, Lt
-
 BOUNDS = (
-    (Ge, "ge", operator.ge, "at least"),
-    (Gt, "gt", operator.gt, "above"),
-    (Le, "le", operator.le, "at most"),
-    (Lt, "lt", operator.lt, "below"),
+    ("ge", operator.ge, "at least"),
+    ("gt", operator.gt, "above"),
+    ("le", operator.le, "at most"),
+    ("lt", operator.lt, "below"),
 )
+"""Attributes of the bounds of annotated-types, which is not imported here, with their comparisons and words."""
 
 
 class InputError(ValueError):
@@ -63,9 +62,10 @@ def requirement(hint: Any, value: Any) -> str:
         *most, last = (str(choice) or "empty" for choice in get_args(hint))
         return f"{', '.join(most)} or {last}"
     for metadata in getattr(hint, "__metadata__", ()):
-        for kind, name, holds, words in BOUNDS:
-            if isinstance(metadata, kind) and not holds(value, getattr(metadata, name)):  # NaN is in no range
-                return f"{words} {getattr(metadata, name)}"
+        for name, holds, words in BOUNDS:
+            bound = getattr(metadata, name, None)
+            if bound is not None and not holds(value, bound):  # NaN is in no range
+                return f"{words} {bound}"
     return ""
 
 

@@ -158,13 +158,14 @@ def user_text(where: str, row: Mapping[str, Any], field: str) -> str:
     if not isinstance(value, str) or not value.strip():
         fault = "it is missing" if field not in row else f"got {json.dumps(value)[:60]}"
         raise InputError(f"{where}: field {field!r} must be a text that is not empty, {fault}")
-    try:
-        value.encode()
-    except (
-        UnicodeEncodeError
-    ) as error:  # a lone surrogate, which JSON can escape but UTF-8 and tokenizers cannot encode
-        surrogate = ascii(error.object[error.start])
-        raise InputError(
-            f"{where}: field {field!r} holds a lone surrogate ({surrogate}), which UTF-8 cannot encode"
-        ) from error
+    check_encodable(f"{where}: field {field!r}", value)
     return value
+
+
+def check_encodable(where: str, text: str) -> None:
+    """Raises an InputError if a text holds a lone surrogate, which JSON can escape, but UTF-8 cannot encode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        surrogate = ascii(error.object[error.start])
+        raise InputError(f"{where} holds a lone surrogate ({surrogate}), which UTF-8 cannot encode") from error

@@ -343,7 +343,7 @@ def test_a_rewrite_that_keeps_failing_is_paid_the_running_mean_of_valid_rewards(
     assert [step[4]["rewrite_calls"] for step in steps] == [2, 1, 1, 2, 1]
     assert "server is down" in steps[3][4]["invalid_reason"]
     assert steps[3][4]["text"] == steps[2][4]["text"]
-    assert env.reset(seed=0) and env.process._mean.count == 0
+    assert env.reset(seed=0) and env.process.mean.count == 0
 
 
 def test_a_verdict_that_keeps_failing_is_paid_the_running_mean():

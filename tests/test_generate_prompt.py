@@ -74,7 +74,7 @@ def test_all_episodes_continue_the_same_opening_and_differ_in_their_minibatch(ma
         'The instruction for telling whether a text is Positive or Negative reads: "'
     }
     assert [one.id for one in examples] == [f"SST-2/minibatch-{i}" for i in range(3)]
-    drawn = {env.reward._minibatch(Sample("x", metadata=dict(one.metadata))) for one in examples}
+    drawn = {env.reward.minibatch(Sample("x", metadata=dict(one.metadata))) for one in examples}
     assert len(drawn) == 3 and {len(set(one)) for one in drawn} == {8}
     assert env.reset(seed=0)[1]["task"] == "SST-2"
 
@@ -100,7 +100,7 @@ def test_the_same_prompt_has_the_same_score(make):
         scores = [first.rewards[0][-1], first.rewards[2][-1], again.rewards[1][-1]]
         assert len(set(map(float, scores))) == 1
         one.reward.scorer.cache = 0
-        one.reward.scorer._rows.clear()
+        one.reward.scorer.rows.clear()
         one.reset(seed=0, options={"index": 1})
         assert one.play([ids(one, " sentiment?")] * 3).rewards[1][-1] == scores[0]
 

@@ -145,10 +145,10 @@ def test_the_packages_seeds_are_tasks():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"instruction": "A.", "instances": {}}, "line 1 needs a list 'instances'"),
-        ({"instruction": "A.", "instances": [{"input": "x"}]}, "line 1 has an instance without a text field 'output'"),
-        ({"instruction": "A.", "is_classification": "no"}, "line 1 needs true or false as 'is_classification'"),
-        ({"text": "A."}, "line 1 needs a text field 'instruction'"),
+        ({"instruction": "A.", "instances": {}}, "row 1 needs a list 'instances'"),
+        ({"instruction": "A.", "instances": [{"input": "x"}]}, "row 1 has an instance without a text field 'output'"),
+        ({"instruction": "A.", "is_classification": "no"}, "row 1 needs true or false as 'is_classification'"),
+        ({"text": "A."}, "row 1 needs a text field 'instruction'"),
     ],
 )
 def test_defects_of_task_files(tmp_path, row, message):
@@ -235,7 +235,7 @@ def test_a_pool_on_disk_goes_on_after_a_torn_line(tmp_path):
     assert [row["id"] for row in read_records(path)] == [f"machine_task_{i}" for i in range(3)]
     assert load_tasks(path) == again.machine
     path.write_text('{"id": 1}\n')
-    with pytest.raises(InputError, match="line 1 needs a text field 'instruction'"):
+    with pytest.raises(InputError, match="row 1 needs a text field 'instruction'"):
         InstructionPool(SEEDS, path=path)
 
 

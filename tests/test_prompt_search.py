@@ -274,13 +274,13 @@ def test_a_search_ends_where_its_calls_do(tmp_path):
 
 def test_the_test_examples_are_looked_at_once_the_search_is_over(options, tmp_path, monkeypatch):
     texts = []
-    real = LimitedScorer._pair_logprobs
+    real = LimitedScorer.pair_logprobs
 
     def asked(self, pairs):
         texts.extend(text for _, text in pairs)
         return real(self, pairs)
 
-    monkeypatch.setattr(LimitedScorer, "_pair_logprobs", asked)
+    monkeypatch.setattr(LimitedScorer, "pair_logprobs", asked)
     prompt.run(options(tmp_path, "random"), QUIET)
     loaded = prompt.load(options(tmp_path), options(tmp_path).sized())
     parts = {split: {e.text for e in loaded.examples(split)} for split in ("train", "validation", "test")}

@@ -172,11 +172,11 @@ def test_references_are_written_as_episodes_are():
     agent = RankingAgent(env, make_policy(), reference_opening=" end ")
     agent.start()
     agent.update()
-    lists, _ = agent._ranked(agent.last_rollout)
+    lists, _ = agent.ranked_lists(agent.last_rollout)
     assert [one.reference for one in lists] == [[END, BLUE, SKY, BLUE]]
     agent = RankingAgent(env, make_policy(), loss="dpo")
     updates(agent, 1)
-    assert [one.reference for one in agent._ranked(agent.last_rollout)[0]] == [None]  # no use for it
+    assert [one.reference for one in agent.ranked_lists(agent.last_rollout)[0]] == [None]  # no use for it
 
 
 def test_a_reference_behind_a_chat_template_has_no_blank_before_it(tiny_lm):
@@ -197,7 +197,7 @@ def test_a_reference_behind_a_chat_template_has_no_blank_before_it(tiny_lm):
         agent = RankingAgent(env, policy)
         agent.start()
         agent.update()
-        [[one], _] = agent._ranked(agent.last_rollout)
+        [[one], _] = agent.ranked_lists(agent.last_rollout)
         assert list(one.reference[:-1]) == policy.tokenizer.encode_continuation(f"{opening}the sea")
 
 
@@ -207,7 +207,7 @@ def test_samples_of_two_rollouts_are_two_lists():
     agent = RankingAgent(env, make_policy(), imitate="best", rollout_batches=2)
     updates(agent, 1)
     assert len(agent.last_rollout) == 8 and agent.last_rollout.resets == [0] * 4 + [1] * 4
-    lists, _ = agent._ranked(agent.last_rollout)
+    lists, _ = agent.ranked_lists(agent.last_rollout)
     assert [len(one.candidates) for one in lists] == [4, 4]
 
 
@@ -229,7 +229,7 @@ def test_kl_is_that_to_the_reference_policy():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     agent, rows = logged(RankingAgent(make_env(), policy, loss="dpo", learning_rate=1e-12))
     updates(agent, 1)
-    lists = [one for one in agent._ranked(agent.last_rollout)[0] if len(set(one.scores)) > 1]
+    lists = [one for one in agent.ranked_lists(agent.last_rollout)[0] if len(set(one.scores)) > 1]
     both = [[logprob(policy, o.prompt, c, own) for o in lists for c in o.candidates] for own in (True, False)]
     assert rows[0]["train/kl"] == pytest.approx(np.mean(both[0]) - np.mean(both[1]), rel=1e-3) and len(lists) > 1
     assert abs(rows[0]["train/kl"]) > 0.05

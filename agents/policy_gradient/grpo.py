@@ -123,7 +123,7 @@ class GRPO(_GroupAgent):
     settings_class: ClassVar[type[OnPolicySettings]] = GRPOSettings
     name: ClassVar[str] = "grpo"
 
-    def _prepare(self, batch: TokenBatch) -> None:
+    def prepare(self, batch: TokenBatch) -> None:
         self._kl_penalty(batch)  # recorded, but not part of the rewards: the penalty is in the loss
         returns = batch.per_episode(batch.own_rewards)
         self._set_advantages(batch, group_advantages(returns, batch.groups, self.settings.scale_advantages))
@@ -164,6 +164,6 @@ class RLOO(_GroupAgent):
     settings_class: ClassVar[type[OnPolicySettings]] = RLOOSettings
     name: ClassVar[str] = "rloo"
 
-    def _prepare(self, batch: TokenBatch) -> None:
+    def prepare(self, batch: TokenBatch) -> None:
         returns = batch.per_episode(batch.own_rewards - np.float32(self.kl.coefficient) * self._kl_penalty(batch))
         self._set_advantages(batch, leave_one_out_advantages(returns, batch.groups))

@@ -181,16 +181,16 @@ class OnPolicyAgent(RolloutAgent):
     def _improve(self, batch: TokenBatch) -> None:
         """Scores the episodes, estimates advantages, trains, and records the durations."""
         started = time.perf_counter()
-        self._score(batch)
-        self._prepare(batch)
+        self.score_batch(batch)
+        self.prepare(batch)
         training = time.perf_counter()
-        self._train(batch)
+        self.train(batch)
         self.kl.update(*self._kl_observed)  # after training, whose loss has used the coefficient of this update
         self.logger.record("time/score", training - started)
         self.logger.record("time/train", time.perf_counter() - training)
 
     @torch.no_grad()
-    def _score(self, batch: TokenBatch) -> None:
+    def score_batch(self, batch: TokenBatch) -> None:
         """Fills in log-probs, values, reference log-probs and importance weights, from the training kernels."""
         # 1. Score the episodes in micro-batches. The sampler has returned log-probs, but with other rounding (key-value
         # cache, other batches, or a server). In the kernels of training the probability ratio is 1 before the first
@@ -247,7 +247,7 @@ class OnPolicyAgent(RolloutAgent):
         return kl.astype(np.float32)
 
     @abstractmethod
-    def _prepare(self, batch: TokenBatch) -> None:
+    def prepare(self, batch: TokenBatch) -> None:
         """Fills in the batch's advantages, and returns if the agent has a value function."""
 
     @abstractmethod
@@ -263,7 +263,7 @@ class OnPolicyAgent(RolloutAgent):
         """Returns the weight of each token in the loss, which is divided by their sum; equal weights: a plain mean."""
         return np.ones(batch.tokens, np.float32)
 
-    def _train(self, batch: TokenBatch) -> None:
+    def train(self, batch: TokenBatch) -> None:
         """Runs the epochs of an update and records the means of the metrics."""
         sums: dict[str, float] = {}
         count, steps, skipped, norms = 0.0, 0, self.optimizer.skipped, 0.0

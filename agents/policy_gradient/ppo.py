@@ -6,10 +6,10 @@ are shared with other agents:
 1. The policy generates episodes, and the env gives a reward per token: ``RolloutAgent.update`` in
    :mod:`~instructgym.agents.rollouts.agent` and ``collect`` in :mod:`~instructgym.agents.rollouts.batch`.
 2. One pass over the episodes computes log-probs, values and the log-probs of the reference policy:
-   ``OnPolicyAgent._score`` in :mod:`~instructgym.agents.policy_gradient.on_policy`.
+   ``OnPolicyAgent.score_batch`` in :mod:`~instructgym.agents.policy_gradient.on_policy`.
 3. The KL penalty is subtracted from the rewards, and advantages are estimated by GAE (Schulman et al. 2016):
-   ``TokenPPO._prepare``.
-4. Epochs of minibatches follow, each an optimiser step: ``OnPolicyAgent._train``.
+   ``TokenPPO.prepare``.
+4. Epochs of minibatches follow, each an optimiser step: ``OnPolicyAgent.train``.
 5. The loss of each token is the clipped policy loss (Schulman et al. 2017) and the value loss: ``TokenPPO._loss``.
 
 The model with its value head is in :mod:`~instructgym.agents.policy.language_model`.
@@ -162,7 +162,7 @@ class TokenPPO(OnPolicyAgent):
         super().__init__(*args, **kwargs)
         self.kl = KLController(self.settings.kl_coefficient, self.settings.kl_target or None, self.settings.kl_horizon)
 
-    def _prepare(self, batch: TokenBatch) -> None:
+    def prepare(self, batch: TokenBatch) -> None:
         """Shapes the rewards by the KL penalty, and fills in advantages and returns."""
         settings, total = self.settings, self.processes.total
         rewards, kept = batch.own_rewards, batch.loss_mask

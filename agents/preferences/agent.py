@@ -159,7 +159,7 @@ class RankingAgent(RolloutAgent):
 
     def _improve(self, batch: TokenBatch) -> None:
         start = time.perf_counter()
-        lists, sampler_logprobs = self._ranked(batch)
+        lists, sampler_logprobs = self.ranked_lists(batch)
         for number, ranked in enumerate(lists):
             self.trainer.check(ranked, f"list {number} of update {self.updates}")
         prepared = [self.trainer.prepare(ranked) for ranked in lists]
@@ -170,7 +170,7 @@ class RankingAgent(RolloutAgent):
             self._train([prepared[k] for k in with_pairs], [sampler_logprobs[k] for k in with_pairs])
         self.logger.record("time/train", time.perf_counter() - start)
 
-    def _ranked(self, batch: TokenBatch) -> tuple[list[TokenizedRankedList], list[np.ndarray]]:
+    def ranked_lists(self, batch: TokenBatch) -> tuple[list[TokenizedRankedList], list[np.ndarray]]:
         """Ranks the samples of all processes.
 
         Returns:

@@ -305,7 +305,7 @@ class SoftQ(RolloutAgent):
     def _train(self, batch: TokenBatch, returns: np.ndarray) -> None:
         """Runs the epochs of an update and logs their means; ``returns`` are the shaped ones, shape (episodes,)."""
         sums = np.zeros(len(_LOGGED) + 2)
-        norms, steps, skipped, prior = 0.0, 0, self.optimizer.skipped, self._prior(batch)
+        norms, steps, skipped, prior = 0.0, 0, self.optimizer.skipped, self.prior_logits(batch)
         for _, minibatches in self._epochs(len(batch)):
             for minibatch in minibatches:
                 # Episodes of the minibatch over all processes: gradients are summed over them, losses are means.
@@ -313,7 +313,7 @@ class SoftQ(RolloutAgent):
                 if not total:
                     continue
                 for members in batch.micro_batches(minibatch, self.settings.token_budget):
-                    sums += self._backward(batch, members, returns[members], prior, total)
+                    sums += self.backward(batch, members, returns[members], prior, total)
                 norms += self._optimizer_step()
                 self.target.follow(self.settings.target_rate)
                 steps += 1
@@ -323,7 +323,7 @@ class SoftQ(RolloutAgent):
             self.logger.record(f"train/{name}", float(value / (tokens if per_token else count)))
         self.logger.record("train/grad_norm", norms / steps)
 
-    def _prior(self, batch: TokenBatch) -> torch.Tensor:
+    def prior_logits(self, batch: TokenBatch) -> torch.Tensor:
         """Returns the prior's log-probs and values, float32, shape (2, tokens); 0 if there is no prior."""
         prior = torch.zeros((2, batch.tokens), device=self.policy.lm.device)
         if self.settings.prior == "reference":
@@ -333,7 +333,7 @@ class SoftQ(RolloutAgent):
                 prior[:, rows] = torch.stack(reference_logits(self.policy, prompts, responses))
         return prior
 
-    def _backward(
+    def backward(
         self, batch: TokenBatch, members: np.ndarray, returns: np.ndarray, prior: torch.Tensor, total: float
     ) -> np.ndarray:
         """Adds the gradient of a micro-batch to the parameters.
@@ -342,7 +342,7 @@ class SoftQ(RolloutAgent):
             batch: all episodes of this process.
             members: indices of the micro-batch's episodes.
             returns: shaped returns of these episodes.
-            prior: see :meth:`_prior`.
+            prior: see :meth:`prior_logits`.
             total: number of episodes of the minibatch, over all processes.
 
         Returns:

@@ -262,7 +262,7 @@ class EditProcess:
     def _forget(self) -> None:
         self.reward.reset()
         self._carried = [None] * len(self._carried)
-        self._mean = RunningMean()
+        self.mean = RunningMean()
 
     def restart(self, seed: int) -> None:
         """Resets everything that outlives an episode: the reward's memory, carried texts, running mean, data order.
@@ -421,7 +421,7 @@ class EditProcess:
         for step, score in zip(steps, scores, strict=True):
             step.score = score
             if score.valid:
-                self._mean.add(score.value)
+                self.mean.add(score.value)
             elif not retry:
                 raise InvalidRewardError(f"no verdict on copy {step.copy}: {score.feedback}")
 
@@ -445,7 +445,7 @@ class EditProcess:
         valid = not step.error and (step.score is None or step.score.valid)
         reward = 0.0
         if not valid:
-            reward = self._mean.value
+            reward = self.mean.value
         elif step.score is not None:
             reward = step.score.value
         if not step.masked:

@@ -45,7 +45,7 @@ def training_kernels() -> Iterator[None]:
         _STATE.training = before
 
 
-def _attention(
+def training_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -60,14 +60,14 @@ def _attention(
     plain = query.device.type == "cpu" and query.dtype == torch.bfloat16 and not dropout and not set(kwargs) & _OTHERS
     if not (getattr(_STATE, "training", False) and plain):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    return _matmul_attention(query, key, value, attention_mask, scaling), None
+    return matmul_attention(query, key, value, attention_mask, scaling), None
 
 
 _OTHERS = frozenset({"softcap", "position_bias", "cache", "s_aux"})
 """Keyword arguments of attention variants, which are left to transformers."""
 
 
-def _matmul_attention(
+def matmul_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float | None
 ) -> torch.Tensor:
     """Computes causal attention by batched matrix products.
@@ -102,7 +102,7 @@ def _matmul_attention(
     return output.view(batch, heads, new, -1).transpose(1, 2).contiguous()
 
 
-AttentionInterface.register(ATTENTION_NAME, _attention)
+AttentionInterface.register(ATTENTION_NAME, training_attention)
 AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 

@@ -95,7 +95,7 @@ class TaskReward(Reward):
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
         nonempty = [sample for sample in samples if sample.response.strip()]
         prompts = [self.prompt_of(sample.response) for sample in nonempty]
-        minibatches = [self._minibatch(sample) for sample in nonempty]
+        minibatches = [self.minibatch(sample) for sample in nonempty]
         scores = iter(self.scorer.reward_each(prompts, minibatches, self._score))
         return [
             next(scores) if sample.response.strip() else Score(self.empty, terms={self.name: self.empty})
@@ -107,7 +107,7 @@ class TaskReward(Reward):
         instruction = (self.prompt.instruction or "{response}").replace("{response}", response.strip())
         return replace(self.prompt, instruction=instruction)
 
-    def _minibatch(self, sample: Sample) -> tuple[LabelledExample, ...]:
+    def minibatch(self, sample: Sample) -> tuple[LabelledExample, ...]:
         """Returns the examples that a sample is scored on."""
         if (example := sample.metadata.get("example")) is not None:
             return (_example(example),)

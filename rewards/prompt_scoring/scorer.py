@@ -190,7 +190,7 @@ class TaskScorer(Part):
                 f"backend {self.backend.name!r} reports no log-probs, by which prompts are scored: use another backend"
             )
         self.cache, self.content_free = cache, tuple(content_free)
-        self._rows: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self.rows: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self._checked: OrderedDict[tuple[str, ...], int] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -210,7 +210,7 @@ class TaskScorer(Part):
                 results are cached.
         """
         self.check(prompts, examples)
-        rows = self._pair_logprobs([(prompt, example.text) for prompt in prompts for example in examples])
+        rows = self.pair_logprobs([(prompt, example.text) for prompt in prompts for example in examples])
         return np.array(rows, np.float32).reshape(len(prompts), len(examples), len(prompts[0].verbalizers))
 
     def score(
@@ -271,7 +271,7 @@ class TaskScorer(Part):
         texts = [[example.text for example in own_examples] + extra for own_examples in examples]
         pairs = [(prompt, text) for prompt, own_examples in zip(prompts, texts, strict=True) for text in own_examples]
         # All pairs are one backend call; the rows come back in the order of the pairs.
-        rows = iter(self._pair_logprobs(pairs))
+        rows = iter(self.pair_logprobs(pairs))
         results = []
         for prompt, own_examples in zip(prompts, examples, strict=True):
             parts = [np.array([next(rows) for _ in part], np.float32) for part in (own_examples, extra)]
@@ -366,7 +366,7 @@ class TaskScorer(Part):
     def _built(self, text: str) -> Prompt:
         return build_prompt(self.backend.prompt_style, text, text)
 
-    def _pair_logprobs(self, pairs: Sequence[tuple[TaskPrompt, str]]) -> list[np.ndarray]:
+    def pair_logprobs(self, pairs: Sequence[tuple[TaskPrompt, str]]) -> list[np.ndarray]:
         """Returns the labels' log-probs, float32, shape (labels,), for each pair of a prompt and an input."""
         keys: list[bytes] = []
         results: dict[bytes, np.ndarray] = {}
@@ -378,10 +378,10 @@ class TaskScorer(Part):
                 head, rest = prompt.render(text)
                 key = _key(name, head + rest, *prompt.verbalizers)
                 keys.append(key)
-                row = self._rows.get(key)
+                row = self.rows.get(key)
                 if row is not None:
                     results[key] = row
-                    self._rows.move_to_end(key)
+                    self.rows.move_to_end(key)
                 else:
                     missing.setdefault(key, (head, rest, prompt.verbalizers))
         if missing:
@@ -407,9 +407,9 @@ class TaskScorer(Part):
                 results[key] = row
         # Cache what succeeded before raising, so that a repeated call requests only the rest.
         with self._lock:
-            self._rows |= results if self.cache else {}
-            while len(self._rows) > self.cache:
-                self._rows.popitem(last=False)
+            self.rows |= results if self.cache else {}
+            while len(self.rows) > self.cache:
+                self.rows.popitem(last=False)
         if failed:
             text, error = failed[0]
             if isinstance(error, ContextLengthError):
@@ -511,13 +511,13 @@ class LimitedScorer(TaskScorer):
         """Number of calls until the limit."""
         return self.limit - self.calls
 
-    def _pair_logprobs(self, pairs: Sequence[tuple[TaskPrompt, str]]) -> list[np.ndarray]:
+    def pair_logprobs(self, pairs: Sequence[tuple[TaskPrompt, str]]) -> list[np.ndarray]:
         needed = sum(len(prompt.verbalizers) for prompt, _ in pairs)
         if needed > self.remaining:
             raise CallLimitError(f"{needed} task-model calls are needed, {self.remaining} of {self.limit} are left")
         self.calls += needed
         try:
-            return super()._pair_logprobs(pairs)
+            return super().pair_logprobs(pairs)
         except (BackendError, InputError):
             self.calls -= needed  # the results that succeeded are cached and count when they are requested again
             raise

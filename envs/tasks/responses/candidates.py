@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +18,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from ....llm_backends import Backend, BackendError, ContextLengthError, Prompt, Sampling, request_seed
 from ....llm_backends.errors import InputError, check_fields
-from ....llm_backends.records import read_user_rows, replaced, user_text
+from ....llm_backends.records import check_encodable, read_user_rows, replaced, user_text
 from ....rewards.judges.ranking import distinct_texts
 from ....rewards.texts.rouge import TOLERANCE, pairwise_rouge_l
 
@@ -138,17 +138,19 @@ class _Draw:
 
     def __init__(self) -> None:
         self.done = False
-        self.tries, self.temperature = 0, 0.0
+        self.tries, self.mean = 0, math.inf
         self.errors: list[BackendError] = []
-        self.best: tuple[float, float, float, tuple[str, ...], tuple[bool, ...]] | None = None
-        """Mean and largest ROUGE-L, temperature, texts, which of them are finished."""
+        self.best = Candidates((), 0.0, 0, None)
+        """The responses of the best try; ``mean`` is their mean ROUGE-L."""
 
     def record(self, temperature: float, result: Any, threshold: float) -> None:
         """Records the result of a try."""
-        self.tries, self.temperature = self.tries + 1, temperature
+        self.tries += 1
         if isinstance(result, BackendError):
             self.errors.append(result)
             self.done = isinstance(result, ContextLengthError)
+            if not self.best.texts:
+                self.best = Candidates((), temperature, 0, None)
             return
         texts = tuple(completion.text for completion in result)
         # Each pair of responses once.
@@ -156,15 +158,13 @@ class _Draw:
         mean, largest = float(similarities.mean()), float(similarities.max())
         self.done = largest < threshold - TOLERANCE
         # A set below the threshold is always kept; otherwise, of tries with equal means, the first is kept.
-        if self.done or self.best is None or mean < self.best[0] - TOLERANCE:
-            self.best = (mean, largest, temperature, texts, tuple(c.finish_reason != "length" for c in result))
+        if self.done or mean < self.mean - TOLERANCE:
+            finished = tuple(completion.finish_reason != "length" for completion in result)
+            self.mean, self.best = mean, Candidates(texts, temperature, 0, largest, finished=finished)
 
     def result(self) -> Candidates:
         """Returns the responses of the best try."""
-        if self.best is None:
-            return Candidates((), self.temperature, self.tries, None, tuple(self.errors))
-        _, largest, temperature, texts, finished = self.best
-        return Candidates(texts, temperature, self.tries, largest, tuple(self.errors), finished)
+        return replace(self.best, tries=self.tries, errors=tuple(self.errors))
 
 
 @dataclass(frozen=True)
@@ -199,10 +199,7 @@ class RankedList:
         for number, text in enumerate(self.candidates):
             if not text.strip():
                 raise InputError(f"{where}: field 'candidates' has a blank text in place {number}: leave it out")
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:  # servers send lone surrogates in JSON escapes
-                raise InputError(f"{where}: field 'candidates' has a lone surrogate in place {number}") from error
+            check_encodable(f"{where}: field 'candidates' in place {number}", text)
         if len(self.scores) != len(self.candidates):
             raise InputError(
                 f"{where}: field 'scores' has {len(self.scores)} numbers for {len(self.candidates)} candidates"
