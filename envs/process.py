@@ -125,7 +125,8 @@ def check_on_invalid(on_invalid: str) -> None:
     Raises:
         ValueError: unless it is one of :data:`ON_INVALID`.
     """
-    check_known("value of on_invalid", on_invalid, ON_INVALID)
+    if on_invalid not in ON_INVALID:
+        raise ValueError(f"on_invalid must be one of {', '.join(ON_INVALID)}, got {on_invalid!r}")
 
 
 def copy_option(options: Mapping[str, Any], key: str, copy: int, copies: int) -> Any:

@@ -178,8 +178,8 @@ def test_an_empty_file_and_bad_lists_are_refused(tmp_path):
     (tmp_path / "lists.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="holds no ranked list"):
         read_ranked_lists(tmp_path / "lists.jsonl")
-    for text, message in ((" ", "a blank text in place 1"), ("\ud800", "in place 1 holds a lone surrogate")):
-        with pytest.raises(ValueError, match=f"ranked list 'a': field 'candidates' has {message}"):
+    for text, message in ((" ", "has a blank text in place 1"), ("\ud800", "in place 1 holds a lone surrogate")):
+        with pytest.raises(ValueError, match=f"ranked list 'a': field 'candidates' {message}"):
             RankedList("a", "p", ("x", text), (1, 0))
 
 

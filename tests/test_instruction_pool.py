@@ -235,7 +235,7 @@ def test_a_pool_on_disk_goes_on_after_a_torn_line(tmp_path):
     assert [row["id"] for row in read_records(path)] == [f"machine_task_{i}" for i in range(3)]
     assert load_tasks(path) == again.machine
     path.write_text('{"id": 1}\n')
-    with pytest.raises(InputError, match="row 1 needs a text field 'instruction'"):
+    with pytest.raises(InputError, match="line 1 needs a text field 'instruction'"):
         InstructionPool(SEEDS, path=path)
 
 
