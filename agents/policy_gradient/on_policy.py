@@ -304,18 +304,7 @@ class OnPolicyAgent(RolloutAgent):
             if self.settings.target_kl and drift[0] > 1.5 * self.settings.target_kl * max(drift[1], 1):
                 break
         self._end_training(steps, skipped)
-        self._log_training(sums, count, steps, norms, epochs)
-
-    def _log_training(self, sums: dict[str, float], count: float, steps: int, norms: float, epochs: int) -> None:
-        """Records the means of the metrics over all processes, and adapts the KL coefficient.
-
-        Args:
-            sums: sum of each metric over the tokens of this process and over the epochs.
-            count: number of these tokens.
-            steps: number of optimiser steps.
-            norms: sum of the gradient norms of these steps.
-            epochs: number of epochs that were run.
-        """
+        # Means of the metrics over the tokens of all processes.
         rows = self.processes.gather(sums | {"count": count})
         tokens = max(sum(row["count"] for row in rows), 1.0)
         for name in sorted(set().union(*rows) - {"count"}):

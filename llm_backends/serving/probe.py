@@ -151,17 +151,17 @@ class ServerProbe:
 
     def _openai(self, style: PromptStyle, **options: Any) -> OpenAIBackend:
         key = (style, self.findings.max_tokens_field, *sorted(options.items()))
-        # Backends are reused, as each opens a connection, which takes time.
-        if key not in self._backends:
-            self._backends[key] = self.openai(style, **options)
-        return self._backends[key]
+        return self._reused(key, lambda: self.openai(style, **options))
 
     def _vllm(self, style: PromptStyle = "completion") -> VLLMServerBackend:
-        key = ("vllm", style, self.findings.model)
+        # vLLM's CPU build (0.32.0) with --enable-lora crashes on two requests for prompt_logprobs in one batch.
+        arguments = (self.findings.model, self.base_url, style)
+        return self._reused(("vllm", *arguments), lambda: VLLMServerBackend(*arguments, **self.options, concurrency=1))
+
+    def _reused(self, key: tuple[Any, ...], build: Callable[[], Any]) -> Any:
+        """Returns the backend that was built under this key; each opens a connection, which takes time."""
         if key not in self._backends:
-            # vLLM's CPU build (0.32.0) with --enable-lora crashes on two requests for prompt_logprobs in one batch.
-            options = self.options | {"concurrency": 1}
-            self._backends[key] = VLLMServerBackend(self.findings.model, self.base_url, style, **options)
+            self._backends[key] = build()
         return self._backends[key]
 
     def run(self) -> Findings:

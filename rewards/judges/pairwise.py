@@ -197,12 +197,8 @@ class PairwiseJudge(Reward):
         value = OUTCOME_VALUES[comparison.outcome]
         if self.graded and comparison.probability is not None:
             value = comparison.probability
-        return Score(
-            value,
-            terms={self.name: value, "agreement": float(bool(comparison.agreed))},
-            feedback=OUTCOME_FEEDBACK[comparison.outcome],
-            calls=comparison.calls,
-        )
+        terms = {self.name: value, "agreement": float(bool(comparison.agreed))}
+        return Score(value, terms=terms, feedback=OUTCOME_FEEDBACK[comparison.outcome], calls=comparison.calls)
 
 
 class ScoredComparison(Reward):

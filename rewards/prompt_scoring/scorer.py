@@ -267,8 +267,8 @@ class TaskScorer(Part):
         self, prompts: Sequence[TaskPrompt], examples: Sequence[Sequence[LabelledExample]], method: Calibration
     ) -> list[TaskResult]:
         """Scores prompts on their own examples, all of which have been checked."""
-        extra = list(self.content_free) if method == "contextual" else []
-        texts = [[example.text for example in own_examples] + extra for own_examples in examples]
+        extra = self._extra(method)
+        texts = [[*(example.text for example in own_examples), *extra] for own_examples in examples]
         pairs = [(prompt, text) for prompt, own_examples in zip(prompts, texts, strict=True) for text in own_examples]
         # All pairs are one backend call; the rows come back in the order of the pairs.
         rows = iter(self.pair_logprobs(pairs))
@@ -314,8 +314,11 @@ class TaskScorer(Part):
 
     def calls_for(self, prompt: TaskPrompt, examples: int) -> int:
         """Returns the task-model calls that a prompt's score takes, counted as in :attr:`TaskResult.calls`."""
-        extra = len(self.content_free) if self.calibration == "contextual" else 0
-        return (examples + extra) * len(prompt.verbalizers)
+        return (examples + len(self._extra(self.calibration))) * len(prompt.verbalizers)
+
+    def _extra(self, method: Calibration) -> tuple[str, ...]:
+        """Returns the inputs that are scored besides the examples."""
+        return self.content_free if method == "contextual" else ()
 
     def check(self, prompts: Sequence[TaskPrompt], examples: Sequence[LabelledExample]) -> None:
         """Checks that prompts and examples can be scored, before the model is loaded if possible.

@@ -11,7 +11,7 @@ import numpy as np
 from ...llm_backends import Tokenizer, resolve
 from ...llm_backends.errors import check_known
 from ...llm_backends.prompting import load_prompts
-from ..base import Reward, Sample, Score
+from ..base import Reward, Sample, Score, retried_values
 from ..judges.verdict import (
     Question,
     VerdictMode,
@@ -135,12 +135,7 @@ class NeighbourDistance(Reward):
         if not samples:
             return []
         texts = [f"{sample.prompt}\n{sample.response}" for sample in samples]
-        # Retried samples are in the memory already and would be their own neighbours: reuse their distance.
-        retried = {
-            text: self._latest[text]
-            for text, sample in zip(texts, samples, strict=True)
-            if sample.metadata.get("attempt") and text in self._latest
-        }
+        retried = retried_values(texts, samples, self._latest)
         fresh = [text for text in texts if text not in retried]
         if fresh:
             vectors = self.embedder.embed(fresh)

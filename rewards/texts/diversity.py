@@ -9,7 +9,7 @@ import numpy as np
 
 from ...llm_backends import resolve
 from ...llm_backends.errors import check_at_least, check_known
-from ..base import Reward, Sample, Score
+from ..base import Reward, Sample, Score, retried_values
 from .rouge import RougePool, rouge_l
 
 
@@ -46,13 +46,8 @@ class DiversityReward(Reward):
         self._latest: dict[tuple[str, str | None], float] = {}
 
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
-        # A sample that is retried because a judge in the same sum gave no verdict is in the pool already.
         edits = [(sample.response, sample.previous) for sample in samples]
-        values = {
-            edit: self._latest[edit]
-            for edit, sample in zip(edits, samples, strict=True)
-            if sample.metadata.get("attempt") and edit in self._latest
-        }
+        values = retried_values(edits, samples, self._latest)
         fresh = [sample for edit, sample in zip(edits, samples, strict=True) if edit not in values]
         nearest: list[float] = []
         if fresh:
