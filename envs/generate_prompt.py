@@ -82,12 +82,10 @@ def _arguments(
             longest = reward.prompt_of(" ".join(["any"] * max(settings.max_tokens, 1)))
             scorer.check([longest], prompt_task.examples(split))
         if examples is None:
-            at_task = level == "task"
-            examples = (
-                task_openings(prompt_task, minibatches, openings)
-                if at_task
-                else label_hints(prompt_task, split, openings)
-            )
+            if level == "task":
+                examples = task_openings(prompt_task, minibatches, openings)
+            else:
+                examples = label_hints(prompt_task, split, openings)
     return dict(others, examples=examples, tokenizer=tokenizer, reward=reward, backend=backend, settings=settings)
 
 

@@ -184,13 +184,10 @@ def score_with_retries(reward: Reward, samples: Sequence[Sample], retries: int =
         if not missing:
             break
         # A new seed: a journal would answer an equal request with the stored reply.
+        seeds = [request_seed(samples[i].seed, "retry", attempt) for i in missing]
         retried = [
-            replace(
-                samples[i],
-                seed=request_seed(samples[i].seed, "retry", attempt),
-                metadata=samples[i].metadata | {"attempt": attempt},
-            )
-            for i in missing
+            replace(samples[i], seed=seed, metadata=samples[i].metadata | {"attempt": attempt})
+            for i, seed in zip(missing, seeds, strict=True)
         ]
         for i, score in zip(missing, reward.reward(retried), strict=True):
             # The failed attempt has been spent, so its requests stay in the count.

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from ..policy.language_model import TokenScores
 from ..rollouts.batch import TokenBatch
 from .on_policy import MicroBatch, OnPolicyAgent, OnPolicySettings, clipped_policy_loss
 
 
-def k3_penalty(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+def k3_penalty(logprobs: Tensor, reference: Tensor) -> Tensor:
     """Returns the k3 estimate of KL(policy || reference) per token, q/p - 1 - log(q/p), differentiable.
 
     Args:
@@ -106,7 +106,7 @@ class _GroupAgent(OnPolicyAgent):
         zeros, count = self.processes.total(np.array([(advantages == 0).sum(), len(batch)]))
         self.logger.record("train/no_signal_share", float(zeros / max(count, 1)))
 
-    def _loss(self, scores: TokenScores, micro: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _loss(self, scores: TokenScores, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         loss, clipped = clipped_policy_loss(scores.logprobs, micro.old_logprobs, micro.advantages, self.settings.clip)
         return loss, {"policy_loss": loss, "clip_fraction": clipped}
 
@@ -134,7 +134,7 @@ class GRPO(_GroupAgent):
         # 1 / tokens of the response: the weights of a response sum to 1, so the loss is a mean over responses.
         return np.repeat(1.0 / np.maximum(batch.per_episode(batch.loss_mask), 1), batch.lengths).astype(np.float32)
 
-    def _loss(self, scores: TokenScores, micro: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _loss(self, scores: TokenScores, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         loss, metrics = super()._loss(scores, micro)
         # From the log-probs of the policy in training, so its gradient changes with every step; it is not clipped.
         if self._uses_reference:

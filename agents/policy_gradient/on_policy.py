@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 import torch
 from annotated_types import Ge, Gt
+from torch import Tensor
 
 from ...llm_backends.errors import check_fields
 from ..policy.language_model import TokenScores
@@ -147,18 +148,18 @@ class OnPolicySettings(RolloutSettings):
 class MicroBatch:
     """The tensors of the episodes in a micro-batch, each of shape (tokens,), on the model's device."""
 
-    old_logprobs: torch.Tensor
+    old_logprobs: Tensor
     """Log-probs by the policy before the update."""
-    advantages: torch.Tensor
-    returns: torch.Tensor
+    advantages: Tensor
+    returns: Tensor
     """Targets of the value function."""
-    old_values: torch.Tensor
+    old_values: Tensor
     """Values before the update."""
-    reference_logprobs: torch.Tensor
+    reference_logprobs: Tensor
     """Log-probs by the reference policy."""
-    scale: torch.Tensor
+    scale: Tensor
     """Weight of each token in the loss, importance weight included; float32, 0 where masked out."""
-    mask: torch.Tensor
+    mask: Tensor
     """True for tokens that the policy wrote; bool."""
 
 
@@ -251,7 +252,7 @@ class OnPolicyAgent(RolloutAgent):
         """Fills in the batch's advantages, and returns if the agent has a value function."""
 
     @abstractmethod
-    def _loss(self, scores: TokenScores, micro: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _loss(self, scores: TokenScores, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss of each token, shape (tokens,), and per-token metrics, whose means are recorded.
 
         Args:
@@ -321,7 +322,7 @@ class OnPolicyAgent(RolloutAgent):
             scale: their weights in the loss, shape (n,), without importance weights.
         """
 
-        def tensor(values: np.ndarray) -> torch.Tensor:
+        def tensor(values: np.ndarray) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(values)).to(self.policy.lm.device)
 
         # Agents without a value function have no returns, and do not read these.
@@ -354,8 +355,8 @@ def _score_arguments(batch: TokenBatch, episodes: np.ndarray) -> tuple[list[np.n
 
 
 def clipped_policy_loss(
-    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, clip: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: float
+) -> tuple[Tensor, Tensor]:
     """Returns PPO's clipped surrogate objective, negated (Schulman et al. 2017, eq. 7).
 
     Args:

@@ -24,6 +24,7 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 import torch
 from annotated_types import Ge, Gt, Le
+from torch import Tensor
 
 from ..policy.language_model import TokenScores
 from ..rollouts.batch import TokenBatch
@@ -40,9 +41,7 @@ from .on_policy import (
 )
 
 
-def clipped_value_loss(
-    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> tuple[Tensor, Tensor]:
     """Returns half the squared error of the values, the larger of plain and clipped (as in OpenAI's PPO2 code).
 
     Args:
@@ -183,7 +182,7 @@ class TokenPPO(OnPolicyAgent):
         self.logger.record("train/explained_variance", explained_variance(values, batch.returns[kept], total))
         self.logger.record("train/value_mean", float(sums[0] / max(sums[1], 1)))
 
-    def _loss(self, scores: TokenScores, micro: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _loss(self, scores: TokenScores, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns policy loss plus weighted value loss of each token, and metrics."""
         policy_loss, clipped = clipped_policy_loss(
             scores.logprobs, micro.old_logprobs, micro.advantages, self.settings.clip

@@ -16,6 +16,7 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from scipy.special import expit
 from scipy.stats import rankdata
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ...llm_backends.errors import InputError, check_fields, check_known
@@ -133,7 +134,7 @@ class PreparedList:
     """float64, shape (rows,): mean probabilities of being preferred; 0.5 for the reference response."""
     pairs: int = 0
     """Number of pairs that the loss compares."""
-    reference_logprobs: torch.Tensor | None = None
+    reference_logprobs: Tensor | None = None
     """float32, shape (rows,): log-probs under the reference policy, in nats; None until they are computed."""
 
     @property
@@ -350,7 +351,7 @@ class RankingTrainer(SupervisedTrainer):
             batch.reference_logprobs = torch.cat([self._reference(prepared) for prepared in lists])
         return batch
 
-    def _read(self, lists: Sequence[PreparedList]) -> torch.Tensor:
+    def _read(self, lists: Sequence[PreparedList]) -> Tensor:
         """Computes log-probs of whole responses, and KL divergences if the loss needs them.
 
         A list above the token budget is read part by part, and each part again in the backward pass, so that no more
@@ -364,14 +365,14 @@ class RankingTrainer(SupervisedTrainer):
         prompts = [prepared.prompt for prepared in lists for _ in prepared.responses]
         responses = [response for prepared in lists for response in prepared.responses]
 
-        def score(rows: Sequence[int], reference_hidden: torch.Tensor | None) -> torch.Tensor:
+        def score(rows: Sequence[int], reference_hidden: Tensor | None) -> Tensor:
             chunk = [responses[k] for k in rows]
             chunk_prompts = [prompts[k] for k in rows]
             if reference_hidden is None:
                 return _sums(self.policy.score(chunk_prompts, chunk, [None] * len(chunk), values=False).logprobs, chunk)
             return _sums(torch.stack(self.policy.compare(chunk_prompts, chunk, reference_hidden)), chunk)
 
-        parts: list[tuple[list[int], torch.Tensor | None]] = [(rows, None) for rows in self._parts(lists)]
+        parts: list[tuple[list[int], Tensor | None]] = [(rows, None) for rows in self._parts(lists)]
         if self._loss.needs_reference_kl:
             # The reference weights are frozen: their states are computed once, not again in the backward pass.
             states = self.policy.reference_hidden
@@ -380,7 +381,7 @@ class RankingTrainer(SupervisedTrainer):
             return score(*parts[0])
         return torch.cat([checkpoint(score, *part, use_reentrant=False) for part in parts], dim=-1)
 
-    def _reference(self, prepared: PreparedList) -> torch.Tensor:
+    def _reference(self, prepared: PreparedList) -> Tensor:
         """Returns log-probs of a list's responses under the reference policy, float32, shape (rows,), in nats.
 
         They are computed once per list, and each list is read separately: then they do not depend, in the last bits, on
@@ -407,10 +408,10 @@ class RankingTrainer(SupervisedTrainer):
         self.policy.load(folder)
 
 
-def _lists(lists: Sequence[PreparedList], logprobs: torch.Tensor) -> RankedListBatch:
+def _lists(lists: Sequence[PreparedList], logprobs: Tensor) -> RankedListBatch:
     """Returns lists and the log-probs of their rows in the form that the losses take, on the log-probs' device."""
 
-    def tensor(rows: list[np.ndarray] | list[int], dtype: torch.dtype) -> torch.Tensor:
+    def tensor(rows: list[np.ndarray] | list[int], dtype: torch.dtype) -> Tensor:
         return torch.as_tensor(np.concatenate([np.atleast_1d(row) for row in rows]), dtype=dtype).to(logprobs.device)
 
     return RankedListBatch(
@@ -423,7 +424,7 @@ def _lists(lists: Sequence[PreparedList], logprobs: torch.Tensor) -> RankedListB
     )
 
 
-def _sums(values: torch.Tensor, responses: Sequence[np.ndarray]) -> torch.Tensor:
+def _sums(values: Tensor, responses: Sequence[np.ndarray]) -> Tensor:
     """Returns sums per response of per-token values, whose last dimension is the tokens."""
     parts = values.split([len(r) for r in responses], dim=-1)
     return torch.stack([part.sum(dim=-1) for part in parts], dim=-1)

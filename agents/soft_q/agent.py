@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from annotated_types import Ge, Gt, Le
 from safetensors import SafetensorError
+from torch import Tensor
 
 from ...llm_backends import request_seed
 from ...llm_backends.errors import InputError, check_fields
@@ -78,9 +79,7 @@ Consistency = Literal["single", "multi", "both"]
 end of the episode; ``both``: the mean of the two losses."""
 
 
-def single_step(
-    advantages: torch.Tensor, values: torch.Tensor, rewards: torch.Tensor, lengths: Sequence[int]
-) -> torch.Tensor:
+def single_step(advantages: Tensor, values: Tensor, rewards: Tensor, lengths: Sequence[int]) -> Tensor:
     """Computes the single-step path-consistency loss of Guo et al. (2021).
 
     It is (A_t - (V_{t+1} - V_t))^2, and (A_T - (r - V_T))^2 at the last token.
@@ -100,9 +99,7 @@ def single_step(
     return (advantages - (following - values)) ** 2
 
 
-def multi_step(
-    advantages: torch.Tensor, values: torch.Tensor, rewards: torch.Tensor, lengths: Sequence[int]
-) -> torch.Tensor:
+def multi_step(advantages: Tensor, values: Tensor, rewards: Tensor, lengths: Sequence[int]) -> Tensor:
     """Computes the multi-step path-consistency loss of Guo et al. (2021), (sum_{l >= t} A_l - (r - V_t))^2.
 
     Takes the arguments of :func:`single_step`, and also returns the loss of each token, shape (tokens,).
@@ -115,11 +112,11 @@ def multi_step(
 
 def path_consistency(
     kind: Consistency,
-    advantages: torch.Tensor,
-    values: torch.Tensor,
-    rewards: torch.Tensor,
+    advantages: Tensor,
+    values: Tensor,
+    rewards: Tensor,
     lengths: Sequence[int],
-) -> torch.Tensor:
+) -> Tensor:
     """Computes the loss of each token by :func:`single_step`, :func:`multi_step` or their mean.
 
     Args:
@@ -323,7 +320,7 @@ class SoftQ(RolloutAgent):
             self.logger.record(f"train/{name}", float(value / (tokens if per_token else count)))
         self.logger.record("train/grad_norm", norms / steps)
 
-    def prior_logits(self, batch: TokenBatch) -> torch.Tensor:
+    def prior_logits(self, batch: TokenBatch) -> Tensor:
         """Returns the prior's log-probs and values, float32, shape (2, tokens); 0 if there is no prior."""
         prior = torch.zeros((2, batch.tokens), device=self.policy.lm.device)
         if self.settings.prior == "reference":
@@ -334,7 +331,7 @@ class SoftQ(RolloutAgent):
         return prior
 
     def backward(
-        self, batch: TokenBatch, members: np.ndarray, returns: np.ndarray, prior: torch.Tensor, total: float
+        self, batch: TokenBatch, members: np.ndarray, returns: np.ndarray, prior: Tensor, total: float
     ) -> np.ndarray:
         """Adds the gradient of a micro-batch to the parameters.
 

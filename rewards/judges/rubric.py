@@ -109,15 +109,10 @@ class Rubric:
             return build_prompt("chat", fill(data["chat"], texts | scale), "")
         [name] = names
         criterion = f"{name}: {self.criteria[name]}"
-        shots = [
-            (
-                shot["prompt"],
-                shot["response"],
-                criterion,
-                str(round(self.low + shot["quality"] * (self.high - self.low))),
-            )
-            for shot in data["demonstrations"]
-        ]
+        shots = []
+        for shot in data["demonstrations"]:
+            shown_grade = round(self.low + shot["quality"] * (self.high - self.low))
+            shots.append((shot["prompt"], shot["response"], criterion, str(shown_grade)))
         labels = ("Request", "Response", "Criterion", "Grade")
         return few_shot(fill(data["header"], scale), labels, shots, (sample.prompt, sample.response, criterion))
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from ...llm_backends import Backend, BackendError, Prompt, Sampling, UnsupportedRequestError, resolve
+from ...llm_backends.base import PromptStyle
 from ...llm_backends.errors import check_known
 from ...llm_backends.prompting import build_prompt, few_shot, fill, load_prompts
 from ..base import Reward, Sample, Score
@@ -56,16 +57,15 @@ class VerdictPrompt:
             labels: line labels of the few-shot form.
             fields: names of the texts, one per label except the last.
         """
-        return cls(
-            positive=data["positive"],
-            negative=data["negative"],
-            chat=data["chat"],
-            header=data["header"],
-            labels=tuple(labels),
-            fields=tuple(fields),
-            demonstrations=tuple(tuple(shot[name] for name in (*fields, "verdict")) for shot in data["demonstrations"]),
-            bias=float(data.get("bias", 0.0)),
-        )
+        shots = tuple(tuple(shot[name] for name in (*fields, "verdict")) for shot in data["demonstrations"])
+        texts = {name: data[name] for name in ("positive", "negative", "chat", "header")}
+        bias = float(data.get("bias", 0.0))
+        return cls(**texts, labels=tuple(labels), fields=tuple(fields), demonstrations=shots, bias=bias)
+
+    def build(self, style: PromptStyle, texts: Mapping[str, str]) -> Prompt:
+        """Returns the request about some texts, given by field name."""
+        shown = few_shot(self.header, self.labels, self.demonstrations, [texts[name] for name in self.fields])
+        return build_prompt(style, fill(self.chat, texts), shown)
 
     def parse(self, reply: str) -> bool | None:
         """Returns True for the positive answer, False for the negative one, None for anything else.
@@ -175,16 +175,7 @@ def judge_verdicts(
     if not questions:
         return []
     style = backend.prompt_style
-    prompts = [
-        build_prompt(
-            style,
-            fill(q.prompt.chat, q.texts),
-            few_shot(
-                q.prompt.header, q.prompt.labels, q.prompt.demonstrations, [q.texts[name] for name in q.prompt.fields]
-            ),
-        )
-        for q in questions
-    ]
+    prompts = [question.prompt.build(style, question.texts) for question in questions]
     if uses_likelihood(backend, mode):
         return _by_likelihood(backend, prompts, questions)
     words = [(question.prompt.positive, question.prompt.negative) for question in questions]

@@ -117,12 +117,8 @@ class UniEval(Reward):
                 log_odds[i] = difference
         # P(Yes) / (P(Yes) + P(No)) is the sigmoid of the difference of the two logits.
         values = torch.tensor(log_odds, dtype=torch.float64).sigmoid().tolist()
-        return [
-            Score(value, terms={self.name: value})
-            if not math.isnan(value)
-            else Score.invalid("the model's logits are NaN")
-            for value in values
-        ]
+        invalid = Score.invalid("the model's logits are NaN")
+        return [invalid if math.isnan(value) else Score(value, terms={self.name: value}) for value in values]
 
     def _word(self, tokenizer: Any, word: str) -> int:
         """Returns the id of a word's first token."""

@@ -102,12 +102,16 @@ def parse_instance_or_reason(text: str, order: Order = "input_first", instructio
     if any(_INSIDE.search(value) for _, value in fields):
         return "field_inside"
     values = {name: value.strip() for name, value in fields}
-    input_text = values.get("input", "")
-    absent = input_text.removesuffix(".").casefold() in NO_INPUT
-    instance = Instance("" if absent else input_text, values[output_name])
+    instance = Instance(given_input(values.get("input", "")), values[output_name])
     if order == "output_first" and "\n" in instance.output:
         return "long_label"
     return value_defect(instance, instruction) or instance
+
+
+def given_input(text: str) -> str:
+    """Returns an input without surrounding blanks; empty if the model wrote that there is none."""
+    text = text.strip()
+    return "" if text.removesuffix(".").casefold() in NO_INPUT else text
 
 
 def value_defect(instance: Instance, instruction: str = "", strict: bool = True) -> str:

@@ -140,12 +140,9 @@ class LikelihoodRatio(Reward):
         self.squash, self.center, self.slope = squash, center, slope
 
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
-        pairs = zip(
-            self.likelihoods.conditional_logprobs(samples),
-            self.likelihoods.unconditional_logprobs(samples),
-            strict=True,
-        )
-        return [self._score(conditional, unconditional) for conditional, unconditional in pairs]
+        conditional = self.likelihoods.conditional_logprobs(samples)
+        unconditional = self.likelihoods.unconditional_logprobs(samples)
+        return [self._score(*rows) for rows in zip(conditional, unconditional, strict=True)]
 
     def _score(self, conditional: np.ndarray | BackendError, unconditional: np.ndarray | BackendError) -> Score:
         for row in (conditional, unconditional):

@@ -80,14 +80,11 @@ def label_hints(task: PromptTask, split: str, openings: Openings) -> list[Prompt
         split: ``train``, ``validation`` or ``test``.
         openings: openings of kind ``label``.
     """
-    return [
-        PromptExample(
-            example.id,
-            openings.fill(input=example.text, labels=_labels(task)),
-            metadata={"task": task.name, "example": asdict(example)},
-        )
-        for example in task.examples(split)
-    ]
+    hints = []
+    for example in task.examples(split):
+        text = openings.fill(input=example.text, labels=_labels(task))
+        hints.append(PromptExample(example.id, text, metadata={"task": task.name, "example": asdict(example)}))
+    return hints
 
 
 def response_hints(requests: Sequence[Request], openings: Openings) -> list[PromptExample]:

@@ -19,7 +19,7 @@ from ....rewards.prompt_scoring.scorer import CONTENT_FREE
 from ....rewards.prompt_scoring.task_prompt import BLOCK, TEMPLATE, Demonstration, LabelledExample, TaskPrompt
 from ....rewards.texts.sentiment import text_hash
 from ..instruction.seeds import SPLITS, check_limit
-from ..nlu.data import load_rows, record_candidates
+from ..nlu.data import load_rows, questions
 from ..nlu.tasks import NLUTask, get_task
 
 FIELDS = ("name", "labels", "verbalizers", "instructions", "template", "block", "data", *SPLITS)
@@ -200,9 +200,7 @@ def _nlu_examples(task: NLUTask, rows: Sequence[dict[str, Any]], split: str, see
     """Returns the labelled examples of rows; for training, ReCoRD gives one right and one wrong candidate per row."""
     examples = []
     for row in rows:
-        # The draw of a row depends on the seed and its id alone, as in `load_examples`.
-        rng = random.Random(f"{seed}/{row['id']}") if split == "train" else None
-        for filled in record_candidates(row, rng) if task.name == "ReCoRD" else [row]:
+        for filled in questions(task, row, seed if split == "train" else None):
             word = task.answer(filled["label"])
             if word is None:
                 raise InputError(f"{task.name} hides the label of {filled['id']}: use a split or a copy with labels")

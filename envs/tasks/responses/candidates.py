@@ -18,7 +18,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from ....llm_backends import Backend, BackendError, ContextLengthError, Prompt, Sampling, request_seed
 from ....llm_backends.errors import InputError, check_fields
-from ....llm_backends.records import check_encodable, read_user_rows, replaced, user_text
+from ....llm_backends.records import check_distinct_ids, check_encodable, read_user_rows, replaced, user_text
 from ....rewards.judges.ranking import distinct_texts
 from ....rewards.texts.rouge import TOLERANCE, pairwise_rouge_l
 
@@ -253,14 +253,9 @@ def read_ranked_lists(path: str | Path) -> list[RankedList]:
         InputError: if the file cannot be read, is not UTF-8 or has no rows; if a line is not a JSON object, a field is
             missing, unknown, of a wrong type or unusable, or an id occurs twice; the message names row and field.
     """
-    lists: list[RankedList] = []
-    seen: dict[str, str] = {}
-    for where, row in read_user_rows(path, "the ranked lists"):
-        ranked = _ranked_list(where, row)
-        if ranked.id in seen:
-            raise InputError(f"{where}: field 'id' {ranked.id!r} is that of {seen[ranked.id]}: give each row its own")
-        seen[ranked.id] = where
-        lists.append(ranked)
+    rows = read_user_rows(path, "the ranked lists")
+    lists = [_ranked_list(where, row) for where, row in rows]
+    check_distinct_ids((where, ranked.id) for (where, _), ranked in zip(rows, lists, strict=True))
     if not lists:
         raise InputError(f"{path} holds no ranked list: it is empty")
     return lists

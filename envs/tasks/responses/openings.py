@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from typing import Any, Literal
 from ....llm_backends import Tokenizer
 from ....llm_backends.errors import InputError, check_known
 from ....llm_backends.prompting import fill, load_prompts
-from ....llm_backends.records import read_user_rows, user_text
+from ....llm_backends.records import check_distinct_ids, read_user_rows, user_text
 from ....rewards.texts.sentiment import text_hash
 from ...tokens.episode import PromptExample
 from ..instruction.data import instruction_form, optional_text
@@ -115,16 +115,8 @@ def response_requests(
     if data == "reviews":
         requests = _openings(split, seed)
     elif data == "instructions":
-        requests = [
-            _instruction(
-                f"instructions/{seed_instruction.id}",
-                seed_instruction.text,
-                seed_instruction.input,
-                None,
-                "instructions",
-            )
-            for seed_instruction in load_instructions(None, split)
-        ]
+        own = load_instructions(None, split)
+        requests = [_instruction(f"instructions/{one.id}", one.text, one.input, None, "instructions") for one in own]
     else:
         requests = _file_requests(Path(data), split)
     return limited(requests, limit, seed)
@@ -158,7 +150,8 @@ def _file_requests(path: Path, split: str) -> list[Request]:
     rows = read_user_rows(path)
     # All rows are checked, those of other splits as well.
     requests = [_file_request(path, where, row) for where, row in rows]
-    _refuse_repeats([where for where, _ in rows], requests)
+    ids = [request.id.partition("/")[2] for request in requests]
+    check_distinct_ids(zip((where for where, _ in rows), ids, strict=True))
     matches = [request for request in requests if int(text_hash(request.plain) * 10) in SPLITS[split]]
     if not matches:
         raise InputError(f"none of the {len(rows)} rows of {path} falls into the split {split!r}: add rows")
@@ -183,18 +176,6 @@ def _file_request(path: Path, where: str, row: Mapping[str, Any]) -> Request:
         request = _instruction("", text, input_text, reference or None, path.stem)
     name = hashlib.sha1(request.plain.encode()).hexdigest()[:12] if row_id is None else row_id
     return Request(f"{path.stem}/{name}", request.plain, request.chat, request.reference, request.metadata)
-
-
-def _refuse_repeats(places: Sequence[str], requests: Sequence[Request]) -> None:
-    """Raises an InputError if two rows have the same id or, without ids, the same prompt."""
-    seen: dict[str, str] = {}
-    for where, request in zip(places, requests, strict=True):
-        if request.id in seen:
-            raise InputError(
-                f"{where}: field 'id' {request.id.partition('/')[2]!r} is that of {seen[request.id]} (by default the "
-                "hash of the prompt): give each row an id of its own, or delete one"
-            )
-        seen[request.id] = where
 
 
 def _example(request: Request, tokenizer: Tokenizer | None) -> PromptExample:
