@@ -306,10 +306,10 @@ class OnPolicyAgent(RolloutAgent):
                 break
         self._end_training(steps, skipped)
         # Means of the metrics over the tokens of all processes.
-        rows = self.processes.gather(sums | {"count": count})
-        tokens = max(sum(row["count"] for row in rows), 1.0)
-        for name in sorted(set().union(*rows) - {"count"}):
-            self.logger.record(f"train/{name}", sum(row.get(name, 0.0) for row in rows) / tokens)
+        gathered = self.processes.gather(sums | {"count": count})
+        tokens = max(sum(part["count"] for part in gathered), 1.0)
+        for name in sorted(set().union(*gathered) - {"count"}):
+            self.logger.record(f"train/{name}", sum(part.get(name, 0.0) for part in gathered) / tokens)
         self.logger.record("train/grad_norm", norms / steps)
         self.logger.record("train/epochs", epochs)
 
