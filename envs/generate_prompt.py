@@ -14,14 +14,7 @@ from ..llm_backends import resolve
 from ..llm_backends.errors import InputError, check_known
 from ..rewards.prompt_scoring.rewards import HintedResponse, TaskReward
 from ..rewards.prompt_scoring.scorer import TaskScorer
-from .tasks.prompt_search.generated import (
-    Level,
-    Openings,
-    label_hints,
-    response_hints,
-    scored_prompt,
-    task_openings,
-)
+from .tasks.prompt_search.generated import Level, Openings, label_hints, response_hints, scored_prompt, task_openings
 from .tasks.prompt_search.tasks import load_prompt_task
 from .tasks.responses.openings import Layout, response_requests
 from .tokens.env import TokenEnv, TokenVectorEnv

@@ -111,11 +111,7 @@ def multi_step(advantages: Tensor, values: Tensor, rewards: Tensor, lengths: Seq
 
 
 def path_consistency(
-    kind: Consistency,
-    advantages: Tensor,
-    values: Tensor,
-    rewards: Tensor,
-    lengths: Sequence[int],
+    kind: Consistency, advantages: Tensor, values: Tensor, rewards: Tensor, lengths: Sequence[int]
 ) -> Tensor:
     """Computes the loss of each token by :func:`single_step`, :func:`multi_step` or their mean.
 

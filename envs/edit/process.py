@@ -31,6 +31,8 @@ from ..process import (
 from ..tasks.instruction.seeds import Instruction
 from .operators import Edit, Operator
 
+NOT_SCORED = Score(0.0)
+"""The score of a step that the reward is not asked about."""
 OBSERVATIONS = ("last_edit", "embedding", "text")
 """The observation modes, see :func:`make_edit_observer`."""
 
@@ -194,11 +196,6 @@ class EditEpisode:
         """The text as edited so far."""
         return str(self.document)
 
-    @property
-    def state(self) -> EditState:
-        """The state from which the observation is made."""
-        return EditState(self.text, self.last_operation, self.step)
-
 
 @dataclass
 class EditStep:
@@ -341,7 +338,8 @@ class EditProcess:
 
     def state(self, copy: int) -> EditState:
         """Returns the state from which the copy's observation is made."""
-        return self._episode(copy).state
+        episode = self._episode(copy)
+        return EditState(episode.text, episode.last_operation, episode.step)
 
     def _episode(self, copy: int) -> EditEpisode:
         episode = self.episodes[copy]
@@ -442,12 +440,9 @@ class EditProcess:
         """Applies a finished step to its episode and returns reward, end and info."""
         episode = self._episode(step.copy)
         operation = self.operator.operations[step.edit.operation]
-        valid = not step.error and (step.score is None or step.score.valid)
-        reward = 0.0
-        if not valid:
-            reward = self.mean.value
-        elif step.score is not None:
-            reward = step.score.value
+        score = NOT_SCORED if step.score is None else step.score
+        valid = not step.error and score.valid
+        reward = score.value if valid else self.mean.value
         if not step.masked:
             episode.last_operation = step.edit.operation
         # An eliminated edit is undone; ``info["edit"]`` still shows it.
@@ -471,13 +466,11 @@ class EditProcess:
             "finish_reason": finish,
             "masked": step.masked,
             "reward_valid": valid,
-            "invalid_reason": step.error or ("" if valid or step.score is None else step.score.feedback),
-            "reward_terms": {k: float(v) for k, v in step.score.terms.items()}
-            if step.score is not None and step.score.valid
-            else {},
+            "invalid_reason": step.error or ("" if valid else score.feedback),
+            "reward_terms": {name: float(value) for name, value in score.terms.items()} if score.valid else {},
             "rewrite_failed": bool(step.error),
             "rewrite_calls": step.rewrite_calls,
-            "judge_calls": step.score.calls if step.score is not None else 0,
+            "judge_calls": score.calls,
             "action_mask": self.operator.mask(episode.document),
         }
         return Transition(float(reward), bool(finish), info)

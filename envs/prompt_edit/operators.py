@@ -65,10 +65,7 @@ class PromptEdits(PromptOperator):
     """
 
     def __init__(
-        self,
-        operations: Sequence[str] | None = None,
-        candidates: int = 1,
-        sampling: Mapping[str, Any] | None = None,
+        self, operations: Sequence[str] | None = None, candidates: int = 1, sampling: Mapping[str, Any] | None = None
     ) -> None:
         check_at_least(1, candidates=candidates)
         self._operations = load_operations(

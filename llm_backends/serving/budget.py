@@ -51,11 +51,7 @@ class Budget:
     """
 
     def __init__(
-        self,
-        requests: int = 0,
-        tokens: int = 0,
-        cost: float = 0.0,
-        spent: Spending | Mapping[str, Any] = Spending(),
+        self, requests: int = 0, tokens: int = 0, cost: float = 0.0, spent: Spending | Mapping[str, Any] = Spending()
     ) -> None:
         check_at_least(0, requests=requests, tokens=tokens, cost=cost)
         self.limit, self.reserved = Spending(requests, tokens, cost), Spending()

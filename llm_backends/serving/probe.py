@@ -441,10 +441,7 @@ CAPABILITIES: dict[str, tuple[str, Callable[[ServerProbe], str]]] = {
     "end_tokens": ("custom end tokens", ServerProbe._end_tokens),
     "adapters": ("LoRA adapters at run time", ServerProbe._adapters),
     "structured_vllm": ("structured output, vLLM", partial(ServerProbe._structured, form="vllm")),
-    "structured_json_schema": (
-        "structured output, json_schema",
-        partial(ServerProbe._structured, form="json_schema"),
-    ),
+    "structured_json_schema": ("structured output, json_schema", partial(ServerProbe._structured, form="json_schema")),
     "n": ("n", ServerProbe._n),
     "seed": ("seed", ServerProbe._seed),
     "stop": ("stop", ServerProbe._stop),

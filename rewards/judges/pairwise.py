@@ -84,11 +84,7 @@ def pair_question(prompt: VerdictPrompt, pair: Pair) -> Question:
 
 
 def both_orders(
-    backend: Backend,
-    prompt: VerdictPrompt,
-    pairs: Sequence[Pair],
-    mode: VerdictMode = "auto",
-    temperature: float = 0.0,
+    backend: Backend, prompt: VerdictPrompt, pairs: Sequence[Pair], mode: VerdictMode = "auto", temperature: float = 0.0
 ) -> list[tuple[Verdict, Verdict]]:
     """Asks the judge a question about every pair in both orders, all in one backend call.
 

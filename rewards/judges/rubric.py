@@ -130,11 +130,7 @@ class Grades:
 
 
 def grade(
-    backend: Backend,
-    rubric: Rubric,
-    samples: Sequence[Sample],
-    mode: VerdictMode = "auto",
-    temperature: float = 0.0,
+    backend: Backend, rubric: Rubric, samples: Sequence[Sample], mode: VerdictMode = "auto", temperature: float = 0.0
 ) -> list[Grades]:
     """Grades the response of every sample, in one backend call.
 

@@ -266,11 +266,7 @@ class EqualityJudge(Reward):
     calls_per_sample = 1
 
     def __init__(
-        self,
-        backend: Any = "embedded",
-        mode: VerdictMode = "auto",
-        graded: bool = False,
-        bias: float | None = None,
+        self, backend: Any = "embedded", mode: VerdictMode = "auto", graded: bool = False, bias: float | None = None
     ) -> None:
         check_mode(mode)
         self.backend = resolve("backend", backend)

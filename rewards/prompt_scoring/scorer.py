@@ -18,13 +18,7 @@ from ...llm_backends.parts import Part
 from ...llm_backends.prompting import build_prompt, one_line
 from ..base import Score
 from ..judges.verdict import answer_separator
-from .task_prompt import (
-    LabelledExample,
-    TaskPrompt,
-    check_prefix_free,
-    check_prompt,
-    longest_examples,
-)
+from .task_prompt import LabelledExample, TaskPrompt, check_prefix_free, check_prompt, longest_examples
 
 Calibration: TypeAlias = Literal["none", "contextual", "batch"]
 """How the label bias of a prompt is removed: a frozen model prefers some labels whatever the input, and prompts move
@@ -214,10 +208,7 @@ class TaskScorer(Part):
         return np.array(rows, np.float32).reshape(len(prompts), len(examples), len(prompts[0].verbalizers))
 
     def score(
-        self,
-        prompts: Sequence[TaskPrompt],
-        examples: Sequence[LabelledExample],
-        calibrate: bool | str | None = None,
+        self, prompts: Sequence[TaskPrompt], examples: Sequence[LabelledExample], calibrate: bool | str | None = None
     ) -> list[TaskResult]:
         """Scores every prompt on the same examples.
 

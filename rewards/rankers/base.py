@@ -375,12 +375,7 @@ class RankReward(Reward):
             return Score.invalid(ranking.feedback, calls=calls)
         place, last = int(ranking.places[number]), int(ranking.places.max())
         value = 1 - place / last if last else TIE_VALUE
-        terms = {
-            self.name: value,
-            "alone": 0.0,
-            "place": place + 1.0,
-            "ranker_score": float(ranking.scores[number]),
-        }
+        terms = {self.name: value, "alone": 0.0, "place": place + 1.0, "ranker_score": float(ranking.scores[number])}
         feedback = f"place {place + 1} of {last + 1}" + (f"; {ranking.feedback}" if ranking.feedback else "")
         return Score(value, terms=terms, feedback=feedback, calls=calls)
 
