@@ -297,7 +297,7 @@ class SoftQ(RolloutAgent):
 
     def _train(self, batch: TokenBatch, returns: np.ndarray) -> None:
         """Runs the epochs of an update and logs their means; ``returns`` are the shaped ones, shape (episodes,)."""
-        sums = np.zeros(len(_LOGGED) + 2)
+        sums = np.zeros(len(_PER_EPISODE) + len(_PER_TOKEN) + 2)
         norms, steps, skipped, prior = 0.0, 0, self.optimizer.skipped, self.prior_logits(batch)
         for _, minibatches in self._epochs(len(batch)):
             for minibatch in minibatches:
@@ -312,8 +312,8 @@ class SoftQ(RolloutAgent):
                 steps += 1
         self._end_training(steps, skipped)
         *totals, count, tokens = self.processes.total(sums)
-        for (name, per_token), value in zip(_LOGGED.items(), totals, strict=True):
-            self.logger.record(f"train/{name}", float(value / (tokens if per_token else count)))
+        for name, value in zip((*_PER_EPISODE, *_PER_TOKEN), totals, strict=True):
+            self.logger.record(f"train/{name}", float(value / (tokens if name in _PER_TOKEN else count)))
         self.logger.record("train/grad_norm", norms / steps)
 
     def prior_logits(self, batch: TokenBatch) -> Tensor:
@@ -339,7 +339,7 @@ class SoftQ(RolloutAgent):
             total: number of episodes of the minibatch, over all processes.
 
         Returns:
-            float64: the sums of the values in ``_LOGGED``, the number of episodes and the number of tokens.
+            float64: the sums of what is logged per episode and per token, and the numbers of episodes and tokens.
         """
         prompts, responses = [batch.prompts[i] for i in members], [batch.responses[i] for i in members]
         lengths = [len(response) for response in responses]
@@ -356,7 +356,7 @@ class SoftQ(RolloutAgent):
             losses = (1 - weight) * losses + weight * exchanged
         (losses.sum() / total).backward()
         with torch.no_grad():
-            # In the order of _LOGGED; Q = A + V.
+            # In the order of _PER_EPISODE and _PER_TOKEN; Q = A + V.
             inputs = (advantages, target_values, rewards, lengths)
             rows = [rewards, losses, single_step(*inputs), multi_step(*inputs), advantages]
             rows += [current.logprobs, advantages + values, values, target_values]
@@ -385,18 +385,9 @@ class SoftQ(RolloutAgent):
         self.replay.load_state(state["replay"])
 
 
-_LOGGED = {
-    "shaped_reward": False,
-    "loss": False,
-    "single_step": False,
-    "multi_step": False,
-    "advantage": False,
-    "logprob": True,
-    "q": True,
-    "value": True,
-    "target_value": True,
-}
-"""Logged means by name: True for a mean over tokens, False for one over episodes."""
+_PER_EPISODE = ("shaped_reward", "loss", "single_step", "multi_step", "advantage")
+_PER_TOKEN = ("logprob", "q", "value", "target_value")
+"""What an update logs: sums over its tokens, as means per episode and per token."""
 
 
 def _batch(episodes: Sequence[StoredEpisode]) -> TokenBatch:
