@@ -207,10 +207,11 @@ def _text(words: Sequence[_Word], at: int) -> str:
 
 def _negated(words: Sequence[_Word], at: int) -> bool:
     """Returns whether one of the three words before, in the same clause, is a negation."""
+    negators = _lists("negators")
     for back in range(at - 1, max(at - 4, -1), -1):
         if words[back + 1].starts_clause:
             return False
-        if words[back].text in _lists("negators") or words[back].text.endswith("n't"):
+        if words[back].text in negators or words[back].text.endswith("n't"):
             return True
         if back and f"{words[back - 1].text} {words[back].text}" in NEGATING_PAIRS:
             return True
