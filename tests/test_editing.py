@@ -14,10 +14,9 @@ from instructgym.envs.tasks.responses.editors import (
     edit_responses,
     respaced,
 )
-from instructgym.envs.tasks.responses.sentiment_editor import SentimentEditor
+from instructgym.envs.tasks.responses.sentiment_editor import SentimentEditor, swap_table
 from instructgym.llm_backends import BackendError, ScriptedBackend, Usage, resolve
 from instructgym.llm_backends.errors import InputError
-from instructgym.llm_backends.prompting import load_prompts
 from instructgym.rewards import EditedPair, FunctionReward, Score, edit_labels
 
 DULL = "The plot is thin and the whole film is dull."
@@ -321,14 +320,12 @@ def test_any_text_gives_an_edit_or_none(words):
 
 
 def test_the_table_is_one_of_opposites():
-    tables = load_prompts("instructgym.envs.tasks.responses", "sentiment_swaps")
-    tables = {name: tables[name] for name in ("adjectives", "adverbs", "verbs", "nouns")}
-    for table in tables.values():
+    for name in ("adjectives", "adverbs", "verbs", "nouns"):
+        table = swap_table(name)
         for word, options in table.items():
-            options = [options] if isinstance(options, str) else options
             assert word == word.lower() and word not in options and all(options)
             assert not set(options) & set(table), f"{word} becomes a word that the table would turn again"
-    assert sum(map(len, tables.values())) > 400
+    assert sum(len(swap_table(name)) for name in ("adjectives", "adverbs", "verbs", "nouns")) > 400
 
 
 def test_real_sentences_become_pairs():
