@@ -94,7 +94,7 @@ def make_prompts(folder: str, count: int, length: int) -> list[str]:
     raise InputError(f"the tokenizer in {folder} gave {len(texts)} of {count} prompts of {length} tokens: ask for more")
 
 
-def tiny_llama(tokenizer: Tokenizer, seed: int, name: str) -> CausalLM:
+def tiny_llama(tokenizer: Tokenizer, seed: int) -> CausalLM:
     """Returns a Llama of one layer and 64 dimensions with random weights and a context of 64 tokens."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -111,7 +111,7 @@ def tiny_llama(tokenizer: Tokenizer, seed: int, name: str) -> CausalLM:
     )
     with quiet_loading():
         torch.manual_seed(seed)
-        return CausalLM(LlamaForCausalLM(config).eval(), tokenizer.hf, name)
+        return CausalLM(LlamaForCausalLM(config).eval(), tokenizer.hf, "tiny")
 
 
 @dataclass(eq=False)
@@ -136,17 +136,3 @@ def endless_model(folder: str, tokenizer: Tokenizer, dtype: str) -> CausalLM:
 def share_of_e(samples: Sequence[Sample]) -> list[float]:
     """Returns the share of the letter e in each response, a rule reward that costs almost nothing."""
     return [sample.response.count("e") / max(len(sample.response), 1) for sample in samples]
-
-
-def peak_mb() -> float:
-    """Returns the peak memory of this process, in MB.
-
-    ``ru_maxrss`` is used only if ``/proc`` is missing: in a child process Linux starts it at the memory of the parent.
-    """
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
-    except (OSError, StopIteration):
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
