@@ -76,7 +76,6 @@ def run(options: BenchBackend, console: Console) -> dict[str, Any]:
         figures = compare(name, **alternate({"ours": ours, "theirs": theirs}, options.rounds))
     figures["ours"] |= {"sent": max(sent), "sent_again": max(sent_again)}
     figures["theirs"] |= {"sent": unique}
-    figures["settings"] = options.settings()
     rows = [
         ("", "cached backend (ours)", "bare client", RATIO),
         ratio_row("different requests per second", name, figures, ".1f"),

@@ -132,12 +132,14 @@ def publish(
 
     Args:
         options: options of the benchmark.
-        figures: results; a ``note`` among their ``settings`` is printed below the table.
+        figures: results; a ``note`` among their ``settings`` is printed below the table. Without ``settings``, they get
+            the options as settings.
         title: title of the table.
         rows: rows of the table; the first has the titles of the columns.
         console: where to print.
         remark: line after the table; empty: none.
     """
+    figures.setdefault("settings", options.settings())
     table = rich_table(rows)
     table.title, table.caption = title, figures["settings"].get("note")
     console.print(table)

@@ -80,7 +80,6 @@ def run(options: BenchRollouts, console: Console) -> dict[str, Any]:
     figures = compare(name, rates["ours"], rates["theirs"])
     figures["ours"]["push_seconds"] = push
     figures["base_model"] = {name: float(np.median(rates["base_model"]))}
-    figures["settings"] = options.settings()
     medians = [f"{figures[side][name]:.1f}" for side in SIDES]
     rows = [
         ("", *SIDES.values(), "adapter / in process"),

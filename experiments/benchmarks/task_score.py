@@ -116,7 +116,7 @@ def run(options: BenchTaskScore, console: Console) -> dict[str, Any]:
             ratio |= spread(RATIOS[side], seconds, figures["ours"]["seconds_each"])
             speed_up = spread_text(RATIOS[side], ratio)
         rows.append((title, f"{figures[side][MEASURE]:.1f}", speed_up))
-    figures |= {"ratio": ratio, "largest_difference": largest, "settings": options.settings()}
+    figures |= {"ratio": ratio, "largest_difference": largest}
     title = f"{options.prompts} prompts x {options.examples} examples, {options.model}, {options.dtype}"
     return publish(options, figures, title, rows, console, f"largest difference of a log-prob: {largest:.1e} nats")
 

@@ -14,6 +14,7 @@ from ...llm_backends import Tokenizer
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.causal_lm import CausalLM
 from ...llm_backends.local.loading import embedded_model_path, load_tokenizer, quiet_loading
+from ...llm_backends.local.tokenization import ByteTokenizer
 from ...rewards import Sample
 
 WORDS = "river stone light bread winter garden paper music silver window harbor engine forest letter market".split()
@@ -33,18 +34,13 @@ def model_folder(model: str, scratch: Path) -> str:
 
 
 def build_tiny(folder: Path) -> None:
-    """Writes a GPT-2 of four layers with random weights and a tokenizer of bytes, ``<eos>`` and ``<pad>``."""
+    """Writes a GPT-2 of four layers with random weights and a tokenizer of bytes, ``</s>`` and ``<pad>``."""
     import torch
-    from tokenizers import Tokenizer as Core
-    from tokenizers import decoders, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<eos>", "<pad>"]
-    core = Core(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
+    bytes_only = ByteTokenizer().hf.backend_tokenizer
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<eos>", pad_token="<pad>", padding_side="left", model_max_length=512
+        tokenizer_object=bytes_only, eos_token="</s>", pad_token="<pad>", padding_side="left", model_max_length=512
     )
     config = GPT2Config(
         vocab_size=258,

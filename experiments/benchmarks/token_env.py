@@ -59,7 +59,6 @@ def run(options: BenchTokenEnv, console: Console) -> dict[str, Any]:
         with scratch_folder() as scratch:
             figures = _rollouts(options, model_folder(options.model, scratch))
         figures["ours"] |= _steps(options)
-    figures["settings"] = options.settings()
     ours = figures["ours"]
     steps = f"steps per second, {options.step_tokens} tokens, {ours['steps_tokenizer']}"
     rows = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -46,9 +47,6 @@ def run(options: BenchTokenPPO, console: Console) -> dict[str, Any]:
     Raises:
         InputError: if an option is out of range, the model cannot be used, or a side fails.
     """
-    count, title = options.batch * (options.updates + 1), f"{options.batch} x {options.response_tokens} tokens"
-
-    def prompts(folder: str) -> list[str]:
-        return make_prompts(folder, count, options.prompt_tokens)
-
-    return run_sides(options, "ppo", prompts, f"PPO on {options.model}, {title}", NOTES, console)
+    prompts = partial(make_prompts, count=options.batch * (options.updates + 1), length=options.prompt_tokens)
+    title = f"PPO on {options.model}, {options.batch} x {options.response_tokens} tokens"
+    return run_sides(options, "ppo", prompts, title, NOTES, console)
