@@ -103,17 +103,6 @@ def named(options: Any, *names: str) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names}
 
 
-def check_counts(options: Any, *names: str) -> None:
-    """Checks that the named options are at least 1.
-
-    Raises:
-        InputError: if one is not; the message names it.
-    """
-    for name in names:
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
-
-
 def parse_reward(text: str) -> Any:
     """Parses the command-line form of a reward into a part that ``resolve`` takes.
 
