@@ -139,12 +139,8 @@ class PromptAdapter:
         )
         texts = load_prompts(__package__, "reflection")
         shots = [(shot["before"], shot["failures"], shot["after"]) for shot in texts["demonstrations"]]
-        completion = few_shot(
-            texts["header"],
-            ("Instruction", "Failures", "Better instruction"),
-            shots,
-            (instruction, failures),
-        )
+        labels = ("Instruction", "Failures", "Better instruction")
+        completion = few_shot(texts["header"], labels, shots, (instruction, failures))
         chat = fill(texts["chat"], {"instruction": instruction, "failures": failures})
         style = self.backend.prompt_style
         # The count makes every request a different one: another proposal from the same failures is a new sample.

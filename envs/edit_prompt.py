@@ -9,17 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gymnasium.vector import AutoresetMode
-
 from ..llm_backends import resolve
-from ..llm_backends.errors import InputError
+from ..llm_backends.errors import InputError, check_at_least
 from ..rewards.elimination import check_rules
 from ..rewards.prompt_scoring.rewards import TaskGain
 from ..rewards.prompt_scoring.scorer import TaskScorer
 from ..rewards.prompt_scoring.task_prompt import TaskPrompt
 from .edit.env import TextEditEnv, TextEditVectorEnv
 from .edit.process import EditObserver, EditSettings, make_edit_observer
-from .process import check_copies, check_on_invalid
+from .process import check_on_invalid
 from .prompt_edit.operators import PromptOperator, verbalizer_sets
 from .prompt_edit.process import PromptData, PromptProcess
 from .tasks.prompt_search.tasks import PromptTask, load_prompt_task
@@ -49,8 +47,7 @@ def _parts(
 ) -> tuple[PromptProcess, EditObserver]:
     """Returns the process of ``copies`` copies and its observer; see :class:`EditPromptEnv` for the arguments."""
     # Settings and ids are checked before data are read.
-    if horizon < 1:
-        raise InputError(f"horizon must be at least 1, got {horizon}")
+    check_at_least(1, horizon=horizon)
     check_on_invalid(on_invalid)
     rules = tuple(elimination)
     check_rules(rules)
@@ -165,11 +162,7 @@ class EditPromptEnv(TextEditEnv):
 
     process: PromptProcess
     """The edit MDP of prompts, with one copy."""
-
-    def __init__(self, render_mode: str | None = None, **kwargs: Any) -> None:
-        self.process, self.observer = _parts(1, **kwargs)
-        self.observation_space, self.action_space = self.observer.space, self.process.operator.action_space
-        self.render_mode = render_mode
+    build = staticmethod(_parts)
 
 
 class EditPromptVectorEnv(TextEditVectorEnv):
@@ -186,14 +179,4 @@ class EditPromptVectorEnv(TextEditVectorEnv):
 
     process: PromptProcess
     """The edit MDP of prompts, with ``num_envs`` copies."""
-
-    def __init__(
-        self,
-        num_envs: int = 1,
-        render_mode: str | None = None,
-        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
-        **kwargs: Any,
-    ) -> None:
-        check_copies(num_envs)
-        self.process, self.observer = _parts(num_envs, **kwargs)
-        self._setup(num_envs, self.process.operator.action_space, render_mode, autoreset_mode)
+    build = staticmethod(_parts)

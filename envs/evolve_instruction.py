@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..llm_backends import resolve
+from ..llm_backends.errors import check_known
 from ..rewards.elimination import STRING_RULES, check_rules
 from .edit.env import TextEditEnv, TextEditVectorEnv
 from .edit.operators import LLMOperator
@@ -45,8 +46,7 @@ def _arguments(
     on_invalid: str = "retry",
     **others: Any,
 ) -> dict[str, Any]:
-    if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}: use {', '.join(PRESETS)}")
+    check_known("preset", preset, PRESETS)
     # An argument that is not None overrides the preset.
     defaults = PRESETS[preset]
     rules = defaults["elimination"] if elimination is None else tuple(elimination)

@@ -35,12 +35,7 @@ def _arguments(
     tokenizer = resolve("tokenizer", tokenizer)
     if examples is None:
         examples = instance_prompts(data, split, limit, layout, data_seed, tokenizer)  # type: ignore[arg-type]
-    return others | {
-        "examples": examples,
-        "tokenizer": tokenizer,
-        "reward": reward,
-        "settings": settings,
-    }
+    return dict(others, examples=examples, tokenizer=tokenizer, reward=reward, settings=settings)
 
 
 def generate_instance(**kwargs: Any) -> TokenEnv:

@@ -37,11 +37,8 @@ def _arguments(
     settings = take_settings(others, fixed=("stop",), max_tokens=MAX_TOKENS, stop=(STOPS[layout],))
     if examples is None:
         examples = load_examples(task, split, data_dir, limit, shots, layout, data_seed)  # type: ignore[arg-type]
-    return others | {
-        "examples": examples,
-        "reward": {"id": "ground-truth", "kwargs": {"preset": preset}} if reward is None else reward,
-        "settings": settings,
-    }
+    reward = {"id": "ground-truth", "kwargs": {"preset": preset}} if reward is None else reward
+    return dict(others, examples=examples, reward=reward, settings=settings)
 
 
 def generate_label(**kwargs: Any) -> TokenEnv:

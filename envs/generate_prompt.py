@@ -8,21 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ..llm_backends import resolve
-from ..llm_backends.errors import InputError
+from ..llm_backends.errors import InputError, check_known
 from ..rewards.prompt_scoring.rewards import HintedResponse, TaskReward
 from ..rewards.prompt_scoring.scorer import TaskScorer
-from .tasks.prompt_search.generated import (
-    LEVELS,
-    Level,
-    Openings,
-    label_hints,
-    response_hints,
-    scored_prompt,
-    task_openings,
-)
+from .tasks.prompt_search.generated import Level, Openings, label_hints, response_hints, scored_prompt, task_openings
 from .tasks.prompt_search.tasks import load_prompt_task
 from .tasks.responses.openings import Layout, response_requests
 from .tokens.env import TokenEnv, TokenVectorEnv
@@ -31,7 +23,6 @@ from .tokens.process import take_settings
 
 Measure = Literal["gap", "accuracy", "rouge"]
 """How the frozen model's work with a prompt is scored, see :func:`generate_prompt`."""
-MEASURES: tuple[Measure, ...] = ("gap", "accuracy", "rouge")
 
 MAX_TOKENS = 16
 """Default length of a prompt, in tokens: one line. RLPrompt writes 5 tokens."""
@@ -84,26 +75,16 @@ def _arguments(
             longest = reward.prompt_of(" ".join(["any"] * max(settings.max_tokens, 1)))
             scorer.check([longest], prompt_task.examples(split))
         if examples is None:
-            at_task = level == "task"
-            examples = (
-                task_openings(prompt_task, minibatches, openings)
-                if at_task
-                else label_hints(prompt_task, split, openings)
-            )
-    return others | {
-        "examples": examples,
-        "tokenizer": tokenizer,
-        "reward": reward,
-        "backend": backend,
-        "settings": settings,
-    }
+            if level == "task":
+                examples = task_openings(prompt_task, minibatches, openings)
+            else:
+                examples = label_hints(prompt_task, split, openings)
+    return dict(others, examples=examples, tokenizer=tokenizer, reward=reward, backend=backend, settings=settings)
 
 
 def _check(level: str, measure: str) -> None:
-    if level not in LEVELS:
-        raise InputError(f"unknown level {level!r}: use {' or '.join(LEVELS)}")
-    if measure not in MEASURES:
-        raise InputError(f"unknown measure {measure!r}: use {', '.join(MEASURES)}")
+    check_known("level", level, get_args(Level))
+    check_known("measure", measure, get_args(Measure))
     if measure == "rouge" and level != "instance":
         raise InputError("measure 'rouge' compares the answer to one input with its reference: use level='instance'")
 

@@ -21,7 +21,7 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
 
-from ..llm_backends.errors import RunError
+from ..llm_backends.errors import RunError, check_at_least, check_known
 
 
 class SavableSpec(EnvSpec):
@@ -73,7 +73,7 @@ class SavableSpecMixin:
 
 ON_INVALID = ("retry", "raise")
 """What an env does when there is no valid score: ask once more and then impute the reward, or raise."""
-RESET_OPTIONS = frozenset({"index", "prefix", "reset_mask"})
+RESET_OPTIONS = ("index", "prefix", "reset_mask")
 """Keys that the ``options`` of ``reset`` may have."""
 
 
@@ -115,9 +115,8 @@ def check_options(options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: for a name that is not in :data:`RESET_OPTIONS`.
     """
-    unknown = set(options) - RESET_OPTIONS
-    if unknown:
-        raise ValueError(f"unknown reset option {sorted(unknown)[0]!r}: use {', '.join(sorted(RESET_OPTIONS))}")
+    for option in options:
+        check_known("reset option", option, RESET_OPTIONS)
 
 
 def check_on_invalid(on_invalid: str) -> None:
@@ -423,8 +422,7 @@ def check_copies(num_envs: int) -> None:
     Raises:
         ValueError: if it is below 1.
     """
-    if num_envs < 1:
-        raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+    check_at_least(1, num_envs=num_envs)
 
 
 def unbatch(actions: Any, count: int) -> list[Any]:
@@ -500,8 +498,7 @@ class Unicode(Space[str]):
     """
 
     def __init__(self, sample_length: int = 32, seed: int | np.random.Generator | None = None) -> None:
-        if sample_length < 1:
-            raise ValueError(f"sample_length must be at least 1, got {sample_length}")
+        check_at_least(1, sample_length=sample_length)
         self.sample_length = sample_length
         super().__init__(dtype=str, seed=seed)
 

@@ -30,6 +30,12 @@ class EnvEntry:
     """Longest episode, as text for a table."""
 
 
+def _token_entry(name: str, tokens: int) -> EnvEntry:
+    """Returns the entry of the token env of a file that is called as its functions are."""
+    entry_point = f"instructgym.envs.{name}:{name}"
+    return EnvEntry(entry_point, f"{entry_point}_vector", _TOKENS, _TOKEN_IDS, f"at most {tokens} tokens")
+
+
 IDS = {
     "instructgym/EditPrompt-v0": EnvEntry(
         "instructgym.envs.edit_prompt:EditPromptEnv",
@@ -45,34 +51,10 @@ IDS = {
         "Box(0.0, 1.0, (6,), float32)",
         "at most 6 edits",
     ),
-    "instructgym/GenerateInstance-v0": EnvEntry(
-        "instructgym.envs.generate_instance:generate_instance",
-        "instructgym.envs.generate_instance:generate_instance_vector",
-        _TOKENS,
-        _TOKEN_IDS,
-        "at most 96 tokens",
-    ),
-    "instructgym/GenerateLabel-v0": EnvEntry(
-        "instructgym.envs.generate_label:generate_label",
-        "instructgym.envs.generate_label:generate_label_vector",
-        _TOKENS,
-        _TOKEN_IDS,
-        "at most 12 tokens",
-    ),
-    "instructgym/GeneratePrompt-v0": EnvEntry(
-        "instructgym.envs.generate_prompt:generate_prompt",
-        "instructgym.envs.generate_prompt:generate_prompt_vector",
-        _TOKENS,
-        _TOKEN_IDS,
-        "at most 16 tokens",
-    ),
-    "instructgym/GenerateResponse-v0": EnvEntry(
-        "instructgym.envs.generate_response:generate_response",
-        "instructgym.envs.generate_response:generate_response_vector",
-        _TOKENS,
-        _TOKEN_IDS,
-        "at most 48 tokens",
-    ),
+    "instructgym/GenerateInstance-v0": _token_entry("generate_instance", 96),
+    "instructgym/GenerateLabel-v0": _token_entry("generate_label", 12),
+    "instructgym/GeneratePrompt-v0": _token_entry("generate_prompt", 16),
+    "instructgym/GenerateResponse-v0": _token_entry("generate_response", 48),
 }
 """Entry of each environment id; ``tests/test_command_line.py`` compares the declared spaces with those of the envs."""
 

@@ -229,6 +229,9 @@ def parse(args: Sequence[str]) -> tuple[Callable[[Any, Console], Any], Any]:
 
     Returns:
         The function of the command, and its options.
+
+    Raises:
+        InputError: if the command is unknown, or ``--config`` is wrong.
     """
     called, words = command_of(args) or (None, list(args))
     words, config, trusted = take_config(words)
@@ -236,8 +239,7 @@ def parse(args: Sequence[str]) -> tuple[Callable[[Any, Console], Any], Any]:
         raise InputError("--config fills the options of a command: name the command first")
     if called is None and words and not words[0].startswith("-") and words[0].replace("_", "-") not in GROUPS:
         known = dict.fromkeys(command.name.partition(" ")[0] for command in COMMANDS)
-        print(f"error: unknown command {words[0]!r}: use {', '.join(known)}", file=sys.stderr)
-        sys.exit(2)
+        raise InputError(f"unknown command {words[0]!r}: use {', '.join(known)}")
     app, groups = tyro.extras.SubcommandApp(), dict[str, tyro.extras.SubcommandApp]()
     function: Callable[..., Any] = _not_called
     completes = any(word.startswith("--tyro-") for word in words)  # completions for shells list all options
@@ -289,11 +291,8 @@ def guarded(work: Callable[[Console], Any]) -> int:
     """
     try:
         work(Console())
-    except (InputError, RunError) as error:
+    except (InputError, RunError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: a command with a run folder goes on from here when it is repeated", file=sys.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from ..llm_backends.records import read_records
 from .cli import guarded
 from .evolve import generate as evolve_generate
 from .evolve import train as evolve_train
+from .runs.folder import write_json
 
 RUN = Path("runs") / "demo"
 """Run folder of the demo."""
@@ -21,9 +21,8 @@ RUN = Path("runs") / "demo"
 def run(console: Console) -> None:
     """Trains for 240 steps, evolves 16 seeds, prints three of the rows and the paths of the files."""
     start = time.monotonic()
-    RUN.mkdir(parents=True, exist_ok=True)
     console.rule("1 of 2: an agent learns which edits raise the reward (TRPO, 240 steps on SmolLM2-135M-Instruct)")
-    evolve_train.run(
+    training = evolve_train.run(
         evolve_train.EvolveTrain(
             run_dir=str(RUN),
             algorithm="TRPO",
@@ -31,7 +30,7 @@ def run(console: Console) -> None:
             num_envs=16,
             n_steps=1,
             reward="judge + diversity",
-            backend=json.dumps({"id": "embedded", "kwargs": {"dtype": "auto"}}),
+            backend='{"id": "embedded", "kwargs": {"dtype": "auto"}}',
         ),
         console,
     )
@@ -45,8 +44,7 @@ def run(console: Console) -> None:
     for row in rows[:: max(len(rows) // 3, 1)][:3]:
         path = " > ".join(edit["operation"] for edit in row["lineage"])
         console.print(f"[dim]{path}[/dim]", f"[bold]{row['instruction']}[/bold]", row["output"], sep="\n", end="\n\n")
-    metrics = {"training": json.loads((RUN / "results.json").read_text()), "generation": results}
-    (RUN / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_json(RUN / "metrics.json", {"training": training, "generation": results})
     console.print(f"data set    {RUN / 'data.jsonl'} ({len(rows)} rows)")
     console.print(f"figure      {RUN / 'figures' / 'training.png'}")
     console.print(f"metrics     {RUN / 'metrics.json'}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -158,13 +158,30 @@ def user_text(where: str, row: Mapping[str, Any], field: str) -> str:
     if not isinstance(value, str) or not value.strip():
         fault = "it is missing" if field not in row else f"got {json.dumps(value)[:60]}"
         raise InputError(f"{where}: field {field!r} must be a text that is not empty, {fault}")
-    try:
-        value.encode()
-    except (
-        UnicodeEncodeError
-    ) as error:  # a lone surrogate, which JSON can escape but UTF-8 and tokenizers cannot encode
-        surrogate = ascii(error.object[error.start])
-        raise InputError(
-            f"{where}: field {field!r} holds a lone surrogate ({surrogate}), which UTF-8 cannot encode"
-        ) from error
+    check_encodable(f"{where}: field {field!r}", value)
     return value
+
+
+def check_distinct_ids(ids: Iterable[tuple[str, str]]) -> None:
+    """Raises an InputError if two rows have the same id.
+
+    Args:
+        ids: place in the file and id of each row; rows without an id have the hash of their text.
+    """
+    seen: dict[str, str] = {}
+    for where, row_id in ids:
+        if row_id in seen:
+            raise InputError(
+                f"{where}: field 'id' {row_id!r} is that of {seen[row_id]} (without ids: the hash of the text): give "
+                "each row an id of its own, or delete one"
+            )
+        seen[row_id] = where
+
+
+def check_encodable(where: str, text: str) -> None:
+    """Raises an InputError if a text holds a lone surrogate, which JSON can escape, but UTF-8 cannot encode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        surrogate = ascii(error.object[error.start])
+        raise InputError(f"{where} holds a lone surrogate ({surrogate}), which UTF-8 cannot encode") from error

@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,9 @@ Timing = Literal["terminal", "causal", "whole"]
 ``terminal``: it is given once, when the text is complete; ``causal``: r_t is known when token t is written; ``whole``:
 the split over tokens needs the whole response, so an env gives its sum at the last token and returns the split as
 credit."""
+
+
+KeyT = TypeVar("KeyT", bound=Hashable)
 
 
 class NonFiniteRewardError(InputError):
@@ -147,6 +150,23 @@ class FunctionReward(Reward):
         return scores
 
 
+def retried_values(keys: Sequence[KeyT], samples: Sequence[Sample], latest: Mapping[KeyT, float]) -> dict[KeyT, float]:
+    """Returns the values that samples got before they were retried, because another reward of a sum gave no verdict.
+
+    A reward with a memory would find a retried sample there and compare it with itself.
+
+    Args:
+        keys: what the reward remembers of each sample.
+        samples: the samples.
+        latest: values of the last call by key.
+    """
+    return {
+        key: latest[key]
+        for key, sample in zip(keys, samples, strict=True)
+        if sample.metadata.get("attempt") and key in latest
+    }
+
+
 def score_with_retries(reward: Reward, samples: Sequence[Sample], retries: int = 1) -> list[Score]:
     """Scores the samples, and scores those without a verdict again under a new seed.
 
@@ -166,13 +186,10 @@ def score_with_retries(reward: Reward, samples: Sequence[Sample], retries: int =
         if not missing:
             break
         # A new seed: a journal would answer an equal request with the stored reply.
+        seeds = [request_seed(samples[i].seed, "retry", attempt) for i in missing]
         retried = [
-            replace(
-                samples[i],
-                seed=request_seed(samples[i].seed, "retry", attempt),
-                metadata=samples[i].metadata | {"attempt": attempt},
-            )
-            for i in missing
+            replace(samples[i], seed=seed, metadata=samples[i].metadata | {"attempt": attempt})
+            for i, seed in zip(missing, seeds, strict=True)
         ]
         for i, score in zip(missing, reward.reward(retried), strict=True):
             # The failed attempt has been spent, so its requests stay in the count.

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 from ..llm_backends import resolve
+from ..llm_backends.errors import check_known
 from ..llm_backends.prompting import load_prompts
 from .base import Reward, Sample, Score
 from .judges.verdict import (
@@ -27,18 +29,6 @@ from .judges.verdict import (
 
 REFUSAL_WORDS = 80
 """A text of at least this many words is no refusal."""
-
-STOP_WORDS = frozenset(
-    """
-    a about above after again against all am an and any are as at be because been before being below between
-    both but by can could did do does doing down during each few for from further had has have having he her
-    here hers him his how i if in into is it its itself just me more most my no nor not now of off on once
-    only or other our ours out over own same she should so some such than that the their theirs them then
-    there these they this those through to too under until up very was we were what when where which while
-    who whom why will with would you your yours
-    """.split()
-)
-"""Words without content, lower case (rule 3)."""
 
 META_WORDS = re.compile(
     r"\b(?:given|rewritten|created|original|new|final)\s+(?:prompt|instruction)s?\b|#\w+\s+prompt\b", re.IGNORECASE
@@ -59,13 +49,20 @@ def refusal(text: str, previous: str | None = None) -> bool:
 
 def no_content(text: str, previous: str | None = None) -> bool:
     """Checks rule 3: True if there are only punctuation and stop words; any other word is content."""
-    return all(word in STOP_WORDS for word in _words(text))
+    stop_words = _stop_words()
+    return all(word in stop_words for word in _words(text))
 
 
 def meta_words(text: str, previous: str | None = None) -> bool:
     """Checks rule 4: True for words of the rewriting request that were not in the previous text."""
     matches = {match.casefold() for match in META_WORDS.findall(text)}
     return bool(matches - {match.casefold() for match in META_WORDS.findall(previous or "")})
+
+
+@cache
+def _stop_words() -> frozenset[str]:
+    """Returns words without content of their own."""
+    return frozenset(load_prompts(__package__, "elimination")["stop_words"].split())
 
 
 def _words(text: str) -> list[str]:
@@ -93,9 +90,8 @@ def eliminated_by(text: str, previous: str | None = None, rules: Sequence[str] =
 
 def check_rules(rules: Sequence[str]) -> None:
     """Raises a ValueError for an unknown rule name."""
-    unknown = [rule for rule in rules if rule not in STRING_RULES]
-    if unknown:
-        raise ValueError(f"unknown elimination rule {unknown[0]!r}: use {', '.join(STRING_RULES)}")
+    for rule in rules:
+        check_known("elimination rule", rule, STRING_RULES)
 
 
 class EliminationReward(Reward):
@@ -157,15 +153,10 @@ class JudgedElimination(Reward):
 
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
         # Every question gets the fields of all prompts: rule 1 compares two texts, the others read one.
-        questions = [
-            Question(
-                prompt,
-                {"first": sample.previous or "", "second": sample.response, "text": sample.response},
-                sample.seed,
-            )
-            for sample in samples
-            for prompt in self.prompts.values()
-        ]
+        questions = []
+        for sample in samples:
+            texts = {"first": sample.previous or "", "second": sample.response, "text": sample.response}
+            questions += [Question(prompt, texts, sample.seed) for prompt in self.prompts.values()]
         verdicts = judge_verdicts(self.backend, questions, self.mode, judge_temperature(samples))
         width = len(self.prompts)
         scores = []

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from ..llm_backends.errors import InputError
+from ..llm_backends.errors import InputError, check_known
 from .base import Reward, Sample, Score
 
 Preset = Literal["paper", "code"]
@@ -141,8 +141,7 @@ class LabelMatch(_AnswerReward):
             )
         label = parse_answer(sample.response, _finish_reason(sample), choices)
         if label is None:
-            feedback = f"Malformed: the answer has to be one of {', '.join(choices)}."
-            return Score(self.points.malformed, terms={"correct": 0.0, "format": 0.0}, feedback=feedback)
+            return _malformed(self.points.malformed, "correct", 0.0, f"has to be one of {', '.join(choices)}")
         correct = label == reference
         return Score(
             self.points.correct if correct else self.points.wrong,
@@ -178,8 +177,7 @@ class RegressionReward(_AnswerReward):
             raise InputError(f"sample {sample.episode_id!r} has the reference {reference!r}: use a number from 0 to 5")
         value = parse_number(parse_answer(sample.response, _finish_reason(sample)) or "")
         if value is None:
-            feedback = "Malformed: the answer has to be a number from 0 to 5."
-            return Score(-2.5, terms={"error": LOW - HIGH, "format": 0.0}, feedback=feedback)
+            return _malformed(-2.5, "error", LOW - HIGH, "has to be a number from 0 to 5")
         error = abs(clamp(value) - target)
         return Score(2.5 - error, terms={"error": -error, "format": 1.0}, feedback=f"The answer is {reference}.")
 
@@ -200,16 +198,14 @@ class SpanReward(_AnswerReward):
     name = "span"
 
     def __init__(self, measure: Literal["em", "f1"] = "f1") -> None:
-        if measure not in ("em", "f1"):
-            raise InputError(f"unknown measure {measure!r}: use em or f1")
+        check_known("measure", measure, ("em", "f1"))
         self.measure = measure
 
     def score(self, sample: Sample) -> Score:
         answers = sample.metadata.get("answers") or [_reference(sample)]
         exact = exact_match(sample.response, answers)
         if not parse_answer(sample.response, _finish_reason(sample)):
-            feedback = "Malformed: the answer is empty or was cut off."
-            return Score(-1.0, terms={"correct": 0.0, "format": 0.0}, feedback=feedback)
+            return _malformed(-1.0, "correct", 0.0, "is empty or was cut off")
         value = exact if self.measure == "em" else token_f1(sample.response, answers)
         return Score(value, terms={"correct": exact, "format": 1.0}, feedback=f"The answer is {answers[0]}.")
 
@@ -245,9 +241,12 @@ class GroundTruth(_AnswerReward):
         return self.rewards[kind].score(sample)
 
 
+def _malformed(points: float, term: str, value: float, fault: str) -> Score:
+    return Score(points, terms={term: value, "format": 0.0}, feedback=f"Malformed: the answer {fault}.")
+
+
 def _points(preset: str) -> LabelPoints:
-    if preset not in PRESETS:
-        raise InputError(f"unknown preset {preset!r}: use {' or '.join(PRESETS)}")
+    check_known("preset", preset, PRESETS)
     return PRESETS[preset]
 
 

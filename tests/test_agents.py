@@ -1,6 +1,7 @@
 """Agents: they learn where something can be learnt, baselines follow their rules, policies survive on disk."""
 
 import json
+import shutil
 import warnings
 from collections import Counter
 
@@ -314,6 +315,14 @@ def trained(name, observation="last_edit", normalize=True, **kwargs):
     return agent
 
 
+@pytest.fixture(scope="module")
+def saved_ppo(tmp_path_factory):
+    """The folder of a trained policy; tests that change its files take a copy."""
+    folder = tmp_path_factory.mktemp("saved") / "policy"
+    save_policy(trained("PPO"), folder, "PPO", n_steps=6)
+    return folder
+
+
 def walk(env):
     """Raw observations along a fixed walk."""
     env.seed(77)
@@ -379,8 +388,9 @@ def test_arguments_travel_with_the_policy(tmp_path):
 
 
 def test_a_saved_policy_holds_no_pickle(tmp_path):
-    save_policy(trained("TRPO"), tmp_path / "policy", "TRPO", n_steps=6)
-    save_policy(trained("TRPO"), tmp_path / "policy", "TRPO", n_steps=6)  # again, over the old one
+    agent = trained("TRPO")
+    for _ in range(2):  # the second time over the old one
+        save_policy(agent, tmp_path / "policy", "TRPO", n_steps=6)
     assert sorted(path.name for path in (tmp_path / "policy").iterdir()) == ["agent.json", "policy.safetensors"]
     settings = json.loads((tmp_path / "policy/agent.json").read_text())
     assert settings["algorithm"] == "TRPO" and settings["operations"][0] == "breadth"
@@ -397,16 +407,15 @@ def test_a_saved_policy_holds_no_pickle(tmp_path):
         ({"observation": "embedding"}, "trained with observation .*the env has .*embedding"),
     ],
 )
-def test_a_policy_that_does_not_fit_the_env_is_refused(kwargs, message, tmp_path):
-    save_policy(trained("PPO"), tmp_path, "PPO", n_steps=6)
+def test_a_policy_that_does_not_fit_the_env_is_refused(kwargs, message, saved_ppo):
     with pytest.raises(PolicyFileError, match=message):
-        load_policy(tmp_path, make(**kwargs))
+        load_policy(saved_ppo, make(**kwargs))
 
 
-def test_missing_and_broken_policy_files(tmp_path):
+def test_missing_and_broken_policy_files(tmp_path, saved_ppo):
     with pytest.raises(PolicyFileError, match="no trained policy in"):
         load_policy(tmp_path, make())
-    save_policy(trained("PPO"), tmp_path, "PPO", n_steps=6)
+    shutil.copytree(saved_ppo, tmp_path, dirs_exist_ok=True)
     weights = tmp_path / "policy.safetensors"
     whole = weights.read_bytes()
     for broken in (b"", whole[:100], whole[:-100]):
@@ -421,8 +430,8 @@ def test_missing_and_broken_policy_files(tmp_path):
         load_policy(tmp_path, make())
 
 
-def test_weights_of_another_network_are_refused(tmp_path):
-    save_policy(trained("PPO"), tmp_path, "PPO", n_steps=6)
+def test_weights_of_another_network_are_refused(tmp_path, saved_ppo):
+    shutil.copytree(saved_ppo, tmp_path, dirs_exist_ok=True)
     tensors = load_file(tmp_path / "policy.safetensors")
     save_file({k: v for k, v in tensors.items() if "action_net" not in k}, tmp_path / "policy.safetensors")
     with pytest.raises(PolicyFileError, match="action_net"):

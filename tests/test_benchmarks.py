@@ -172,7 +172,7 @@ def test_bad_options_of_token_ppo_are_refused(options, message):
     [
         ({"batch": 12}, r"--batch must be a multiple of --trl-pairs \(8\), got 12"),
         ({"steps": 0}, "--steps must be at least 1"),
-        ({"seed": -1}, "--seed must be at least 0"),
+        ({"seed": -1}, "--seed must not be negative"),
         ({"checkpointing": True, "against": "floor"}, "--checkpointing is an option of TRL"),
         ({"trl_python": "/nowhere/python"}, "/nowhere/python: no environment with trl"),
         ({"model": "/nowhere", "against": "floor"}, "/nowhere"),

@@ -46,11 +46,8 @@ def test_figures_are_written(tmp_path):
         "embedding_distance": 0.8,
         "distinct_2": 0.7,
     }
-    arm = {
-        "results": [result] * 3,
-        "curves": [[(100, 0), (200, 10 + i)] for i in range(3)],
-        "training": [[(6, 1.0), (12, 2.0)]] * 3,
-    }
-    baseline = arm | {"training": [[], [], []], "curves": [[(0, 0), (200, 20)]] * 3}
+    curves = [[(100, 0), (200, 10 + i)] for i in range(3)]
+    arm = [result | {"curve": curve, "training": [(6, 1.0), (12, 2.0)]} for curve in curves]
+    baseline = [result | {"curve": [(0, 0), (200, 20)], "training": []}] * 3
     figure = plot_comparison({"TRPO": arm, "random": baseline}, 200, tmp_path / "comparison.png")
     assert figure.stat().st_size > 5_000

@@ -335,7 +335,7 @@ def test_a_failed_rewrite_is_asked_for_again_under_another_seed():
 
 
 def test_a_rewrite_that_keeps_failing_is_paid_the_running_mean_of_valid_rewards():
-    backend = failing(0, 1, 4, 5)  # two requests each of steps 1 and 4
+    backend = failing(0, 1, 4, 5, 7, 8)  # two requests each of steps 1 and 4, and of step 1 of the next episode
     env = started(backend=backend, reward=pays(1.0, 0.5, 0.0), elimination=())
     steps = [env.step(0) for _ in range(5)]
     assert [step[1] for step in steps] == [0.0, 1.0, 0.5, 0.75, 0.0]
@@ -343,7 +343,8 @@ def test_a_rewrite_that_keeps_failing_is_paid_the_running_mean_of_valid_rewards(
     assert [step[4]["rewrite_calls"] for step in steps] == [2, 1, 1, 2, 1]
     assert "server is down" in steps[3][4]["invalid_reason"]
     assert steps[3][4]["text"] == steps[2][4]["text"]
-    assert env.reset(seed=0) and env.process._mean.count == 0
+    env.reset(seed=0)
+    assert env.step(0)[1] == 0.0, "a new episode has no mean yet"
 
 
 def test_a_verdict_that_keeps_failing_is_paid_the_running_mean():

@@ -14,7 +14,7 @@ from instructgym.envs.tasks.responses.editors import (
     edit_responses,
     respaced,
 )
-from instructgym.envs.tasks.responses.sentiment_editor import SentimentEditor, _table
+from instructgym.envs.tasks.responses.sentiment_editor import SentimentEditor, swap_table
 from instructgym.llm_backends import BackendError, ScriptedBackend, Usage, resolve
 from instructgym.llm_backends.errors import InputError
 from instructgym.rewards import EditedPair, FunctionReward, Score, edit_labels
@@ -321,11 +321,11 @@ def test_any_text_gives_an_edit_or_none(words):
 
 def test_the_table_is_one_of_opposites():
     for name in ("adjectives", "adverbs", "verbs", "nouns"):
-        table = _table(name)
+        table = swap_table(name)
         for word, options in table.items():
             assert word == word.lower() and word not in options and all(options)
             assert not set(options) & set(table), f"{word} becomes a word that the table would turn again"
-    assert sum(len(_table(name)) for name in ("adjectives", "adverbs", "verbs", "nouns")) > 400
+    assert sum(len(swap_table(name)) for name in ("adjectives", "adverbs", "verbs", "nouns")) > 400
 
 
 def test_real_sentences_become_pairs():

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import pytest
 from fault_server import serving
@@ -22,11 +23,25 @@ QUIET = Console(quiet=True)
 SEEDS = [f"Explain {thing} to a beginner." for thing in "tides rain snow wind hail fog dew frost heat mist".split()]
 
 
-@pytest.fixture
-def seeds(tmp_path):
-    path = tmp_path / "seeds.txt"
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory):
+    path = tmp_path_factory.mktemp("seeds") / "seeds.txt"
     path.write_text("\n".join(SEEDS))
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, seeds):
+    """A folder with a finished training, which no test changes, and its results."""
+    folder = tmp_path_factory.mktemp("trained")
+    return folder, train(folder, seeds)
+
+
+@pytest.fixture
+def copied(tmp_path, trained):
+    """The results of a finished training, of which ``tmp_path`` holds a copy."""
+    shutil.copytree(trained[0] / "run", tmp_path / "run")
+    return trained[1]
 
 
 def train(tmp_path, seeds, **kwargs):
@@ -53,14 +68,14 @@ def generate(tmp_path, seeds, **kwargs):
     ],
 )
 def test_train_then_generate(tmp_path, seeds, algorithm, extra):
-    results = train(tmp_path, extra.get("seeds", seeds), **{k: v for k, v in extra.items() if k != "seeds"},
-                    algorithm=algorithm.lower())  # fmt: skip
+    options = {"seeds": seeds, "algorithm": algorithm.lower(), "episodes": 8, "num_envs": 4} | extra
+    results = train(tmp_path, **options)
     run = tmp_path / "run"
-    assert results["status"] == "finished" and results["counts"]["timesteps"] >= 96
+    assert results["status"] == "finished" and results["counts"]["timesteps"] >= 48
     episodes = read_records(run / "episodes.jsonl")
     assert len(episodes) == results["counts"]["episodes"]
     assert sum(e["rewrite_calls"] for e in episodes) <= results["counts"]["rewrite_calls"]
-    assert read_records(run / "metrics.jsonl")[-1]["timesteps"] >= 90
+    assert read_records(run / "metrics.jsonl")[-1]["timesteps"] >= 42
     assert (run / "figures" / "training.png").exists()
     made = generate(tmp_path, seeds)
     rows = read_records(run / "data.jsonl")
@@ -134,25 +149,22 @@ def test_each_budget_of_a_run_holds_over_its_starts(tmp_path, seeds):
         assert spent["requests"] == asked.count(model)
 
 
-def test_a_finished_run_changes_nothing_and_another_configuration_is_refused(tmp_path, seeds):
-    first = train(tmp_path, seeds)
+def test_a_finished_run_changes_nothing_and_another_configuration_is_refused(tmp_path, seeds, copied):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    assert train(tmp_path, seeds) == first
+    assert train(tmp_path, seeds) == copied
     assert {path: path.stat().st_mtime_ns for path in before} == before
     with pytest.raises(InputError, match="episodes=16, not 8"):
         train(tmp_path, seeds, episodes=8)
 
 
-def test_same_seed_same_rows_and_another_seed_other_rows(tmp_path, seeds):
-    rows = []
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+def test_same_seed_same_rows_and_another_seed_other_rows(tmp_path, seeds, trained):
+    for name, seed in (("b", 0), ("c", 1)):
         train(tmp_path / name, seeds, seed=seed)
-        rows.append((tmp_path / name / "run" / "episodes.jsonl").read_text())
+    rows = [(folder / "run" / "episodes.jsonl").read_text() for folder in (trained[0], tmp_path / "b", tmp_path / "c")]
     assert rows[0] == rows[1] != rows[2]
 
 
-def test_a_replayed_run_sends_no_request_again(tmp_path, seeds):
-    train(tmp_path, seeds)
+def test_a_replayed_run_sends_no_request_again(tmp_path, seeds, copied):
     run = tmp_path / "run"
     rows, requests = (run / "episodes.jsonl").read_text(), len(Journal(run / "journal.jsonl"))
     (run / "results.json").unlink()
@@ -163,22 +175,25 @@ def test_a_replayed_run_sends_no_request_again(tmp_path, seeds):
     assert results["counts"]["replayed_replies"] == requests
 
 
-def test_a_changed_seed_file_is_another_run(tmp_path, seeds):
-    train(tmp_path, seeds)
-    with open(seeds, "a") as file:
-        file.write("\nExplain lightning.")
+def test_a_changed_seed_file_is_another_run(tmp_path):
+    seeds = tmp_path / "seeds.txt"
+    seeds.write_text("\n".join(SEEDS))
+    options = {"seeds": str(seeds), "algorithm": "random", "episodes": 4, "num_envs": 4}
+    train(tmp_path, **options)
+    seeds.write_text("\n".join([*SEEDS, "Explain lightning."]))
     with pytest.raises(InputError, match="seed_instructions"):
-        train(tmp_path, seeds)
+        train(tmp_path, **options)
 
 
 def test_an_error_that_training_survived_does_not_change_the_rows_of_a_resumed_run(tmp_path, seeds):
-    flaky = json.dumps({"id": f"{__name__}:flaky"})
-    train(tmp_path, seeds, backend=flaky, judge_backend="scripted")
+    options = {"backend": json.dumps({"id": f"{__name__}:flaky"}), "judge_backend": "scripted", "episodes": 8}
+    train(tmp_path, seeds, **options)
     run = tmp_path / "run"
     rows = (run / "episodes.jsonl").read_text()
     (run / "results.json").unlink()
+    assert FAILURES
     FAILURES.clear()
-    train(tmp_path, seeds, backend=flaky, judge_backend="scripted")
+    train(tmp_path, seeds, **options)
     assert (run / "episodes.jsonl").read_text() == rows
 
 
@@ -196,7 +211,7 @@ def flaky():
         if request_seed(key) % 10 == 0 and key not in FAILURES:
             FAILURES.add(key)
             return BackendError("connection lost")
-        return script._text(prompt, sampling)
+        return script.generate([prompt], sampling)[0][0].text
 
     return ScriptedBackend(reply=reply)
 
@@ -211,53 +226,50 @@ def test_compare_ends_with_a_policy_that_does_nothing(tmp_path, seeds, monkeypat
 
     monkeypatch.setitem(factory.BASELINES, "idle", Idle)
     options = evolve_compare.EvolveCompare(
-        run_dir=str(tmp_path), seeds=seeds, backend="scripted", algorithms="idle,random", repeats=1, calls=400,
-        chunk=8, no_op=True,
+        run_dir=str(tmp_path), seeds=seeds, backend="scripted", algorithms="idle,random", repeats=1, calls=200,
+        chunk=4, no_op=True,
     )  # fmt: skip
     results = evolve_compare.run(options, QUIET)
     assert results["metrics"]["idle"]["calls_per_accepted"] is None
     assert "| idle |" in (tmp_path / "table.md").read_text()
 
 
-def test_generation_waits_for_the_end_of_training(tmp_path, seeds):
-    train(tmp_path, seeds)
+def test_generation_waits_for_the_end_of_training(tmp_path, seeds, copied):
     (tmp_path / "run" / "results.json").unlink()
     with pytest.raises(InputError, match="has not ended"):
         generate(tmp_path, seeds)
 
 
-def test_a_time_limit_stops_cleanly_and_the_same_command_goes_on(tmp_path, seeds):
-    whole = train(tmp_path / "whole", seeds)
+def test_a_time_limit_stops_cleanly_and_the_same_command_goes_on(tmp_path, seeds, trained):
+    folder, whole = trained
     slow = json.dumps({"id": "scripted", "kwargs": {"latency": 0.05}})
     stopped = train(tmp_path, seeds, backend=slow, minutes=0.01)
     assert stopped["status"] == "stopped" and stopped["counts"]["timesteps"] < whole["counts"]["timesteps"]
     train(tmp_path, seeds, backend=slow)
-    expected = (tmp_path / "whole" / "run" / "episodes.jsonl").read_text()
+    expected = (folder / "run" / "episodes.jsonl").read_text()
     assert (tmp_path / "run" / "episodes.jsonl").read_text() == expected
 
 
-def test_messages_and_parquet(tmp_path, seeds):
+def test_messages_and_parquet(tmp_path, seeds, copied):
     import pyarrow.parquet as pq
 
-    train(tmp_path, seeds)
     generate(tmp_path, seeds, out=str(tmp_path / "chat.jsonl"), format="messages", limit=4)
     row = read_records(tmp_path / "chat.jsonl")[0]
     assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
-    generate(tmp_path, seeds, out=str(tmp_path / "data.parquet"))
+    generate(tmp_path, seeds, out=str(tmp_path / "data.parquet"), limit=4)
     table = pq.read_table(tmp_path / "data.parquet")
     assert table.num_rows == len(read_records(tmp_path / "data.jsonl")) and "lineage" in table.column_names
 
 
 def test_generation_does_not_depend_on_the_chunk_before_a_limit(tmp_path, seeds):
-    train(tmp_path, seeds, algorithm="round-robin")
+    train(tmp_path, seeds, algorithm="round-robin", episodes=4, num_envs=4)
     generate(tmp_path, seeds, out=str(tmp_path / "four.jsonl"), limit=4)
     generate(tmp_path, seeds, out=str(tmp_path / "all.jsonl"))
     four, everything = ([row["instruction"] for row in read_records(tmp_path / f"{n}.jsonl")] for n in ("four", "all"))
     assert everything[: len(four)] == four
 
 
-def test_generate_refuses_a_file_it_did_not_write(tmp_path, seeds):
-    train(tmp_path, seeds)
+def test_generate_refuses_a_file_it_did_not_write(tmp_path, seeds, copied):
     (tmp_path / "mine.jsonl").write_text('{"instruction": "precious"}\n')
     with pytest.raises(InputError, match="not written by this command"):
         generate(tmp_path, seeds, out=str(tmp_path / "mine.jsonl"))
@@ -267,7 +279,7 @@ def test_generate_refuses_a_file_it_did_not_write(tmp_path, seeds):
 def test_compare_gives_every_arm_the_same_budget(tmp_path, seeds):
     options = evolve_compare.EvolveCompare(
         run_dir=str(tmp_path / "cmp"), seeds=seeds, backend="scripted", algorithms="TRPO,random,schedule",
-        repeats=2, calls=500, episodes=8, chunk=8,
+        repeats=2, calls=300, episodes=8, chunk=4,
     )  # fmt: skip
     results = evolve_compare.run(options, QUIET)
     assert set(results["metrics"]) == {"TRPO", "random", "schedule"}
@@ -275,7 +287,7 @@ def test_compare_gives_every_arm_the_same_budget(tmp_path, seeds):
     assert (tmp_path / "cmp" / "table.md").read_text().count("\n") == 5
     for arm in (tmp_path / "cmp" / "arms").iterdir():
         calls = json.loads((arm / "arm.json").read_text())["calls"]
-        assert 500 - 8 * 6 * 3 < sum(calls.values()) <= 500
+        assert 300 - 4 * 6 * 3 < sum(calls.values()) <= 300
         assert (calls["training"] > 0) == arm.name.startswith("TRPO")
     assert evolve_compare.run(options, QUIET) == results
 
@@ -317,7 +329,7 @@ def test_wandb_gets_every_row_once(tmp_path, seeds, monkeypatch):
 
     monkeypatch.setattr(wandb, "init", lambda **kwargs: Run())
     monkeypatch.setattr(wandb, "Image", lambda path: path)
-    train(tmp_path, seeds, track="wandb")
+    train(tmp_path, seeds, track="wandb", episodes=8)
     rows = [row for row in logged if isinstance(row, dict) and "timesteps" in row]
     assert rows == read_records(tmp_path / "run" / "metrics.jsonl")
     assert logged[-1] == "finished"

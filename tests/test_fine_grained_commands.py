@@ -1,6 +1,7 @@
 """The stages of the fine-grained experiment, end to end on a model with random weights."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,7 @@ from instructgym.experiments.fine_grained import report as fine_grained_report
 from instructgym.experiments.fine_grained import reward as fine_grained_reward
 from instructgym.experiments.fine_grained import run as fine_grained_run
 from instructgym.experiments.fine_grained import sft as fine_grained_sft
-from instructgym.experiments.fine_grained.common import ENV_ID, load_stage_policy
+from instructgym.experiments.fine_grained.common import ENV_ID
 from instructgym.experiments.fine_grained.evaluate import wilson_win_rate
 from instructgym.experiments.runs import training as token_training
 from instructgym.experiments.runs.responses import respond
@@ -67,10 +68,12 @@ def small(data):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, small, tiny_model_path):
-    """A folder with a supervised policy, pairs, and a reward model of either level."""
+    """A folder with a supervised policy, its evaluation, pairs, and a reward model of either level."""
     root = tmp_path_factory.mktemp("fine-grained")
     fine_grained_sft.run(small(fine_grained_sft.FineGrainedSFT, root / "sft", model=tiny_model_path), QUIET)
     fine_grained_edit.run(small(fine_grained_edit.FineGrainedEdit, root / "edit", policy=str(root / "sft")), QUIET)
+    evaluation = fine_grained_evaluate.FineGrainedEvaluate
+    fine_grained_evaluate.run(small(evaluation, root / "evaluate", policy=str(root / "sft"), arm="sft"), QUIET)
     for level, pairs in (("token", "edits"), ("sequence", "preferences")):
         options = small(
             fine_grained_reward.FineGrainedRewardModel,
@@ -113,7 +116,7 @@ def test_ppo_and_evaluation_by_each_reward(made, small, tmp_path, level, form):
     assert {"rollout/terms/proxy", "rollout/terms/judge"} <= set(rows[0])
     assert json.loads((tmp_path / "ppo" / "scale.json").read_text())["scale"] > 0
     stage = fine_grained_evaluate.FineGrainedEvaluate
-    fine_grained_evaluate.run(small(stage, tmp_path / "eval" / "sft", policy=str(made / "sft"), arm="sft"), QUIET)
+    shutil.copytree(made / "evaluate", tmp_path / "eval" / "sft")
     against = str(tmp_path / "eval" / "sft")
     options = small(stage, tmp_path / "eval" / "ppo", policy=str(tmp_path / "ppo"), against=against, arm="a", seed=1)
     metrics = fine_grained_evaluate.run(options, QUIET)["metrics"]
@@ -128,9 +131,9 @@ def check_scale(small, made, tmp_path, level, form):
     """Returns of the start's responses have mean 0 and deviation 1 under the stored scale."""
     stored = json.loads((tmp_path / "ppo" / "scale.json").read_text())
     options = ppo_options(small, made, tmp_path / "other", level, form=form)
-    policy = load_stage_policy(options, made / "sft" / "policy")
+    policy = options.load(made / "sft" / "policy")
     model = RewardModel.load(made / level / "model", policy.trunk, dtype="float32")
-    part = fine_grained_ppo._reward(options, model, stored["scale"], stored["center"])
+    part = fine_grained_ppo.scaled_reward(model, form, **stored)
     assert part.timing == {"auto": "causal" if level == "token" else "terminal", "whole": "whole"}.get(form, "terminal")
     examples = options.prompts("unlabelled", policy.model_name)[:128]
     drawn = respond(policy, ENV_ID, examples, options.temperature, 0, reward=part, **options.env_options())
@@ -188,7 +191,21 @@ def test_edits_go_on_behind_the_last_whole_chunk(made, small, tmp_path, monkeypa
     assert (parts / "responses.jsonl").read_text() == whole
 
 
-def test_a_smoke_run_goes_through_all_stages(data, tmp_path, tiny_model_path):
+@pytest.mark.parametrize(
+    ("command", "stage"),
+    [
+        (fine_grained_edit, fine_grained_edit.FineGrainedEdit),
+        (fine_grained_evaluate, fine_grained_evaluate.FineGrainedEvaluate),
+    ],
+)
+def test_rows_stop_at_the_time_limit(made, small, tmp_path, command, stage):
+    options = small(stage, tmp_path / "run", policy=str(made / "sft"), minutes=1e-9)
+    assert command.run(options, QUIET)["status"] == "stopped"
+
+
+def test_a_smoke_run_goes_through_all_stages(data, tmp_path, tiny_model_path, monkeypatch):
+    sizes = {kind: size | {"max_tokens": 6} for kind, size in fine_grained_run.SIZES["smoke"].items()}
+    monkeypatch.setitem(fine_grained_run.SIZES, "smoke", sizes)
     options = fine_grained_run.FineGrainedRun(
         run_dir=str(tmp_path), scale="smoke", model=tiny_model_path, data=data, max_changed=1.0, dtype="float32",
         annotator="fine_grained_cases:annotator", editor="fine_grained_cases:editor",
@@ -267,10 +284,9 @@ def test_bad_input_is_refused(made, small, tmp_path, tiny_model_path, case):
 
 def test_a_reference_that_answered_otherwise_is_refused(made, small, tmp_path):
     stage, policy = fine_grained_evaluate.FineGrainedEvaluate, str(made / "sft")
-    fine_grained_evaluate.run(small(stage, tmp_path / "sft", policy=policy), QUIET)
     for change, message in (({"temperature": 1.0}, "--temperature 0.7, not 1.0"), ({"limit": 14}, "2 more|1 more")):
         with pytest.raises(InputError, match=message):
-            options = small(stage, tmp_path / "run", policy=policy, against=str(tmp_path / "sft"), **change)
+            options = small(stage, tmp_path / "run", policy=policy, against=str(made / "evaluate"), **change)
             fine_grained_evaluate.run(options, QUIET)
 
 

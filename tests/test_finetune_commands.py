@@ -128,7 +128,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tune, tmp_path, monkeypatch):
 def test_data_that_changed_under_a_run_are_refused(tune, write, tmp_path, monkeypatch):
     path = write("rows.jsonl", json.dumps({"instruction": "a", "output": "b"})) / "rows.jsonl"
     options = tune(tmp_path / "run", data=str(path))
-    monkeypatch.setattr(finetune, "LanguageModelPolicy", _broken)
+    monkeypatch.setattr(finetune, "new_policy", _broken)
     with pytest.raises(RuntimeError, match="killed"):
         finetune.run(options, QUIET)
     path.write_text(json.dumps({"instruction": "a", "output": "c"}))
@@ -229,7 +229,7 @@ def test_requests_that_were_trained_on_are_counted(ask, tuned, write, tmp_path):
     ],
 )
 def test_bad_input_of_fine_tuning(tune, tmp_path, monkeypatch, options, message):
-    monkeypatch.setattr(finetune, "LanguageModelPolicy", _broken)
+    monkeypatch.setattr(finetune, "new_policy", _broken)
     with pytest.raises(InputError, match=message):
         finetune.run(replace(tune(tmp_path / "run"), **options), QUIET)
 
@@ -237,7 +237,8 @@ def test_bad_input_of_fine_tuning(tune, tmp_path, monkeypatch, options, message)
 def test_bad_input_of_evaluation(ask, tuned, tune, tmp_path, monkeypatch):
     run, chat = str(tuned[0]), tmp_path / "chat"
     finetune.run(tune(chat, limit=5), QUIET)
-    monkeypatch.setattr(evaluate, "_policy", _broken)
+    for name in ("policy_from", "LanguageModelPolicy"):
+        monkeypatch.setattr(evaluate, name, _broken)
     for options, message in [
         ({"policy": f"a={run},a={run}"}, "two arms called 'a'"),
         ({"policy": f"base={run}"}, "two arms called 'base'"),

@@ -96,8 +96,8 @@ def test_the_chat_layout_ends_in_the_opening_of_the_answer(jsonl):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"text": "Hi."}], "mine.jsonl line 1 needs a text field 'instruction'"),
-        ([SORT | {"is_classification": "yes"}], "line 1 needs true or false as 'is_classification', got 'yes'"),
+        ([{"text": "Hi."}], "mine.jsonl row 1 needs a text field 'instruction'"),
+        ([SORT | {"is_classification": "yes"}], "row 1 needs true or false as 'is_classification', got 'yes'"),
         ([SORT, ASK | {"id": "sort"}], "mine.jsonl has the id 'sort' 2 times"),
         ([SORT, SORT | {"id": "other"}], "has the instruction 'Say whether .*' 2 times"),
         ([], "mine.jsonl is empty"),

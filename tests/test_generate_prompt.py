@@ -15,7 +15,7 @@ from instructgym.llm_backends import BackendError, ScriptedBackend, UnsupportedR
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.backend import TransformersBackend
 from instructgym.llm_backends.local.tokenization import LoadedTokenizer
-from instructgym.rewards import FunctionReward, HintedResponse, Sample
+from instructgym.rewards import FunctionReward, HintedResponse, Sample, Score
 
 ENV_ID = "instructgym/GeneratePrompt-v0"
 
@@ -74,7 +74,12 @@ def test_all_episodes_continue_the_same_opening_and_differ_in_their_minibatch(ma
         'The instruction for telling whether a text is Positive or Negative reads: "'
     }
     assert [one.id for one in examples] == [f"SST-2/minibatch-{i}" for i in range(3)]
-    drawn = {env.reward._minibatch(Sample("x", metadata=dict(one.metadata))) for one in examples}
+    minibatches = []
+    env.reward.scorer.reward_each = lambda prompts, given, reward: (
+        minibatches.extend(given) or [Score(0.0)] * len(given)
+    )
+    env.reward.reward([Sample("x", metadata=dict(one.metadata)) for one in examples])
+    drawn = set(minibatches)
     assert len(drawn) == 3 and {len(set(one)) for one in drawn} == {8}
     assert env.reset(seed=0)[1]["task"] == "SST-2"
 
@@ -91,18 +96,17 @@ def test_a_good_instruction_is_worth_its_margin_and_its_accuracy(make):
 
 
 def test_the_same_prompt_has_the_same_score(make):
-    env, cold = make(3), make(3, backend=ScriptedBackend(score=lambda p, c: -float(len(p) * 7 % 11 + len(c))))
-    for one in (env, cold):
+    cold = {"backend": ScriptedBackend(score=lambda p, c: -float(len(p) * 7 % 11 + len(c)))}
+    for one, uncached in ((make(3), make(3)), (make(3, **cold), make(3, **cold))):
         one.reset(seed=0, options={"index": 1})
         first = one.play([ids(one, " sentiment?"), ids(one, "other"), ids(one, " sentiment?")])
         one.reset(seed=5, options={"index": 1})
         again = one.play([ids(one, "that"), ids(one, " sentiment?"), ids(one, "this")])
         scores = [first.rewards[0][-1], first.rewards[2][-1], again.rewards[1][-1]]
         assert len(set(map(float, scores))) == 1
-        one.reward.scorer.cache = 0
-        one.reward.scorer._rows.clear()
-        one.reset(seed=0, options={"index": 1})
-        assert one.play([ids(one, " sentiment?")] * 3).rewards[1][-1] == scores[0]
+        uncached.reward.scorer.cache = 0
+        uncached.reset(seed=0, options={"index": 1})
+        assert uncached.play([ids(one, " sentiment?")] * 3).rewards[1][-1] == scores[0]
 
 
 def test_a_stop_at_the_line_end_and_empty_prompts(make):

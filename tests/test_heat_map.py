@@ -45,9 +45,9 @@ class Spans(HTMLParser):
             self.spans[-1][0] += data
 
 
-def page(rows, tmp_path, **options):
+def page(rows, tmp_path):
     parser = Spans()
-    parser.feed(write_html(rows, tmp_path / "map.html", **options).read_text("utf-8"))
+    parser.feed(write_html(rows, tmp_path / "map.html").read_text("utf-8"))
     return parser
 
 
@@ -78,13 +78,12 @@ def test_the_map_is_centred_at_0():
 def test_one_outlier_does_not_pale_the_rest():
     rows = [HeatRow(["x"] * 200, [1.0] * 199 + [500.0])]
     assert color_scale(rows) == pytest.approx(1.0)
-    assert color_scale(rows, 3.0) == 3.0
     assert color_scale([HeatRow(["a"], [0.0])]) == 1.0 == color_scale([HeatRow([], [])])
 
 
 def test_a_page_shows_every_token_with_its_reward(tmp_path):
     rows = [HeatRow(["a", " bad", "\n", "end"], [0.25, -1.0, 0.0, 1.0], "original"), HeatRow(["b"], [0.5])]
-    parser = page(rows, tmp_path, limit=1.0)
+    parser = page(rows, tmp_path)
     assert [text for text, _, _ in parser.spans] == ["a", " bad", "⏎\n", "end", "b"]
     assert [title for _, _, title in parser.spans] == ["+0.250", "-1.000", "+0.000", "+1.000", "+0.500"]
     grounds = [re.search(r"background:(#\w{6})", style)[1] for _, style, _ in parser.spans]
@@ -94,7 +93,7 @@ def test_a_page_shows_every_token_with_its_reward(tmp_path):
 
 def test_text_cannot_break_out_of_the_page(tmp_path):
     evil = '</p><script>alert("x")</script>&amp;'
-    parser = page([HeatRow([evil], [1.0], title=evil)], tmp_path, title=evil)
+    parser = page([HeatRow([evil], [1.0], title=evil)], tmp_path)
     assert parser.spans[0][0] == evil
     assert "script" not in parser.tags
     assert not re.search(r"(?:src|href)=|url\(", (tmp_path / "map.html").read_text("utf-8"))
@@ -102,7 +101,7 @@ def test_text_cannot_break_out_of_the_page(tmp_path):
 
 def test_the_picture_has_the_colours_of_its_tokens(tmp_path):
     rows = [HeatRow(["goodgoodgood", " badbadbadbad"], [1.0, -1.0], "of a $title_1")]
-    picture = matplotlib.image.imread(plot_heat_map(rows, tmp_path / "map.png", limit=1.0))[..., :3]
+    picture = matplotlib.image.imread(plot_heat_map(rows, tmp_path / "map.png"))[..., :3]
     lower = picture[len(picture) // 2 :]  # below the colour bar
     for name in (LOW, HIGH):
         wanted = np.array([int(name[i : i + 2], 16) for i in (1, 3, 5)]) / 255
@@ -121,17 +120,16 @@ def test_long_responses_wrap(tmp_path):
 
 @pytest.mark.parametrize("write", [write_html, plot_heat_map])
 @pytest.mark.parametrize(
-    ("rows", "options", "message"),
+    ("rows", "message"),
     [
-        ([], {}, "at least one row"),
-        ([HeatRow(["a"], [])], {}, "row 0 of the heat map has 1 tokens and 0 values"),
-        ([HeatRow(["a"], [1.0]), HeatRow(["a"], [float("nan")])], {}, "row 1 of the heat map has values that"),
-        ([HeatRow(["a"], [1.0])], {"limit": 0.0}, "limit must be above 0"),
+        ([], "at least one row"),
+        ([HeatRow(["a"], [])], "row 0 of the heat map has 1 tokens and 0 values"),
+        ([HeatRow(["a"], [1.0]), HeatRow(["a"], [float("nan")])], "row 1 of the heat map has values that"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(tmp_path, write, rows, options, message):
+def test_what_cannot_be_drawn_is_refused(tmp_path, write, rows, message):
     with pytest.raises(InputError, match=message):
-        write(rows, tmp_path / "map", **options)
+        write(rows, tmp_path / "map")
     assert not (tmp_path / "map").exists()
 
 

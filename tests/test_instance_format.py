@@ -68,7 +68,7 @@ def test_a_short_instruction_may_stand_in_its_output():
 
 
 def test_an_unknown_order():
-    with pytest.raises(InputError, match="input_first or output_first, got 'label_first'"):
+    with pytest.raises(InputError, match="unknown order 'label_first': use input_first or output_first"):
         parse_instance("Output: a", "label_first")
 
 

@@ -145,10 +145,10 @@ def test_the_packages_seeds_are_tasks():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"instruction": "A.", "instances": {}}, "line 1 needs a list 'instances'"),
-        ({"instruction": "A.", "instances": [{"input": "x"}]}, "line 1 has an instance without a text field 'output'"),
-        ({"instruction": "A.", "is_classification": "no"}, "line 1 needs true or false as 'is_classification'"),
-        ({"text": "A."}, "line 1 needs a text field 'instruction'"),
+        ({"instruction": "A.", "instances": {}}, "row 1 needs a list 'instances'"),
+        ({"instruction": "A.", "instances": [{"input": "x"}]}, "row 1 has an instance without a text field 'output'"),
+        ({"instruction": "A.", "is_classification": "no"}, "row 1 needs true or false as 'is_classification'"),
+        ({"text": "A."}, "row 1 needs a text field 'instruction'"),
     ],
 )
 def test_defects_of_task_files(tmp_path, row, message):

@@ -124,20 +124,20 @@ def test_the_packages_own_seeds():
         ("seeds.json", "[]", "holds no instruction"),
         ("seeds.txt", "Erkläre".encode("latin-1"), "not UTF-8.*byte 4"),
         ("seeds.jsonl", jsonl(ALPACA).encode("utf-16"), "not UTF-8"),
-        ("seeds.jsonl", jsonl(ALPACA)[:-10], "line 3 is broken JSON"),
-        ("seeds.jsonl", '{"instruction": "A."}\n\n{"instr\n', "line 3 is broken JSON"),
-        ("seeds.json", json.dumps(ALPACA, indent=1)[:-5], r"line \d+ is broken JSON"),
-        ("seeds.json", '{\n "instruction": "A."\n}', "line 1 is broken JSON"),
-        ("seeds.jsonl", "Name a bird.\n", "line 1 is broken JSON"),
-        ("seeds.jsonl", '{"instruction": "A."}\n{"prompt": "B.", "output": "C"}', "line 2.*'instruction'.*'prompt'"),
+        ("seeds.jsonl", jsonl(ALPACA)[:-10], "row 3 is broken JSON"),
+        ("seeds.jsonl", '{"instruction": "A."}\n\n{"instr\n', "row 3 is broken JSON"),
+        ("seeds.json", json.dumps(ALPACA, indent=1)[:-5], r"is broken JSON: .*line \d+"),
+        ("seeds.json", '{\n "instruction": "A."\n}', "row 1 is broken JSON"),
+        ("seeds.jsonl", "Name a bird.\n", "row 1 is broken JSON"),
+        ("seeds.jsonl", '{"instruction": "A."}\n{"prompt": "B.", "output": "C"}', "row 2.*'instruction'.*'prompt'"),
         ("seeds.json", '[{"instruction": "A."}, {"text": "B."}]', "item 2.*'instruction'.*'text'"),
-        ("seeds.json", '["Name a bird."]', "item 1.*'instruction'.*str"),
-        ("seeds.jsonl", "5\n", "line 1.*'instruction'.*int"),
-        ("seeds.jsonl", '{"instruction": null}', "line 1.*text field 'instruction'"),
-        ("seeds.jsonl", '{"instruction": 5}', "line 1.*text field 'instruction'"),
-        ("seeds.jsonl", '{"instruction": " "}', "line 1 has an empty instruction"),
-        ("seeds.jsonl", "{}", "line 1.*'instruction'"),
-        ("seeds.jsonl", '{"instruction": "A \\ud83d."}', "line 1.*a lone surrogate.*ud83d"),
+        ("seeds.json", '["Name a bird."]', "item 1 is a str: make it a JSON object"),
+        ("seeds.jsonl", "5\n", "row 1 is a int: make it a JSON object"),
+        ("seeds.jsonl", '{"instruction": null}', "row 1.*text field 'instruction'"),
+        ("seeds.jsonl", '{"instruction": 5}', "row 1.*text field 'instruction'"),
+        ("seeds.jsonl", '{"instruction": " "}', "row 1 has an empty instruction"),
+        ("seeds.jsonl", "{}", "row 1.*'instruction'"),
+        ("seeds.jsonl", '{"instruction": "A \\ud83d."}', "row 1.*a lone surrogate.*ud83d"),
     ],
 )
 def test_defects_are_named_with_file_and_place(write, name, content, message):
@@ -214,7 +214,7 @@ def test_splits_are_about_eighty_ten_ten_and_never_change():
 
 
 def test_unknown_splits_are_refused():
-    with pytest.raises(ValueError, match="unknown split 'dev': use train, validation, test"):
+    with pytest.raises(ValueError, match="unknown split 'dev': use train, validation or test"):
         load_instructions(TEXTS, "dev")
 
 

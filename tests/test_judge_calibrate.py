@@ -15,6 +15,7 @@ from instructgym.experiments.cli import main
 from instructgym.experiments.judging import calibrate as judge
 from instructgym.experiments.judging.calibrate import JudgeCalibrate, plot_calibration
 from instructgym.experiments.judging.measures import Judgement, LabelledPair, count, measure, read_labelled_pairs
+from instructgym.experiments.runs import folder as run_folder
 from instructgym.experiments.runs.statistics import wilson
 from instructgym.llm_backends import FunctionBackend, ScriptedBackend
 from instructgym.llm_backends.errors import InputError
@@ -84,7 +85,7 @@ def calibrate(tmp_path, monkeypatch):
     def run(backend, rows=PREFERENCES, folder="run", **options):
         path = tmp_path / "pairs.jsonl"
         path.write_text("\n".join(map(json.dumps, rows)))
-        monkeypatch.setattr(judge, "resolve", lambda kind, part: backend)
+        monkeypatch.setattr(run_folder, "resolve", lambda kind, part: backend)
         chosen = JudgeCalibrate(data=str(path), run_dir=str(tmp_path / folder), **options)
         return judge.run(chosen, QUIET), tmp_path / folder
 
@@ -244,7 +245,7 @@ GOOD = {"prompt": "p", "first": "a", "second": "b", "better": "tie"}
 def test_bad_rows_are_named_before_a_model_is_built(tmp_path, monkeypatch, rows, message):
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    monkeypatch.setattr(judge, "resolve", lambda kind, part: pytest.fail("built"))
+    monkeypatch.setattr(run_folder, "resolve", lambda kind, part: pytest.fail("built"))
     with pytest.raises(InputError, match=message):
         judge.run(JudgeCalibrate(data=str(path), run_dir=str(tmp_path / "run")), QUIET)
     assert not (tmp_path / "run").exists()

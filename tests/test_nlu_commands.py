@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,18 @@ def options(data, folder, model, **kwargs):
         "save_every": 1, "max_tokens": 8,
     }  # fmt: skip
     return NLU(**(defaults | kwargs))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tiny_model_path, tmp_path_factory):
+    """``undisturbed(**options)``: the results and folder of a run that nothing stops, made once for equal options."""
+
+    @cache
+    def run(**chosen):
+        folder = tmp_path_factory.mktemp("whole")
+        return nlu.run(options(data, folder, tiny_model_path, **chosen), QUIET), folder
+
+    return run
 
 
 def rows_without_time(folder):
@@ -85,10 +98,10 @@ def test_every_method_runs_to_its_end(tmp_path, data, tiny_model_path, method, s
 @pytest.mark.parametrize("minutes", [0.5, 3.0])
 @pytest.mark.parametrize(("method", "start"), [("ppo", "sft:8"), ("grpo", "constrained"), ("sft", "free")])
 def test_a_run_stopped_by_time_goes_on_where_it_stood(
-    tmp_path, data, tiny_model_path, monkeypatch, method, start, minutes
+    tmp_path, data, tiny_model_path, undisturbed, monkeypatch, method, start, minutes
 ):
     chosen = {"method": method, "start": start, "passes": 4 if method == "sft" else 1}
-    whole = nlu.run(options(data, tmp_path / "whole", tiny_model_path, **chosen), QUIET)
+    whole, folder = undisturbed(**chosen)
     arguments = options(data, tmp_path / "parts", tiny_model_path, **chosen)
     clock = iter(range(0, 10_000_000, 61))  # every look at the clock is a minute later
     with monkeypatch.context() as patched:
@@ -98,8 +111,8 @@ def test_a_run_stopped_by_time_goes_on_where_it_stood(
     arguments.minutes = 0.0
     parts = nlu.run(arguments, QUIET)
     assert parts["metrics"] == whole["metrics"]
-    assert rows_without_time(tmp_path / "parts") == rows_without_time(tmp_path / "whole")
-    generations = [read_records(tmp_path / name / "generations.jsonl") for name in ("parts", "whole")]
+    assert rows_without_time(tmp_path / "parts") == rows_without_time(folder)
+    generations = [read_records(path / "generations.jsonl") for path in (tmp_path / "parts", folder)]
     assert generations[0] == generations[1]
     assert parts["counts"]["train_seconds"] > 60, "the time before the stop counts"
 

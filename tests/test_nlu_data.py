@@ -195,8 +195,8 @@ def test_bad_files_are_named(write, name, content, message):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"tasks": "SST-3"}, "unknown task 'SST-3': use one of CoLA, SST-2"),
-        ({"split": "dev"}, "unknown split 'dev': use train, validation, test"),
+        ({"tasks": "SST-3"}, "unknown task 'SST-3': use CoLA, SST-2"),
+        ({"split": "dev"}, "unknown split 'dev': use train, validation or test"),
         ({"layout": "chat"}, "unknown layout 'chat': use tagged or plain"),
         ({"limit": 0}, "a limit of 0 rows"),
         ({"shots": -1}, "-1 shots"),

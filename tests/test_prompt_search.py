@@ -181,31 +181,44 @@ def test_reflection_finds_what_helps_and_stays_within_its_calls():
 # --- methods ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def searched(options, tmp_path_factory):
+    """``searched(method)``: the folder of a search and its results; each method searches once."""
+    root, results = tmp_path_factory.mktemp("searched"), {}
+
+    def search_once(method):
+        if method not in results:
+            results[method] = prompt.run(options(root / method, method), QUIET)
+        return root / method, results[method]
+
+    return search_once
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_finds_a_prompt_within_its_calls(method, options, tmp_path):
-    results = prompt.run(options(tmp_path, method), QUIET)
+def test_every_method_finds_a_prompt_within_its_calls(method, options, searched):
+    folder, results = searched(method)
     metrics, counts = results["metrics"], results["counts"]
-    rows = read_records(tmp_path / "prompts.jsonl")
+    rows = read_records(folder / "prompts.jsonl")
     assert 0 < counts["calls"] <= 400 and counts["prompts"] == len(rows) > 0
     assert [row["calls"] for row in rows] == sorted(row["calls"] for row in rows) and rows[0]["best"]
     assert metrics["validation"] == max(row["accuracy"] for row in rows)
     assert 0 <= metrics["test_raw"] <= 1 and metrics["curve"][-1]["calls"] == 400
-    tested = read_records(tmp_path / "test.jsonl")
+    tested = read_records(folder / "test.jsonl")
     assert len(tested) == 32 and {row["label"] for row in tested} == {0, 1}
     for kind in ("raw", "calibrated"):
         right = np.mean([row[kind] == row["label"] for row in tested])
         assert right == pytest.approx(metrics[f"test_{kind}"]) and metrics["curve"][-1][kind] == right
-    assert prompt.run(options(tmp_path, method), QUIET) == results
+    assert prompt.run(options(folder, method), QUIET) == results
     if method == "manual":
         assert [row["instruction"] for row in rows] == ["Judge the film.", "Is it magic?"]
         assert counts["calls"] == 2 * 16 * 2 and "Is it magic?" in metrics["prompt"]
 
 
 @pytest.mark.parametrize("method", ["random", "maskable-ppo", "gepa", "soft-q"])
-def test_a_search_is_repeated_exactly(method, options, tmp_path):
-    first, second = (prompt.run(options(tmp_path / name, method, seed=3), QUIET) for name in "ab")
+def test_a_search_is_repeated_exactly(method, options, searched, tmp_path):
+    (folder, first), second = searched(method), prompt.run(options(tmp_path, method), QUIET)
     assert first["metrics"] == second["metrics"]
-    assert read_records(tmp_path / "a" / "prompts.jsonl") == read_records(tmp_path / "b" / "prompts.jsonl")
+    assert read_records(folder / "prompts.jsonl") == read_records(tmp_path / "prompts.jsonl")
 
 
 def search(tmp_path, limit=200):
@@ -272,19 +285,27 @@ def test_a_search_ends_where_its_calls_do(tmp_path):
     assert len(mine.prompts) == 1 and mine.scorer.calls == 20
 
 
+READ = []
+"""Inputs that the model below was asked about."""
+
+
+def reader():
+    def score(text, word):
+        READ.append(text.split("Input: ")[-1].split("\n")[0])
+        return by_magic(text, word)
+
+    return ScriptedBackend(score=score, reply=rewrite)
+
+
 def test_the_test_examples_are_looked_at_once_the_search_is_over(options, tmp_path, monkeypatch):
-    texts = []
-    real = LimitedScorer._pair_logprobs
-
-    def asked(self, pairs):
-        texts.extend(text for _, text in pairs)
-        return real(self, pairs)
-
-    monkeypatch.setattr(LimitedScorer, "_pair_logprobs", asked)
-    prompt.run(options(tmp_path, "random"), QUIET)
-    loaded = prompt.load(options(tmp_path), options(tmp_path).sized())
+    monkeypatch.setattr(prompt, "test_incumbents", lambda *_: 1 / 0)  # killed in the test
+    READ.clear()
+    with pytest.raises(ZeroDivisionError):
+        prompt.run(options(tmp_path, "random", backend=f"{__name__}:reader"), QUIET)
+    texts = set(READ)
+    loaded = prompt.load(options(tmp_path).sized())
     parts = {split: {e.text for e in loaded.examples(split)} for split in ("train", "validation", "test")}
-    assert set(texts) <= parts["train"] | parts["validation"] and not set(texts) & parts["test"]
+    assert texts and texts <= parts["train"] | parts["validation"] and not texts & parts["test"]
     assert not parts["train"] & parts["validation"]
 
 
@@ -374,9 +395,11 @@ def test_instructions_that_could_get_too_long_are_refused(options, tmp_path, tin
         ({"calls": 300, "data_dir": "", "methods": "manual,random"}, "one round of random"),
     ],
 )
-def test_bad_comparisons_are_refused(changed, said, tmp_path):
+def test_bad_comparisons_are_refused(changed, said, options, tmp_path):
+    one = options(tmp_path)
+    given = {"tasks": one.task, "backend": one.backend, "rewriter": one.rewriter}
     with pytest.raises(InputError, match=said):
-        compare(PromptCompare(str(tmp_path / "run"), **changed), QUIET)
+        compare(PromptCompare(str(tmp_path / "run"), **given | changed), QUIET)
     with pytest.raises(InputError, match="no finished run"):
         report(PromptReport(str(tmp_path)), QUIET)
 

@@ -82,7 +82,7 @@ def test_unieval_reads_long_texts_up_to_its_limit(unieval_path):
 def test_unieval_refuses_what_is_none(tmp_path, unieval_path, tiny_model_path):
     from transformers import T5ForConditionalGeneration
 
-    with pytest.raises(ValueError, match=r"aspect must be one of .*coherence"):
+    with pytest.raises(ValueError, match=r"unknown aspect .*coherence"):
         UniEval("wit", unieval_path)
     with pytest.raises(ModelLoadError, match="nowhere"):
         UniEval(model=str(tmp_path / "nowhere")).reward([Sample("a")])

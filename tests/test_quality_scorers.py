@@ -306,8 +306,8 @@ def test_they_are_parts_and_score_nothing_without_a_model(part, kind):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Fluency("scripted", "wit"), "naturalness or understandability, got 'wit'"),
-        (lambda: BooleanQA("scripted", "wit"), "natural, understandable or coherent, got 'wit'"),
+        (lambda: Fluency("scripted", "wit"), "unknown aspect 'wit': use naturalness or understandability"),
+        (lambda: BooleanQA("scripted", "wit"), "unknown aspect 'wit': use natural, understandable or coherent"),
         (lambda: BooleanQA("scripted", mode="loud"), "unknown judge mode"),
         (lambda: NeighbourDistance(0), "k must be at least 1"),
         (lambda: NeighbourDistance(6, capacity=5), "capacity=5"),

@@ -61,6 +61,14 @@ def updates(agent, count):
     return agent.learn(10**9, lambda agent: agent.updates < count)
 
 
+def trained_on(agent):
+    """The ranked lists of one update, as the agent's trainer gets them."""
+    lists, check = [], agent.trainer.check
+    agent.trainer.check = lambda ranked, name: lists.append(ranked) or check(ranked, name)
+    updates(agent, agent.updates + 1)
+    return lists
+
+
 def reds(agent):
     """The share of "red" in the last episodes."""
     return float(np.mean(np.concatenate(agent.last_rollout.responses) == RED))
@@ -169,14 +177,10 @@ def test_an_update_is_a_step_of_the_trainer_on_the_lists_of_its_samples():
 def test_references_are_written_as_episodes_are():
     examples = [PromptExample("one", "sky", "blue sky blue sea sea sea sea")]
     env = make_env(4, examples=examples, max_tokens=4)
-    agent = RankingAgent(env, make_policy(), reference_opening=" end ")
-    agent.start()
-    agent.update()
-    lists, _ = agent._ranked(agent.last_rollout)
+    lists = trained_on(RankingAgent(env, make_policy(), reference_opening=" end "))
     assert [one.reference for one in lists] == [[END, BLUE, SKY, BLUE]]
-    agent = RankingAgent(env, make_policy(), loss="dpo")
-    updates(agent, 1)
-    assert [one.reference for one in agent._ranked(agent.last_rollout)[0]] == [None]  # no use for it
+    lists = trained_on(RankingAgent(env, make_policy(), loss="dpo"))
+    assert [one.reference for one in lists] == [None]  # no use for it
 
 
 def test_a_reference_behind_a_chat_template_has_no_blank_before_it(tiny_lm):
@@ -194,10 +198,7 @@ def test_a_reference_behind_a_chat_template_has_no_blank_before_it(tiny_lm):
             context_length=64,
             group_size=2,
         )
-        agent = RankingAgent(env, policy)
-        agent.start()
-        agent.update()
-        [[one], _] = agent._ranked(agent.last_rollout)
+        [one] = trained_on(RankingAgent(env, policy))
         assert list(one.reference[:-1]) == policy.tokenizer.encode_continuation(f"{opening}the sea")
 
 
@@ -205,9 +206,8 @@ def test_samples_of_two_rollouts_are_two_lists():
     """A ranker's places are among the samples that it saw together."""
     env = make_env(4, examples=EXAMPLES[:1], reward=RankReward(by_red))
     agent = RankingAgent(env, make_policy(), imitate="best", rollout_batches=2)
-    updates(agent, 1)
+    lists = trained_on(agent)
     assert len(agent.last_rollout) == 8 and agent.last_rollout.resets == [0] * 4 + [1] * 4
-    lists, _ = agent._ranked(agent.last_rollout)
     assert [len(one.candidates) for one in lists] == [4, 4]
 
 
@@ -228,8 +228,7 @@ def test_kl_is_that_to_the_reference_policy():
         for parameter in policy.parameters().values():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     agent, rows = logged(RankingAgent(make_env(), policy, loss="dpo", learning_rate=1e-12))
-    updates(agent, 1)
-    lists = [one for one in agent._ranked(agent.last_rollout)[0] if len(set(one.scores)) > 1]
+    lists = [one for one in trained_on(agent) if len(set(one.scores)) > 1]
     both = [[logprob(policy, o.prompt, c, own) for o in lists for c in o.candidates] for own in (True, False)]
     assert rows[0]["train/kl"] == pytest.approx(np.mean(both[0]) - np.mean(both[1]), rel=1e-3) and len(lists) > 1
     assert abs(rows[0]["train/kl"]) > 0.05

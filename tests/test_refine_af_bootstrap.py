@@ -15,10 +15,9 @@ from test_resume import command, journal_keys, run_with_kills
 
 from instructgym.envs.tasks.instruction.pool import InstructionPool, held_out, load_tasks
 from instructgym.experiments.cli import main
-from instructgym.experiments.refine_af import bootstrap as instruction_bootstrap
 from instructgym.experiments.refine_af import bootstrap as refine_af_bootstrap
-from instructgym.experiments.refine_af.bootstrap import Bootstrapper, BootstrapSettings, RefineAFBootstrap
-from instructgym.experiments.runs.folder import TimeLimit
+from instructgym.experiments.refine_af.bootstrap import Bootstrapper, RefineAFBootstrap
+from instructgym.experiments.runs.progress import Deadline
 from instructgym.llm_backends import BackendError, Completion, Journal, ScriptedBackend
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.records import read_records
@@ -124,7 +123,7 @@ SEEDS = load_tasks()
 
 def bootstrapper(*replies, style="completion", **settings):
     backend = Answers(*replies, style=style)
-    return Bootstrapper(InstructionPool(SEEDS), backend, backend, BootstrapSettings(batch=len(replies), **settings))
+    return Bootstrapper(InstructionPool(SEEDS), backend, backend, RefineAFBootstrap(batch=len(replies), **settings))
 
 
 @pytest.mark.parametrize("keep_cut", [False, True])
@@ -144,7 +143,7 @@ def test_a_chat_models_list_starts_with_its_number():
         _logprobs = ScriptedBackend.__mro__[1]._logprobs
 
     backend = Chat("Here:\n9. Count every ship in the harbour.", "1. Weigh a sack of wool.", "Perhaps.", style="chat")
-    maker = Bootstrapper(InstructionPool(SEEDS), backend, backend, BootstrapSettings(batch=2))
+    maker = Bootstrapper(InstructionPool(SEEDS), backend, backend, RefineAFBootstrap(batch=2))
     found = maker.instructions(0, 100)
     assert [row["instruction"] for row in found.accepted] == ["Count every ship in the harbour."]
     assert found.accepted[0]["is_classification"] is None and "Perhaps" in found.accepted[0]["task_type_error"]
@@ -199,8 +198,8 @@ def test_a_model_that_repeats_itself_ends_the_run_with_what_there_is(tmp_path):
     [
         ({"batch": 0}, "--batch must be at least 1"),
         ({"patience": 0}, "--patience must be at least 1"),
-        ({"rouge_threshold": 1.5}, "--rouge-threshold must be in"),
-        ({"top_p": 0.0}, "--top-p must be in"),
+        ({"rouge_threshold": 1.5}, "--rouge-threshold must be at most 1"),
+        ({"top_p": 0.0}, "--top-p must be above 0"),
         ({"temperature": -1.0}, "--temperature must not be negative"),
         ({"backend": "nobody"}, "nobody"),
         ({"seeds": "missing.jsonl"}, "cannot read seed file missing.jsonl"),
@@ -258,13 +257,13 @@ def test_a_time_limit_stops_cleanly_and_the_same_command_goes_on(tmp_path, finis
 
 def test_a_time_limit_does_not_count_what_is_replayed(tmp_path, monkeypatch):
     clock = iter(range(0, 1000, 60))
-    monkeypatch.setattr("instructgym.experiments.runs.folder.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("instructgym.experiments.runs.progress.time.monotonic", lambda: next(clock))
     journal = Journal(tmp_path / "journal.jsonl")
-    limit = TimeLimit(2, journal)
+    limit = Deadline(2, journal)
     assert [limit.reached() for _ in range(3)] == [False] * 3  # nothing was asked: minutes 0 to 2
     journal.put({"key": "reply"})
     assert [limit.reached() for _ in range(2)] == [False, True]  # the piece that began at minute 2 was paid for
-    assert not TimeLimit(0, journal).reached()
+    assert not Deadline(0, journal).reached()
 
 
 def test_the_command_line(tmp_path, capsys):
@@ -283,12 +282,13 @@ def test_requests_do_not_depend_on_the_batch_around_them():
         seen = []
         backend = bootstrapping()
         backend.reply = lambda prompt, sampling: seen.append((prompt, sampling)) or ""
-        maker = Bootstrapper(InstructionPool(SEEDS), backend, backend, BootstrapSettings(seed=5, batch=size))
+        maker = Bootstrapper(InstructionPool(SEEDS), backend, backend, RefineAFBootstrap(seed=5, batch=size))
         maker.instructions(3, 10)
+        maker.instances([task("Do it.", False)])
         return seen
 
-    assert asked(2) == asked(5)[:2]
-    assert instruction_bootstrap.instance_sampling(BootstrapSettings()).temperature == 0
+    assert asked(2)[:2] == asked(5)[:2] and asked(2)[-1] == asked(5)[-1]
+    assert asked(2)[-1][1].temperature == 0, "instances are decoded greedily"
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from instructgym.experiments.refine_af.common import ENV_ID
 from instructgym.experiments.refine_af.generate import RefineAFGenerate
 from instructgym.experiments.refine_af.train import RefineAFTrain, learned
 from instructgym.experiments.runs import training as token_training
+from instructgym.experiments.runs.progress import OutOfTimeError
 from instructgym.experiments.runs.responses import Response
 from instructgym.experiments.runs.training import Run
 from instructgym.llm_backends import resolve
@@ -119,7 +120,7 @@ def test_a_stopped_training_goes_on_where_it_stood(train, trained, tmp_path, mon
 
 
 def test_a_finished_training_is_left_alone(train, trained, monkeypatch):
-    monkeypatch.setattr(refine_af_train, "LanguageModelPolicy", None)
+    monkeypatch.setattr(refine_af_train, "new_policy", None)
     assert refine_af_train.run(train(trained), QUIET)["counts"]["updates"] == 3
 
 
@@ -144,14 +145,14 @@ def test_scale_fills_what_is_left_open(train, tmp_path):
     ],
 )
 def test_bad_options_are_refused_before_a_model_is_loaded(options, message, train, tmp_path, monkeypatch):
-    monkeypatch.setattr(refine_af_train, "LanguageModelPolicy", None)
+    monkeypatch.setattr(refine_af_train, "new_policy", None)
     with pytest.raises(InputError, match=message):
         refine_af_train.run(train(tmp_path / "run", **options), QUIET)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_dry_run_makes_nothing(train, tmp_path, monkeypatch):
-    monkeypatch.setattr(refine_af_train, "LanguageModelPolicy", None)
+    monkeypatch.setattr(refine_af_train, "new_policy", None)
     assert refine_af_train.run(train(tmp_path / "run", dry_run=True), QUIET) == {}
     assert not (tmp_path / "run").exists()
 
@@ -184,8 +185,13 @@ def test_generation_goes_on_behind_the_last_whole_chunk(generate, tmp_path, monk
 def test_generation_stops_at_its_time_limit_and_goes_on(generate, tmp_path, monkeypatch):
     monkeypatch.setattr(refine_af_generate, "CHUNK", 4)
     spent = iter([False, True])
+
+    def check_time(self):
+        if next(spent):
+            raise OutOfTimeError
+
     with monkeypatch.context() as patched:
-        patched.setattr(Run, "_out_of_time", lambda self: next(spent))
+        patched.setattr(Run, "check_time", check_time)
         stopped = refine_af_generate.run(generate(minutes=2.0), QUIET)
     assert stopped["status"] == "stopped"
     assert len(read_records(tmp_path / "generate" / "responses.jsonl")) == 4

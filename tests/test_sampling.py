@@ -1,5 +1,7 @@
 """The decode loop: which tokens are drawn, where a completion ends, and that nothing but the request decides it."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -46,11 +48,15 @@ def nucleus_is_clear(logits, sampling):
     return np.abs(np.cumsum(np.sort(whole)[::-1]) - sampling.top_p).min() > 1e-5
 
 
+@cache
+def uniform_draws(draws):
+    return torch.rand(draws, DRAWS, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
 def drawn(logits, sampling, draws):
     """How often each token comes up."""
-    uniforms = torch.rand(draws, DRAWS, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     rows = torch.tensor(logits, dtype=torch.float32).expand(draws, -1)
-    ids, _ = sample_tokens(rows, [sampling] * draws, uniforms)
+    ids, _ = sample_tokens(rows, [sampling] * draws, uniform_draws(draws))
     return np.bincount(ids.numpy(), minlength=len(logits))
 
 
@@ -274,7 +280,8 @@ def test_samples_of_one_request_differ_and_extend_each_other(tiny_lm):
 
 def test_first_tokens_over_many_seeds_follow_the_model(tiny_lm):
     prompt = tiny_lm.encode(PROMPTS[0])
-    p = np.exp([plain_logprobs(tiny_lm, prompt, [token])[0] for token in range(320)])
+    with torch.inference_mode():
+        p = tiny_lm.model(input_ids=torch.tensor([prompt])).logits[0, -1, :320].double().softmax(dim=-1).numpy()
     draws = generate(tiny_lm, [prompt], [Sampling(max_tokens=1, n=4000)])[0]
     counts = np.bincount([c.token_ids[0] for c in draws], minlength=320)
     assert np.abs(counts / 4000 - p).max() < 5 * np.sqrt(0.25 / 4000)

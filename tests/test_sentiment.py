@@ -40,7 +40,7 @@ def test_a_missing_package_is_named(monkeypatch):
     def missing(name):
         raise ImportError(name)
 
-    sentiment._vader.cache_clear()
+    sentiment.vader.cache_clear()
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(InputError, match="pip install vaderSentiment"):
         values(VaderSentiment(), "x")
@@ -78,9 +78,9 @@ def test_it_never_sees_the_sentences_held_out():
 
 def test_it_is_trained_once_a_process():
     values(ReviewClassifier(), "x")
-    before = sentiment._classifier.cache_info().misses
+    before = sentiment.classifier.cache_info().misses
     values(ReviewClassifier(), "x")
-    assert sentiment._classifier.cache_info().misses == before == 1
+    assert sentiment.classifier.cache_info().misses == before == 1
 
 
 # --- comparison with a reference -----------------------------------------------------------------------------------

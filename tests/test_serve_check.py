@@ -1,9 +1,11 @@
 """``instructgym serve-check`` against servers that can do everything, servers that only pretend to, and no server."""
 
 import io
+import itertools
 import json
 import re
 import socket
+from types import SimpleNamespace
 
 import pytest
 from fault_server import serving
@@ -15,6 +17,7 @@ from instructgym.experiments.serving import check as serve_check
 from instructgym.experiments.serving.check import TITLES, ServeCheck, suggest
 from instructgym.llm_backends import resolve
 from instructgym.llm_backends.errors import InputError
+from instructgym.llm_backends.serving import speed as server_speed
 from instructgym.llm_backends.serving.openai_backend import OpenAIBackend
 from instructgym.llm_backends.serving.probe import CAPABILITIES, Capability, ServerProbe
 from instructgym.llm_backends.serving.speed import Speed, measure_speed, probe_prompts, recommended
@@ -199,7 +202,11 @@ def test_a_model_has_to_be_named_where_the_list_leaves_it_open(models, message):
 # --- speed ---------------------------------------------------------------------------------------------------------
 
 
-def test_speed_is_measured_at_each_concurrency():
+def test_speed_is_measured_at_each_concurrency(monkeypatch):
+    # Every look at the clock is a second later: one before and after each request, and before and after each level.
+    ticks = itertools.count()
+    clock = SimpleNamespace(time_ns=lambda: 0, perf_counter=lambda: float(next(ticks)))
+    monkeypatch.setattr(server_speed, "time", clock)
     with serving(latency=0.05, usage=(9, 4)) as server:
         most = []
 
@@ -215,8 +222,9 @@ def test_speed_is_measured_at_each_concurrency():
     assert all(len(prompt.split()) == 5 for prompt in prompts)
     assert [one.completion_tokens for one in speeds] == [32, 32] and not any(one.errors for one in speeds)
     assert most[-2:] == [1, 4]
-    # What the server waits for is in the figures, however busy the machine is.
-    assert speeds[0].seconds >= 8 * 0.05 and 0.05 <= speeds[0].median_latency <= speeds[0].p95_latency
+    assert [one.seconds for one in speeds] == [17, 17] and speeds[0].median_latency == speeds[0].p95_latency == 1
+    assert speeds[0].tokens_per_second == 32 / 17 and speeds[0].requests_per_second == 8 / 17
+    assert 1 <= speeds[1].median_latency <= speeds[1].p95_latency
 
 
 def test_errors_are_counted_and_have_no_latency():

@@ -12,14 +12,7 @@ from tiny_models import build_model
 import instructgym  # noqa: F401  (registers the envs)
 from instructgym.agents import SoftQ
 from instructgym.agents.policy.language_model import POLICY, LanguageModelPolicy
-from instructgym.agents.soft_q.agent import (
-    ReplayBuffer,
-    StoredEpisode,
-    _batch,
-    multi_step,
-    path_consistency,
-    single_step,
-)
+from instructgym.agents.soft_q.agent import ReplayBuffer, StoredEpisode, multi_step, path_consistency, single_step
 from instructgym.agents.soft_q.target_policy import TARGET, TargetPolicy, policy_logits, reference_logits
 from instructgym.envs.tokens.episode import PromptExample
 from instructgym.llm_backends.errors import InputError
@@ -127,7 +120,7 @@ CASES = {
     "multi, by prompt": {"loss": "multi", "shaped_high": 20.0, "zscore": "group"},
     "published": {"prior": "none"},
     "both": {"shaped_high": 20.0},
-    "reversed, unscaled": {"zscore": "none", "shaped_high": 30.0, "reversed_weight": 0.5, "prior": "none"},
+    "reversed, unscaled": {"n": 32, "zscore": "none", "shaped_high": 30.0, "reversed_weight": 0.5, "prior": "none"},
     "single, two tokens": {"loss": "single", "max_tokens": 2, "prior": "none"},
 }
 
@@ -136,7 +129,7 @@ CASES = {
 def test_the_share_of_a_word_rises(case):
     env_id = "GeneratePrompt" if case == "both" else "GenerateResponse"
     options = {"learning_rate": 1e-2, "target_rate": 0.1} | CASES[case]
-    env = make_env(env_id=env_id, max_tokens=options.pop("max_tokens", 6))
+    env = make_env(options.pop("n", 20), env_id, max_tokens=options.pop("max_tokens", 6))
     agent, rows = logged(SoftQ(env, make_policy(), **options))
     updates(agent, 12)
     seen = [row["rollout/reward"] for row in rows]
@@ -169,49 +162,48 @@ def logprob(policy):
 @pytest.mark.parametrize("weight", [0.0, 0.3])
 @pytest.mark.parametrize(("rank", "prior"), [(0, "reference"), (4, "reference"), (4, "none")])
 def test_the_gradient_is_that_of_full_logits(rank, prior, weight):
-    prompts = [[RED, SEA], [SKY], [END, SKY, RED]]
-    responses, returns = [[RED, EOS], [BLUE], [SEA, RED, RED]], np.array([2.0, -1.0, 0.5])
-    policy = make_policy(rank=rank, temperature=0.7)
-    agent = SoftQ(make_env(), policy, reversed_weight=weight, prior=prior)
-    moved(policy, 0.1)  # away from the target
-    batch = _batch([StoredEpisode(p, r, 0.0, "") for p, r in zip(prompts, responses, strict=True)])
-    agent._backward(batch, np.arange(3), returns, agent._prior(batch), 3.0)
-    mine = {name: p.grad.clone() for name, p in policy.parameters().items() if p.grad is not None}
-    agent.optimizer.inner.zero_grad()
-    loss = 0.0
-    for prompt, response, paid in zip(prompts, responses, returns, strict=True):
-        (a, v), (b, w) = (full(lm, prompt, response) for lm in (models(agent, POLICY), models(agent, TARGET)))
-        b, w = b.detach(), w.detach()
+    """The gradient of an update's one step, which is taken away before it is used."""
+    # The same policy three times: as it is trained, as the target has it, and as the reference has it.
+    policy, target, base = (make_policy(rank=rank, scale=scale, temperature=0.7) for scale in (0.05, 0.05, 0.0))
+    env = make_env(12, reward=lambda samples: [float(sample.token_ids[0]) - 2.0 for sample in samples])
+    agent = SoftQ(env, policy, reversed_weight=weight, prior=prior, zscore="none", shaped_high=1.0)
+    agent.start()
+    moved(policy, 0.1)  # away from the target, which starts where the policy does
+    mine = {}
+
+    def take():
+        mine.update({name: p.grad.clone() for name, p in policy.parameters().items() if p.grad is not None})
+        agent.optimizer.inner.zero_grad()
+        return 0.0
+
+    agent.optimizer.step = take
+    agent.update()
+    batch, loss = agent.last_rollout, 0.0
+    assert len(batch) == 12 and len(set(batch.lengths.tolist())) > 1
+    for prompt, response, paid in zip(batch.prompts, batch.responses, batch.per_episode(batch.rewards), strict=True):
+        (a, v), (b, w), (c, u) = (full(one, prompt, response) for one in (policy, target, base))
+        b, w, c, u = (one.detach() for one in (b, w, c, u))
         if prior == "reference":
-            c, u = (one.detach() for one in full(models(agent, None), prompt, response))
             a, v, b, w = a - c, v - u, b - c, w - u
         for share_of, (one, two) in ((1 - weight, (a, w)), (weight, (b, v))):
             for t in range(len(response)):
-                following = two[t + 1] if t + 1 < len(response) else paid
+                following = two[t + 1] if t + 1 < len(response) else float(paid)
                 loss = loss + share_of * (one[t] - (following - two[t])) ** 2 / 2
-                loss = loss + share_of * (one[t:].sum() - (paid - two[t])) ** 2 / 2
-    (loss / 3).backward()
+                loss = loss + share_of * (one[t:].sum() - (float(paid) - two[t])) ** 2 / 2
+    (loss / 12).backward()
     theirs = {name: p.grad for name, p in policy.parameters().items() if p.grad is not None}
     assert set(mine) == set(theirs) and max(float(g.abs().max()) for g in mine.values()) > 0.1
     for name in mine:
         torch.testing.assert_close(mine[name], theirs[name], atol=2e-4, rtol=2e-3)
 
 
-def models(agent, name):
-    if name == TARGET and agent.target._whole is not None:
-        return lambda ids: agent.target._whole.model(input_ids=ids).logits
-
-    def forward(ids):
-        with agent.policy.adapter(name) as lm:
-            return lm.model(input_ids=ids).logits
-
-    return forward
-
-
-def full(forward, prompt, response):
-    logits = forward(torch.tensor([prompt + response]))[0, len(prompt) - 1 : -1, : TOKENIZER.vocabulary] / 0.7
+def full(policy, prompt, response):
+    """Log-probs of the response tokens and logsumexps of their positions, from all logits."""
+    with policy.adapter(POLICY) as lm:
+        logits = lm.model(input_ids=torch.tensor([[*prompt.tolist(), *response.tolist()]])).logits
+    logits = logits[0, len(prompt) - 1 : -1, : TOKENIZER.vocabulary] / 0.7
     values = logits.logsumexp(dim=-1)
-    return logits.gather(1, torch.tensor(response)[:, None]).squeeze(1) - values, values
+    return logits.gather(1, torch.tensor(response.tolist())[:, None]).squeeze(1) - values, values
 
 
 # --- rewards -------------------------------------------------------------------------------------------------------

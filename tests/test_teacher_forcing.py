@@ -230,7 +230,7 @@ def test_training_attention_is_close_to_the_fused_kernel(tiny_lm, kind):
         tensors, mask, causal = attended(kind)
         if mine:
             with training_kernels.training_kernels():
-                output, _ = training_kernels._attention(module, *tensors, mask, scaling=0.3)
+                output, _ = training_kernels.training_attention(module, *tensors, mask, scaling=0.3)
         else:
             output, _ = sdpa_attention_forward(module, *tensors, causal, scaling=0.3)
         (output.float() * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
@@ -242,8 +242,8 @@ def test_training_attention_is_close_to_the_fused_kernel(tiny_lm, kind):
 
 def test_training_attention_is_used_only_within_training_kernels(tiny_lm, monkeypatch):
     used = []
-    kernel = training_kernels._matmul_attention
-    monkeypatch.setattr(training_kernels, "_matmul_attention", lambda *a: used.append(1) or kernel(*a))
+    kernel = training_kernels.matmul_attention
+    monkeypatch.setattr(training_kernels, "matmul_attention", lambda *a: used.append(1) or kernel(*a))
     lm = CausalLM(copy.deepcopy(tiny_lm.model).bfloat16(), None)
     training_kernels.use_training_kernels(lm.model)
     ids = torch.tensor([[5, 6, 7]])

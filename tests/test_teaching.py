@@ -1,18 +1,20 @@
 """The stages behind the making of data: fine-tuning at equal size, evaluation, attacks, the report; and whole runs."""
 
 import json
-from dataclasses import replace
+import time
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from instructgym.experiments.evolve.run import EvolveRun, make_data
+from instructgym.experiments.evolve.run import EvolveRun
 from instructgym.experiments.evolve.run import run as evolve
-from instructgym.experiments.refine_af.run import RefineAFFinetune, RefineAFReport, RefineAFRun, stages
+from instructgym.experiments.refine_af.run import RefineAFEvaluate, RefineAFFinetune, RefineAFReport, RefineAFRun
 from instructgym.experiments.refine_af.run import run as refine_af
+from instructgym.experiments.runs import training
 from instructgym.experiments.runs.folder import read_json
-from instructgym.experiments.runs.training import in_time
+from instructgym.experiments.runs.study import run_study
 from instructgym.experiments.teaching import run as teaching
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.records import append_lines, read_records
@@ -51,6 +53,18 @@ def small(root, model, kind=RefineAFFinetune, **others):
     return kind(run_dir=str(root / "run"), **given | others)
 
 
+def finetune(options):
+    return run_study(options, QUIET)
+
+
+def evaluate(options):
+    return run_study(RefineAFEvaluate(**asdict(options)), QUIET)
+
+
+def report(options):
+    return run_study(RefineAFReport(**asdict(options)), QUIET)
+
+
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory, tiny_model_path):
     """An experiment whose stages have finished: 12 rows of one arm, 20 of the other."""
@@ -58,9 +72,9 @@ def taught(tmp_path_factory, tiny_model_path):
     write_data(root / "run", "self-instruct", 20)
     write_data(root / "run", "refine-af", 12)
     options = small(root, tiny_model_path)
-    teaching.finetune_arms(options, QUIET)
-    teaching.evaluate_arms(options, QUIET)
-    return options, teaching.write_report(options, QUIET)
+    finetune(options)
+    evaluate(options)
+    return options, report(options)
 
 
 def test_arms_train_on_equally_many_rows(taught):
@@ -102,7 +116,7 @@ def test_seeds_are_averaged_task_by_task(taught, tmp_path):
     (root / "evaluate" / "results.json").write_text(json.dumps(metrics))
     for arm in ("self-instruct", "refine-af"):
         write_data(root, arm, 12)
-    results = teaching.write_report(small(tmp_path, options.model, RefineAFReport, sft_seeds=2), QUIET)
+    results = report(small(tmp_path, options.model, sft_seeds=2))
     first = np.mean(list(tasks["refine-af-0"].values()))
     assert results["arms"]["refine-af"]["rouge_l"][0] == pytest.approx((first + 1) / 2)
     assert results["arms"]["refine-af"]["seeds"] == pytest.approx([first, 1.0])
@@ -111,13 +125,14 @@ def test_seeds_are_averaged_task_by_task(taught, tmp_path):
 
 def test_a_finished_stage_is_kept(taught, monkeypatch):
     options, _ = taught
-    for module in ("finetune", "evaluate", "privacy"):
+    monkeypatch.setattr("instructgym.experiments.teaching.finetune.new_policy", None)
+    for module in ("evaluate", "privacy"):
         monkeypatch.setattr(f"instructgym.experiments.teaching.{module}.LanguageModelPolicy", None)
-        monkeypatch.setattr(f"instructgym.experiments.teaching.{module}.policy_from", None, raising=False)
+        monkeypatch.setattr(f"instructgym.experiments.teaching.{module}.policy_from", None)
     written = {path: path.read_bytes() for path in options.root.glob("*/**/*.json*")}
     assert {"finetune", "evaluate"} <= {path.relative_to(options.root).parts[0] for path in written}
-    teaching.finetune_arms(options, QUIET)
-    teaching.evaluate_arms(options, QUIET)
+    finetune(options)
+    evaluate(options)
     assert {path: path.read_bytes() for path in options.root.glob("*/**/*.json*")} == written
 
 
@@ -125,21 +140,23 @@ def test_a_run_that_is_out_of_time_goes_on(tmp_path, tiny_model_path, monkeypatc
     options = small(tmp_path, tiny_model_path, minutes=5.0)
     for arm in ("self-instruct", "refine-af"):
         write_data(options.root, arm, 12)
-    models = []
-    real = teaching.finetune
+    models, clock = [], time.monotonic
+    real, passed = teaching.finetune, 0.0
+    monkeypatch.setattr(training.time, "monotonic", lambda: clock() + passed)
 
     def slow(stage, console):
+        nonlocal passed
         models.append(stage.run_dir)
         assert 0 < stage.minutes <= 5
         results = real(stage, console)
-        options.deadline.begun -= 300  # five minutes have gone by
+        passed += 300
         return results
 
     monkeypatch.setattr(teaching, "finetune", slow)
-    assert in_time(teaching.finetune_arms)(options, QUIET) == {"status": "stopped"}
+    assert finetune(options) == {"status": "stopped"}
     assert len(models) == 1
     monkeypatch.setattr(teaching, "finetune", real)
-    teaching.finetune_arms(replace(options, minutes=0.0), QUIET)
+    finetune(replace(options, minutes=0.0))
     assert sorted(path.parent.name for path in options.root.glob("finetune/*/results.json")) == [
         "refine-af-0",
         "self-instruct-0",
@@ -149,13 +166,13 @@ def test_a_run_that_is_out_of_time_goes_on(tmp_path, tiny_model_path, monkeypatc
 def test_missing_or_small_data_are_refused_before_training(tmp_path, tiny_model_path):
     options = small(tmp_path, tiny_model_path)
     with pytest.raises(InputError, match="bootstrap is not finished"):
-        teaching.finetune_arms(options, QUIET)
+        finetune(options)
     write_data(options.root, "self-instruct", 20)
     write_data(options.root, "refine-af", 5)
     with pytest.raises(InputError, match="refine-af has 5"):
-        teaching.finetune_arms(options, QUIET)
-    with pytest.raises(InputError, match=r"self-instruct-0 is not fine-tuned yet: .* 'finetune' first"):
-        teaching.evaluate_arms(options, QUIET)
+        finetune(options)
+    with pytest.raises(InputError, match=r"self-instruct-0 is not finished: .* 'finetune' first"):
+        evaluate(options)
     assert not (options.root / "finetune").exists()
 
 
@@ -169,7 +186,7 @@ def test_missing_or_small_data_are_refused_before_training(tmp_path, tiny_model_
         ({"minutes": -1.0}, "--minutes"),
         ({"size": 3}, "--size"),
         ({"held_out": 0}, "--held-out"),
-        ({"sft_learning_rate": 0.0}, "--learning-rate"),
+        ({"sft_learning_rate": 0.0}, "--sft-learning-rate"),
         ({"tasks": "nowhere.json"}, "nowhere.json"),
         ({"sft_epochs": 0}, "--sft-epochs"),
         ({"seeds": "nowhere.jsonl"}, "nowhere.jsonl"),
@@ -186,11 +203,12 @@ def test_bad_options_of_a_whole_run_are_refused(tmp_path, changed, said):
 
 def test_held_out_tasks_make_no_data(tmp_path):
     options = EvolveRun(run_dir=str(tmp_path / "run"), held_out=5)
-    shown = {row["instruction"] for row in read_records(make_data(options).seeds)}
-    asked = {task.instruction for task in options.evaluation_tasks()}
+    options.prepare()
+    shown = {row["instruction"] for row in read_records(options.stages()[0].options.seeds)}
+    asked = {task.instruction for task in options.evaluation_tasks}
     assert (len(shown), len(asked), len(shown & asked)) == (59, 5, 0)
-    first, _, _ = stages(RefineAFRun(run_dir=str(tmp_path / "r"), held_out=5))
-    assert first.held_out == 5
+    first, *_ = RefineAFRun(run_dir=str(tmp_path / "r"), held_out=5).stages()
+    assert first.options.held_out == 5
 
 
 def test_other_held_out_tasks_are_refused_in_a_folder_that_has_some(taught):
@@ -198,7 +216,7 @@ def test_other_held_out_tasks_are_refused_in_a_folder_that_has_some(taught):
     other = options.root.parent / "other.jsonl"
     other.write_text(json.dumps({"instruction": "else", "instances": [{"input": "", "output": "x"}]}) + "\n")
     with pytest.raises(InputError, match="evaluation_tasks"):
-        teaching.write_report(replace(options, tasks=str(other)), QUIET)
+        report(replace(options, tasks=str(other)))
 
 
 def test_rows_that_resemble_an_evaluation_task_are_left_out(tmp_path, tiny_model_path):
@@ -206,7 +224,7 @@ def test_rows_that_resemble_an_evaluation_task_are_left_out(tmp_path, tiny_model
     for arm in ("self-instruct", "refine-af"):
         write_data(options.root, arm, 10)
     append_lines(options.root / "refine-af" / "data.jsonl", [{"instruction": "do 1", "input": "", "output": "mine"}])
-    teaching.finetune_arms(options, QUIET)
+    finetune(options)
     trained = read_records(options.root / "finetune" / "refine-af-0" / "train.jsonl")
     assert len(trained) == 10 and "do 1" not in {row["instruction"] for row in trained}
 

@@ -132,13 +132,13 @@ def gradients(agent, batch):
         return 0.0
 
     agent.optimizer.step = take
-    agent._train(batch)
+    agent.train(batch)
     return found
 
 
 def prepared(agent, batch):
-    agent._score(batch)
-    agent._prepare(batch)
+    agent.score_batch(batch)
+    agent.prepare(batch)
     return batch
 
 
@@ -376,10 +376,10 @@ def test_ppo_shapes_rewards_by_hand():
         np.array([-2, -1, -3.0], np.float32),
     )
     batch.values = np.array([0.5, 1.0, -1.0], np.float32)
-    agent._prepare(batch)
+    agent.prepare(batch)
     # Shaped rewards: -0.1 * 1, 1 + 0.1, 2. A_1 = 1.1 - 1, A_0 = -0.1 + 0.9 - 0.5 + 0.45 * 0.1; second episode: 2 + 1.
     np.testing.assert_allclose(batch.advantages, [0.345, 0.1, 3.0], atol=1e-6)
     np.testing.assert_allclose(batch.returns, [0.845, 1.1, 2.0], atol=1e-6)
     agent.settings = replace(agent.settings, whiten_advantages=True)
-    agent._prepare(batch)
+    agent.prepare(batch)
     assert batch.advantages.mean() == pytest.approx(0, abs=1e-6) and batch.advantages.std() == pytest.approx(1)

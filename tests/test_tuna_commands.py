@@ -375,7 +375,7 @@ def test_a_report_of_what_there_is(evaluated, tmp_path):
         (TunaRank(run_dir="x", candidates="nowhere"), "nowhere"),
         (TunaTrain(run_dir="x"), "--ranked"),
         (TunaTrain(run_dir="x", ranked="nowhere.jsonl"), "nowhere.jsonl"),
-        (TunaTrain(run_dir="x", ranked="a", loss="best"), "loss must be one of"),
+        (TunaTrain(run_dir="x", ranked="a", loss="best"), "unknown loss 'best'"),
         (TunaTrain(run_dir="x", ranked="a", loss="dpo", margin=0.1), "margin is no option of the loss dpo"),
         (TunaTrain(run_dir="x", ranked="a", policy="a", model="b"), "exclude"),
         (TunaTrain(run_dir="x", ranked="a", holdout=1.0), "--holdout"),

@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
-import torch
+from torch import Tensor
 
-from ...llm_backends.errors import check_choice
 from ..policy.language_model import TokenScores
 from ..rollouts.batch import TokenBatch
 from .on_policy import MicroBatch, OnPolicyAgent, OnPolicySettings, clipped_policy_loss
 
 
-def k3_penalty(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+def k3_penalty(logprobs: Tensor, reference: Tensor) -> Tensor:
     """Returns the k3 estimate of KL(policy || reference) per token, q/p - 1 - log(q/p), differentiable.
 
     Args:
@@ -94,10 +93,6 @@ class GRPOSettings(OnPolicySettings):
     """Mean of the token losses: ``sequence``: over each response, then over responses, as in the paper; ``token``: over
     all tokens of a minibatch, in which long responses count more."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self, "loss_mean", ("sequence", "token"))
-
 
 class _GroupAgent(OnPolicyAgent):
     """A base of GRPO and RLOO: advantages within groups, one per response, and the clipped policy loss."""
@@ -111,7 +106,7 @@ class _GroupAgent(OnPolicyAgent):
         zeros, count = self.processes.total(np.array([(advantages == 0).sum(), len(batch)]))
         self.logger.record("train/no_signal_share", float(zeros / max(count, 1)))
 
-    def _loss(self, scores: TokenScores, micro: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _loss(self, scores: TokenScores, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         loss, clipped = clipped_policy_loss(scores.logprobs, micro.old_logprobs, micro.advantages, self.settings.clip)
         return loss, {"policy_loss": loss, "clip_fraction": clipped}
 
@@ -128,7 +123,7 @@ class GRPO(_GroupAgent):
     settings_class: ClassVar[type[OnPolicySettings]] = GRPOSettings
     name: ClassVar[str] = "grpo"
 
-    def _prepare(self, batch: TokenBatch) -> None:
+    def prepare(self, batch: TokenBatch) -> None:
         self._kl_penalty(batch)  # recorded, but not part of the rewards: the penalty is in the loss
         returns = batch.per_episode(batch.own_rewards)
         self._set_advantages(batch, group_advantages(returns, batch.groups, self.settings.scale_advantages))
@@ -139,7 +134,7 @@ class GRPO(_GroupAgent):
         # 1 / tokens of the response: the weights of a response sum to 1, so the loss is a mean over responses.
         return np.repeat(1.0 / np.maximum(batch.per_episode(batch.loss_mask), 1), batch.lengths).astype(np.float32)
 
-    def _loss(self, scores: TokenScores, micro: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _loss(self, scores: TokenScores, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         loss, metrics = super()._loss(scores, micro)
         # From the log-probs of the policy in training, so its gradient changes with every step; it is not clipped.
         if self._uses_reference:
@@ -169,6 +164,6 @@ class RLOO(_GroupAgent):
     settings_class: ClassVar[type[OnPolicySettings]] = RLOOSettings
     name: ClassVar[str] = "rloo"
 
-    def _prepare(self, batch: TokenBatch) -> None:
+    def prepare(self, batch: TokenBatch) -> None:
         returns = batch.per_episode(batch.own_rewards - np.float32(self.kl.coefficient) * self._kl_penalty(batch))
         self._set_advantages(batch, leave_one_out_advantages(returns, batch.groups))

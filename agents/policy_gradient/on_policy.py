@@ -11,16 +11,19 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from annotated_types import Ge, Gt
+from torch import Tensor
 
-from ...llm_backends.errors import InputError, check_at_least_zero
+from ...llm_backends.errors import check_fields
 from ..policy.language_model import TokenScores
 from ..rollouts.agent import RolloutAgent, RolloutSettings
 from ..rollouts.batch import TokenBatch
 
+NotNegative = Annotated[float, Ge(0)]
 KLEstimator = Literal["k1", "k3"]
 
 Total = Callable[[np.ndarray], np.ndarray]
@@ -123,42 +126,40 @@ class OnPolicySettings(RolloutSettings):
     With ``top_k`` the gradient is no longer exact, as tokens are sampled from another distribution than the policy's.
     """
 
-    clip: float = 0.2
+    clip: Annotated[float, Gt(0)] = 0.2
     """Half the width of the clip range of the probability ratio, [1 - clip, 1 + clip]."""
-    kl_coefficient: float = 0.05
+    kl_coefficient: NotNegative = 0.05
     """Weight of the KL penalty for distance from the reference policy; 0: the reference policy is not used."""
-    entropy_coefficient: float = 0.0
+    entropy_coefficient: NotNegative = 0.0
     """Weight of the entropy bonus in the loss."""
-    target_kl: float = 0.0
+    target_kl: NotNegative = 0.0
     """Early stopping: no further epoch of an update starts once the mean KL per token from the policy before the update
     exceeds 1.5 times this, in nats; 0: all epochs are run."""
-    importance_cap: float = 2.0
+    importance_cap: NotNegative = 2.0
     """Upper limit of the importance weights, which correct for the gap between the log-probs of sampler and training;
     0: no weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.clip > 0:
-            raise InputError(f"clip must be above 0, got {self.clip}")
-        check_at_least_zero(self, "kl_coefficient", "entropy_coefficient", "target_kl", "importance_cap")
+        check_fields(self)
 
 
 @dataclass
 class MicroBatch:
     """The tensors of the episodes in a micro-batch, each of shape (tokens,), on the model's device."""
 
-    old_logprobs: torch.Tensor
+    old_logprobs: Tensor
     """Log-probs by the policy before the update."""
-    advantages: torch.Tensor
-    returns: torch.Tensor
+    advantages: Tensor
+    returns: Tensor
     """Targets of the value function."""
-    old_values: torch.Tensor
+    old_values: Tensor
     """Values before the update."""
-    reference_logprobs: torch.Tensor
+    reference_logprobs: Tensor
     """Log-probs by the reference policy."""
-    scale: torch.Tensor
+    scale: Tensor
     """Weight of each token in the loss, importance weight included; float32, 0 where masked out."""
-    mask: torch.Tensor
+    mask: Tensor
     """True for tokens that the policy wrote; bool."""
 
 
@@ -181,16 +182,16 @@ class OnPolicyAgent(RolloutAgent):
     def _improve(self, batch: TokenBatch) -> None:
         """Scores the episodes, estimates advantages, trains, and records the durations."""
         started = time.perf_counter()
-        self._score(batch)
-        self._prepare(batch)
+        self.score_batch(batch)
+        self.prepare(batch)
         training = time.perf_counter()
-        self._train(batch)
+        self.train(batch)
         self.kl.update(*self._kl_observed)  # after training, whose loss has used the coefficient of this update
         self.logger.record("time/score", training - started)
         self.logger.record("time/train", time.perf_counter() - training)
 
     @torch.no_grad()
-    def _score(self, batch: TokenBatch) -> None:
+    def score_batch(self, batch: TokenBatch) -> None:
         """Fills in log-probs, values, reference log-probs and importance weights, from the training kernels."""
         # 1. Score the episodes in micro-batches. The sampler has returned log-probs, but with other rounding (key-value
         # cache, other batches, or a server). In the kernels of training the probability ratio is 1 before the first
@@ -247,11 +248,11 @@ class OnPolicyAgent(RolloutAgent):
         return kl.astype(np.float32)
 
     @abstractmethod
-    def _prepare(self, batch: TokenBatch) -> None:
+    def prepare(self, batch: TokenBatch) -> None:
         """Fills in the batch's advantages, and returns if the agent has a value function."""
 
     @abstractmethod
-    def _loss(self, scores: TokenScores, micro: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _loss(self, scores: TokenScores, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss of each token, shape (tokens,), and per-token metrics, whose means are recorded.
 
         Args:
@@ -263,7 +264,7 @@ class OnPolicyAgent(RolloutAgent):
         """Returns the weight of each token in the loss, which is divided by their sum; equal weights: a plain mean."""
         return np.ones(batch.tokens, np.float32)
 
-    def _train(self, batch: TokenBatch) -> None:
+    def train(self, batch: TokenBatch) -> None:
         """Runs the epochs of an update and records the means of the metrics."""
         sums: dict[str, float] = {}
         count, steps, skipped, norms = 0.0, 0, self.optimizer.skipped, 0.0
@@ -304,22 +305,11 @@ class OnPolicyAgent(RolloutAgent):
             if self.settings.target_kl and drift[0] > 1.5 * self.settings.target_kl * max(drift[1], 1):
                 break
         self._end_training(steps, skipped)
-        self._log_training(sums, count, steps, norms, epochs)
-
-    def _log_training(self, sums: dict[str, float], count: float, steps: int, norms: float, epochs: int) -> None:
-        """Records the means of the metrics over all processes, and adapts the KL coefficient.
-
-        Args:
-            sums: sum of each metric over the tokens of this process and over the epochs.
-            count: number of these tokens.
-            steps: number of optimiser steps.
-            norms: sum of the gradient norms of these steps.
-            epochs: number of epochs that were run.
-        """
-        rows = self.processes.gather(sums | {"count": count})
-        tokens = max(sum(row["count"] for row in rows), 1.0)
-        for name in sorted(set().union(*rows) - {"count"}):
-            self.logger.record(f"train/{name}", sum(row.get(name, 0.0) for row in rows) / tokens)
+        # Means of the metrics over the tokens of all processes.
+        gathered = self.processes.gather(sums | {"count": count})
+        tokens = max(sum(part["count"] for part in gathered), 1.0)
+        for name in sorted(set().union(*gathered) - {"count"}):
+            self.logger.record(f"train/{name}", sum(part.get(name, 0.0) for part in gathered) / tokens)
         self.logger.record("train/grad_norm", norms / steps)
         self.logger.record("train/epochs", epochs)
 
@@ -332,7 +322,7 @@ class OnPolicyAgent(RolloutAgent):
             scale: their weights in the loss, shape (n,), without importance weights.
         """
 
-        def tensor(values: np.ndarray) -> torch.Tensor:
+        def tensor(values: np.ndarray) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(values)).to(self.policy.lm.device)
 
         # Agents without a value function have no returns, and do not read these.
@@ -365,8 +355,8 @@ def _score_arguments(batch: TokenBatch, episodes: np.ndarray) -> tuple[list[np.n
 
 
 def clipped_policy_loss(
-    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, clip: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: float
+) -> tuple[Tensor, Tensor]:
     """Returns PPO's clipped surrogate objective, negated (Schulman et al. 2017, eq. 7).
 
     Args:

@@ -6,10 +6,10 @@ are shared with other agents:
 1. The policy generates episodes, and the env gives a reward per token: ``RolloutAgent.update`` in
    :mod:`~instructgym.agents.rollouts.agent` and ``collect`` in :mod:`~instructgym.agents.rollouts.batch`.
 2. One pass over the episodes computes log-probs, values and the log-probs of the reference policy:
-   ``OnPolicyAgent._score`` in :mod:`~instructgym.agents.policy_gradient.on_policy`.
+   ``OnPolicyAgent.score_batch`` in :mod:`~instructgym.agents.policy_gradient.on_policy`.
 3. The KL penalty is subtracted from the rewards, and advantages are estimated by GAE (Schulman et al. 2016):
-   ``TokenPPO._prepare``.
-4. Epochs of minibatches follow, each an optimiser step: ``OnPolicyAgent._train``.
+   ``TokenPPO.prepare``.
+4. Epochs of minibatches follow, each an optimiser step: ``OnPolicyAgent.train``.
 5. The loss of each token is the clipped policy loss (Schulman et al. 2017) and the value loss: ``TokenPPO._loss``.
 
 The model with its value head is in :mod:`~instructgym.agents.policy.language_model`.
@@ -19,18 +19,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
+from annotated_types import Ge, Gt, Le
+from torch import Tensor
 
-from ...llm_backends.errors import InputError, check_at_least_zero, check_choice
 from ..policy.language_model import TokenScores
 from ..rollouts.batch import TokenBatch
 from .on_policy import (
     KLController,
     KLEstimator,
     MicroBatch,
+    NotNegative,
     OnPolicyAgent,
     OnPolicySettings,
     Total,
@@ -39,9 +41,7 @@ from .on_policy import (
 )
 
 
-def clipped_value_loss(
-    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> tuple[Tensor, Tensor]:
     """Returns half the squared error of the values, the larger of plain and clipped (as in OpenAI's PPO2 code).
 
     Args:
@@ -124,13 +124,13 @@ def explained_variance(values: np.ndarray, returns: np.ndarray, total: Total = l
 class PPOSettings(OnPolicySettings):
     """Settings of token-level PPO."""
 
-    gamma: float = 1.0
+    gamma: Annotated[float, Gt(0), Le(1)] = 1.0
     """Discount per token, in (0, 1]."""
-    lam: float = 0.95
+    lam: Annotated[float, Ge(0), Le(1)] = 0.95
     """Lambda of GAE, in [0, 1]: lower values have less variance and more bias."""
-    value_clip: float = 0.2
+    value_clip: NotNegative = 0.2
     """Clip range of the values: changes beyond it do not reduce the value loss; 0: no clipping."""
-    value_coefficient: float = 0.1
+    value_coefficient: NotNegative = 0.1
     """Weight of the value loss against the policy loss."""
     whiten_advantages: bool = True
     """Whether advantages are whitened to mean 0 and deviation 1 over the policy's tokens of an update."""
@@ -138,20 +138,11 @@ class PPOSettings(OnPolicySettings):
     """Whether rewards are divided by their deviation; their mean is not shifted."""
     kl_estimator: KLEstimator = "k1"
     """Estimator of the KL penalty in the reward: k1 (unbiased) or k3 (never negative)."""
-    kl_target: float = 0.0
+    kl_target: NotNegative = 0.0
     """Mean KL to the reference policy per episode, in nats, that the KL coefficient is adapted to reach; 0: the
     coefficient is constant."""
-    kl_horizon: int = 10_000
+    kl_horizon: Annotated[int, Ge(1)] = 10_000
     """Number of episodes over which the KL coefficient adapts."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.gamma <= 1 or not 0 <= self.lam <= 1:
-            raise InputError(f"gamma must be in (0, 1] and lam in [0, 1], got {self.gamma} and {self.lam}")
-        check_choice(self, "kl_estimator", ("k1", "k3"))
-        check_at_least_zero(self, "value_clip", "value_coefficient", "kl_target")
-        if self.kl_horizon < 1:
-            raise InputError(f"kl_horizon must be at least 1, got {self.kl_horizon}")
 
 
 class TokenPPO(OnPolicyAgent):
@@ -170,7 +161,7 @@ class TokenPPO(OnPolicyAgent):
         super().__init__(*args, **kwargs)
         self.kl = KLController(self.settings.kl_coefficient, self.settings.kl_target or None, self.settings.kl_horizon)
 
-    def _prepare(self, batch: TokenBatch) -> None:
+    def prepare(self, batch: TokenBatch) -> None:
         """Shapes the rewards by the KL penalty, and fills in advantages and returns."""
         settings, total = self.settings, self.processes.total
         rewards, kept = batch.own_rewards, batch.loss_mask
@@ -191,7 +182,7 @@ class TokenPPO(OnPolicyAgent):
         self.logger.record("train/explained_variance", explained_variance(values, batch.returns[kept], total))
         self.logger.record("train/value_mean", float(sums[0] / max(sums[1], 1)))
 
-    def _loss(self, scores: TokenScores, micro: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _loss(self, scores: TokenScores, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns policy loss plus weighted value loss of each token, and metrics."""
         policy_loss, clipped = clipped_policy_loss(
             scores.logprobs, micro.old_logprobs, micro.advantages, self.settings.clip

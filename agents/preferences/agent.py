@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ...llm_backends.errors import InputError, check_at_least_zero
+from ...llm_backends.errors import InputError, check_at_least
 from ..rollouts.agent import RolloutAgent, RolloutSettings
 from ..rollouts.batch import TokenBatch
 from .losses import LOSSES
@@ -45,7 +45,7 @@ class RankingAgentSettings(RankingSettings, RolloutSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least_zero(self, "refresh_reference")
+        check_at_least(0, refresh_reference=self.refresh_reference)
         if self.refresh_reference and not LOSSES[self.loss].needs_reference_policy:
             raise InputError(f"refresh_reference: the loss {self.loss} compares with no reference policy")
 
@@ -159,7 +159,7 @@ class RankingAgent(RolloutAgent):
 
     def _improve(self, batch: TokenBatch) -> None:
         start = time.perf_counter()
-        lists, sampler_logprobs = self._ranked(batch)
+        lists, sampler_logprobs = self.ranked_lists(batch)
         for number, ranked in enumerate(lists):
             self.trainer.check(ranked, f"list {number} of update {self.updates}")
         prepared = [self.trainer.prepare(ranked) for ranked in lists]
@@ -170,7 +170,7 @@ class RankingAgent(RolloutAgent):
             self._train([prepared[k] for k in with_pairs], [sampler_logprobs[k] for k in with_pairs])
         self.logger.record("time/train", time.perf_counter() - start)
 
-    def _ranked(self, batch: TokenBatch) -> tuple[list[TokenizedRankedList], list[np.ndarray]]:
+    def ranked_lists(self, batch: TokenBatch) -> tuple[list[TokenizedRankedList], list[np.ndarray]]:
         """Ranks the samples of all processes.
 
         Returns:

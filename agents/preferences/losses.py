@@ -12,49 +12,50 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
 UNRANKED = -1
 """Rank of a reference response, which is not part of the ranking."""
 
 Pairing = Literal["all", "best_worst", "reference"]
-PAIRINGS = ("all", "best_worst")
-"""Pairings that compare candidates by their ranks."""
+"""Pairs of a list that a loss compares: candidates by their ranks (all, or the best with the worst), or the reference
+response with the candidates."""
 
 
 @dataclass
 class RankedListBatch:
     """A batch of m lists with n candidates altogether, stored list after list without padding."""
 
-    logprobs: torch.Tensor
+    logprobs: Tensor
     """float, shape (n,): log-probs of whole candidates under the policy, summed over their tokens, in nats."""
-    lengths: torch.Tensor
+    lengths: Tensor
     """int64, shape (n,): number of tokens of each candidate, at least 1."""
-    counts: torch.Tensor
+    counts: Tensor
     """int64, shape (m,): number of candidates of each list."""
-    ranks: torch.Tensor
+    ranks: Tensor
     """int64, shape (n,): number of better candidates in the list, 0 for the best; equal ranks are ties. A reference
     response, which is not ranked, has -1."""
-    reference_logprobs: torch.Tensor | None = None
+    reference_logprobs: Tensor | None = None
     """float, shape (n,): like ``logprobs``, but under the reference policy; None for losses that need none."""
-    scores: torch.Tensor | None = None
+    scores: Tensor | None = None
     """float, shape (n,): score of each candidate, larger is better (LiPO's psi); 0 for a reference response."""
-    win_rates: torch.Tensor | None = None
+    win_rates: Tensor | None = None
     """float, shape (n,): mean probability in [0, 1] that a candidate is preferred to those of its list (SPPO)."""
-    reference_kls: torch.Tensor | None = None
+    reference_kls: Tensor | None = None
     """Shape (n,), dtype of ``logprobs``, differentiable: KL(reference || policy) over the whole vocabulary, summed over
     the tokens of each candidate, in nats (TDPO's sequential KL divergence)."""
 
     @property
-    def owners(self) -> torch.Tensor:
+    def owners(self) -> Tensor:
         """int64, shape (n,): index of the list that each candidate belongs to."""
         return torch.repeat_interleave(torch.arange(len(self.counts), device=self.counts.device), self.counts)
 
-    def mean_logprobs(self) -> torch.Tensor:
+    def mean_logprobs(self) -> Tensor:
         """Returns the mean log-prob per token of each candidate, shape (n,), in nats."""
         return self.logprobs / self.lengths
 
-    def log_ratios(self) -> torch.Tensor:
+    def log_ratios(self) -> Tensor:
         """Returns log-probs of whole candidates, policy minus reference policy, shape (n,), in nats.
 
         Raises:
@@ -62,7 +63,7 @@ class RankedListBatch:
         """
         return self.logprobs - _require(self.reference_logprobs, "reference log-probs")
 
-    def pairs(self, pairing: Pairing = "all") -> tuple[torch.Tensor, torch.Tensor]:
+    def pairs(self, pairing: Pairing = "all") -> tuple[Tensor, Tensor]:
         """Returns the rows of the better and of the worse candidate of each pair; ties form no pairs.
 
         Args:
@@ -86,17 +87,17 @@ class RankedListBatch:
         winners, losers = better.nonzero(as_tuple=True)
         return winners, losers
 
-    def total(self, values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def total(self, values: Tensor, rows: Tensor) -> Tensor:
         """Returns the sum per list, shape (m,), of values whose lists are those of the candidates in ``rows``."""
         return values.new_zeros(len(self.counts)).index_add(0, self.owners[rows], values)
 
-    def mean(self, values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def mean(self, values: Tensor, rows: Tensor) -> Tensor:
         """Returns the mean per list, shape (m,), of values whose lists are those of ``rows``; 0 without any value."""
         # At least 1: a list without values gives 0 / 1, not NaN.
         return self.total(values, rows) / self.total(torch.ones_like(values), rows).clamp(min=1.0)
 
 
-def tuna(lists: RankedListBatch, margin: float = 0.1) -> torch.Tensor:
+def tuna(lists: RankedListBatch, margin: float = 0.1) -> Tensor:
     """Computes Tuna's ranking loss as the paper states it (Li et al. 2023, arXiv 2310.13385).
 
     It is the sum over pairs of max(0, v(worse) - v(better) + margin (difference of ranks)), with v the mean log-prob
@@ -113,7 +114,7 @@ def tuna(lists: RankedListBatch, margin: float = 0.1) -> torch.Tensor:
     return lists.total(hinges, winners)
 
 
-def tuna_released(lists: RankedListBatch, margin: float = 0.1) -> torch.Tensor:
+def tuna_released(lists: RankedListBatch, margin: float = 0.1) -> Tensor:
     """Computes Tuna's ranking loss as its released code does (microsoft/LMOps, ``tuna/src/custom.py``).
 
     The hinges are those of :func:`tuna`, but averaged over the pairs with the same difference of ranks; the averages
@@ -136,9 +137,7 @@ def tuna_released(lists: RankedListBatch, margin: float = 0.1) -> torch.Tensor:
     return lists.total(hinges / sizes[kinds], winners)
 
 
-def dpo(
-    lists: RankedListBatch, beta: float = 0.1, label_smoothing: float = 0.0, pairs: Pairing = "all"
-) -> torch.Tensor:
+def dpo(lists: RankedListBatch, beta: float = 0.1, label_smoothing: float = 0.0, pairs: Pairing = "all") -> Tensor:
     """Computes the loss of DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7).
 
     It is -log sigmoid(beta (r(better) - r(worse))), r the log-ratio; for a list with several pairs, the mean over them.
@@ -162,7 +161,7 @@ def dpo(
     return lists.mean(losses, winners)
 
 
-def ipo(lists: RankedListBatch, beta: float = 0.1, pairs: Pairing = "all") -> torch.Tensor:
+def ipo(lists: RankedListBatch, beta: float = 0.1, pairs: Pairing = "all") -> Tensor:
     """Computes the loss of IPO (Azar et al. 2023, arXiv 2310.12036, eq. 17).
 
     It is (r(better) - r(worse) - 1 / (2 beta))^2, r the log-ratio of a whole response, as in DPO's published code.
@@ -182,7 +181,7 @@ def ipo(lists: RankedListBatch, beta: float = 0.1, pairs: Pairing = "all") -> to
     return lists.mean((difference - 1 / (2 * beta)).square(), winners)
 
 
-def spin(lists: RankedListBatch, beta: float = 0.1) -> torch.Tensor:
+def spin(lists: RankedListBatch, beta: float = 0.1) -> Tensor:
     """Computes the loss of SPIN (Chen et al. 2024, arXiv 2401.01335).
 
     It is -log sigmoid(beta (r(reference) - r(candidate))), r the log-ratio. The reference response is the
@@ -203,7 +202,7 @@ def spin(lists: RankedListBatch, beta: float = 0.1) -> torch.Tensor:
     return dpo(lists, beta, pairs="reference")
 
 
-def sppo(lists: RankedListBatch, beta: float = 0.001, pairs: Pairing = "best_worst") -> torch.Tensor:
+def sppo(lists: RankedListBatch, beta: float = 0.001, pairs: Pairing = "best_worst") -> Tensor:
     """Computes the loss of SPPO (Wu et al. 2024, arXiv 2405.00675).
 
     It is (r - (P - 1/2) / beta)^2, r the log-ratio and P the win rate, averaged over the two candidates of a pair; the
@@ -227,7 +226,7 @@ def sppo(lists: RankedListBatch, beta: float = 0.001, pairs: Pairing = "best_wor
     return lists.mean((squares[winners] + squares[losers]) / 2, winners)
 
 
-def lipo_lambda(lists: RankedListBatch, beta: float = 0.1) -> torch.Tensor:
+def lipo_lambda(lists: RankedListBatch, beta: float = 0.1) -> Tensor:
     """Computes the loss of LiPO-lambda (Liu et al. 2024, arXiv 2402.01878), a lambda loss over a list.
 
     It is the sum over pairs of weight log(1 + exp(-(s(better) - s(worse)))), s = beta times the log-ratio, weight =
@@ -258,7 +257,7 @@ def lipo_lambda(lists: RankedListBatch, beta: float = 0.1) -> torch.Tensor:
     return lists.total(weights * softplus(strengths[losers] - strengths[winners]), winners)
 
 
-def tdpo1(lists: RankedListBatch, beta: float = 0.1, pairs: Pairing = "all") -> torch.Tensor:
+def tdpo1(lists: RankedListBatch, beta: float = 0.1, pairs: Pairing = "all") -> Tensor:
     """Computes the loss of TDPO1 (Zeng et al. 2024, arXiv 2404.11999).
 
     It is -log sigmoid(beta (v(better) - v(worse))), v the log-ratio plus the KL divergence KL(reference || policy)
@@ -281,7 +280,7 @@ def tdpo1(lists: RankedListBatch, beta: float = 0.1, pairs: Pairing = "all") -> 
     return lists.mean(-logsigmoid(beta * (values[winners] - values[losers])), winners)
 
 
-def tdpo2(lists: RankedListBatch, beta: float = 0.1, alpha: float = 0.5, pairs: Pairing = "all") -> torch.Tensor:
+def tdpo2(lists: RankedListBatch, beta: float = 0.1, alpha: float = 0.5, pairs: Pairing = "all") -> Tensor:
     """Computes the loss of TDPO2 (Zeng et al. 2024, arXiv 2404.11999).
 
     It is -log sigmoid(beta (r(better) - r(worse) - alpha (KL(worse) - KL(better)))), r the log-ratio and KL the
@@ -307,7 +306,7 @@ def tdpo2(lists: RankedListBatch, beta: float = 0.1, alpha: float = 0.5, pairs: 
     return lists.mean(-logsigmoid(beta * difference), winners)
 
 
-def nll(lists: RankedListBatch, imitated: torch.Tensor) -> torch.Tensor:
+def nll(lists: RankedListBatch, imitated: Tensor) -> Tensor:
     """Computes the negative log-likelihood of the candidates to imitate, summed over their tokens.
 
     The MLE term of Tuna divides the sum over a batch by the number of these tokens, as the released code does. That
@@ -324,21 +323,21 @@ def nll(lists: RankedListBatch, imitated: torch.Tensor) -> torch.Tensor:
     return -lists.total(lists.logprobs[rows], rows)
 
 
-def _hinges(lists: RankedListBatch, margin: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _hinges(lists: RankedListBatch, margin: float) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the rows of the better and the worse candidates of all pairs, and Tuna's hinge of each pair."""
     winners, losers = lists.pairs()
     values, gaps = lists.mean_logprobs(), lists.ranks[losers] - lists.ranks[winners]
     return winners, losers, torch.relu(values[losers] - values[winners] + margin * gaps)
 
 
-def _differences(lists: RankedListBatch, pairing: Pairing) -> tuple[torch.Tensor, torch.Tensor]:
+def _differences(lists: RankedListBatch, pairing: Pairing) -> tuple[Tensor, Tensor]:
     """Returns the rows of the better candidates of all pairs, and each pair's log-ratio, better minus worse."""
     winners, losers = lists.pairs(pairing)
     ratios = lists.log_ratios()
     return winners, ratios[winners] - ratios[losers]
 
 
-def _require(values: torch.Tensor | None, name: str) -> torch.Tensor:
+def _require(values: Tensor | None, name: str) -> Tensor:
     """Returns the values, or raises a ValueError if they are missing."""
     if values is None:
         raise ValueError(f"this loss needs {name}")
@@ -348,7 +347,7 @@ def _require(values: torch.Tensor | None, name: str) -> torch.Tensor:
 class RankingLoss(NamedTuple):
     """A ranking loss and the inputs that it needs."""
 
-    function: Callable[..., torch.Tensor]
+    function: Callable[..., Tensor]
     """Takes a :class:`RankedListBatch` and the options of the loss; returns one value per list."""
     mle_weight: float = 0.0
     """Published weight of the MLE term (the negative log-likelihood of imitated responses)."""
@@ -369,7 +368,7 @@ class RankingLoss(NamedTuple):
         """Returns the pairs that the loss compares under the given options."""
         return "reference" if self.function is spin else options.get("pairs", self.defaults.get("pairs", "all"))
 
-    def values(self, lists: RankedListBatch) -> torch.Tensor:
+    def values(self, lists: RankedListBatch) -> Tensor:
         """Returns the values by which the policy ranks candidates, shape (n,), in nats."""
         return lists.log_ratios() if self.needs_reference_policy else lists.mean_logprobs()
 

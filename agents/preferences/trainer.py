@@ -9,20 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from annotated_types import Ge, Gt, Lt
 from scipy.special import expit
 from scipy.stats import rankdata
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ...llm_backends.errors import InputError, check_at_least_zero, check_choice
+from ...llm_backends.errors import InputError, check_fields, check_known
 from ...llm_backends.local.causal_lm import token_budget_chunks
 from ...llm_backends.training.teacher_forcing import SHARED_PREFIX
 from ..policy.language_model import LanguageModelPolicy
 from ..supervised.trainer import SupervisedSettings, SupervisedTrainer
-from .losses import LOSSES, PAIRINGS, UNRANKED, Pairing, RankedListBatch, nll
+from .losses import LOSSES, UNRANKED, RankedListBatch, nll
 
 OPTIONS = ("margin", "beta", "alpha", "label_smoothing", "pairs")
 """Settings that are passed to the loss function."""
@@ -76,19 +78,19 @@ class RankingSettings(SupervisedSettings):
 
     loss: str = "tuna"
     """Name of the ranking loss, a key of :data:`~instructgym.agents.preferences.losses.LOSSES`."""
-    margin: float | None = None
+    margin: Annotated[float, Ge(0)] | None = None
     """Margin per rank of Tuna's losses, at least 0, in nats per token; None: the loss's default."""
-    beta: float | None = None
+    beta: Annotated[float, Gt(0)] | None = None
     """Strength of the pull towards the reference policy, in the losses that have one, above 0; None: the loss's
     default."""
-    alpha: float | None = None
+    alpha: Annotated[float, Ge(0)] | None = None
     """Weight of the KL divergences to the reference policy in ``tdpo2``, at least 0; None: the loss's default."""
-    label_smoothing: float | None = None
+    label_smoothing: Annotated[float, Ge(0), Lt(0.5)] | None = None
     """Probability that a preference is wrong, in ``dpo``, in [0, 0.5); None: the loss's default."""
-    pairs: Pairing | None = None
+    pairs: Literal["all", "best_worst"] | None = None
     """Pairs that ``dpo``, ``ipo``, ``sppo`` and TDPO's losses compare: ``all`` or ``best_worst``; None: the loss's
     default."""
-    mle_weight: float | None = None
+    mle_weight: Annotated[float, Ge(0)] | None = None
     """Weight of the negative log-likelihood per token of ``imitate``; None: 1 for Tuna's losses, 0 for the others."""
     imitate: Literal["reference", "best", "all"] = "reference"
     """Responses that the MLE term (their negative log-likelihood) imitates: ``reference``: the reference response, as
@@ -97,20 +99,12 @@ class RankingSettings(SupervisedSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self, "loss", tuple(LOSSES))
-        check_choice(self, "imitate", ("reference", "best", "all"))
+        check_known("loss", self.loss, LOSSES)
+        check_fields(self)
         known = LOSSES[self.loss].defaults
         for name in self.loss_options():
             if name not in known:
                 raise InputError(f"{name} is no option of the loss {self.loss}, which has {', '.join(known)}")
-        limited = ("margin", "alpha", "mle_weight")
-        check_at_least_zero(self, *(name for name in limited if getattr(self, name) is not None))
-        if self.pairs is not None:
-            check_choice(self, "pairs", PAIRINGS)
-        if self.beta is not None and not self.beta > 0:
-            raise InputError(f"beta must be above 0, got {self.beta}")
-        if self.label_smoothing is not None and not 0 <= self.label_smoothing < 0.5:
-            raise InputError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
 
     def loss_options(self) -> dict[str, Any]:
         """Returns the options of the loss that are set; the others keep the loss's defaults."""
@@ -140,7 +134,7 @@ class PreparedList:
     """float64, shape (rows,): mean probabilities of being preferred; 0.5 for the reference response."""
     pairs: int = 0
     """Number of pairs that the loss compares."""
-    reference_logprobs: torch.Tensor | None = None
+    reference_logprobs: Tensor | None = None
     """float32, shape (rows,): log-probs under the reference policy, in nats; None until they are computed."""
 
     @property
@@ -357,7 +351,7 @@ class RankingTrainer(SupervisedTrainer):
             batch.reference_logprobs = torch.cat([self._reference(prepared) for prepared in lists])
         return batch
 
-    def _read(self, lists: Sequence[PreparedList]) -> torch.Tensor:
+    def _read(self, lists: Sequence[PreparedList]) -> Tensor:
         """Computes log-probs of whole responses, and KL divergences if the loss needs them.
 
         A list above the token budget is read part by part, and each part again in the backward pass, so that no more
@@ -371,14 +365,14 @@ class RankingTrainer(SupervisedTrainer):
         prompts = [prepared.prompt for prepared in lists for _ in prepared.responses]
         responses = [response for prepared in lists for response in prepared.responses]
 
-        def score(rows: Sequence[int], reference_hidden: torch.Tensor | None) -> torch.Tensor:
+        def score(rows: Sequence[int], reference_hidden: Tensor | None) -> Tensor:
             chunk = [responses[k] for k in rows]
             chunk_prompts = [prompts[k] for k in rows]
             if reference_hidden is None:
                 return _sums(self.policy.score(chunk_prompts, chunk, [None] * len(chunk), values=False).logprobs, chunk)
             return _sums(torch.stack(self.policy.compare(chunk_prompts, chunk, reference_hidden)), chunk)
 
-        parts: list[tuple[list[int], torch.Tensor | None]] = [(rows, None) for rows in self._parts(lists)]
+        parts: list[tuple[list[int], Tensor | None]] = [(rows, None) for rows in self._parts(lists)]
         if self._loss.needs_reference_kl:
             # The reference weights are frozen: their states are computed once, not again in the backward pass.
             states = self.policy.reference_hidden
@@ -387,7 +381,7 @@ class RankingTrainer(SupervisedTrainer):
             return score(*parts[0])
         return torch.cat([checkpoint(score, *part, use_reentrant=False) for part in parts], dim=-1)
 
-    def _reference(self, prepared: PreparedList) -> torch.Tensor:
+    def _reference(self, prepared: PreparedList) -> Tensor:
         """Returns log-probs of a list's responses under the reference policy, float32, shape (rows,), in nats.
 
         They are computed once per list, and each list is read separately: then they do not depend, in the last bits, on
@@ -414,10 +408,10 @@ class RankingTrainer(SupervisedTrainer):
         self.policy.load(folder)
 
 
-def _lists(lists: Sequence[PreparedList], logprobs: torch.Tensor) -> RankedListBatch:
+def _lists(lists: Sequence[PreparedList], logprobs: Tensor) -> RankedListBatch:
     """Returns lists and the log-probs of their rows in the form that the losses take, on the log-probs' device."""
 
-    def tensor(rows: list[np.ndarray] | list[int], dtype: torch.dtype) -> torch.Tensor:
+    def tensor(rows: list[np.ndarray] | list[int], dtype: torch.dtype) -> Tensor:
         return torch.as_tensor(np.concatenate([np.atleast_1d(row) for row in rows]), dtype=dtype).to(logprobs.device)
 
     return RankedListBatch(
@@ -430,7 +424,7 @@ def _lists(lists: Sequence[PreparedList], logprobs: torch.Tensor) -> RankedListB
     )
 
 
-def _sums(values: torch.Tensor, responses: Sequence[np.ndarray]) -> torch.Tensor:
+def _sums(values: Tensor, responses: Sequence[np.ndarray]) -> Tensor:
     """Returns sums per response of per-token values, whose last dimension is the tokens."""
     parts = values.split([len(r) for r in responses], dim=-1)
     return torch.stack([part.sum(dim=-1) for part in parts], dim=-1)

@@ -57,9 +57,7 @@ class EpisodeRows(BaseCallback):
             "finish_reason": info["finish_reason"],
             "operations": row["operations"],
             "text": info["text"],
-            "invalid": row["invalid"],
-            "rewrite_calls": row["rewrite_calls"],
-            "judge_calls": row["judge_calls"],
+            **{name: row[name] for name in ("invalid", "rewrite_calls", "judge_calls")},
         }
 
     def _on_rollout_end(self) -> None:

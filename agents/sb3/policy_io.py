@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,8 @@ def save_policy(agent: Any, folder: str | Path, algorithm: str, n_steps: int, **
     if not isinstance(agent, BaselineAgent):
         tensors |= {f"policy.{k}": v.detach().contiguous().clone() for k, v in agent.policy.state_dict().items()}
     if normalizer is not None:
-        for key, statistics in _statistics(normalizer).items():
-            for part in ("mean", "var", "count"):
-                tensors[f"normalizer.{key}.{part}"] = torch.as_tensor(np.asarray(getattr(statistics, part)))
+        for name, statistics, part in _statistics(normalizer):
+            tensors[name] = torch.as_tensor(np.asarray(getattr(statistics, part)))
     settings = {
         "algorithm": algorithm,
         "n_steps": n_steps,
@@ -110,9 +110,8 @@ def load_policy(folder: str | Path, env: VecEnv, seed: int = 0) -> Any:
     if settings["normalize_observation"]:
         env = normalize_observations(env)
         env.training = False  # the statistics stay as they were saved
-        for key, statistics in _statistics(env).items():
-            for part in ("mean", "var", "count"):
-                setattr(statistics, part, tensors[f"normalizer.{key}.{part}"].numpy())
+        for name, statistics, part in _statistics(env):
+            setattr(statistics, part, tensors[name].numpy())
     agent = make_agent(settings["algorithm"], env, seed, settings["n_steps"], **settings["kwargs"])
     if not isinstance(agent, BaselineAgent):
         weights = {k.removeprefix("policy."): v for k, v in tensors.items() if k.startswith("policy.")}
@@ -130,6 +129,8 @@ def observation_shapes(space: spaces.Space[Any]) -> dict[str, list[int]]:
     return {"observation": list(space.shape or ())}
 
 
-def _statistics(env: VecNormalize) -> dict[str, RunningMeanStd]:
-    """Returns the running statistics of every part of an observation by name."""
-    return env.obs_rms if isinstance(env.obs_rms, dict) else {"observation": env.obs_rms}
+def _statistics(env: VecNormalize) -> Iterator[tuple[str, RunningMeanStd, str]]:
+    """Yields each number of a normaliser: the name of its tensor, and the object and attribute that hold it."""
+    by_key = env.obs_rms if isinstance(env.obs_rms, dict) else {"observation": env.obs_rms}
+    for key, statistics in by_key.items():
+        yield from ((f"normalizer.{key}.{part}", statistics, part) for part in ("mean", "var", "count"))

@@ -13,14 +13,16 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
+from annotated_types import Ge, Gt, Le
 from safetensors import SafetensorError
+from torch import Tensor
 
 from ...llm_backends import request_seed
-from ...llm_backends.errors import InputError, check_at_least_zero, check_choice
+from ...llm_backends.errors import InputError, check_fields
 from ..policy.checkpoints import POLICY_FOLDER
 from ..rollouts.agent import RolloutAgent, RolloutSettings
 from ..rollouts.batch import TokenBatch
@@ -77,9 +79,7 @@ Consistency = Literal["single", "multi", "both"]
 end of the episode; ``both``: the mean of the two losses."""
 
 
-def single_step(
-    advantages: torch.Tensor, values: torch.Tensor, rewards: torch.Tensor, lengths: Sequence[int]
-) -> torch.Tensor:
+def single_step(advantages: Tensor, values: Tensor, rewards: Tensor, lengths: Sequence[int]) -> Tensor:
     """Computes the single-step path-consistency loss of Guo et al. (2021).
 
     It is (A_t - (V_{t+1} - V_t))^2, and (A_T - (r - V_T))^2 at the last token.
@@ -99,9 +99,7 @@ def single_step(
     return (advantages - (following - values)) ** 2
 
 
-def multi_step(
-    advantages: torch.Tensor, values: torch.Tensor, rewards: torch.Tensor, lengths: Sequence[int]
-) -> torch.Tensor:
+def multi_step(advantages: Tensor, values: Tensor, rewards: Tensor, lengths: Sequence[int]) -> Tensor:
     """Computes the multi-step path-consistency loss of Guo et al. (2021), (sum_{l >= t} A_l - (r - V_t))^2.
 
     Takes the arguments of :func:`single_step`, and also returns the loss of each token, shape (tokens,).
@@ -113,12 +111,8 @@ def multi_step(
 
 
 def path_consistency(
-    kind: Consistency,
-    advantages: torch.Tensor,
-    values: torch.Tensor,
-    rewards: torch.Tensor,
-    lengths: Sequence[int],
-) -> torch.Tensor:
+    kind: Consistency, advantages: Tensor, values: Tensor, rewards: Tensor, lengths: Sequence[int]
+) -> Tensor:
     """Computes the loss of each token by :func:`single_step`, :func:`multi_step` or their mean.
 
     Args:
@@ -161,10 +155,10 @@ class SoftQSettings(RolloutSettings):
     the start, and the optimum is pi_ref x exp(shaped return). ``none``: the raw logits, as published. The published
     logits are those of a small new network; those of a language model have an offset of some 20 nats, which outweighs
     the rewards."""
-    reversed_weight: float = 0.0
+    reversed_weight: Annotated[float, Ge(0), Le(1)] = 0.0
     """Weight, in [0, 1], of the losses with exchanged networks: V is the policy's, A the target's. At 0 only A takes a
     gradient, and nothing keeps V in the range of the rewards."""
-    target_rate: float = 1e-3
+    target_rate: Annotated[float, Gt(0), Le(1)] = 1e-3
     """Polyak averaging of the target network: share, in (0, 1], of the distance to the policy that its weights move
     after every optimiser step."""
     zscore: Literal["none", "batch", "group"] = "batch"
@@ -179,29 +173,19 @@ class SoftQSettings(RolloutSettings):
     """Shaped return that ``reward_low`` is mapped to."""
     shaped_high: float = 5.0
     """Shaped return that ``reward_high`` is mapped to."""
-    replay_ratio: float = 0.0
+    replay_ratio: Annotated[float, Ge(0)] = 0.0
     """Number of past episodes per new one that an update also learns from; 0: on-policy learning."""
-    replay_capacity: int = 1000
+    replay_capacity: Annotated[int, Ge(1)] = 1000
     """Maximum number of past episodes in the replay buffer; it is used if ``replay_ratio`` is above 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self, "loss", ("single", "multi", "both"))
-        check_choice(self, "prior", ("reference", "none"))
-        check_choice(self, "zscore", ("none", "batch", "group"))
-        check_at_least_zero(self, "replay_ratio")
-        if not 0 <= self.reversed_weight <= 1 or not 0 < self.target_rate <= 1:
-            raise InputError(
-                "reversed_weight must be in [0, 1] and target_rate in (0, 1], got "
-                f"{self.reversed_weight} and {self.target_rate}"
-            )
+        check_fields(self)
         if not self.reward_low < self.reward_high or not self.shaped_low < self.shaped_high:
             raise InputError(
                 "reward_low must be below reward_high and shaped_low below shaped_high, got "
                 f"{self.reward_low}, {self.reward_high}, {self.shaped_low} and {self.shaped_high}"
             )
-        if self.replay_capacity < 1:
-            raise InputError(f"replay_capacity must be at least 1, got {self.replay_capacity}")
 
 
 class SoftQ(RolloutAgent):
@@ -313,8 +297,8 @@ class SoftQ(RolloutAgent):
 
     def _train(self, batch: TokenBatch, returns: np.ndarray) -> None:
         """Runs the epochs of an update and logs their means; ``returns`` are the shaped ones, shape (episodes,)."""
-        sums = np.zeros(len(_LOGGED) + 2)
-        norms, steps, skipped, prior = 0.0, 0, self.optimizer.skipped, self._prior(batch)
+        sums = np.zeros(len(_PER_EPISODE) + len(_PER_TOKEN) + 2)
+        norms, steps, skipped, prior = 0.0, 0, self.optimizer.skipped, self.prior_logits(batch)
         for _, minibatches in self._epochs(len(batch)):
             for minibatch in minibatches:
                 # Episodes of the minibatch over all processes: gradients are summed over them, losses are means.
@@ -322,17 +306,17 @@ class SoftQ(RolloutAgent):
                 if not total:
                     continue
                 for members in batch.micro_batches(minibatch, self.settings.token_budget):
-                    sums += self._backward(batch, members, returns[members], prior, total)
+                    sums += self.backward(batch, members, returns[members], prior, total)
                 norms += self._optimizer_step()
                 self.target.follow(self.settings.target_rate)
                 steps += 1
         self._end_training(steps, skipped)
         *totals, count, tokens = self.processes.total(sums)
-        for (name, per_token), value in zip(_LOGGED.items(), totals, strict=True):
-            self.logger.record(f"train/{name}", float(value / (tokens if per_token else count)))
+        for name, value in zip((*_PER_EPISODE, *_PER_TOKEN), totals, strict=True):
+            self.logger.record(f"train/{name}", float(value / (tokens if name in _PER_TOKEN else count)))
         self.logger.record("train/grad_norm", norms / steps)
 
-    def _prior(self, batch: TokenBatch) -> torch.Tensor:
+    def prior_logits(self, batch: TokenBatch) -> Tensor:
         """Returns the prior's log-probs and values, float32, shape (2, tokens); 0 if there is no prior."""
         prior = torch.zeros((2, batch.tokens), device=self.policy.lm.device)
         if self.settings.prior == "reference":
@@ -342,8 +326,8 @@ class SoftQ(RolloutAgent):
                 prior[:, rows] = torch.stack(reference_logits(self.policy, prompts, responses))
         return prior
 
-    def _backward(
-        self, batch: TokenBatch, members: np.ndarray, returns: np.ndarray, prior: torch.Tensor, total: float
+    def backward(
+        self, batch: TokenBatch, members: np.ndarray, returns: np.ndarray, prior: Tensor, total: float
     ) -> np.ndarray:
         """Adds the gradient of a micro-batch to the parameters.
 
@@ -351,11 +335,11 @@ class SoftQ(RolloutAgent):
             batch: all episodes of this process.
             members: indices of the micro-batch's episodes.
             returns: shaped returns of these episodes.
-            prior: see :meth:`_prior`.
+            prior: see :meth:`prior_logits`.
             total: number of episodes of the minibatch, over all processes.
 
         Returns:
-            float64: the sums of the values in ``_LOGGED``, the number of episodes and the number of tokens.
+            float64: the sums of what is logged per episode and per token, and the numbers of episodes and tokens.
         """
         prompts, responses = [batch.prompts[i] for i in members], [batch.responses[i] for i in members]
         lengths = [len(response) for response in responses]
@@ -372,7 +356,7 @@ class SoftQ(RolloutAgent):
             losses = (1 - weight) * losses + weight * exchanged
         (losses.sum() / total).backward()
         with torch.no_grad():
-            # In the order of _LOGGED; Q = A + V.
+            # In the order of _PER_EPISODE and _PER_TOKEN; Q = A + V.
             inputs = (advantages, target_values, rewards, lengths)
             rows = [rewards, losses, single_step(*inputs), multi_step(*inputs), advantages]
             rows += [current.logprobs, advantages + values, values, target_values]
@@ -401,18 +385,9 @@ class SoftQ(RolloutAgent):
         self.replay.load_state(state["replay"])
 
 
-_LOGGED = {
-    "shaped_reward": False,
-    "loss": False,
-    "single_step": False,
-    "multi_step": False,
-    "advantage": False,
-    "logprob": True,
-    "q": True,
-    "value": True,
-    "target_value": True,
-}
-"""Logged means by name: True for a mean over tokens, False for one over episodes."""
+_PER_EPISODE = ("shaped_reward", "loss", "single_step", "multi_step", "advantage")
+_PER_TOKEN = ("logprob", "q", "value", "target_value")
+"""What an update logs: sums over its tokens, as means per episode and per token."""
 
 
 def _batch(episodes: Sequence[StoredEpisode]) -> TokenBatch:

@@ -33,10 +33,10 @@ class TargetPolicy:
 
     def __init__(self, policy: LanguageModelPolicy) -> None:
         self.policy = policy
-        self._whole: CausalLM | None = None
+        self.whole: CausalLM | None = None
         if not policy.lora.rank:
-            self._whole = frozen_copy(policy.lm)
-            target_weights = list(self._whole.model.parameters())
+            self.whole = frozen_copy(policy.lm)
+            target_weights = list(self.whole.model.parameters())
             self.pairs = list(zip(target_weights, policy.lm.model.parameters(), strict=True))
             """Each weight of the target with the one of the policy that it follows."""
             return
@@ -75,15 +75,15 @@ class TargetPolicy:
     @contextmanager
     def _active(self) -> Iterator[CausalLM]:
         """Yields the target network's model."""
-        with self.policy.adapter(TARGET if self._whole is None else None) as lm:
-            yield lm if self._whole is None else self._whole
+        with self.policy.adapter(TARGET if self.whole is None else None) as lm:
+            yield lm if self.whole is None else self.whole
 
     def save(self, folder: str | Path) -> None:
         """Writes the weights into ``FOLDER/target``."""
-        if self._whole is None:
+        if self.whole is None:
             self.policy.trunk.save(folder, [TARGET])
         else:
-            self._whole.model.save_pretrained(Path(folder) / TARGET)
+            self.whole.model.save_pretrained(Path(folder) / TARGET)
 
     def load(self, folder: str | Path) -> None:
         """Reads the weights that :meth:`save` wrote.
@@ -93,10 +93,10 @@ class TargetPolicy:
             OSError: if there are no weights.
             safetensors.SafetensorError: if the file is broken.
         """
-        if self._whole is None:
+        if self.whole is None:
             self.policy.trunk.load(folder, TARGET)
         else:
-            load_all_weights(self._whole.model, Path(folder) / TARGET)
+            load_all_weights(self.whole.model, Path(folder) / TARGET)
 
 
 def policy_logits(

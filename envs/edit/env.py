@@ -6,12 +6,13 @@ The MDP itself is in :mod:`~instructgym.envs.edit.process`, the meaning of an ac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 from gymnasium.vector import AutoresetMode
 
 from ...llm_backends import Backend, resolve
+from ...llm_backends.errors import check_at_least
 from ...rewards import Reward
 from ..process import ProcessEnv, ProcessVectorEnv, check_copies, check_on_invalid
 from ..tasks.instruction.seeds import Instruction
@@ -21,35 +22,37 @@ from .process import EditObserver, EditProcess, EditSettings, make_edit_observer
 DEFAULT_SETTINGS = EditSettings()
 
 
+def edit_parts(
+    copies: int,
+    instructions: Sequence[Instruction],
+    operator: Operator,
+    backend: Any = "embedded",
+    reward: Any = "judge",
+    judge_backend: Any = None,
+    observation: str = "last_edit",
+    embedder: Any = "minilm",
+    settings: EditSettings = DEFAULT_SETTINGS,
+) -> tuple[EditProcess, EditObserver]:
+    """Builds process and observer from the arguments of :class:`TextEditEnv`."""
+    check_at_least(1, horizon=settings.horizon)
+    check_on_invalid(settings.on_invalid)
+    rewriter: Backend = resolve("backend", backend)
+    # The rewriter also judges unless another model is given, as in the paper.
+    judge = backend if judge_backend is None else judge_backend
+    # Reward and observation share one embedder and its cache: a text that one embedded the other need not.
+    shared_embedder = resolve("embedder", embedder)
+    scorer: Reward = resolve("reward", reward, backend=judge, embedder=shared_embedder)
+    observer = make_edit_observer(observation, len(operator.operations), settings.horizon, shared_embedder)
+    return EditProcess(copies, instructions, operator, rewriter, scorer, settings), observer
+
+
 class _EditParts:
-    """A base of the single and the vector env, which builds the process from their arguments."""
+    """A base of the single and the vector env."""
 
     process: EditProcess
     observer: EditObserver
-
-    def _build(
-        self,
-        copies: int,
-        instructions: Sequence[Instruction],
-        operator: Operator,
-        backend: Any,
-        reward: Any,
-        judge_backend: Any,
-        observation: str,
-        embedder: Any,
-        settings: EditSettings,
-    ) -> None:
-        if settings.horizon < 1:
-            raise ValueError(f"horizon must be at least 1, got {settings.horizon}")
-        check_on_invalid(settings.on_invalid)
-        rewriter: Backend = resolve("backend", backend)
-        # The rewriter also judges unless another model is given, as in the paper.
-        judge = backend if judge_backend is None else judge_backend
-        # Reward and observation share one embedder and its cache: a text that one embedded the other need not.
-        shared_embedder = resolve("embedder", embedder)
-        scorer: Reward = resolve("reward", reward, backend=judge, embedder=shared_embedder)
-        self.process = EditProcess(copies, instructions, operator, rewriter, scorer, settings)
-        self.observer = make_edit_observer(observation, len(operator.operations), settings.horizon, shared_embedder)
+    build: ClassVar[Callable[..., tuple[EditProcess, EditObserver]]] = staticmethod(edit_parts)
+    """Builds process and observer from the number of copies and the env's arguments."""
 
     @property
     def backend(self) -> Backend:
@@ -110,20 +113,9 @@ class TextEditEnv(_EditParts, ProcessEnv[EditProcess, EditObserver]):
 
     metadata = {"render_modes": ["ansi"], "render_fps": 1}
 
-    def __init__(
-        self,
-        instructions: Sequence[Instruction],
-        operator: Operator,
-        backend: Any = "embedded",
-        reward: Any = "judge",
-        judge_backend: Any = None,
-        observation: str = "last_edit",
-        embedder: Any = "minilm",
-        settings: EditSettings = DEFAULT_SETTINGS,
-        render_mode: str | None = None,
-    ) -> None:
-        self._build(1, instructions, operator, backend, reward, judge_backend, observation, embedder, settings)
-        self.observation_space, self.action_space = self.observer.space, operator.action_space
+    def __init__(self, render_mode: str | None = None, **kwargs: Any) -> None:
+        self.process, self.observer = self.build(1, **kwargs)
+        self.observation_space, self.action_space = self.observer.space, self.process.operator.action_space
         self.render_mode = render_mode
 
     def render(self) -> str | None:
@@ -152,21 +144,14 @@ class TextEditVectorEnv(_EditParts, ProcessVectorEnv[EditProcess, EditObserver])
 
     def __init__(
         self,
-        num_envs: int,
-        instructions: Sequence[Instruction],
-        operator: Operator,
-        backend: Any = "embedded",
-        reward: Any = "judge",
-        judge_backend: Any = None,
-        observation: str = "last_edit",
-        embedder: Any = "minilm",
-        settings: EditSettings = DEFAULT_SETTINGS,
+        num_envs: int = 1,
         render_mode: str | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+        **kwargs: Any,
     ) -> None:
         check_copies(num_envs)
-        self._build(num_envs, instructions, operator, backend, reward, judge_backend, observation, embedder, settings)
-        self._setup(num_envs, operator.action_space, render_mode, autoreset_mode)
+        self.process, self.observer = self.build(num_envs, **kwargs)
+        self._setup(num_envs, self.process.operator.action_space, render_mode, autoreset_mode)
 
     def render(self) -> tuple[str, ...] | None:
         """Returns the episodes so far, one text per copy, in render mode ``ansi``, else None."""

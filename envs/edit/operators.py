@@ -18,6 +18,7 @@ from gymnasium import spaces
 
 from ...llm_backends import Completion, Sampling
 from ...llm_backends.base import Prompt, PromptStyle
+from ...llm_backends.errors import check_at_least, check_known
 from ...llm_backends.parts import Part
 from ...llm_backends.prompting import build_prompt, few_shot, fill, load_prompts, one_line
 
@@ -78,9 +79,8 @@ def load_operations(
     selected = [name for name in known if name != NO_OP] if names is None else list(names)
     if no_op and NO_OP not in selected:
         selected.append(NO_OP)
-    unknown = [name for name in selected if name not in known]
-    if unknown:
-        raise ValueError(f"unknown operation {unknown[0]!r}: use {', '.join(known)}")
+    for name in selected:
+        check_known("operation", name, known)
     if not selected or len(set(selected)) < len(selected):
         raise ValueError(f"operations must be distinct and at least one, got {selected}")
     return tuple(known[name] for name in selected)
@@ -199,8 +199,7 @@ class LLMOperator(Operator[str]):
         sampling: Mapping[str, Any] | None = None,
         max_words: int = 200,
     ) -> None:
-        if candidates < 1 or max_words < 1:
-            raise ValueError(f"candidates and max_words must be at least 1, got {candidates} and {max_words}")
+        check_at_least(1, candidates=candidates, max_words=max_words)
         self._operations = load_operations(operations, no_op)
         self.operations = tuple(operation.name for operation in self._operations)
         self.action_space = spaces.Discrete(len(self.operations))

@@ -16,6 +16,7 @@ import numpy as np
 from gymnasium import spaces
 
 from ...llm_backends import Backend, BackendError, ContextLengthError, Embedder, request_seed, resolve
+from ...llm_backends.errors import check_known
 from ...rewards import Reward, Sample, Score, eliminated_by, score_with_retries
 from ..process import (
     EpisodeSource,
@@ -30,6 +31,8 @@ from ..process import (
 from ..tasks.instruction.seeds import Instruction
 from .operators import Edit, Operator
 
+NOT_SCORED = Score(0.0)
+"""The score of a step that the reward is not asked about."""
 OBSERVATIONS = ("last_edit", "embedding", "text")
 """The observation modes, see :func:`make_edit_observer`."""
 
@@ -142,13 +145,12 @@ def make_edit_observer(mode: str, operations: int, horizon: int, embedder: Any, 
     Raises:
         ValueError: for an unknown mode.
     """
+    check_known("observation mode", mode, OBSERVATIONS)
     if mode == "last_edit":
         return LastEdit(operations)
     if mode == "embedding":
         return LastEditEmbedding(operations, horizon, resolve("embedder", embedder), actions)
-    if mode == "text":
-        return TextObserver()
-    raise ValueError(f"unknown observation mode {mode!r}: use {', '.join(OBSERVATIONS)}")
+    return TextObserver()
 
 
 @dataclass(frozen=True)
@@ -193,11 +195,6 @@ class EditEpisode:
     def text(self) -> str:
         """The text as edited so far."""
         return str(self.document)
-
-    @property
-    def state(self) -> EditState:
-        """The state from which the observation is made."""
-        return EditState(self.text, self.last_operation, self.step)
 
 
 @dataclass
@@ -262,7 +259,7 @@ class EditProcess:
     def _forget(self) -> None:
         self.reward.reset()
         self._carried = [None] * len(self._carried)
-        self._mean = RunningMean()
+        self.mean = RunningMean()
 
     def restart(self, seed: int) -> None:
         """Resets everything that outlives an episode: the reward's memory, carried texts, running mean, data order.
@@ -341,7 +338,8 @@ class EditProcess:
 
     def state(self, copy: int) -> EditState:
         """Returns the state from which the copy's observation is made."""
-        return self._episode(copy).state
+        episode = self._episode(copy)
+        return EditState(episode.text, episode.last_operation, episode.step)
 
     def _episode(self, copy: int) -> EditEpisode:
         episode = self.episodes[copy]
@@ -421,7 +419,7 @@ class EditProcess:
         for step, score in zip(steps, scores, strict=True):
             step.score = score
             if score.valid:
-                self._mean.add(score.value)
+                self.mean.add(score.value)
             elif not retry:
                 raise InvalidRewardError(f"no verdict on copy {step.copy}: {score.feedback}")
 
@@ -442,12 +440,9 @@ class EditProcess:
         """Applies a finished step to its episode and returns reward, end and info."""
         episode = self._episode(step.copy)
         operation = self.operator.operations[step.edit.operation]
-        valid = not step.error and (step.score is None or step.score.valid)
-        reward = 0.0
-        if not valid:
-            reward = self._mean.value
-        elif step.score is not None:
-            reward = step.score.value
+        score = NOT_SCORED if step.score is None else step.score
+        valid = not step.error and score.valid
+        reward = score.value if valid else self.mean.value
         if not step.masked:
             episode.last_operation = step.edit.operation
         # An eliminated edit is undone; ``info["edit"]`` still shows it.
@@ -471,13 +466,11 @@ class EditProcess:
             "finish_reason": finish,
             "masked": step.masked,
             "reward_valid": valid,
-            "invalid_reason": step.error or ("" if valid or step.score is None else step.score.feedback),
-            "reward_terms": {k: float(v) for k, v in step.score.terms.items()}
-            if step.score is not None and step.score.valid
-            else {},
+            "invalid_reason": step.error or ("" if valid else score.feedback),
+            "reward_terms": {name: float(value) for name, value in score.terms.items()} if score.valid else {},
             "rewrite_failed": bool(step.error),
             "rewrite_calls": step.rewrite_calls,
-            "judge_calls": step.score.calls if step.score is not None else 0,
+            "judge_calls": score.calls,
             "action_mask": self.operator.mask(episode.document),
         }
         return Transition(float(reward), bool(finish), info)

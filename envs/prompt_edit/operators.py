@@ -14,7 +14,7 @@ from gymnasium import spaces
 
 from ...llm_backends import Completion
 from ...llm_backends.base import PromptStyle
-from ...llm_backends.errors import InputError
+from ...llm_backends.errors import check_at_least, check_known
 from ...llm_backends.prompting import build_prompt, few_shot, fill, load_prompts
 from ...rewards.prompt_scoring.task_prompt import encodable
 from ..edit.operators import NO_OP, Edit, Operator, RewriteRequests, best_reply, load_operations
@@ -65,13 +65,9 @@ class PromptEdits(PromptOperator):
     """
 
     def __init__(
-        self,
-        operations: Sequence[str] | None = None,
-        candidates: int = 1,
-        sampling: Mapping[str, Any] | None = None,
+        self, operations: Sequence[str] | None = None, candidates: int = 1, sampling: Mapping[str, Any] | None = None
     ) -> None:
-        if candidates < 1:
-            raise InputError(f"candidates must be at least 1, got {candidates}")
+        check_at_least(1, candidates=candidates)
         self._operations = load_operations(
             operations, no_op=True, tables=load_prompts(__package__, PROMPT_FILE)["operation"]
         )
@@ -143,8 +139,7 @@ class PhraseEdits(PromptOperator):
     operations = ("delete", "swap", "add_back", NO_OP)
 
     def __init__(self, positions: int = 16) -> None:
-        if positions < 1:
-            raise InputError(f"positions must be at least 1, got {positions}")
+        check_at_least(1, positions=positions)
         self.positions = positions
         self.action_space = spaces.MultiDiscrete([len(self.operations), positions])
 
@@ -198,10 +193,8 @@ class FreeText(PromptOperator):
     operations = ("rewrite",)
 
     def __init__(self, by: str = "caller", candidates: int = 1, sampling: Mapping[str, Any] | None = None) -> None:
-        if by not in ("caller", "llm"):
-            raise InputError(f"free text is written by 'caller' or 'llm', got {by!r}")
-        if candidates < 1:
-            raise InputError(f"candidates must be at least 1, got {candidates}")
+        check_known("writer of free text", by, ("caller", "llm"))
+        check_at_least(1, candidates=candidates)
         self.by = by
         self.action_space = Unicode()
         self._requests = RewriteRequests(candidates, sampling)

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from ...llm_backends import Backend, request_seed
-from ...llm_backends.errors import InputError
+from ...llm_backends.errors import InputError, check_at_least
 from ...rewards.base import Sample, Score
 from ...rewards.prompt_scoring.rewards import TaskGain
 from ...rewards.prompt_scoring.scorer import check_batch
@@ -72,9 +72,8 @@ class PromptData:
     def __post_init__(self) -> None:
         if not self.starts:
             raise InputError("there is no prompt to start from: give at least one instruction")
-        for name, minimum in (("batch_size", 1), ("pool_size", 0), ("max_demonstrations", 0)):
-            if getattr(self, name) < minimum:
-                raise InputError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
+        check_at_least(1, batch_size=self.batch_size)
+        check_at_least(0, pool_size=self.pool_size, max_demonstrations=self.max_demonstrations)
         for prompt in self.starts:
             self.unseen(prompt)
 

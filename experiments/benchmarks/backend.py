@@ -6,14 +6,16 @@ import asyncio
 import os
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge
 from rich.console import Console
 
 from ...llm_backends import BackendError, Sampling
 from ...llm_backends.replies.cache import Cached, ReplyStore
 from ...llm_backends.serving.openai_backend import NO_KEY, OpenAIBackend
-from .frame import RATIO, BenchOptions, alternate, compare, publish, scratch_folder, spread_text
+from ..runs.options import Count
+from .frame import RATIO, BenchOptions, alternate, compare, publish, ratio_row, scratch_folder, timed
 
 
 @dataclass
@@ -24,20 +26,18 @@ class BenchBackend(BenchOptions):
     """Base URL of any OpenAI-compatible server."""
     model: str = "model"
     """Name of the model on that server."""
-    requests: int = 256
+    requests: Annotated[int, Ge(2)] = 256
     """Number of requests to the cached backend, half of them duplicates. The bare client sends half as many, all
     different."""
-    concurrency: int = 16
+    concurrency: Count = 16
     """Maximum number of concurrent requests, on each side."""
-    max_tokens: int = 8
+    max_tokens: Count = 8
     """Maximum number of tokens of each reply."""
-    rounds: int = 3
+    rounds: Count = 3
     """Measurements of each side, taken alternately after a warm-up."""
 
-    lowest = {"requests": 2}
 
-
-def run(options: BenchBackend, console: Console | None = None) -> dict[str, Any]:
+def run(options: BenchBackend, console: Console) -> dict[str, Any]:
     """Measures both sides and returns ``{"ours": ..., "theirs": ..., "ratio": ..., "settings": ...}``.
 
     Raises:
@@ -46,6 +46,7 @@ def run(options: BenchBackend, console: Console | None = None) -> dict[str, Any]
     """
     options.check()
     unique, name = options.requests // 2, "requests_per_second"
+    sampling = Sampling(max_tokens=options.max_tokens, temperature=0.0)
     sent: list[int] = []
     sent_again: list[int] = []
 
@@ -56,9 +57,17 @@ def run(options: BenchBackend, console: Console | None = None) -> dict[str, Any]
     with scratch_folder() as scratch:
 
         def ours(number: int) -> float:
-            seconds, first, second = _ours(options, ReplyStore(scratch / f"{number}.db"), texts("A", number))
-            sent.append(first)
-            sent_again.append(second)
+            once, store = texts("A", number), ReplyStore(scratch / f"{number}.db")
+            inner = OpenAIBackend(options.model, options.server, concurrency=options.concurrency, attempts=2)
+            cached = Cached(inner, store)
+            inner.sender.connected()  # connects before the clock starts, as the bare client does
+            results, seconds = timed(lambda: cached.generate(once + once[::-1], sampling))
+            for result in results:
+                if isinstance(result, BackendError):
+                    raise result
+            sent.append(inner.usage.requests)
+            Cached(inner, store).generate(once, sampling)
+            sent_again.append(inner.usage.requests - sent[-1])
             return unique / seconds
 
         def theirs(number: int) -> float:
@@ -67,32 +76,14 @@ def run(options: BenchBackend, console: Console | None = None) -> dict[str, Any]
         figures = compare(name, **alternate({"ours": ours, "theirs": theirs}, options.rounds))
     figures["ours"] |= {"sent": max(sent), "sent_again": max(sent_again)}
     figures["theirs"] |= {"sent": unique}
-    figures["settings"] = options.settings()
-    our_rate, client_rate = (f"{figures[side][name]:.1f}" for side in ("ours", "theirs"))
     rows = [
         ("", "cached backend (ours)", "bare client", RATIO),
-        ("different requests per second", our_rate, client_rate, spread_text(name, figures["ratio"])),
+        ratio_row("different requests per second", name, figures, ".1f"),
         ("requests sent", str(max(sent)), str(unique), ""),
         ("requests sent when repeated", str(max(sent_again)), "", ""),
     ]
     title = f"{options.requests} requests, half of them duplicates, {options.concurrency} in flight"
     return publish(options, figures, title, rows, console)
-
-
-def _ours(options: BenchBackend, store: ReplyStore, texts: list[str]) -> tuple[float, int, int]:
-    """Returns the seconds for all requests, how many of them were sent, and how many were sent on a repetition."""
-    inner = OpenAIBackend(options.model, options.server, concurrency=options.concurrency, attempts=2)
-    backend = Cached(inner, store)
-    sampling = Sampling(max_tokens=options.max_tokens, temperature=0.0)
-    inner.sender.connected()  # connects before the clock starts, as the bare client does
-    begun = time.perf_counter()
-    for result in backend.generate(texts + texts[::-1], sampling):
-        if isinstance(result, BackendError):
-            raise result
-    seconds = time.perf_counter() - begun
-    first = inner.usage.requests
-    Cached(inner, store).generate(texts, sampling)
-    return seconds, first, inner.usage.requests - first
 
 
 async def _bare(options: BenchBackend, texts: list[str]) -> float:

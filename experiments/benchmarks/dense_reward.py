@@ -7,18 +7,19 @@ every token when the token is written, *terminal* gets the sum of the same rewar
 penalty per token. The result is the number of tokens until responses are good by the true share of good tokens, which
 neither policy sees.
 
-Learning rate and lambda of GAE were chosen for each policy from :data:`LEARNING_RATES` and :data:`LAMBDAS` by the
-median over three other seeds (100 to 102).
+Learning rate (1e-3, 3e-3, 1e-2 or 3e-2) and lambda of GAE (0.5, 0.95 or 1) were chosen for each policy by the median
+over three other seeds (100 to 102).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import gymnasium as gym
 import numpy as np
+from annotated_types import Le
 from rich.console import Console
 
 from ...envs.tokens.episode import PromptExample
@@ -26,11 +27,10 @@ from ...llm_backends import Tokenizer
 from ...llm_backends.local.tokenization import WordTokenizer
 from ...rewards import Reward, Sample, Score
 from ...rewards.learned.edits import EditedPair
-from .learning import CAP, Goal, LearningOptions, publish_tokens, tiny_ppo
+from .learning import CAP, Goal, LearningOptions, publish_tokens, tokens_of_ppo
 from .tiny import tiny_llama
 
 if TYPE_CHECKING:
-    from ...agents import TokenPPO
     from ...rewards.learned.reward_model import RewardModel
 
 WORDS = tuple(f"w{i}" for i in range(32))
@@ -40,27 +40,24 @@ LENGTH, NUM_ENVS = 32, 4
 PAIRS, HELD_OUT, BAD_SHARE, PAIR_EPOCHS, PAIR_RATE = 1024, 256, 0.2, 3, 3e-3
 UNCHANGED_PENALTY = 1.0
 KL_COEFFICIENT = 0.004
-LEARNING_RATES, LAMBDAS = (1e-3, 3e-3, 1e-2, 3e-2), (0.5, 0.95, 1.0)
-DENSE_RATE, DENSE_LAMBDA = 3e-2, 0.5
-TERMINAL_RATE, TERMINAL_LAMBDA = 1e-2, 0.95
 TARGET = 0.9
 EPISODES = 3_000
 """Maximum number of episodes: a limit for policies whose responses have become so short that CAP is out of reach."""
 
-Placement = Literal["dense", "terminal"]
+Share = Annotated[float, Le(1)]
 
 
 @dataclass
 class BenchDenseReward(LearningOptions):
     """Tokens until 90% of what a policy writes is good: with a reward for each token, or their sum at the end."""
 
-    dense_rate: float = DENSE_RATE
+    dense_rate: float = 3e-2
     """Learning rate of the dense policy, which gets a reward for every token."""
-    dense_lambda: float = DENSE_LAMBDA
+    dense_lambda: Share = 0.5
     """Lambda of generalised advantage estimation (GAE) of the dense policy, in [0, 1]."""
-    terminal_rate: float = TERMINAL_RATE
+    terminal_rate: float = 1e-2
     """Learning rate of the terminal policy, which gets the sum of the rewards at the last token."""
-    terminal_lambda: float = TERMINAL_LAMBDA
+    terminal_lambda: Share = 0.95
     """Lambda of generalised advantage estimation (GAE) of the terminal policy, in [0, 1]."""
 
 
@@ -116,7 +113,7 @@ def trained_reward(seed: int) -> tuple[RewardModel, dict[str, float]]:
     from ...rewards.learned.reward_model import RewardModel
 
     tokenizer = WordTokenizer(words=WORDS)
-    lm = tiny_llama(tokenizer, seed, "rewards")
+    lm = tiny_llama(tokenizer, seed)
     pairs, _ = tokenize_pairs(edited_pairs(PAIRS + HELD_OUT, seed), tokenizer, lm.context_length)
     model = RewardModel(lm, LoraSettings(rank=0), dtype="float32", seed=seed)
     trainer = RewardTrainer(
@@ -126,8 +123,8 @@ def trained_reward(seed: int) -> tuple[RewardModel, dict[str, float]]:
     return model, evaluate_reward_model(model, pairs[-HELD_OUT:])
 
 
-def reward_of(model: RewardModel, measures: dict[str, float], placement: Placement) -> Reward:
-    """Returns the reward of the model in one placement, with a scale from the held-out edits.
+def scaled_reward(model: RewardModel, measures: Mapping[str, float]) -> Reward:
+    """Returns the reward of the model for every token, with a scale from the held-out edits.
 
     On average, an edited word changes the return by 1 / LENGTH, as in the true return, and a random word has reward 0.
     An untrained policy thus gains nothing from shorter or longer responses.
@@ -137,8 +134,7 @@ def reward_of(model: RewardModel, measures: dict[str, float], placement: Placeme
     removed, written = measures["removed_reward"], measures["written_reward"]
     # Expected reward of a word from the uniform distribution over good and bad words.
     center = removed + (written - removed) * (1.0 - len(BAD) / len(WORDS))
-    dense = TokenReward(model, scale=1.0 / (LENGTH * (written - removed)), center=center)
-    return dense if placement == "dense" else TerminalSum(dense)
+    return TokenReward(model, scale=1.0 / (LENGTH * (written - removed)), center=center)
 
 
 def tokens_needed(seed: int, reward: Reward, learning_rate: float, lam: float) -> int:
@@ -152,22 +148,15 @@ def tokens_needed(seed: int, reward: Reward, learning_rate: float, lam: float) -
         max_tokens=LENGTH,
         context_length=1 + LENGTH,
     )
-    agent = tiny_ppo(
-        env, seed, "writer", "base", learning_rate=learning_rate, kl_coefficient=KL_COEFFICIENT, gamma=1.0, lam=lam
-    )
     goal = Goal(TARGET)
-
-    def learned(agent: TokenPPO) -> bool:
-        assert agent.last_rollout is not None
-        reached = goal.reached(true_return(response) for response in agent.last_rollout.responses)
-        return not reached and agent.episodes < EPISODES
-
-    agent.learn(CAP, learned)  # type: ignore[arg-type]
-    env.close()
-    return agent.num_timesteps if goal.reached() else CAP
+    tokens = tokens_of_ppo(
+        env, seed, goal, lambda batch: map(true_return, batch.responses), "base", EPISODES,
+        learning_rate=learning_rate, kl_coefficient=KL_COEFFICIENT, gamma=1.0, lam=lam,
+    )  # fmt: skip
+    return tokens if goal.reached() else CAP
 
 
-def run(options: BenchDenseReward, console: Console | None = None) -> dict[str, Any]:
+def run(options: BenchDenseReward, console: Console) -> dict[str, Any]:
     """Measures both placements and returns their results.
 
     Returns:
@@ -181,20 +170,23 @@ def run(options: BenchDenseReward, console: Console | None = None) -> dict[str, 
         "dense": (options.dense_rate, options.dense_lambda),
         "terminal": (options.terminal_rate, options.terminal_lambda),
     }
-    tokens: dict[Placement, list[int]] = {"dense": [], "terminal": []}
+    tokens: dict[str, list[int]] = {placement: [] for placement in settings}
     models = []
     for seed in options.seed_range():
         model, measures = trained_reward(seed)
         models.append(measures)
-        for placement, needed in tokens.items():
-            needed.append(tokens_needed(seed, reward_of(model, measures, placement), *settings[placement]))
+        dense = scaled_reward(model, measures)
+        for placement, reward in (("dense", dense), ("terminal", TerminalSum(dense))):
+            tokens[placement].append(tokens_needed(seed, reward, *settings[placement]))
     titles = {"rewarded token by token (ours)": tokens["dense"], "rewarded at the end": tokens["terminal"]}
-    more = {
-        "reward_model": {
-            name: [measures[name] for measures in models] for name in ("accuracy", "removed_auc", "written_auc")
-        },
-        "settings": {"target": TARGET, "cap": CAP, "rate_and_lambda": {k: list(v) for k, v in settings.items()}},
-    }
-    lowest = min(min(measures["removed_auc"], measures["written_auc"]) for measures in models)
-    remark = f"reward models: lowest token AUC on held-out edits {lowest:.3f}"
-    return publish_tokens(options, TARGET, titles, more, console, remark)
+    aucs = {name: [measures[name] for measures in models] for name in ("accuracy", "removed_auc", "written_auc")}
+    lowest = min(aucs["removed_auc"] + aucs["written_auc"])
+    return publish_tokens(
+        options,
+        TARGET,
+        titles,
+        {"rate_and_lambda": {placement: list(values) for placement, values in settings.items()}},
+        console,
+        {"reward_model": aucs},
+        f"reward models: lowest token AUC on held-out edits {lowest:.3f}",
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,17 +12,17 @@ from rich.console import Console
 
 from ...llm_backends import resolve
 from ..evolve.train import ENV_ID, load_seeds
-from ..runs.options import input_errors, parse_part, parse_reward
-from .frame import RATIO, BenchOptions, alternate, compare, publish, spread_text
+from ..runs.options import Count, input_errors, parse_part, parse_reward
+from .frame import RATIO, BenchOptions, alternate, compare, publish, ratio_row, timed
 
 
 @dataclass
 class BenchEditEnv(BenchOptions):
     """Steps per second of n batched copies against n copies stepped one after the other."""
 
-    num_envs: int = 8
+    num_envs: Count = 8
     """Number of envs on each side."""
-    rounds: int = 6
+    rounds: Count = 6
     """Number of measured vector steps, after one warm-up. Each is followed by the same step of the serial envs."""
     backend: str = "embedded"
     """Backend of rewriter and judge: embedded, transformers, openai, vllm, 'module:factory', or JSON {"id": ...,
@@ -37,10 +36,8 @@ class BenchEditEnv(BenchOptions):
     seed: int = 0
     """Seed of texts and actions."""
 
-    lowest = {"seed": 0}
 
-
-def run(options: BenchEditEnv, console: Console | None = None) -> dict[str, Any]:
+def run(options: BenchEditEnv, console: Console) -> dict[str, Any]:
     """Measures both sides and returns ``{"ours": ..., "theirs": ..., "ratio": ..., "settings": ...}``.
 
     Raises:
@@ -78,31 +75,28 @@ def run(options: BenchEditEnv, console: Console | None = None) -> dict[str, Any]
     space: Any = vector.single_action_space
     # The first round, a warm-up, loads models and fills prefix caches.
     actions = [rng.integers(space.n, size=count) for _ in range(options.rounds + 1)]
-    calls: list[tuple[int, int]] = []
     texts: dict[str, list[str]] = {"ours": [], "theirs": []}
 
     def backend_calls() -> tuple[int, int]:
         """Returns the calls of rewriter and judge of the vector env: the serial envs have their own backends."""
         return rewriter.usage.calls, judge.usage.calls if judge else 0
 
+    calls = [backend_calls()]
+
     def batched(number: int) -> float:
-        before, start = backend_calls(), time.perf_counter()
-        infos = vector.step(actions[number])[-1]
-        seconds = time.perf_counter() - start
-        after = backend_calls()
-        calls.append((after[0] - before[0], after[1] - before[1]))
+        infos, seconds = timed(lambda: vector.step(actions[number])[-1])
+        calls.append(backend_calls())
         texts["ours"] += list(infos["text"])
         return count / seconds
 
     def serial(number: int) -> float:
-        start = time.perf_counter()
-        written = [env.step(action)[-1]["text"] for env, action in zip(serial_envs, actions[number], strict=True)]
-        seconds = time.perf_counter() - start
+        copies = list(zip(serial_envs, actions[number], strict=True))
+        written, seconds = timed(lambda: [env.step(action)[-1]["text"] for env, action in copies])
         texts["theirs"] += written
         return count / seconds
 
     figures = compare(name, **alternate({"ours": batched, "theirs": serial}, options.rounds))
-    most = {"rewriter": max(call[0] for call in calls), "judge": max(call[1] for call in calls)}
+    most = dict(zip(("rewriter", "judge"), np.diff(calls, axis=0).max(axis=0).tolist(), strict=True))
     figures["ours"]["backend_calls_per_vector_step"] = most
     same = sum(a == b for a, b in zip(texts["ours"], texts["theirs"], strict=True))
     figures["settings"] = {
@@ -111,10 +105,9 @@ def run(options: BenchEditEnv, console: Console | None = None) -> dict[str, Any]
         "backend": rewriter.name,
         "equal_texts": f"{same}/{len(texts['ours'])}",
     }
-    our_rate, serial_rate = (f"{figures[side][name]:.2f}" for side in ("ours", "theirs"))
     rows = [
         ("", "batched (ours)", "serial", RATIO),
-        ("env steps per second", our_rate, serial_rate, spread_text(name, figures["ratio"])),
+        ratio_row("env steps per second", name, figures, ".2f"),
         ("backend calls per vector step", json.dumps(most), "", ""),
         ("equal texts", figures["settings"]["equal_texts"], "", ""),
     ]

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from rich.console import Console
 
-from ...llm_backends.errors import InputError
 from ..runs.folder import write_json
-from ..runs.options import check_output
+from ..runs.options import check_fields, check_output
 from ..runs.report import rich_table
 
 RATIO = "ratio (median, min to max)"
@@ -30,19 +30,13 @@ class BenchOptions:
     json: str = ""
     """JSON file for the results. Empty: do not write one."""
 
-    lowest: ClassVar[Mapping[str, int]] = {}
-    """Lowest values of the whole numbers that need not be at least 1, by field."""
-
     def check(self) -> None:
-        """Checks that whole numbers are in range and the JSON file can be written.
+        """Checks that the options are in range and the JSON file can be written.
 
         Raises:
             InputError: if an option is wrong; the message names it.
         """
-        for field in fields(self):
-            value, lowest = getattr(self, field.name), self.lowest.get(field.name, 1)
-            if isinstance(value, int) and not isinstance(value, bool) and value < lowest:
-                raise InputError(f"--{field.name.replace('_', '-')} must be at least {lowest}, got {value}")
+        check_fields(self)
         if self.json:
             check_output(Path(self.json))
 
@@ -91,6 +85,15 @@ def alternate(
     return {side: values[warm_up:] for side, values in measurements.items()}
 
 
+def timed(
+    function: Callable[[], Measurement], clock: Callable[[], float] = time.perf_counter
+) -> tuple[Measurement, float]:
+    """Returns the result of a function and the seconds that its call took by a clock."""
+    begun = clock()
+    result = function()
+    return result, clock() - begun
+
+
 def compare(name: str, ours: Sequence[float], theirs: Sequence[float]) -> dict[str, dict[str, Any]]:
     """Returns ``{"ours": ..., "theirs": ..., "ratio": ...}`` of a rate: medians over rounds, and their ratio."""
     return {
@@ -111,25 +114,32 @@ def spread_text(name: str, ratio: Mapping[str, float]) -> str:
     return f"{ratio[name]:.2f} ({ratio[f'{name}_min']:.2f} to {ratio[f'{name}_max']:.2f})"
 
 
+def ratio_row(title: str, name: str, figures: Mapping[str, Any], form: str) -> tuple[str, str, str, str]:
+    """Returns a row of a table: a title, the measure of both sides in a format, and the spread of their ratio."""
+    ours, theirs = (f"{figures[side][name]:{form}}" for side in ("ours", "theirs"))
+    return title, ours, theirs, spread_text(name, figures["ratio"])
+
+
 def publish(
     options: BenchOptions,
     figures: dict[str, Any],
     title: str,
     rows: Sequence[Sequence[str]],
-    console: Console | None,
+    console: Console,
     remark: str = "",
 ) -> dict[str, Any]:
     """Prints the results of a benchmark, writes them if the options name a file, and returns them.
 
     Args:
         options: options of the benchmark.
-        figures: results; a ``note`` among their ``settings`` is printed below the table.
+        figures: results; a ``note`` among their ``settings`` is printed below the table. Without ``settings``, they get
+            the options as settings.
         title: title of the table.
         rows: rows of the table; the first has the titles of the columns.
-        console: where to print; None: the terminal.
+        console: where to print.
         remark: line after the table; empty: none.
     """
-    console = console or Console()
+    figures.setdefault("settings", options.settings())
     table = rich_table(rows)
     table.title, table.caption = title, figures["settings"].get("note")
     console.print(table)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,11 +12,13 @@ import gymnasium as gym
 import numpy as np
 from rich.console import Console
 
+from ..runs.options import Count
 from .frame import BenchOptions, publish
 from .tiny import tiny_llama
 
 if TYPE_CHECKING:
-    from ...agents import TokenPPO
+    from ...agents.rollouts.agent import RolloutAgent
+    from ...agents.rollouts.batch import TokenBatch
 
 WINDOW, CAP = 64, 20_000
 """Number of episodes whose mean return has to reach the target, and tokens after which a training ends without it."""
@@ -25,12 +28,10 @@ WINDOW, CAP = 64, 20_000
 class LearningOptions(BenchOptions):
     """Options of a benchmark that counts the tokens of each side until a target is reached."""
 
-    seeds: int = 5
+    seeds: Count = 5
     """Number of seeds, with each of which both sides are trained."""
     first_seed: int = 0
     """The first seed."""
-
-    lowest = {"first_seed": 0}
 
     def seed_range(self) -> range:
         """Returns the seeds."""
@@ -54,31 +55,51 @@ class Goal:
         return len(self._returns) == WINDOW and float(np.mean(self._returns)) >= self.target
 
 
-def tiny_ppo(
-    env: gym.vector.VectorEnv[Any, Any, Any], seed: int, name: str, reference: Literal["base", "none"], **settings: Any
-) -> TokenPPO:
-    """Returns PPO of this library, which trains all weights of a tiny Llama.
+def tokens_of_ppo(
+    env: gym.vector.VectorEnv[Any, Any, Any],
+    seed: int,
+    goal: Goal,
+    returns: Callable[[TokenBatch], Iterable[float]],
+    reference: Literal["base", "none"],
+    episodes: float = math.inf,
+    **settings: Any,
+) -> int:
+    """Trains all weights of a tiny Llama by PPO of this library until it reaches the goal, or :data:`CAP` tokens.
 
     Args:
-        env: vector env with a vocabulary of few words.
+        env: vector env with a vocabulary of few words; it is closed in the end.
         seed: seed of model, policy and agent.
-        name: name of the model.
+        goal: goal that ends the training.
+        returns: function that returns the returns of the episodes of a rollout.
         reference: reference policy, as :class:`~instructgym.agents.LanguageModelPolicy` takes it.
+        episodes: number of episodes that ends the training, too.
         **settings: settings of the agent.
+
+    Returns:
+        Number of tokens of the training.
     """
     from ...agents import LanguageModelPolicy, LoraSettings, TokenPPO
 
-    lm = tiny_llama(env.unwrapped.tokenizer, seed, name)  # type: ignore[attr-defined]
+    lm = tiny_llama(env.unwrapped.tokenizer, seed)  # type: ignore[attr-defined]
     policy = LanguageModelPolicy(lm, LoraSettings(rank=0), reference=reference, dtype="float32", seed=seed)
-    return TokenPPO(env, policy, seed, epochs=4, value_coefficient=0.5, value_clip=0.0, **settings)
+    agent = TokenPPO(env, policy, seed, epochs=4, value_coefficient=0.5, value_clip=0.0, **settings)
+
+    def unfinished(agent: RolloutAgent) -> bool:
+        assert agent.last_rollout is not None
+        return not goal.reached(returns(agent.last_rollout)) and agent.episodes < episodes
+
+    agent.learn(CAP, unfinished)
+    env.close()
+    return agent.num_timesteps
 
 
 def publish_tokens(
     options: LearningOptions,
     target: float,
     tokens: Mapping[str, Sequence[int]],
-    more: dict[str, Any],
-    console: Console | None,
+    settings: dict[str, Any],
+    console: Console,
+    more: Mapping[str, Any] = {},
     remark: str = "",
 ) -> dict[str, Any]:
     """Prints, writes and returns the results of a benchmark of learning.
@@ -87,18 +108,18 @@ def publish_tokens(
         options: options of the benchmark.
         target: the mean return that had to be reached.
         tokens: tokens that each seed needed, by the title of the side: first ours, then theirs.
+        settings: settings of the sides.
+        console: where to print.
         more: further results.
-        console: where to print; None: the terminal.
         remark: line after the table; empty: none.
     """
-    medians = {side: float(np.median(needed)) for side, needed in tokens.items()}
+    figures: dict[str, Any] = {}
     rows = [("", "median", "each seed")]
-    for side, needed in tokens.items():
-        rows.append((side, f"{medians[side]:.0f}", " ".join(map(str, needed))))
-    ours, theirs = tokens
-    ratio = {"tokens": medians[theirs] / medians[ours]}
+    for side, (title, needed) in zip(("ours", "theirs"), tokens.items(), strict=True):
+        median = float(np.median(needed))
+        figures[side] = {"tokens": needed, "median": median}
+        rows.append((title, f"{median:.0f}", " ".join(map(str, needed))))
+    figures["ratio"] = {"tokens": figures["theirs"]["median"] / figures["ours"]["median"]}
+    figures |= {**more, "settings": {"target": target, "cap": CAP} | settings}
     title = f"Tokens until {target} of the best return, {options.seeds} seeds (cap {CAP})"
-    sides = {"ours": ours, "theirs": theirs}
-    figures = {key: {"tokens": tokens[side], "median": medians[side]} for key, side in sides.items()}
-    figures |= {"ratio": ratio} | more
     return publish(options, figures, title, rows, console, remark)

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import sys
-import tempfile
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
 from ...llm_backends.errors import InputError
-from ...llm_backends.local.loading import load_tokenizer, resolved_dtype
-from ..runs.folder import write_json
-from ..runs.options import check_counts, check_output
-from .sides import (
-    Side,
-    SidesOptions,
-    check_fits,
-    measure_sides,
-    module_command,
-    print_sides,
-    script_command,
-    settings_of,
-)
-from .tiny import WORDS, lora_targets, make_prompts, model_folder
-from .workers.trl_environment import trl_python
+from ...llm_backends.local.loading import load_tokenizer
+from ..runs.options import Count
+from .sides import SidesOptions, run_sides
+from .tiny import WORDS, make_prompts
 
 NOTES = {
     "trl": "every pair is seen once; both compute its reference log-probs on the way, with the adapters switched off",
@@ -39,20 +24,27 @@ NOTES = {
 class BenchRanking(SidesOptions):
     """Response tokens per CPU-second and peak memory of DPO with LoRA, ours and TRL's (or the bare passes)."""
 
-    steps: int = 4
+    steps: Count = 4
     """Number of measured optimiser steps, after one warm-up step."""
-    batch: int = 16
+    batch: Count = 16
     """Pairs per optimiser step."""
-    prompt_tokens: int = 48
+    prompt_tokens: Count = 48
     """Number of tokens of every prompt."""
-    response_tokens: int = 64
+    response_tokens: Count = 64
     """Number of tokens of the longest responses. The shortest have half as many."""
     seed: int = 0
     """Seed of the random words and lengths of the pairs."""
-    trl_pairs: int = 8
+    trl_pairs: Count = 8
     """Pairs per micro-batch of TRL, at most --batch. Fewer pairs take less memory and, to a point, more time."""
     checkpointing: bool = False
     """Let TRL use gradient checkpointing, which takes less memory and more time. It is the default of TRL itself."""
+
+    def check(self) -> None:
+        super().check()
+        if self.against == "trl" and self.batch % min(self.trl_pairs, self.batch):
+            raise InputError(f"--batch must be a multiple of --trl-pairs ({self.trl_pairs}), got {self.batch}")
+        if self.checkpointing and self.against != "trl":
+            raise InputError("--checkpointing is an option of TRL: leave it out or add --against trl")
 
 
 def make_pairs(
@@ -86,59 +78,16 @@ def make_pairs(
     ]
 
 
-def run(options: BenchRanking, console: Console | None = None) -> dict[str, Any]:
+def run(options: BenchRanking, console: Console) -> dict[str, Any]:
     """Measures both sides and returns ``{"ours": ..., "theirs": ..., "ratio": ..., "settings": ...}``.
 
     Raises:
         InputError: if an option is out of range, the model cannot be used, or a side fails.
     """
-    console = console or Console()
-    _check(options)
-    python = trl_python(options.trl_python, console) if options.against == "trl" else sys.executable
-    with tempfile.TemporaryDirectory(prefix="instructgym-bench-") as scratch:
-        folder = model_folder(options.model, Path(scratch))
-        check_fits(options, folder)
-        # Both sides read the same pairs from one file.
-        pairs, pair_count = Path(scratch) / "pairs.json", options.batch * (options.steps + 1)
-        sizes = (options.prompt_tokens, options.response_tokens)
-        pairs.write_text(json.dumps(make_pairs(folder, pair_count, *sizes, options.seed)), "utf-8")
-        spec = {
-            "model": folder,
-            "pairs": str(pairs),
-            "dtype": options.dtype,
-            "threads": options.threads,
-            "batch": options.batch,
-            "rank": options.lora_rank,
-            "alpha": 2 * options.lora_rank,
-            "targets": lora_targets(folder),
-        }
-        if options.against == "floor":
-            dtype = resolved_dtype("auto" if options.dtype == "default" else options.dtype, "cpu")
-            baseline = Side("floor", module_command("floor_dpo"), spec | {"dtype": dtype})
-            # Without "micro" in its spec, the worker returns its fastest micro-batch.
-            baseline = replace(baseline, spec=baseline.spec | baseline.measure())
-        else:
-            trl_options = {"micro": min(options.trl_pairs, options.batch), "checkpointing": options.checkpointing}
-            baseline = Side("trl", script_command(python, "trl_dpo"), spec | trl_options)
-        figures = measure_sides(Side("ours", module_command("dpo"), spec), baseline, options.rounds)
-    figures["settings"] = settings_of(options, python, NOTES[options.against])
+    count, sizes = options.batch * (options.steps + 1), (options.prompt_tokens, options.response_tokens)
     title = f"DPO on {options.model}, {options.batch} pairs of {sizes[0]} + up to {sizes[1]} tokens"
-    print_sides(f"{title}, threads: {options.threads}", options.against, figures, console)
-    if options.json:
-        write_json(Path(options.json), figures)
-    return figures
 
+    def pairs(folder: str) -> list[dict[str, list[int]]]:
+        return make_pairs(folder, count, *sizes, options.seed)
 
-def _check(options: BenchRanking) -> None:
-    """Raises an InputError if an option is out of range."""
-    check_counts(
-        options, "rounds", "threads", "steps", "batch", "prompt_tokens", "response_tokens", "lora_rank", "trl_pairs"
-    )
-    if not options.seed >= 0:
-        raise InputError(f"--seed must be at least 0, got {options.seed}")
-    if options.against == "trl" and options.batch % min(options.trl_pairs, options.batch):
-        raise InputError(f"--batch must be a multiple of --trl-pairs ({options.trl_pairs}), got {options.batch}")
-    if options.checkpointing and options.against != "trl":
-        raise InputError("--checkpointing is an option of TRL: leave it out or add --against trl")
-    if options.json:
-        check_output(Path(options.json))
+    return run_sides(options, "dpo", pairs, title, NOTES, console)

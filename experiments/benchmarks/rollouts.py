@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -22,7 +21,8 @@ from ...llm_backends.local.loading import resolved_dtype
 from ...llm_backends.serving.vllm_launch import vllm_server
 from ...llm_backends.serving.vllm_server import TokenSampling, VLLMServerBackend
 from ...llm_backends.training.adapters import LoraSettings
-from .frame import BenchOptions, alternate, compare, publish, scratch_folder, spread_text
+from ..runs.options import Count, DType
+from .frame import BenchOptions, alternate, compare, publish, scratch_folder, spread_text, timed
 from .tiny import make_prompts, model_folder
 
 SIDES = {"theirs": "in process", "ours": "vLLM, adapter", "base_model": "vLLM, base model"}
@@ -39,22 +39,22 @@ class BenchRollouts(BenchOptions):
     """Python interpreter with vLLM, to start a server if --server is empty."""
     model: str = "embedded"
     """Model that samples: embedded, tiny (a GPT-2 of four layers with random weights), or the path of a model."""
-    batch: int = 16
+    batch: Count = 16
     """Number of episodes that are sampled at once."""
-    prompt_tokens: int = 32
+    prompt_tokens: Count = 32
     """Number of tokens of every prompt."""
-    response_tokens: int = 48
+    response_tokens: Count = 48
     """Number of tokens of every response. No end-of-sequence token shortens it."""
-    lora_rank: int = 8
+    lora_rank: Count = 8
     """Rank of the LoRA adapter of the policy."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: DType = "auto"
     """Floating-point type of this process, and of a server that is started. auto: bfloat16 if the hardware supports it,
     else float32."""
-    rounds: int = 3
+    rounds: Count = 3
     """Measurements of each side, taken alternately after a warm-up."""
 
 
-def run(options: BenchRollouts, console: Console | None = None) -> dict[str, Any]:
+def run(options: BenchRollouts, console: Console) -> dict[str, Any]:
     """Measures all sides and returns ``{"ours", "theirs", "base_model", "ratio", "settings"}``.
 
     ``ours`` is vLLM with the adapter, including the time to push it; ``theirs`` is sampling in this process;
@@ -67,14 +67,19 @@ def run(options: BenchRollouts, console: Console | None = None) -> dict[str, Any
     if not options.server and not Path(options.python).exists():
         raise InputError(f"no interpreter {options.python}: make venv-server, or name a server with --server")
     with scratch_folder() as scratch:
-        folder = model_folder(options.model, scratch)
-        with _server(options, folder, scratch) as url:
-            rates, push = _measure(options, folder, url)
+        folder, url = model_folder(options.model, scratch), options.server
+        rank, dtype = max(8, options.lora_rank), resolved_dtype(options.dtype, "cpu")
+        log = scratch / "server.log"
+        server = nullcontext(url) if url else vllm_server(folder, log, options.python, dtype=dtype, max_lora_rank=rank)
+        with server as url:
+            lora = LoraSettings(rank=options.lora_rank)
+            policy = LanguageModelPolicy(folder, lora, value="none", dtype=options.dtype)
+            with closing(VLLMEngine([url])) as engine:
+                rates, push = measure(options, folder, policy, engine)
     name = "tokens_per_second"
     figures = compare(name, rates["ours"], rates["theirs"])
     figures["ours"]["push_seconds"] = push
     figures["base_model"] = {name: float(np.median(rates["base_model"]))}
-    figures["settings"] = options.settings()
     medians = [f"{figures[side][name]:.1f}" for side in SIDES]
     rows = [
         ("", *SIDES.values(), "adapter / in process"),
@@ -85,33 +90,20 @@ def run(options: BenchRollouts, console: Console | None = None) -> dict[str, Any
     return publish(options, figures, f"rollouts of {options.model}: {tokens}, rank {options.lora_rank}", rows, console)
 
 
-@contextmanager
-def _server(options: BenchRollouts, folder: str, scratch: Path) -> Iterator[str]:
-    """Yields the URL of the named server, or of one that runs for as long as the context."""
-    if options.server:
-        yield options.server
-        return
-    dtype = resolved_dtype(options.dtype, "cpu")
-    rank = max(8, options.lora_rank)
-    started = vllm_server(folder, scratch / "server.log", options.python, dtype=dtype, max_lora_rank=rank)
-    with started as url:
-        yield url
-
-
-def _measure(options: BenchRollouts, folder: str, url: str) -> tuple[dict[str, list[float]], float]:
-    """Returns response tokens per second by side and round, and the median seconds to push the adapter."""
-    policy = LanguageModelPolicy(folder, LoraSettings(rank=options.lora_rank), value="none", dtype=options.dtype)
-    engine = VLLMEngine([url])
-    try:
-        return _alternate(options, folder, policy, engine)
-    finally:
-        engine.close()
-
-
-def _alternate(
+def measure(
     options: BenchRollouts, folder: str, policy: LanguageModelPolicy, engine: VLLMEngine
 ) -> tuple[dict[str, list[float]], float]:
-    """Measures all sides alternately; returns the rates and push seconds of :func:`_measure`."""
+    """Measures all sides alternately.
+
+    Args:
+        options: options of the benchmark.
+        folder: folder of the model.
+        policy: policy whose adapter is pushed.
+        engine: engine with one server.
+
+    Returns:
+        Response tokens per second by side and round, and the median seconds to push the adapter.
+    """
     processes = Processes()
     engine.push_weights(policy, processes)
     # An adapter has its base model as the parent; the server must have exactly one base model.
@@ -124,9 +116,7 @@ def _alternate(
 
     # In training every rollout follows an update, so the adapter is pushed each time.
     def pushed(batch: list[list[int]], samplings: list[Sampling]) -> list[Any]:
-        begun = time.perf_counter()
-        engine.push_weights(policy, processes)
-        pushes.append(time.perf_counter() - begun)
+        pushes.append(timed(lambda: engine.push_weights(policy, processes))[1])
         return engine.generate(batch, samplings, None, frozenset())
 
     writers: dict[str, Callable[[list[list[int]], list[Sampling]], list[Any]]] = {
@@ -140,12 +130,10 @@ def _alternate(
     def rate(side: str, number: int) -> float:
         batch = prompts[number * options.batch : (number + 1) * options.batch]
         samplings = [sampling.with_seed(request_seed(number, i)) for i in range(options.batch)]
-        begun = time.perf_counter()
-        written = writers[side](batch, samplings)
-        seconds = time.perf_counter() - begun
-        failed = next((result for result in written if isinstance(result, BackendError)), None)
-        if failed is not None:
-            raise failed
+        written, seconds = timed(lambda: writers[side](batch, samplings))
+        for result in written:
+            if isinstance(result, BackendError):
+                raise result
         counts = [len(completions[0].token_ids) for completions in written]
         if set(counts) != {options.response_tokens}:
             wrong = f"responses of {sorted(set(counts))} tokens, not {options.response_tokens}"

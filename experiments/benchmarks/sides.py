@@ -1,12 +1,10 @@
-"""Alternating measurement of the two sides of a benchmark, each in its own process, and the table of both."""
+"""Benchmarks of training with LoRA against TRL or the bare passes, each side in a process of its own."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,13 +12,16 @@ from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from ...llm_backends import Tokenizer
 from ...llm_backends.errors import InputError
-from .workers.trl_environment import SHARED, clean_environment, installed
+from ...llm_backends.local.loading import resolved_dtype
+from ..runs.options import Count
+from .frame import RATIO, BenchOptions, alternate, publish, ratio_row, scratch_folder, spread
+from .tiny import lora_targets, model_folder
+from .workers.trl_environment import SHARED, installed, output_of, trl_python
 
-WORKERS = Path(__file__).resolve().parent / "workers"
+START = Path(__file__).resolve().parent / "workers" / "start.py"
 
 MEASURES = {
     "tokens_per_cpu_second": "response tokens per CPU-second",
@@ -30,7 +31,7 @@ MEASURES = {
 
 
 @dataclass
-class SidesOptions:
+class SidesOptions(BenchOptions):
     """Options of a benchmark of training with LoRA against TRL or the bare passes."""
 
     against: Literal["trl", "floor"] = "trl"
@@ -41,131 +42,100 @@ class SidesOptions:
     dtype: Literal["float32", "bfloat16", "default"] = "float32"
     """Floating-point type of the computation. float32; bfloat16: autocast; default: the default of each side (the floor
     takes that of this library)."""
-    rounds: int = 3
+    rounds: Count = 3
     """Measurements of each side, taken alternately, each in its own process."""
-    threads: int = 1
+    threads: Count = 1
     """Number of threads of each process."""
-    lora_rank: int = 8
+    lora_rank: Count = 8
     """Rank of the LoRA adapters."""
     trl_python: str = ""
     """Python interpreter of an environment with trl 1.12.0. Empty: one is prepared in the cache folder."""
-    json: str = ""
-    """JSON file for the results. Empty: do not write one."""
 
 
-def module_command(name: str) -> list[str]:
-    """Returns the command that runs a module of ``workers/`` in this interpreter."""
-    return [sys.executable, "-m", f"{__package__}.workers.{name}"]
-
-
-def script_command(python: str, name: str) -> list[str]:
-    """Returns the command that runs a file of ``workers/`` in any interpreter, without this library."""
-    return [python, str(WORKERS / f"{name}.py")]
-
-
-@dataclass(frozen=True)
-class Side:
-    """One side of a benchmark: a command that takes JSON as its argument and prints a line of JSON last.
-
-    The line has the keys ``tokens``, ``cpu_seconds``, ``wall_seconds``, ``start_mb``, ``peak_mb`` and ``computes_in``.
-    """
-
-    name: str
-    command: Sequence[str]
-    spec: dict[str, Any]
-    """Settings for the command, including ``threads``."""
-
-    def measure(self) -> dict[str, Any]:
-        """Runs the command once and returns the JSON of its last line.
-
-        Raises:
-            InputError: if the process fails; the message holds the last line that it wrote.
-        """
-        environment = clean_environment(self.spec["threads"])
-        # Only a module of this library needs the path of this process.
-        if "-m" in self.command and "PYTHONPATH" in os.environ:
-            environment["PYTHONPATH"] = os.environ["PYTHONPATH"]
-        done = subprocess.run([*self.command, json.dumps(self.spec)], capture_output=True, text=True, env=environment)
-        if done.returncode:
-            lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-            last = lines[-1] if lines else done.returncode
-            raise InputError(f"the process that measures {self.name!r} failed: {last}")
-        # Libraries may print before: the result is the last line.
-        return json.loads(done.stdout.splitlines()[-1])
-
-
-def measure_sides(ours: Side, theirs: Side, rounds: int) -> dict[str, Any]:
-    """Measures both sides alternately.
+def measure(worker: str, python: str, spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Runs a worker once, in a process of its own, and returns its measurement.
 
     Args:
-        ours: side that is measured first.
-        theirs: side that is measured second.
-        rounds: measurements of each side.
+        worker: module that measures, as ``workers/start.py`` takes it.
+        python: interpreter that runs it.
+        spec: settings for the worker, including ``threads``.
 
     Returns:
-        ``{"ours": ..., "theirs": ..., "ratio": ...}``: medians of :data:`MEASURES` of each side, and medians of the
-            ratios within a round with their minimum and maximum.
+        :data:`MEASURES`, ``start_mb`` (the memory before training), ``tokens`` and ``computes_in``, and more.
+
+    Raises:
+        InputError: if the process fails; the message ends with the last line that it wrote.
     """
-    measurements = [(ours.measure(), theirs.measure()) for _ in range(rounds)]
-    our_measurements, their_measurements = [list(side) for side in zip(*measurements, strict=True)]
-    figures = {"ours": _side(our_measurements), "theirs": _side(their_measurements), "ratio": {}}
-    # Ratios within a round: both sides are measured one right after the other.
-    for name in MEASURES:
-        ratios = [_measures(a)[name] / _measures(b)[name] for a, b in measurements]
-        figures["ratio"] |= {
-            name: float(np.median(ratios)),
-            f"{name}_min": float(min(ratios)),
-            f"{name}_max": float(max(ratios)),
+    command, failure = [python, str(START), worker], f"the process that runs {worker} failed"
+    # Libraries may print before: the result is the last line.
+    return json.loads(output_of(command, failure, json.dumps(spec), spec["threads"]).splitlines()[-1])
+
+
+def run_sides(
+    options: SidesOptions,
+    algorithm: Literal["ppo", "dpo"],
+    make_data: Callable[[str], list[Any]],
+    title: str,
+    notes: Mapping[str, str],
+    console: Console,
+) -> dict[str, Any]:
+    """Measures both sides alternately, publishes and returns the results.
+
+    Args:
+        options: options of the benchmark, with ``batch``, ``prompt_tokens`` and ``response_tokens``, which the workers
+            get as well.
+        algorithm: what the workers train by.
+        make_data: returns the data of the training for the folder of a tokenizer.
+        title: title of the table.
+        notes: what the sides compute, by baseline.
+        console: where to print.
+
+    Returns:
+        ``{"ours": ..., "theirs": ..., "ratio": ..., "settings": ...}``: medians of :data:`MEASURES` of each side, and
+            medians of the ratios within a round with their minimum and maximum.
+
+    Raises:
+        InputError: if an option is out of range, the model cannot be used, or a side fails.
+    """
+    options.check()
+    settings, against = options.settings(), options.against
+    trl, baseline = settings.pop("trl_python"), f"workers.{against}_{algorithm}"
+    python = trl_python(trl, console) if against == "trl" else sys.executable
+    with scratch_folder() as scratch:
+        folder = model_folder(options.model, scratch)
+        needed, limit = settings["prompt_tokens"] + settings["response_tokens"], Tokenizer(folder).context_length
+        if needed > limit:
+            raise InputError(f"--prompt-tokens and --response-tokens make {needed} tokens, the model reads {limit}")
+        lora = {"rank": options.lora_rank, "alpha": 2 * options.lora_rank, "targets": lora_targets(folder)}
+        theirs = settings | {"model": folder, "data": make_data(folder), "lora": lora}
+        ours = theirs | {"dtype": resolved_dtype("auto" if options.dtype == "default" else options.dtype, "cpu")}
+        if against == "floor":
+            # Without "micro" in its spec, the worker returns its fastest micro-batch.
+            theirs = ours | measure(baseline, python, ours)
+        sides = {
+            "ours": lambda _: measure(f"{__package__}.workers.{algorithm}", sys.executable, ours),
+            "theirs": lambda _: measure(baseline, python, theirs),
         }
-    return figures
+        measured = alternate(sides, options.rounds, warm_up=0)
+    figures: dict[str, Any] = {side: _medians(measurements) for side, measurements in measured.items()}
+    # Ratios within a round: both sides are measured one right after the other.
+    columns = {name: [[each[name] for each in rounds] for rounds in measured.values()] for name in MEASURES}
+    figures["ratio"] = {key: value for name in MEASURES for key, value in spread(name, *columns[name]).items()}
+    figures["settings"] = settings | {"note": notes[against], "versions": {name: version(name) for name in SHARED}}
+    if against == "trl":
+        figures["settings"]["their_versions"] = installed(python)
+    mine, other = figures["ours"], figures["theirs"]
+    rows = [
+        ("", "ours", against, RATIO),
+        *(ratio_row(row, name, figures, ".0f") for name, row in MEASURES.items()),
+        ("memory before training, MB", f"{mine['start_mb']:.0f}", f"{other['start_mb']:.0f}", ""),
+        ("tokens measured", str(mine["tokens"]), str(other["tokens"]), ""),
+        ("computes in", mine["computes_in"], other["computes_in"], ""),
+    ]
+    return publish(options, figures, f"{title}, threads: {options.threads}", rows, console)
 
 
-def settings_of(options: SidesOptions, python: str, note: str) -> dict[str, Any]:
-    """Returns the ``settings`` of the results: options, a note on what the sides compute, and versions of packages."""
-    settings = {key: value for key, value in vars(options).items() if key not in ("json", "trl_python")}
-    settings |= {"note": note, "versions": {package: version(package) for package in SHARED}}
-    return settings | ({"their_versions": installed(python)} if options.against == "trl" else {})
-
-
-def check_fits(options: Any, folder: str) -> None:
-    """Raises an InputError if ``prompt_tokens`` and ``response_tokens`` do not fit into the context of the model."""
-    needed, limit = options.prompt_tokens + options.response_tokens, Tokenizer(folder).context_length
-    if needed > limit:
-        raise InputError(
-            f"--prompt-tokens and --response-tokens make {needed} tokens, the model reads {limit}: lower one of them"
-        )
-
-
-def print_sides(title: str, against: str, figures: Mapping[str, Any], console: Console) -> None:
-    """Prints the results of :func:`measure_sides`, which must have ``settings``, as a table."""
-    ours, baseline, ratio = figures["ours"], figures["theirs"], figures["ratio"]
-    table = Table(title=title, caption=figures["settings"]["note"])
-    for column in ("", "ours", against, "ratio (median, min to max)"):
-        table.add_column(column, overflow="fold")
-    for name, measure in MEASURES.items():
-        spread = f"{ratio[name]:.2f} ({ratio[f'{name}_min']:.2f} to {ratio[f'{name}_max']:.2f})"
-        table.add_row(measure, f"{ours[name]:.0f}", f"{baseline[name]:.0f}", spread)
-    table.add_row("memory before training, MB", f"{ours['start_mb']:.0f}", f"{baseline['start_mb']:.0f}", "")
-    table.add_row("tokens measured", str(ours["tokens"]), str(baseline["tokens"]), "")
-    table.add_row("computes in", ours["computes_in"], baseline["computes_in"], "")
-    console.print(table)
-
-
-def _measures(measurement: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the values of :data:`MEASURES` of one measurement."""
-    return {
-        "tokens_per_cpu_second": measurement["tokens"] / measurement["cpu_seconds"],
-        "tokens_per_second": measurement["tokens"] / measurement["wall_seconds"],
-        "peak_mb": measurement["peak_mb"],
-    }
-
-
-def _side(measurements: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns medians over the measurements of a side, its other results, and the rows of all rounds."""
-    rows = [_measures(measurement) for measurement in measurements]
-    medians = {name: float(np.median([row[name] for row in rows])) for name in MEASURES}
-    start = float(np.median([measurement["start_mb"] for measurement in measurements]))
-    timed = ("cpu_seconds", "wall_seconds", "start_mb", "peak_mb")
-    return (
-        medians | {"start_mb": start} | {k: v for k, v in measurements[-1].items() if k not in timed} | {"rounds": rows}
-    )
+def _medians(measurements: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the last measurement of a side with medians of rates and memory, and the rows of all rounds."""
+    medians = {name: float(np.median([each[name] for each in measurements])) for name in (*MEASURES, "start_mb")}
+    return {**measurements[-1], **medians, "rounds": [{name: each[name] for name in MEASURES} for each in measurements]}

@@ -14,6 +14,7 @@ from ...llm_backends import Tokenizer
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.causal_lm import CausalLM
 from ...llm_backends.local.loading import embedded_model_path, load_tokenizer, quiet_loading
+from ...llm_backends.local.tokenization import ByteTokenizer
 from ...rewards import Sample
 
 WORDS = "river stone light bread winter garden paper music silver window harbor engine forest letter market".split()
@@ -33,18 +34,13 @@ def model_folder(model: str, scratch: Path) -> str:
 
 
 def build_tiny(folder: Path) -> None:
-    """Writes a GPT-2 of four layers with random weights and a tokenizer of bytes, ``<eos>`` and ``<pad>``."""
+    """Writes a GPT-2 of four layers with random weights and a tokenizer of bytes, ``</s>`` and ``<pad>``."""
     import torch
-    from tokenizers import Tokenizer as Core
-    from tokenizers import decoders, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<eos>", "<pad>"]
-    core = Core(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
+    bytes_only = ByteTokenizer().hf.backend_tokenizer
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<eos>", pad_token="<pad>", padding_side="left", model_max_length=512
+        tokenizer_object=bytes_only, eos_token="</s>", pad_token="<pad>", padding_side="left", model_max_length=512
     )
     config = GPT2Config(
         vocab_size=258,
@@ -94,7 +90,7 @@ def make_prompts(folder: str, count: int, length: int) -> list[str]:
     raise InputError(f"the tokenizer in {folder} gave {len(texts)} of {count} prompts of {length} tokens: ask for more")
 
 
-def tiny_llama(tokenizer: Tokenizer, seed: int, name: str) -> CausalLM:
+def tiny_llama(tokenizer: Tokenizer, seed: int) -> CausalLM:
     """Returns a Llama of one layer and 64 dimensions with random weights and a context of 64 tokens."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -111,7 +107,7 @@ def tiny_llama(tokenizer: Tokenizer, seed: int, name: str) -> CausalLM:
     )
     with quiet_loading():
         torch.manual_seed(seed)
-        return CausalLM(LlamaForCausalLM(config).eval(), tokenizer.hf, name)
+        return CausalLM(LlamaForCausalLM(config).eval(), tokenizer.hf, "tiny")
 
 
 @dataclass(eq=False)
@@ -136,17 +132,3 @@ def endless_model(folder: str, tokenizer: Tokenizer, dtype: str) -> CausalLM:
 def share_of_e(samples: Sequence[Sample]) -> list[float]:
     """Returns the share of the letter e in each response, a rule reward that costs almost nothing."""
     return [sample.response.count("e") / max(len(sample.response), 1) for sample in samples]
-
-
-def peak_mb() -> float:
-    """Returns the peak memory of this process, in MB.
-
-    ``ru_maxrss`` is used only if ``/proc`` is missing: in a child process Linux starts it at the memory of the parent.
-    """
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
-    except (OSError, StopIteration):
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

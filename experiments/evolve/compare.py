@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -21,13 +20,13 @@ from ...envs.tasks.instruction.seeds import Instruction
 from ...llm_backends import Journal
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
-from ..runs.folder import RowWriter, RunFolder, Tracker, accounted, read_json, write_json
-from ..runs.options import Count, input_errors
+from ..runs.folder import RowWriter, accounted, read_json, write_json
+from ..runs.options import Count
 from ..runs.progress import StepProgress
 from ..runs.report import markdown, rich_table
-from ..runs.training import Deadline, OutOfTimeError
+from ..runs.training import Run, run_stage
 from .generator import GenerationOptions, InstructionGenerator, generation_env
-from .plots import over_seeds, plot_comparison
+from .plots import Runs, over_seeds, plot_comparison
 from .train import EnvOptions, EvolveTrain, check_context, identity, load_seeds, make_env, roles_of
 from .train import run as train
 
@@ -100,32 +99,29 @@ def run(options: EvolveCompare, console: Console | None = None) -> dict[str, Any
     Raises:
         InputError: for bad input, before any expensive work.
     """
-    console = console or Console()
     options.check()
     instructions = load_seeds(options.seeds)
-    folder = RunFolder(options.run_dir, identity(options, instructions), "evolve compare")
-    with input_errors():
-        roles = roles_of(options, None)
-        env = make_env(options, roles, instructions)
-    check_context(roles.rewriter, instructions, options.seeds)
+    roles = roles_of(options, None)
+    env = make_env(options, roles, instructions)
+    check_context(roles["rewriter"], instructions, options.seeds)
     _check_budget(options, env.get_attr("reward")[0].calls_per_sample)
-    if options.dry_run:
-        console.print(f"would run {', '.join(options.arms)} on {options.repeats} seeds, {options.budget} calls each")
-        return {}
-    if (finished := folder.finished(console)) is not None:
-        return finished
-    deadline = Deadline(options.minutes)
-    with folder.opened():
-        runs: dict[str, list[dict[str, Any]]] = {}
-        try:
-            # Arms in the inner loop: a run that is stopped early has about as many seeds of each arm.
-            for repeat, arm in itertools.product(range(options.repeats), options.arms):
-                result = _arm(options, folder, arm, options.seed + repeat, instructions, deadline, console)
-                runs.setdefault(arm, []).append(result)
-        except OutOfTimeError:
-            console.print("stopped at the time limit: the same command goes on")
-            return folder.finish({}, {}, status="stopped")
-        return _report(options, folder, runs, console)
+
+    def work(opened: Run) -> dict[str, Any]:
+        results: dict[str, list[dict[str, Any]]] = {}
+        # Arms in the inner loop: a run that is stopped early has about as many seeds of each arm.
+        for repeat, arm in itertools.product(range(options.repeats), options.arms):
+            results.setdefault(arm, []).append(_arm(options, opened, arm, options.seed + repeat, instructions))
+        return _report(options, opened, results)
+
+    return run_stage(
+        options,
+        "evolve compare",
+        console or Console(),
+        work,
+        distributed=False,
+        plan=f"run {', '.join(options.arms)} on {options.repeats} seeds, {options.budget} calls each",
+        **identity(options, instructions),
+    )
 
 
 def _check_budget(options: EvolveCompare, verdicts: int) -> None:
@@ -147,98 +143,72 @@ def _check_budget(options: EvolveCompare, verdicts: int) -> None:
 
 
 def _arm(
-    options: EvolveCompare,
-    folder: RunFolder,
-    arm: str,
-    seed: int,
-    instructions: Sequence[Instruction],
-    deadline: Deadline,
-    console: Console,
+    options: EvolveCompare, opened: Run, arm: str, seed: int, instructions: Sequence[Instruction]
 ) -> dict[str, Any]:
-    """Trains one arm under one seed and generates with it; returns the stored result if it is finished.
+    """Trains one arm under one seed, generates with it, and returns the result, or the stored one if it is finished.
 
     Raises:
         OutOfTimeError: if the time limit is reached.
     """
-    arm_folder = folder.path / "arms" / f"{arm}-seed{seed}"
-    stored = read_json(arm_folder / "arm.json")
+    folder = opened.folder.path / "arms" / f"{arm}-seed{seed}"
+    stored = read_json(folder / "arm.json")
     if stored is not None:
         return stored
-    deadline.check()
-    trained, training_calls = options.training(arm, seed, str(arm_folder)), 0
+    opened.check_time()
+    trained, spent = options.training(arm, seed, str(folder)), 0
     if arm not in BASELINES:
-        counts = deadline.run(train, trained, console)["counts"]
-        training_calls = counts["rewrite_calls"] + counts["judge_calls"]
-    roles = roles_of(trained, Journal(arm_folder / "generate.jsonl"))
+        counts = opened.limit.run(train, trained, opened.console)["counts"]
+        spent = counts["rewrite_calls"] + counts["judge_calls"]
+    roles = roles_of(trained, Journal(folder / "generate.jsonl"))
     env = generation_env(trained, roles, instructions, options.chunk)
-    agent = make_agent(arm, env, seed) if arm in BASELINES else load_policy(arm_folder / "checkpoints", env, seed)
-    generator = InstructionGenerator(agent, env, roles, options, seed)
+    agent = make_agent(arm, env, seed) if arm in BASELINES else load_policy(folder / "checkpoints", env, seed)
+    generator = InstructionGenerator(agent, env, roles["responder"], options, seed)
+    totals, calls, curve = generator.totals, {"training": spent}, [(spent, 0)]
+    # Replayed chunks give the same rows again: the writer appends only those that the file lacks.
+    data = RowWriter(folder / "data.jsonl")
     with (
-        accounted(vars(roles), arm_folder / "generate"),
-        StepProgress(f"{arm} seed {seed} generates", options.budget, console) as progress,
+        accounted(roles, folder / "generate"),
+        StepProgress(f"{arm} seed {seed} generates", options.budget, opened.console) as progress,
     ):
-        result = _generate(generator, arm_folder / "data.jsonl", options.budget, training_calls, deadline, progress)
-    training = [(row["timesteps"], row["return"]) for row in read_records(arm_folder / "episodes.jsonl")]
-    result |= {"training": training, "seed": seed}
-    write_json(arm_folder / "arm.json", result)
+        progress.update(spent, "0 accepted")
+        for rows in generator.run(opened.check_time, options.budget - spent):
+            for row in rows:
+                if "rejected_by" not in row:
+                    data.write(row)
+            calls = dict(totals.calls) | {"training": spent}
+            curve.append((sum(calls.values()), len(totals.texts)))
+            progress.update(curve[-1][0], f"{len(totals.texts)} accepted")
+    metrics = totals.metrics()
+    result = metrics | {
+        "accepted": len(totals.texts),
+        "calls": calls,
+        "calls_per_accepted": curve[-1][0] / len(totals.texts) if totals.texts else None,
+        "calls_per_accepted_generation": metrics["calls_per_accepted"],
+        "curve": curve,
+        "training": [(row["timesteps"], row["return"]) for row in read_records(folder / "episodes.jsonl")],
+        "seed": seed,
+    }
+    write_json(folder / "arm.json", result)
     return result
 
 
-def _generate(
-    generator: InstructionGenerator,
-    out: Path,
-    budget: int,
-    training_calls: int,
-    deadline: Deadline,
-    progress: StepProgress,
-) -> dict[str, Any]:
-    """Spends what the training left of the budget, writes the accepted rows, and returns the metrics and the curve."""
-    # Replayed chunks give the same rows again: the writer appends only those that the file lacks.
-    rows, totals, spent = RowWriter(out), generator.totals, training_calls
-    curve = [(spent, 0)]
-    progress.update(spent, "0 accepted")
-    for made in generator.run(deadline.check, budget - training_calls):
-        for row in made.accepted:
-            rows.write(row)
-        spent, accepted = training_calls + totals.calls.total(), len(totals.texts)
-        curve.append((spent, accepted))
-        progress.update(spent, f"{accepted} accepted")
-    metrics = totals.metrics()
-    return metrics | {
-        "accepted": len(totals.texts),
-        "calls": dict(totals.calls) | {"training": training_calls},
-        "calls_per_accepted": spent / len(totals.texts) if totals.texts else None,
-        "calls_per_accepted_generation": metrics["calls_per_accepted"],
-        "curve": curve,
-    }
-
-
-def _report(
-    options: EvolveCompare, folder: RunFolder, runs: dict[str, list[dict[str, Any]]], console: Console
-) -> dict[str, Any]:
+def _report(options: EvolveCompare, opened: Run, results: Runs) -> dict[str, Any]:
     """Draws the figure, writes the table, and returns the results of the comparison."""
-    arms = {
-        arm: {
-            "results": results,
-            "curves": [result["curve"] for result in results],
-            "training": [result["training"] for result in results],
-        }
-        for arm, results in runs.items()
-    }
-    figure = plot_comparison(arms, options.budget, folder.file("figures", "comparison.png"))
-    metrics = {arm: {key: over_seeds(results, key) for key in COLUMNS} for arm, results in runs.items()}
+    figure = plot_comparison(results, options.budget, opened.folder.file("figures", "comparison.png"))
+    metrics = {arm: {key: over_seeds(of_arm, key) for key in COLUMNS} for arm, of_arm in results.items()}
     rows = [["arm", *COLUMNS.values()], *([arm, *map(_cell, values.values())] for arm, values in metrics.items())]
     table = rich_table(rows)
     table.title = f"{options.repeats} seeds, {options.budget} LLM calls per arm and seed (mean ± 95% t-interval)"
     for column in table.columns[1:]:
         column.justify = "right"
-    console.print(table)
-    folder.file("table.md").write_text(markdown(rows), "utf-8")
-    with Tracker(folder, options.track) as tracker:
-        tracker.image("comparison", figure)
-        tracker.summary(metrics)
-    console.print(f"figure: {figure}")
-    return folder.finish(metrics, {"arms": len(runs), "repeats": options.repeats, "calls_per_arm": options.budget})
+    opened.console.print(table)
+    opened.folder.file("table.md").write_text(markdown(rows), "utf-8")
+    opened.tracker.image("comparison", figure)
+    opened.tracker.summary(metrics)
+    opened.console.print(f"figure: {figure}")
+    return opened.folder.finish(
+        metrics, {"arms": len(results), "repeats": options.repeats, "calls_per_arm": options.budget}
+    )
 
 
 def _cell(figure: Mapping[str, Any] | None) -> str:

@@ -18,18 +18,19 @@ from rich.console import Console
 from rich.table import Table
 
 from ...agents.sb3.policy_io import load_policy
-from ...llm_backends import Journal, request_seed
+from ...llm_backends import Backend, Journal, request_seed
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records, replaced
-from ..runs.folder import RowWriter, RunFolder, TimeLimit, Tracker, replayed
-from ..runs.options import check_output, input_errors
-from ..runs.progress import StepProgress
-from ..runs.training import OutOfTimeError
+from ..runs.folder import RowWriter, RunFolder, Tracker, replayed
+from ..runs.options import check_output
+from ..runs.progress import Deadline, OutOfTimeError, StepProgress
 from .generator import GenerationOptions, InstructionGenerator, generation_env
-from .train import EvolveTrain, Roles, check_context, describe, ended_training, identity, load_seeds, roles_of
+from .train import EvolveTrain, check_context, describe, ended_training, identity, load_seeds, roles_of
 
 Format = Literal["alpaca", "messages"]
 """Formats of the rows of a data set."""
+PAIR = ("instruction", "input", "output")
+"""Keys of a row that its format replaces."""
 
 
 @dataclass
@@ -79,57 +80,55 @@ def run(options: EvolveGenerate, console: Console | None = None) -> dict[str, An
         "policy": _fingerprint(Path(options.run_dir) / "checkpoints"),
     }
     folder = RunFolder(Path(options.run_dir) / "generate" / name, config, "evolve generate")
-    with input_errors():
-        # Roles without a journal: they check the options before the run folder is opened.
-        probe = roles_of(trained, None, options.responder_backend)
-    check_context(probe.rewriter, instructions, options.seeds)
+    # Roles without a journal: they check the options before the run folder is opened.
+    probe = roles_of(trained, None, options.responder_backend)
+    check_context(probe["rewriter"], instructions, options.seeds)
     if options.dry_run:
         console.print(f"would evolve {len(instructions)} seeds with the policy in {options.run_dir} into {out}")
-        console.print(describe(generation_env(trained, probe, instructions, options.chunk).env))
+        console.print(describe(generation_env(trained, probe, instructions, options.chunk)))
         return {}
     if folder.results is not None and out.exists():
         console.print(f"{out} is finished: nothing to do (choose another --out to make a new one)")
         return folder.results
     if not (folder.path / "config.json").exists() and rows_path.exists():
         raise InputError(f"{rows_path} exists and was not written by this command: choose another --out")
-    with replayed(folder, lambda journal: roles_of(trained, journal, options.responder_backend), console, out) as (
-        journal,
-        roles,
-    ):
+
+    def build(journal: Journal) -> dict[str, Backend]:
+        return roles_of(trained, journal, options.responder_backend)
+
+    with replayed(folder, build, console, out) as (journal, roles):
         env = generation_env(trained, roles, instructions, options.chunk)
         agent = load_policy(Path(options.run_dir) / "checkpoints", env, options.seed)
-        generator = InstructionGenerator(agent, env, roles, options, options.seed, options.deterministic)
-        return _generate(options, folder, generator, journal, out, console)
+        responder = roles["responder"]
+        generator = InstructionGenerator(agent, env, responder, options, options.seed, options.deterministic)
+        origin = {"rewriter": roles["rewriter"].name, "responder": responder.name}
+        return _generate(options, folder, generator, origin, Deadline(options.minutes, journal), out, console)
 
 
 def _generate(
     options: EvolveGenerate,
     folder: RunFolder,
     generator: InstructionGenerator,
-    journal: Journal,
+    origin: dict[str, str],
+    limit: Deadline,
     out: Path,
     console: Console,
 ) -> dict[str, Any]:
     """Evolves chunk after chunk, writes accepted and rejected rows, and returns the results."""
-    begun, limit = time.monotonic(), TimeLimit(options.minutes, journal)
-    rows = RowWriter(out.with_suffix(".jsonl"))
-    rejected = RowWriter(folder.file("rejected.jsonl"))
-    totals, count, done = generator.totals, len(generator.process.instructions), 0
-
-    def check_time() -> None:
-        if limit.reached():
-            raise OutOfTimeError
-
+    begun, totals, count, done = time.monotonic(), generator.totals, len(generator.process.instructions), 0
+    data, dropped = RowWriter(out.with_suffix(".jsonl")), RowWriter(folder.file("rejected.jsonl"))
     with (
         Tracker(folder, options.track, step_name="seeds") as tracker,
         StepProgress("seeds evolved", count, console) as progress,
         suppress(OutOfTimeError),
     ):
-        for made in generator.run(check_time):
-            for row in made.accepted:
-                rows.write(formatted(row, options.format, generator.roles))
-            for row in made.rejected:
-                rejected.write(row)
+        for rows in generator.run(limit.check):
+            for row in rows:
+                if "rejected_by" in row:
+                    dropped.write(row)
+                else:
+                    told = {k: v for k, v in row.items() if k not in (*PAIR, "seed_index", "epoch")}
+                    data.write(in_format(row, options.format) | told | origin)
             done = len(totals.returns)
             counters = {f"calls/{role}": spent for role, spent in totals.calls.items()}
             counters |= {"accepted": len(totals.texts), "rejected": totals.rejected_by.total()}
@@ -155,17 +154,10 @@ def _generate(
     return results
 
 
-def formatted(row: dict[str, Any], style: str, roles: Roles) -> dict[str, Any]:
-    """Returns a row of the data set: instruction and output in the format ``style``, then their origin."""
-    pair = in_format(row, style)
-    origin = {k: v for k, v in row.items() if k not in ("instruction", "input", "output", "seed_index", "epoch")}
-    return pair | origin | {"rewriter": roles.rewriter.name, "responder": roles.responder.name}
-
-
 def in_format(row: Mapping[str, Any], style: str) -> dict[str, Any]:
     """Returns instruction, input and output of a row in the format ``style``, one of :data:`Format`."""
     if style == "alpaca":
-        return {"instruction": row["instruction"], "input": row["input"], "output": row["output"]}
+        return {key: row[key] for key in PAIR}
     question = f"{row['instruction']}\n\n{row['input']}".strip()
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]}
 
@@ -190,18 +182,14 @@ def generation_table(results: dict[str, Any], out: Path) -> Table:
         ("instructions accepted", counts["accepted"]),
         ("candidates dropped", ", ".join(f"{n} {k}" for k, n in sorted(counts["rejected_by"].items())) or "none"),
         ("LLM calls", ", ".join(f"{n} {k}" for k, n in sorted(counts["calls"].items()))),
-        ("LLM calls per accepted instruction", _two_decimals(metrics["calls_per_accepted"])),
-        ("mean return per episode", _two_decimals(metrics["mean_return"])),
-        ("mean pairwise cosine distance", _two_decimals(metrics["embedding_distance"])),
-        ("distinct-2", _two_decimals(metrics["distinct_2"])),
-        ("mean words per instruction", _two_decimals(metrics["mean_words"])),
+        ("LLM calls per accepted instruction", metrics["calls_per_accepted"]),
+        ("mean return per episode", metrics["mean_return"]),
+        ("mean pairwise cosine distance", metrics["embedding_distance"]),
+        ("distinct-2", metrics["distinct_2"]),
+        ("mean words per instruction", metrics["mean_words"]),
     ):
-        table.add_row(name, str(value))
+        table.add_row(name, "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value))
     return table
-
-
-def _two_decimals(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 def trained_options(options: EvolveGenerate) -> EvolveTrain:

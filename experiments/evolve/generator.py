@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import numpy as np
 from annotated_types import Gt, Le
 from gymnasium.utils import seeding
+from gymnasium.vector.utils import concatenate, create_empty_array
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecNormalize, unwrap_vec_normalize
 
 from ...agents.sb3.baselines import BaselineAgent
 from ...agents.sb3.factory import VectorToVecEnv
 from ...envs.edit.operators import tidy
-from ...envs.edit.process import EditProcess
+from ...envs.edit.process import EditObserver, EditProcess
 from ...envs.process import Transition
 from ...envs.tasks.instruction.seeds import Instruction
-from ...llm_backends import BackendError, Message, Sampling, request_seed, resolve
+from ...llm_backends import Backend, BackendError, Message, Sampling, request_seed, resolve
 from ...rewards import RougeGate, eliminated_by
 from ...rewards.elimination import STRING_RULES
 from ..runs.options import BackendOptions, Count
-from ..runs.statistics import distinct_n, mean_pairwise_distance
-from .train import EnvOptions, Roles, make_env, mean
+from ..runs.statistics import distinct_n, known_mean, mean_pairwise_distance
+from .train import EnvOptions, make_env
 
 
 @dataclass
@@ -50,20 +51,6 @@ class GenerationOptions(BackendOptions):
 
 
 @dataclass
-class Generated:
-    """The result of evolving one chunk of seeds."""
-
-    accepted: list[dict[str, Any]] = field(default_factory=list)
-    """Rows of accepted instructions, with their answers."""
-    rejected: list[dict[str, Any]] = field(default_factory=list)
-    """Rows of dropped candidates, with the reason as ``rejected_by``."""
-    returns: list[float] = field(default_factory=list)
-    """Return of each episode."""
-    calls: Counter[str] = field(default_factory=Counter)
-    """LLM calls by kind: ``rewrite``, ``judge`` and ``answer``."""
-
-
-@dataclass
 class Totals:
     """What all chunks so far gave."""
 
@@ -76,22 +63,25 @@ class Totals:
     rejected_by: Counter[str] = field(default_factory=Counter)
     """Dropped candidates by reason."""
 
-    def add(self, made: Generated) -> None:
-        """Adds the rows and counts of one chunk."""
-        self.texts += [row["instruction"] for row in made.accepted]
-        self.returns += made.returns
-        self.calls.update(made.calls)
-        self.rejected_by.update(row["rejected_by"] for row in made.rejected)
+    def add(self, rows: Sequence[Mapping[str, Any]], returns: Sequence[float]) -> None:
+        """Adds the rows of one chunk, and the return of each of its episodes."""
+        self.returns += returns
+        for row in rows:
+            self.calls.update(row["calls"])
+            if "rejected_by" in row:
+                self.rejected_by[row["rejected_by"]] += 1
+            else:
+                self.texts.append(row["instruction"])
 
     def metrics(self) -> dict[str, Any]:
         """Returns the mean return, the cost in LLM calls, and diversity and length of the accepted instructions."""
         texts = self.texts
         return {
-            "mean_return": mean(self.returns),
+            "mean_return": known_mean(self.returns) or 0.0,
             "calls_per_accepted": self.calls.total() / len(texts) if texts else None,
             "embedding_distance": mean_pairwise_distance(texts, resolve("embedder", "minilm")),
             "distinct_2": distinct_n(texts, 2),
-            "mean_words": mean([len(text.split()) for text in texts]),
+            "mean_words": known_mean(len(text.split()) for text in texts) or 0.0,
         }
 
 
@@ -102,7 +92,7 @@ class InstructionGenerator:
         agent: the policy.
         env: the vector env it acts in, with at least as many sub-environments as a chunk has seeds; elimination must
             not end episodes.
-        roles: the language models that rewrite, judge and answer.
+        responder: the language model that answers.
         options: sizes and thresholds.
         seed: seed of episodes, sampled actions and answers.
         deterministic: whether to take the policy's most likely operation instead of sampling one.
@@ -112,21 +102,20 @@ class InstructionGenerator:
         self,
         agent: Any,
         env: VectorToVecEnv,
-        roles: Roles,
+        responder: Backend,
         options: GenerationOptions,
         seed: int,
         deterministic: bool = False,
     ) -> None:
-        self.agent, self.roles, self.options = agent, roles, options
+        self.agent, self.responder, self.options = agent, responder, options
         self.seed, self.deterministic = seed, deterministic
         self.totals = Totals()
-        vector: Any = env.env.unwrapped
-        self.process: EditProcess = vector.process
-        self.observer = vector.observer
+        self.process: EditProcess = env.get_attr("process")[0]
+        self.observer: EditObserver = env.get_attr("observer")[0]
         self.normalizer: VecNormalize | None = unwrap_vec_normalize(agent.get_env())
         self.gate = RougeGate(options.rouge_threshold, [instruction.text for instruction in self.process.instructions])
 
-    def run(self, check_time: Callable[[], None], budget: int | None = None) -> Iterator[Generated]:
+    def run(self, check_time: Callable[[], None], budget: int | None = None) -> Iterator[list[dict[str, Any]]]:
         """Evolves chunk after chunk of the seeds and adds up :attr:`totals`.
 
         Args:
@@ -135,107 +124,87 @@ class InstructionGenerator:
                 pass.
 
         Yields:
-            The result of each chunk. The same seeds always share a chunk.
+            The rows of each chunk: accepted instructions with their answers, and dropped candidates, which have the
+            reason as ``rejected_by``. The same seeds always share a chunk.
         """
-        rows, size = range(len(self.process.instructions)), self.options.chunk
+        seeds, size = range(len(self.process.instructions)), self.options.chunk
         # Reserve the most that a chunk may cost, so that no run exceeds its budget.
         reserve = self.options.chunk_calls(self.process.settings.horizon, self.process.reward.calls_per_sample)
         for epoch in (0,) if budget is None else itertools.count():
-            for start in rows[::size]:
+            for start in seeds[::size]:
                 if budget is not None and self.totals.calls.total() + reserve > budget:
                     return
                 check_time()
-                made = self.chunk(rows[start : start + size], epoch)
-                if budget is not None and not made.calls.total():
+                chunk = seeds[start : start + size]
+                episodes = self._evolve(chunk, epoch)
+                filtered = [self._filtered(*pair, epoch) for pair in zip(chunk, episodes, strict=True)]
+                rows = self._answered(list(itertools.chain(*filtered)))
+                if budget is not None and not any(any(row["calls"].values()) for row in rows):
                     return  # a policy that only chooses the no-op makes no calls and would never spend its budget
-                self.totals.add(made)
-                yield made
+                self.totals.add(rows, [sum(t.reward for t in episode) for episode in episodes])
+                yield rows
 
-    def chunk(self, rows: Sequence[int], epoch: int = 0) -> Generated:
-        """Evolves the seed instructions with the given indices, filters the texts and answers those that are left.
+    def _evolve(self, seeds: Sequence[int], epoch: int) -> list[list[Transition]]:
+        """Plays one episode of full horizon per seed and returns its transitions.
 
         Args:
-            rows: indices of at most ``chunk`` seed instructions.
-            epoch: number of the pass over the seeds; requests for the same rows differ between epochs.
+            seeds: indices of at most ``chunk`` seed instructions.
+            epoch: number of the pass over the seeds; requests for the same seeds differ between epochs.
         """
-        episodes = self._evolve(rows, epoch)
-        result = Generated()
-        candidates: list[dict[str, Any]] = []
-        for row, transitions in zip(rows, episodes, strict=True):
-            result.returns.append(sum(t.reward for t in transitions))
-            candidates += self._filter(self.process.instructions[row], row, transitions, epoch, result)
-        self._answer(candidates, result)
-        return result
-
-    def _evolve(self, rows: Sequence[int], epoch: int) -> list[list[Transition]]:
-        """Plays one episode of full horizon per row and returns its transitions."""
         # The last chunk may be smaller than the vector env: the other sub-environments rest.
-        copies = list(range(len(rows)))
+        copies = list(range(len(seeds)))
         indices = np.zeros(len(self.process.episodes), dtype=np.int64)
-        indices[: len(rows)] = rows
-        # An episode's seed depends on its row, not on the chunks before it: a resumed run repeats it.
-        for copy, row in zip(copies, rows, strict=True):
-            self.process.generators[copy], _ = seeding.np_random(request_seed(self.seed, "generate", epoch, row))
-        # The policy samples the actions of a chunk together, so the chunk's first row seeds it.
-        self._reseed(request_seed(self.seed, "policy", epoch, rows[0]))
+        indices[: len(seeds)] = seeds
+        # An episode's generator depends on its seed instruction, not on the chunks before: a resumed run repeats it.
+        for copy, seed in zip(copies, seeds, strict=True):
+            self.process.generators[copy], _ = seeding.np_random(request_seed(self.seed, "generate", epoch, seed))
+        # The policy samples the actions of a chunk together, so the chunk's first seed instruction seeds it.
+        policy_seed = request_seed(self.seed, "policy", epoch, seeds[0])
+        baseline = isinstance(self.agent, BaselineAgent)
+        if baseline:
+            self.agent.rng = np.random.default_rng(policy_seed)
+        else:
+            set_random_seed(policy_seed % 2**32)  # NumPy's global generator takes 32 bits
         self.process.begin(copies, {"index": indices})
-        episodes: list[list[Transition]] = [[] for _ in rows]
-        state, starts = None, np.ones(len(rows), dtype=bool)
+        episodes: list[list[Transition]] = [[] for _ in seeds]
+        state, starts, masks = None, np.ones(len(seeds), dtype=bool), {}
         for _ in range(self.process.settings.horizon):
-            observation = self._observe(copies)
-            actions, state = self._predict(observation, state, starts, copies)
+            encoded = self.observer.encode([self.process.state(copy) for copy in copies])
+            empty: Any = create_empty_array(self.observer.space, len(copies))
+            observation: Any = concatenate(self.observer.space, encoded, empty)
+            if self.normalizer is not None:
+                observation = self.normalizer.normalize_obs(observation)
+            if baseline or type(self.agent).__name__ == "MaskablePPO":
+                masks = {"action_masks": np.stack([self.process.mask(copy) for copy in copies]).astype(bool)}
+            actions, state = self.agent.predict(
+                observation, state=state, episode_start=starts, deterministic=self.deterministic, **masks
+            )
             # Only the first step resets the state of a recurrent policy.
             starts[:] = False
             for episode, transition in zip(episodes, self.process.step(list(actions), copies), strict=True):
                 episode.append(transition)
         return episodes
 
-    def _observe(self, copies: Sequence[int]) -> Any:
-        rows = self.observer.encode([self.process.state(copy) for copy in copies])
-        batch = (
-            {key: np.stack([row[key] for row in rows]) for key in rows[0]}
-            if isinstance(rows[0], dict)
-            else np.stack(rows)
-        )
-        return batch if self.normalizer is None else self.normalizer.normalize_obs(batch)
-
-    def _predict(self, observation: Any, state: Any, starts: np.ndarray, copies: Sequence[int]) -> tuple[Any, Any]:
-        """Returns an action per sub-environment and the policy's next recurrent state."""
-        masks = np.stack([self.process.mask(copy) for copy in copies]).astype(bool)
-        kwargs = {"state": state, "episode_start": starts, "deterministic": self.deterministic}
-        if isinstance(self.agent, BaselineAgent) or type(self.agent).__name__ == "MaskablePPO":
-            kwargs["action_masks"] = masks
-        return self.agent.predict(observation, **kwargs)
-
-    def _reseed(self, seed: int) -> None:
-        if isinstance(self.agent, BaselineAgent):
-            self.agent.rng = np.random.default_rng(seed)
-        else:
-            set_random_seed(seed % 2**32)  # NumPy's global generator takes 32 bits
-
-    def _filter(
-        self, instruction: Instruction, row: int, transitions: Sequence[Transition], epoch: int, result: Generated
-    ) -> list[dict[str, Any]]:
-        """Returns the candidates of one episode that pass the filters; the others go to ``result.rejected``."""
-        survivors = []
-        lineage: list[dict[str, Any]] = []
-        for step, transition in enumerate(transitions, start=1):
-            info = transition.info
-            calls = {"rewrite": info["rewrite_calls"], "judge": info["judge_calls"]}
-            result.calls.update(calls)
-            edit = {"operation": info["operation"], "text": info["edit"], "reward": round(transition.reward, 6)}
-            candidate = {
+    def _filtered(self, seed: int, episode: Sequence[Transition], epoch: int) -> list[dict[str, Any]]:
+        """Returns the candidates of the episode of one seed; those that a filter drops have ``rejected_by``."""
+        instruction = self.process.instructions[seed]
+        rows: list[dict[str, Any]] = []
+        lineage: list[dict[str, Any]] = [{"operation": "seed", "text": instruction.text}]
+        for step, transition in enumerate(episode, start=1):
+            info, reward = transition.info, round(transition.reward, 6)
+            edit = {"operation": info["operation"], "text": info["edit"], "reward": reward}
+            row = {
                 "instruction": info["edit"],
                 "input": instruction.input,
                 "seed_id": instruction.id,
-                "seed_index": row,
+                "seed_index": seed,
                 "epoch": epoch,
                 "step": step,
-                "reward": round(transition.reward, 6),
+                "reward": reward,
                 "reward_valid": info["reward_valid"],
                 "reward_terms": {name: round(value, 6) for name, value in info["reward_terms"].items()},
-                "lineage": [{"operation": "seed", "text": instruction.text}, *lineage, edit],
-                "calls": calls,
+                "lineage": [*lineage, edit],
+                "calls": {"rewrite": info["rewrite_calls"], "judge": info["judge_calls"]},
             }
             unchanged = info["edit"] == info["previous_text"]
             if not unchanged and not info["eliminated_by"]:
@@ -246,53 +215,40 @@ class InstructionGenerator:
             # Last, because the gate adds every text that it accepts to its pool.
             if not reason and not self.gate.add_if_new(info["edit"]):
                 reason = "rouge"
-            if reason:
-                result.rejected.append(candidate | {"rejected_by": reason})
-            else:
-                survivors.append(candidate)
-        return survivors
+            rows.append(row | ({"rejected_by": reason} if reason else {}))
+        return rows
 
-    def _answer(self, candidates: list[dict[str, Any]], result: Generated) -> None:
-        """Answers the candidates and sorts them into ``result.accepted`` and ``result.rejected``."""
+    def _answered(self, filtered: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Returns the dropped rows, then the others with their answers, ``rejected_by`` marking unusable ones."""
+        rows = [row for row in filtered if "rejected_by" in row]
+        candidates = [row for row in filtered if "rejected_by" not in row]
         prompts: list[list[Message]] = [
             [{"role": "user", "content": f"{c['instruction']}\n\n{c['input']}".strip()}] for c in candidates
         ]
+        sampling = Sampling(self.options.answer_tokens, temperature=0.7, top_p=0.95)
         samplings = [
-            Sampling(
-                max_tokens=self.options.answer_tokens,
-                temperature=0.7,
-                top_p=0.95,
-                seed=request_seed(self.seed, "answer", c["epoch"], c["seed_index"], c["step"]),
-            )
+            sampling.with_seed(request_seed(self.seed, "answer", c["epoch"], c["seed_index"], c["step"]))
             for c in candidates
         ]
-        for candidate, reply in zip(candidates, self.roles.responder.generate(prompts, samplings), strict=True):
-            candidate["calls"] = candidate["calls"] | {"answer": 1}
-            result.calls["answer"] += 1
+        rules = [rule for rule in STRING_RULES if rule != "no_information_gain"]
+        for candidate, reply in zip(candidates, self.responder.generate(prompts, samplings), strict=True):
+            row = candidate | {"calls": candidate["calls"] | {"answer": 1}}
             if isinstance(reply, BackendError):
-                result.rejected.append(candidate | {"rejected_by": "responder_failed", "error": str(reply)})
+                rows.append(row | {"rejected_by": "responder_failed", "error": str(reply)})
                 continue
-            output = reply[0].text.strip()
+            row["output"] = reply[0].text.strip()
             if reply[0].finish_reason == "length":
-                output = tidy(output, cut=True)
-            rules = [rule for rule in STRING_RULES if rule != "no_information_gain"]
-            reason = eliminated_by(output, candidate["instruction"], rules) if output else "no_content"
+                row["output"] = tidy(row["output"], cut=True)
+            reason = eliminated_by(row["output"], row["instruction"], rules) if row["output"] else "no_content"
             if reason:
-                result.rejected.append(candidate | {"output": output, "rejected_by": f"answer_{reason}"})
-            else:
-                result.accepted.append(candidate | {"output": output})
+                row["rejected_by"] = f"answer_{reason}"
+            rows.append(row)
+        return rows
 
 
 def generation_env(
-    training_options: EnvOptions, roles: Roles, instructions: Sequence[Instruction], copies: int
+    options: EnvOptions, roles: Mapping[str, Backend], instructions: Sequence[Instruction], copies: int
 ) -> VectorToVecEnv:
     """Returns the env for generation: episodes start from their seed's text, all rules are on, none ends an episode."""
-    return make_env(
-        training_options,
-        roles,
-        instructions,
-        n_envs=copies,
-        carry_text=False,
-        elimination=tuple(STRING_RULES),
-        elimination_ends=False,
-    )
+    rules: dict[str, Any] = {"carry_text": False, "elimination": tuple(STRING_RULES), "elimination_ends": False}
+    return make_env(options, roles, instructions, n_envs=copies, **rules)

@@ -14,6 +14,21 @@ from ..runs.statistics import interval
 
 OPERATION_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#999999")
 
+BARS = {
+    "LLM queries per accepted instruction (fewer is better)": {
+        "calls_per_accepted": "training included",
+        "calls_per_accepted_generation": "generation only",
+    },
+    "Diversity of the accepted instructions": {
+        "embedding_distance": "mean cosine distance",
+        "distinct_2": "distinct-2",
+    },
+}
+"""Panels of bars by title: two metrics and their names."""
+
+Runs = Mapping[str, Sequence[Mapping[str, Any]]]
+"""Results of each seed, by name of the arm."""
+
 
 def plot_training(episodes: Sequence[Mapping[str, Any]], updates: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """Plots the learning curve of one run and the shares of the operations over its updates, and returns the path.
@@ -41,9 +56,8 @@ def plot_training(episodes: Sequence[Mapping[str, Any]], updates: Sequence[Mappi
             steps, shares, labels=[n.removeprefix("operations/") for n in names], colors=OPERATION_COLOURS, alpha=0.85
         )
         right.set_ylim(0, 1)
-        handles, labels = right.get_legend_handles_labels()
         # Reversed, so that the legend lists the operations as they are stacked, from top to bottom.
-        right.legend(handles[::-1], labels[::-1], frameon=False, bbox_to_anchor=(1.0, 1.0), loc="upper left")
+        right.legend(reverse=True, frameon=False, bbox_to_anchor=(1.0, 1.0), loc="upper left")
     right.set(title="Operations chosen (last 96 steps)", xlabel="environment steps", ylabel="share")
     figure.savefig(path, dpi=130)
     return path
@@ -56,96 +70,63 @@ def _learning_curve(steps: Sequence[int], returns: Sequence[float]) -> tuple[dic
     return dict(zip(steps, smooth(returns, window), strict=True)), window
 
 
-def plot_comparison(arms: Mapping[str, Mapping[str, Any]], budget: int, path: Path) -> Path:
+def plot_comparison(runs: Runs, budget: int, path: Path) -> Path:
     """Plots agents and baselines side by side, with 95% t-intervals over seeds, and returns the path.
 
     Args:
-        arms: results by name of the arm: ``curves`` (per seed, a list of (LLM calls spent, instructions accepted)),
-            ``training`` (per seed, a list of (environment steps, return), empty for an arm without training),
-            ``results`` (per seed, the metrics of the table).
+        runs: results of each seed by name of the arm: ``curve``, a list of (LLM calls spent, instructions accepted),
+            ``training``, a list of (environment steps, return), empty for an arm without training, and the metrics of
+            the table.
         budget: LLM calls per arm and seed.
         path: PNG file to write.
     """
     figure, axes = panels(2, 2)
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(arms)}
-    _plot_returns(axes[0, 0], arms, colours)
-    _plot_accepted(axes[0, 1], arms, colours, budget)
-    _plot_bars(
-        axes[1, 0],
-        arms,
-        colours,
-        {"calls_per_accepted": "training included", "calls_per_accepted_generation": "generation only"},
-        "LLM queries per accepted instruction (fewer is better)",
-    )
-    _plot_bars(
-        axes[1, 1],
-        arms,
-        colours,
-        {"embedding_distance": "mean cosine distance", "distinct_2": "distinct-2"},
-        "Diversity of the accepted instructions",
-    )
-    seeds = max(len(arm["results"]) for arm in arms.values())
+    training, accepted = axes[0]
+    colours = [COLOURS[i % len(COLOURS)] for i in range(len(runs))]
+    steps = np.linspace(0, budget, 80)
+    for (name, results), colour in zip(runs.items(), colours, strict=True):
+        smoothed = [_learning_curve(*zip(*run["training"], strict=True))[0] for run in results if run["training"]]
+        if smoothed:
+            # Average over seeds on the range of steps that every seed covers.
+            grid = np.linspace(max(min(curve) for curve in smoothed), min(max(curve) for curve in smoothed), 60)
+            rows = [np.interp(grid, list(curve), list(curve.values())) for curve in smoothed]
+            band(training, grid, np.array(rows), name, colour)
+        # A learner's curve begins after its training calls: the point (0, 0) is put before it.
+        rows = [np.interp(steps, *np.array([(0, 0), *run["curve"]]).T) for run in results]
+        band(accepted, steps, np.array(rows), name, colour)
+    training.set(title="Return per episode in training", xlabel="environment steps", ylabel="return (smoothed)")
+    accepted.set(title="Accepted instructions", xlabel="LLM calls spent, training included", ylabel="accepted")
+    for axis in (training, accepted):
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(frameon=False)
+    for axis, (title, keys) in zip(axes[1], BARS.items(), strict=True):
+        axis.set(title=title)
+        _plot_bars(axis, runs, colours, keys)
+    seeds = max(map(len, runs.values()))
     figure.suptitle(f"{seeds} seeds, {budget} LLM calls per arm and seed; bands and bars: 95% t-interval of the mean")
     figure.savefig(path, dpi=130)
     return path
 
 
-def _plot_returns(axis: Any, arms: Mapping[str, Mapping[str, Any]], colours: Mapping[str, str]) -> None:
-    for name, arm in arms.items():
-        curves = [curve for curve in arm["training"] if curve]
-        if not curves:
-            continue
-        # Average over seeds on the range of steps that every seed covers.
-        grid = np.linspace(max(c[0][0] for c in curves), min(c[-1][0] for c in curves), 60)
-        smoothed = [_learning_curve(*zip(*curve, strict=True))[0] for curve in curves]
-        rows = [np.interp(grid, list(curve), list(curve.values())) for curve in smoothed]
-        band(axis, grid, np.array(rows), name, colours[name])
-    axis.set(title="Return per episode in training", xlabel="environment steps", ylabel="return (smoothed)")
-    if axis.get_legend_handles_labels()[1]:
-        axis.legend(frameon=False)
-
-
-def _plot_accepted(axis: Any, arms: Mapping[str, Mapping[str, Any]], colours: Mapping[str, str], budget: int) -> None:
-    grid = np.linspace(0, budget, 80)
-    for name, arm in arms.items():
-        # A learner's curve begins after its training calls: the point (0, 0) is put before it.
-        rows = [np.interp(grid, [0, *(c for c, _ in curve)], [0, *(a for _, a in curve)]) for curve in arm["curves"]]
-        band(axis, grid, np.array(rows), name, colours[name])
-    axis.set(title="Accepted instructions", xlabel="LLM calls spent, training included", ylabel="accepted")
-    axis.legend(frameon=False)
-
-
-def _plot_bars(
-    axis: Any, arms: Mapping[str, Mapping[str, Any]], colours: Mapping[str, str], keys: Mapping[str, str], title: str
-) -> None:
-    positions = np.arange(len(arms), dtype=np.float64)
-    width = 0.8 / len(keys)
-    for k, (key, label) in enumerate(keys.items()):
-        # The bars of one arm are centred on its tick.
-        figures = [over_seeds(arm["results"], key) or NO_VALUES for arm in arms.values()]
+def _plot_bars(axis: Any, runs: Runs, colours: Sequence[str], keys: Mapping[str, str]) -> None:
+    """Draws two metrics, solid and light, as neighbouring bars for each arm."""
+    for offset, alpha, key in zip((-0.2, 0.2), (1.0, 0.45), keys, strict=True):
+        # The bars of one arm are centred on its tick and take most of 0.8 of the way to the next.
+        figures = [over_seeds(results, key) or NO_VALUES for results in runs.values()]
         bars = axis.bar(
-            positions + (k - (len(keys) - 1) / 2) * width,
+            np.arange(len(runs)) + offset,
             [figure["mean"] for figure in figures],
-            width * 0.92,
+            0.368,
             yerr=[figure["half_width"] or 0.0 for figure in figures],
             capsize=3,
-            color=[colours[name] for name in arms],
-            alpha=1.0 if k == 0 else 0.45,
-            label=label,
+            color=colours,
+            alpha=alpha,
         )
         axis.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
-    axis.set_xticks(positions, list(arms))
-    axis.set(title=title)
+    axis.set_xticks(range(len(runs)), list(runs))
     axis.set_ylim(top=axis.get_ylim()[1] * 1.12)
-    axis.text(
-        0.99,
-        0.99,
-        " | ".join(("solid: ", "light: ")[k] + v for k, v in enumerate(keys.values())),
-        transform=axis.transAxes,
-        ha="right",
-        va="top",
-        fontsize=8,
-    )
+    legend = "solid: {} | light: {}".format(*keys.values())
+    axis.text(0.99, 0.99, legend, transform=axis.transAxes, ha="right", va="top", fontsize=8)
 
 
 NO_VALUES: dict[str, float | None] = {"mean": math.nan, "half_width": None}

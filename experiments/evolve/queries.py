@@ -7,8 +7,7 @@ the same seeds and rounds Evol-Instruct needs seeds x horizon x 3 calls.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,8 @@ from .train import ended_training
 
 ROLES = {"rewrite": "rewriter", "judge": "judge", "answer": "responder"}
 """Kinds of LLM calls, and the role that serves each."""
+SENT = ("requests", "prompt_tokens", "completion_tokens")
+"""What is counted of the requests of a role."""
 EVOL_INSTRUCT_CALLS = 3
 """LLM calls of Evol-Instruct per seed and round: evolve, judge, answer."""
 
@@ -83,15 +84,11 @@ def accounting(run_dir: str | Path) -> dict[str, Any]:
     training = _account({kind: _count(trained, f"{kind}_calls", folder) for kind in ("rewrite", "judge")}, folder)
     datasets = {}
     # Each data set made with the policy has a run folder of its own.
-    for config_path in sorted((folder / "generate").glob("*/config.json")):
-        results = read_json(config_path.parent / "results.json")
+    for made in sorted(path.parent for path in (folder / "generate").glob("*/config.json")):
+        results = read_json(made / "results.json")
         if results is None:
-            raise InputError(
-                f"the generation in {config_path.parent} has not ended: repeat its 'evolve generate' command"
-            )
-        datasets[config_path.parent.name] = _dataset(
-            results, config_path.parent, options["horizon"], training["all_calls"]
-        )
+            raise InputError(f"the generation in {made} has not ended: repeat its 'evolve generate' command")
+        datasets[made.name] = _dataset(results, made, options["horizon"], training["all_calls"])
     return {
         "algorithm": options["algorithm"],
         "learner": options["algorithm"] not in BASELINES,
@@ -114,47 +111,33 @@ def _dataset(results: Mapping[str, Any], folder: Path, horizon: int, training: i
     seeds, rows = _count(results, "seeds", folder), _count(results, "accepted", folder)
     account = _account(results["counts"].get("calls", {}), folder)
     evolving = seeds * horizon * EVOL_INSTRUCT_CALLS
-    figures: dict[str, Any] = {
-        "status": results["status"],
-        "seeds": seeds,
-        "rows": rows,
-        "evol_instruct_calls": evolving,
-    }
+    account |= {"status": results["status"], "seeds": seeds, "rows": rows, "evol_instruct_calls": evolving}
     # Figures for generation alone, and with all calls of the training added.
-    for name, calls in (("", account["all_calls"]), ("_with_training", account["all_calls"] + training)):
+    for name, added in (("", 0), ("_with_training", training)):
+        calls = account["all_calls"] + added
         per_row = calls / rows if rows else None
-        figures[f"calls_per_row{name}"] = per_row
-        figures[f"ratio{name}"] = calls / evolving if evolving else None
-        figures[f"ratio_per_row{name}"] = None if per_row is None else per_row / EVOL_INSTRUCT_CALLS
-    return account | figures
+        account[f"calls_per_row{name}"] = per_row
+        account[f"ratio{name}"] = calls / evolving if evolving else None
+        account[f"ratio_per_row{name}"] = None if per_row is None else per_row / EVOL_INSTRUCT_CALLS
+    return account
 
 
 def _account(calls: Mapping[str, int], folder: Path) -> dict[str, Any]:
     """Returns calls by kind, their sum, and the requests and tokens by role from the folder's ``usage.json``."""
     counted = {kind: int(calls.get(kind, 0)) for kind in ROLES}
     usage = read_json(folder / "usage.json") or {}
-    sent = {
-        role: {key: usage[role].get(key, 0) for key in ("requests", "prompt_tokens", "completion_tokens")}
-        for role in ROLES.values()
-        if role in usage
-    }
+    sent = {role: {key: usage[role].get(key, 0) for key in SENT} for role in ROLES.values() if role in usage}
     return {"calls": counted, "all_calls": sum(counted.values()), "sent": sent}
 
 
-def _total(accounts: list[dict[str, Any]]) -> dict[str, Any]:
+def _total(accounts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns the sum of accounts."""
-    # Start from 0 for every kind: Counter.update keeps zeros, so that no kind is missing.
-    calls: Counter[str] = Counter(dict.fromkeys(ROLES, 0))
-    sent: dict[str, Counter[str]] = {}
+    calls = {kind: sum(account["calls"][kind] for account in accounts) for kind in ROLES}
+    sent: dict[str, dict[str, int]] = {}
     for account in accounts:
-        calls.update(account["calls"])
-        for role, usage in account["sent"].items():
-            sent.setdefault(role, Counter()).update(usage)
-    return {
-        "calls": dict(calls),
-        "all_calls": calls.total(),
-        "sent": {role: dict(usage) for role, usage in sent.items()},
-    }
+        for role, used in account["sent"].items():
+            sent[role] = {key: sent.get(role, {}).get(key, 0) + used[key] for key in SENT}
+    return {"calls": calls, "all_calls": sum(calls.values()), "sent": sent}
 
 
 def _count(results: Mapping[str, Any], name: str, folder: Path) -> int:
@@ -180,14 +163,11 @@ def accounting_table(account: Mapping[str, Any]) -> Table:
 
 
 def _calls(account: Mapping[str, Any]) -> list[str]:
-    return [str(account["calls"][kind]) for kind in ROLES] + [str(account["all_calls"])]
+    return [*map(str, account["calls"].values()), str(account["all_calls"])]
 
 
 def _ratios(dataset: Mapping[str, Any], name: str) -> list[str]:
     """Returns the last cells of a data set's row; ``name`` is the suffix of the figures' keys."""
-    per_row, ratio, row_ratio = (dataset[f"{key}{name}"] for key in ("calls_per_row", "ratio", "ratio_per_row"))
-    return [
-        "-" if per_row is None else f"{per_row:.2f}",
-        "-" if ratio is None else f"{100 * ratio:.1f}%",
-        "-" if row_ratio is None else f"{100 * row_ratio:.1f}%",
-    ]
+    formats = {"calls_per_row": ".2f", "ratio": ".1%", "ratio_per_row": ".1%"}
+    values = {key: dataset[f"{key}{name}"] for key in formats}
+    return ["-" if value is None else format(value, formats[key]) for key, value in values.items()]

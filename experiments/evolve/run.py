@@ -10,6 +10,7 @@ library's operations, rules and filters.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,39 +21,37 @@ from ...agents.sb3.factory import BASELINES, check_algorithm
 from ...envs.tasks.instruction.pool import evaluation_split, load_tasks
 from ...llm_backends.errors import InputError
 from ..runs.folder import read_json, write_once
-from ..runs.options import input_errors, parse_part, parse_reward
-from ..runs.training import in_time
-from ..teaching.run import TeachingOptions, evaluate_arms, finetune_arms, teach, write_report
+from ..runs.options import input_errors, named, parse_part, parse_reward
+from ..runs.study import Results, StudyStage, run_study
+from ..teaching.run import EVALUATION, FINETUNING, REPORT, TeachingOptions
 from .compare import EvolveCompare
 from .compare import run as compare
 from .queries import EVOL_INSTRUCT_CALLS
 
 RANDOM = "random"
 """The arm that evolves at random."""
-CALLS = {"smoke": 190, "report": 1600}
-"""LLM calls per data set, by ``--scale``."""
-EPISODES = {"smoke": 4, "report": 48}
-"""Episodes that the agent trains for, by ``--scale``."""
-NUM_ENVS = {"smoke": 6, "report": 16}
-"""Environments stepped together in training, and seeds evolved together in generation: their requests share a batch."""
-ANSWER_TOKENS = {"smoke": 32, "report": 64}
-"""Maximum tokens of an answer, by ``--scale``."""
+SIZES = {
+    "smoke": {"calls": 190, "episodes": 4, "copies": 6, "answer_tokens": 32},
+    "report": {"calls": 1600, "episodes": 48, "copies": 16, "answer_tokens": 64},
+}
+"""By ``--scale``: LLM calls per data set, episodes that the agent trains for, environments stepped together in training
+and seeds evolved together in generation (their requests share a batch), and maximum tokens of an answer."""
 
 
 @dataclass
 class EvolveStageOptions(TeachingOptions):
     """Options of the stages that follow the generation of the data."""
 
-    name: ClassVar[str] = "evolve run"
+    command: ClassVar[str] = "evolve run"
 
     algorithm: str = "TRPO"
     """Algorithm of the agent: any learner that 'evolve train --algorithm' takes."""
 
     def check(self) -> None:
-        super().check()
         self.algorithm = check_algorithm(self.algorithm)
         if self.algorithm in BASELINES:
             raise InputError(f"--algorithm must be a learner, {self.algorithm} is a baseline")
+        super().check()
 
     @property
     def data(self) -> dict[str, Path]:
@@ -65,37 +64,41 @@ class EvolveStageOptions(TeachingOptions):
         return f"TeaMs-RL: {self.algorithm} against random evolution, {self.model}"
 
     def costs(self) -> dict[str, dict[str, float]]:
-        return {arm: _cost(arm, path.parent) for arm, path in self.data.items()}
+        costs = {}
+        for arm, path in self.data.items():
+            result = read_json(path.with_name("arm.json"))
+            if result is None:
+                raise InputError(f"the data of {arm} in {path.parent} are not finished: repeat 'evolve run'")
+            calls = {kind: float(result["calls"].get(kind, 0)) for kind in ("training", "rewrite", "judge", "answer")}
+            rows, total = float(result["accepted"]), sum(calls.values())
+            # Every edit costs one rewrite, so the rewrites count the edits.
+            figures = {"all": total, "of Evol-Instruct's": total / (EVOL_INSTRUCT_CALLS * calls["rewrite"])}
+            costs[arm] = calls | figures | {"rows made": rows} | ({"calls per row": total / rows} if rows else {})
+        return costs
 
-    def identity(self) -> dict[str, Any]:
-        return super().identity() | {"algorithm": self.algorithm}
-
-
-def _cost(arm: str, folder: Path) -> dict[str, float]:
-    """Returns the LLM calls of one data set by kind, their sum, and its ratio to Evol-Instruct's 3 calls per edit."""
-    result = read_json(folder / "arm.json")
-    if result is None:
-        raise InputError(f"the data of {arm} in {folder} are not finished: repeat 'evolve run'")
-    calls = {kind: float(result["calls"].get(kind, 0)) for kind in ("training", "rewrite", "judge", "answer")}
-    rows, total = float(result["accepted"]), sum(calls.values())
-    # Every edit costs one rewrite, so the rewrites count the edits.
-    figures = calls | {"all": total, "of Evol-Instruct's": total / (EVOL_INSTRUCT_CALLS * calls["rewrite"])}
-    return figures | {"rows made": rows} | ({"calls per row": total / rows} if rows else {})
+    def identity(self) -> Mapping[str, Any]:
+        return {**super().identity(), "algorithm": self.algorithm}
 
 
 @dataclass
 class EvolveFinetune(EvolveStageOptions):
     """Fine-tune the model on both data sets of 'evolve run', at equal size."""
 
+    only = FINETUNING
+
 
 @dataclass
 class EvolveEvaluate(EvolveStageOptions):
     """Evaluate and attack the models that 'evolve finetune' left."""
 
+    only = EVALUATION
+
 
 @dataclass
 class EvolveReport(EvolveStageOptions):
     """Gather the stages of 'evolve run' into tables and a figure."""
+
+    only = REPORT
 
 
 @dataclass
@@ -116,67 +119,49 @@ class EvolveRun(EvolveStageOptions):
         parse_reward(self.reward)
         parse_part(self.backend)
 
+    def prepare(self) -> None:
+        # The seeds of the data are the tasks that are not held out for evaluation.
+        with input_errors():
+            shown, _ = evaluation_split(load_tasks(self.seeds or None), self.num_held_out)
+        write_once(self.root / "seeds.jsonl", [task.row() for task in shown])
 
-def run(options: EvolveRun, console: Console | None = None) -> dict[str, Any]:
+    def stages(self) -> list[StudyStage]:
+        sizes = SIZES[self.scale]
+        # One comparison with two arms makes both data sets.
+        data = EvolveCompare(
+            **named(self, "scale", "backend", "seed", "reward"),
+            seeds=str(self.root / "seeds.jsonl"),
+            algorithms=f"{self.algorithm},{RANDOM}",
+            repeats=1,
+            num_envs=sizes["copies"],
+            n_steps=3,
+            chunk=sizes["copies"],
+            answer_tokens=sizes["answer_tokens"],
+            calls=self.calls or sizes["calls"],
+            episodes=self.episodes or sizes["episodes"],
+        )
+        return [StudyStage("compare", compare, data), *super().stages()]
+
+
+def run(options: EvolveRun, console: Console | None = None) -> Results:
     """Runs the stages that are not finished and returns the figures of the report.
 
     Raises:
         InputError: for bad input.
     """
-    return in_time(_run)(options, console or Console())
+    return run_study(options, console or Console())
 
 
-def _run(options: EvolveRun, console: Console) -> dict[str, Any]:
-    options.check()
-    if options.dry_run:
-        console.print(f"would make data with {options.algorithm} and at random, and compare them in {options.root}")
-        return {}
-    with options.opened():
-        # One comparison with two arms makes both data sets.
-        options.deadline.run(compare, make_data(options), console)
-    return teach(options, console)
-
-
-def make_data(options: EvolveRun) -> EvolveCompare:
-    """Returns the options of the comparison that makes both data sets, after writing its seeds to a file.
-
-    The seeds are the tasks that are not held out for evaluation.
-    """
-    tasks = load_tasks(options.seeds or None)
-    with input_errors():
-        # With evaluation tasks of their own, no seed has to be held out.
-        shown, _ = evaluation_split(tasks, 0 if options.tasks else options.held_out)
-    seeds = options.root / "seeds.jsonl"
-    write_once(seeds, [task.row() for task in shown])
-    return EvolveCompare(
-        run_dir=str(options.root / "compare"),
-        scale=options.scale,
-        backend=options.backend,
-        seeds=str(seeds),
-        algorithms=f"{options.algorithm},{RANDOM}",
-        repeats=1,
-        seed=options.seed,
-        num_envs=NUM_ENVS[options.scale],
-        n_steps=3,
-        chunk=NUM_ENVS[options.scale],
-        answer_tokens=ANSWER_TOKENS[options.scale],
-        calls=options.calls or CALLS[options.scale],
-        episodes=options.episodes or EPISODES[options.scale],
-        reward=options.reward,
-        track=options.track,
-    )
-
-
-def finetune(options: EvolveFinetune, console: Console) -> Any:
+def finetune(options: EvolveFinetune, console: Console) -> Results:
     """Fine-tunes the model on both data sets of a run."""
-    return in_time(finetune_arms)(options, console)
+    return run_study(options, console)
 
 
-def evaluate(options: EvolveEvaluate, console: Console) -> Any:
+def evaluate(options: EvolveEvaluate, console: Console) -> Results:
     """Evaluates and attacks the models of a run."""
-    return in_time(evaluate_arms)(options, console)
+    return run_study(options, console)
 
 
-def report(options: EvolveReport, console: Console) -> dict[str, Any]:
+def report(options: EvolveReport, console: Console) -> Results:
     """Gathers the stages of a run into tables and a figure."""
-    return write_report(options, console)
+    return run_study(options, console)

@@ -11,18 +11,18 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import gymnasium as gym
 import numpy as np
+from annotated_types import Le
 from rich.console import Console
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 
-from ...agents.sb3.callbacks import EpisodeRows, InvalidRewardGuard, StopAtDeadline
+from ...agents.sb3.callbacks import EpisodeRows, InvalidRewardGuard
 from ...agents.sb3.factory import VectorToVecEnv, check_algorithm, make_agent, make_sb3_env
 from ...agents.sb3.policy_io import normalize_observations, save_policy
 from ...envs.edit.operators import LLMOperator
@@ -31,8 +31,8 @@ from ...llm_backends import Backend, Journal
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
 from ..runs.folder import RowWriter, RunFolder, Tracker, journaled_roles, read_json, replayed
-from ..runs.options import BackendOptions, Count, input_errors, parse_part, parse_reward
-from ..runs.progress import ShowProgress, StepProgress
+from ..runs.options import BackendOptions, Count, input_errors, named, parse_part, parse_reward
+from ..runs.progress import Deadline, StepProgress
 from .plots import plot_training
 
 ENV_ID = "instructgym/EvolveInstruction-v0"
@@ -73,50 +73,39 @@ class EnvOptions(BackendOptions):
         parse_reward(self.reward)
 
 
-@dataclass
-class Roles:
-    """The language models of a run, by role; their replies are stored in its journal."""
-
-    rewriter: Backend
-    """Applies the edit operations."""
-    judge: Backend
-    """Answers the reward's questions."""
-    responder: Backend
-    """Answers the evolved instructions."""
-
-
-def roles_of(options: EnvOptions, journal: Journal | None, responder: str = "") -> Roles:
-    """Builds the roles that the options describe; roles with equal options share one backend.
+def roles_of(options: EnvOptions, journal: Journal | None, responder: str = "") -> dict[str, Backend]:
+    """Builds the language models of a run by role; roles with equal options share one backend.
 
     Args:
         options: options that name the backends.
         journal: journal that stores the replies, so that each role counts its own usage; None for bare backends.
         responder: backend of the responder in its command-line form; empty for the rewriter's.
+
+    Returns:
+        ``rewriter``, which applies the edit operations, ``judge``, which answers the reward's questions, and
+        ``responder``, which answers the evolved instructions.
     """
-    backend = parse_part(options.backend, options.model)
-    judge = parse_part(options.judge_backend) if options.judge_backend else backend
-    parts = {"rewriter": backend, "judge": judge, "responder": parse_part(responder) if responder else backend}
-    return Roles(**journaled_roles(parts, journal))
+    rewriter = parse_part(options.backend, options.model)
+    others = {"judge": options.judge_backend, "responder": responder}
+    parts = {"rewriter": rewriter} | {role: parse_part(text) if text else rewriter for role, text in others.items()}
+    with input_errors():
+        return journaled_roles(parts, journal)
 
 
 def make_env(
-    options: EnvOptions, roles: Roles, instructions: Sequence[Instruction] | None, **kwargs: Any
+    options: EnvOptions, roles: Mapping[str, Backend], instructions: Sequence[Instruction] | None, **kwargs: Any
 ) -> VectorToVecEnv:
     """Returns the vector env that the options describe; ``kwargs`` replace its arguments."""
-    arguments: dict[str, Any] = {
-        "preset": options.preset,
+    arguments = named(options, "preset", "observation", "horizon", "candidates", "no_op") | {
+        "n_envs": options.num_envs,
         "seeds": instructions,
-        "observation": options.observation,
         "reward": parse_reward(options.reward),
-        "horizon": options.horizon,
-        "candidates": options.candidates,
         "operations": [name.strip() for name in options.operations.split(",")] if options.operations else None,
-        "no_op": options.no_op,
-        "backend": roles.rewriter,
-        "judge_backend": roles.judge,
+        "backend": roles["rewriter"],
+        "judge_backend": roles["judge"],
     }
     with input_errors():
-        return make_sb3_env(ENV_ID, **({"n_envs": options.num_envs} | arguments | kwargs))
+        return make_sb3_env(ENV_ID, **arguments | kwargs)
 
 
 def load_seeds(path: str) -> list[Instruction]:
@@ -158,12 +147,10 @@ def identity(options: BackendOptions, instructions: Sequence[Instruction] | None
     return asdict(options) | {"seed_instructions": digest}
 
 
-def describe(env: gym.vector.VectorEnv[Any, Any, Any]) -> str:
+def describe(env: VectorToVecEnv) -> str:
     """Returns one line that describes the env, for a dry run."""
-    return (
-        f"{env.num_envs} copies, {env.single_action_space}, observation {env.single_observation_space}, "
-        f"{len(env.unwrapped.process.instructions)} seeds"  # type: ignore[attr-defined]
-    )
+    seeds = len(env.get_attr("process")[0].instructions)
+    return f"{env.num_envs} copies, {env.action_space}, observation {env.observation_space}, {seeds} seeds"
 
 
 EPISODES = {"smoke": 40, "report": 400}
@@ -185,7 +172,7 @@ class EvolveTrain(EnvOptions):
     normalize_observation: bool = False
     """Normalise observations by their running mean and deviation, clipped to 5, like the paper's filter. The statistics
     are saved with the policy."""
-    max_invalid_share: float = 0.2
+    max_invalid_share: Annotated[float, Le(1)] = 0.2
     """Stop with an error if the judge or the rewriter gave no usable reply on more than this share of recent steps."""
 
     def check(self) -> None:
@@ -195,8 +182,6 @@ class EvolveTrain(EnvOptions):
             raise InputError(f"{self.algorithm} needs rollouts of at least 2 steps: raise --n-steps or --num-envs")
         if self.observation == "text":
             raise InputError("--observation text is for agents of your own: use last_edit or embedding")
-        if self.max_invalid_share > 1:
-            raise InputError(f"--max-invalid-share is a share, at most 1, got {self.max_invalid_share}")
 
     @property
     def timesteps(self) -> int:
@@ -222,12 +207,13 @@ def run(options: EvolveTrain, console: Console | None = None) -> dict[str, Any]:
     # None: the preset 'published' brings its one seed.
     instructions = load_seeds(options.seeds) if options.seeds or options.preset != "published" else None
     folder = RunFolder(options.run_dir, identity(options, instructions), "evolve train")
-    with input_errors():
-        probe = make_env(options, roles_of(options, None), instructions)
-    check_context(probe.env.unwrapped.backend, instructions or [], options.seeds)  # type: ignore[attr-defined]
+    # Roles without a journal: they check the options before the run folder is opened.
+    roles = roles_of(options, None)
+    probe = make_env(options, roles, instructions)
+    check_context(roles["rewriter"], instructions or [], options.seeds)
     if options.dry_run:
         console.print(f"would train {options.algorithm} for {options.timesteps} steps in {folder.path}")
-        console.print(describe(probe.env))
+        console.print(describe(probe))
         return {}
     if (results := folder.finished(console)) is not None:
         return results
@@ -238,51 +224,47 @@ def run(options: EvolveTrain, console: Console | None = None) -> dict[str, Any]:
 def _train(options: EvolveTrain, folder: RunFolder, env: VecEnv, journal: Journal, console: Console) -> dict[str, Any]:
     """Trains the agent, saves its policy, draws the figure and returns the results."""
     begun, stored_replies = time.monotonic(), len(journal)
-    wrapped: VecEnv = VecMonitor(env)
+    env = VecMonitor(env)
     if options.normalize_observation:
-        wrapped = normalize_observations(wrapped)
-    agent = make_agent(options.algorithm, wrapped, options.seed, options.n_steps)
+        env = normalize_observations(env)
+    agent = make_agent(options.algorithm, env, options.seed, options.n_steps)
     with Tracker(folder, options.track) as tracker:
         agent.set_logger(tracker.logger())
-        rows = RowWriter(folder.file("episodes.jsonl"))
-        episodes = EpisodeRows(rows.write)
-        # Replayed steps add nothing to the journal: the time limit begins with the first new reply.
-        stop = StopAtDeadline(60 * options.minutes, clock_started=lambda: len(journal) > stored_replies)
-        save = _Checkpoint(options, folder)
-        guard = InvalidRewardGuard(options.max_invalid_share)
+        episodes = EpisodeRows(RowWriter(folder.file("episodes.jsonl")).write)
         with StepProgress(f"{options.algorithm} seed {options.seed}", options.timesteps, console) as progress:
+            upkeep = _Upkeep(options, folder, Deadline(options.minutes, journal), progress)
             # stable-baselines3 counts the interval of the log in episodes for DQN, in updates for the others.
             agent.learn(
                 options.timesteps,
-                callback=[episodes, guard, stop, save, ShowProgress(progress)],
+                [episodes, InvalidRewardGuard(options.max_invalid_share), upkeep],
                 log_interval=options.num_envs if options.algorithm == "DQN" else 1,
             )
-        save.save(agent)
+        upkeep.save(agent)
         history = read_records(folder.path / "episodes.jsonl")
         updates = read_records(folder.path / "metrics.jsonl")
         figure = plot_training(history, updates, folder.file("figures", "training.png"))
         returns = [row["return"] for row in history]
         fifth = max(len(returns) // 5, 1)
+        values = {
+            "mean_return": returns,
+            "first_fifth_return": returns[:fifth],
+            "last_fifth_return": returns[-fifth:],
+            "mean_length": [row["length"] for row in history],
+        }
         results = folder.finish(
-            metrics={
-                "mean_return": mean(returns),
-                "first_fifth_return": mean(returns[:fifth]),
-                "last_fifth_return": mean(returns[-fifth:]),
-                "mean_length": mean([row["length"] for row in history]),
-            },
+            metrics={name: float(np.mean(numbers)) if numbers else 0.0 for name, numbers in values.items()},
             counts={
                 "timesteps": int(agent.num_timesteps),
                 "episodes": len(history),
-                "rewrite_calls": episodes.calls["rewrite_calls"],
-                "judge_calls": episodes.calls["judge_calls"],
+                **{name: episodes.calls[name] for name in ("rewrite_calls", "judge_calls")},
                 "replayed_replies": stored_replies,
                 "seconds": round(time.monotonic() - begun, 1),
             },
-            status="stopped" if stop.out_of_time else "finished",
+            status="stopped" if upkeep.out_of_time else "finished",
         )
         tracker.image("training", figure)
         tracker.summary(results["metrics"])
-    word = "stopped at the time limit (the same command goes on)" if stop.out_of_time else "finished"
+    word = "stopped at the time limit (the same command goes on)" if upkeep.out_of_time else "finished"
     console.print(
         f"{options.algorithm} {word}: {len(history)} episodes, mean return {results['metrics']['mean_return']:.2f}, "
         f"last fifth {results['metrics']['last_fifth_return']:.2f}; policy and figures in {folder.path}"
@@ -304,18 +286,32 @@ def ended_training(run_dir: str | Path) -> tuple[dict[str, Any], dict[str, Any]]
     return stored["options"], results
 
 
-class _Checkpoint(BaseCallback):
-    """A callback that saves the policy at the start of a rollout, i.e. after an update, at most once a minute."""
+class _Upkeep(BaseCallback):
+    """A callback that shows progress, saves the policy at most once a minute, and stops training at the time limit.
 
-    def __init__(self, options: EvolveTrain, folder: RunFolder) -> None:
+    Args:
+        options: options of the run.
+        folder: its run folder.
+        limit: its time limit.
+        progress: the open display of env steps, with the mean return of the last 100 episodes.
+    """
+
+    def __init__(self, options: EvolveTrain, folder: RunFolder, limit: Deadline, progress: StepProgress) -> None:
         super().__init__()
-        self.options, self.folder = options, folder
+        self.options, self.folder, self.limit, self.progress = options, folder, limit, progress
+        self.out_of_time = False
+        """Whether the time limit stopped the training."""
         self._last = time.monotonic()
 
     def _on_step(self) -> bool:
-        return True
+        episodes = list(self.model.ep_info_buffer or [])
+        mean = f"return {sum(e['r'] for e in episodes) / len(episodes):.2f}" if episodes else ""
+        self.progress.update(self.num_timesteps, mean)
+        self.out_of_time = self.limit.reached()
+        return not self.out_of_time
 
     def _on_rollout_start(self) -> None:
+        # At the start of a rollout the policy is the one that an update has left.
         if time.monotonic() - self._last > CHECKPOINT_SECONDS:
             self.save(self.model)
 
@@ -323,8 +319,3 @@ class _Checkpoint(BaseCallback):
         """Saves the policy now."""
         save_policy(agent, self.folder.path / "checkpoints", self.options.algorithm, self.options.n_steps)
         self._last = time.monotonic()
-
-
-def mean(values: Sequence[float]) -> float:
-    """Returns the mean of values, 0 if there are none."""
-    return float(np.mean(values)) if values else 0.0

@@ -1,26 +1,23 @@
-"""Shared parts of the ``instructgym fine-grained`` commands: options, splits of the prompts and policies."""
+"""Shared parts of the ``instructgym fine-grained`` commands: their options, and the prompts and policies of these."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import gymnasium as gym
 import numpy as np
-from rich.console import Console
 
 from ...agents.policy.checkpoints import policy_from, read_state
 from ...agents.policy.language_model import SETTINGS, LanguageModelPolicy
 from ...envs.tasks.responses.openings import response_prompts
 from ...envs.tokens.episode import PromptExample
 from ...llm_backends.errors import InputError
-from ...llm_backends.local.tokenization import Tokenizer
 from ...rewards import Reward
-from ..runs.options import Count, Positive
+from ..runs.options import Count, Positive, named
 from ..runs.responses import Response, respond
-from ..runs.training import Run, TrainingOptions, policy_folder, run_stage, tokenizer_of
+from ..runs.training import TrainingOptions, policy_folder, tokenizer_of
 
 ENV_ID = "instructgym/GenerateResponse-v0"
 
@@ -28,9 +25,6 @@ Part = Literal["sft", "preferences", "unlabelled"]
 
 SHARES: dict[Part, tuple[float, float]] = {"sft": (0.0, 0.3), "preferences": (0.3, 0.6), "unlabelled": (0.6, 1.0)}
 """Ends of each stage's share of the shuffled training prompts: the stages use disjoint prompts, as in AlpacaFarm."""
-
-COSINE: dict[str, Any] = {"schedule": "cosine", "warmup": 0.1}
-"""Schedule of the learning rate in all stages but FIGA."""
 
 
 @dataclass
@@ -61,7 +55,7 @@ class StageOptions(PromptOptions, TrainingOptions):
 
     def env_options(self) -> dict[str, Any]:
         """Returns the arguments of the environment other than examples, reward and tokenizer."""
-        return {"layout": self.layout, "max_tokens": self.max_tokens, "context_length": self.context_length}
+        return named(self, "layout", "max_tokens", "context_length")
 
     def prompts(self, part: Part, model: str, limit: int = 0) -> list[PromptExample]:
         """Returns the training prompts of one kind of stage.
@@ -83,26 +77,6 @@ class StageOptions(PromptOptions, TrainingOptions):
             raise InputError(f"{self.data} has {len(everything)} training prompts, too few to split for {part}")
         return examples
 
-    def run(
-        self, command: str, console: Console, plan: str, work: Callable[[Run], dict[str, Any]], distributed: bool = True
-    ) -> dict[str, Any]:
-        """Runs the stage in its run folder and returns the results; in a dry run, prints the plan and returns nothing.
-
-        Args:
-            command: name of the command, as a user types it.
-            console: console that shows progress.
-            plan: what the stage does, such as ``train on 10 pairs``.
-            work: does the work and returns the results.
-            distributed: whether several processes can share the work.
-
-        Raises:
-            InputError: as :func:`~instructgym.experiments.runs.training.run_stage` does.
-        """
-        if self.dry_run:
-            console.print(f"would {plan}, in {self.run_dir}")
-            return {}
-        return run_stage(self, command, console, work, distributed)
-
 
 @dataclass
 class PolicyOptions(StageOptions):
@@ -120,6 +94,10 @@ class PolicyOptions(StageOptions):
         folder = policy_folder(self.policy, "--policy")
         return folder, read_state(folder / SETTINGS)["model"]
 
+    def load(self, folder: Path) -> LanguageModelPolicy:
+        """Loads the policy in a folder with the temperature and floating-point type of the stage."""
+        return policy_from(folder, temperature=self.temperature, dtype=self.dtype)
+
     def sample(
         self,
         policy: LanguageModelPolicy,
@@ -129,24 +107,3 @@ class PolicyOptions(StageOptions):
     ) -> list[Response]:
         """Returns the policy's response to every example, sampled at the temperature of the stage, with its reward."""
         return respond(policy, ENV_ID, examples, self.temperature, seed, reward=reward, **self.env_options())
-
-
-def check_lengths(options: StageOptions, examples: Sequence[PromptExample], tokenizer: Tokenizer) -> None:
-    """Checks that every prompt leaves room for a response within the context length.
-
-    Raises:
-        InputError: if a prompt does not; the message names it.
-    """
-    # The environment checks the lengths when it is built.
-    gym.make_vec(ENV_ID, num_envs=1, examples=list(examples), tokenizer=tokenizer, **options.env_options()).close()
-
-
-def load_stage_policy(options: StageOptions, folder: Path) -> LanguageModelPolicy:
-    """Loads the policy in a folder with the temperature and floating-point type of the stage."""
-    return policy_from(folder, temperature=options.temperature, dtype=options.dtype)
-
-
-def print_metrics(console: Console, metrics: Mapping[str, float | None]) -> None:
-    """Prints the metrics that have a value in one line."""
-    shown = (f"{name} {value:.3f}" for name, value in metrics.items() if value is not None)
-    console.print("  ".join(shown), highlight=False)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,15 +14,14 @@ from rich.console import Console
 from ...agents.policy.language_model import LanguageModelPolicy
 from ...envs.tasks.responses.editors import EditBounds, Editor, EditRequest, edit_responses
 from ...envs.tokens.episode import PromptExample
-from ...llm_backends import Backend, Journal, Journaled, request_seed, resolve
+from ...llm_backends import Backend, request_seed, resolve
 from ...llm_backends.errors import InputError
-from ...llm_backends.local.tokenization import Tokenizer
 from ...rewards import Reward
 from ...rewards.learned.edits import EditedPair, edit_statistics, write_pairs
-from ..runs.folder import RunFolder, accounted, chunked_rows
 from ..runs.options import input_errors, parse_part, parse_reward
-from ..runs.training import Run, tokenizer_of
-from .common import PolicyOptions, check_lengths, load_stage_policy
+from ..runs.responses import check_prompts
+from ..runs.training import Run, run_stage, tokenizer_of
+from .common import ENV_ID, PolicyOptions
 
 CHUNK = 64
 
@@ -53,26 +53,28 @@ class FineGrainedEdit(EditOptions, PolicyOptions):
 
 @dataclass(frozen=True)
 class EditParts:
-    """The annotator, the editor with its language model, and the bounds of a minimal edit."""
+    """The annotator, the editor, and the bounds of a minimal edit."""
 
     annotator: Reward
     editor: Editor
-    backend: Backend
     bounds: EditBounds
 
     @classmethod
-    def of(cls, options: EditOptions) -> EditParts:
+    def of(cls, options: EditOptions, backend: Backend | None = None) -> EditParts:
         """Builds the parts that the options describe.
+
+        Args:
+            options: the options.
+            backend: language model of the editor; None: the one that the options describe.
 
         Raises:
             InputError: if a part is unknown or a value out of range.
         """
         with input_errors():
-            backend = resolve("backend", parse_part(options.backend))
+            backend = resolve("backend", backend or parse_part(options.backend))
             return cls(
                 resolve("reward", parse_reward(options.annotator)),
                 resolve("editor", parse_part(options.editor), backend=backend),
-                backend,
                 EditBounds(max_changed=options.max_changed),
             )
 
@@ -90,27 +92,35 @@ def run(options: FineGrainedEdit, console: Console | None = None) -> dict[str, A
     options.check()
     folder, model = options.start()
     examples = options.prompts("preferences", model, options.limit)
-    check_lengths(options, examples, tokenizer_of(model))
-    parts = EditParts.of(options)
+    check_prompts(ENV_ID, examples, tokenizer_of(model), **options.env_options())
+    EditParts.of(options)  # wrong parts are found before the folder is opened
 
     def work(opened: Run) -> dict[str, Any]:
-        backend = Journaled(parts.backend, Journal(opened.folder.file("journal.jsonl")))
-        # Rebuild the editor on the journal, which keeps the replies of the language model.
-        journaled = replace(parts, editor=resolve("editor", parse_part(options.editor), backend=backend))
-        policy = load_stage_policy(options, folder)
-        with accounted({"editor": backend}, opened.folder.path):
-            rows = chunked_rows(
-                opened.folder.file("responses.jsonl"),
+        policy = options.load(folder)
+        with opened.roles({"editor": parse_part(options.backend)}) as roles:
+            parts = EditParts.of(options, roles["editor"])
+            rows = opened.rows(
+                "responses.jsonl",
                 len(examples),
                 CHUNK,
-                lambda start: _chunk(options, policy, examples[start : start + CHUNK], start, journaled),
+                lambda start: _chunk(options, policy, examples[start : start + CHUNK], start, parts),
                 "responses ranked and edited",
-                console,
             )
-        return _finish(opened.folder, rows, policy.tokenizer, opened.seconds)
+        preferences, edits, dropped = _pairs(rows)
+        if not edits:
+            reasons = ", ".join(f"{reason} ({count})" for reason, count in dropped.most_common())
+            raise InputError(
+                f"none of {len(rows)} responses was edited: {reasons}; take another --editor or more prompts"
+            )
+        write_pairs(opened.folder.file("preferences.jsonl"), preferences)
+        write_pairs(opened.folder.file("edits.jsonl"), edits)
+        metrics = {f"edits/{name}": value for name, value in edit_statistics(edits, policy.tokenizer).items()}
+        metrics["annotator_mean"] = float(np.mean([row["scores"] for row in rows if row["scores"] is not None]))
+        counts = {"prompts": len(rows), "preferences": len(preferences), "edits": len(edits), "dropped": dict(dropped)}
+        return opened.finish(metrics, counts)
 
     plan = f"sample 2 responses to each of {len(examples)} prompts"
-    return options.run("fine-grained edit", console, plan, work, distributed=False)
+    return run_stage(options, "fine-grained edit", console, work, distributed=False, plan=plan)
 
 
 def _chunk(
@@ -125,10 +135,12 @@ def _chunk(
     seed = request_seed(options.seed, "pairs", start)
     responses = [options.sample(policy, examples, request_seed(seed, k), parts.annotator) for k in range(2)]
     rows: list[dict[str, Any]] = []
-    for example, *pair in zip(examples, *responses, strict=True):
+    requests = []
+    for i, (example, *pair) in enumerate(zip(examples, *responses, strict=True)):
         # A stable sort: of equal rewards, the first sample is `worse`. Such pairs are edited, but are no preferences.
         worse, better = sorted(pair, key=lambda response: response.reward)
         ranked = worse.valid and better.valid
+        finished = [sampled.finish_reason != "length" for sampled in (worse, better)]
         rows.append(
             {
                 "id": example.id,
@@ -136,17 +148,12 @@ def _chunk(
                 "worse": worse.text,
                 "better": better.text,
                 "scores": [worse.reward, better.reward] if ranked else None,
-                "finished": [sampled.finish_reason != "length" for sampled in (worse, better)],
-                "edited": None,
+                "finished": finished,
             }
         )
-    requests = [
-        EditRequest(
-            row["prompt"], row["worse"], row["id"], request_seed(seed, "edit", i), row["better"], row["finished"][0]
-        )
-        for i, row in enumerate(rows)
-        if row["scores"] is not None
-    ]
+        if ranked:
+            edit_seed = request_seed(seed, "edit", i)
+            requests.append(EditRequest(example.prompt, worse.text, example.id, edit_seed, better.text, finished[0]))
     outcome = edit_responses(parts.editor, requests, parts.bounds, parts.annotator)
     edited = {pair.id: pair.edited for pair in outcome.pairs}
     for row in rows:
@@ -155,14 +162,15 @@ def _chunk(
     return rows
 
 
-def _finish(folder: RunFolder, rows: Sequence[dict[str, Any]], tokenizer: Tokenizer, seconds: float) -> dict[str, Any]:
-    """Writes both kinds of pairs and the results; raises an InputError if there is no edit."""
+def _pairs(rows: Sequence[dict[str, Any]]) -> tuple[list[EditedPair], list[EditedPair], Counter[str]]:
+    """Returns the preferences and the edits of the rows, and the number of those that were dropped by reason."""
     preferences, edits, dropped = [], [], Counter[str]()
     for row in rows:
         dropped.update({f"edit: {reason}": count for reason, count in row.get("dropped", {}).items()})
         finished = row["finished"]
+        pair = partial(EditedPair, row["prompt"], row["worse"], id=row["id"], finished=finished[0])
         if row["edited"] is not None:
-            edits.append(EditedPair(row["prompt"], row["worse"], row["edited"], row["id"], finished[0]))
+            edits.append(pair(row["edited"]))
         if row["scores"] is None:
             dropped["no verdict of the annotator"] += 1
         elif row["scores"][0] == row["scores"][1]:
@@ -170,20 +178,5 @@ def _finish(folder: RunFolder, rows: Sequence[dict[str, Any]], tokenizer: Tokeni
         elif finished[0] != finished[1]:  # else the reward model would learn the token limit
             dropped["preference: only one was finished"] += 1
         else:
-            preferences.append(EditedPair(row["prompt"], row["worse"], row["better"], row["id"], finished[0]))
-    if not edits:
-        reasons = ", ".join(f"{reason} ({count})" for reason, count in dropped.most_common())
-        raise InputError(f"none of {len(rows)} responses was edited: {reasons}; take another --editor or more prompts")
-    write_pairs(folder.file("preferences.jsonl"), preferences)
-    write_pairs(folder.file("edits.jsonl"), edits)
-    return folder.finish(
-        {f"edits/{name}": value for name, value in edit_statistics(edits, tokenizer).items()}
-        | {"annotator_mean": float(np.mean([row["scores"] for row in rows if row["scores"] is not None]))},
-        {
-            "prompts": len(rows),
-            "preferences": len(preferences),
-            "edits": len(edits),
-            "dropped": dict(dropped),
-            "seconds": seconds,
-        },
-    )
+            preferences.append(pair(row["better"]))
+    return preferences, edits, dropped

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,13 +18,13 @@ from ...envs.tokens.episode import PromptExample
 from ...llm_backends import request_seed, resolve
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
-from ...rewards import Reward, Sample, Score, score_with_retries
-from ..runs.folder import chunked_rows, read_json
+from ...rewards import Sample, Score, score_with_retries
+from ..runs.folder import read_json
 from ..runs.options import input_errors, parse_part, parse_reward
-from ..runs.responses import Response
+from ..runs.responses import Response, check_prompts
 from ..runs.statistics import distinct_n, known_mean, wilson
-from ..runs.training import Run, policy_folder, tokenizer_of
-from .common import PolicyOptions, check_lengths, load_stage_policy, print_metrics
+from ..runs.training import Run, policy_folder, run_stage, tokenizer_of
+from .common import ENV_ID, PolicyOptions
 
 CHUNK = 64
 RESPONSES = "responses.jsonl"
@@ -80,67 +80,68 @@ def run(options: FineGrainedEvaluate, console: Console | None = None) -> dict[st
     examples = response_prompts(
         options.data, options.split, options.limit or None, options.layout, options.data_seed, tokenizer
     )
-    check_lengths(options, examples, tokenizer)
+    check_prompts(ENV_ID, examples, tokenizer, **options.env_options())
     with input_errors():
-        measures = {name: resolve("reward", parse_reward(name)) for name in options.measure_names}
-        judge = resolve("reward", parse_part(options.judge)) if options.against else None
-    reference = _reference(options, examples) if options.against else None
+        rewards = {name: resolve("reward", parse_reward(name)) for name in options.measure_names}
+        if options.against:
+            rewards["win"] = resolve("reward", parse_part(options.judge))
+    reference, same_start = _reference(options, examples) if options.against else ({}, False)
 
     def work(opened: Run) -> dict[str, Any]:
-        policy = load_stage_policy(options, folder)
-        same_start = _started_from_reference(options)
+        policy = options.load(folder)
 
-        def rows(start: int) -> list[dict[str, Any]]:
-            chunk = examples[start : start + CHUNK]
+        def chunk(start: int) -> list[dict[str, Any]]:
+            prompts = examples[start : start + CHUNK]
             # The seed depends on the position of the chunk: a resumed run draws the same responses.
             seed = request_seed(options.seed, "responses", start)
             # The environment needs a reward; the evaluation does not use it.
-            responses = options.sample(policy, chunk, seed, lambda samples: [Score(0.0) for _ in samples])
-            samples = [
-                Sample(
-                    response=response.text.strip(),
-                    prompt=example.prompt,
-                    reference=None if reference is None else reference[example.id].strip(),
-                    token_ids=response.token_ids,
-                    episode_id=example.id,
-                    seed=request_seed(seed, "judge", i),
+            responses = options.sample(policy, prompts, seed, lambda samples: [Score(0.0) for _ in samples])
+            answers: list[dict[str, Any]] = []
+            samples = []
+            for i, (example, response) in enumerate(zip(prompts, responses, strict=True)):
+                answers.append(
+                    {
+                        "id": example.id,
+                        "prompt": example.prompt,
+                        "response": response.text,
+                        "finish_reason": response.finish_reason,
+                        "tokens": len(response.token_ids),
+                    }
                 )
-                for i, (example, response) in enumerate(zip(chunk, responses, strict=True))
-            ]
-            columns = {name: _score(measure, samples) for name, measure in measures.items()}
-            columns |= {"win": _score(judge, samples)} if judge is not None else {}
-            columns |= {"kl": _kl(policy, responses)} if same_start else {}
-            return [
-                {
-                    "id": example.id,
-                    "prompt": example.prompt,
-                    "response": response.text,
-                    "finish_reason": response.finish_reason,
-                    "tokens": len(response.token_ids),
-                    **{name: column[i] for name, column in columns.items()},
-                }
-                for i, (example, response) in enumerate(zip(chunk, responses, strict=True))
-            ]
+                samples.append(
+                    Sample(
+                        response=response.text.strip(),
+                        prompt=example.prompt,
+                        reference=reference.get(example.id),
+                        token_ids=response.token_ids,
+                        episode_id=example.id,
+                        seed=request_seed(seed, "judge", i),
+                    )
+                )
+            for name, reward in rewards.items():
+                for row, score in zip(answers, score_with_retries(reward, samples), strict=True):
+                    row[name] = score.value if score.valid else None
+            if same_start:
+                for row, kl in zip(answers, _kl(policy, responses), strict=True):
+                    row["kl"] = kl
+            return answers
 
-        path = opened.folder.file(RESPONSES)
-        stored_rows = chunked_rows(path, len(examples), CHUNK, rows, "responses judged", console)
-        metrics: dict[str, float | None] = {f"mean/{name}": mean_of(stored_rows, name) for name in measures}
-        if judge is not None:
-            metrics |= wilson_win_rate([row["win"] for row in stored_rows])
-        metrics |= {"kl": mean_of(stored_rows, "kl")} if same_start else {}
+        rows = opened.rows(RESPONSES, len(examples), CHUNK, chunk, "responses judged")
+        means = {name: known_mean(row.get(name) for row in rows) for name in (*options.measure_names, "kl", "tokens")}
+        metrics = {f"mean/{name}": means[name] for name in options.measure_names}
+        metrics |= wilson_win_rate([row["win"] for row in rows]) if options.against else {}
+        metrics |= {"kl": means["kl"]} if same_start else {}
         metrics |= {
-            "tokens": mean_of(stored_rows, "tokens"),
-            "finished": float(np.mean([row["finish_reason"] != "length" for row in stored_rows])),
-            "distinct_2": distinct_n([row["response"] for row in stored_rows]),
+            "tokens": means["tokens"],
+            "finished": float(np.mean([row["finish_reason"] != "length" for row in rows])),
+            "distinct_2": distinct_n([row["response"] for row in rows]),
         }
-        results = opened.folder.finish(metrics, {"prompts": len(examples), "seconds": opened.seconds})
-        opened.tracker.summary(results)
-        opened.tracker.table("responses", stored_rows[:50])
-        print_metrics(console, metrics)
-        return results
+        opened.show(metrics)
+        opened.tracker.table("responses", rows[:50])
+        return opened.finish(metrics, {"prompts": len(examples)})
 
     plan = f"answer {len(examples)} prompts"
-    return options.run("fine-grained evaluate", console, plan, work, distributed=False)
+    return run_stage(options, "fine-grained evaluate", console, work, distributed=False, plan=plan)
 
 
 def wilson_win_rate(wins: Sequence[float | None]) -> dict[str, float | None]:
@@ -170,56 +171,42 @@ def wilson_win_rate(wins: Sequence[float | None]) -> dict[str, float | None]:
     }
 
 
-def _score(reward: Reward, samples: Sequence[Sample]) -> list[float | None]:
-    """Returns the reward of each sample; None if its score is invalid."""
-    scores = score_with_retries(reward, samples)
-    return [score.value if score.valid else None for score in scores]
+def _reference(options: FineGrainedEvaluate, examples: Sequence[PromptExample]) -> tuple[dict[str, str], bool]:
+    """Returns the reference policy's responses by prompt id, and whether the evaluated policy was trained from it.
 
+    The checkpoint of a policy that was holds a copy of the reference policy, which the KL divergence needs.
 
-def mean_of(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    """Returns the mean of a column over the rows that have a value; None if there is none."""
-    return known_mean(row.get(name) for row in rows)
-
-
-def _reference(options: FineGrainedEvaluate, examples: Sequence[PromptExample]) -> dict[str, str]:
-    """Returns the responses of the reference policy by prompt id; raises an InputError if they cannot be compared."""
-    config = read_json(Path(options.against) / "config.json")
+    Raises:
+        InputError: if the responses cannot be compared.
+    """
+    folder = Path(options.against)
+    config = read_json(folder / "config.json")
     if config is None or config.get("command") != "fine-grained evaluate":
-        raise InputError(f"--against {options.against} is no run of 'fine-grained evaluate'")
+        raise InputError(f"--against {folder} is no run of 'fine-grained evaluate'")
     # Responses are comparable only if they were sampled in the same way.
     for name in ("temperature", "max_tokens", "layout", "data_seed", "split"):
         value, reference_value = getattr(options, name), config["options"].get(name)
         if value != reference_value:
             option = name.replace("_", "-")
-            raise InputError(
-                f"--against {options.against} was evaluated with --{option} {reference_value}, not {value}"
-            )
-    rows = {row["id"]: row for row in read_records(Path(options.against) / RESPONSES)}
+            raise InputError(f"--against {folder} was evaluated with --{option} {reference_value}, not {value}")
+    rows = {row["id"]: row for row in read_records(folder / RESPONSES)}
     # Ids alone are not enough: other data may have equal ids.
     missing = [e.id for e in examples if e.id not in rows or rows[e.id]["prompt"] != e.prompt]
     if missing:
         raise InputError(
-            f"--against {options.against} has no response to {missing[0]} and {len(missing) - 1} more prompts: "
+            f"--against {folder} has no response to {missing[0]} and {len(missing) - 1} more prompts: "
             "evaluate it with the same --data and --limit"
         )
-    return {name: row["response"] for name, row in rows.items()}
-
-
-def _started_from_reference(options: FineGrainedEvaluate) -> bool:
-    """Returns whether the policy was trained from the one it is compared with.
-
-    Its checkpoint then holds a copy of that policy, which the KL divergence needs.
-    """
-    policy_config = read_json(Path(options.policy) / "config.json") or {}
-    reference_config = read_json(Path(options.against) / "config.json") if options.against else None
-    if reference_config is None or policy_config.get("command") not in ("fine-grained ppo", "fine-grained figa"):
-        return False
-    start, reference = policy_config["options"]["policy"], reference_config["options"]["policy"]
-    return policy_folder(start, "--policy").resolve() == policy_folder(reference, "--policy").resolve()
+    trained = read_json(Path(options.policy) / "config.json") or {}
+    same_start = False
+    if trained.get("command") in ("fine-grained ppo", "fine-grained figa"):
+        start, reference = (policy_folder(run["options"]["policy"], "--policy") for run in (trained, config))
+        same_start = start.resolve() == reference.resolve()
+    return {name: row["response"].strip() for name, row in rows.items()}, same_start
 
 
 @torch.no_grad()
-def _kl(policy: LanguageModelPolicy, responses: Sequence[Response]) -> list[float | None]:
+def _kl(policy: LanguageModelPolicy, responses: Sequence[Response]) -> list[float]:
     """Returns an estimate of KL(policy || reference) per response, in nats: the difference of its two log-probs."""
     arguments = [r.prompt_ids for r in responses], [r.token_ids for r in responses], [None] * len(responses)
     logprobs = policy.score(*arguments, values=False).logprobs

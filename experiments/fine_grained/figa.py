@@ -6,7 +6,7 @@ The loss is a weighted cross-entropy: see :class:`~instructgym.agents.supervised
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from rich.console import Console
 
@@ -14,16 +14,16 @@ from ...agents.supervised.figa import FIGA
 from ...agents.supervised.reward_modelling import tokenize_pairs
 from ...llm_backends.errors import InputError
 from ...rewards.learned.edits import read_pairs
-from ..runs.options import Count
-from ..runs.training import Run, tokenizer_of
-from .common import PolicyOptions, load_stage_policy
+from ..runs.options import Count, Required
+from ..runs.training import Run, run_stage, tokenizer_of, trainer_settings
+from .common import PolicyOptions
 
 
 @dataclass
 class FineGrainedFIGA(PolicyOptions):
     """Train a policy on edited pairs directly (FIGA)."""
 
-    pairs: str = ""
+    pairs: Annotated[str, Required("a JSONL file of edited pairs")] = ""
     """File of edited pairs: JSONL with 'prompt', 'original' and 'edited', such as edits.jsonl of 'fine-grained
     edit'."""
     epochs: Count = 5
@@ -33,11 +33,6 @@ class FineGrainedFIGA(PolicyOptions):
     learning_rate: float = 1e-4
     """Constant learning rate. The code of FIGA uses 1e-5 for all weights of a model; here only an adapter is
     trained."""
-
-    def check(self) -> None:
-        super().check()
-        if not self.pairs:
-            raise InputError("--pairs is missing: name a JSONL file of edited pairs")
 
 
 def run(options: FineGrainedFIGA, console: Console | None = None) -> dict[str, Any]:
@@ -55,27 +50,14 @@ def run(options: FineGrainedFIGA, console: Console | None = None) -> dict[str, A
         raise InputError(f"{options.pairs} has no pair that can be used: {dropped}")
 
     def work(opened: Run) -> dict[str, Any]:
-        policy = load_stage_policy(options, start)
+        policy = options.load(start)
         if opened.saved is None:
             policy.freeze_reference("sft")  # not used in training; evaluation measures the KL to it
-        trainer = FIGA(
-            policy,
-            options.seed,
-            learning_rate=options.learning_rate,
-            batch_size=options.batch_size,
-            epochs=options.epochs,
-            token_budget=options.token_budget,
-        )
+        constant = {"schedule": "constant", "warmup": 0.0}
+        trainer = FIGA(policy, options.seed, **trainer_settings(options, "batch_size") | constant)
         opened.supervised(trainer, pairs, f"figa on {len(pairs)} pairs")
-        policy.save(opened.folder.file("policy", "policy.json").parent)
-        return opened.folder.finish(
-            {"loss": trainer.loss},
-            {
-                "pairs": len(pairs),
-                "dropped": dict(dropped) | dict(read.dropped),
-                "steps": trainer.steps,
-                "seconds": opened.seconds,
-            },
-        )
+        opened.save_policy(policy)
+        counts = {"pairs": len(pairs), "dropped": dict(dropped) | dict(read.dropped), "steps": trainer.steps}
+        return opened.finish({"loss": trainer.loss}, counts)
 
-    return options.run("fine-grained figa", console, f"train on {len(pairs)} pairs", work)
+    return run_stage(options, "fine-grained figa", console, work, plan=f"train on {len(pairs)} pairs")

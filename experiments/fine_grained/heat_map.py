@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.cells import cell_len, chop_cells
 
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.tokenization import Tokenizer
@@ -18,6 +19,9 @@ from ...llm_backends.local.tokenization import Tokenizer
 LOW, MIDDLE, HIGH = "#B2182B", "#F7F7F7", "#2166AC"
 """Colours of the lowest value, 0 and the highest value: red below 0, blue above (ColorBrewer's RdBu, which colour-blind
 readers can distinguish)."""
+
+TITLE = "Token rewards"
+"""Title of page and picture."""
 
 WIDTH = 96
 """Columns of a line in a picture."""
@@ -64,18 +68,16 @@ def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
     return texts
 
 
-def color_scale(rows: Sequence[HeatRow], limit: float | None = None) -> float:
+def color_scale(rows: Sequence[HeatRow]) -> float:
     """Returns the absolute value that gets the strongest colour.
 
     It is the 98th percentile of the absolute values, so that a single outlier does not make all others pale.
 
     Args:
         rows: rows to draw.
-        limit: value to use instead, above 0; None for the percentile.
 
     Raises:
-        InputError: if there are no rows, a row has another number of values than tokens, a value is not finite, or the
-            limit is not above 0.
+        InputError: if there are no rows, a row has another number of values than tokens, or a value is not finite.
     """
     if not rows:
         raise InputError("a heat map needs at least one row of tokens")
@@ -84,50 +86,39 @@ def color_scale(rows: Sequence[HeatRow], limit: float | None = None) -> float:
             raise InputError(f"row {number} of the heat map has {len(row.tokens)} tokens and {len(row.values)} values")
         if not np.isfinite(np.asarray(row.values, np.float64)).all():
             raise InputError(f"row {number} of the heat map has values that are not finite")
-    if limit is not None:
-        if not limit > 0:
-            raise InputError(f"limit must be above 0, got {limit}")
-        return float(limit)
     values = np.abs(np.concatenate([np.asarray(row.values, np.float64) for row in rows]))
     return float(np.percentile(values, 98)) or 1.0 if len(values) else 1.0
 
 
 def color(value: float, limit: float) -> tuple[str, str]:
     """Returns background and text colour, as ``#rrggbb``, of a value on a map from -``limit`` to ``limit``."""
+    from matplotlib.colors import to_hex, to_rgb
+
     share = float(np.clip(value / limit, -1.0, 1.0))
-    middle, end = (_rgb(name) for name in (MIDDLE, HIGH if share > 0 else LOW))
+    middle, end = (np.array(to_rgb(name)) for name in (MIDDLE, HIGH if share > 0 else LOW))
     mixed = middle + abs(share) * (end - middle)
     # Relative luminance (WCAG 2): white text on a dark background.
     linear = np.where(mixed <= 0.04045, mixed / 12.92, ((mixed + 0.055) / 1.055) ** 2.4)
     dark = float(linear @ [0.2126, 0.7152, 0.0722]) < 0.18
-    return "#" + "".join(f"{round(255 * part):02x}" for part in mixed), "#ffffff" if dark else "#1a1a1a"
+    return to_hex(mixed), "#ffffff" if dark else "#1a1a1a"
 
 
-def _rgb(name: str) -> np.ndarray:
-    """Returns a colour ``#rrggbb`` as float64 in [0, 1], shape (3,)."""
-    return np.array([int(name[i : i + 2], 16) for i in (1, 3, 5)]) / 255
-
-
-def write_html(
-    rows: Sequence[HeatRow], path: str | Path, title: str = "Token rewards", limit: float | None = None
-) -> Path:
+def write_html(rows: Sequence[HeatRow], path: str | Path) -> Path:
     """Writes a self-contained HTML page; the reward of a token appears as a tooltip.
 
     Args:
         rows: responses to show.
         path: HTML file to write.
-        title: title of the page.
-        limit: absolute value with the strongest colour; see :func:`color_scale`.
 
     Returns:
         The path.
 
     Raises:
-        InputError: for rows or a limit that :func:`color_scale` rejects.
+        InputError: for rows that :func:`color_scale` rejects.
     """
-    limit = color_scale(rows, limit)
+    limit = color_scale(rows)
     body = "\n".join(_html_row(row, limit) for row in rows)
-    page = PAGE.format(title=html.escape(title), low=LOW, middle=MIDDLE, high=HIGH, limit=f"{limit:.3g}", body=body)
+    page = PAGE.format(title=TITLE, low=LOW, middle=MIDDLE, high=HIGH, limit=f"{limit:.3g}", body=body)
     Path(path).write_text(page, "utf-8")
     return Path(path)
 
@@ -175,9 +166,7 @@ def _visible(token: str) -> str:
     return "".join(c if unicodedata.category(c) != "Cc" else "·" for c in text)
 
 
-def plot_heat_map(
-    rows: Sequence[HeatRow], path: str | Path, title: str = "Token rewards", limit: float | None = None
-) -> Path:
+def plot_heat_map(rows: Sequence[HeatRow], path: str | Path) -> Path:
     """Draws tokens in a fixed-width font on coloured boxes, 96 columns per line, with a colour bar.
 
     Characters that DejaVu Sans Mono lacks, such as Chinese ones, are drawn as empty boxes; :func:`write_html` shows
@@ -186,46 +175,39 @@ def plot_heat_map(
     Args:
         rows: responses to draw.
         path: PNG file to write.
-        title: title of the figure.
-        limit: absolute value with the strongest colour; see :func:`color_scale`.
 
     Returns:
         The path.
 
     Raises:
-        InputError: for rows or a limit that :func:`color_scale` rejects, and for more than 400 lines.
+        InputError: for rows that :func:`color_scale` rejects, and for more than 400 lines.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    limit = color_scale(rows, limit)
+    limit = color_scale(rows)
     boxes, height = _layout(rows)
     if height > LONGEST:
         raise InputError(f"this heat map has {height} lines, {LONGEST} at most: draw fewer rows, or write HTML")
     size, step, margin = 9.0, 0.21, 0.25  # points, inches per line, inches
     character = 0.602 * size / 72  # advance width of DejaVu Sans Mono, in inches
     across, down = WIDTH * character, height * step
-    figure = Figure(figsize=(across + 2 * margin, down + 2 * margin + 0.4), facecolor="white")
-    FigureCanvasAgg(figure)
-    width, tall = figure.get_size_inches()
+    width, tall = across + 2 * margin, down + 2 * margin + 0.4
+    figure = Figure(figsize=(width, tall), facecolor="white")
     axis = figure.add_axes((margin / width, margin / tall, across / width, down / tall))
     axis.set(xlim=(0, WIDTH), ylim=(height, 0))
     axis.axis("off")
+    shared: dict[str, Any] = {"va": "center", "parse_math": False}
     for line, column, text, value in boxes:
         if value is None:
-            axis.text(column, line + 0.62, text, fontsize=size - 1, color="#555555", va="center", parse_math=False)
+            axis.text(column, line + 0.62, text, fontsize=size - 1, color="#555555", **shared)
             continue
         background, foreground = color(value, limit)
-        axis.add_patch(
-            Rectangle(
-                (column, line + 0.06), _columns(text), 0.88, facecolor=background, edgecolor="#00000022", linewidth=0.5
-            )
-        )
-        style: dict[str, Any] = {"fontsize": size, "family": "DejaVu Sans Mono", "color": foreground, "va": "center"}
-        axis.text(column, line + 0.53, text, parse_math=False, **style)
+        corner, columns = (column, line + 0.06), cell_len(text)
+        axis.add_patch(Rectangle(corner, columns, 0.88, facecolor=background, edgecolor="#00000022", linewidth=0.5))
+        axis.text(column, line + 0.53, text, fontsize=size, family="DejaVu Sans Mono", color=foreground, **shared)
     bar = figure.add_axes((margin / width + 0.62 * across / width, 1 - 0.4 / tall, 0.38 * across / width, 0.12 / tall))
     scale = LinearSegmentedColormap.from_list("reward", [LOW, MIDDLE, HIGH])
     figure.colorbar(ScalarMappable(Normalize(-limit, limit), scale), cax=bar, orientation="horizontal")
@@ -233,7 +215,7 @@ def plot_heat_map(
     bar.set_title("reward of a token", fontsize=7, color="#555555", pad=3)
     bar.tick_params(length=2)
     bar.spines[:].set_visible(False)
-    figure.text(margin / width, 1 - 0.34 / tall, title, fontsize=12, fontweight="bold", va="center", parse_math=False)
+    figure.text(margin / width, 1 - 0.34 / tall, TITLE, fontsize=12, fontweight="bold", **shared)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # drawn as empty boxes, as documented above
         figure.savefig(path, dpi=150)
@@ -251,28 +233,14 @@ def _layout(rows: Sequence[HeatRow]) -> tuple[list[tuple[float, int, str, float 
             line += 1
         column = 0
         for token, value in zip(row.tokens, row.values, strict=True):
+            # A token that is longer than a line is split.
             text = _visible(token)
-            while text:
-                # A token starts a new line if it does not fit; one that is longer than a line is split.
-                if column and column + _columns(text) > WIDTH:
+            for piece in chop_cells(text, WIDTH) or [text]:  # none for a combining mark alone
+                if column and column + cell_len(piece) > WIDTH:
                     line, column = line + 1, 0
-                piece = _fitting(text)
                 boxes.append((line, column, piece, value))
-                column, text = column + _columns(piece), text[len(piece) :]
+                column += cell_len(piece)
             if token.endswith("\n"):
                 line, column = line + 1, 0
         line += 1.5 if column else 0.5
     return boxes, line - 0.5
-
-
-def _columns(text: str) -> int:
-    """Returns the columns of a text in a fixed-width font: 2 for a wide character, 0 for a combining one, else 1."""
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-
-def _fitting(text: str) -> str:
-    """Returns the longest beginning of a text that fits into one line."""
-    end = len(text)
-    while _columns(text[:end]) > WIDTH:
-        end -= 1
-    return text[:end]

@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import gymnasium as gym
 import numpy as np
 from annotated_types import Le
 from rich.console import Console
 
 from ...agents.policy.language_model import LanguageModelPolicy
-from ...agents.policy_gradient.ppo import TokenPPO
 from ...envs.tokens.episode import PromptExample
 from ...llm_backends import resolve
 from ...llm_backends.errors import InputError
@@ -25,9 +23,10 @@ from ...rewards import Reward, WeightedSum
 from ...rewards.learned.reward_model import RewardModel, read_reward_settings
 from ...rewards.learned.token_reward import SequenceReward, TokenReward
 from ..runs.folder import RunFolder, read_json, write_json
-from ..runs.options import Count, input_errors, parse_reward
-from ..runs.training import Run, tokenizer_of
-from .common import COSINE, ENV_ID, PolicyOptions, check_lengths, load_stage_policy
+from ..runs.options import Count, Required, input_errors, parse_reward
+from ..runs.responses import check_prompts
+from ..runs.training import Run, ppo_agent, run_stage, tokenizer_of
+from .common import ENV_ID, PolicyOptions
 
 Form = Literal["auto", "causal", "whole", "terminal"]
 
@@ -38,7 +37,7 @@ class FineGrainedPPO(PolicyOptions):
 
     policy: str = ""
     """Run folder of the policy to start from. It is also the reference policy of the KL penalty."""
-    reward_model: str = ""
+    reward_model: Annotated[str, Required("the run folder of 'fine-grained reward-model'")] = ""
     """Run folder of the reward model: that of 'fine-grained reward-model'."""
     arm: str = ""
     """Name of this arm in reports; runs of one name are its seeds. Empty: the name of the run folder."""
@@ -65,11 +64,6 @@ class FineGrainedPPO(PolicyOptions):
     calibration: Count = 128
     """Number of responses of the policy to start from by which the reward is shifted and scaled."""
 
-    def check(self) -> None:
-        super().check()
-        if not self.reward_model:
-            raise InputError("--reward-model is missing: name the run folder of 'fine-grained reward-model'")
-
 
 def run(options: FineGrainedPPO, console: Console | None = None) -> dict[str, Any]:
     """Trains (or resumes), saves the policy, and returns the results.
@@ -90,73 +84,32 @@ def run(options: FineGrainedPPO, console: Console | None = None) -> dict[str, An
             f"--form {options.form} needs a token-level model, {options.reward_model} is of level sequence"
         )
     examples = options.prompts("unlabelled", base)
-    check_lengths(options, examples, tokenizer_of(base))
+    check_prompts(ENV_ID, examples, tokenizer_of(base), **options.env_options())
     with input_errors():
-        judge = resolve("reward", parse_reward(options.judge)) if options.judge else None
+        judges = {"judge": resolve("reward", parse_reward(options.judge))} if options.judge else {}
 
     def work(opened: Run) -> dict[str, Any]:
-        policy = load_stage_policy(options, start)
+        policy = options.load(start)
         if opened.saved is None:
             policy.freeze_reference("sft")  # a resumed run restores it from the checkpoint
         # Policy and reward model share one trunk, unless they have different base models.
         shared = policy.trunk if settings["model"] == base else None
         model = RewardModel.load(model_folder, shared, dtype=options.dtype)
-        reward = _calibrate(options, opened.folder, model, policy, examples)
-        terms = {"proxy": reward} | ({"judge": judge} if judge is not None else {})
+        proxy = _calibrated(options, opened.folder, model, policy, examples)
         # With weight 0 the judge is logged, but does not change the reward.
-        total = WeightedSum(terms, {"judge": 0.0} if judge is not None else {})
+        reward = WeightedSum({"proxy": proxy} | judges, dict.fromkeys(judges, 0.0))
         copies = min(options.batch_size, len(examples))
-        agent = ppo_agent(options, policy, ENV_ID, copies, examples, total, lam=options.lam)
+        agent = ppo_agent(options, policy, ENV_ID, copies, examples, reward, "lam")
         opened.learn(agent, options.updates, options.arm or f"ppo, {level}")
-        policy.save(opened.folder.file("policy", "policy.json").parent)
-        return opened.folder.finish(
-            {},
-            {
-                "updates": agent.updates,
-                "tokens": agent.num_timesteps,
-                "episodes": agent.episodes,
-                "seconds": opened.seconds,
-            },
-        )
+        opened.save_policy(policy)
+        counts = {"updates": agent.updates, "tokens": agent.num_timesteps, "episodes": agent.episodes}
+        return opened.finish({}, counts)
 
     plan = f"train {options.updates} updates on {len(examples)} prompts"
-    return options.run("fine-grained ppo", console, plan, work)
+    return run_stage(options, "fine-grained ppo", console, work, plan=plan)
 
 
-def ppo_agent(
-    options: Any,
-    policy: LanguageModelPolicy,
-    env_id: str,
-    copies: int,
-    examples: Sequence[PromptExample],
-    reward: Reward,
-    **settings: Any,
-) -> TokenPPO:
-    """Returns the agent of a stage that trains by token-level PPO, with its environment.
-
-    Args:
-        options: options of the stage; ``seed``, ``learning_rate``, ``epochs``, ``kl_coefficient``, ``token_budget`` and
-            ``env_options()`` are read.
-        policy: the policy to train.
-        env_id: id of the environment.
-        copies: number of sub-environments, one per response of an update.
-        examples: the prompts.
-        reward: reward of a response.
-        **settings: further settings of the agent.
-    """
-    env: Any = gym.make_vec(
-        env_id,
-        num_envs=copies,
-        examples=examples,
-        tokenizer=policy.tokenizer,
-        reward=reward,
-        **options.env_options(),
-    )
-    names = ("learning_rate", "epochs", "kl_coefficient", "token_budget")
-    return TokenPPO(env, policy, options.seed, **{name: getattr(options, name) for name in names}, **COSINE, **settings)
-
-
-def _calibrate(
+def _calibrated(
     options: FineGrainedPPO,
     folder: RunFolder,
     model: RewardModel,
@@ -171,7 +124,7 @@ def _calibrate(
     # A resumed run keeps the scale that it started with, and samples no responses for it.
     stored = read_json(folder.path / "scale.json")
     if stored is None:
-        raw = _reward(options, model, 1.0, 0.0)
+        raw = scaled_reward(model, options.form)
         responses = options.sample(policy, examples[: options.calibration], options.data_seed, raw)
         returns = np.array([response.reward for response in responses])
         # The mean is subtracted per token from a reward that each token gets on its own, else per response.
@@ -182,12 +135,11 @@ def _calibrate(
             raise InputError(f"{options.reward_model} gives all responses of the start the same reward")
         stored = {"center": center, "scale": 1.0 / spread}
         write_json(folder.file("scale.json"), stored)
-    return _reward(options, model, stored["scale"], stored["center"])
+    return scaled_reward(model, options.form, **stored)
 
 
-def _reward(options: FineGrainedPPO, model: RewardModel, scale: float, center: float) -> Reward:
-    """Returns the reward of the model in the form of the options, shifted by ``center`` and multiplied by ``scale``."""
-    form = "causal" if options.form == "auto" else options.form
+def scaled_reward(model: RewardModel, form: Form, scale: float = 1.0, center: float = 0.0) -> Reward:
+    """Returns the reward of a model in the given form, shifted by ``center`` and multiplied by ``scale``."""
     if model.level == "sequence" or form == "terminal":
         return SequenceReward(model, scale=scale, center=center)
-    return TokenReward(model, form=form, scale=scale, center=center)
+    return TokenReward(model, form="causal" if form == "auto" else form, scale=scale, center=center)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,28 @@ from rich.console import Console
 
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
-from ..runs.report import COLOURS, band, differing, finished_runs, panels, percent, smooth, write_report
-from .evaluate import RESPONSES, mean_of, wilson_win_rate
+from ..runs.report import (
+    COLOURS,
+    FinishedRun,
+    band,
+    differing,
+    finished_runs,
+    panels,
+    percent,
+    smooth,
+    table_rows,
+    write_report,
+)
+from ..runs.statistics import known_mean
+from .evaluate import RESPONSES, wilson_win_rate
+
+PANELS = (
+    ("Held-out judge in training (smoothed)", "updates", "mean score"),
+    ("Distance from the start", "updates", "KL per response (nats)"),
+    ("What is optimised", "KL per response (nats)", "proxy reward, deviations"),
+    ("What is wanted", "KL per response (nats)", "held-out judge"),
+)
+"""Title and axis labels of each panel of the figure."""
 
 
 def plot_fine_grained(
@@ -33,30 +54,24 @@ def plot_fine_grained(
         The path.
     """
     figure, axes = panels(2, 2)
-    (judge_axis, kl_axis), (proxy_axis, over_axis) = axes
+    judge_axis, kl_axis, proxy_axis, over_axis = axes.flat
     for k, (arm, runs) in enumerate(curves.items()):
         colour = COLOURS[k % len(COLOURS)]
         # Seeds may have stopped at different updates: use those that all of them have.
-        updates = np.arange(1, min(len(run) for run in runs) + 1)
+        updates = np.arange(1, min(map(len, runs)) + 1)
         window = max(len(updates) // 8, 1)
-
-        def column(key: str) -> np.ndarray:
-            return np.array(
-                [smooth([row.get(key, float("nan")) for row in run], window)[: len(updates)] for run in runs]  # noqa: B023
-            )
-
-        kl, proxy, judge = column("train/kl"), column("rollout/terms/proxy"), column("rollout/terms/judge")
+        kl, proxy, judge = (
+            np.array([smooth([row.get(key, float("nan")) for row in run], window)[: len(updates)] for run in runs])
+            for key in ("train/kl", "rollout/terms/proxy", "rollout/terms/judge")
+        )
         won = figures.get(arm, {}).get("win_rate")
         band(judge_axis, updates, judge, arm if won is None else f"{arm}: wins {100 * won:.0f}%", colour)
         band(kl_axis, updates, kl, arm, colour)
-        for seed in range(len(runs)):
-            proxy_axis.plot(kl[seed], proxy[seed], color=colour, linewidth=1.6, label=arm if not seed else None)
-            over_axis.plot(kl[seed], judge[seed], color=colour, linewidth=1.6, label=arm if not seed else None)
-    judge_axis.set(title="Held-out judge in training (smoothed)", xlabel="updates", ylabel="mean score")
-    kl_axis.set(title="Distance from the start", xlabel="updates", ylabel="KL per response (nats)")
-    proxy_axis.set(title="What is optimised", xlabel="KL per response (nats)", ylabel="proxy reward, deviations")
-    over_axis.set(title="What is wanted", xlabel="KL per response (nats)", ylabel="held-out judge")
-    for axis in axes.flat:
+        for axis, values in ((proxy_axis, proxy), (over_axis, judge)):
+            for seed in range(len(runs)):
+                axis.plot(kl[seed], values[seed], color=colour, linewidth=1.6, label=arm if not seed else None)
+    for axis, (title, xlabel, ylabel) in zip(axes.flat, PANELS, strict=True):
+        axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
         axis.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
     return path
@@ -79,128 +94,93 @@ class FineGrainedReport:
 SAME_OPTIONS = ("split", "judge", "against", "temperature", "limit", "data", "data_seed")
 """Options that must be equal in all evaluations of one arm, which then count as its seeds."""
 
-
-@dataclass
-class _ArmRuns:
-    """One arm: the evaluations of its seeds and the curves of their training."""
-
-    evaluations: list[dict[str, Any]] = field(default_factory=list)  # metrics
-    wins: list[dict[str, float]] = field(default_factory=list)
-    curves: list[list[dict[str, Any]]] = field(default_factory=list)
-    evaluation_options: dict[str, Any] = field(default_factory=dict)
-
-    def figures(self) -> dict[str, Any]:
-        """Returns means over seeds, and the win rate with its interval over prompts.
-
-        The outcome of a prompt is its mean over seeds: more seeds do not make the interval over prompts narrower.
-        """
-        names = sorted({name for metrics in self.evaluations for name in metrics})
-        figures: dict[str, Any] = {name: mean_of(self.evaluations, name) for name in names}
-        figures["seeds"] = len(self.evaluations)
-        # Only prompts that every seed has a verdict on.
-        prompts = set.intersection(*(set(wins) for wins in self.wins)) if self.wins else set()
-        if prompts:
-            pooled = wilson_win_rate(
-                [float(np.mean([wins[prompt] for wins in self.wins])) for prompt in sorted(prompts)]
-            )
-            figures |= {name: value for name, value in pooled.items() if name.startswith("win_rate")}
-        return figures
+ARM_COLUMNS = (
+    ("KL, nats", "kl", ".1f"),
+    ("tokens", "tokens", ".1f"),
+    ("distinct-2", "distinct_2", ".2f"),
+    ("seeds", "seeds", ""),
+)
+MODEL_COLUMNS = (
+    ("pairs", "pairs_from", ""),
+    ("loss", "loss", ""),
+    ("trained on", "pairs", ""),
+    ("held out", "held_out", ""),
+    ("pair accuracy", "accuracy", ".3f"),
+    ("AUC removed", "removed_auc", ".3f"),
+    ("AUC written", "written_auc", ".3f"),
+)
+"""Title, key and format of the columns of the tables; that of the arms has the win rate and the measures before these.
+"""
 
 
 def run(options: FineGrainedReport, console: Console | None = None) -> dict[str, Any]:
     """Writes ``report.md`` and ``curves.png`` and returns the numbers of the tables.
 
     Raises:
-        InputError: if there is no finished evaluation.
+        InputError: if there is no finished evaluation, or evaluations of one arm have different options.
     """
-    console = console or Console()
-    arms, reward_models = _gather(Path(options.runs))
-    if not any(arm.evaluations for arm in arms.values()):
-        raise InputError(f"no finished run of 'fine-grained evaluate' in {options.runs}")
-    figures = {name: arm.figures() for name, arm in arms.items() if arm.evaluations}
-    tables = [("", rows) for rows in (_arm_rows(figures), _reward_rows(reward_models)) if len(rows) > 1]
-    curves = {name: arms[name].curves for name in figures if arms[name].curves}
-    plots = {"curves.png": lambda path: plot_fine_grained(curves, figures, path)} if curves else {}
-    write_report(Path(options.out or Path(options.runs) / "report"), tables, console, plots=plots)
-    return {"arms": figures, "reward_models": reward_models}
-
-
-def _gather(root: Path) -> tuple[dict[str, _ArmRuns], dict[str, dict[str, Any]]]:
-    """Returns the arms and the reward models among the finished runs below a folder, by name.
-
-    Raises:
-        InputError: if evaluations of one arm have different options.
-    """
-    arms: dict[str, _ArmRuns] = {}
-    reward_models: dict[str, dict[str, Any]] = {}
+    root = Path(options.runs)
+    evaluations: dict[str, list[FinishedRun]] = defaultdict(list)
+    curves: dict[str, list[list[dict[str, Any]]]] = defaultdict(list)
+    models: dict[str, dict[str, Any]] = {}
     for run in finished_runs([root], *COMMANDS):
-        options, name = run.options, run.options.get("arm") or run.folder.name
-        if run.command == MODEL:
-            reward_models[str(run.folder.relative_to(root))] = run.metrics | {
-                "pairs_from": Path(options["pairs"]).stem,
-                **{key: options[key] for key in ("level", "loss")},
-                **{key: run.counts[key] for key in ("pairs", "held_out")},
-            }
+        arm = run.options.get("arm") or run.folder.name
+        if run.command == EVALUATE:
+            evaluations[arm].append(run)
         elif run.command == PPO:
             rows = [row for row in read_records(run.folder / "metrics.jsonl") if "train/kl" in row]
-            if rows:
-                arms.setdefault(name, _ArmRuns()).curves.append(rows)
+            curves[arm] += [rows] if rows else []
         else:
-            arm = arms.setdefault(name, _ArmRuns())
-            arm.evaluation_options = arm.evaluation_options or options
-            if names := differing(arm.evaluation_options, options, SAME_OPTIONS):
-                raise InputError(
-                    f"the evaluations of {name} differ in {names}, so they are no seeds of one arm: give them "
-                    f"other names by --arm, or move {run.folder} out of {root}"
-                )
-            arm.evaluations.append(run.metrics)
-            rows = read_records(run.folder / RESPONSES)
-            if wins := {row["id"]: row["win"] for row in rows if row.get("win") is not None}:
-                arm.wins.append(wins)
-    return arms, reward_models
+            models[str(run.folder.relative_to(root))] = run.metrics | {
+                "pairs_from": Path(run.options["pairs"]).stem,
+                **{key: run.options[key] for key in ("level", "loss")},
+                **{key: run.counts[key] for key in ("pairs", "held_out")},
+            }
+    if not evaluations:
+        raise InputError(f"no finished run of 'fine-grained evaluate' in {root}")
+    figures = {arm: _arm_figures(arm, runs) for arm, runs in evaluations.items()}
+    drawn = {arm: curves[arm] for arm in figures if curves.get(arm)}
+    plots = {"curves.png": lambda path: plot_fine_grained(drawn, figures, path)} if drawn else {}
+    tables = [("", _arm_table(figures))]
+    tables += [("", table_rows("reward model", models, MODEL_COLUMNS))] if models else []
+    write_report(Path(options.out or root / "report"), tables, console or Console(), plots=plots)
+    return {"arms": figures, "reward_models": models}
 
 
-def _arm_rows(figures: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """Returns the table of the arms, in the order of their win rates: a header, then one row per arm."""
-    measures = sorted({name for row in figures.values() for name in row if name.startswith("mean/")})
-    titles = [
-        "arm",
-        "win rate, % (95%)",
-        *(f"mean {name[5:]}" for name in measures),
-        "KL, nats",
-        "tokens",
-        "distinct-2",
+def _arm_figures(arm: str, runs: Sequence[FinishedRun]) -> dict[str, Any]:
+    """Returns means over the seeds of an arm, and the win rate with its interval over prompts.
+
+    The outcome of a prompt is its mean over seeds: more seeds do not make the interval over prompts narrower.
+
+    Raises:
+        InputError: if the evaluations have different options.
+    """
+    for run in runs:
+        if different := differing(runs[0].options, run.options, SAME_OPTIONS):
+            raise InputError(
+                f"the evaluations of {arm} differ in {different}, so they are no seeds of one arm: give them other "
+                f"names by --arm, or move {run.folder} away"
+            )
+    names = sorted({name for run in runs for name in run.metrics})
+    figures: dict[str, Any] = {name: known_mean(run.metrics.get(name) for run in runs) for name in names}
+    figures["seeds"] = len(runs)
+    tables = [
+        {row["id"]: row["win"] for row in read_records(run.folder / RESPONSES) if row.get("win") is not None}
+        for run in runs
     ]
-    rows = [[*titles, "seeds"]]
-    for name, row in sorted(figures.items(), key=lambda item: item[1].get("win_rate", -1.0)):
-        won = percent(*(row[f"win_rate{end}"] for end in ("", "_low", "_high"))) if "win_rate" in row else ""
-        rows.append(
-            [
-                name,
-                won,
-                *(_number(row.get(measure), 3) for measure in measures),
-                _number(row.get("kl"), 1),
-                _number(row["tokens"], 1),
-                _number(row["distinct_2"], 2),
-                str(row["seeds"]),
-            ]
-        )
-    return rows
+    # Only prompts that every seed has a verdict on.
+    if prompts := sorted(set.intersection(*map(set, tables))):
+        pooled = wilson_win_rate([float(np.mean([wins[prompt] for wins in tables])) for prompt in prompts])
+        figures |= {name: value for name, value in pooled.items() if name.startswith("win_rate")}
+    return figures
 
 
-def _reward_rows(models: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """Returns the table of the reward models: a header, then one row per model."""
-    titles = ["reward model", "pairs", "loss", "trained on", "held out", "pair accuracy", "AUC removed", "AUC written"]
-    rows = [titles]
-    for name, row in models.items():
-        measured = [row.get(key) for key in ("accuracy", "removed_auc", "written_auc")]
-        rows.append(
-            [name, str(row["pairs_from"]), str(row["loss"]), str(row["pairs"]), str(row["held_out"])]
-            + [_number(value, 3) for value in measured]
-        )
-    return rows
-
-
-def _number(value: float | None, digits: int) -> str:
-    """Returns a number with so many decimals; empty for None."""
-    return "" if value is None else f"{value:.{digits}f}"
+def _arm_table(figures: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Returns the table of the arms, in the order of their win rates: a header, then one row per arm."""
+    rows = {arm: dict(row) for arm, row in sorted(figures.items(), key=lambda item: item[1].get("win_rate", -1.0))}
+    for row in rows.values():
+        if "win_rate" in row:
+            row["won"] = percent(row["win_rate"], row["win_rate_low"], row["win_rate_high"])
+    measures = sorted({name for row in figures.values() for name in row if name.startswith("mean/")})
+    means = [(f"mean {name[5:]}", name, ".3f") for name in measures]
+    return table_rows("arm", rows, [("win rate, % (95%)", "won", ""), *means, *ARM_COLUMNS])

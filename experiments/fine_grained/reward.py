@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from rich.console import Console
 
@@ -15,9 +15,9 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.training.adapters import LoraSettings
 from ...rewards.learned.edits import read_pairs
 from ...rewards.learned.reward_model import RewardModel
-from ..runs.options import Count
-from ..runs.training import Run, tokenizer_of
-from .common import COSINE, StageOptions, print_metrics
+from ..runs.options import Count, Required, named
+from ..runs.training import Run, run_stage, tokenizer_of, trainer_settings
+from .common import StageOptions
 from .heat_map import HeatRow, plot_heat_map, token_texts, write_html
 
 HELD_OUT = 0.15
@@ -33,7 +33,7 @@ LOSSES = {"token": ("mean_bt", "edited_only_bt", "tlcr_ce"), "sequence": ("seque
 class FineGrainedRewardModel(StageOptions):
     """Train a reward model on edited or on preferred responses."""
 
-    pairs: str = ""
+    pairs: Annotated[str, Required("a JSONL file of edited pairs")] = ""
     """File of pairs: JSONL with 'prompt', 'original' and 'edited', such as edits.jsonl or preferences.jsonl of
     'fine-grained edit'."""
     model: str = "embedded"
@@ -59,8 +59,6 @@ class FineGrainedRewardModel(StageOptions):
 
     def check(self) -> None:
         super().check()
-        if not self.pairs:
-            raise InputError("--pairs is missing: name a JSONL file of edited pairs")
         self.loss = self.loss or LOSSES[self.level][0]
         if self.loss not in LOSSES[self.level]:
             raise InputError(
@@ -86,44 +84,23 @@ def run(options: FineGrainedRewardModel, console: Console | None = None) -> dict
         )
 
     def work(opened: Run) -> dict[str, Any]:
-        model = RewardModel(
-            options.model,
-            LoraSettings(rank=options.lora_rank),
-            level=options.level,
-            dtype=options.dtype,
-            seed=options.seed,
-        )
-        trainer = RewardTrainer(
-            model,
-            options.loss,
-            options.seed,
-            learning_rate=options.learning_rate,
-            batch_size=options.batch_size,
-            epochs=options.epochs,
-            token_budget=options.token_budget,
-            unchanged_penalty=options.unchanged_penalty if options.level == "token" else 0.0,
-            **COSINE,
-        )
+        lora = LoraSettings(rank=options.lora_rank)
+        model = RewardModel(options.model, lora, **named(options, "level", "dtype", "seed"))
+        settings = trainer_settings(options, "batch_size")
+        if options.level == "token":
+            settings["unchanged_penalty"] = options.unchanged_penalty
+        trainer = RewardTrainer(model, options.loss, options.seed, **settings)
         opened.supervised(trainer, train, f"{options.level} reward model")
         model.save(opened.folder.file("model", "config.json").parent)
         metrics = evaluate_reward_model(model, held_out)
         if options.level == "token":
             _draw(model, held_out, opened.folder.file("figures", "tokens.png").parent)
-        results = opened.folder.finish(
-            metrics,
-            {
-                "pairs": len(train),
-                "held_out": len(held_out),
-                "dropped": dict(dropped) | dict(read.dropped),
-                "seconds": opened.seconds,
-            },
-        )
-        opened.tracker.summary(results)
-        print_metrics(console, metrics)
-        return results
+        opened.show(metrics)
+        left_out = dict(dropped) | dict(read.dropped)
+        return opened.finish(metrics, {"pairs": len(train), "held_out": len(held_out), "dropped": left_out})
 
     plan = f"train on {len(train)} pairs and measure on {len(held_out)}"
-    return options.run("fine-grained reward-model", console, plan, work)
+    return run_stage(options, "fine-grained reward-model", console, work, plan=plan)
 
 
 def _draw(model: RewardModel, pairs: Sequence[TokenizedPair], folder: Path) -> None:

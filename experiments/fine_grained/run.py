@@ -13,23 +13,12 @@ from rich.console import Console
 
 from ...agents.policy.optimization import Processes
 from ...llm_backends.errors import InputError
-from ..runs.options import Count, DType
+from ..runs.options import Count, DType, named
 from ..runs.study import Results, StudyOptions, StudyStage, run_study
+from . import edit, evaluate, figa, ppo, reward, sft
 from .common import PromptOptions
-from .edit import EditOptions, EditParts, FineGrainedEdit
-from .edit import run as edit
-from .evaluate import FineGrainedEvaluate
-from .evaluate import run as evaluate
-from .figa import FineGrainedFIGA
-from .figa import run as figa
-from .ppo import FineGrainedPPO, Form
-from .ppo import run as ppo
 from .report import FineGrainedReport
 from .report import run as report
-from .reward import FineGrainedRewardModel
-from .reward import run as reward_model
-from .sft import FineGrainedSFT
-from .sft import run as sft
 
 
 @dataclass(frozen=True)
@@ -39,7 +28,7 @@ class PPOArm:
     pairs: str
     level: Literal["token", "sequence"]
     loss: str
-    form: Form = "auto"
+    form: ppo.Form = "auto"
     unchanged_penalty: float = 0.1
 
     @property
@@ -64,6 +53,16 @@ ARMS = {
 FIGA = "figa"
 """Name of the arm that learns from the edits without a reward model."""
 
+KINDS: dict[str, tuple[Any, Any]] = {
+    "sft": (sft.run, sft.FineGrainedSFT),
+    "edit": (edit.run, edit.FineGrainedEdit),
+    "reward-model": (reward.run, reward.FineGrainedRewardModel),
+    "ppo": (ppo.run, ppo.FineGrainedPPO),
+    "figa": (figa.run, figa.FineGrainedFIGA),
+    "evaluate": (evaluate.run, evaluate.FineGrainedEvaluate),
+}
+"""Function and options of the stages, by the first part of their names."""
+
 SIZES: dict[str, dict[str, dict[str, int]]] = {
     "smoke": {
         "sft": {"demonstrations": 48, "batch_size": 16},
@@ -85,7 +84,7 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
 
 
 @dataclass
-class FineGrainedRun(EditOptions, PromptOptions, StudyOptions):
+class FineGrainedRun(edit.EditOptions, PromptOptions, StudyOptions):
     """Run all stages: supervised start, edits, reward models, PPO, evaluation, report."""
 
     command: ClassVar[str] = "fine-grained run"
@@ -105,11 +104,11 @@ class FineGrainedRun(EditOptions, PromptOptions, StudyOptions):
         if Processes().count > 1:
             raise InputError(f"'{self.command}' runs in one process: only its stages that train can share work")
         # Wrong arms, parts and data are found here, before the supervised training.
-        EditParts.of(self)
+        edit.EditParts.of(self)
         start, *_ = self.stages()
         start.options.check()
         if self.dry_run:  # otherwise the first stage, which reads the data, finds what is wrong with them
-            start.options.demonstrations_found()
+            start.options.tokenized()
 
     @property
     def arm_names(self) -> list[str]:
@@ -125,62 +124,48 @@ class FineGrainedRun(EditOptions, PromptOptions, StudyOptions):
 
     def stages(self) -> list[StudyStage]:
         # As typed, not absolute: a resumed stage must have the options that it started with.
-        root, names = Path(self.run_dir), self.arm_names
-        start, reference = str(root / "sft"), str(root / "evaluate" / "sft")
-        reward_models = {ARMS[name].model: ARMS[name] for name in names if name != FIGA}
-
-        def evaluation(name: str, **options: Any) -> StudyStage:
-            return StudyStage(f"evaluate/{name}", evaluate, self._options(FineGrainedEvaluate, "evaluate", **options))
-
-        stages = [
-            StudyStage("sft", sft, self._options(FineGrainedSFT, "sft", run_dir=start)),
-            StudyStage("edit", edit, self._options(FineGrainedEdit, "edit", policy=start)),
-            # One reward model per name: arms that differ in the form of the reward share it.
-            *(self._reward_model(arm) for arm in reward_models.values()),
-            evaluation("sft", policy=start, arm="sft"),
-        ]
+        root = Path(self.run_dir)
+        start, edits = str(root / "sft"), str(root / "edit" / "edits.jsonl")
+        stages = [self._stage("sft", run_dir=start), self._stage("edit", policy=start)]
+        # One reward model per name: arms that differ in the form of the reward share it.
+        models = {ARMS[name].model: ARMS[name] for name in self.arm_names if name != FIGA}
+        stages += [self._reward_model(arm) for arm in models.values()]
+        stages += [self._stage("evaluate/sft", policy=start, arm="sft")]
         for seed in range(1 if self.scale == "smoke" else self.seeds):
-            for name in names:
-                folder = f"figa/{name}-{seed}" if name == FIGA else f"ppo/{name}-{seed}"
+            for name in self.arm_names:
                 if name == FIGA:
-                    pairs = str(root / "edit" / "edits.jsonl")
-                    figa_options = self._options(FineGrainedFIGA, "figa", policy=start, pairs=pairs, seed=seed)
-                    stages.append(StudyStage(folder, figa, figa_options))
+                    trained = self._stage(f"figa/{name}-{seed}", policy=start, pairs=edits, seed=seed)
                 else:
-                    arm = ARMS[name]
-                    model = str(root / "reward-model" / arm.model)
-                    ppo_options = self._options(
-                        FineGrainedPPO, "ppo", policy=start, reward_model=model, arm=name, form=arm.form, seed=seed
-                    )
-                    stages.append(StudyStage(folder, ppo, ppo_options))
+                    model, form = str(root / "reward-model" / ARMS[name].model), ARMS[name].form
+                    own = {"policy": start, "reward_model": model, "arm": name, "form": form, "seed": seed}
+                    trained = self._stage(f"ppo/{name}-{seed}", **own)
                 # The reference was sampled with seed 0: responses must not have its random numbers.
-                stages.append(
-                    evaluation(f"{name}-{seed}", policy=str(root / folder), against=reference, arm=name, seed=1 + seed)
-                )
+                own = {"policy": str(root / trained.name), "against": str(root / "evaluate" / "sft"), "arm": name}
+                stages += [trained, self._stage(f"evaluate/{name}-{seed}", **own, seed=1 + seed)]
         return stages
 
     def _reward_model(self, arm: PPOArm) -> StudyStage:
         """Returns the stage that trains the reward model of an arm."""
 
-        def options(results: Results) -> FineGrainedRewardModel:
+        def options(results: Results) -> Any:
             # All reward models get the same number of pairs, so that they differ in the kind of pairs only.
             counts = results["edit"]["counts"]
-            return self._options(
-                FineGrainedRewardModel,
-                "reward-model",
-                pairs=str(Path(self.run_dir) / "edit" / f"{arm.pairs}.jsonl"),
-                level=arm.level,
-                loss=arm.loss,
-                unchanged_penalty=arm.unchanged_penalty,
-                limit=min(counts["edits"], counts["preferences"]),
-            )
+            pairs = str(Path(self.run_dir) / "edit" / f"{arm.pairs}.jsonl")
+            own = {"pairs": pairs, "limit": min(counts["edits"], counts["preferences"])}
+            return self._options("reward-model", **own, **named(arm, "level", "loss", "unchanged_penalty"))
 
-        return StudyStage(f"reward-model/{arm.model}", reward_model, options)
+        return StudyStage(f"reward-model/{arm.model}", reward.run, options)
 
-    def _options(self, stage: Any, kind: str, **own: Any) -> Any:
+    def _stage(self, name: str, **own: Any) -> StudyStage:
+        """Returns a stage by its name, the first part of which is its kind, and options of its own."""
+        kind = name.partition("/")[0]
+        return StudyStage(name, KINDS[kind][0], self._options(kind, **own))
+
+    def _options(self, kind: str, **own: Any) -> Any:
         """Returns the options of a stage: those of the study by the same names, those that the scale sets, its own."""
-        shared = {field.name for field in fields(stage)} & {field.name for field in fields(self)}
-        return stage(**{name: getattr(self, name) for name in shared} | SIZES[self.scale][kind] | own)
+        options = KINDS[kind][1]
+        shared = {field.name for field in fields(options)} & {field.name for field in fields(self)}
+        return options(**named(self, *shared) | SIZES[self.scale][kind] | own)
 
     def report(self, console: Console) -> Results:
         return report(FineGrainedReport(self.run_dir), console)

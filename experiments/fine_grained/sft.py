@@ -7,14 +7,12 @@ from typing import Any
 
 from rich.console import Console
 
-from ...agents.policy.language_model import LanguageModelPolicy
 from ...agents.supervised.sft import SFT, TokenizedDemonstration
-from ...envs.tokens.episode import PromptExample
+from ...envs.tasks.instruction.data import OPENINGS
 from ...llm_backends.errors import InputError
-from ...llm_backends.training.adapters import LoraSettings
 from ..runs.options import Count
-from ..runs.training import Run, tokenizer_of
-from .common import COSINE, StageOptions
+from ..runs.training import Run, new_policy, run_stage, tokenized_demonstrations, tokenizer_of, trainer_settings
+from .common import StageOptions
 
 
 @dataclass
@@ -34,18 +32,20 @@ class FineGrainedSFT(StageOptions):
     lora_rank: Count = 8
     """Rank of the LoRA adapter of the policy, which PPO trains further."""
 
-    def demonstrations_found(self) -> list[PromptExample]:
-        """Returns the prompts with a response on which the policy is trained.
+    def tokenized(self) -> list[TokenizedDemonstration]:
+        """Returns the demonstrations, those that are too long included.
 
         Raises:
-            InputError: if there are none, or the model has no token to end a response.
+            InputError: if there are none, the model reads fewer tokens than the context length, or it has no token to
+                end a response.
         """
         examples = [example for example in self.prompts("sft", self.model) if example.reference]
         if not examples:
             raise InputError(f"{self.data} has no responses to imitate")
-        if not tokenizer_of(self.model).eos_ids:
-            raise InputError(f"the tokenizer of {self.model} has no EOS token, by which responses could end")
-        return examples[: self.demonstrations or None]
+        examples = examples[: self.demonstrations or None]
+        responses = [f"{OPENINGS[self.layout]}{example.reference}" for example in examples]
+        tokenizer = tokenizer_of(self.model, self.context_length)
+        return tokenized_demonstrations([example.prompt for example in examples], responses, tokenizer)
 
 
 def run(options: FineGrainedSFT, console: Console | None = None) -> dict[str, Any]:
@@ -56,49 +56,19 @@ def run(options: FineGrainedSFT, console: Console | None = None) -> dict[str, An
     """
     console = console or Console()
     options.check()
-    examples = options.demonstrations_found()
+    tokenized = options.tokenized()
+    fitting = [demo for demo in tokenized if len(demo.prompt) + len(demo.response) <= options.context_length]
+    if not fitting:
+        raise InputError(f"no demonstration fits --context-length {options.context_length}")
 
     def work(opened: Run) -> dict[str, Any]:
-        policy = LanguageModelPolicy(
-            options.model, LoraSettings(rank=options.lora_rank), value="shared", dtype=options.dtype, seed=options.seed
-        )
-        if policy.lm.context_length < options.context_length:
-            raise InputError(
-                f"{options.model} reads {policy.lm.context_length} tokens: set --context-length to that or less"
-            )
-        trainer = SFT(
-            policy,
-            options.seed,
-            learning_rate=options.learning_rate,
-            batch_size=options.batch_size,
-            epochs=options.epochs,
-            token_budget=options.token_budget,
-            **COSINE,
-        )
-        tokenizer, end = policy.tokenizer, min(policy.tokenizer.eos_ids)
-        # A chat template ends where the response begins; a plain prompt needs a blank before it.
-        blank = "" if options.layout == "chat" else " "
-        # Every response ends with an end-of-sequence token, by which the policy learns to stop.
-        demonstrations = [
-            TokenizedDemonstration(
-                tokenizer.encode(example.prompt), [*tokenizer.encode_continuation(f"{blank}{example.reference}"), end]
-            )
-            for example in examples
-        ]
-        fitting = [demo for demo in demonstrations if len(demo.prompt) + len(demo.response) <= options.context_length]
-        if not fitting:
-            raise InputError(f"no demonstration fits --context-length {options.context_length}")
+        policy = new_policy(options, value="shared")
+        trainer = SFT(policy, options.seed, **trainer_settings(options, "batch_size"))
         opened.supervised(trainer, fitting, f"sft on {options.data}")
-        policy.save(opened.folder.file("policy", "policy.json").parent)
-        return opened.folder.finish(
-            {"loss": trainer.loss},
-            {
-                "demonstrations": len(fitting),
-                "dropped": {"too long": len(demonstrations) - len(fitting)},
-                "steps": trainer.steps,
-                "seconds": opened.seconds,
-            },
-        )
+        opened.save_policy(policy)
+        dropped = {"too long": len(tokenized) - len(fitting)}
+        counts = {"demonstrations": len(fitting), "dropped": dropped, "steps": trainer.steps}
+        return opened.finish({"loss": trainer.loss}, counts)
 
-    plan = f"train on {len(examples)} demonstrations of {options.data}"
-    return options.run("fine-grained sft", console, plan, work)
+    plan = f"train on {len(fitting)} demonstrations of {options.data}"
+    return run_stage(options, "fine-grained sft", console, work, plan=plan)

@@ -8,33 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import binned_statistic
 
-from ...llm_backends import Backend, Journaled, request_seed, resolve
+from ...llm_backends import Backend, Journaled, request_seed
 from ...llm_backends.errors import InputError
-from ...rewards.judges.pairwise import Pair, both_orders, compare, pair_question, pairwise_prompt
-from ...rewards.judges.verdict import (
-    RETRY_TEMPERATURE,
-    VerdictMode,
-    check_mode,
-    equality_prompt,
-    judge_verdicts,
-    sigmoid,
-    uses_likelihood,
-)
-from ..runs.folder import RowWriter, RunFolder, TimeLimit, Tracker, replayed
-from ..runs.options import BackendOptions, Scale, input_errors, parse_part
-from ..runs.progress import StepProgress
+from ...rewards.judges.pairwise import Pair, both_orders, compare, pair_question
+from ...rewards.judges.verdict import RETRY_TEMPERATURE, Verdict, VerdictMode, judge_verdicts, sigmoid, uses_likelihood
+from ..runs.folder import RowWriter, RunFolder, journaled_roles
+from ..runs.options import BackendOptions, Required, Scale, input_errors, named, parse_part
+from ..runs.progress import Deadline, StepProgress
 from ..runs.report import COLOURS, panels
-from .measures import LABELS, Judgement, LabelledPair, PairKind, count, measure, read_labelled_pairs
+from ..runs.training import Run, run_stage
+from .measures import KINDS, RESULTS, Judgement, LabelledPair, PairKind, count, measure, read_labelled_pairs, scored
 
 
 def plot_calibration(
@@ -63,13 +57,11 @@ def plot_calibration(
     if probabilities:
         right = axes[0, 1]
         predicted, positive = (np.array(column, dtype=np.float64) for column in zip(*probabilities, strict=True))
-        # Ten equal bins; a probability of 1 belongs to the last.
-        bins = np.minimum((predicted * 10).astype(int), 9)
         right.plot([0, 1], [0, 1], color="#999999", linewidth=1, label="calibrated")
-        filled_bins = [number for number in range(10) if (bins == number).any()]
-        means = [(predicted[bins == number].mean(), positive[bins == number].mean()) for number in filled_bins]
-        sizes = [20 + 200 * (bins == number).mean() for number in filled_bins]
-        right.scatter(*zip(*means, strict=True), s=sizes, color=COLOURS[0], label="tenths; size: share of pairs")
+        # The means of an empty bin are NaN, which is not drawn.
+        means = binned_statistic(predicted, [predicted, positive], bins=10, range=(0, 1)).statistic
+        sizes = 20 + 200 * np.histogram(predicted, bins=10, range=(0, 1))[0] / len(predicted)
+        right.scatter(*means, s=sizes, color=COLOURS[0], label="tenths; size: share of pairs")
         right.set(
             title="Reliability", xlabel="probability by the judge", ylabel="share with this label", ylim=(-0.05, 1.05)
         )
@@ -82,6 +74,25 @@ CHUNK = 32
 """Pairs per call of the judge."""
 SMOKE_LIMIT = 32
 """Number of pairs at scale smoke."""
+ACCURACIES = (
+    ("accuracy", "accuracy (ties and invalid verdicts count as wrong)", "judge"),
+    ("accuracy_decided", "accuracy on decided pairs", "judge, decided pairs"),
+    ("accuracy_by_probability", "accuracy by the mean probability", "judge, by probability"),
+)
+"""Accuracies of the judge: metric, title in the table and name in the figure."""
+FIGURES = (
+    ("auc", "AUC of the probability"),
+    ("position_bias", "position bias, -1 to 1"),
+    ("order_disagreement", "orders disagree"),
+    ("self_consistency", "self-consistency of sampled verdicts"),
+    ("invalid_rate", "invalid rate"),
+)
+"""Other metrics, and their titles in the table."""
+COUNTS = (
+    (RESULTS, "right, wrong, ties, invalid"),
+    (("requests", "prompt_tokens", "completion_tokens"), "requests, tokens read, tokens written"),
+)
+"""Counts that share a row of the table, and its title."""
 
 
 @dataclass
@@ -91,7 +102,7 @@ class JudgeCalibrate(BackendOptions):
     backend: str = "embedded"
     """Backend of the judge: embedded, transformers, openai, scripted, 'module:factory', or JSON
     {"id": ..., "kwargs": {...}}."""
-    data: str = ""
+    data: Annotated[str, Required("a JSONL file of labelled pairs")] = ""
     """JSONL file of labelled pairs. Rows: {"prompt", "first", "second", "better": "first" | "second" | "tie"} for the
     pairwise judge, or {"first", "second", "verdict": "Equal" | "Not Equal"} for the equality judge."""
     mode: VerdictMode = "auto"
@@ -106,10 +117,6 @@ class JudgeCalibrate(BackendOptions):
 
     def check(self) -> None:
         super().check()
-        with input_errors():
-            check_mode(self.mode)
-        if not self.data:
-            raise InputError("--data is missing: name a JSONL file of labelled pairs")
         if self.repeats == 1:
             raise InputError("--repeats must be at least 2, as self-consistency compares verdicts, or 0 for none")
 
@@ -128,156 +135,114 @@ def run(options: JudgeCalibrate, console: Console | None = None) -> dict[str, An
     options.check()
     kind, pairs = read_labelled_pairs(options.data)
     pairs = pairs[: options.limit or (SMOKE_LIMIT if options.scale == "smoke" else len(pairs))]
+    parts = {"judge": parse_part(options.backend, options.model)}
     with input_errors():
-        backend = resolve("backend", parse_part(options.backend, options.model))
+        backend = journaled_roles(parts, None)["judge"]
     if options.mode == "likelihood" and not backend.supports_logprobs:
         raise InputError(f"--mode likelihood needs log-probs, which backend {backend.name!r} does not report")
-    # The hash of the pairs is an option of the run: with other data it is not resumed.
-    digest = hashlib.sha256(json.dumps([kind, *map(asdict, pairs)]).encode()).hexdigest()[:16]
-    folder = RunFolder(options.run_dir, asdict(options) | {"pairs": digest}, "judge calibrate")
     likelihood = uses_likelihood(backend, options.mode)
-    if options.dry_run:
-        console.print(
-            f"would ask {backend.name} about {len(pairs)} {kind} pairs in both orders, "
-            f"{'by likelihood' if likelihood else f'and {options.repeats} times more each'}, in {folder.path}"
-        )
-        return {}
-    if (results := folder.finished(console)) is not None:
-        return results
-    with replayed(folder, lambda journal: {"judge": Journaled(backend, journal)}, console) as (_, roles):
-        return _calibrate(options, folder, kind, pairs, roles["judge"], console)
+    asked = "by likelihood" if likelihood else f"and {options.repeats} times more each"
 
-
-def _calibrate(
-    options: JudgeCalibrate,
-    folder: RunFolder,
-    kind: PairKind,
-    pairs: Sequence[LabelledPair],
-    backend: Journaled,
-    console: Console,
-) -> dict[str, Any]:
-    start_time, limit = time.monotonic(), TimeLimit(options.minutes, backend.journal)
-    rows = RowWriter(folder.file("judgements.jsonl"))
-    likelihood = uses_likelihood(backend, options.mode)
-    judgements: list[Judgement] = []
-    with (
-        Tracker(folder, options.track, step_name="pairs") as tracker,
-        StepProgress("pairs judged", len(pairs), console) as progress,
-    ):
-        for start in range(0, len(pairs), CHUNK):
-            if limit.reached():
-                break
-            chunk_judgements = ask_judge(
-                backend,
-                kind,
-                pairs[start : start + CHUNK],
+    def work(run: Run) -> dict[str, Any]:
+        rows = RowWriter(run.folder.file("judgements.jsonl"))
+        judgements: list[Judgement] = []
+        run.tracker.step_name = "pairs"
+        with run.roles(parts) as roles, StepProgress("pairs judged", len(pairs), console) as progress:
+            judge = cast(Journaled, roles["judge"])
+            limit = Deadline(options.minutes, judge.journal)
+            for start in range(0, len(pairs), CHUNK):
+                if limit.reached():
+                    break
+                chunk = pairs[start : start + CHUNK]
                 # By the index among all pairs, so that the seeds do not depend on the chunk size.
-                [request_seed(options.seed, "pair", start + i) for i in range(len(pairs[start : start + CHUNK]))],
-                options.mode,
-                0 if likelihood else options.repeats,
+                seeds = [request_seed(options.seed, "pair", start + i) for i in range(len(chunk))]
+                for judgement in ask_judge(judge, kind, chunk, seeds, options):
+                    judgements.append(judgement)
+                    rows.write(judgement_row(kind, len(judgements), judgement))
+                counts = count(judgements)
+                run.tracker.write({name: counts[name] for name in RESULTS}, {}, len(judgements))
+                progress.update(len(judgements), f"{counts['right']} right")
+        metrics = {"kind": kind, "mode": "likelihood" if likelihood else "verdict"} | measure(kind, judgements)
+        usage, done = judge.usage, len(judgements) == len(pairs)
+        spent = named(usage, "requests", "prompt_tokens", "completion_tokens", "cost")
+        spent |= {"replayed_replies": usage.cache_hits, "failed_requests": usage.errors, "seconds": run.seconds}
+        results = run.folder.finish(metrics, count(judgements) | spent, "finished" if done else "stopped")
+        run.tracker.image("calibration", _figure(kind, judgements, metrics, run.folder))
+        run.tracker.summary(metrics)
+        console.print(calibration_table(results, backend.name))
+        if not done:
+            console.print(
+                f"stopped at the time limit after {len(judgements)} of {len(pairs)} pairs: the same command goes on"
             )
-            for number, judgement in enumerate(chunk_judgements, start=start + 1):
-                rows.write(judgement_row(kind, number, judgement))
-            judgements += chunk_judgements
-            counts = count(judgements)
-            tracker.write({name: counts[name] for name in ("right", "wrong", "ties", "invalid")}, {}, len(judgements))
-            progress.update(len(judgements), f"{counts['right']} right")
-        done = len(judgements) == len(pairs)
-        usage = backend.usage
-        results = folder.finish(
-            metrics={"kind": kind, "mode": "likelihood" if likelihood else "verdict"} | measure(kind, judgements),
-            counts=count(judgements)
-            | {
-                "requests": usage.requests,
-                "replayed_replies": usage.cache_hits,
-                "failed_requests": usage.errors,
-                "prompt_tokens": usage.prompt_tokens,
-                "completion_tokens": usage.completion_tokens,
-                "cost": usage.cost,
-                "seconds": round(time.monotonic() - start_time, 1),
-            },
-            status="finished" if done else "stopped",
-        )
-        tracker.image("calibration", _figure(kind, judgements, results["metrics"], folder))
-        tracker.summary(results["metrics"])
-    console.print(calibration_table(results, backend.name))
-    if not done:
-        console.print(
-            f"stopped at the time limit after {len(judgements)} of {len(pairs)} pairs: the same command goes on"
-        )
-    return results
+        return results
+
+    return run_stage(
+        options,
+        "judge calibrate",
+        console,
+        work,
+        distributed=False,
+        plan=f"ask {backend.name} about {len(pairs)} {kind} pairs in both orders, {asked}",
+        # With other data the run is not resumed.
+        pairs=hashlib.sha256(json.dumps([kind, *map(asdict, pairs)]).encode()).hexdigest()[:16],
+    )
 
 
 def ask_judge(
-    backend: Backend,
-    kind: PairKind,
-    pairs: Sequence[LabelledPair],
-    seeds: Sequence[int],
-    mode: VerdictMode = "auto",
-    repeats: int = 0,
+    backend: Backend, kind: PairKind, pairs: Sequence[LabelledPair], seeds: Sequence[int], options: JudgeCalibrate
 ) -> list[Judgement]:
     """Asks the judge about labelled pairs in both orders, then samples further verdicts.
+
+    As in the rewards, texts that differ at most in white space are a tie, or equal, without a call.
 
     Args:
         backend: the judge.
         kind: kind of the pairs.
         pairs: n pairs.
         seeds: n request seeds.
-        mode: see :data:`~instructgym.rewards.judges.verdict.VerdictMode`.
-        repeats: sampled verdicts per pair; 0: none.
+        options: options of the run, with the mode and the number of sampled verdicts.
 
     Returns:
         n judgements, in order.
     """
-    unlabelled_pairs = [
-        Pair(pair.first, pair.second, pair.prompt, seed) for pair, seed in zip(pairs, seeds, strict=True)
-    ]
-    judgements = _compare_equal(backend, pairs, unlabelled_pairs, mode) if kind == "equality" else []
+    prompt, mode = KINDS[kind].prompt(), options.mode
+    repeats = 0 if uses_likelihood(backend, mode) else options.repeats
+    asked = [Pair(pair.first, pair.second, pair.prompt, seed) for pair, seed in zip(pairs, seeds, strict=True)]
     if kind == "pairwise":
-        for pair, comparison in zip(pairs, compare(backend, unlabelled_pairs, mode), strict=True):
-            judgements.append(Judgement(pair, comparison.outcome, comparison.verdicts, comparison.probability))
+        judgements = [
+            Judgement(pair, comparison.outcome, comparison.verdicts, comparison.probability)
+            for pair, comparison in zip(pairs, compare(backend, asked, mode), strict=True)
+        ]
+    else:
+        different = [pair.first.split() != pair.second.split() for pair in pairs]
+        verdicts = iter(both_orders(backend, prompt, list(compress(asked, different)), mode))
+        judgements = [
+            _equality(pair, *next(verdicts)) if differs else Judgement(pair, "Equal")
+            for pair, differs in zip(pairs, different, strict=True)
+        ]
     # Sample further verdicts on the order as given, each with its own seed, for pairs that the judge was asked about.
-    prompt = equality_prompt() if kind == "equality" else pairwise_prompt()
-    repeated_questions = [
-        pair_question(prompt, Pair(pair.first, pair.second, pair.prompt, request_seed(pair.seed, "repeat", number)))
-        for pair, judgement in zip(unlabelled_pairs, judgements, strict=True)
+    questions = [
+        pair_question(prompt, replace(pair, seed=request_seed(pair.seed, "repeat", number)))
+        for pair, judgement in zip(asked, judgements, strict=True)
         for number in range(repeats if judgement.verdicts else 0)
     ]
-    answers = iter(judge_verdicts(backend, repeated_questions, mode, RETRY_TEMPERATURE))
+    answers = iter(judge_verdicts(backend, questions, mode, RETRY_TEMPERATURE))
     return [
-        Judgement(j.pair, j.outcome, j.verdicts, j.probability, tuple(next(answers).answer for _ in range(repeats)))
-        if j.verdicts
-        else j
-        for j in judgements
+        replace(judgement, repeats=tuple(next(answers).answer for _ in range(repeats if judgement.verdicts else 0)))
+        for judgement in judgements
     ]
 
 
-def _compare_equal(
-    backend: Backend, pairs: Sequence[LabelledPair], pairs_to_ask: Sequence[Pair], mode: VerdictMode
-) -> list[Judgement]:
-    """Asks in both orders whether two texts ask for the same.
-
-    As in the reward, texts that differ at most in white space are equal without a call.
-    """
-    same = [pair.first.split() == pair.second.split() for pair in pairs_to_ask]
-    verdicts = iter(
-        both_orders(backend, equality_prompt(), [p for p, s in zip(pairs_to_ask, same, strict=True) if not s], mode)
-    )
-    judgements = []
-    for pair, is_same in zip(pairs, same, strict=True):
-        if is_same:
-            judgements.append(Judgement(pair, "Equal"))
-            continue
-        in_order, swapped = next(verdicts)
-        # The orders have to agree; "Equal" is the second label, the negative answer of the prompt.
-        outcome: str | None = None
-        if in_order.answer is not None and swapped.answer is not None:
-            outcome = "tie" if in_order.answer != swapped.answer else LABELS["equality"][0 if in_order.answer else 1]
-        probability = None
-        if in_order.log_odds is not None and swapped.log_odds is not None:
-            probability = sigmoid((in_order.log_odds + swapped.log_odds) / 2)
-        judgements.append(Judgement(pair, outcome, (in_order, swapped), probability))
-    return judgements
+def _equality(pair: LabelledPair, in_order: Verdict, swapped: Verdict) -> Judgement:
+    """Returns the judgement about whether two texts ask for the same, from the verdicts on both orders."""
+    outcome: str | None = None
+    if in_order.answer is not None and swapped.answer is not None:
+        # The orders have to agree; "Equal" is the negative answer.
+        outcome = "tie" if in_order.answer != swapped.answer else "Not Equal" if in_order.answer else "Equal"
+    probability = None
+    if in_order.log_odds is not None and swapped.log_odds is not None:
+        probability = sigmoid((in_order.log_odds + swapped.log_odds) / 2)
+    return Judgement(pair, outcome, (in_order, swapped), probability)
 
 
 def judgement_row(kind: PairKind, number: int, judgement: Judgement) -> dict[str, Any]:
@@ -288,7 +253,7 @@ def judgement_row(kind: PairKind, number: int, judgement: Judgement) -> dict[str
         number: number of the pair in the data, from 1.
         judgement: the judgement.
     """
-    prompt = equality_prompt() if kind == "equality" else pairwise_prompt()
+    prompt = KINDS[kind].prompt()
     words = {True: prompt.positive, False: prompt.negative, None: None}
     verdicts = judgement.verdicts or ()
     return {
@@ -303,23 +268,15 @@ def judgement_row(kind: PairKind, number: int, judgement: Judgement) -> dict[str
     }
 
 
-def _figure(kind: PairKind, judgements: Sequence[Judgement], metrics: dict[str, Any], folder: RunFolder) -> Any:
-    shares = {
-        "judge": metrics["accuracy"],
-        "judge, decided pairs": metrics["accuracy_decided"],
-        "judge, by probability": metrics.get("accuracy_by_probability"),
-    } | metrics["baselines"]
+def _figure(kind: PairKind, judgements: Sequence[Judgement], metrics: Mapping[str, Any], folder: RunFolder) -> Path:
+    """Plots the accuracies and probabilities of a judge into its run folder and returns the path of the figure."""
+    accuracies = {name: metrics.get(key) for key, _, name in ACCURACIES} | metrics["baselines"]
     bars = {
         f"{name} ({row['of']})": (row["share"], *row["interval"])
-        for name, row in shares.items()
+        for name, row in accuracies.items()
         if row is not None and row["share"] is not None
     }
-    probabilities = [
-        (j.probability, j.pair.label == LABELS[kind][0])
-        for j in judgements
-        if j.probability is not None and j.pair.label != "tie"
-    ]
-    return plot_calibration(bars, probabilities, folder.file("figures", "calibration.png"))
+    return plot_calibration(bars, scored(kind, judgements), folder.file("figures", "calibration.png"))
 
 
 def calibration_table(results: dict[str, Any], name: str) -> Table:
@@ -337,26 +294,13 @@ def calibration_table(results: dict[str, Any], name: str) -> Table:
         low, high = row["interval"]
         return f"{100 * row['share']:.1f} % [{100 * low:.1f}, {100 * high:.1f}] of {row['of']}"
 
-    def share(key: str) -> str:
-        value = metrics.get(key)
-        return "-" if value is None else f"{value:.3f}"
-
     table = Table(title=f"{metrics['kind']} judge, {metrics['mode']} mode: {name}", show_header=False)
-    table.add_row("accuracy (ties and invalid verdicts count as wrong)", accuracy(metrics["accuracy"]))
-    table.add_row("accuracy on decided pairs", accuracy(metrics["accuracy_decided"]))
-    table.add_row("accuracy by the mean probability", accuracy(metrics.get("accuracy_by_probability")))
+    for key, title, _ in ACCURACIES:
+        table.add_row(title, accuracy(metrics.get(key)))
     for baseline, row in metrics["baselines"].items():
         table.add_row(f"baseline: {baseline}", accuracy(row))
-    table.add_row("AUC of the probability", share("auc"))
-    table.add_row("position bias, -1 to 1", share("position_bias"))
-    table.add_row("orders disagree", share("order_disagreement"))
-    table.add_row("self-consistency of sampled verdicts", share("self_consistency"))
-    table.add_row("invalid rate", share("invalid_rate"))
-    table.add_row(
-        "right, wrong, ties, invalid", ", ".join(str(counts[k]) for k in ("right", "wrong", "ties", "invalid"))
-    )
-    table.add_row(
-        "requests, tokens read, tokens written",
-        ", ".join(str(counts[k]) for k in ("requests", "prompt_tokens", "completion_tokens")),
-    )
+    for key, title in FIGURES:
+        table.add_row(title, "-" if metrics.get(key) is None else f"{metrics[key]:.3f}")
+    for keys, title in COUNTS:
+        table.add_row(title, ", ".join(str(counts[key]) for key in keys))
     return table

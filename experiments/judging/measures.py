@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import comb
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,24 +13,14 @@ import numpy as np
 
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_user_rows, user_text
-from ...rewards.judges.verdict import Verdict
+from ...rewards.judges.pairwise import pairwise_prompt
+from ...rewards.judges.verdict import Verdict, VerdictPrompt, equality_prompt
 from ...rewards.rank_statistics import auc
 from ...rewards.texts.rouge import rouge_l
 from ..runs.statistics import known_mean, wilson
 
 PairKind = Literal["pairwise", "equality"]
 """``pairwise``: which of two responses is better; ``equality``: do two instructions ask for the same."""
-
-
-LABELS: dict[PairKind, tuple[str, ...]] = {
-    "pairwise": ("first", "second", "tie"),
-    "equality": ("Not Equal", "Equal"),
-}
-"""Possible labels of each kind of pair. A judge gives the probability of the first one."""
-
-
-COLUMNS: dict[PairKind, str] = {"pairwise": "better", "equality": "verdict"}
-"""Column that holds the label; it determines the kind of a file."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +30,52 @@ class LabelledPair:
     first: str
     second: str
     label: str
-    """Known answer, one of :data:`LABELS`."""
+    """Known answer, one of the labels of the pair's kind."""
     prompt: str = ""
     """Prompt that both texts respond to; pairwise only."""
+
+
+def longer(pair: LabelledPair) -> str:
+    """Returns which of two texts has more words."""
+    ahead = len(pair.first.split()) - len(pair.second.split())
+    return "first" if ahead > 0 else "second" if ahead < 0 else "tie"
+
+
+def overlap(pair: LabelledPair) -> str:
+    """Returns whether two texts share most of their words."""
+    return "Equal" if rouge_l(pair.first, pair.second) > 0.5 else "Not Equal"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of pair: its rows in files, the question to a judge, and a rule that needs no judge."""
+
+    fields: tuple[str, ...]
+    """Fields of a row; the last one holds the label and determines the kind of a file."""
+    labels: tuple[str, ...]
+    """Possible labels. A judge gives the probability of the first one."""
+    prompt: Callable[[], VerdictPrompt]
+    """Returns the question; the first label is its positive answer."""
+    baselines: dict[str, Callable[[LabelledPair], str]]
+    """Rules without a judge, by name; a useful judge is better than these."""
+
+
+PREFERENCE = Kind(
+    fields=("prompt", "first", "second", "better"),
+    labels=("first", "second", "tie"),
+    prompt=pairwise_prompt,
+    baselines={"the longer one is better": longer},
+)
+EQUALITY = Kind(
+    fields=("first", "second", "verdict"),
+    labels=("Not Equal", "Equal"),
+    prompt=equality_prompt,
+    baselines={"equal if ROUGE-L is above 0.5": overlap},
+)
+KINDS: dict[PairKind, Kind] = {"pairwise": PREFERENCE, "equality": EQUALITY}
+
+RESULTS = ("right", "wrong", "ties", "invalid")
+"""Results of a pair, one of which each pair has."""
 
 
 def read_labelled_pairs(path: str | Path) -> tuple[PairKind, list[LabelledPair]]:
@@ -58,28 +92,23 @@ def read_labelled_pairs(path: str | Path) -> tuple[PairKind, list[LabelledPair]]
     rows = read_user_rows(path, "--data")
     if not rows:
         raise InputError(f"--data {path} holds no pairs")
-    kind = _kind(*rows[0])
-    return kind, [_pair(kind, location, row) for location, row in rows]
-
-
-def _kind(location: str, row: Mapping[str, Any]) -> PairKind:
-    kinds = [kind for kind, column in COLUMNS.items() if column in row]
+    location, first = rows[0]
+    kinds = [kind for kind, about in KINDS.items() if about.fields[-1] in first]
     if len(kinds) != 1:
         raise InputError(
             f"{location} must have either a field 'better' (which of two responses is better) or a field 'verdict' (do "
-            f"two instructions ask for the same); it has {', '.join(map(repr, row)) or 'nothing'}"
+            f"two instructions ask for the same); it has {', '.join(map(repr, first)) or 'nothing'}"
         )
-    return kinds[0]
-
-
-def _pair(kind: PairKind, location: str, row: Mapping[str, Any]) -> LabelledPair:
-    column = COLUMNS[kind]
-    for field in (*(("prompt",) if kind == "pairwise" else ()), "first", "second", column):
-        user_text(location, row, field)
-    if row[column] not in LABELS[kind]:
-        allowed = ", ".join(map(repr, LABELS[kind]))
-        raise InputError(f"{location}: field '{column}' must be one of {allowed}, got {row[column]!r}")
-    return LabelledPair(row["first"], row["second"], row[column], row["prompt"] if kind == "pairwise" else "")
+    *texts, column = KINDS[kinds[0]].fields
+    labels, pairs = KINDS[kinds[0]].labels, []
+    for location, row in rows:
+        for field in (*texts, column):
+            user_text(location, row, field)
+        if row[column] not in labels:
+            allowed = ", ".join(map(repr, labels))
+            raise InputError(f"{location}: field '{column}' must be one of {allowed}, got {row[column]!r}")
+        pairs.append(LabelledPair(label=row[column], **{field: row[field] for field in texts}))
+    return kinds[0], pairs
 
 
 @dataclass(frozen=True)
@@ -92,19 +121,30 @@ class Judgement:
     verdicts: tuple[Verdict, Verdict] | None = None
     """Verdicts on the order as given and on the swapped one; None if the texts are equal and no call was made."""
     probability: float | None = None
-    """Probability of the first label of the pair's kind in :data:`LABELS`, over both orders; likelihood mode only."""
+    """Probability of the first label of the pair's kind, over both orders; likelihood mode only."""
     repeats: tuple[bool | None, ...] = ()
     """Sampled answers on the order as given; None for a reply without an answer."""
 
+    @property
+    def result(self) -> str:
+        """One of :data:`RESULTS`. A tie that is also the label is right, not a tie."""
+        if self.outcome is None:
+            return "invalid"
+        return "right" if self.outcome == self.pair.label else "ties" if self.outcome == "tie" else "wrong"
 
-def shares(right: int, total: int) -> dict[str, Any]:
-    """Returns a share with its 95% Wilson interval and its total.
 
-    Args:
-        right: number of right answers.
-        total: number of answers; if it is 0 the share is None.
-    """
-    return {"share": right / total if total else None, "interval": list(wilson(right, total)), "of": total}
+def share(right: Sequence[bool]) -> dict[str, Any]:
+    """Returns the share of right answers (None without any answer), its 95% Wilson interval and their number."""
+    return {"share": known_mean(right), "interval": list(wilson(sum(right), len(right))), "of": len(right)}
+
+
+def scored(kind: PairKind, judgements: Sequence[Judgement]) -> list[tuple[float, bool]]:
+    """Returns, of pairs with a label other than tie, the probability and whether the label is the first of its kind."""
+    return [
+        (j.probability, j.pair.label == KINDS[kind].labels[0])
+        for j in judgements
+        if j.probability is not None and j.pair.label != "tie"
+    ]
 
 
 def measure(kind: PairKind, judgements: Sequence[Judgement]) -> dict[str, Any]:
@@ -127,89 +167,50 @@ def measure(kind: PairKind, judgements: Sequence[Judgement]) -> dict[str, Any]:
         kind: kind of the pairs.
         judgements: at least one.
     """
-    positive = LABELS[kind][0]
-    right = [j.outcome == j.pair.label for j in judgements]
-    decided = [
-        j.outcome == j.pair.label for j in judgements if j.outcome not in (None, "tie") and j.pair.label != "tie"
-    ]
-    answer_pairs = [
-        (j.verdicts[0].answer, j.verdicts[1].answer)
-        for j in judgements
-        if j.verdicts and None not in (j.verdicts[0].answer, j.verdicts[1].answer)
-    ]
+    labelled = [j for j in judgements if j.pair.label != "tie"]
+    both_answers = [(j.verdicts[0].answer, j.verdicts[1].answer) for j in judgements if j.verdicts]
+    # Shape (pairs, 2): the answers about pairs with two verdicts.
+    answers = np.array([pair for pair in both_answers if None not in pair], dtype=bool).reshape(-1, 2)
     # Consistent answers differ between the orders for a preference and are the same for equality.
-    disagree = [(in_order == swapped) == (kind == "pairwise") for in_order, swapped in answer_pairs]
+    disagree = (answers[:, 0] == answers[:, 1]) == (kind == "pairwise")
     metrics: dict[str, Any] = {
-        "accuracy": shares(sum(right), len(right)),
-        "accuracy_decided": shares(sum(decided), len(decided)),
-        "order_disagreement": known_mean(disagree),
+        "accuracy": share([j.result == "right" for j in judgements]),
+        "accuracy_decided": share([j.result == "right" for j in labelled if j.outcome not in (None, "tie")]),
+        "order_disagreement": known_mean(disagree.tolist()),
         "position_bias": None,
-        "self_consistency": _consistency(judgements),
-        "invalid_rate": float(np.mean([j.outcome is None for j in judgements])),
+        "self_consistency": known_mean(map(_consistency, judgements)),
+        "invalid_rate": known_mean(j.result == "invalid" for j in judgements),
         "baselines": baselines(kind, [j.pair for j in judgements]),
     }
-    if kind == "pairwise" and answer_pairs:
-        metrics["position_bias"] = float(np.mean([in_order and swapped for in_order, swapped in answer_pairs])) - float(
-            np.mean([not in_order and not swapped for in_order, swapped in answer_pairs])
-        )
-    labelled = [j for j in judgements if j.pair.label != "tie"]
-    scored = [(j.probability, j.pair.label == positive) for j in labelled if j.probability is not None]
-    if scored:
-        agreeing = sum((probability > 0.5) == is_positive for probability, is_positive in scored)
-        metrics["accuracy_by_probability"] = shares(agreeing, len(scored))
-        metrics["auc"] = auc(*map(list, zip(*scored, strict=True)))
+    if kind == "pairwise" and len(answers):
+        metrics["position_bias"] = float(answers.all(axis=1).mean()) - float((~answers.any(axis=1)).mean())
+    if with_probability := scored(kind, judgements):
+        right = [(probability > 0.5) == positive for probability, positive in with_probability]
+        metrics["accuracy_by_probability"] = share(right)
+        metrics["auc"] = auc(*zip(*with_probability, strict=True))
     return metrics
 
 
 def count(judgements: Sequence[Judgement]) -> dict[str, Any]:
     """Returns the number of pairs by label and by result; right, wrong, ties and invalid sum to pairs."""
-    # A tie that is also the label counts as right, not as a tie.
-    ties = sum(j.outcome == "tie" != j.pair.label for j in judgements)
-    invalid = sum(j.outcome is None for j in judgements)
-    right = sum(j.outcome == j.pair.label for j in judgements)
+    results = Counter(j.result for j in judgements)
     return {
         "pairs": len(judgements),
         "labels": dict(sorted(Counter(j.pair.label for j in judgements).items())),
-        "right": right,
-        "wrong": len(judgements) - right - ties - invalid,
-        "ties": ties,
-        "invalid": invalid,
+        **{result: results[result] for result in RESULTS},
         "invalid_repeats": sum(answer is None for j in judgements for answer in j.repeats),
     }
 
 
-def _consistency(judgements: Sequence[Judgement]) -> float | None:
-    """Returns the mean probability that two of a pair's sampled answers, drawn without replacement, are equal."""
-    same = []
-    for judgement in judgements:
-        answers = [answer for answer in judgement.repeats if answer is not None]
-        if len(answers) > 1:
-            yes, no = sum(answers), len(answers) - sum(answers)
-            same.append((yes * (yes - 1) + no * (no - 1)) / (len(answers) * (len(answers) - 1)))
-    return known_mean(same)
-
-
-def _longer(pair: LabelledPair) -> str:
-    ahead = len(pair.first.split()) - len(pair.second.split())
-    return "first" if ahead > 0 else "second" if ahead < 0 else "tie"
-
-
-def _overlap(pair: LabelledPair) -> str:
-    return "Equal" if rouge_l(pair.first, pair.second) > 0.5 else "Not Equal"
-
-
-BASELINES: dict[PairKind, dict[str, Callable[[LabelledPair], str]]] = {
-    "pairwise": {"the longer one is better": _longer},
-    "equality": {"equal if ROUGE-L is above 0.5": _overlap},
-}
-"""Rules without a judge, by name; a useful judge is better than these."""
+def _consistency(judgement: Judgement) -> float | None:
+    """Returns the probability that two sampled answers, drawn without replacement, are equal; None for fewer."""
+    answers = Counter(answer for answer in judgement.repeats if answer is not None)
+    total = comb(answers.total(), 2)
+    return sum(comb(number, 2) for number in answers.values()) / total if total else None
 
 
 def baselines(kind: PairKind, pairs: Sequence[LabelledPair]) -> dict[str, dict[str, Any]]:
-    """Returns the accuracy of the rules in :data:`BASELINES` and of always answering the most frequent label."""
-    accuracies = {
-        name: shares(sum(rule(pair) == pair.label for pair in pairs), len(pairs))
-        for name, rule in BASELINES[kind].items()
-    }
-    [(label, frequency)] = Counter(pair.label for pair in pairs).most_common(1)
-    return accuracies | {f"always '{label}'": shares(frequency, len(pairs))}
+    """Returns the accuracy of the kind's rules and of always answering the most frequent label."""
+    [(label, _)] = Counter(pair.label for pair in pairs).most_common(1)
+    rules = KINDS[kind].baselines | {f"always '{label}'": lambda _: label}
+    return {name: share([rule(pair) == pair.label for pair in pairs]) for name, rule in rules.items()}

@@ -2,76 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
-from ..runs.folder import read_json
-from ..runs.options import check_output
-from ..runs.report import COLOURS, band, markdown, panels, smooth
+from ..runs.folder import NOT_IDENTITY
+from ..runs.report import COLOURS, FinishedRun, band, finished_runs, panels, smooth, write_report
 from ..runs.statistics import interval
-from .run import NLU
+from .run import NLU, TRAINED
 
 
-def plot_nlu(curves: Mapping[str, Any], figures: Mapping[str, Any], path: Path) -> Path:
+def plot_nlu(runs: Mapping[str, Mapping[str, Sequence[FinishedRun]]], figures: Mapping[str, Any], path: Path) -> Path:
     """Plots learning curves and final scores of language-understanding runs, a row of axes per task; returns the path.
 
     Args:
-        curves: by task and arm, one list of (labels seen, share of right answers, share of well-formed answers) per
-            seed.
+        runs: by task and arm, one run per seed.
         figures: by task and arm, a row of the table: ``greedy`` (mean and half-width of the main metric), ``metric``
             (its name), ``examples`` (number of evaluated rows).
         path: PNG file to write.
     """
-    tasks = list(figures)
-    figure, axes = panels(2, len(tasks))
-    for (left, right), task in zip(axes, tasks, strict=True):
-        arms = list(figures[task])
-        for k, arm in enumerate(arms):
-            colour, runs = COLOURS[k % len(COLOURS)], curves.get(task, {}).get(arm, [])
-            if runs:
+    figure, axes = panels(2, len(runs))
+    for (left, right), (task, arms) in zip(axes, runs.items(), strict=True):
+        colours = [COLOURS[k % len(COLOURS)] for k in range(len(arms))]
+        for colour, (arm, members) in zip(colours, arms.items(), strict=True):
+            curves = [np.array(curve).T for run in members if (curve := learning_curve(run))]
+            if curves:
                 # Average over seeds on the range of labels that every seed covers.
-                grid = np.linspace(max(r[0][0] for r in runs), min(r[-1][0] for r in runs), 80)
-                columns = [np.array(run).T for run in runs]
-                rows = [np.interp(grid, c[0], smooth(c[1], max(len(c[1]) // 8, 1))) for c in columns]
+                grid = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 80)
+                rows = [np.interp(grid, x, smooth(y, max(len(y) // 8, 1))) for x, y in curves]
                 band(left, grid, np.array(rows), arm, colour)
         left.set(title=f"{task}: right answers in training (smoothed)", xlabel="labels seen", ylabel="share")
         if left.get_legend_handles_labels()[1]:
             left.legend(frameon=False, fontsize=8)
-        means = [100 * figures[task][arm]["greedy"][0] for arm in arms]
+        scores = list(figures[task].values())
+        means, halves = 100 * np.array([row["greedy"] for row in scores]).T
         # The half-width of a single seed is NaN: draw no error bar.
-        errors = [0 if np.isnan(h := figures[task][arm]["greedy"][1]) else 100 * h for arm in arms]
-        bars = right.barh(
-            range(len(arms)), means, xerr=errors, color=[COLOURS[k % len(COLOURS)] for k in range(len(arms))]
-        )
+        bars = right.barh(range(len(arms)), means, xerr=np.nan_to_num(halves), color=colours)
         right.bar_label(bars, fmt="%.1f", fontsize=8, padding=3)
         right.set_yticks(range(len(arms)), arms, fontsize=8)
         right.invert_yaxis()
         right.set_xlim(right=max(*means, 1.0) * 1.15)
-        metric, count = figures[task][arms[0]]["metric"], figures[task][arms[0]]["examples"]
+        metric, count = scores[0]["metric"], scores[0]["examples"]
         right.set(title=f"{task}: {metric}, greedy, {count} dev rows", xlabel="percent")
     figure.savefig(path, dpi=130)
     return path
 
 
-UNTRAINED = ("majority", "zero-shot", "few-shot")
-"""Methods without training."""
-NON_IDENTITY_OPTIONS = set("seed run_dir data_dir eval_data_dir minutes save_every track dry_run token_budget".split())
-NON_IDENTITY_OPTIONS |= {"servers", "adapter_dir"}
+def learning_curve(run: FinishedRun) -> list[tuple[float, float]]:
+    """Returns the labels seen and the share of right answers by update; empty without reinforcement learning."""
+    rows = read_records(run.folder / "metrics.jsonl")
+    return [(row["rollout/labels"], row.get("rollout/terms/correct") or 0.0) for row in rows if "rollout/labels" in row]
+
+
+def _percent(value: Any) -> str:
+    """Returns a share, or a mean of shares and the half-width of its interval (NaN: none), in percent."""
+    mean, half = value if isinstance(value, tuple) else (value, np.nan)
+    return f"{100 * mean:.1f}" + ("" if np.isnan(half) else f" ± {100 * half:.1f}")
+
+
+NON_IDENTITY_OPTIONS = NOT_IDENTITY | set("seed data_dir eval_data_dir save_every token_budget".split())
 """Options that do not make two runs different arms."""
 TRAINING_OPTIONS = set("labels passes batch_size group_size learning_rate schedule optimizer epochs".split())
 TRAINING_OPTIONS |= {"kl_coefficient", "lora_rank", "rollouts"}
 """Options without effect on a method that is not trained."""
-
-ORDER = ("majority", "zero-shot", "few-shot", "sft", "ppo", "grpo", "rloo")
+ORDER = ("majority", "zero-shot", "few-shot", *TRAINED)
 """Order of the methods in the table."""
+COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("metric", "metric", str),
+    ("greedy", "greedy", _percent),
+    ("T = 1", "sampled", _percent),
+    ("format, greedy", "greedy_format", _percent),
+    ("format, T = 1", "sampled_format", _percent),
+    ("labels", "labels", str),
+    ("seeds", "seeds", str),
+    ("minutes", "minutes", "{:.1f}".format),
+)
+"""Columns that describe an arm: title, key in its row, and form."""
 
 
 @dataclass
@@ -84,35 +97,6 @@ class NLUReport:
     """Folder to write report.md and curves.png to."""
 
 
-@dataclass(frozen=True)
-class ReportedRun:
-    """One finished run."""
-
-    options: Mapping[str, Any]
-    """Options of the run, with defaults for those that it did not record."""
-    metrics: Mapping[str, Any]
-    """Metrics by decoding (``greedy``, ``sampled``), task and name."""
-    counts: Mapping[str, Any]
-    curve: list[tuple[float, float, float]]
-    """For each update: labels seen, share of right answers, share of well-formed answers."""
-
-    @property
-    def arm(self) -> str:
-        """Name of the arm: the method and, except for ``majority``, how it starts."""
-        method, start, shots = (self.options[key] for key in ("method", "start", "shots"))
-        if method == "majority":
-            return "majority"
-        return f"{shots}-shot, {start}" if method == "few-shot" else f"{method}, {start}"
-
-    @property
-    def differences(self) -> dict[str, str]:
-        """Options, as text, that must be equal in runs that count as seeds of one arm."""
-        left_out = NON_IDENTITY_OPTIONS | (TRAINING_OPTIONS if self.options["method"] in UNTRAINED else set())
-        # The majority answer depends on the training labels, although nothing is trained.
-        left_out -= {"labels"} if self.options["method"] == "majority" else set()
-        return {key: str(value) for key, value in self.options.items() if key not in left_out}
-
-
 def run(options: NLUReport, console: Console | None = None) -> dict[str, Any]:
     """Writes ``report.md`` and ``curves.png`` and returns the figures of the table by task and arm.
 
@@ -120,40 +104,46 @@ def run(options: NLUReport, console: Console | None = None) -> dict[str, Any]:
         InputError: if there is no finished run.
     """
     console = console or Console()
-    folders = dict.fromkeys(
-        path.parent for folder in options.runs for path in sorted(Path(folder).rglob("results.json"))
-    )
-    runs = [reported for folder in folders if (reported := _read(folder))]
+    # Options that are newer than a run had the effect of their defaults.
+    defaults = asdict(NLU())
+    runs = [replace(run, options=defaults | run.options) for run in finished_runs([*map(Path, options.runs)], "nlu")]
     if not runs:
         raise InputError(f"no finished run of 'nlu' in {', '.join(options.runs)}")
-    out = Path(options.out)
-    check_output(out / "report.md")
-    out.mkdir(parents=True, exist_ok=True)
-    figures = _figures(runs)
-    (out / "report.md").write_text(figures_markdown(figures), "utf-8")
-    plot_nlu(_curves(runs), figures, out / "curves.png")
-    console.print(_table(figures))
-    console.print(f"wrote {out / 'report.md'} and {out / 'curves.png'}")
+    tasks = dict.fromkeys(task for run in runs for task in run.metrics["greedy"])
+    arms = {task: _group_by_arm([run for run in runs if task in run.metrics["greedy"]]) for task in tasks}
+    figures = {task: {arm: _row(members, task) for arm, members in arms[task].items()} for task in tasks}
+    rows = [
+        [task, arm, *(form(row[key]) if key in row else "" for _, key, form in COLUMNS)]
+        for task, rows_by_arm in figures.items()
+        for arm, row in rows_by_arm.items()
+    ]
+    console.print("Main metric in percent; malformed answers are wrong")
+    write_report(
+        Path(options.out),
+        [("", [["task", "method, start", *(title for title, *_ in COLUMNS)], *rows])],
+        console,
+        plots={"curves.png": lambda path: plot_nlu(arms, figures, path)},
+    )
     return figures
 
 
-def _read(folder: Path) -> ReportedRun | None:
-    """Reads a run folder; returns None if it holds no finished run of ``nlu``."""
-    config, results = read_json(folder / "config.json"), read_json(folder / "results.json")
-    if config is None or config.get("command") != "nlu" or results is None or results.get("status") != "finished":
-        return None
-    metrics = folder / "metrics.jsonl"
-    rows = read_records(metrics) if metrics.exists() else []
-    curve = [
-        (row["rollout/labels"], row.get("rollout/terms/correct") or 0.0, row.get("rollout/terms/format") or 0.0)
-        for row in rows
-        if "rollout/labels" in row
-    ]
-    options = asdict(NLU()) | config["options"]  # options that are newer than the run had the effect of their defaults
-    return ReportedRun(options, results["metrics"], results["counts"], curve)
+def _arm(run: FinishedRun) -> str:
+    """Returns the name of a run's arm: the method and, except for ``majority``, how it starts."""
+    method, start, shots = (run.options[key] for key in ("method", "start", "shots"))
+    if method == "majority":
+        return "majority"
+    return f"{shots}-shot, {start}" if method == "few-shot" else f"{method}, {start}"
 
 
-def _group_by_arm(runs: Sequence[ReportedRun]) -> dict[str, list[ReportedRun]]:
+def _identity(run: FinishedRun) -> dict[str, str]:
+    """Returns the options, as text, that must be equal in runs that count as seeds of one arm."""
+    left_out = NON_IDENTITY_OPTIONS | (set() if run.options["method"] in TRAINED else TRAINING_OPTIONS)
+    # The majority answer depends on the training labels, although nothing is trained.
+    left_out -= {"labels"} if run.options["method"] == "majority" else set()
+    return {key: str(value) for key, value in run.options.items() if key not in left_out}
+
+
+def _group_by_arm(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
     """Groups runs by arm and names the groups.
 
     Runs of one arm that differ in nothing but :data:`NON_IDENTITY_OPTIONS` are its seeds. If runs of one arm differ in
@@ -162,105 +152,33 @@ def _group_by_arm(runs: Sequence[ReportedRun]) -> dict[str, list[ReportedRun]]:
     Raises:
         InputError: for two runs of one group with the same seed.
     """
-    groups: dict[str, dict[tuple[tuple[str, str], ...], list[ReportedRun]]] = {}
-    for run in runs:
-        groups.setdefault(run.arm, {}).setdefault(tuple(sorted(run.differences.items())), []).append(run)
-    # Name each group by its arm and the options in which the groups of that arm differ.
-    named: dict[str, list[ReportedRun]] = {}
-    for arm in sorted(groups, key=lambda arm: (_rank(arm), arm)):
-        options = [dict(key) for key in groups[arm]]
-        keys = sorted(set().union(*options))
-        differing = [key for key in keys if len({option.get(key) for option in options}) > 1]
-        for option, members in zip(options, groups[arm].values(), strict=True):
-            seeds = [run.options["seed"] for run in members]
-            if len(set(seeds)) < len(seeds):
-                raise InputError(f"{arm}: two runs with seed {max(seeds, key=seeds.count)} are alike: leave one out")
-            named["".join([arm, *(f", {key.replace('_', ' ')} {option.get(key)}" for key in differing)])] = members
+    arms: dict[str, dict[frozenset[tuple[str, str]], list[FinishedRun]]] = {}
+    for run in sorted(runs, key=lambda run: (ORDER.index(run.options["method"]), _arm(run))):
+        arms.setdefault(_arm(run), {}).setdefault(frozenset(_identity(run).items()), []).append(run)
+    named: dict[str, list[FinishedRun]] = {}
+    for arm, groups in arms.items():
+        # Name each group by its arm and the options in which the groups of that arm differ.
+        shared = frozenset.intersection(*groups)
+        for identity, members in groups.items():
+            [(seed, count)] = Counter(run.options["seed"] for run in members).most_common(1)
+            if count > 1:
+                raise InputError(f"{arm}: two runs with seed {seed} are alike: leave one out")
+            options = sorted(identity - shared)
+            named["".join([arm, *(f", {key.replace('_', ' ')} {value}" for key, value in options)])] = members
     return named
 
 
-def _figures(runs: Sequence[ReportedRun]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Returns the rows of the table by task and arm."""
-    tasks = dict.fromkeys(task for run in runs for task in run.metrics["greedy"])
-    return {task: {arm: _row(members, task) for arm, members in _arms_on_task(task, runs).items()} for task in tasks}
-
-
-def _arms_on_task(task: str, runs: Sequence[ReportedRun]) -> dict[str, list[ReportedRun]]:
-    """Returns the arms that were evaluated on a task, with their runs."""
-    return _group_by_arm([run for run in runs if task in run.metrics["greedy"]])
-
-
-def _rank(arm: str) -> int:
-    """Returns the place of an arm in the table, that of its method in :data:`ORDER`."""
-    name = arm.partition(",")[0]
-    # The arm of few-shot begins with the number of examples, as in "4-shot".
-    return ORDER.index("few-shot" if name.endswith("-shot") and name[0].isdigit() else name)
-
-
-def _row(runs: Sequence[ReportedRun], task: str) -> dict[str, Any]:
+def _row(runs: Sequence[FinishedRun], task: str) -> dict[str, Any]:
     """Returns an arm's row: main metric and format rate, greedy and sampled, labels, and minutes; means over seeds."""
     # The first metric of a task is its main metric.
     main = next(iter(runs[0].metrics["greedy"][task]))
-    row: dict[str, Any] = {"metric": main, "seeds": len(runs), "labels": runs[0].counts["labels"]}
+    labels = runs[0].counts["labels"] if runs[0].options["method"] in TRAINED else 0
+    row: dict[str, Any] = {"metric": main, "seeds": len(runs), "labels": labels}
     for decoding in ("greedy", "sampled"):
         measured = [run.metrics[decoding][task] for run in runs if decoding in run.metrics]
         if measured:
             row[decoding] = interval([values[main] for values in measured])
             row[f"{decoding}_format"] = float(np.mean([values["format_rate"] for values in measured]))
     row["minutes"] = float(np.mean([run.counts["seconds"] for run in runs])) / 60
-    trains = runs[0].options["method"] not in UNTRAINED
-    row["labels"] = row["labels"] if trains else 0
     row["examples"] = runs[0].counts["evaluated"]
     return row
-
-
-def _curves(runs: Sequence[ReportedRun]) -> dict[str, dict[str, list[list[tuple[float, float, float]]]]]:
-    """Returns the learning curves of the runs by evaluation task and arm."""
-    tasks = dict.fromkeys(task for run in runs for task in run.metrics["greedy"])
-    curves = {
-        task: {
-            arm: recorded
-            for arm, members in _arms_on_task(task, runs).items()
-            if (recorded := [run.curve for run in members if run.curve])
-        }
-        for task in tasks
-    }
-    return {task: by_arm for task, by_arm in curves.items() if by_arm}
-
-
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    """Returns the cells of an arm's row as text, in the order of :data:`TITLES`."""
-
-    def figure(pair: Any) -> str:
-        mean, half = pair
-        return f"{100 * mean:.1f}" + ("" if np.isnan(half) else f" ± {100 * half:.1f}")
-
-    return [
-        row["metric"],
-        figure(row["greedy"]),
-        figure(row["sampled"]) if "sampled" in row else "",
-        f"{100 * row['greedy_format']:.1f}",
-        f"{100 * row['sampled_format']:.1f}" if "sampled" in row else "",
-        str(row["labels"]),
-        str(row["seeds"]),
-        f"{row['minutes']:.1f}",
-    ]
-
-
-TITLES = ("metric", "greedy", "T = 1", "format, greedy", "format, T = 1", "labels", "seeds", "minutes")
-
-
-def figures_markdown(figures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """Returns the table in Markdown: percentages, with 95% t-intervals if there are several seeds."""
-    rows = [[task, arm, *_cells(row)] for task, arms in figures.items() for arm, row in arms.items()]
-    return markdown([["task", "method, start", *TITLES], *rows])
-
-
-def _table(figures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
-    table = Table(title="Main metric in percent; malformed answers are wrong")
-    for title in ("task", "method, start", *TITLES):
-        table.add_column(title, overflow="fold")
-    for task, arms in figures.items():
-        for arm, row in arms.items():
-            table.add_row(task, arm, *_cells(row))
-    return table

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -23,51 +25,14 @@ from ...envs.tasks.nlu.tasks import get_task, response_text
 from ...envs.tokens.episode import PromptExample
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.sampling import Choices
-from ...llm_backends.training.adapters import LoraSettings
+from ...llm_backends.local.tokenization import Tokenizer
 from ...rewards.ground_truth import parse_answer
-from ..runs.folder import RunFolder
-from ..runs.options import Count, DType, RunOptions, Scale
+from ..runs.options import Count, Scale, named
 from ..runs.report import plot_token_training
-from ..runs.responses import respond
-from ..runs.training import Run, run_stage
+from ..runs.responses import check_prompts, respond
+from ..runs.training import Run, TrainingOptions, new_policy, run_stage, tokenizer_of
 
 ENV_ID = "instructgym/GenerateLabel-v0"
-
-
-def answers(
-    policy: LanguageModelPolicy,
-    examples: Sequence[PromptExample],
-    temperature: float,
-    seed: int = 0,
-    **env_options: Any,
-) -> list[dict[str, Any]]:
-    """Generates the policy's answers.
-
-    Args:
-        policy: policy that answers.
-        examples: prompts, with allowed answers and reference.
-        temperature: sampling temperature; 0 for greedy decoding.
-        seed: seed of sampled answers; an answer depends only on it, the example and its place in the list.
-        env_options: arguments of ``GenerateLabel``, as in training.
-
-    Returns:
-        One row per example: ``episode_id``, ``text``, ``finish_reason``, ``prediction`` (the parsed answer, None if it
-        is malformed) and ``reference``.
-    """
-    rows = []
-    for example, response in zip(
-        examples, respond(policy, ENV_ID, examples, temperature, seed, **env_options), strict=True
-    ):
-        rows.append(
-            {
-                "episode_id": example.id,
-                "text": response.text,
-                "finish_reason": response.finish_reason,
-                "prediction": parse_answer(response.text, response.finish_reason, example.choices),
-                "reference": example.reference,
-            }
-        )
-    return rows
 
 
 def scores(examples: Sequence[PromptExample], predictions: Sequence[str | None]) -> dict[str, dict[str, float]]:
@@ -89,17 +54,17 @@ def majority(train: Sequence[PromptExample], examples: Sequence[PromptExample]) 
     """Predicts for each example the most frequent training answer of its task, or the mean if answers are numbers.
 
     Args:
-        train: training examples; those without a reference are ignored.
+        train: training examples with a reference.
         examples: examples to predict.
     """
     best: dict[str, str] = {}
     for task in dict.fromkeys(str(example.metadata["task"]) for example in [*train, *examples]):
-        labelled = [e for e in train if e.metadata["task"] == task and e.reference is not None]
+        labelled = [e for e in train if e.metadata["task"] == task]
         if labelled and labelled[0].metadata["kind"] == "regression":
             best[task] = f"{np.mean([float(e.reference or 0) for e in labelled]):.1f}"
         else:
             frequencies = Counter(str(e.reference) for e in labelled)
-            best[task] = frequencies.most_common(1)[0][0] if frequencies else ""
+            best[task] = max(frequencies, key=frequencies.__getitem__, default="")
     return [best[str(example.metadata["task"])] for example in examples]
 
 
@@ -107,13 +72,15 @@ Method = Literal["majority", "zero-shot", "few-shot", "sft", "ppo", "grpo", "rlo
 
 AGENTS: dict[str, type[RolloutAgent]] = {"ppo": TokenPPO, "grpo": GRPO, "rloo": RLOO}
 """Methods that train by reinforcement learning."""
+TRAINED = ("sft", *AGENTS)
+"""All methods that train."""
 
 SMOKE = {"labels": 64, "eval_limit": 32}
 """Upper limits of these options with ``--scale smoke``."""
 
 
 @dataclass
-class NLU(RunOptions):
+class NLU(TrainingOptions):
     """Train or evaluate one method on language-understanding tasks."""
 
     task: str = "rotten-tomatoes"
@@ -169,8 +136,6 @@ class NLU(RunOptions):
     reference policy."""
     lora_rank: Count = 16
     """Rank of the LoRA adapters."""
-    token_budget: int = 1024
-    """Maximum tokens of a micro-batch."""
     rollouts: Literal["process", "vllm"] = "process"
     """Where ppo, grpo and rloo generate their episodes. process: in this process; vllm: on the vLLM servers of
     --servers."""
@@ -179,8 +144,6 @@ class NLU(RunOptions):
     adapter_dir: str = ""
     """Folder through which adapters are passed to the vLLM servers, which must see it under the same path. By default a
     temporary folder."""
-    dtype: DType = "auto"
-    """Number format of the computation. auto: bfloat16 if the hardware supports it."""
     max_tokens: Count = 12
     """Maximum tokens of an answer."""
     context_length: int = 512
@@ -192,35 +155,26 @@ class NLU(RunOptions):
     report: as the other options set it."""
 
     def check(self) -> None:
-        """Checks the options, after reducing them to those of ``--scale smoke`` if it is set.
+        """Checks the options, and reduces them to those of ``--scale smoke`` if it is set.
 
         Raises:
             InputError: for options that exclude each other or have an unknown value, naming them.
         """
         super().check()
         if self.scale == "smoke":
-            self.labels = min(self.labels or SMOKE["labels"], SMOKE["labels"])
-            self.eval_limit = min(self.eval_limit or SMOKE["eval_limit"], SMOKE["eval_limit"])
-        start, _, count = self.start.partition(":")
-        if start not in ("constrained", "free", "few-shot-header", "sft") or (start == "sft") != bool(count):
+            for name, most in SMOKE.items():
+                setattr(self, name, min(getattr(self, name) or most, most))
+        if not re.fullmatch(r"constrained|free|few-shot-header|sft:0*[1-9]\d*", self.start):
             raise InputError(f"--start must be constrained, free, few-shot-header or sft:N, got {self.start!r}")
-        if count and not (count.isdigit() and int(count) > 0):
-            raise InputError(f"--start sft:N needs a number of labels, got {self.start!r}")
-        if count and self.labels and int(count) >= self.labels:
+        if self.labels and self.warm_labels >= self.labels:
             raise InputError(f"--start {self.start} leaves no labels of --labels {self.labels} for training")
-        if start == "sft" and self.method not in AGENTS:
-            raise InputError(f"--start {self.start} is for {', '.join(AGENTS)}, not for {self.method}")
         if (self.rollouts == "vllm") != bool(self.urls):
             raise InputError("--rollouts vllm needs --servers, and --servers is for --rollouts vllm")
-        if self.rollouts == "vllm" and self.method not in AGENTS:
-            raise InputError(f"--rollouts vllm is for {', '.join(AGENTS)}, not for {self.method}")
-        for task in f"{self.task},{self.eval_task}".split(","):
-            if task.strip() or not self.eval_task:
-                kind = get_task(task.strip()).kind if task.strip() else ""
-                if kind == "regression" and self.constrained and self.method != "majority":
-                    raise InputError(
-                        f"{task} asks for a number, which --start constrained cannot write: use free or sft:N"
-                    )
+        if self.method not in AGENTS and (self.warm_labels or self.urls):
+            raise InputError(f"--start sft:N and --rollouts vllm are for {', '.join(AGENTS)}, not for {self.method}")
+        for task in filter(None, map(str.strip, f"{self.task},{self.eval_task}".split(","))):
+            if get_task(task).kind == "regression" and self.constrained and self.method != "majority":
+                raise InputError(f"{task} asks for a number, which --start constrained cannot write: use free or sft:N")
 
     @property
     def constrained(self) -> bool:
@@ -244,13 +198,11 @@ class NLU(RunOptions):
 
     def env_options(self) -> dict[str, Any]:
         """Returns the arguments of the environment, except examples and tokenizer."""
-        return {
-            "layout": self.layout,
-            "preset": self.preset,
-            "constrained": self.constrained,
-            "max_tokens": self.max_tokens,
-            "context_length": self.context_length,
-        }
+        return named(self, "layout", "preset", "constrained", "max_tokens", "context_length")
+
+    def optimization(self) -> dict[str, Any]:
+        """Returns the settings that agents and supervised training share."""
+        return named(self, "learning_rate", "schedule", "optimizer") | {"warmup": 0.1}
 
 
 @dataclass
@@ -263,6 +215,11 @@ class _Data:
     """Examples of the supervised warm start."""
     evaluation: list[PromptExample]
 
+    @property
+    def labels(self) -> int:
+        """Number of labels that the run sees."""
+        return len(self.warm) + len(self.train)
+
 
 def run(options: NLU, console: Console | None = None) -> dict[str, Any]:
     """Trains the policy, or resumes its training, evaluates it, and returns the results.
@@ -273,18 +230,8 @@ def run(options: NLU, console: Console | None = None) -> dict[str, Any]:
     console = console or Console()
     options.check()
     data = _load(options)
-    if options.dry_run:
-        RunFolder(options.run_dir, asdict(options), "nlu")  # raises an error if the folder holds another run
-        console.print(
-            f"would run {options.method} on {options.task}: {len(data.warm) + len(data.train)} labels, "
-            f"{len(data.evaluation)} rows to evaluate, in {options.run_dir}"
-        )
-        return {}
-
-    def work(training: Run) -> dict[str, Any]:
-        return _Steps(options, training).run(data)
-
-    return run_stage(options, "nlu", console, work, save_every=options.save_every)
+    plan = f"run {options.method} on {options.task}: {data.labels} labels, {len(data.evaluation)} rows to evaluate"
+    return run_stage(options, "nlu", console, partial(_work, options, data), save_every=options.save_every, plan=plan)
 
 
 def _load(options: NLU) -> _Data:
@@ -293,22 +240,13 @@ def _load(options: NLU) -> _Data:
     Raises:
         InputError: for data that cannot be used, evaluation rows without a label, and too few labels to train on.
     """
-    limit = options.labels or None
-    train = load_examples(
-        options.task, "train", options.data_dir, limit, options.num_shots, options.layout, options.seed
-    )
+    load = partial(load_examples, shots=options.num_shots, layout=options.layout, seed=options.seed)
+    train = load(options.task, "train", options.data_dir, options.labels or None)
     train = [example for example in train if example.reference is not None]
     # Shuffle: the examples of several tasks are loaded one task after the other.
     train = [train[i] for i in np.random.default_rng(options.seed).permutation(len(train))]
-    evaluation = load_examples(
-        options.eval_task or options.task,
-        options.eval_split,
-        (options.eval_data_dir or options.data_dir) if options.eval_task else options.data_dir,
-        options.eval_limit or None,
-        options.num_shots,
-        options.layout,
-        options.seed,
-    )
+    folder = (options.eval_task and options.eval_data_dir) or options.data_dir
+    evaluation = load(options.eval_task or options.task, options.eval_split, folder, options.eval_limit or None)
     hidden = next((example for example in evaluation if example.reference is None), None)
     if hidden is not None:
         raise InputError(
@@ -320,171 +258,153 @@ def _load(options: NLU) -> _Data:
     return _Data(train[options.warm_labels :], train[: options.warm_labels], evaluation)
 
 
-class _Steps:
-    """The steps of one run."""
+def _work(options: NLU, data: _Data, run: Run) -> dict[str, Any]:
+    """Trains if the method needs it, evaluates with greedy decoding and with sampling, and returns the results."""
+    counts: dict[str, Any] = {}
+    if options.method == "majority":
+        metrics = {"greedy": scores(data.evaluation, majority(data.train, data.evaluation))}
+    else:
+        tokenizer = tokenizer_of(options.model, options.context_length)
+        for examples in filter(
+            None, [data.evaluation, *([data.warm, data.train] if options.method in TRAINED else [])]
+        ):
+            check_prompts(ENV_ID, examples, tokenizer, **options.env_options())
+        policy = new_policy(options, value="shared" if options.method == "ppo" else "none")
+        if options.method in TRAINED:
+            counts = _train(options, data, run, policy) | {"train_seconds": run.seconds}
+            run.save_policy(policy)
+        metrics = _evaluate(options, data, run, policy)
+    results = run.finish(metrics, {"labels": data.labels, "evaluated": len(data.evaluation)} | counts)
+    for decoding, by_task in metrics.items():
+        for task, values in by_task.items():
+            line = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+            run.console.print(f"{task} {options.method} ({decoding}): {line}", highlight=False)
+    return results
 
-    def __init__(self, options: NLU, training: Run) -> None:
-        self.options, self.training = options, training
-        self.folder, self.tracker, self.console = training.folder, training.tracker, training.console
 
-    def run(self, data: _Data) -> dict[str, Any]:
-        """Trains if the method needs it, evaluates with greedy decoding and with sampling, and returns the results."""
-        options = self.options
-        if options.method == "majority":
-            guesses = majority(data.train, data.evaluation)
-            return self._finish(data, {"greedy": scores(data.evaluation, guesses)}, {})
-        policy = LanguageModelPolicy(
-            options.model,
-            LoraSettings(rank=options.lora_rank),
-            value="shared" if options.method == "ppo" else "none",
-            dtype=options.dtype,
-            seed=options.seed,
-        )
-        self._check_lengths(policy, data)
-        counts: dict[str, Any] = {}
-        if options.method in ("sft", *AGENTS):
-            self._train(policy, data, counts)
-            counts["train_seconds"] = self.training.seconds
-            policy.save(self.folder.file("policy", "policy.json").parent)
-        metrics = {}
-        for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-            rows = answers(policy, data.evaluation, temperature, options.seed, **options.env_options())
-            metrics[name] = scores(data.evaluation, [row["prediction"] for row in rows])
-            for row in rows[:20]:
-                self.training.generations.write({"when": f"evaluation, {name}"} | row)
-        self.tracker.table("generations", [{"when": name, **row} for row in rows[:50]])
-        return self._finish(data, metrics, counts)
+def _evaluate(
+    options: NLU, data: _Data, run: Run, policy: LanguageModelPolicy
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Answers with greedy decoding and by sampling, records some answers, and returns the metrics.
 
-    def _check_lengths(self, policy: LanguageModelPolicy, data: _Data) -> None:
-        """Raises an InputError if prompts of training or evaluation do not fit the context."""
-        if policy.lm.context_length < self.options.context_length:
-            raise InputError(
-                f"{self.options.model} reads {policy.lm.context_length} tokens: set --context-length to that or less"
-            )
-        trains = [data.warm, data.train] if self.options.method in ("sft", *AGENTS) else []
-        # Making the env checks the lengths of its prompts.
-        for examples in filter(None, [data.evaluation, *trains]):
-            gym.make_vec(
-                ENV_ID, num_envs=1, examples=examples, tokenizer=policy.tokenizer, **self.options.env_options()
-            ).close()
+    Rows of answers have ``episode_id``, ``text``, ``finish_reason``, ``prediction`` (the parsed answer, None if it is
+    malformed) and ``reference``.
 
-    def _finish(self, data: _Data, metrics: Mapping[str, Any], counts: Mapping[str, Any]) -> dict[str, Any]:
-        """Writes, logs and prints the results, and returns them."""
-        results = self.folder.finish(
-            metrics,
+    Returns:
+        The metrics by decoding, task and name.
+    """
+    metrics = {}
+    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        responses = respond(policy, ENV_ID, data.evaluation, temperature, options.seed, **options.env_options())
+        rows = [
             {
-                "labels": len(data.warm) + len(data.train),
-                "evaluated": len(data.evaluation),
-                "seconds": self.training.seconds,
-                **counts,
-            },
-        )
-        self.tracker.summary(results)
-        for decoding, by_task in metrics.items():
-            for task, values in by_task.items():
-                line = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
-                self.console.print(f"{task} {self.options.method} ({decoding}): {line}", highlight=False)
-        return results
+                "episode_id": example.id,
+                "text": response.text,
+                "finish_reason": response.finish_reason,
+                "prediction": parse_answer(response.text, response.finish_reason, example.choices),
+                "reference": example.reference,
+            }
+            for example, response in zip(data.evaluation, responses, strict=True)
+        ]
+        metrics[name] = scores(data.evaluation, [row["prediction"] for row in rows])
+        for row in rows[:20]:
+            run.generations.write({"when": f"evaluation, {name}"} | row)
+    run.tracker.table("generations", [{"when": name, **row} for row in rows[:50]])
+    return metrics
 
-    # --- training ------------------------------------------------------------------------------------------------
 
-    def _train(self, policy: LanguageModelPolicy, data: _Data, counts: dict[str, Any]) -> None:
-        """Trains the policy, as far as the time limit allows."""
-        options, training = self.options, self.training
-        if options.method == "sft":
-            self._supervised(policy, data.train, options.passes, counts, tracked=True)
-            return
-        # A checkpoint includes the warm start and the frozen reference policy.
-        if training.saved is None and data.warm:
-            self._supervised(policy, data.warm, 4, counts, tracked=False)
-            policy.freeze_reference("sft")
-        agent = self._agent(policy, data)
-        total = -(-len(data.train) // options.batch_size) * options.passes
+def _train(options: NLU, data: _Data, run: Run, policy: LanguageModelPolicy) -> dict[str, int]:
+    """Trains the policy and returns counts of the training.
 
-        def labels(agent: RolloutAgent) -> None:
-            agent.logger.record("rollout/labels", options.warm_labels + agent.updates * options.batch_size)
+    Raises:
+        OutOfTimeError: if the time limit stopped the training, after a checkpoint.
+    """
+    if options.method == "sft":
+        return {"sft_steps": _imitate(options, run, policy, data.train, options.passes)}
+    counts = {}
+    # A checkpoint includes the warm start and the frozen reference policy.
+    if run.saved is None and data.warm:
+        counts["sft_steps"] = _imitate(options, run, policy, data.warm, 4, tracked=False)
+        policy.freeze_reference("sft")
+    agent = _agent(options, policy, data.train)
+    total = -(-len(data.train) // options.batch_size) * options.passes
 
-        try:
-            training.learn(agent, total, f"{options.method} on {options.task}", labels)
-        finally:
-            # Unload the run's adapters from the servers even if training fails; one process does it for all.
-            if agent.engine is not None and training.processes.is_main:
-                agent.engine.close()
-        counts |= {"updates": agent.updates, "tokens": agent.num_timesteps, "episodes": agent.episodes}
-        self.tracker.image(
-            "training", plot_token_training(self.folder.path, self.folder.file("figures", "training.png"))
-        )
+    def labels(agent: RolloutAgent) -> None:
+        agent.logger.record("rollout/labels", options.warm_labels + agent.updates * options.batch_size)
 
-    def _agent(self, policy: LanguageModelPolicy, data: _Data) -> RolloutAgent:
-        """Builds the agent of the method on a training env."""
-        options = self.options
-        group = 1 if options.method == "ppo" else options.group_size
-        env = gym.make_vec(
-            ENV_ID,
-            num_envs=min(options.batch_size, len(data.train)) * group,
-            examples=data.train,
-            tokenizer=policy.tokenizer,
-            group_size=group,
-            **options.env_options(),
-        )
-        engine = VLLMEngine(options.urls, options.adapter_dir) if options.rollouts == "vllm" else None
-        return AGENTS[options.method](
-            env,
-            policy,
-            options.seed,
-            engine=engine,
-            learning_rate=options.learning_rate,
-            schedule=options.schedule,
-            warmup=0.1,
-            optimizer=options.optimizer,
-            epochs=options.epochs,
-            kl_coefficient=options.kl_coefficient,
-            token_budget=options.token_budget * group,
-        )
+    try:
+        run.learn(agent, total, f"{options.method} on {options.task}", labels)
+    finally:
+        # Unload the run's adapters from the servers even if training fails; one process does it for all.
+        if agent.engine is not None and run.processes.is_main:
+            agent.engine.close()
+    run.tracker.image("training", plot_token_training(run.folder.path, run.folder.file("figures", "training.png")))
+    return counts | {"updates": agent.updates, "tokens": agent.num_timesteps, "episodes": agent.episodes}
 
-    def _supervised(
-        self,
-        policy: LanguageModelPolicy,
-        examples: Sequence[PromptExample],
-        passes: int,
-        counts: dict[str, Any],
-        tracked: bool,
-    ) -> None:
-        """Trains the policy on references.
 
-        Args:
-            policy: policy to train.
-            examples: examples whose references are imitated.
-            passes: passes over the examples.
-            counts: gets the number of optimiser steps as ``sft_steps``.
-            tracked: False for a warm start, which leaves no metrics or checkpoints and is not cut short.
-        """
-        options = self.options
-        trainer = SFT(
-            policy,
-            options.seed,
-            learning_rate=options.learning_rate,
-            schedule=options.schedule,
-            warmup=0.1,
-            optimizer=options.optimizer,
-            batch_size=32 if tracked else 16,
-            epochs=passes,
-            token_budget=options.token_budget,
-        )
-        demonstrations = [self._demonstration(policy, example) for example in examples]
-        self.training.supervised(trainer, demonstrations, f"sft on {options.task}", tracked)
-        counts["sft_steps"] = trainer.steps
+def _agent(options: NLU, policy: LanguageModelPolicy, examples: Sequence[PromptExample]) -> RolloutAgent:
+    """Builds the agent of the method on a training env."""
+    group = 1 if options.method == "ppo" else options.group_size
+    env = gym.make_vec(
+        ENV_ID,
+        num_envs=min(options.batch_size, len(examples)) * group,
+        examples=examples,
+        tokenizer=policy.tokenizer,
+        group_size=group,
+        **options.env_options(),
+    )
+    return AGENTS[options.method](
+        env,
+        policy,
+        options.seed,
+        engine=VLLMEngine(options.urls, options.adapter_dir) if options.rollouts == "vllm" else None,
+        token_budget=options.token_budget * group,
+        **named(options, "epochs", "kl_coefficient"),
+        **options.optimization(),
+    )
 
-    def _demonstration(self, policy: LanguageModelPolicy, example: PromptExample) -> TokenizedDemonstration:
-        """Returns the prompt of an example and its reference answer as token ids."""
-        tokenizer, answer = policy.tokenizer, str(example.reference)
-        prompt = tokenizer.encode(example.prompt)
-        if not self.options.constrained:
-            return TokenizedDemonstration(
-                prompt, tokenizer.encode_continuation(response_text(answer, self.options.layout))
-            )
-        response = tokenizer.encode_continuation(f" {answer}")
-        # Under constrained decoding, the loss is among the allowed tokens of each position.
-        choices = Choices([tokenizer.encode_continuation(f" {word}") for word in example.choices])
-        allowed = [choices.allowed(response[:t]) for t in range(len(response))]
-        return TokenizedDemonstration(prompt, response, [tokens for tokens in allowed if tokens is not None])
+
+def _imitate(
+    options: NLU,
+    run: Run,
+    policy: LanguageModelPolicy,
+    examples: Sequence[PromptExample],
+    passes: int,
+    tracked: bool = True,
+) -> int:
+    """Trains the policy on references and returns the number of optimiser steps.
+
+    Args:
+        options: options of the run.
+        run: the run.
+        policy: policy to train.
+        examples: examples whose references are imitated.
+        passes: passes over the examples.
+        tracked: False for a warm start, which leaves no metrics or checkpoints and is not cut short.
+
+    Raises:
+        OutOfTimeError: if the time limit stopped a tracked training, after a checkpoint.
+    """
+    trainer = SFT(
+        policy,
+        options.seed,
+        batch_size=32 if tracked else 16,
+        epochs=passes,
+        token_budget=options.token_budget,
+        **options.optimization(),
+    )
+    demonstrations = [_demonstration(options, policy.tokenizer, example) for example in examples]
+    run.supervised(trainer, demonstrations, f"sft on {options.task}", tracked)
+    return trainer.steps
+
+
+def _demonstration(options: NLU, tokenizer: Tokenizer, example: PromptExample) -> TokenizedDemonstration:
+    """Returns the prompt of an example and its reference answer as token ids."""
+    prompt, answer = tokenizer.encode(example.prompt), str(example.reference)
+    if not options.constrained:
+        return TokenizedDemonstration(prompt, tokenizer.encode_continuation(response_text(answer, options.layout)))
+    response = tokenizer.encode_continuation(f" {answer}")
+    # Under constrained decoding, the loss is among the allowed tokens of each position.
+    choices = Choices([tokenizer.encode_continuation(f" {word}") for word in example.choices])
+    allowed = [choices.allowed(response[:t]) for t in range(len(response))]
+    return TokenizedDemonstration(prompt, response, [tokens for tokens in allowed if tokens is not None])

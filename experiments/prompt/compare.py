@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from rich.console import Console
 
 from ...llm_backends.errors import InputError
+from ..runs.options import named
 from ..runs.study import StudyOptions, StudyStage, run_study
 from .methods import METHODS
 from .report import write_prompt_report
@@ -62,7 +63,7 @@ class PromptCompare(SearchOptions, StudyOptions):
             raise InputError(
                 f"--tasks names files of one name, whose run folders would be the same: {', '.join(tasks)}"
             )
-        shared = {field.name: getattr(self, field.name) for field in fields(SearchOptions)}
+        shared = named(self, *(field.name for field in fields(SearchOptions)))
         return [
             StudyStage(
                 f"{Path(task).stem}-{method}-{seed}",

@@ -27,8 +27,7 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.records import append_lines
 from ...rewards.prompt_scoring.scorer import CallLimitError, LimitedScorer, TaskResult, TaskScorer
 from ...rewards.prompt_scoring.task_prompt import Demonstration, LabelledExample, TaskPrompt
-from ..runs.progress import StepProgress
-from ..runs.training import Deadline
+from ..runs.progress import Deadline, StepProgress
 
 VALIDATED_PER_ROUND = 2
 """Maximum number of prompts of a round that are validated."""
@@ -99,10 +98,8 @@ class PromptSearch:
         Raises:
             CallLimitError: if too few calls are left.
         """
-        known = set(map(repr, [*self.prompts, *self._dropped]))
-        for _, prompt in best_prompts(
-            [pair for pair in scored_prompts if repr(pair[1]) not in known], VALIDATED_PER_ROUND
-        ):
+        known = {*self.prompts, *self._dropped}
+        for _, prompt in best_prompts([pair for pair in scored_prompts if pair[1] not in known], VALIDATED_PER_ROUND):
             if self._worse_on_first_part(prompt):
                 self._dropped.append(prompt)
             else:
@@ -229,10 +226,10 @@ def beam(search: PromptSearch) -> None:
 
 def best_prompts(pairs: Sequence[tuple[float, TaskPrompt]], count: int) -> list[tuple[float, TaskPrompt]]:
     """Returns the prompts of the highest values, best first; a prompt that occurs several times counts once."""
-    distinct: dict[str, tuple[float, TaskPrompt]] = {}
-    for pair in sorted(pairs, key=lambda pair: -pair[0]):
-        distinct.setdefault(repr(pair[1]), pair)
-    return list(distinct.values())[:count]
+    best: dict[TaskPrompt, float] = {}
+    for value, prompt in sorted(pairs, key=lambda pair: -pair[0]):
+        best.setdefault(prompt, value)
+    return [(value, prompt) for prompt, value in best.items()][:count]
 
 
 def write_prompts(search: PromptSearch, method: str) -> None:
@@ -246,26 +243,25 @@ def write_prompts(search: PromptSearch, method: str) -> None:
     from ...agents.soft_q.agent import SoftQ
     from ...rewards.prompt_scoring.rewards import TaskReward
 
-    agents: dict[str, tuple[Any, Literal["shared", "none"], dict[str, Any]]] = {
-        "ppo": (TokenPPO, "shared", {"epochs": 2}),
-        "grpo": (GRPO, "none", {}),
-        "soft-q": (SoftQ, "none", {"shaped_high": 20.0}),
+    agents: dict[str, tuple[Any, dict[str, Any]]] = {
+        "ppo": (TokenPPO, {"epochs": 2}),
+        "grpo": (GRPO, {}),
+        "soft-q": (SoftQ, {"shaped_high": 20.0}),
     }
-    agent_class, value, options = agents[method]
+    agent_class, options = agents[method]
     settings, task = search.settings, search.task
+    value: Literal["shared", "none"] = "shared" if agent_class.needs_values else "none"
     policy = LanguageModelPolicy(search.model, value=value, dtype=settings["dtype"], seed=search.seed)
     reward = TaskReward(task.prompt(""), task.examples("train"), settings["minibatch"], search.scorer, seed=search.seed)
     env = gym.make_vec(
         TOKEN_ENV,
         num_envs=settings["episodes"],
         group_size=settings["episodes"],
-        task=settings["task"],
-        data_dir=settings["data_dir"],
         limit=len(task.examples("train")),
         data_seed=search.seed,
         reward=reward,
         tokenizer=policy.tokenizer,
-        max_tokens=settings["max_tokens"],
+        **{name: settings[name] for name in ("task", "data_dir", "max_tokens")},
     )
     agent = agent_class(env, policy, search.seed, learning_rate=settings["learning_rate"], **options)
     agent.start()
@@ -356,7 +352,8 @@ def longest_instruction(method: str, max_tokens: int) -> str:
 
 TESTED = "test.jsonl"
 """File in the run folder with a row per test example."""
-KINDS = ("raw", "calibrated")
+KINDS: dict[str, bool | str] = {"raw": False, "calibrated": "contextual"}
+"""Kinds of test accuracy with the calibration of each."""
 CURVE, CURVE_EXAMPLES = 4, 300
 """Number of equal parts of the calls after each of which the best prompt is tested, and of test examples for that."""
 
@@ -383,7 +380,7 @@ def incumbents(task: PromptTask, history: Sequence[Mapping[str, Any]]) -> list[t
 
 def test_incumbents(
     task: PromptTask, history: Sequence[Mapping[str, Any]], calls: int, backend: Backend
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Tests the best prompt on all test examples, and the best after each quarter of the calls on the first of them.
 
     Args:
@@ -393,30 +390,31 @@ def test_incumbents(
         backend: frozen task model.
 
     Returns:
-        A row with ``calls``, ``raw`` and ``calibrated`` accuracy per quarter after which there is a prompt, and a row
-        per test example with its ``id``, its ``label``, and the ``raw`` and ``calibrated`` predictions of the best
-        prompt.
+        The metrics of the search: ``test_raw`` and ``test_calibrated`` accuracy, ``validation`` accuracy, the text of
+        the best ``prompt``, and ``curve``, a row with ``calls``, ``raw`` and ``calibrated`` accuracy per quarter after
+        which there is a prompt. And a row per test example with its ``id``, its ``label``, and the ``raw`` and
+        ``calibrated`` predictions of the best prompt.
     """
     scorer = TaskScorer(backend, content_free=task.content_free)
     bests = incumbents(task, history)
 
-    def results(prompt: TaskPrompt, examples: Sequence[LabelledExample]) -> list[TaskResult]:
-        return [scorer.score([prompt], examples, calibrate)[0] for calibrate in (False, "contextual")]
+    def results(prompt: TaskPrompt, examples: Sequence[LabelledExample]) -> dict[str, TaskResult]:
+        return {kind: scorer.score([prompt], examples, calibrate)[0] for kind, calibrate in KINDS.items()}
 
-    first_examples, curve = task.test[:CURVE_EXAMPLES], []
-    for number in range(1, CURVE + 1):
-        current = [prompt for calls_so_far, prompt in bests if calls_so_far <= calls * number // CURVE]
+    curve = []
+    for part in range(1, CURVE + 1):
+        end = calls * part // CURVE
+        current = [prompt for calls_so_far, prompt in bests if calls_so_far <= end]
         if current:  # an incumbent that has not changed is not scored again: the scorer stores its results
-            raw, calibrated = results(current[-1], first_examples)
-            curve.append({"calls": calls * number // CURVE, "raw": raw.accuracy, "calibrated": calibrated.accuracy})
-    raw, calibrated = results(bests[-1][1], task.test)
+            tested = results(current[-1], task.test[:CURVE_EXAMPLES])
+            curve.append({"calls": end} | {kind: result.accuracy for kind, result in tested.items()})
+    best = bests[-1][1]
+    tested = results(best, task.test)
     rows = [
-        {"id": example.id, "label": example.label, "raw": int(raw_label), "calibrated": int(calibrated_label)}
-        for example, raw_label, calibrated_label in zip(task.test, raw.predictions, calibrated.predictions, strict=True)
+        {"id": example.id, "label": example.label}
+        | {kind: int(result.predictions[number]) for kind, result in tested.items()}
+        for number, example in enumerate(task.test)
     ]
-    return curve, rows
-
-
-def accuracy(rows: Sequence[Mapping[str, Any]], kind: str) -> float:
-    """Returns the share of correct predictions in rows of ``test.jsonl``."""
-    return sum(row[kind] == row["label"] for row in rows) / len(rows)
+    metrics: dict[str, Any] = {f"test_{kind}": result.accuracy for kind, result in tested.items()}
+    metrics |= {"validation": max(row["accuracy"] for row in history), "curve": curve, "prompt": best.text}
+    return metrics, rows

@@ -23,9 +23,24 @@ TASK_OPTIONS = (
     "task data_seed calls validation train minibatch backend backend_dtype rewriter calibrate data_dir".split()
 )
 """Options that must be equal in all runs of one task."""
+COUNTS = ("calls", "rewriter_requests", "prompts")
+"""Counts of a search that the tables show, as means over seeds."""
 FREE_OPTIONS = NOT_IDENTITY | {"seed", "test", "scale"}
 """Options that may differ between the runs of one method."""
 BEST = "best learned"
+NOTES = (
+    "Test accuracy, in percent, of the prompt that was best on the validation examples: mean over seeds, with a 95% "
+    "interval for the draw of the test examples and of the search (seeds change the search, not the examples). Over "
+    "manual: the difference to `manual` on the same test examples.",
+    "A call is one label of one example, validation included; `manual` stops when all instructions are validated. "
+    "Requests are those to the rewriter; `ppo`, `grpo` and `soft-q` write with a policy of their own instead, and "
+    "train it.",
+    "Calibrated: without the label bias on content-free inputs. A gain that remains there is not due to that bias.",
+    f"{BEST.capitalize()}: the one prompt of all searches by {', '.join(LEARNING)} that did best on the validation "
+    "examples; its calls are those of all these searches, its interval is for the draw of the test examples.",
+    f"The curves are of the first {CURVE_EXAMPLES} test examples, tables and bars of all.",
+)
+"""Paragraphs that explain the columns of the tables."""
 
 
 class SearchRun(FinishedRun):
@@ -89,14 +104,16 @@ def write_prompt_report(folders: Sequence[Path], out: Path, console: Console) ->
         raise InputError(f"no finished run of 'prompt run' for {out}: name a folder with run folders")
     figures: dict[str, dict[str, Any]] = {}
     for task, arms in runs.items():
-        compared = arms | ({BEST: best} if (best := _best_learned(arms)) else {})
+        # One search by a learning method, that with the best prompt by validation, stands for all of them.
+        learned = [run for name in LEARNING for run in arms.get(name, ())]
+        compared = arms | ({BEST: [max(learned, key=lambda run: run.validated)]} if learned else {})
         figures[task] = {name: _figures(method_runs, arms.get("manual", ())) for name, method_runs in compared.items()}
     write_report(
         out,
         [(task, _rows(arms)) for task, arms in figures.items()],
         console,
         "Prompts for a frozen model",
-        _notes(),
+        NOTES,
         figures,
         {"methods.png": lambda path: plot_methods(figures, path)},
     )
@@ -111,10 +128,11 @@ def _gather(folders: Sequence[Path]) -> dict[str, dict[str, list[SearchRun]]]:
         arms = by_task.setdefault(run.options["task"], {})
         method_runs = arms.setdefault(run.options["method"], [])
         # Comparing with the first run is enough: all earlier ones agree with it.
-        for other in next(iter(arms.values()))[:1]:
-            _refuse_differing(run, other, TASK_OPTIONS)
-        for other in method_runs[:1]:
-            _refuse_differing(run, other, sorted({*run.options, *other.options} - FREE_OPTIONS))
+        compared = [(other, TASK_OPTIONS) for other in next(iter(arms.values()))[:1]]
+        compared += [(other, sorted({*run.options, *other.options} - FREE_OPTIONS)) for other in method_runs[:1]]
+        for other, names in compared:
+            if options := differing(run.options, other.options, names):
+                raise InputError(f"{run.folder} and {other.folder} differ in {options}: gather them apart")
         for other in method_runs:
             if run.options["seed"] == other.options["seed"]:
                 raise InputError(f"{run.folder} and {other.folder} are one search: gather them apart")
@@ -122,30 +140,15 @@ def _gather(folders: Sequence[Path]) -> dict[str, dict[str, list[SearchRun]]]:
     return {task: {name: arms[name] for name in METHODS if name in arms} for task, arms in sorted(by_task.items())}
 
 
-def _refuse_differing(run: SearchRun, other: SearchRun, names: Sequence[str]) -> None:
-    """Raises an InputError if two runs differ in one of the named options."""
-    if options := differing(run.options, other.options, names):
-        raise InputError(f"{run.folder} and {other.folder} differ in {options}: gather them apart")
-
-
-def _best_learned(arms: Mapping[str, Sequence[SearchRun]]) -> list[SearchRun]:
-    """Returns a list of the one search by a learning method with the best prompt by validation, or an empty list."""
-    learned = [run for name in LEARNING for run in arms.get(name, ())]
-    return [max(learned, key=lambda run: run.validated)] if learned else []
-
-
 def _figures(runs: Sequence[SearchRun], manual: Sequence[SearchRun]) -> dict[str, Any]:
     """Returns the results of a method on a task, with differences to the manual prompts if there are any."""
     figures: dict[str, Any] = {"seeds": sorted(run.options["seed"] for run in runs)}
-    base = _right(manual, runs[0]) if manual else None
-    for kind in KINDS:
-        right = _right(runs, runs[0])[kind]
-        mean, half = _interval(right)
-        figures[kind] = {"mean": mean, "half": half, "values": right.mean(axis=1).tolist()}
-        if base is not None:
+    base = _right(manual, runs[0]) if manual else {}
+    for kind, right in _right(runs, runs[0]).items():
+        figures[kind] = _interval(right) | {"values": right.mean(axis=1).tolist()}
+        if base:
             # Paired: differences on the same test examples.
-            mean, half = _interval(right - base[kind].mean(axis=0))
-            figures[kind]["over_manual"] = {"mean": mean, "half": half}
+            figures[kind]["over_manual"] = _interval(right - base[kind].mean(axis=0))
     curves = [{row["calls"]: row for row in run.metrics["curve"]} for run in runs]
     # Means over seeds at the numbers of calls that all curves have.
     shared = sorted(set.intersection(*(set(curve) for curve in curves)))
@@ -153,7 +156,7 @@ def _figures(runs: Sequence[SearchRun], manual: Sequence[SearchRun]) -> dict[str
         {"calls": calls} | {kind: float(np.mean([curve[calls][kind] for curve in curves])) for kind in KINDS}
         for calls in shared
     ]
-    for name in ("calls", "prompts", "rewriter_requests"):
+    for name in COUNTS:
         figures[name] = float(np.mean([run.counts[name] for run in runs]))
     figures["validation"] = float(np.mean([run.validated[0] for run in runs]))
     figures["methods"] = [run.options["method"] for run in runs]
@@ -173,30 +176,16 @@ def _right(runs: Sequence[SearchRun], first: SearchRun) -> dict[str, np.ndarray]
     }
 
 
-def _interval(values: np.ndarray) -> tuple[float, float]:
-    """Returns the mean of values of shape (seeds, examples) and the half-width of its 95% interval.
+def _interval(values: np.ndarray) -> dict[str, Any]:
+    """Returns the ``mean`` of values of shape (seeds, examples) and the ``half`` width of its 95% interval.
 
     Both the test examples and the search are random: the t-intervals over examples and over seeds are added as
     independent errors. With a single seed, only the interval over examples is used.
     """
     mean, half = interval(values.mean(axis=0))
-    return mean, float(np.hypot(half, interval(values.mean(axis=1))[1])) if len(values) > 1 else half
-
-
-def _notes() -> list[str]:
-    """Returns the paragraphs that explain the columns of the tables."""
-    return [
-        "Test accuracy, in percent, of the prompt that was best on the validation examples: mean over seeds, with a "
-        "95% interval for the draw of the test examples and of the search (seeds change the search, not the examples). "
-        "Over manual: the difference to `manual` on the same test examples.",
-        "A call is one label of one example, validation included; `manual` stops when all instructions are validated. "
-        "Requests are those to the rewriter; `ppo`, `grpo` and `soft-q` write with a policy of their own instead, and "
-        "train it.",
-        "Calibrated: without the label bias on content-free inputs. A gain that remains there is not due to that bias.",
-        f"{BEST.capitalize()}: the one prompt of all searches by {', '.join(LEARNING)} that did best on the validation "
-        "examples; its calls are those of all these searches, its interval is for the draw of the test examples.",
-        f"The curves are of the first {CURVE_EXAMPLES} test examples, tables and bars of all.",
-    ]
+    if len(values) > 1:
+        half = float(np.hypot(half, interval(values.mean(axis=1))[1]))
+    return {"mean": mean, "half": half}
 
 
 def _rows(arms: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
@@ -204,16 +193,13 @@ def _rows(arms: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     kinds = [title for kind in KINDS for title in (kind, "over manual")]
     rows = [["method", "validation", *kinds, "calls", "requests", "validated", "seeds", "best prompt"]]
     for name, figures in arms.items():
-        cells = [f"{100 * figures['validation']:.1f}"]
+        row = [name, f"{100 * figures['validation']:.1f}"]
         for kind in KINDS:
             over = None if name == "manual" else figures[kind].get("over_manual")
-            cells += [_share(figures[kind]), _share(over, "+") if over else ""]
+            row += [_share(figures[kind]), _share(over, "+") if over else ""]
+        row += ["" if name == BEST else f"{figures[count]:,.0f}" for count in COUNTS]
         prompt = figures["example"].replace("\n", " / ").replace("|", "\\|")
-        counts = [f"{figures[count]:,.0f}" for count in ("calls", "rewriter_requests", "prompts")]
-        counts = ["", "", ""] if name == BEST else counts
-        rows.append(
-            [name, *cells, *counts, str(len(figures["seeds"])), prompt if len(prompt) < 160 else prompt[:157] + "..."]
-        )
+        rows.append([*row, str(len(figures["seeds"])), prompt if len(prompt) < 160 else prompt[:157] + "..."])
     return rows
 
 

@@ -5,7 +5,7 @@ The search methods are in :mod:`~instructgym.experiments.prompt.methods`.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any, Literal, cast
 
@@ -16,34 +16,16 @@ from ...llm_backends import Backend, Journal, Journaled
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.backend import TransformersBackend
 from ...llm_backends.records import read_records, write_lines
-from ...rewards.prompt_scoring.scorer import LimitedScorer, TaskScorer, calibration_method, check_batch
+from ...rewards.prompt_scoring.scorer import Calibration, LimitedScorer, TaskScorer, calibration_method, check_batch
 from ..runs.folder import RunFolder, Tracker, accounted, journaled_roles, read_json
 from ..runs.options import Count, DType, Positive, RunOptions, Scale, input_errors, parse_part
-from ..runs.progress import StepProgress
-from ..runs.training import Deadline, OutOfTimeError
-from .methods import (
-    KINDS,
-    TESTED,
-    PromptSearch,
-    accuracy,
-    incumbents,
-    least_calls,
-    longest_instruction,
-    run_search,
-    test_incumbents,
-)
+from ..runs.progress import Deadline, OutOfTimeError, StepProgress
+from .methods import TESTED, PromptSearch, least_calls, longest_instruction, run_search, test_incumbents
 
+BOTH = {"copies": 4, "episodes": 8}
 SIZES = {
-    "smoke": {"calls": 360, "validation": 16, "test": 32, "train": 64, "copies": 4, "episodes": 8, "minibatch": 4},
-    "report": {
-        "calls": 7200,
-        "validation": 128,
-        "test": 1000,
-        "train": 400,
-        "copies": 4,
-        "episodes": 8,
-        "minibatch": 8,
-    },
+    "smoke": BOTH | {"calls": 360, "validation": 16, "test": 32, "train": 64, "minibatch": 4},
+    "report": BOTH | {"calls": 7200, "validation": 128, "test": 1000, "train": 400, "minibatch": 8},
 }
 """Counts by scale, for options that are 0."""
 PROMPTS = "prompts.jsonl"
@@ -127,10 +109,15 @@ class PromptRun(SearchOptions, RunOptions):
         if self.method == "gepa" and not find_spec("gepa"):
             raise InputError("--method gepa needs the library gepa: pip install 'instructgym[gepa]'")
 
-    def sized(self) -> dict[str, Any]:
-        """Returns the options by name, with the counts of the scale in place of 0."""
-        options = asdict(self)
-        return options | {name: options[name] or size for name, size in SIZES[self.scale].items()}
+    def sized(self) -> PromptRun:
+        """Returns the options with the counts of the scale in place of 0."""
+        counts: dict[str, Any] = {name: getattr(self, name) or size for name, size in SIZES[self.scale].items()}
+        return replace(self, **counts)
+
+    @property
+    def calibration(self) -> Calibration:
+        """Calibration of the scores in the search."""
+        return calibration_method(self.calibrate or False)
 
 
 def run(options: PromptRun, console: Console | None = None) -> dict[str, Any]:
@@ -146,8 +133,8 @@ def run(options: PromptRun, console: Console | None = None) -> dict[str, Any]:
     """
     console = console or Console()
     options.check()
-    sized = options.sized()
-    task = load(options, sized)
+    options = options.sized()
+    task = load(options)
     parts = {
         "task model": _part(options.backend, options.backend_dtype),
         "rewriter": _part(options.rewriter, options.dtype),
@@ -156,30 +143,29 @@ def run(options: PromptRun, console: Console | None = None) -> dict[str, Any]:
     longest = longest_instruction(options.method, options.max_tokens)
     with input_errors():
         probe = journaled_roles(parts, None)
-        TaskScorer(probe["task model"], options.calibrate or False).check(
+        TaskScorer(probe["task model"], options.calibration).check(
             [task.prompt(text) for text in (*task.instructions, longest) if text],
             [*task.train, *task.validation, *task.test],
         )
-    if sized["minibatch"] > len(task.train):
+        for examples in (options.minibatch, len(task.validation)):
+            check_batch(options.calibration, examples)
+    if options.minibatch > len(task.train):
         raise InputError(
-            f"--minibatch {sized['minibatch']} is more than the {len(task.train)} training examples: lower it or raise "
+            f"--minibatch {options.minibatch} is more than the {len(task.train)} training examples: lower it or raise "
             "--train"
         )
-    with input_errors():
-        for examples in (sized["minibatch"], len(task.validation)):
-            check_batch(calibration_method(options.calibrate or False), examples)
-    content_free = len(task.content_free) if options.calibrate == "contextual" else 0
-    calls_needed = least_calls(options.method, sized, len(task.labels), content_free)
-    if sized["calls"] < calls_needed:
+    content_free = len(task.content_free) if options.calibration == "contextual" else 0
+    calls_needed = least_calls(options.method, vars(options), len(task.labels), content_free)
+    if options.calls < calls_needed:
         raise InputError(
-            f"--calls {sized['calls']} are too few for one round of {options.method} and one validation, which take up "
+            f"--calls {options.calls} are too few for one round of {options.method} and one validation, which take up "
             f"to {calls_needed}: raise --calls, or lower --validation, --minibatch, --copies, --episodes or --horizon"
         )
     if options.dry_run:
-        console.print(f"would search by {options.method} with {sized['calls']} calls, in {options.run_dir}")
+        console.print(f"would search by {options.method} with {options.calls} calls, in {options.run_dir}")
         return {}
     # The number of test examples is not part of the identity: a finished search can be tested again.
-    identity = {name: value for name, value in sized.items() if name != "test"}
+    identity = {name: value for name, value in vars(options).items() if name != "test"}
     folder = RunFolder(options.run_dir, identity, "prompt run")
     stored = read_json(folder.path / "results.json") or {}
     # A finished search with the same number of test examples has nothing left to do.
@@ -191,24 +177,19 @@ def run(options: PromptRun, console: Console | None = None) -> dict[str, Any]:
             # The search is stored before its test, so that an interrupted test does not repeat the search.
             if stored.get("status") not in (SEARCHED, "finished"):
                 try:
-                    stored = folder.finish({}, _search(options, sized, task, roles, folder, console), SEARCHED)
+                    stored = folder.finish({}, _search(options, task, roles, folder, console), SEARCHED)
                 except OutOfTimeError:
                     console.print(f"out of time: the same command starts the search in {folder.path} again")
                     return folder.finish({}, {}, "stopped")
             history = read_records(folder.path / PROMPTS)
-            curve, rows = test_incumbents(task, history, sized["calls"], roles["task model"])
+            metrics, rows = test_incumbents(task, history, options.calls, roles["task model"])
             write_lines(folder.path / TESTED, rows)
-        best = incumbents(task, history)[-1][1]
-        results = folder.finish(
-            {f"test_{kind}": accuracy(rows, kind) for kind in KINDS}
-            | {"validation": max(row["accuracy"] for row in history), "curve": curve, "prompt": best.text},
-            stored["counts"] | {"test": len(task.test)},
-        )
-        metrics = results["metrics"]
+        results = folder.finish(metrics, stored["counts"] | {"test": len(task.test)})
         tracker.summary({name: metrics[name] for name in ("test_raw", "test_calibrated", "validation")})
     console.print(
         f"{options.method} on {task.name}: test {100 * metrics['test_raw']:.1f}% raw, "
-        f"{100 * metrics['test_calibrated']:.1f}% calibrated, after {stored['counts']['calls']} calls: {best.text!r}",
+        f"{100 * metrics['test_calibrated']:.1f}% calibrated, after {stored['counts']['calls']} calls: "
+        f"{metrics['prompt']!r}",
         highlight=False,
         markup=False,
     )
@@ -216,31 +197,21 @@ def run(options: PromptRun, console: Console | None = None) -> dict[str, Any]:
 
 
 def _search(
-    options: PromptRun,
-    sized: dict[str, Any],
-    task: PromptTask,
-    roles: dict[str, Backend],
-    folder: RunFolder,
-    console: Console,
+    options: PromptRun, task: PromptTask, roles: dict[str, Backend], folder: RunFolder, console: Console
 ) -> dict[str, int]:
     """Searches and returns the numbers of task-model calls, validated prompts and requests to the rewriter."""
     out = folder.file(PROMPTS)
     out.unlink(missing_ok=True)  # an interrupted search starts again, and its stored replies give the same rows
-    scorer = LimitedScorer(
-        sized["calls"], roles["task model"], options.calibrate or False, content_free=task.content_free
-    )
-    validation = minibatch(task, "validation", min(sized["validation"], len(task.validation)), options.data_seed)
-    with StepProgress(f"{options.method} on {task.name}", sized["calls"], console) as progress:
-        limit = Deadline(options.minutes)
-        search = PromptSearch(task, scorer, validation, roles["rewriter"], options.model, sized, out, progress, limit)
+    scorer = LimitedScorer(options.calls, roles["task model"], options.calibration, content_free=task.content_free)
+    # Drawn once more: the order says which examples are the first ones, and searches of before are to be repeated.
+    validation = minibatch(task, "validation", len(task.validation), options.data_seed)
+    rewriter, limit, settings = roles["rewriter"], Deadline(options.minutes), vars(options)
+    with StepProgress(f"{options.method} on {task.name}", options.calls, console) as progress:
+        search = PromptSearch(task, scorer, validation, rewriter, options.model, settings, out, progress, limit)
         run_search(search, options.method)
     if search.best is None:
-        raise InputError(f"{options.method} found no prompt with {sized['calls']} calls: raise --calls")
-    return {
-        "calls": scorer.calls,
-        "prompts": len(search.prompts),
-        "rewriter_requests": roles["rewriter"].usage.requests,
-    }
+        raise InputError(f"{options.method} found no prompt with {options.calls} calls: raise --calls")
+    return {"calls": scorer.calls, "prompts": len(search.prompts), "rewriter_requests": rewriter.usage.requests}
 
 
 def _journaled_backends(parts: dict[str, Any], folder: RunFolder) -> dict[str, Backend]:
@@ -253,15 +224,15 @@ def _journaled_backends(parts: dict[str, Any], folder: RunFolder) -> dict[str, B
     return roles | ({"task model": inner} if isinstance(inner, TransformersBackend) else {})
 
 
-def load(options: PromptRun, sized: dict[str, Any]) -> PromptTask:
-    """Returns the task with as many examples of each split as the run needs."""
+def load(options: PromptRun) -> PromptTask:
+    """Returns the task with as many examples of each split as the run needs, given the options with their sizes."""
     with input_errors():
         task = load_prompt_task(options.task, limit=None, seed=options.data_seed, data_dir=options.data_dir)
-    drawn = {
-        split: minibatch(task, split, min(sized[split], len(task.examples(split))), options.data_seed)
+    drawn: dict[str, Any] = {
+        split: minibatch(task, split, min(getattr(options, split), len(task.examples(split))), options.data_seed)
         for split in ("train", "validation", "test")
     }
-    return PromptTask(**{**vars(task), **drawn})
+    return replace(task, **drawn)
 
 
 def _part(text: str, dtype: str) -> Any:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Gt, Le
 from rich.console import Console
 from rich.table import Table
 
@@ -35,190 +37,23 @@ from ...llm_backends.errors import InputError
 from ...rewards.judges.verdict import Question, judge_verdicts
 from ...rewards.quality.instance_format import Instance
 from ..evolve.train import identity
-from ..runs.folder import RowWriter, RunFolder, TimeLimit, Tracker, journaled_roles, replayed
-from ..runs.options import BackendOptions, check_counts, input_errors, parse_part
-from ..runs.progress import StepProgress
+from ..runs.folder import RowWriter, RunFolder, Tracker, journaled_roles, replayed
+from ..runs.options import BackendOptions, Count, input_errors, parse_part
+from ..runs.progress import Deadline, OutOfTimeError, StepProgress
 from ..runs.statistics import distinct_n, known_mean, mean_pairwise_distance
 
-
-@dataclass(frozen=True)
-class BootstrapSettings:
-    """Settings of the requests for instructions and instances."""
-
-    seed: int = 0
-    """Seed of demonstrations and sampled replies."""
-    batch: int = 5
-    """Requests for instructions that are sent together; their demonstrations come from the pool before the batch."""
-    temperature: float = 0.7
-    """Sampling temperature of instructions; instances are decoded greedily."""
-    top_p: float = 0.9
-    """Nucleus (top-p) of the sampling of instructions."""
-    instruction_tokens: int = 1024
-    """Maximum tokens of a list of instructions."""
-    instance_tokens: int = 350
-    """Maximum tokens of a list of instances."""
-    keep_cut: bool = False
-    """Keep the finished items of a list that was cut off at the token limit."""
-
-
-@dataclass
-class BatchResult:
-    """The JSON-able rows that one batch of requests gave."""
-
-    accepted: list[dict[str, Any]] = field(default_factory=list)
-    """Rows of instructions or instances."""
-    rejected: list[dict[str, Any]] = field(default_factory=list)
-    """Rows of what was dropped, each with the reason as ``rejected_by``."""
-
-
-class Bootstrapper:
-    """Generates instructions and instances; every request depends only on its number, the seed and the pool.
-
-    Args:
-        pool: the pool of tasks; accepted instructions are added to it.
-        writer: the language model that writes instructions and classifies them as classification tasks or others.
-        answerer: the language model that writes instances.
-        settings: sampling and limits.
-    """
-
-    def __init__(
-        self,
-        pool: InstructionPool,
-        writer: Backend,
-        answerer: Backend,
-        settings: BootstrapSettings = BootstrapSettings(),
-    ) -> None:
-        self.pool, self.writer, self.answerer, self.settings = pool, writer, answerer, settings
-
-    def instructions(self, batch: int, target: int) -> BatchResult:
-        """Requests one batch of instructions and adds those that pass the filters to the pool.
-
-        Args:
-            batch: number of the batch.
-            target: number of machine-made tasks in the pool at which to stop.
-
-        Returns:
-            Rows of the accepted instructions, with their type, and of the rejected ones.
-        """
-        # All prompts are built before a reply enters the pool, so the requests can be sent together.
-        seed, size = self.settings.seed, self.settings.batch
-        shown = [self.pool.demonstrations(request_seed(seed, "demonstrations", batch, i)) for i in range(size)]
-        prompts = [instruction_prompt(self.writer.prompt_style, tasks) for tasks in shown]
-        sampling = instruction_sampling(self.writer, self.settings)
-        samplings = [sampling.with_seed(request_seed(seed, "instructions", batch, i)) for i in range(size)]
-        rows = BatchResult()
-        for request, result in enumerate(self.writer.generate(prompts, samplings)):
-            origin = {"batch": batch, "request": request}
-            items, defects = self._items(result)
-            rows.rejected += [
-                {"stage": "instruction", "rejected_by": reason, **origin, **details} for reason, details in defects
-            ]
-            for item in items:
-                if len(self.pool.machine) >= target:
-                    break
-                candidate = self.pool.try_add(item)
-                nearest = {"similarity": round(candidate.similarity, 6), "nearest": candidate.nearest}
-                if candidate.rejected_by:
-                    rejection = {"stage": "instruction", "rejected_by": candidate.rejected_by}
-                    rows.rejected.append(rejection | {"instruction": candidate.instruction} | origin | nearest)
-                else:
-                    rows.accepted.append(Task(candidate.instruction, id=candidate.id).row() | origin | nearest)
-        self._classify(rows)
-        return rows
-
-    def _items(self, result: Result) -> tuple[list[str], list[tuple[str, dict[str, Any]]]]:
-        """Returns the items of one reply, and its defects as pairs of a reason and details."""
-        if isinstance(result, BackendError):
-            return [], [("backend_failed", {"error": str(result)})]
-        text, cut = result[0].text, result[0].finish_reason == "length"
-        continues = self.writer.prompt_style == "completion"
-        items = parse_numbered(text, DEMONSTRATIONS + 1, LAST_ITEM, continues)
-        if not items:
-            return [], [("no_items", {"text": text})]
-        if not cut:
-            return items, []
-        # The last item of a list that was cut off is unfinished.
-        return (items[:-1] if self.settings.keep_cut else []), [("cut", {"text": text})]
-
-    def _classify(self, rows: BatchResult) -> None:
-        """Sets ``is_classification`` in the rows of accepted instructions; None, with the error, without a verdict."""
-        prompt, seed = task_type_prompt(), self.settings.seed
-        questions = [
-            Question(prompt, {"instruction": row["instruction"]}, request_seed(seed, "task type", row["id"]))
-            for row in rows.accepted
-        ]
-        for row, verdict in zip(rows.accepted, judge_verdicts(self.writer, questions), strict=True):
-            row["is_classification"] = verdict.answer
-            if verdict.answer is None:
-                row["task_type_error"] = verdict.why
-
-    def instances(self, tasks: Sequence[Mapping[str, Any]]) -> BatchResult:
-        """Requests instances of tasks, parses the replies and drops instances that break the rules.
-
-        Args:
-            tasks: rows of ``instructions.jsonl``; those of unknown type are rejected.
-
-        Returns:
-            Rows of the accepted and of the rejected instances.
-        """
-        rows = BatchResult()
-        typed = [task for task in tasks if task["is_classification"] is not None]
-        orders = [order_for(task["is_classification"]) for task in typed]
-        style = self.answerer.prompt_style
-        prompts = [
-            instance_prompt(style, task["instruction"], order) for task, order in zip(typed, orders, strict=True)
-        ]
-        sampling = instance_sampling(self.settings)
-        samplings = [sampling.with_seed(request_seed(self.settings.seed, "instances", task["id"])) for task in typed]
-        replies = dict(zip((task["id"] for task in typed), self.answerer.generate(prompts, samplings), strict=True))
-        for task in tasks:
-            origin = {"task_id": task["id"], "instruction": task["instruction"]}
-            rejection = {"stage": "instance"} | origin
-            if task["id"] not in replies:
-                rows.rejected.append(rejection | {"rejected_by": "no_task_type", "error": task["task_type_error"]})
-                continue
-            reply = replies[task["id"]]
-            if isinstance(reply, BackendError):
-                rows.rejected.append(rejection | {"rejected_by": "backend_failed", "error": str(reply)})
-                continue
-            order = order_for(task["is_classification"])
-            pieces = parse_instances(reply[0].text, order, style == "completion")
-            if not pieces:
-                rows.rejected.append(rejection | {"rejected_by": "no_instances", "text": reply[0].text})
-            cleaned = clean(pieces, reply[0].finish_reason == "length", instruction=task["instruction"])
-            for piece, reason in cleaned.dropped:
-                content = asdict(piece) if isinstance(piece, Instance) else {"text": piece}
-                rows.rejected.append(rejection | {"rejected_by": reason} | content)
-            rows.accepted += [
-                {"instruction": task["instruction"], "input": i.input, "output": i.output, "task_id": task["id"]}
-                | {"is_classification": task["is_classification"]}
-                for i in cleaned.kept
-            ]
-        return rows
-
-
-def instruction_sampling(writer: Backend, settings: BootstrapSettings) -> Sampling:
-    """Returns how instructions are sampled.
-
-    A list ends before item 16. A list that a completion model continues also ends at a blank line.
-    """
-    stop = (f"\n{LAST_ITEM + 1}.", *(("\n\n",) if writer.prompt_style == "completion" else ()))
-    return Sampling(settings.instruction_tokens, settings.temperature, settings.top_p, stop=stop)
-
-
-def instance_sampling(settings: BootstrapSettings) -> Sampling:
-    """Returns how instances are decoded: greedily, as in Self-Instruct."""
-    return replace(Sampling(settings.instance_tokens, temperature=0.0), stop=STOPS)
-
-
-TARGET = {"smoke": 10, "report": 400}
-"""New instructions to accept, by ``--scale``."""
-INSTRUCTION_TOKENS = {"smoke": 192, "report": 1024}
-"""Maximum tokens of a list of instructions, by ``--scale``."""
-INSTANCE_TOKENS = {"smoke": 96, "report": 350}
-"""Maximum tokens of a list of instances, by ``--scale``."""
+SIZES = {
+    "smoke": {"target": 10, "instruction_tokens": 192, "instance_tokens": 96},
+    "report": {"target": 400, "instruction_tokens": 1024, "instance_tokens": 350},
+}
+"""Options that are 0, by ``--scale``."""
 CHUNK = 16
 """Instructions whose instances are requested together."""
+KINDS = ("instructions", "instances")
+"""What a run makes, in this order; also the names of the files."""
+NO_CANDIDATE = frozenset({"backend_failed", "no_items", "cut"})
+"""Reasons for dropping a whole reply, not one instruction."""
+Share = Annotated[float, Gt(0), Le(1)]
 
 
 @dataclass
@@ -239,16 +74,16 @@ class RefineAFBootstrap(BackendOptions):
     similar to them are dropped."""
     target: int = 0
     """New instructions to accept. 0: by --scale, 10 or 400."""
-    batch: int = 5
+    batch: Count = 5
     """Requests for instructions sent together."""
-    patience: int = 10
+    patience: Count = 10
     """Stop asking for instructions, and go on to the instances, after so many batches in a row without an accepted
     one."""
-    rouge_threshold: float = 0.7
+    rouge_threshold: Share = 0.7
     """Drop an instruction if its ROUGE-L to a seed or to an accepted instruction is above this."""
     temperature: float = 0.7
     """Sampling temperature of instructions. Instances are decoded greedily."""
-    top_p: float = 0.9
+    top_p: Share = 0.9
     """Nucleus (top-p) of the sampling of instructions. Self-Instruct uses 0.5 with a presence penalty; without that
     penalty small models repeat items."""
     instruction_tokens: int = 0
@@ -260,32 +95,142 @@ class RefineAFBootstrap(BackendOptions):
     instances: bool = True
     """Write instances of the new instructions too. Without it, 'refine-af generate' can write them with a policy."""
 
-    def check(self) -> None:
-        super().check()
-        check_counts(self, "batch", "patience")
-        if not 0 < self.rouge_threshold <= 1:
-            raise InputError(f"--rouge-threshold must be in (0, 1], got {self.rouge_threshold}")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"--top-p must be in (0, 1], got {self.top_p}")
-
     @property
-    def settings(self) -> BootstrapSettings:
-        """Settings of the requests."""
-        return BootstrapSettings(
-            self.seed,
-            self.batch,
-            self.temperature,
-            self.top_p,
-            self.instruction_tokens or INSTRUCTION_TOKENS[self.scale],
-            self.instance_tokens or INSTANCE_TOKENS[self.scale],
-            self.keep_cut,
-        )
+    def sized(self) -> RefineAFBootstrap:
+        """These options, with the counts of the scale in place of 0."""
+        sizes: dict[str, Any] = {name: getattr(self, name) or size for name, size in SIZES[self.scale].items()}
+        return replace(self, **sizes)
 
     def roles(self, journal: Journal | None) -> dict[str, Backend]:
         """Builds the language models of the run, by role; without a journal their replies are not stored."""
         part = parse_part(self.backend, self.model)
         instance_part = parse_part(self.instance_backend) if self.instance_backend else part
         return journaled_roles({"instructions": part, "instances": instance_part}, journal)
+
+
+@dataclass
+class BatchResult:
+    """The JSON-able rows that one batch of requests gave."""
+
+    accepted: list[dict[str, Any]] = field(default_factory=list)
+    """Rows of instructions or instances."""
+    rejected: list[dict[str, Any]] = field(default_factory=list)
+    """Rows of what was dropped, each with the reason as ``rejected_by``."""
+
+
+class Bootstrapper:
+    """Generates instructions and instances; every request depends only on its number, the seed and the pool.
+
+    Args:
+        pool: the pool of tasks; accepted instructions are added to it.
+        writer: the language model that writes instructions and classifies them as classification tasks or others.
+        answerer: the language model that writes instances.
+        options: options of sampling and limits.
+    """
+
+    def __init__(self, pool: InstructionPool, writer: Backend, answerer: Backend, options: RefineAFBootstrap) -> None:
+        self.pool, self.writer, self.answerer, self.options = pool, writer, answerer, options.sized
+
+    def instructions(self, batch: int, target: int) -> BatchResult:
+        """Requests one batch of instructions and adds those that pass the filters to the pool.
+
+        Args:
+            batch: number of the batch.
+            target: number of machine-made tasks in the pool at which to stop.
+
+        Returns:
+            Rows of the accepted instructions, with their type, and of the rejected ones.
+        """
+        # All prompts are built before a reply enters the pool, so the requests can be sent together.
+        options, style = self.options, self.writer.prompt_style
+        seed, size = options.seed, options.batch
+        shown = [self.pool.demonstrations(request_seed(seed, "demonstrations", batch, i)) for i in range(size)]
+        prompts = [instruction_prompt(style, tasks) for tasks in shown]
+        # A list ends before the item behind the last; one that a completion model continues also ends at a blank line.
+        stop = (f"\n{LAST_ITEM + 1}.", *(("\n\n",) if style == "completion" else ()))
+        sampling = Sampling(options.instruction_tokens, options.temperature, options.top_p, stop=stop)
+        samplings = [sampling.with_seed(request_seed(seed, "instructions", batch, i)) for i in range(size)]
+        rows = BatchResult()
+        for request, result in enumerate(self.writer.generate(prompts, samplings)):
+            origin = {"batch": batch, "request": request}
+            items, reason, details = self._items(result)
+            if reason:
+                rows.rejected.append({"stage": "instruction", "rejected_by": reason} | origin | details)
+            for item in items:
+                if len(self.pool.machine) >= target:
+                    break
+                candidate = self.pool.try_add(item)
+                nearest = {"similarity": round(candidate.similarity, 6), "nearest": candidate.nearest}
+                if candidate.rejected_by:
+                    rejection = {"stage": "instruction", "rejected_by": candidate.rejected_by}
+                    rows.rejected.append(rejection | {"instruction": candidate.instruction} | origin | nearest)
+                else:
+                    rows.accepted.append(Task(candidate.instruction, id=candidate.id).row() | origin | nearest)
+        self._classify(rows)
+        return rows
+
+    def _items(self, result: Result) -> tuple[list[str], str, dict[str, str]]:
+        """Returns the items of a reply, and the reason why the reply, or a part of it, is dropped, with details."""
+        if isinstance(result, BackendError):
+            return [], "backend_failed", {"error": str(result)}
+        text = result[0].text
+        items = parse_numbered(text, DEMONSTRATIONS + 1, LAST_ITEM, self.writer.prompt_style == "completion")
+        if not items:
+            return [], "no_items", {"text": text}
+        if result[0].finish_reason != "length":
+            return items, "", {}
+        # The last item of a list that was cut off is unfinished.
+        return items[:-1] if self.options.keep_cut else [], "cut", {"text": text}
+
+    def _classify(self, rows: BatchResult) -> None:
+        """Sets ``is_classification`` in the rows of accepted instructions; None, with the error, without a verdict."""
+        prompt, seed = task_type_prompt(), self.options.seed
+        questions = [
+            Question(prompt, {"instruction": row["instruction"]}, request_seed(seed, "task type", row["id"]))
+            for row in rows.accepted
+        ]
+        for row, verdict in zip(rows.accepted, judge_verdicts(self.writer, questions), strict=True):
+            row["is_classification"] = verdict.answer
+            if verdict.answer is None:
+                row["task_type_error"] = verdict.why
+
+    def instances(self, tasks: Sequence[Mapping[str, Any]]) -> BatchResult:
+        """Requests instances of tasks, parses the replies and drops instances that break the rules.
+
+        Args:
+            tasks: rows of ``instructions.jsonl``; those of unknown type are rejected.
+
+        Returns:
+            Rows of the accepted and of the rejected instances.
+        """
+        rows = BatchResult()
+        style = self.answerer.prompt_style
+        typed = [task for task in tasks if task["is_classification"] is not None]
+        orders = {task["id"]: order_for(task["is_classification"]) for task in typed}
+        prompts = [instance_prompt(style, task["instruction"], orders[task["id"]]) for task in typed]
+        # Greedy decoding, as in Self-Instruct.
+        sampling = Sampling(self.options.instance_tokens, temperature=0.0, stop=STOPS)
+        samplings = [sampling.with_seed(request_seed(self.options.seed, "instances", name)) for name in orders]
+        replies = dict(zip(orders, self.answerer.generate(prompts, samplings), strict=True))
+        for task in tasks:
+            rejection = {"stage": "instance", "task_id": task["id"], "instruction": task["instruction"]}
+            if task["id"] not in replies:
+                rows.rejected.append(rejection | {"rejected_by": "no_task_type", "error": task["task_type_error"]})
+                continue
+            reply = replies[task["id"]]
+            if isinstance(reply, BackendError):
+                rows.rejected.append(rejection | {"rejected_by": "backend_failed", "error": str(reply)})
+                continue
+            pieces = parse_instances(reply[0].text, orders[task["id"]], style == "completion")
+            if not pieces:
+                rows.rejected.append(rejection | {"rejected_by": "no_instances", "text": reply[0].text})
+            cleaned = clean(pieces, reply[0].finish_reason == "length", instruction=task["instruction"])
+            for piece, reason in cleaned.dropped:
+                content = asdict(piece) if isinstance(piece, Instance) else {"text": piece}
+                rows.rejected.append(rejection | {"rejected_by": reason} | content)
+            told = {"task_id": task["id"], "is_classification": task["is_classification"]}
+            rows.accepted += [{"instruction": task["instruction"]} | asdict(kept) | told for kept in cleaned.kept]
+        return rows
 
 
 def run(options: RefineAFBootstrap, console: Console | None = None) -> dict[str, Any]:
@@ -303,41 +248,39 @@ def run(options: RefineAFBootstrap, console: Console | None = None) -> dict[str,
     texts = [Instruction(task.instruction, id=task.id) for task in tasks]
     folder = RunFolder(options.run_dir, identity(options, texts), "refine-af bootstrap")
     _check_context(options, probe, shown)
-    target = options.target or TARGET[options.scale]
     if options.dry_run:
         console.print(
-            f"would ask {probe['instructions'].name} for {target} new instructions from {len(shown)} seeds "
-            f"({len(held)} held out), and {probe['instances'].name} for their instances, in {folder.path}"
+            f"would ask {probe['instructions'].name} for {options.sized.target} new instructions from {len(shown)} "
+            f"seeds ({len(held)} held out), and {probe['instances'].name} for their instances, in {folder.path}"
         )
         return {}
     if (results := folder.finished(console)) is not None:
         return results
     pool = InstructionPool(shown, held, options.rouge_threshold)
     with replayed(folder, options.roles, console) as (journal, roles):
-        bootstrapper = Bootstrapper(pool, roles["instructions"], roles["instances"], options.settings)
-        return _bootstrap(options, folder, bootstrapper, target, journal, console)
+        bootstrapper = Bootstrapper(pool, roles["instructions"], roles["instances"], options)
+        return _bootstrap(options.sized, folder, bootstrapper, journal, console)
 
 
 def _check_context(options: RefineAFBootstrap, roles: dict[str, Backend], seeds: Sequence[Task]) -> None:
     """Checks that the longest requests fit the context of the models; raises an InputError if they do not."""
     # Length in characters approximates length in tokens: the eight longest seeds make the longest prompt of seeds.
     longest = sorted(seeds, key=lambda task: len(task.instruction), reverse=True)[:DEMONSTRATIONS]
-    settings, where = options.settings, options.seeds or "the package's seeds"
-    writer = roles["instructions"]
-    error = writer.context_error(instruction_prompt(writer.prompt_style, longest), settings.instruction_tokens)
-    if error is not None:
-        raise InputError(
-            f"the {DEMONSTRATIONS} longest seeds of {where} do not fit one request: {error}; shorten them, or lower "
-            "--instruction-tokens"
-        )
-    if not options.instances:
-        return
-    answerer = roles["instances"]
-    for order in ("input_first", "output_first"):
-        prompt = instance_prompt(answerer.prompt_style, longest[0].instruction, order)
-        error = answerer.context_error(prompt, settings.instance_tokens)
-        if error is not None:
-            raise InputError(f"requests for instances are too long: {error}; lower --instance-tokens")
+    sized, style = options.sized, roles["instances"].prompt_style
+    requests = [
+        ("instructions", instruction_prompt(roles["instructions"].prompt_style, longest), sized.instruction_tokens),
+        *(
+            ("instances", instance_prompt(style, longest[0].instruction, order_for(label)), sized.instance_tokens)
+            for label in (False, True)
+            if options.instances
+        ),
+    ]
+    for role, prompt, tokens in requests:
+        if (error := roles[role].context_error(prompt, tokens)) is not None:
+            raise InputError(
+                f"a request for {role} with the longest seeds of {options.seeds or 'the package'} does not fit: "
+                f"{error}; shorten the seeds, or lower --{role.removesuffix('s')}-tokens"
+            )
 
 
 class _Record:
@@ -345,97 +288,88 @@ class _Record:
 
     Args:
         folder: folder of the run.
+        tracker: writer of the counters after every batch.
     """
 
-    def __init__(self, folder: RunFolder) -> None:
-        self.writers = {name: RowWriter(folder.file(f"{name}.jsonl")) for name in ("instructions", "instances")}
-        self.rejected = RowWriter(folder.file("rejected.jsonl"))
-        self.rows: dict[str, list[dict[str, Any]]] = {name: [] for name in self.writers}
-        self.reasons: dict[str, Counter[str]] = {name: Counter() for name in self.writers}
+    def __init__(self, folder: RunFolder, tracker: Tracker) -> None:
+        self._tracker = tracker
+        self._writers = {name: RowWriter(folder.file(f"{name}.jsonl")) for name in (*KINDS, "rejected")}
+        self.rows: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+        self.reasons: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
+        self.batches = 0
 
-    def add(self, kind: str, rows: BatchResult) -> None:
-        """Writes and counts the rows of one batch; ``kind`` is ``instructions`` or ``instances``."""
-        for row in rows.accepted:
-            self.writers[kind].write(row)
-        for row in rows.rejected:
-            self.rejected.write(row)
-        self.rows[kind] += rows.accepted
-        self.reasons[kind].update(row["rejected_by"] for row in rows.rejected)
-
-    def counters(self) -> dict[str, int]:
-        """Returns the counters for a row of ``metrics.jsonl``."""
-        return {name: len(rows) for name, rows in self.rows.items()} | {
-            f"rejected/{kind}/{reason}": count
-            for kind, reasons in self.reasons.items()
-            for reason, count in sorted(reasons.items())
+    def add(self, kind: str, batch: BatchResult) -> None:
+        """Writes and counts the rows of one batch, of one of :data:`KINDS`."""
+        for name, rows in ((kind, batch.accepted), ("rejected", batch.rejected)):
+            for row in rows:
+                self._writers[name].write(row)
+        self.rows[kind] += batch.accepted
+        self.reasons[kind].update(row["rejected_by"] for row in batch.rejected)
+        self.batches += 1
+        counters = {name: len(rows) for name, rows in self.rows.items()} | {
+            f"rejected/{name}/{reason}": count
+            for name, reasons in self.reasons.items()
+            for reason, count in reasons.items()
         }
+        self._tracker.write(counters, {}, step=self.batches)
 
 
 def _bootstrap(
-    options: RefineAFBootstrap,
-    folder: RunFolder,
-    bootstrapper: Bootstrapper,
-    target: int,
-    journal: Journal,
-    console: Console,
+    options: RefineAFBootstrap, folder: RunFolder, bootstrapper: Bootstrapper, journal: Journal, console: Console
 ) -> dict[str, Any]:
     """Runs both stages as far as the time limit allows, and returns the results."""
-    begun, limit = time.monotonic(), TimeLimit(options.minutes, journal)
+    begun, limit = time.monotonic(), Deadline(options.minutes, journal)
     replies = len(journal)  # those of earlier starts, which are replayed
-    record = _Record(folder)
-    instructions = record.rows["instructions"]  # the list itself: it grows with every batch
-    batches = barren = done = 0
-    stopped = False
+    barren, status = 0, "stopped"
     with Tracker(folder, options.track, step_name="batches") as tracker:
-        # Stage 1: instructions, until the target is reached or ``patience`` batches in a row gave none.
-        with StepProgress("instructions", target, console) as progress:
-            while len(instructions) < target and barren < options.patience:
-                if stopped := limit.reached():
-                    break
-                rows = bootstrapper.instructions(batches, target)
-                record.add("instructions", rows)
-                batches, barren = batches + 1, 0 if rows.accepted else barren + 1
-                tracker.write(record.counters(), {}, step=batches)
-                progress.update(len(instructions), f"{sum(record.reasons['instructions'].values())} dropped")
-        # Stage 3: instances of the accepted instructions.
-        answered = len(instructions) if options.instances else 0
-        with StepProgress("instructions with instances", answered, console) as progress:
-            while not stopped and done < answered:
-                if stopped := limit.reached():
-                    break
-                chunk = instructions[done : done + CHUNK]
-                record.add("instances", bootstrapper.instances(chunk))
-                done, batches = done + len(chunk), batches + 1
-                tracker.write(record.counters(), {}, step=batches)
-                progress.update(done, f"{len(record.rows['instances'])} instances")
+        record = _Record(folder, tracker)
+        instructions, instances = (record.rows[kind] for kind in KINDS)  # the lists themselves: they grow
+        with suppress(OutOfTimeError):
+            # Stage 1: instructions, until the target is reached or ``patience`` batches in a row gave none.
+            with StepProgress("instructions", options.target, console) as progress:
+                while len(instructions) < options.target and barren < options.patience:
+                    limit.check()
+                    batch = bootstrapper.instructions(record.batches, options.target)
+                    record.add("instructions", batch)
+                    barren = 0 if batch.accepted else barren + 1
+                    progress.update(len(instructions), f"{record.reasons['instructions'].total()} dropped")
+            # Stage 3: instances of the accepted instructions.
+            answered = len(instructions) if options.instances else 0
+            with StepProgress("instructions with instances", answered, console) as progress:
+                for start in range(0, answered, CHUNK):
+                    limit.check()
+                    chunk = instructions[start : start + CHUNK]
+                    record.add("instances", bootstrapper.instances(chunk))
+                    progress.update(start + len(chunk), f"{len(instances)} instances")
+            status = "finished"
         results = folder.finish(
             metrics=_metrics(record),
             counts={
-                "target": target,
+                "target": options.target,
                 "instructions": len(instructions),
-                "instances": len(record.rows["instances"]),
+                "instances": len(instances),
                 "rejected_by": {kind: dict(reasons) for kind, reasons in record.reasons.items()},
-                "batches": batches,
+                "batches": record.batches,
                 "replayed_replies": replies,
                 "seconds": round(time.monotonic() - begun, 1),
             },
-            status="stopped" if stopped else "finished",
+            status=status,
         )
         tracker.summary(results["metrics"])
     console.print(_results_table(results, folder))
-    if stopped:
+    if status == "stopped":
         console.print("stopped at the time limit: the same command goes on")
-    elif len(instructions) < target:
+    elif len(instructions) < options.target:
         console.print(
-            f"{options.patience} batches in a row gave nothing new: {len(instructions)} of {target} instructions; "
-            "raise --temperature or --patience, or take another model, in another --run-dir"
+            f"{options.patience} batches in a row gave nothing new: {len(instructions)} of {options.target} "
+            "instructions; raise --temperature or --patience, or take another model, in another --run-dir"
         )
     return results
 
 
 def _metrics(record: _Record) -> dict[str, Any]:
     """Returns rates, diversity and lengths of the new tasks; None where there is nothing to average."""
-    tasks, instances = record.rows["instructions"], record.rows["instances"]
+    tasks, instances = (record.rows[kind] for kind in KINDS)
     texts = [task["instruction"] for task in tasks]
     # The acceptance rate counts single instructions, not replies that failed as a whole.
     seen = len(tasks) + sum(n for r, n in record.reasons["instructions"].items() if r not in NO_CANDIDATE)
@@ -451,10 +385,6 @@ def _metrics(record: _Record) -> dict[str, Any]:
         "with_instances": len(answered) / len(tasks) if instances else None,
         "with_input": sum(bool(row["input"]) for row in instances) / len(instances) if instances else None,
     }
-
-
-NO_CANDIDATE = frozenset({"backend_failed", "no_items", "cut"})
-"""Reasons for dropping a whole reply, not one instruction."""
 
 
 def _results_table(results: dict[str, Any], folder: RunFolder) -> Table:

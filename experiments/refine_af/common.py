@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import gymnasium as gym
-
 from ...envs.tasks.instruction.instance_prompts import OWN, instance_prompts, read_response
 from ...envs.tasks.instruction.pool import DEMONSTRATIONS, evaluation_split, load_tasks
 from ...envs.tokens.episode import PromptExample
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.tokenization import Tokenizer
 from ...rewards import Sample
-from ..runs.options import check_counts, input_errors, parse_reward
+from ..runs.options import Count, Positive, input_errors, named, parse_reward
+from ..runs.responses import check_prompts
 from ..runs.training import TrainingOptions, digest
 
 ENV_ID = "instructgym/GenerateInstance-v0"
@@ -37,11 +36,11 @@ class InstanceOptions(TrainingOptions):
     at most a quarter of all."""
     layout: Literal["plain", "chat"] = "plain"
     """How prompts are written. plain: after a few solved tasks; chat: as a request in the model's chat template."""
-    max_tokens: int = 96
+    max_tokens: Count = 96
     """Maximum tokens of an instance."""
-    context_length: int = 512
+    context_length: Count = 512
     """Maximum tokens of prompt and instance together."""
-    temperature: float = 0.7
+    temperature: Positive = 0.7
     """Temperature at which instances are sampled, in training and in generation."""
     reward: str = QUALITY
     """Reward of an instance: quality, or other rewards written as for 'evolve train'."""
@@ -53,11 +52,8 @@ class InstanceOptions(TrainingOptions):
 
     def check(self) -> None:
         super().check()
-        check_counts(self, "max_tokens", "context_length")
         if self.reward not in ("", QUALITY) and (self.format_penalty or self.reward_preset != PRESET):
             raise InputError(f"--reward-preset and --format-penalty are those of 'quality', not of {self.reward!r}")
-        if not self.temperature:
-            raise InputError("--temperature must be above 0")
 
     def prompts(self, split: str | None, tokenizer: Tokenizer) -> list[PromptExample]:
         """Returns the prompts of a split, without those of held-out tasks.
@@ -80,25 +76,20 @@ class InstanceOptions(TrainingOptions):
             examples = [example for example in examples if example.metadata["instruction"] not in hidden]
         if not examples:
             raise InputError(f"{self.instructions or 'the package'} has no instruction for this stage: add some")
-        # Making the env checks the lengths of all prompts.
-        gym.make_vec(
-            ENV_ID, num_envs=1, examples=examples, tokenizer=tokenizer, reward=well_formed, **self.env_options()
-        ).close()
+        check_prompts(ENV_ID, examples, tokenizer, reward=well_formed, **self.env_options())
         return examples
 
     def env_options(self) -> dict[str, Any]:
         """Returns the arguments of the environment, except examples, reward and tokenizer."""
-        return {"max_tokens": self.max_tokens, "context_length": self.context_length}
+        return named(self, "max_tokens", "context_length")
 
     def reward_part(self) -> Any:
         """Returns the reward in the form that ``resolve`` takes."""
         if self.reward != QUALITY:
             return parse_reward(self.reward)
         backend = {"id": "embedded", "kwargs": {"dtype": self.dtype}}
-        kwargs: dict[str, Any] = {"preset": self.reward_preset, "backend": backend}
-        if self.format_penalty:
-            kwargs["format_reward"] = -self.format_penalty
-        return {"id": QUALITY, "kwargs": kwargs}
+        penalty = {"format_reward": -self.format_penalty} if self.format_penalty else {}
+        return {"id": QUALITY, "kwargs": {"preset": self.reward_preset, "backend": backend} | penalty}
 
 
 def prompts_digest(examples: Sequence[PromptExample]) -> str:

@@ -6,7 +6,7 @@ Stage 3 of REFINE-AF (Roy et al., arXiv 2505.06548), with the policy of 'refine-
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,18 @@ from ...agents.policy.checkpoints import policy_from, read_state
 from ...agents.policy.language_model import SETTINGS, LanguageModelPolicy
 from ...envs.tasks.instruction.instance_prompts import read_response
 from ...envs.tasks.instruction.instances import clean
-from ...envs.tasks.instruction.pool import Task, evaluation_split, load_tasks
-from ...envs.tokens.episode import PromptExample
+from ...envs.tasks.instruction.pool import evaluation_split, load_tasks
 from ...llm_backends import request_seed, resolve
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import write_lines
-from ...rewards import Reward, Sample
 from ...rewards.quality.instance_format import Instance
 from ..evolve.generate import Format, in_format
 from ..runs.folder import read_json
-from ..runs.options import check_counts, check_output, input_errors
+from ..runs.options import Count, check_output, input_errors
 from ..runs.responses import respond
 from ..runs.statistics import distinct_n, known_mean
 from ..runs.training import Run, policy_folder, run_stage, tokenizer_of, weights_digest
+from ..teaching.evaluate import no_reward
 from .common import ENV_ID, STATEFUL_PRESET, InstanceOptions, prompts_digest
 
 CHUNK = 64
@@ -47,7 +46,7 @@ class RefineAFGenerate(InstanceOptions):
     model: str = ""
     """Untrained model that writes the instances: embedded (by default), or a local path or hub id. Not with --policy,
     which brings its own model."""
-    samples: int = 1
+    samples: Count = 1
     """Instances sampled per instruction. If two of them give different outputs for one input, all are dropped."""
     reward: str = ""
     """Reward that scores every instance: quality, or other rewards written as for 'evolve train'. Empty: no scores."""
@@ -62,7 +61,6 @@ class RefineAFGenerate(InstanceOptions):
 
     def check(self) -> None:
         super().check()
-        check_counts(self, "samples")
         if self.policy and self.model:
             raise InputError("--policy and --model exclude each other: a policy brings the model it was trained on")
         if self.reward and self.reward_preset == STATEFUL_PRESET:
@@ -98,13 +96,8 @@ def run(options: RefineAFGenerate, console: Console | None = None) -> dict[str, 
     if options.target.exists() and read_json(Path(options.run_dir) / "config.json") is None:
         raise InputError(f"{options.target} exists and was not written by this run: choose another --out")
     with input_errors():
-        reward = resolve("reward", options.reward_part() if options.reward else _zero_reward)
+        reward = resolve("reward", options.reward_part() if options.reward else no_reward)
     total = len(examples) * options.samples
-    if options.dry_run:
-        console.print(f"would write {total} instances of {len(examples)} instructions into {options.target}")
-        return {}
-    # A run is resumed only with the same prompts and, for a policy, the same weights.
-    weights: dict[str, Any] = {"weights": weights_digest(start)} if start is not None else {}
 
     def work(opened: Run) -> dict[str, Any]:
         if start is None:
@@ -114,34 +107,54 @@ def run(options: RefineAFGenerate, console: Console | None = None) -> dict[str, 
 
         def rows(first: int) -> list[dict[str, Any]]:
             # The samples of one instruction are consecutive rows.
-            numbers = range(first, min(first + CHUNK, total))
-            return _generate_chunk(options, policy, reward, [examples[i // options.samples] for i in numbers], first)
+            chunk = [examples[i // options.samples] for i in range(first, min(first + CHUNK, total))]
+            # A response depends on the run's seed and the number of its row.
+            seed = request_seed(options.seed, "instances", first)
+            responses = respond(
+                policy, ENV_ID, chunk, options.temperature, seed, reward=reward, **options.env_options()
+            )
+            return [
+                {
+                    "number": number,
+                    "id": example.id,
+                    **{name: example.metadata[name] for name in ("instruction", "order", "opening")},
+                    "text": response.text,
+                    "finish_reason": response.finish_reason,
+                    "reward": response.reward if options.reward and response.valid else None,
+                }
+                for number, (example, response) in enumerate(zip(chunk, responses, strict=True), start=first)
+            ]
 
         written = opened.rows(RESPONSES, total, CHUNK, rows, "instances")
         accepted, rejected = _split_responses(written, options.samples)
-        exported = [in_format(row, options.format) | _origin(row) for row in [*seeds, *accepted]]
+        exported = [
+            in_format(row, options.format)
+            | {"id": row["id"], "source": row.get("source", "generated"), "reward": row.get("reward")}
+            for row in [*seeds, *accepted]
+        ]
         write_lines(opened.folder.file("rejected.jsonl"), rejected)
         write_lines(options.target, exported)
-        results = opened.folder.finish(
-            _metrics(options, written, accepted, rejected),
-            {
-                "instructions": len(examples),
-                "responses": total,
-                "accepted": len(accepted),
-                "rejected": len(rejected),
-                "rejected_by": dict(Counter(row["rejected_by"] for row in rejected)),
-                "seed_instances": len(seeds),
-                "rows": len(exported),
-                "seconds": opened.seconds,
-            },
-        )
-        opened.tracker.summary(results["metrics"])
         opened.tracker.table("instances", exported[:50])
-        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(results["counts"]["rejected_by"].items())) or "none"
-        console.print(f"{options.target}: {len(accepted)} of {total} instances kept; dropped: {reasons}")
-        return results
+        reasons = Counter(row["rejected_by"] for row in rejected)
+        dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(reasons.items())) or "none"
+        console.print(f"{options.target}: {len(accepted)} of {total} instances kept; dropped: {dropped}")
+        counts = {
+            "instructions": len(examples),
+            "responses": total,
+            "accepted": len(accepted),
+            "rejected": len(rejected),
+            "rejected_by": dict(reasons),
+            "seed_instances": len(seeds),
+            "rows": len(exported),
+        }
+        return opened.finish(_metrics(options, written, accepted, reasons), counts)
 
-    return run_stage(options, "refine-af generate", console, work, False, prompts=prompts_digest(examples), **weights)
+    # A run is resumed only with the same prompts and, for a policy, the same weights.
+    identity: dict[str, Any] = {"prompts": prompts_digest(examples)}
+    if start is not None:
+        identity["weights"] = weights_digest(start)
+    plan = f"write {total} instances of {len(examples)} instructions into {options.target}"
+    return run_stage(options, "refine-af generate", console, work, distributed=False, plan=plan, **identity)
 
 
 def _check_training(options: RefineAFGenerate) -> None:
@@ -154,42 +167,6 @@ def _check_training(options: RefineAFGenerate) -> None:
         if value != trained:
             option = f"--{name.replace('_', '-')}"
             raise InputError(f"{options.policy} was trained with {option} {trained}, not {value}: give it here too")
-
-
-def _zero_reward(samples: Sequence[Sample]) -> list[float]:
-    """Gives every sample reward 0, for an env that must have a reward when no scores are wanted."""
-    return [0.0] * len(samples)
-
-
-def _generate_chunk(
-    options: RefineAFGenerate,
-    policy: LanguageModelPolicy,
-    reward: Reward,
-    examples: Sequence[PromptExample],
-    first: int,
-) -> list[dict[str, Any]]:
-    """Returns a row with one response per example, which depends on the run's seed and the row's number.
-
-    Args:
-        options: options of the run.
-        policy: policy that writes the responses.
-        reward: reward that scores them.
-        examples: prompts of the chunk.
-        first: number of the chunk's first row.
-    """
-    seed = request_seed(options.seed, "instances", first)
-    responses = respond(policy, ENV_ID, examples, options.temperature, seed, reward=reward, **options.env_options())
-    return [
-        {
-            "number": first + i,
-            "id": example.id,
-            **{name: example.metadata[name] for name in ("instruction", "order", "opening")},
-            "text": response.text,
-            "finish_reason": response.finish_reason,
-            "reward": response.reward if options.reward and response.valid else None,
-        }
-        for i, (example, response) in enumerate(zip(examples, responses, strict=True))
-    ]
 
 
 def _split_responses(
@@ -232,34 +209,27 @@ def _seed_rows(options: RefineAFGenerate) -> list[dict[str, Any]]:
     """
     if not options.seeds:
         return []
-    tasks = load_tasks(options.seeds)
     with input_errors():
-        shown, _ = evaluation_split(tasks, options.held_out)
-    rows = [row for task in shown for row in _instances(task)]
+        shown, _ = evaluation_split(load_tasks(options.seeds), options.held_out)
+    rows = [
+        {"id": task.id, "instruction": task.instruction, "source": "seed"} | asdict(instance)
+        for task in shown
+        for instance in task.instances
+    ]
     if not rows:
         raise InputError(f"--seeds {options.seeds} has no instances: give tasks with 'instances', or leave it out")
     return rows
-
-
-def _instances(task: Task) -> Iterator[dict[str, Any]]:
-    for instance in task.instances:
-        yield {"id": task.id, "instruction": task.instruction, "source": "seed"} | asdict(instance)
-
-
-def _origin(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields that hold the origin of a row and its reward."""
-    return {"id": row["id"], "source": row.get("source", "generated"), "reward": row.get("reward")}
 
 
 def _metrics(
     options: RefineAFGenerate,
     responses: Sequence[Mapping[str, Any]],
     accepted: Sequence[Mapping[str, Any]],
-    rejected: Sequence[Mapping[str, Any]],
+    reasons: Counter[str],
 ) -> dict[str, float | None]:
     """Returns rates and means over the responses; None where there is nothing to average."""
     # A contradiction or a duplicate has the format of an instance.
-    malformed = sum(row["rejected_by"] not in ("contradiction", "duplicate") for row in rejected)
+    malformed = reasons.total() - reasons["contradiction"] - reasons["duplicate"]
     outputs = [row["output"] for row in accepted]
     return {
         "acceptance_rate": len(accepted) / len(responses),

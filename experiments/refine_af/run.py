@@ -19,10 +19,10 @@ from rich.console import Console
 
 from ...llm_backends.errors import InputError
 from ...rewards.quality.linear import PRESETS
-from ..runs.folder import read_json
-from ..runs.options import check_counts
-from ..runs.training import in_time
-from ..teaching.run import TeachingOptions, evaluate_arms, finetune_arms, teach, write_report
+from ..runs.options import Count, named
+from ..runs.study import Results, StudyStage, run_study
+from ..teaching.report import stage_results
+from ..teaching.run import EVALUATION, FINETUNING, REPORT, TeachingOptions
 from .bootstrap import RefineAFBootstrap
 from .bootstrap import run as bootstrap
 from .generate import RefineAFGenerate
@@ -32,25 +32,30 @@ from .train import run as train
 
 SELF_INSTRUCT, REFINE_AF = "self-instruct", "refine-af"
 """The arms: instances by the untrained model, and by the model trained on feedback."""
-TARGET = {"smoke": 12, "report": 300}
-"""New instructions to accept, by ``--scale``."""
-REQUESTS = {"smoke": (4, 128), "report": (16, 200)}
-"""Requests for instructions that are sent together, and maximum tokens of each reply, by ``--scale``."""
-UPDATES = {"smoke": (2, 8), "report": (20, 48)}
-"""Updates of the training on feedback, and instances per update, by ``--scale``."""
+SIZES: dict[str, dict[str, Any]] = {
+    "smoke": {
+        "bootstrap": {"target": 12, "batch": 4, "instruction_tokens": 128},
+        "train": {"updates": 2, "batch_size": 8},
+        "max_tokens": 48,
+    },
+    "report": {
+        "bootstrap": {"target": 300, "batch": 16, "instruction_tokens": 200},
+        "train": {"updates": 20, "batch_size": 48},
+        "max_tokens": 64,
+    },
+}
+"""By ``--scale``: options of bootstrapping and of the training on feedback, and maximum tokens of an instance."""
 SAMPLES = 2
 """Instances sampled per instruction."""
 LEARNING_RATE = 5e-4
 """Learning rate of the training on feedback, which makes few updates."""
-INSTANCE_TOKENS = {"smoke": 48, "report": 64}
-"""Maximum tokens of an instance, by ``--scale``."""
 
 
 @dataclass
 class RefineAFStageOptions(TeachingOptions):
     """Options of the stages that follow the generation of the data."""
 
-    name: ClassVar[str] = "refine-af run"
+    command: ClassVar[str] = "refine-af run"
 
     @property
     def data(self) -> dict[str, Path]:
@@ -61,43 +66,43 @@ class RefineAFStageOptions(TeachingOptions):
         return f"REFINE-AF against Self-Instruct, {self.model}"
 
     def costs(self) -> dict[str, dict[str, float]]:
-        _counts(self.root / "bootstrap")
+        counts = {
+            stage: stage_results(self.root, stage)["counts"]
+            for stage in ("bootstrap", "train", SELF_INSTRUCT, REFINE_AF)
+        }
         # The journal holds one line per reply; both arms use the instructions.
         with (self.root / "bootstrap" / "journal.jsonl").open("rb") as replies:
             calls = sum(1 for _ in replies)
-        trained = _counts(self.root / "train")["episodes"]
         return {
             arm: {
                 "for instructions": float(calls),
-                "training episodes": float(trained if arm == REFINE_AF else 0),
-                "instances drawn": float(_counts(path.parent)["responses"]),
-                "rows made": float(_counts(path.parent)["rows"]),
+                "training episodes": float(counts["train"]["episodes"] if arm == REFINE_AF else 0),
+                "instances drawn": float(counts[arm]["responses"]),
+                "rows made": float(counts[arm]["rows"]),
             }
-            for arm, path in self.data.items()
+            for arm in self.data
         }
-
-
-def _counts(folder: Path) -> dict[str, Any]:
-    """Returns the counts of a finished stage; raises an InputError if it has not finished."""
-    results = read_json(folder / "results.json") or {}
-    if results.get("status") != "finished":
-        raise InputError(f"the stage in {folder} is not finished: repeat 'refine-af run'")
-    return results["counts"]
 
 
 @dataclass
 class RefineAFFinetune(RefineAFStageOptions):
     """Fine-tune the model on both data sets of 'refine-af run', at equal size."""
 
+    only = FINETUNING
+
 
 @dataclass
 class RefineAFEvaluate(RefineAFStageOptions):
     """Evaluate and attack the models that 'refine-af finetune' left."""
 
+    only = EVALUATION
+
 
 @dataclass
 class RefineAFReport(RefineAFStageOptions):
     """Gather the stages of 'refine-af run' into tables and a figure."""
+
+    only = REPORT
 
 
 @dataclass
@@ -108,7 +113,7 @@ class RefineAFRun(RefineAFStageOptions):
     """New instructions to accept. 0: by --scale, 12 or 300."""
     updates: int = 0
     """Updates of the training on feedback. 0: by --scale, 2 or 20."""
-    samples: int = SAMPLES
+    samples: Count = SAMPLES
     """Instances sampled per instruction."""
     reward_preset: str = "no_und"
     """Name of the weights of the quality reward. no_und: the rule of Instruction Mining without its negative weight of
@@ -116,111 +121,66 @@ class RefineAFRun(RefineAFStageOptions):
 
     def check(self) -> None:
         super().check()
-        check_counts(self, "samples")
         if self.reward_preset not in PRESETS:
             raise InputError(f"--reward-preset must be one of {', '.join(sorted(PRESETS))}, got {self.reward_preset!r}")
-        for name in ("target", "updates"):
-            if getattr(self, name):
-                check_counts(self, name)
+        if self.dry_run:  # otherwise the first stage finds what is wrong with seeds and model
+            first, *_ = self.stages()
+            options = replace(first.options, run_dir=str(self.root / first.name), dry_run=True)
+            bootstrap(options, Console(quiet=True))
+
+    def stages(self) -> list[StudyStage]:
+        sizes = SIZES[self.scale]
+        # --model names a model, bootstrapping needs the backend that runs it.
+        embedded = self.model == "embedded"
+        kwargs = ({} if embedded else {"model": self.model}) | {"dtype": self.dtype}
+        bootstrapping = RefineAFBootstrap(
+            **named(self, "scale", "seeds", "held_out", "seed"),
+            **sizes["bootstrap"] | ({"target": self.target} if self.target else {}),
+            backend=json.dumps({"id": "embedded" if embedded else "transformers", "kwargs": kwargs}),
+            keep_cut=True,
+            instances=False,
+        )
+        # Training and generation share max_tokens: 'refine-af generate' refuses a policy that was trained with another.
+        shared: dict[str, Any] = named(self, "dtype", "seed") | {
+            "instructions": str(self.root / "bootstrap" / "instructions.jsonl"),
+            "max_tokens": sizes["max_tokens"],
+        }
+        training = RefineAFTrain(
+            **shared | named(self, "scale", "model", "reward_preset"),
+            **sizes["train"] | ({"updates": self.updates} if self.updates else {}),
+            epochs=1,
+            learning_rate=LEARNING_RATE,
+        )
+        untrained = RefineAFGenerate(**shared, samples=self.samples, model=self.model)
+        trained = RefineAFGenerate(**shared, samples=self.samples, policy=str(self.root / "train"))
+        return [
+            StudyStage("bootstrap", bootstrap, bootstrapping),
+            StudyStage("train", train, training),
+            StudyStage(SELF_INSTRUCT, generate, untrained),
+            StudyStage(REFINE_AF, generate, trained),
+            *super().stages(),
+        ]
 
 
-def run(options: RefineAFRun, console: Console | None = None) -> dict[str, Any]:
+def run(options: RefineAFRun, console: Console | None = None) -> Results:
     """Runs the stages that are not finished and returns the figures of the report.
 
     Raises:
         InputError: for bad input.
     """
-    return in_time(_run)(options, console or Console())
+    return run_study(options, console or Console())
 
 
-def _run(options: RefineAFRun, console: Console) -> dict[str, Any]:
-    options.check()
-    bootstrapping, training, generations = stages(options)
-    training.check()
-    if options.dry_run:
-        # The later stages need the file of instructions, which does not exist yet.
-        bootstrap(replace(bootstrapping, dry_run=True), console)
-        console.print(f"then training, two data sets, fine-tuning and evaluation, in {options.root}")
-        return {}
-    with options.opened():
-        options.deadline.run(bootstrap, bootstrapping, console)
-        options.deadline.run(train, training, console)
-        for generation in generations:
-            options.deadline.run(generate, generation, console)
-    return teach(options, console)
-
-
-def stages(options: RefineAFRun) -> tuple[RefineAFBootstrap, RefineAFTrain, list[RefineAFGenerate]]:
-    """Returns the options of the stages that generate the data: bootstrapping, training, and generation by arm."""
-    root, scale = options.root, options.scale
-    instructions = str(root / "bootstrap" / "instructions.jsonl")
-    updates, batch = UPDATES[scale]
-    requests, tokens = REQUESTS[scale]
-    # --model names a model, bootstrapping needs the backend that runs it.
-    kind = "embedded" if options.model == "embedded" else "transformers"
-    model = {} if options.model == "embedded" else {"model": options.model}
-    # Training and generation share max_tokens: 'refine-af generate' refuses a policy that was trained with another.
-    shared: dict[str, Any] = {
-        "instructions": instructions,
-        "dtype": options.dtype,
-        "seed": options.seed,
-        "track": options.track,
-        "max_tokens": INSTANCE_TOKENS[scale],
-    }
-    writer = {"id": kind, "kwargs": model | {"dtype": options.dtype}}
-    return (
-        RefineAFBootstrap(
-            run_dir=str(root / "bootstrap"),
-            scale=scale,
-            backend=json.dumps(writer),
-            seeds=options.seeds,
-            held_out=options.held_out,
-            target=options.target or TARGET[scale],
-            batch=requests,
-            instruction_tokens=tokens,
-            keep_cut=True,
-            instances=False,
-            seed=options.seed,
-            track=options.track,
-        ),
-        RefineAFTrain(
-            run_dir=str(root / "train"),
-            scale=scale,
-            model=options.model,
-            updates=options.updates or updates,
-            batch_size=batch,
-            epochs=1,
-            learning_rate=LEARNING_RATE,
-            reward_preset=options.reward_preset,
-            **shared,
-        ),
-        [
-            RefineAFGenerate(
-                run_dir=str(root / SELF_INSTRUCT),
-                model=options.model,
-                samples=options.samples,
-                **shared,
-            ),
-            RefineAFGenerate(
-                run_dir=str(root / REFINE_AF),
-                policy=str(root / "train"),
-                samples=options.samples,
-                **shared,
-            ),
-        ],
-    )
-
-
-def finetune(options: RefineAFFinetune, console: Console) -> Any:
+def finetune(options: RefineAFFinetune, console: Console) -> Results:
     """Fine-tunes the model on both data sets of a run."""
-    return in_time(finetune_arms)(options, console)
+    return run_study(options, console)
 
 
-def evaluate(options: RefineAFEvaluate, console: Console) -> Any:
+def evaluate(options: RefineAFEvaluate, console: Console) -> Results:
     """Evaluates and attacks the models of a run."""
-    return in_time(evaluate_arms)(options, console)
+    return run_study(options, console)
 
 
-def report(options: RefineAFReport, console: Console) -> dict[str, Any]:
+def report(options: RefineAFReport, console: Console) -> Results:
     """Gathers the stages of a run into tables and a figure."""
-    return write_report(options, console)
+    return run_study(options, console)

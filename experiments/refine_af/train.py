@@ -11,20 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import gymnasium as gym
 from rich.console import Console
 
-from ...agents.policy.language_model import LanguageModelPolicy
-from ...agents.policy_gradient.ppo import TokenPPO
 from ...llm_backends import resolve
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
-from ...llm_backends.training.adapters import LoraSettings
 from ...rewards import FunctionReward, WeightedSum
-from ..runs.options import Scale, check_counts, input_errors, parse_reward
+from ..runs.options import Count, Scale, input_errors, parse_reward
 from ..runs.report import plot_instance_training
 from ..runs.statistics import known_mean
-from ..runs.training import Run, run_stage, tokenizer_of
+from ..runs.training import Run, new_policy, ppo_agent, run_stage, tokenizer_of
 from .common import ENV_ID, QUALITY, InstanceOptions, prompts_digest, well_formed
 
 SIZES = {"smoke": (4, 16), "report": (80, 48)}
@@ -50,19 +46,18 @@ class RefineAFTrain(InstanceOptions):
     """Number of updates. 0: by --scale, 4 or 80."""
     batch_size: int = 0
     """Instances per update. 0: by --scale, 16 or 48."""
-    epochs: int = 2
+    epochs: Count = 2
     """Passes over the instances of an update."""
     learning_rate: float = 3e-4
     """Peak learning rate (cosine schedule, 10% warm-up)."""
     kl_coefficient: float = 0.01
     """Weight of the KL penalty to the base model. With the default, a KL of a few nats costs about as much as the
     quality reward gives, which is of the order of 0.1."""
-    lora_rank: int = 16
+    lora_rank: Count = 16
     """Rank of the LoRA adapters."""
 
     def check(self) -> None:
         super().check()
-        check_counts(self, "epochs", "lora_rank")
         # The quality reward and the format rate are terms of the reward already.
         for name in self.logged:
             if name in (QUALITY, FORMAT) or not re.fullmatch(r"[\w.:-]+", name):
@@ -98,56 +93,21 @@ def run(options: RefineAFTrain, console: Console | None = None) -> dict[str, Any
     examples = options.prompts("train", tokenizer_of(options.model))
     with input_errors():
         reward = options.rewards()
-    if options.dry_run:
-        console.print(f"would train {updates} updates of {batch} on {len(examples)} instructions, in {options.run_dir}")
-        return {}
 
     def work(opened: Run) -> dict[str, Any]:
-        policy = LanguageModelPolicy(
-            options.model,
-            LoraSettings(rank=options.lora_rank),
-            temperature=options.temperature,
-            dtype=options.dtype,
-            seed=options.seed,
-        )
-        # One sub-environment per instance of an update.
-        env = gym.make_vec(
-            ENV_ID,
-            num_envs=batch,
-            examples=examples,
-            tokenizer=policy.tokenizer,
-            reward=reward,
-            **options.env_options(),
-        )
-        agent = TokenPPO(
-            env,
-            policy,
-            options.seed,
-            learning_rate=options.learning_rate,
-            schedule="cosine",
-            warmup=0.1,
-            epochs=options.epochs,
-            kl_coefficient=options.kl_coefficient,
-            token_budget=options.token_budget,
-        )
+        policy = new_policy(options, temperature=options.temperature)
+        agent = ppo_agent(options, policy, ENV_ID, batch, examples, reward)
         opened.learn(agent, updates, "ppo on instances")
-        # Out of time, or a helper process of a distributed training: only the main process saves the policy.
-        policy.save(opened.folder.file("policy", "policy.json").parent)
-        return _finish(opened, agent, console)
+        opened.save_policy(policy)
+        rows = read_records(opened.folder.path / "metrics.jsonl")
+        opened.tracker.image("training", plot_instance_training(rows, opened.folder.file("figures", "training.png")))
+        metrics = learned(rows)
+        opened.show(metrics)
+        counts = {"updates": agent.updates, "tokens": agent.num_timesteps, "episodes": agent.episodes}
+        return opened.finish(metrics, counts)
 
-    return run_stage(options, "refine-af train", console, work, prompts=prompts_digest(examples))
-
-
-def _finish(opened: Run, agent: TokenPPO, console: Console) -> dict[str, Any]:
-    """Draws the figure, writes and prints the results, and returns them."""
-    rows = read_records(opened.folder.path / "metrics.jsonl")
-    opened.tracker.image("training", plot_instance_training(rows, opened.folder.file("figures", "training.png")))
-    counts = {"updates": agent.updates, "tokens": agent.num_timesteps, "episodes": agent.episodes}
-    results = opened.folder.finish(learned(rows), counts | {"seconds": opened.seconds})
-    opened.tracker.summary(results["metrics"])
-    shown = (f"{name} {value:.3f}" for name, value in results["metrics"].items() if value is not None)
-    console.print("  ".join(shown), highlight=False)
-    return results
+    plan = f"train {updates} updates of {batch} on {len(examples)} instructions"
+    return run_stage(options, "refine-af train", console, work, plan=plan, prompts=prompts_digest(examples))
 
 
 def learned(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
@@ -160,10 +120,11 @@ def learned(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
         Means by ``reward``, ``format_rate`` or ``kl`` with ``_first`` or ``_last``; None where no row has a value.
     """
     keys = {"reward": "rollout/reward", "format_rate": f"rollout/terms/{FORMAT}", "kl": "train/kl"}
-    means: dict[str, float | None] = {}
     # At most half of the updates, so that first and last updates do not overlap.
     count = min(ENDS, len(rows) // 2)
-    for name, key in keys.items():
-        for end, part in (("first", rows[:count]), ("last", rows[len(rows) - count :])):
-            means[f"{name}_{end}"] = known_mean(row.get(key) for row in part)
-    return means
+    ends = {"first": rows[:count], "last": rows[len(rows) - count :]}
+    return {
+        f"{name}_{end}": known_mean(row.get(key) for row in part)
+        for name, key in keys.items()
+        for end, part in ends.items()
+    }

@@ -1,4 +1,4 @@
-"""Run folders: a command's options, the rows and replies that it writes, its spending, its time limit and its results.
+"""Run folders: a command's options, the rows and replies that it writes, its spending and its results.
 
 :class:`RunFolder` is the folder. :class:`RowWriter` and :func:`replayed` let a killed run be repeated from its journal
 of model replies; :class:`Tracker` writes metrics. Training with checkpoints is in
@@ -12,9 +12,8 @@ import json
 import math
 import os
 import platform
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -245,18 +244,9 @@ def chunked_rows(
 def _without_budget(option: Any) -> Any:
     """Returns an option's value; of a part in JSON form without its budget, which may be raised to resume a run."""
     if isinstance(option, str) and option.lstrip().startswith("{"):
-        try:
-            return _drop_budgets(json.loads(option))
-        except ValueError:
-            pass
+        with suppress(ValueError):
+            return json.loads(option, object_hook=lambda part: {k: v for k, v in part.items() if k != "budget"})
     return option
-
-
-def _drop_budgets(value: Any) -> Any:
-    """Returns a JSON value without the keys ``budget`` at any depth."""
-    if isinstance(value, dict):
-        return {key: _drop_budgets(inner) for key, inner in value.items() if key != "budget"}
-    return [_drop_budgets(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _almost_equal(row: Any, stored: Any) -> bool:
@@ -265,10 +255,8 @@ def _almost_equal(row: Any, stored: Any) -> bool:
         return row.keys() == stored.keys() and all(_almost_equal(row[key], stored[key]) for key in row)
     if isinstance(row, list) and isinstance(stored, list):
         return len(row) == len(stored) and all(map(_almost_equal, row, stored))
-    if isinstance(row, float) or isinstance(stored, float):
-        return (
-            isinstance(row, int | float) and isinstance(stored, int | float) and math.isclose(row, stored, abs_tol=1e-4)
-        )
+    if {type(row), type(stored)} in ({float}, {int, float}):
+        return math.isclose(row, stored, abs_tol=1e-4)
     return bool(row == stored)
 
 
@@ -306,7 +294,7 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-Roles = TypeVar("Roles")
+Roles = TypeVar("Roles", bound=Mapping[str, Backend])
 
 
 @contextmanager
@@ -317,8 +305,7 @@ def replayed(
 
     Args:
         folder: the run folder.
-        build: returns the run's backends by role, which store their replies in the journal: a mapping, or an object
-            with the backends as attributes.
+        build: returns the run's backends by role, which store their replies in the journal.
         console: console on which to print that a run is resumed.
         name: path to print for the resumed run; None: the run folder.
 
@@ -335,7 +322,7 @@ def replayed(
                 f"resuming {name or folder.path}: {len(journal)} stored replies are replayed, none is paid for again"
             )
         roles = build(journal)
-        with accounted(roles if isinstance(roles, Mapping) else vars(roles), folder.path):
+        with accounted(roles, folder.path):
             yield journal, roles
 
 
@@ -390,36 +377,6 @@ def accounted(backends: Mapping[str, Backend], folder: Path) -> Iterator[None]:
             usage["requests"] -= usage.pop("cache_hits")
             totals[name] = {key: before.get(key, 0) + value for key, value in usage.items()}
         write_json(folder / "usage.json", totals)
-
-
-class TimeLimit:
-    """A limit on a run's time that does not count the replay of stored replies.
-
-    Args:
-        minutes: the limit in minutes; 0: no limit.
-        journal: journal of the run, before its first request.
-    """
-
-    def __init__(self, minutes: float, journal: Journal) -> None:
-        self.minutes, self.journal, self.replies = minutes, journal, len(journal)
-        self._last_check: float | None = None
-        """Time of the last call of :meth:`reached`."""
-        self._counting_since: float | None = None
-        """Time from which the limit counts; None while all replies come from the journal."""
-
-    def reached(self) -> bool:
-        """Returns whether the run is to stop; to be called before every piece of work.
-
-        Time counts from the start of the first piece of work that added a reply to the journal.
-        """
-        if self._counting_since is None and len(self.journal) > self.replies:
-            self._counting_since = self._last_check
-        self._last_check = time.monotonic()
-        return (
-            bool(self.minutes)
-            and self._counting_since is not None
-            and self._last_check - self._counting_since >= 60 * self.minutes
-        )
 
 
 TRACKERS = ("none", "wandb")
@@ -496,7 +453,7 @@ def check_tracker(track: str) -> None:
 
 
 def _start_wandb(folder: RunFolder) -> Any:
-    """Starts a wandb run, offline without an API key.
+    """Starts the wandb run of a folder, offline without an API key, unless the environment sets another mode.
 
     Raises:
         InputError: if wandb is not installed or refuses the run.
@@ -507,23 +464,18 @@ def _start_wandb(folder: RunFolder) -> Any:
         raise InputError("--track wandb needs wandb: pip install wandb") from error
     has_key = bool(os.environ.get("WANDB_API_KEY")) or (Path.home() / ".netrc").exists()
     try:
-        return _init_wandb(wandb, folder, "online" if has_key else "offline")
+        return wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "instructgym"),
+            name=folder.path.name,
+            # The id depends on the path alone, so a resumed run continues its wandb run.
+            id=hashlib.sha1(str(folder.path.resolve()).encode()).hexdigest()[:16],
+            resume="allow",
+            dir=str(folder.path),
+            config=folder.config,
+            mode=os.environ.get("WANDB_MODE") or ("online" if has_key else "offline"),  # type: ignore[arg-type]
+        )
     except wandb.errors.Error as error:
         raise InputError(f"wandb refused the run: {error}") from error
-
-
-def _init_wandb(wandb: Any, folder: RunFolder, mode: str) -> Any:
-    """Starts the wandb run of a folder, with ``mode`` unless the environment sets another."""
-    return wandb.init(
-        project=os.environ.get("WANDB_PROJECT", "instructgym"),
-        name=folder.path.name,
-        # The id depends on the path alone, so a resumed run continues its wandb run.
-        id=hashlib.sha1(str(folder.path.resolve()).encode()).hexdigest()[:16],
-        resume="allow",
-        dir=str(folder.path),
-        config=folder.config,
-        mode=os.environ.get("WANDB_MODE") or mode,
-    )
 
 
 def _number(value: Any) -> Any:

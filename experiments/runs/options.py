@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import operator
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Lt
 
 from ...llm_backends import Backend, UnsupportedRequestError, resolve
-from ...llm_backends.errors import InputError
+from ...llm_backends.errors import InputError, requirement
 from .folder import check_tracker
 
 Scale = Literal["smoke", "report"]
@@ -25,39 +24,36 @@ Count = Annotated[int, Ge(1)]
 Positive = Annotated[float, Gt(0)]
 Seed = Annotated[int, Lt(2**32)]  # NumPy's global generator takes 32 bits
 
-BOUNDS = (
-    (Ge, "ge", operator.ge, "at least"),
-    (Gt, "gt", operator.gt, "above"),
-    (Le, "le", operator.le, "at most"),
-    (Lt, "lt", operator.lt, "below"),
-)
+
+@dataclass(frozen=True)
+class Required:
+    """Marks an option that may not be empty, as ``Annotated[str, Required("the run folder of a policy")]``."""
+
+    what: str
+    """What the option is to name."""
 
 
 def check_fields(options: Any) -> None:
     """Checks the fields of a dataclass against their types, which are the ranges of options.
 
     A ``Literal`` has to be one of its values; the command line ensures it, Python does not. A number has to be finite,
-    not negative, and within the bounds of an ``Annotated`` type (those of annotated-types).
+    not negative, and within the bounds of an ``Annotated`` type (those of annotated-types). An option with
+    :class:`Required` must have a value.
 
     Raises:
         InputError: if a value is out of range; the message names the option.
     """
     hints = get_type_hints(type(options), include_extras=True)
     for field in fields(options):
-        value, hint = getattr(options, field.name), hints[field.name]
-        wanted = ""
-        if get_origin(hint) is Literal and value not in get_args(hint):
-            *most, last = (str(choice) or "empty" for choice in get_args(hint))
-            wanted = f"be {', '.join(most)} or {last}"
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            for metadata in getattr(hint, "__metadata__", ()):
-                for kind, name, holds, words in BOUNDS:
-                    if isinstance(metadata, kind) and not holds(value, getattr(metadata, name)):
-                        wanted = f"be {words} {getattr(metadata, name)}"
-            if not wanted and not 0 <= value < math.inf:
-                wanted = "not be negative" if value < 0 else "be finite"
+        value, hint, option = getattr(options, field.name), hints[field.name], f"--{field.name.replace('_', '-')}"
+        for metadata in getattr(hint, "__metadata__", ()):
+            if isinstance(metadata, Required) and not value:
+                raise InputError(f"{option} is missing: name {metadata.what}")
+        wanted = f"be {missed}" if (missed := requirement(hint, value)) else ""
+        if not wanted and isinstance(value, int | float) and not 0 <= value < math.inf:
+            wanted = "not be negative" if value < 0 else "be finite"
         if wanted:
-            raise InputError(f"--{field.name.replace('_', '-')} must {wanted}, got {value!r}")
+            raise InputError(f"{option} must {wanted}, got {value!r}")
 
 
 @dataclass
@@ -105,17 +101,6 @@ class BackendOptions(RunOptions):
 def named(options: Any, *names: str) -> dict[str, Any]:
     """Returns the named options with their values, to pass them on to a stage that has options of the same names."""
     return {name: getattr(options, name) for name in names}
-
-
-def check_counts(options: Any, *names: str) -> None:
-    """Checks that the named options are at least 1.
-
-    Raises:
-        InputError: if one is not; the message names it.
-    """
-    for name in names:
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
 
 
 def parse_reward(text: str) -> Any:

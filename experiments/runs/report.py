@@ -92,6 +92,28 @@ def write_report(
     console.print(f"wrote {' and '.join(str(out / name) for name in ('report.md', *plots))}")
 
 
+def table_rows(
+    title: str, rows: Mapping[str, Mapping[str, Any]], columns: Sequence[tuple[str, str, str]]
+) -> list[list[str]]:
+    """Returns the cells of a table of named rows: a header, then the name and the values of each row.
+
+    Args:
+        title: title of the column of names.
+        rows: values by key, by name of the row; the cell of a value that is missing or None is empty.
+        columns: title, key and format of each further column, such as ``("tokens", "tokens", ".1f")``.
+    """
+    header = [title, *(column for column, _, _ in columns)]
+    return [header] + [
+        [name, *("" if (value := row.get(key)) is None else f"{value:{form}}" for _, key, form in columns)]
+        for name, row in rows.items()
+    ]
+
+
+def with_ends(figures: Mapping[str, float], name: str) -> tuple[float, float, float]:
+    """Returns a figure and the ends of its interval, which are called ``NAME_low`` and ``NAME_high``."""
+    return figures[name], figures[f"{name}_low"], figures[f"{name}_high"]
+
+
 def percent(value: float, low: float, high: float, form: str = ".1f") -> str:
     """Returns a share and its interval in percent, such as ``41.5 (38.0 to 45.1)``."""
     return f"{100 * value:{form}} ({100 * low:{form}} to {100 * high:{form}})"

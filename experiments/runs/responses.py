@@ -1,4 +1,7 @@
-"""Evaluation rollouts of a policy: one response per example, generated and scored through the environment."""
+"""Evaluation rollouts of a policy: one response per example, generated and scored through the environment.
+
+:func:`check_prompts` checks the examples before a model is loaded.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import numpy as np
 
 from ...agents.policy.language_model import LanguageModelPolicy
 from ...envs.tokens.episode import PromptExample
-from ...llm_backends import Sampling, request_seed
+from ...llm_backends import Sampling, Tokenizer, request_seed
 
 COPIES = 64
 """Largest number of sub-environments, and so of responses that are generated at once."""
@@ -33,6 +36,22 @@ class Response:
     """The env's reward, summed over the tokens."""
     valid: bool
     """False if the env got no valid score and imputed the reward."""
+
+
+def check_prompts(env_id: str, examples: Sequence[PromptExample], tokenizer: Tokenizer, **env_options: Any) -> None:
+    """Checks that every prompt leaves room for a response within the context length of an environment.
+
+    Args:
+        env_id: id of a token environment that takes ``examples`` and ``tokenizer``.
+        examples: the prompts.
+        tokenizer: tokenizer of the policy's model.
+        **env_options: further arguments of the environment.
+
+    Raises:
+        InputError: if a prompt does not; the message names it.
+    """
+    # The environment checks the lengths when it is built.
+    gym.make_vec(env_id, num_envs=1, examples=list(examples), tokenizer=tokenizer, **env_options).close()
 
 
 def respond(
@@ -61,6 +80,7 @@ def respond(
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
     responses: dict[int, Response] = {}
     generation = env.generation
+    sampling = Sampling(generation.max_tokens, temperature, stop=generation.stop)
     for start in range(0, len(order), copies):
         chunk = order[start : start + copies]
         mask = np.arange(copies) < len(chunk)
@@ -68,15 +88,7 @@ def respond(
         index = np.array([chunk[min(i, len(chunk) - 1)] for i in range(copies)])
         env.reset(seed=request_seed(seed, "env") if not start else None, options={"index": index})
         prompts, constraints = env.prompts(), env.constraints()
-        samplings = [
-            Sampling(
-                max_tokens=generation.max_tokens,
-                temperature=temperature,
-                stop=generation.stop,
-                seed=request_seed(seed, "evaluate", i),
-            )
-            for i in chunk
-        ]
+        samplings = [sampling.with_seed(request_seed(seed, "evaluate", i)) for i in chunk]
         completions = policy.generate(prompts[: len(chunk)], samplings, constraints[: len(chunk)], generation.eos_ids)
         written = [np.array(c[0].token_ids, np.int32) for c in completions]
         played = env.play([*written, *[[]] * (copies - len(chunk))], mask)

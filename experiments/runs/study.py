@@ -43,6 +43,9 @@ class StudyOptions(ABC):
 
     command: ClassVar[str]
     """The command, as a user types it."""
+    only: ClassVar[tuple[str, ...]] = ()
+    """Stages that a command of a part of the study runs, by the first folder of their names, with ``report`` for the
+    report; empty: all stages and the report."""
 
     run_dir: str = ""
     """Folder for the run folders of all stages. Finished stages are not run again."""
@@ -93,25 +96,26 @@ class StudyOptions(ABC):
         """Gathers the finished stages into a report and returns its figures."""
 
 
-def run_study(study: StudyOptions, console: Console, only: str | None = None) -> Results:
+def run_study(study: StudyOptions, console: Console) -> Results:
     """Runs the stages of a study that are not finished, and its report.
 
     Args:
         study: the options.
         console: console that shows progress.
-        only: name or folder of the stages to run, without a report; ``report``: the report alone; None: everything.
 
     Returns:
-        The figures of the report; ``{"status": "stopped"}`` if the time limit was reached first; empty for a dry run.
+        The figures of the report, or the results of the stages by name if there is none to write;
+        ``{"status": "stopped"}`` if the time limit was reached first; empty for a dry run.
 
     Raises:
         InputError: for bad input, before the first stage.
     """
     limit = Deadline(study.minutes)
     study.check()
-    stages = [stage for stage in study.stages() if only in (None, stage.name, stage.name.partition("/")[0])]
+    stages = [stage for stage in study.stages() if not study.only or stage.name.partition("/")[0] in study.only]
+    reports = not study.only or "report" in study.only
     if study.dry_run:
-        names = ", ".join([stage.name for stage in stages] + ["report"] * (only in (None, "report")))
+        names = ", ".join([stage.name for stage in stages] + ["report"] * reports)
         console.print(f"would run {names} in {study.root}", highlight=False)
         return {}
     results: dict[str, Results] = {}
@@ -124,7 +128,7 @@ def run_study(study: StudyOptions, console: Console, only: str | None = None) ->
                 options = stage.options(results) if callable(stage.options) else stage.options
                 options = replace(options, run_dir=str(study.root / stage.name), track=study.track)
                 results[stage.name] = limit.run(stage.run, options, console)
-            return study.report(console) if only in (None, "report") else results
+            return study.report(console) if reports else results
         except OutOfTimeError:
             console.print(f"out of time: the same command goes on in {study.root}")
             return {"status": "stopped"}

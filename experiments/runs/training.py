@@ -1,8 +1,7 @@
 """Training of language-model policies in a run folder: progress, checkpoints, resumption and a time limit.
 
-:func:`run_stage` runs a command in its run folder; its work gets a :class:`Run`, which has the training loops.
-:class:`Deadline` shares one time limit among several stages. Run folders are in
-:mod:`instructgym.experiments.runs.folder`.
+:func:`run_stage` runs a command in its run folder; its work gets a :class:`Run`, which has the training loops. Run
+folders are in :mod:`instructgym.experiments.runs.folder`, time limits in :mod:`instructgym.experiments.runs.progress`.
 """
 
 from __future__ import annotations
@@ -12,31 +11,32 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import wraps
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 from rich.console import Console
 
 from ...agents.policy.checkpoints import latest_checkpoint, replace_checkpoint
-from ...agents.policy.language_model import SETTINGS
+from ...agents.policy.language_model import SETTINGS, LanguageModelPolicy
 from ...agents.policy.optimization import Processes
+from ...agents.policy_gradient.ppo import TokenPPO
 from ...agents.rollouts.agent import RolloutAgent
+from ...agents.supervised.sft import TokenizedDemonstration
 from ...agents.supervised.trainer import SupervisedTrainer
+from ...envs.tokens.episode import PromptExample
 from ...llm_backends import Backend, Journal
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.tokenization import EmbeddedTokenizer, Tokenizer
+from ...llm_backends.training.adapters import LoraSettings
+from ...rewards import Reward
 from .folder import RowWriter, RunFolder, Tracker, accounted, chunked_rows, journaled_roles, read_json, write_json
-from .options import Count, DType, RunOptions
-from .progress import StepProgress
+from .options import Count, DType, RunOptions, named
+from .progress import Deadline, OutOfTimeError, StepProgress
 
 CLOCK = "clock.json"
 """File in a checkpoint that holds the seconds spent on its run."""
-
-
-class OutOfTimeError(Exception):
-    """Raised when the time limit of a run is reached; finished work is kept."""
 
 
 class HelperDoneError(Exception):
@@ -73,8 +73,7 @@ class Run:
         save_every: int = 5,
     ) -> None:
         self.folder, self.tracker, self.console, self.processes = folder, tracker, console, processes
-        self.checkpoints, self.minutes, self.save_every = checkpoints, minutes, save_every
-        self._begun = time.monotonic()
+        self.checkpoints, self.limit, self.save_every = checkpoints, Deadline(minutes), save_every
         # Seconds of earlier starts, up to the checkpoint that this one continues.
         saved = self.saved
         clock = read_json(saved / CLOCK) if saved is not None else None
@@ -90,7 +89,7 @@ class Run:
     @property
     def seconds(self) -> float:
         """Seconds spent on this run, including those before the checkpoint that it continues."""
-        return round(time.monotonic() - self._begun + self._seconds_before, 1)
+        return round(time.monotonic() - self.limit.begun + self._seconds_before, 1)
 
     def learn(
         self,
@@ -195,9 +194,23 @@ class Run:
     @contextmanager
     def roles(self, parts: Mapping[str, Any]) -> Iterator[dict[str, Backend]]:
         """Builds backends by role; their replies are kept in the run's journal, and what they spend is recorded."""
-        roles = journaled_roles(parts, Journal(self.folder.file("journal.jsonl")))
+        journal = Journal(self.folder.file("journal.jsonl"))
+        if len(journal):
+            self.console.print(
+                f"resuming {self.folder.path}: {len(journal)} stored replies are replayed, none is paid for again"
+            )
+        roles = journaled_roles(parts, journal)
         with accounted(roles, self.folder.path):
             yield roles
+
+    def save_policy(self, policy: LanguageModelPolicy) -> None:
+        """Saves the policy into the run folder, where :func:`policy_folder` finds it."""
+        policy.save(self.folder.file("policy", SETTINGS).parent)
+
+    def show(self, metrics: Mapping[str, float | None], digits: int = 3) -> None:
+        """Prints the metrics that have a value in one line, with so many decimals."""
+        shown = (f"{name} {value:.{digits}f}" for name, value in metrics.items() if value is not None)
+        self.console.print("  ".join(shown), highlight=False)
 
     def finish(self, metrics: Mapping[str, Any], counts: Mapping[str, Any]) -> dict[str, Any]:
         """Writes the results of the finished run, with its time, sends them to the tracker, and returns them."""
@@ -216,9 +229,8 @@ class Run:
 
     def _out_of_time(self) -> bool:
         """Returns whether any process has reached the time limit."""
-        expired = time.monotonic() - self._begun > 60 * self.minutes
         # All processes stop together: one that went on would wait for the others' gradients.
-        return bool(self.minutes) and any(self.processes.gather(expired))
+        return bool(self.limit.minutes) and any(self.processes.gather(self.limit.reached()))
 
     def _save(self, write: Callable[[Path], None]) -> None:
         """Replaces the run's checkpoint by one that ``write`` writes, with the time spent so far."""
@@ -252,67 +264,6 @@ class Run:
             )
 
 
-class Deadline:
-    """The time limit of an experiment with several stages; its clock starts on construction.
-
-    Args:
-        minutes: the limit in minutes; 0: no limit.
-    """
-
-    def __init__(self, minutes: float = 0.0) -> None:
-        self.minutes, self.begun = minutes, time.monotonic()
-
-    @property
-    def left(self) -> float:
-        """Remaining minutes; 0: no limit.
-
-        Raises:
-            OutOfTimeError: if the time limit is reached.
-        """
-        left = self.minutes - (time.monotonic() - self.begun) / 60 if self.minutes else 0.0
-        if self.minutes and left <= 0:
-            raise OutOfTimeError
-        return left
-
-    def check(self) -> None:
-        """Checks the time limit.
-
-        Raises:
-            OutOfTimeError: if the time limit is reached.
-        """
-        _ = self.left
-
-    def run(self, run: Callable[[Any, Console], dict[str, Any]], options: Any, console: Console) -> dict[str, Any]:
-        """Runs a stage within the remaining time and returns its results.
-
-        Args:
-            run: function of the stage.
-            options: options of the stage; their ``minutes`` are replaced.
-            console: console that shows progress.
-
-        Raises:
-            OutOfTimeError: if no time is left, or the stage stopped before its end.
-        """
-        results = run(replace(options, minutes=self.left), console)
-        if results.get("status") == "stopped":
-            raise OutOfTimeError
-        return results
-
-
-def in_time(work: Callable[[Any, Console], Any]) -> Callable[[Any, Console], Any]:
-    """Decorates a command: if its time limit is reached, it prints so and returns ``{"status": "stopped"}``."""
-
-    @wraps(work)
-    def run(options: Any, console: Console) -> Any:
-        try:
-            return work(options, console)
-        except OutOfTimeError:
-            console.print(f"out of time: the same command goes on in {options.root}")
-            return {"status": "stopped"}
-
-    return run
-
-
 @dataclass
 class TrainingOptions(RunOptions):
     """Options of all stages that train a model or evaluate a trained one."""
@@ -330,17 +281,21 @@ def run_stage(
     work: Callable[[Run], dict[str, Any]],
     distributed: bool = True,
     save_every: int = 5,
+    plan: str = "",
     **identity: Any,
 ) -> dict[str, Any]:
     """Runs the work of a command in its run folder, or returns the stored results of a finished run.
+
+    In a dry run it prints the plan and returns nothing.
 
     Args:
         options: options of the command.
         command: name of the command, as a user types it.
         console: console that shows progress.
-        work: does the work and returns the results, which it has written with ``folder.finish``.
+        work: does the work and returns the results, which it has written with :meth:`Run.finish`.
         distributed: whether several processes can share the work.
         save_every: number of updates between checkpoints.
+        plan: what the command does, such as ``train on 10 pairs``; a command that prints its own plan returns before.
         **identity: further values that a run must have in common with the run it resumes: digests of data and weights
             that the options only name.
 
@@ -351,16 +306,20 @@ def run_stage(
         InputError: if the folder holds another run or is in use, or there are several processes and the command runs in
             one.
     """
+    path, config = Path(options.run_dir), asdict(options) | identity
+    folder = RunFolder(path, config, command)
+    if options.dry_run:
+        console.print(f"would {plan}, in {options.run_dir}")
+        return {}
     processes = Processes()
     if processes.count > 1 and not distributed:
         raise InputError(f"'{command}' runs in one process: start it without torchrun or accelerate")
-    path, config = Path(options.run_dir), asdict(options) | identity
-    if (results := RunFolder(path, config, command).finished(console)) is not None:
+    if (results := folder.finished(console)) is not None:
         return results
     # The main process writes the run; the others have a scratch folder within it.
     if not processes.is_main:
         path, console = path / "ranks" / str(processes.index), Console(quiet=True)
-    folder = RunFolder(path, config, command)
+        folder = RunFolder(path, config, command)
     with folder.opened(), Tracker(folder, options.track if processes.is_main else "none") as tracker:
         checkpoints = Path(options.run_dir) / "checkpoints"
         try:
@@ -372,9 +331,80 @@ def run_stage(
             return folder.finish({}, {}, status="helper")
 
 
-def tokenizer_of(model: str) -> Tokenizer:
-    """Returns the tokenizer of a model by the model's name, without loading the model."""
-    return EmbeddedTokenizer() if model == "embedded" else Tokenizer(model)
+def tokenizer_of(model: str, context_length: int = 0) -> Tokenizer:
+    """Returns the tokenizer of a model by the model's name, without loading the model.
+
+    Raises:
+        InputError: if the model reads fewer tokens than the context length, the value of ``--context-length``.
+    """
+    tokenizer = EmbeddedTokenizer() if model == "embedded" else Tokenizer(model)
+    if context_length and tokenizer.context_length < context_length:
+        raise InputError(f"{model} reads {tokenizer.context_length} tokens: set --context-length to that or less")
+    return tokenizer
+
+
+def tokenized_demonstrations(
+    prompts: Sequence[str], responses: Sequence[str], tokenizer: Tokenizer
+) -> list[TokenizedDemonstration]:
+    """Tokenizes prompts and the responses to imitate, each of which ends with an end-of-sequence token.
+
+    Args:
+        prompts: the prompts.
+        responses: the texts that continue them, including a blank between prompt and response.
+        tokenizer: tokenizer of the model to train.
+
+    Raises:
+        InputError: if the tokenizer has no end-of-sequence token.
+    """
+    if not tokenizer.eos_ids:
+        raise InputError(f"the tokenizer of {tokenizer.name} has no EOS token, by which responses could end")
+    # A tokenizer may have several end-of-sequence tokens: always take the same one.
+    end = min(tokenizer.eos_ids)
+    return [
+        TokenizedDemonstration(ids, [*tokenizer.encode_continuation(response), end])
+        for ids, response in zip(tokenizer.encode_batch(prompts), responses, strict=True)
+    ]
+
+
+def new_policy(options: Any, **settings: Any) -> LanguageModelPolicy:
+    """Returns a policy of the options' ``model`` with a new adapter; ``lora_rank``, ``dtype`` and ``seed`` are read."""
+    lora = LoraSettings(rank=options.lora_rank)
+    return LanguageModelPolicy(options.model, lora, **named(options, "dtype", "seed"), **settings)
+
+
+def trainer_settings(options: Any, *names: str) -> dict[str, Any]:
+    """Returns the settings that trainers take from the options of a command: a cosine schedule with 10% warm-up.
+
+    Args:
+        options: options; ``learning_rate``, ``epochs`` and ``token_budget`` are read.
+        *names: further options that are settings of the trainer by the same names, as ``batch_size``.
+    """
+    return {"schedule": "cosine", "warmup": 0.1} | named(options, "learning_rate", "epochs", "token_budget", *names)
+
+
+def ppo_agent(
+    options: Any,
+    policy: LanguageModelPolicy,
+    env_id: str,
+    copies: int,
+    examples: Sequence[PromptExample],
+    reward: Reward,
+    *names: str,
+) -> TokenPPO:
+    """Returns the agent of a command that trains by token-level PPO, with its environment.
+
+    Args:
+        options: options with ``seed``, ``kl_coefficient``, ``env_options()`` and what :func:`trainer_settings` reads.
+        policy: the policy to train.
+        env_id: id of the environment.
+        copies: number of sub-environments, one per response of an update.
+        examples: the prompts.
+        reward: reward of a response.
+        *names: further options that are settings of the agent.
+    """
+    parts: dict[str, Any] = {"examples": examples, "tokenizer": policy.tokenizer, "reward": reward}
+    env: Any = gym.make_vec(env_id, num_envs=copies, **parts, **options.env_options())
+    return TokenPPO(env, policy, options.seed, **trainer_settings(options, "kl_coefficient", *names))
 
 
 def digest(value: Any) -> str:

@@ -7,7 +7,7 @@ The probe is in :mod:`instructgym.llm_backends.serving.probe`, the speed measure
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,22 +21,14 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.serving.probe import CAPABILITIES, Findings, ServerProbe
 from ...llm_backends.serving.speed import Speed, measure_speed, recommended
 from ..runs.folder import write_json
-from ..runs.options import check_output
+from ..runs.options import Count, Positive, check_fields, check_output, named
 
 TITLES = {name: title for name, (title, _) in CAPABILITIES.items()}
 """Titles of the capabilities in the table, by name."""
 
 ROLLOUT_NEEDS = (
-    "completions",
-    "token_ids",
-    "tokenize",
-    "prompt_ids",
-    "given_logprobs",
-    "allowed_tokens",
-    "end_tokens",
-    "adapters",
-    "processed_logprobs",
-)
+    "completions token_ids tokenize prompt_ids given_logprobs allowed_tokens end_tokens adapters processed_logprobs"
+).split()
 """Capabilities that a server needs to write the rollouts of token-level agents."""
 
 
@@ -65,8 +57,21 @@ def suggest(findings: Findings, speeds: Sequence[Speed], key_variable: str = "OP
         key_variable: environment variable with the key.
     """
     concurrency, missing = recommended(speeds), rollouts_lack(findings)
+    is_vllm = findings.can("given_logprobs", "token_ids", "logprobs")
+    structured = next((form for form in ("vllm", "json_schema") if findings.can(f"structured_{form}")), "none")
+    # Arguments of the most capable backend for the server, with their defaults, some of which differ between backends.
+    arguments: dict[str, tuple[Any, Any]] = {
+        "logprobs": (findings.can("logprobs"), is_vllm),
+        "token_ids": (findings.can("token_ids"), is_vllm),
+        "structured": (structured, "vllm" if is_vllm else "none"),
+        "max_tokens_field": (findings.max_tokens_field, "max_tokens"),
+        "key_variable": (key_variable, "OPENAI_API_KEY"),
+        "concurrency": (concurrency, None),
+    }
+    kwargs = {"model": findings.model, "base_url": findings.base_url, "prompt_style": findings.style}
+    kwargs |= {name: value for name, (value, default) in arguments.items() if value != default}
     return Settings(
-        backend=backend_spec(findings, concurrency, key_variable),
+        backend={"id": "vllm-server" if is_vllm else "openai", "kwargs": kwargs},
         judge_mode="likelihood" if findings.can("given_logprobs") else "verdict",
         rollouts="" if missing else f"--rollouts vllm --servers {findings.base_url}",
         rollouts_lack=missing,
@@ -74,39 +79,11 @@ def suggest(findings: Findings, speeds: Sequence[Speed], key_variable: str = "OP
     )
 
 
-def backend_spec(findings: Findings, concurrency: int | None, key_variable: str) -> dict[str, Any]:
-    """Returns the part spec of the most capable backend for a server, without arguments that are at their defaults.
-
-    Args:
-        findings: findings of the probe.
-        concurrency: number of requests in flight; None: the backend's default.
-        key_variable: environment variable with the key.
-    """
-    is_vllm = findings.can("given_logprobs", "token_ids", "logprobs")
-    forms = {"vllm": "structured_vllm", "json_schema": "structured_json_schema"}
-    structured = next((form for form, name in forms.items() if findings.can(name)), "none")
-    kwargs: dict[str, Any] = {
-        "model": findings.model,
-        "base_url": findings.base_url,
-        "prompt_style": findings.style,
-        "logprobs": findings.can("logprobs"),
-        "token_ids": findings.can("token_ids"),
-        "structured": structured,
-        "max_tokens_field": findings.max_tokens_field,
-        "key_variable": key_variable,
-        "concurrency": concurrency,
-    }
-    # The defaults of the logprobs, token_ids and structured arguments differ between the two backends.
-    defaults = {
-        "logprobs": is_vllm,
-        "token_ids": is_vllm,
-        "structured": "vllm" if is_vllm else "none",
-        "max_tokens_field": "max_tokens",
-        "key_variable": "OPENAI_API_KEY",
-        "concurrency": None,
-    }
-    kwargs = {name: value for name, value in kwargs.items() if name not in defaults or defaults[name] != value}
-    return {"id": "vllm-server" if is_vllm else "openai", "kwargs": kwargs}
+FLAGS = {
+    "processed_logprobs": "--logprobs-mode processed_logprobs",
+    "adapters": "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment, with --enable-lora",
+}
+"""Flags of vLLM that give a missing capability."""
 
 
 def rollouts_lack(findings: Findings) -> list[str]:
@@ -114,26 +91,15 @@ def rollouts_lack(findings: Findings) -> list[str]:
     missing = []
     for name in ROLLOUT_NEEDS:
         capability = findings.capabilities[name]
-        if capability.answer != "yes":
-            # Only vLLM's flags are known, and an unknown answer may have another cause than a flag.
-            flags = _flags(name, capability.why) if findings.software == "vllm" and capability.answer == "no" else ""
-            state = "missing" if capability.answer == "no" else "not known"
-            missing.append(flags or f"{TITLES[name]} ({state})")
-    bases = [model.name for model in findings.models if not model.parent]
-    if len(bases) != 1:
+        if capability.answer == "no" and findings.software == "vllm" and name in FLAGS:
+            # LoRA that is not enabled needs one flag only.
+            lora_off = name == "adapters" and "not enabled" in capability.why
+            missing.append("--enable-lora" if lora_off else FLAGS[name])
+        elif capability.answer != "yes":
+            missing.append(f"{TITLES[name]} ({'missing' if capability.answer == 'no' else 'not known'})")
+    if sum(not model.parent for model in findings.models) != 1:
         missing.append("one base model in its list of models")
     return missing
-
-
-def _flags(name: str, reason: str) -> str:
-    """Returns the vLLM flags that give a missing capability; empty if none is known."""
-    if name == "processed_logprobs":
-        return "--logprobs-mode processed_logprobs"
-    if name != "adapters":
-        return ""
-    if "not enabled" in reason:
-        return "--enable-lora"
-    return "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment, with --enable-lora"
 
 
 COLOURS = {"yes": "green", "no": "red", "unknown": "yellow"}
@@ -156,15 +122,15 @@ class ServeCheck:
     """Numbers of requests in flight at which speed is measured, separated by commas."""
     requests: int = 16
     """Number of prompts at each concurrency. 0: speed is not measured."""
-    prompt_tokens: int = 64
+    prompt_tokens: Count = 64
     """Approximate number of tokens of each prompt in the speed measurement."""
-    max_tokens: int = 32
+    max_tokens: Count = 32
     """Number of tokens of each completion in the speed measurement."""
     json: str = ""
     """JSON file that all findings are written to. Empty: no file."""
     key_variable: str = "OPENAI_API_KEY"
     """Name of the environment variable that holds the API key; a local server may need none."""
-    timeout: float = 60.0
+    timeout: Positive = 60.0
     """Time limit of one request, in seconds."""
 
     @property
@@ -201,19 +167,14 @@ def run(options: ServeCheck, console: Console | None = None) -> dict[str, Any]:
         InputError: for bad options, or if there is no server or it refuses the key.
     """
     console = console or Console()
-    if options.requests < 0 or min(options.prompt_tokens, options.max_tokens) < 1:
-        raise InputError("--prompt-tokens and --max-tokens must be at least 1, --requests at least 0")
+    check_fields(options)
     levels = options.levels
     if options.json:
         check_output(Path(options.json))
     with console.status("requesting the list of models") as status:
         probe = ServerProbe(
-            options.base_url,
-            options.model,
-            options.style,
-            options.key_variable,
-            options.timeout,
-            lambda name: status.update(f"probing: {TITLES.get(name, name)}"),
+            **named(options, "base_url", "model", "style", "key_variable", "timeout"),
+            on_request=lambda name: status.update(f"probing: {TITLES.get(name, name)}"),
         )
         findings = probe.run()
         speeds = _measure(options, probe, levels, status) if options.requests else []
@@ -221,11 +182,7 @@ def run(options: ServeCheck, console: Console | None = None) -> dict[str, Any]:
     _show(console, findings, speeds, settings)
     report = {
         "server": asdict(findings),
-        "speed": [
-            asdict(speed)
-            | {"tokens_per_second": speed.tokens_per_second, "requests_per_second": speed.requests_per_second}
-            for speed in speeds
-        ],
+        "speed": [asdict(speed) | named(speed, "tokens_per_second", "requests_per_second") for speed in speeds],
         "settings": asdict(settings),
     }
     if options.json:
@@ -245,58 +202,63 @@ def _measure(options: ServeCheck, probe: ServerProbe, levels: Sequence[int], sta
     return measure_speed(
         lambda level: probe.openai(findings.style, concurrency=level, extra_body=extra),
         levels,
-        options.requests,
-        options.prompt_tokens,
-        options.max_tokens,
-        lambda level: status.update(f"measuring {options.requests} requests, {level} in flight"),
+        **named(options, "requests", "prompt_tokens", "max_tokens"),
+        on_level=lambda level: status.update(f"measuring {options.requests} requests, {level} in flight"),
     )
 
 
 def _show(console: Console, findings: Findings, speeds: Sequence[Speed], settings: Settings) -> None:
-    def line(text: str) -> None:
-        console.print(text, highlight=False, markup=False)
+    """Prints the findings, the speeds and the settings."""
 
-    line(f"{findings.base_url}, {findings.software or 'unknown software'}, requests in {findings.style} form")
+    def show(*lines: str) -> None:
+        for line in lines:
+            console.print(line, highlight=False, markup=False)
+
+    show(f"{findings.base_url}, {findings.software or 'unknown software'}, requests in {findings.style} form")
     for model in findings.models[:4]:
         kind = (
             f"adapter of {model.parent}" if model.parent else f"context of {model.context_length or 'unknown'} tokens"
         )
-        line(f"  {model.name}: {kind}{' (probed)' if model.name == findings.model else ''}")
+        show(f"  {model.name}: {kind}{' (probed)' if model.name == findings.model else ''}")
     if len(findings.models) > 4:
-        line(f"  and {len(findings.models) - 4} more models")
-    console.print(_capability_table(findings))
+        show(f"  and {len(findings.models) - 4} more models")
+    capabilities = [
+        (TITLES[name], f"[{COLOURS[capability.answer]}]{capability.answer}[/]", escape(capability.why[:LONGEST_REASON]))
+        for name, capability in findings.capabilities.items()
+    ]
+    console.print(_table(("capability", "", "evidence"), capabilities, "left"))
     if speeds:
-        console.print(_speed_table(speeds))
-    line("recommended settings")
-    line(f"backend: {json.dumps(settings.backend)}")
-    line(f"judge: --mode {settings.judge_mode}")
-    if settings.rollouts:
-        line(f"rollouts: {settings.rollouts}")
-    else:
-        line(f"rollouts: not on this server, which lacks {'; '.join(settings.rollouts_lack)}")
+        console.print(_table(SPEEDS, map(_speed_cells, speeds), "right"))
+    lacks = f"not on this server, which lacks {'; '.join(settings.rollouts_lack)}"
+    show(
+        "recommended settings",
+        f"backend: {json.dumps(settings.backend)}",
+        f"judge: --mode {settings.judge_mode}",
+        f"rollouts: {settings.rollouts or lacks}",
+    )
     if settings.concurrency:
-        line(f"concurrency: {settings.concurrency}, the smallest within 10% of the best throughput")
+        show(f"concurrency: {settings.concurrency}, the smallest within 10% of the best throughput")
     elif speeds:
-        line(f"concurrency: every level had errors, the first: {speeds[0].error[:LONGEST_REASON]}")
+        show(f"concurrency: every level had errors, the first: {speeds[0].error[:LONGEST_REASON]}")
 
 
-def _capability_table(findings: Findings) -> Table:
+SPEEDS = ("in flight", "seconds", "tokens/s", "requests/s", "median latency", "95th percentile", "errors")
+"""Titles of the table of speeds."""
+
+
+def _speed_cells(speed: Speed) -> list[str]:
+    """Returns the cells of a level, in the order of :data:`SPEEDS`."""
+    latencies = ["" if value is None else f"{value:.2f} s" for value in (speed.median_latency, speed.p95_latency)]
+    tokens = f"{speed.tokens_per_second:.1f}" if speed.completion_tokens else "not reported"
+    requests = f"{speed.requests_per_second:.2f}"
+    return [str(speed.concurrency), f"{speed.seconds:.2f}", tokens, requests, *latencies, str(speed.errors)]
+
+
+def _table(titles: Sequence[str], rows: Iterable[Sequence[str]], justify: Literal["left", "right"]) -> Table:
+    """Returns a table for the terminal; cells may hold markup."""
     table = Table()
-    for title in ("capability", "", "evidence"):
-        table.add_column(title, overflow="fold")
-    for name, capability in findings.capabilities.items():
-        answer = f"[{COLOURS[capability.answer]}]{capability.answer}[/]"
-        table.add_row(TITLES[name], answer, escape(capability.why[:LONGEST_REASON]))
-    return table
-
-
-def _speed_table(speeds: Sequence[Speed]) -> Table:
-    table = Table()
-    for title in ("in flight", "seconds", "tokens/s", "requests/s", "median latency", "95th percentile", "errors"):
-        table.add_column(title, justify="right", overflow="fold")
-    for speed in speeds:
-        latencies = ["" if value is None else f"{value:.2f} s" for value in (speed.median_latency, speed.p95_latency)]
-        tokens = f"{speed.tokens_per_second:.1f}" if speed.completion_tokens else "not reported"
-        requests = f"{speed.requests_per_second:.2f}"
-        table.add_row(str(speed.concurrency), f"{speed.seconds:.2f}", tokens, requests, *latencies, str(speed.errors))
+    for title in titles:
+        table.add_column(title, justify=justify, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
     return table

@@ -10,26 +10,26 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from ...agents.policy.checkpoints import policy_from, read_state
 from ...agents.policy.language_model import SETTINGS, LanguageModelPolicy
 from ...envs.tasks.instruction.data import DATA_LAYOUTS, DataLayout, InstructionExample, prompt_text, request_text
-from ...envs.tasks.instruction.evaluation import HELD_OUT, EvaluationTask, load_evaluation_tasks
+from ...envs.tasks.instruction.evaluation import HELD_OUT, load_evaluation_tasks
 from ...envs.tokens.episode import PromptExample
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records, write_lines
 from ...rewards import Sample, Score
 from ..runs.folder import read_json, write_json
-from ..runs.options import check_counts
-from ..runs.report import COLOURS, panels
+from ..runs.options import Count, named
+from ..runs.report import COLOURS, panels, percent, rich_table
 from ..runs.responses import respond
 from ..runs.statistics import (
     PairedComparison,
@@ -39,169 +39,11 @@ from ..runs.statistics import (
     stemmed_rouge_l,
     task_scores,
 )
-from ..runs.training import (
-    Run,
-    TrainingOptions,
-    digest,
-    policy_folder,
-    run_stage,
-    tokenizer_of,
-    weights_digest,
-)
+from ..runs.training import Run, TrainingOptions, digest, policy_folder, run_stage, tokenizer_of, weights_digest
 from .finetune import TRAIN
-
-
-def tables(
-    metrics: Mapping[str, Mapping[str, float]], pairs: Mapping[str, PairedComparison], counts: Mapping[str, Any]
-) -> list[Table]:
-    """Returns the results as tables for the terminal.
-
-    Args:
-        metrics: by arm: ``rouge_l`` with its interval, ``exact_match``, ``tokens`` and ``finished``.
-        pairs: comparisons of two arms, by name.
-        counts: ``tasks`` and ``instances``.
-    """
-    arms = Table(title=f"{counts['tasks']} tasks, {counts['instances']} instances (macro averages, percent)")
-    for column in ("arm", "ROUGE-L", "95% interval", "exact match", "finished", "tokens"):
-        arms.add_column(column, justify="left" if column == "arm" else "right", overflow="fold")
-    for name, row in metrics.items():
-        arms.add_row(
-            name,
-            f"{100 * row['rouge_l']:.1f}",
-            f"{100 * row['rouge_l_low']:.1f} to {100 * row['rouge_l_high']:.1f}",
-            f"{100 * row['exact_match']:.1f}",
-            f"{100 * row['finished']:.0f}",
-            f"{row['tokens']:.0f}",
-        )
-    if not pairs:
-        return [arms]
-    compared = Table(title="task by task, ROUGE-L (shares of tasks and points)")
-    for column in ("comparison", "won", "tied", "lost", "difference", "95% interval"):
-        compared.add_column(column, justify="left" if column == "comparison" else "right", overflow="fold")
-    for name, pair in pairs.items():
-        shares = (f"{100 * share:.0f}%" for share in pair.shares.values())
-        ends = f"{100 * pair.low:+.1f} to {100 * pair.high:+.1f}"
-        compared.add_row(name, *shares, f"{100 * pair.difference:+.1f}", ends)
-    return [arms, compared]
-
-
-def plot_rouge(metrics: Mapping[str, Mapping[str, float]], pairs: Mapping[str, PairedComparison], path: Path) -> Path:
-    """Plots ROUGE-L of the arms and its pairwise differences as bars with 95% intervals, and returns the path.
-
-    Args:
-        metrics: by arm: ``rouge_l`` (the mean over tasks), ``rouge_l_low`` and ``rouge_l_high``.
-        pairs: comparisons of two arms, by name; without any, the plot of differences is left out.
-        path: PNG file to write.
-    """
-    figure, axes = panels(2 if pairs else 1)
-    rows = list(metrics.values())
-    means, low, high = (np.array([row[key] for row in rows]) for key in ("rouge_l", "rouge_l_low", "rouge_l_high"))
-    colours = [COLOURS[k % len(COLOURS)] for k in range(len(rows))]
-    # Matplotlib refuses negative error bars, and a bootstrap interval need not contain the mean.
-    errors = np.maximum([means - low, high - means], 0)
-    axes[0, 0].bar(range(len(rows)), means, yerr=errors, color=colours, capsize=4)
-    axes[0, 0].set_xticks(range(len(rows)), list(metrics))
-    axes[0, 0].set(title="ROUGE-L, mean over tasks", ylabel="F-measure")
-    if pairs:
-        right, comparisons = axes[0, 1], list(pairs.values())
-        gaps, low, high = (np.array([getattr(p, key) for p in comparisons]) for key in ("difference", "low", "high"))
-        right.barh(
-            range(len(comparisons)),
-            gaps,
-            xerr=np.maximum([gaps - low, high - gaps], 0),
-            color=COLOURS[6],
-            alpha=0.6,
-            capsize=4,
-        )
-        labels = [
-            f"{name}\nwon {100 * p.shares['won']:.0f}%, tied {100 * p.shares['tied']:.0f}%" for name, p in pairs.items()
-        ]
-        right.set_yticks(range(len(comparisons)), labels, fontsize=8)
-        right.axvline(0, color="#555555", linewidth=1)
-        right.invert_yaxis()
-        right.set(title="Difference in ROUGE-L", xlabel="F-measure, mean over tasks")
-    figure.suptitle("bars: 95% bootstrap interval over tasks", fontsize=9)
-    figure.savefig(path, dpi=130)
-    return path
-
 
 BASE = "base"
 """The arm of the base model."""
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One of the models that are compared."""
-
-    name: str
-    model: str
-    """Its base model."""
-    run: str = ""
-    """Run folder of the fine-tuning; empty for the base model itself."""
-    layout: DataLayout | None = None
-    """Layout of the requests in its training; None if the run does not record it."""
-
-
-def find_arms(policy: str, model: str = "") -> list[Arm]:
-    """Returns the arm of the base model, then those of the policies in the order in which they are named.
-
-    Args:
-        policy: run folders separated by commas, each with an optional name: ``ours=runs/a,runs/b``.
-        model: the base model; empty for that of the first policy, or embedded without policies.
-
-    Raises:
-        InputError: for a run folder without a policy, and for a name that is unusable or used twice.
-    """
-    arms: list[Arm] = []
-    for piece in filter(None, (text.strip() for text in policy.split(","))):
-        named = re.fullmatch(r"([\w.-]+)=(.+)", piece)
-        folder = named[2] if named else piece
-        name = named[1] if named else Path(folder).resolve().name
-        if not re.fullmatch(r"[\w.-]+", name):
-            raise InputError(f"--policy {piece}: {name!r} cannot name an arm, write NAME={folder}")
-        if name == BASE or name in {arm.name for arm in arms}:
-            raise InputError(f"--policy has two arms called {name!r} (base is the base model): write NAME={folder}")
-        settings = read_state(policy_folder(folder, "--policy") / SETTINGS)
-        arms.append(Arm(name, settings["model"], folder, _trained_layout(folder)))
-    return [Arm(BASE, model or (arms[0].model if arms else "embedded")), *arms]
-
-
-def _trained_layout(folder: str) -> DataLayout | None:
-    """Returns the layout that a run's ``config.json`` records; None if it records none of :data:`DATA_LAYOUTS`."""
-    config = read_json(Path(folder) / "config.json") or {}
-    layout = (config.get("options") or {}).get("layout")
-    return layout if layout in DATA_LAYOUTS else None
-
-
-def common_layout(arms: Sequence[Arm], layout: str = "auto") -> DataLayout:
-    """Returns the layout in which all arms get the requests.
-
-    Args:
-        arms: the models.
-        layout: a layout, which is returned as it is, or ``auto``: the layout of the arms' training, ``chat`` if no run
-            records one.
-
-    Raises:
-        InputError: for ``auto``, if the arms were trained in different layouts.
-    """
-    if layout != "auto":
-        return layout  # type: ignore[return-value]
-    trained_layouts = {arm.layout: arm.name for arm in arms if arm.layout is not None}
-    if len(trained_layouts) > 1:
-        choices = ", ".join(f"{name} in {trained}" for trained, name in trained_layouts.items())
-        raise InputError(f"the policies were trained in different layouts ({choices}): choose one with --layout")
-    return next(iter(trained_layouts), "chat")
-
-
-def seen_in_training(arm: Arm, requests: Sequence[InstructionExample]) -> int | None:
-    """Returns how many of the requests the arm was fine-tuned on; None if its run has no file of training rows."""
-    path = Path(arm.run) / TRAIN
-    if not arm.run or not path.exists():
-        return None
-    trained = {request_text(InstructionExample(r["instruction"], r["input"], r["output"])) for r in read_records(path)}
-    return sum(request_text(request) in trained for request in requests)
-
-
 CHUNK = 32
 """Responses generated together and appended to their file at once."""
 ENV_ID = "instructgym/GenerateResponse-v0"
@@ -232,15 +74,81 @@ class Evaluate(TrainingOptions):
     layout: Literal["auto", "chat", "plain", "alpaca"] = "auto"
     """How requests are written, for all models alike: in the model's chat template, as a text to continue, or as
     Stanford Alpaca did. auto: as in the training of the policies, chat without policies."""
-    max_tokens: int = 96
+    max_tokens: Count = 96
     """Maximum tokens of a response."""
-    context_length: int = 1024
+    context_length: Count = 1024
     """Maximum tokens of request and response together; instances that are too long for any model are dropped and
     counted."""
 
-    def check(self) -> None:
-        super().check()
-        check_counts(self, "max_tokens", "context_length")
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the models that are compared."""
+
+    name: str
+    model: str
+    """Its base model."""
+    run: Path | None = None
+    """Run folder of the fine-tuning; None for the base model itself, which has no policy and no training."""
+    policy: Path | None = None
+    """Folder of its policy."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Options of its training, as far as the run folder records them."""
+
+
+def find_arms(policy: str, model: str = "") -> list[Arm]:
+    """Returns the arm of the base model, then those of the policies in the order in which they are named.
+
+    Args:
+        policy: run folders separated by commas, each with an optional name: ``ours=runs/a,runs/b``.
+        model: the base model; empty for that of the first policy, or embedded without policies.
+
+    Raises:
+        InputError: for a run folder without a policy, and for a name that is unusable or used twice.
+    """
+    arms: list[Arm] = []
+    for piece in filter(None, (text.strip() for text in policy.split(","))):
+        match = re.fullmatch(r"([\w.-]+)=(.+)", piece)
+        name, run = match.groups() if match else (Path(piece).resolve().name, piece)
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise InputError(f"--policy {piece}: {name!r} cannot name an arm, write NAME={run}")
+        if name == BASE or name in {arm.name for arm in arms}:
+            raise InputError(f"--policy has two arms called {name!r} (base is the base model): write NAME={run}")
+        folder = policy_folder(run, "--policy")
+        training = (read_json(Path(run) / "config.json") or {}).get("options") or {}
+        arms.append(Arm(name, read_state(folder / SETTINGS)["model"], Path(run), folder, training))
+    return [Arm(BASE, model or (arms[0].model if arms else "embedded")), *arms]
+
+
+def common_layout(arms: Sequence[Arm], layout: str = "auto") -> DataLayout:
+    """Returns the layout in which all arms get the requests.
+
+    Args:
+        arms: the models.
+        layout: a layout, which is returned as it is, or ``auto``: the layout of the arms' training, ``chat`` if no run
+            records one.
+
+    Raises:
+        InputError: for ``auto``, if the arms were trained in different layouts.
+    """
+    if layout != "auto":
+        return layout  # type: ignore[return-value]
+    trained = {arm.training["layout"]: arm.name for arm in arms if arm.training.get("layout") in DATA_LAYOUTS}
+    if len(trained) > 1:
+        choices = ", ".join(f"{name} in {layout}" for layout, name in trained.items())
+        raise InputError(f"the policies were trained in different layouts ({choices}): choose one with --layout")
+    return next(iter(trained), "chat")
+
+
+def seen_in_training(run: Path, requests: Sequence[InstructionExample]) -> int | None:
+    """Returns how many of the requests a model was fine-tuned on; None if its run has no file of training rows."""
+    if not (run / TRAIN).exists():
+        return None
+    trained = {
+        request_text(InstructionExample(row["instruction"], row["input"], row["output"]))
+        for row in read_records(run / TRAIN)
+    }
+    return sum(request_text(request) in trained for request in requests)
 
 
 @dataclass(frozen=True)
@@ -272,66 +180,57 @@ def run(options: Evaluate, console: Console | None = None) -> dict[str, Any]:
     arms = find_arms(options.policy, options.model)
     layout = common_layout(arms, options.layout)
     tasks = load_evaluation_tasks(options.tasks or None, options.held_out, options.task_names or None)
-    questions = _questions(tasks, options.max_instances or None)
+    questions = [
+        HeldOutRequest(f"{task.name}/{number}", task.name, InstructionExample(task.instruction, text, refs[0]), refs)
+        for task in tasks
+        for number, (text, refs) in enumerate(task.instances[: options.max_instances or None])
+    ]
     requests = _fitting(questions, arms, layout, options)
     if not requests:
         raise InputError(f"no instance fits --context-length {options.context_length} beside --max-tokens")
-    seen = {arm.name: seen_in_training(arm, [question.request for question in requests]) for arm in arms if arm.run}
+    seen = {arm.name: seen_in_training(arm.run, [item.request for item in requests]) for arm in arms if arm.run}
     for name, count in seen.items():
         if count:
             console.print(f"warning: {name} was trained on {count} of the {len(requests)} requests", style="yellow")
-    if options.dry_run:
-        console.print(f"would answer {len(requests)} instances by {', '.join(arm.name for arm in arms)}")
-        return {}
-    # A run is resumed only with the same weights: stored responses belong to them.
-    weights = digest([weights_digest(policy_folder(arm.run, "--policy")) for arm in arms if arm.run])
 
     def work(opened: Run) -> dict[str, Any]:
-        answered = {arm.name: _answers(opened, arm, layout, requests, options) for arm in arms}
-        rows = _score(requests, answered)
+        rows = _score(requests, {arm.name: _answers(opened, arm, layout, requests, options) for arm in arms})
         write_lines(opened.folder.file(PREDICTIONS), rows)
         names = [row["task"] for row in rows]
         scores = {arm.name: task_scores(names, [row["arms"][arm.name]["rouge_l"] for row in rows]) for arm in arms}
         write_json(opened.folder.file("tasks.json"), scores)
         metrics = {
-            arm.name: _macro(scores[arm.name], names, [row["arms"][arm.name] for row in rows], options.seed)
-            for arm in arms
+            name: _macro(by_task, names, [row["arms"][name] for row in rows], options.seed)
+            for name, by_task in scores.items()
         }
         # Compare every arm with all arms before it, the base model first.
         pairs = {
-            f"{second.name} vs {first.name}": compare_paired(scores[second.name], scores[first.name], options.seed)
-            for i, first in enumerate(arms)
-            for second in arms[i + 1 :]
+            f"{second} vs {first}": compare_paired(scores[second], scores[first], options.seed)
+            for first, second in combinations(scores, 2)
         }
         plot_rouge(metrics, pairs, opened.folder.file("figures", "rouge.png"))
-        results = opened.folder.finish(
-            {"arms": metrics, "comparisons": {name: asdict(pair) | pair.shares for name, pair in pairs.items()}},
-            {
-                "tasks": len(set(names)),
-                "instances": len(requests),
-                "dropped": {
-                    "too long": len(questions) - len(requests),
-                    "tasks without an instance left": len(tasks) - len(set(names)),
-                },
-                "seen in training": seen,
-                "layout": layout,
-                "seconds": opened.seconds,
-            },
-        )
-        opened.tracker.summary({name: figures["rouge_l"] for name, figures in metrics.items()})
-        for table in tables(metrics, pairs, results["counts"]):
+        num_tasks = len(set(names))
+        table = rich_table(_metric_rows(metrics))
+        table.title = f"{num_tasks} tasks, {len(requests)} instances (macro averages, percent)"
+        console.print(table)
+        if pairs:
+            table = rich_table(comparison_rows(pairs, "comparison"))
+            table.title = "task by task, ROUGE-L (shares of tasks and points)"
             console.print(table)
-        return results
+        dropped = {
+            "too long": len(questions) - len(requests),
+            "tasks without an instance left": len(tasks) - num_tasks,
+        }
+        return opened.finish(
+            {"arms": metrics, "comparisons": {name: asdict(pair) | pair.shares for name, pair in pairs.items()}},
+            {"tasks": num_tasks, "instances": len(requests), "dropped": dropped}
+            | {"seen in training": seen, "layout": layout},
+        )
 
-    return run_stage(options, "evaluate", console, work, distributed=False, weights=weights)
-
-
-def _questions(tasks: Sequence[EvaluationTask], limit: int | None) -> list[HeldOutRequest]:
-    return [
-        HeldOutRequest(f"{task.name}/{number}", task.name, InstructionExample(task.instruction, text, refs[0]), refs)
-        for task in tasks
-        for number, (text, refs) in enumerate(task.instances[:limit])
-    ]
+    # A run is resumed only with the same weights: stored responses belong to them.
+    weights = digest([weights_digest(arm.policy) for arm in arms if arm.policy])
+    plan = f"answer {len(requests)} instances by {', '.join(arm.name for arm in arms)}"
+    return run_stage(options, "evaluate", console, work, distributed=False, plan=plan, weights=weights)
 
 
 def _fitting(
@@ -341,20 +240,14 @@ def _fitting(
     fits = np.ones(len(questions), dtype=bool)
     # Arms with one base model share its tokenizer.
     for model in dict.fromkeys(arm.model for arm in arms):
-        tokenizer = tokenizer_of(model)
-        if tokenizer.context_length < options.context_length:
-            raise InputError(f"{model} reads {tokenizer.context_length} tokens: set --context-length to that or less")
+        tokenizer = tokenizer_of(model, options.context_length)
         prompts = tokenizer.encode_batch([prompt_text(item.request, layout, tokenizer) for item in questions])
         fits &= [len(ids) + options.max_tokens <= options.context_length for ids in prompts]
     return [question for question, fit in zip(questions, fits, strict=True) if fit]
 
 
 def _answers(
-    opened: Run,
-    arm: Arm,
-    layout: DataLayout,
-    questions: Sequence[HeldOutRequest],
-    options: Evaluate,
+    opened: Run, arm: Arm, layout: DataLayout, questions: Sequence[HeldOutRequest], options: Evaluate
 ) -> list[dict[str, Any]]:
     """Returns an arm's responses, one row per question; its model is loaded only if some are missing, then freed.
 
@@ -371,20 +264,16 @@ def _answers(
     loaded: list[LanguageModelPolicy] = []
 
     def rows(start: int) -> list[dict[str, Any]]:
-        if not loaded:
-            loaded.append(_policy(arm, options))
+        if not loaded and arm.policy:
+            loaded.append(policy_from(arm.policy, dtype=options.dtype))
+        elif not loaded:
+            # An untrained adapter does not change the outputs, and the base model computes as the other arms do.
+            loaded.append(LanguageModelPolicy(arm.model, value="none", reference="none", dtype=options.dtype))
         chunk = questions[start : start + CHUNK]
         tokenizer = loaded[0].tokenizer
         examples = [PromptExample(item.id, prompt_text(item.request, layout, tokenizer)) for item in chunk]
-        responses = respond(
-            loaded[0],
-            ENV_ID,
-            examples,
-            temperature=0.0,
-            reward=_no_reward,
-            max_tokens=options.max_tokens,
-            context_length=options.context_length,
-        )
+        lengths = named(options, "max_tokens", "context_length")
+        responses = respond(loaded[0], ENV_ID, examples, temperature=0.0, reward=no_reward, **lengths)
         return [
             {
                 "id": item.id,
@@ -406,16 +295,8 @@ def _answers(
             torch.cuda.empty_cache()
 
 
-def _policy(arm: Arm, options: Evaluate) -> LanguageModelPolicy:
-    """Loads an arm's policy; the base model gets an untrained adapter."""
-    if arm.run:
-        return policy_from(policy_folder(arm.run, "--policy"), dtype=options.dtype)
-    # An untrained adapter does not change the outputs, and the base model computes in the same way as the other arms.
-    return LanguageModelPolicy(arm.model, value="none", reference="none", dtype=options.dtype)
-
-
-def _no_reward(samples: Sequence[Sample]) -> list[Score]:
-    """Gives every sample reward 0: the env must have a reward, and responses are scored later."""
+def no_reward(samples: Sequence[Sample]) -> list[Score]:
+    """Gives every sample reward 0, for an env that must have a reward where none is wanted."""
     return [Score(0.0) for _ in samples]
 
 
@@ -466,3 +347,74 @@ def _macro(
         "tokens": float(np.mean([row["tokens"] for row in rows])),
         "finished": float(np.mean([row["finished"] for row in rows])),
     }
+
+
+def _metric_rows(metrics: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
+    """Returns the table of the arms, whose metrics are those of :func:`_macro`."""
+    return [
+        ["arm", "ROUGE-L (95%)", "exact match", "finished", "tokens"],
+        *(
+            [
+                name,
+                percent(row["rouge_l"], row["rouge_l_low"], row["rouge_l_high"]),
+                f"{100 * row['exact_match']:.1f}",
+                f"{100 * row['finished']:.0f}",
+                f"{row['tokens']:.0f}",
+            ]
+            for name, row in metrics.items()
+        ),
+    ]
+
+
+def comparison_rows(pairs: Mapping[str, PairedComparison], title: str) -> list[list[str]]:
+    """Returns the table of comparisons of two models, by their names; ``title`` is that of the first column."""
+    return [
+        [title, "won", "tied", "lost", "difference (95%)"],
+        *(
+            [
+                name,
+                *(f"{100 * share:.0f}%" for share in pair.shares.values()),
+                percent(pair.difference, pair.low, pair.high, "+.1f"),
+            ]
+            for name, pair in pairs.items()
+        ),
+    ]
+
+
+def plot_rouge(metrics: Mapping[str, Mapping[str, float]], pairs: Mapping[str, PairedComparison], path: Path) -> Path:
+    """Plots ROUGE-L of the arms and its pairwise differences as bars with 95% intervals, and returns the path.
+
+    Args:
+        metrics: by arm: ``rouge_l`` (the mean over tasks), ``rouge_l_low`` and ``rouge_l_high``.
+        pairs: comparisons of two arms, by name; without any, the plot of differences is left out.
+        path: PNG file to write.
+    """
+    figure, axes = panels(2 if pairs else 1)
+    left, right = axes[0, 0], axes[0, -1]
+
+    def errors(values: Sequence[tuple[float, float, float]]) -> np.ndarray:
+        """Returns the lengths of the error bars of values with the ends of their intervals; shape (2, values)."""
+        middle, low, high = np.array(values).T
+        # Matplotlib refuses negative error bars, and a bootstrap interval need not contain the mean.
+        return np.maximum([middle - low, high - middle], 0)
+
+    means = [(row["rouge_l"], row["rouge_l_low"], row["rouge_l_high"]) for row in metrics.values()]
+    colours = [COLOURS[k % len(COLOURS)] for k in range(len(means))]
+    left.bar(range(len(means)), [mean for mean, *_ in means], yerr=errors(means), color=colours, capsize=4)
+    left.set_xticks(range(len(means)), list(metrics))
+    left.set(title="ROUGE-L, mean over tasks", ylabel="F-measure")
+    if pairs:
+        gaps = [(pair.difference, pair.low, pair.high) for pair in pairs.values()]
+        places, style = range(len(gaps)), {"color": COLOURS[6], "alpha": 0.6, "capsize": 4}
+        right.barh(places, [gap for gap, *_ in gaps], xerr=errors(gaps), **style)
+        labels = [
+            f"{name}\nwon {100 * pair.shares['won']:.0f}%, tied {100 * pair.shares['tied']:.0f}%"
+            for name, pair in pairs.items()
+        ]
+        right.set_yticks(places, labels, fontsize=8)
+        right.axvline(0, color="#555555", linewidth=1)
+        right.invert_yaxis()
+        right.set(title="Difference in ROUGE-L", xlabel="F-measure, mean over tasks")
+    figure.suptitle("bars: 95% bootstrap interval over tasks", fontsize=9)
+    figure.savefig(path, dpi=130)
+    return path

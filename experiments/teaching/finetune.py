@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from rich.console import Console
 
-from ...agents.policy.language_model import LanguageModelPolicy
 from ...agents.supervised.sft import SFT, TokenizedDemonstration
 from ...envs.tasks.instruction.data import (
     OPENINGS,
@@ -27,10 +26,17 @@ from ...envs.tasks.instruction.data import (
 from ...llm_backends import request_seed
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.tokenization import Tokenizer
-from ...llm_backends.training.adapters import LoraSettings
 from ..runs.folder import write_once
-from ..runs.options import check_counts
-from ..runs.training import Run, TrainingOptions, run_stage, tokenizer_of
+from ..runs.options import Count, Positive, Required
+from ..runs.training import (
+    Run,
+    TrainingOptions,
+    new_policy,
+    run_stage,
+    tokenized_demonstrations,
+    tokenizer_of,
+    trainer_settings,
+)
 
 TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
 """Files of the run folder: the rows trained on, and those withheld from training."""
@@ -40,7 +46,7 @@ TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
 class Finetune(TrainingOptions):
     """Fine-tune a language model on instruction data; the loss is on the responses alone."""
 
-    data: str = ""
+    data: Annotated[str, Required("a data set (JSONL, JSON or Parquet)")] = ""
     """File of the data set: JSONL, JSON or Parquet with instruction, input and output (or messages, or Self-Instruct's
     instances)."""
     model: str = "embedded"
@@ -53,24 +59,19 @@ class Finetune(TrainingOptions):
     layout: Literal["chat", "plain", "alpaca"] = "chat"
     """How requests are written. chat: in the model's chat template; plain: as a text to continue; alpaca: as in
     Stanford Alpaca."""
-    epochs: int = 3
+    epochs: Count = 3
     """Passes over the training rows."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Rows per optimiser step."""
-    learning_rate: float = 2e-4
+    learning_rate: Positive = 2e-4
     """Peak learning rate (cosine schedule, 10% warm-up)."""
     lora_rank: int = 16
     """Rank of the LoRA adapter. 0: train all weights."""
-    context_length: int = 512
+    context_length: Count = 512
     """Maximum tokens of request and response together; longer rows are dropped and counted."""
 
     def check(self) -> None:
         super().check()
-        check_counts(self, "epochs", "batch_size", "context_length")
-        if not self.data:
-            raise InputError("--data is missing: name a data set (JSONL, JSON or Parquet)")
-        if not self.learning_rate:
-            raise InputError("--learning-rate must be above 0")
         if self.holdout > 1 and self.holdout % 1:
             raise InputError(f"--holdout must be a share below 1 or a whole number, got {self.holdout}")
 
@@ -88,15 +89,8 @@ def demonstrations(
     Raises:
         InputError: if the tokenizer has no end-of-sequence token or, for the layout ``chat``, no chat template.
     """
-    if not tokenizer.eos_ids:
-        raise InputError(f"the tokenizer of {tokenizer.name} has no EOS token, by which responses could end")
-    # A tokenizer may have several end-of-sequence tokens: always take the same one.
-    end = min(tokenizer.eos_ids)
-    prompts = tokenizer.encode_batch([prompt_text(example, layout, tokenizer) for example in examples])
-    return [
-        TokenizedDemonstration(ids, [*tokenizer.encode_continuation(f"{OPENINGS[layout]}{example.output}"), end])
-        for ids, example in zip(prompts, examples, strict=True)
-    ]
+    prompts = [prompt_text(example, layout, tokenizer) for example in examples]
+    return tokenized_demonstrations(prompts, [f"{OPENINGS[layout]}{example.output}" for example in examples], tokenizer)
 
 
 @dataclass(frozen=True)
@@ -132,12 +126,10 @@ def split_rows(lengths: Sequence[int], options: Finetune) -> RowSplit:
     withheld = round(options.holdout * len(order)) if options.holdout < 1 else int(options.holdout)
     left = len(order) - withheld
     if left < max(options.limit, 1):
+        kept = f"; --holdout {options.holdout:g} withholds {withheld} and leaves {max(left, 0)}" if withheld else ""
         reason = f"--limit {options.limit} needs as many" if options.limit else "none may be withheld"
         raise InputError(
-            f"{options.data} has {len(order)} usable rows of {len(lengths)}; --holdout {options.holdout:g} withholds "
-            f"{withheld} and leaves {max(left, 0)}, but {reason}"
-            if withheld
-            else f"{options.data} has {len(order)} usable rows of {len(lengths)}, but {reason}: lower it, or make more"
+            f"{options.data} has {len(order)} usable rows of {len(lengths)}{kept}, but {reason}: lower it, or make more"
         )
     train = sorted(order[withheld:][: options.limit or None])
     return RowSplit(train, sorted(order[:withheld]), len(lengths) - len(order), left - len(train))
@@ -155,11 +147,7 @@ def usable_rows(options: Finetune) -> int:
 def _read(options: Finetune) -> tuple[InstructionData, list[TokenizedDemonstration]]:
     """Returns the data set, and its rows as token ids."""
     data = read_instruction_data(options.data, "--data")
-    tokenizer = tokenizer_of(options.model)
-    if tokenizer.context_length < options.context_length:
-        raise InputError(
-            f"{options.model} reads {tokenizer.context_length} tokens: set --context-length to that or less"
-        )
+    tokenizer = tokenizer_of(options.model, options.context_length)
     return data, demonstrations(data.examples, options.layout, tokenizer)
 
 
@@ -180,48 +168,26 @@ def run(options: Finetune, console: Console | None = None) -> dict[str, Any]:
     options.check()
     data, tokenized = _read(options)
     rows = split_rows(_lengths(tokenized), options)
-    if options.dry_run:
-        console.print(
-            f"would train on {len(rows.train)} rows of {options.data} and withhold {len(rows.held_out)}, in "
-            f"{options.run_dir}"
-        )
-        return {}
 
     def work(opened: Run) -> dict[str, Any]:
         # Written before training: a resumed run raises an error if the data have changed.
         for name, numbers in ((TRAIN, rows.train), (HELD_OUT, rows.held_out)):
             write_once(opened.folder.file(name), [data.examples[i].row() for i in numbers])
-        policy = LanguageModelPolicy(
-            options.model, LoraSettings(rank=options.lora_rank), value="shared", dtype=options.dtype, seed=options.seed
-        )
-        trainer = SFT(
-            policy,
-            options.seed,
-            learning_rate=options.learning_rate,
-            schedule="cosine",
-            warmup=0.1,
-            batch_size=options.batch_size,
-            epochs=options.epochs,
-            token_budget=options.token_budget,
-        )
+        policy = new_policy(options, value="shared")
+        trainer = SFT(policy, options.seed, **trainer_settings(options, "batch_size"))
         training_rows = [tokenized[i] for i in rows.train]
         opened.supervised(trainer, training_rows, f"fine-tuning on {Path(options.data).name}")
-        # Out of time, or a helper process of a distributed training: only the main process saves the policy.
-        policy.save(opened.folder.file("policy", "policy.json").parent)
-        results = opened.folder.finish(
-            {"loss": trainer.loss},
-            {
-                "train": len(rows.train),
-                "held_out": len(rows.held_out),
-                "unused": rows.unused,
-                "dropped": {"too long": rows.too_long, "duplicates": data.duplicates},
-                "response_tokens": sum(len(row.response) for row in training_rows),
-                "steps": trainer.steps,
-                "seconds": opened.seconds,
-            },
-        )
-        opened.tracker.summary(results["metrics"])
+        opened.save_policy(policy)
         console.print(f"trained on {len(training_rows)} rows in {opened.seconds:.0f} s, loss {trainer.loss:.3f}")
-        return results
+        counts = {
+            "train": len(rows.train),
+            "held_out": len(rows.held_out),
+            "unused": rows.unused,
+            "dropped": {"too long": rows.too_long, "duplicates": data.duplicates},
+            "response_tokens": sum(len(row.response) for row in training_rows),
+            "steps": trainer.steps,
+        }
+        return opened.finish({"loss": trainer.loss}, counts)
 
-    return run_stage(options, "finetune", console, work)
+    plan = f"train on {len(rows.train)} rows of {options.data} and withhold {len(rows.held_out)}"
+    return run_stage(options, "finetune", console, work, plan=plan)

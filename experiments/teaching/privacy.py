@@ -17,19 +17,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.table import Table
 
-from ...agents.policy.checkpoints import policy_from, read_state
-from ...agents.policy.language_model import SETTINGS, LanguageModelPolicy
+from ...agents.policy.checkpoints import policy_from
+from ...agents.policy.language_model import LanguageModelPolicy
 from ...agents.supervised.sft import TokenizedDemonstration
 from ...envs.tasks.instruction.data import InstructionExample, read_instruction_data
 from ...llm_backends.errors import InputError
-from ...llm_backends.local.tokenization import Tokenizer
 from ...llm_backends.records import append_lines, read_records
-from ..runs.folder import read_json
-from ..runs.options import check_counts
-from ..runs.training import Run, TrainingOptions, digest, policy_folder, run_stage, tokenizer_of, weights_digest
-from .evaluate import find_arms
+from ..runs.options import Count
+from ..runs.report import rich_table
+from ..runs.training import Run, TrainingOptions, digest, run_stage, tokenizer_of, weights_digest
+from .evaluate import Arm, find_arms
 from .finetune import HELD_OUT, TRAIN, demonstrations
 from .membership import ATTACKS, SIDES, attack_metrics, length_shift, plot_roc, score_rows, side_of
 
@@ -61,12 +59,11 @@ class Privacy(TrainingOptions):
     """Maximum tokens of a row; longer rows are left out. 0: as in training."""
     limit: int = 0
     """Maximum number of members, and of non-members, drawn at random. 0: all."""
-    resamples: int = 2000
+    resamples: Count = 2000
     """Bootstrap samples behind each interval."""
 
     def check(self) -> None:
         super().check()
-        check_counts(self, "resamples")
         if bool(self.members) != bool(self.nonmembers):
             present, missing = ("members", "nonmembers") if self.members else ("nonmembers", "members")
             raise InputError(f"--{present} without --{missing}: name both files, or neither to take those of the run")
@@ -76,42 +73,24 @@ class Privacy(TrainingOptions):
 class _Row:
     """One row to score."""
 
-    member: bool
-    """Whether the policy was trained on it."""
-    number: int
-    """Index of the row in its file, from 0."""
-    example: InstructionExample
-    """Request and response."""
+    key: dict[str, Any]
+    """The fields by which a stored score is recognised as that of this row: policy, side, place in the file of that
+    side, content and weights."""
+    tokens: TokenizedDemonstration
+    """The row as token ids, as in training."""
 
 
 @dataclass
 class _AttackedArm:
     """One policy with its members and non-members."""
 
-    name: str
-    folder: Path
-    """Folder of the policy."""
+    arm: Arm
     weights: str
     """Digest of the policy's weights."""
-    model: str
-    """The base model."""
     rows: list[_Row]
     """Members, then non-members."""
-    tokenized: list[TokenizedDemonstration]
-    """The rows as token ids, as in training."""
     too_long: int
     """Number of rows that were left out because of their length."""
-
-    def key(self, index: int) -> dict[str, Any]:
-        """Returns the fields by which a stored score is recognised as that of a row."""
-        row = self.rows[index]
-        return {
-            "policy": self.name,
-            "member": row.member,
-            "row": row.number,
-            "id": row.example.id,
-            "weights": self.weights,
-        }
 
 
 def run(options: Privacy, console: Console | None = None) -> dict[str, Any]:
@@ -122,75 +101,67 @@ def run(options: Privacy, console: Console | None = None) -> dict[str, Any]:
     """
     console = console or Console()
     options.check()
-    arms = [_arm(options, arm.name, Path(arm.run)) for arm in find_arms(options.policy) if arm.run]
+    arms = [_attacked(options, arm) for arm in find_arms(options.policy) if arm.policy]
     if not arms:
         raise InputError("--policy is missing: name the run folder of a fine-tuning")
-    if options.dry_run:
-        for arm in arms:
-            console.print(f"would score {len(arm.rows)} rows by {arm.folder}, in {options.run_dir}")
-        return {}
-    weights = digest([arm.weights for arm in arms])
 
     def work(opened: Run) -> dict[str, Any]:
         scores = _scores(options, opened, arms)
-        metrics = {arm.name: _measure(scores[arm.name], options) for arm in arms}
-        figure = plot_roc(scores, opened.folder.file("figures", "roc.png"))
-        counts = {arm.name: {side: len(side_of(scores[arm.name], side)) for side in SIDES} for arm in arms}
-        for arm in arms:
-            counts[arm.name]["too_long"] = arm.too_long
-        results = opened.folder.finish(metrics, counts | {"seconds": opened.seconds})
-        opened.tracker.image("roc", figure)
-        opened.tracker.summary(results)
+        metrics = {name: _measure(rows, options) for name, rows in scores.items()}
+        opened.tracker.image("roc", plot_roc(scores, opened.folder.file("figures", "roc.png")))
+        counts = {name: {side: len(side_of(rows, side)) for side in SIDES} for name, rows in scores.items()}
+        for attacked in arms:
+            counts[attacked.arm.name]["too_long"] = attacked.too_long
+        results = opened.finish(metrics, counts)
         _show(metrics, console)
         return results
 
-    return run_stage(options, "privacy", console, work, distributed=False, weights=weights)
+    weights = digest([attacked.weights for attacked in arms])
+    plan = "score " + ", ".join(f"{len(attacked.rows)} rows by {attacked.arm.policy}" for attacked in arms)
+    return run_stage(options, "privacy", console, work, distributed=False, plan=plan, weights=weights)
 
 
-def _arm(options: Privacy, name: str, run_folder: Path) -> _AttackedArm:
+def _attacked(options: Privacy, arm: Arm) -> _AttackedArm:
     """Reads a policy's rows and tokenizes them as in its training.
 
     Raises:
         InputError: for a layout that is not known, rows that cannot be used, and a reference model with another
             tokenizer.
     """
-    folder = policy_folder(str(run_folder), "--policy")
-    trained = (read_json(run_folder / "config.json") or {}).get("options", {})
-    layout = options.layout or trained.get("layout")
+    assert arm.run is not None and arm.policy is not None
+    layout = options.layout or arm.training.get("layout")
     if not layout:
-        raise InputError(f"--policy {run_folder} does not record the layout of its rows: name --layout")
-    settings = read_state(folder / SETTINGS)
-    tokenizer = tokenizer_of(settings["model"])
-    files = {
-        side: getattr(options, side) or str(run_folder / default)
-        for side, default in zip(SIDES, (TRAIN, HELD_OUT), strict=True)
-    }
+        raise InputError(f"--policy {arm.run} does not record the layout of its rows: name --layout")
     # A run without --holdout has an empty file of withheld rows.
-    held_out = Path(files["nonmembers"])
+    held_out = arm.run / HELD_OUT
     if not options.nonmembers and held_out.exists() and not held_out.stat().st_size:
-        raise InputError(f"{run_folder} withheld no rows from training: fine-tune with --holdout, or name --nonmembers")
-    rows = _rows(files, options)
-    longest = options.context_length or trained.get("context_length") or tokenizer.context_length
-    tokenized = demonstrations([row.example for row in rows], layout, tokenizer)
-    fits = [len(tokens.prompt) + len(tokens.response) <= longest for tokens in tokenized]
-    fitting = [row for row, fit in zip(rows, fits, strict=True) if fit]
+        raise InputError(f"{arm.run} withheld no rows from training: fine-tune with --holdout, or name --nonmembers")
+    files = {"members": options.members or arm.run / TRAIN, "nonmembers": options.nonmembers or held_out}
+    drawn = _draw(files, options)
+    tokenizer, weights = tokenizer_of(arm.model), weights_digest(arm.policy)
+    longest = options.context_length or arm.training.get("context_length") or tokenizer.context_length
+    tokenized = demonstrations([example for *_, example in drawn], layout, tokenizer)
+    rows = [
+        _Row({"policy": arm.name, "member": member, "row": number, "id": example.id, "weights": weights}, tokens)
+        for (member, number, example), tokens in zip(drawn, tokenized, strict=True)
+        if len(tokens.prompt) + len(tokens.response) <= longest
+    ]
     for side in SIDES:
-        if not any(row.member == (side == "members") for row in fitting):
+        if not side_of([row.key for row in rows], side):
             raise InputError(f"none of the rows of {files[side]} fits {longest} tokens: raise --context-length")
-    _check_reference(options.model, tokenizer)
-    return _AttackedArm(
-        name=name,
-        folder=folder,
-        weights=weights_digest(folder),
-        model=settings["model"],
-        rows=fitting,
-        tokenized=[tokens for tokens, fit in zip(tokenized, fits, strict=True) if fit],
-        too_long=len(rows) - len(fitting),
-    )
+    # The losses per token of models with different tokenizers are not comparable.
+    if options.model != "base" and tokenizer_of(options.model).fingerprint != tokenizer.fingerprint:
+        raise InputError(
+            f"--model {options.model} counts other tokens than the policy's model: its losses do not compare"
+        )
+    return _AttackedArm(arm, weights, rows, len(drawn) - len(rows))
 
 
-def _rows(files: Mapping[str, str], options: Privacy) -> list[_Row]:
+def _draw(files: Mapping[str, str | Path], options: Privacy) -> list[tuple[bool, int, InstructionExample]]:
     """Returns the rows of both files, members first; with a limit, at most that many of each, drawn by the seed.
+
+    Returns:
+        For each row, whether it is a member, its index in its file, and its content.
 
     Raises:
         InputError: for a row that is in both files.
@@ -209,14 +180,8 @@ def _rows(files: Mapping[str, str], options: Privacy) -> list[_Row]:
         numbers: Sequence[int] = range(len(examples))
         if 0 < options.limit < len(examples):
             numbers = sorted(random.Random(f"{options.seed}/{side}").sample(numbers, options.limit))
-        rows += [_Row(side == "members", number, examples[number]) for number in numbers]
+        rows += [(side == "members", number, examples[number]) for number in numbers]
     return rows
-
-
-def _check_reference(model: str, tokenizer: Tokenizer) -> None:
-    """Raises an InputError for a reference model with another tokenizer, whose losses per token are not comparable."""
-    if model != "base" and tokenizer_of(model).fingerprint != tokenizer.fingerprint:
-        raise InputError(f"--model {model} counts other tokens than the policy's model: its losses do not compare")
 
 
 def _scores(options: Privacy, opened: Run, arms: Sequence[_AttackedArm]) -> dict[str, list[dict[str, Any]]]:
@@ -227,40 +192,45 @@ def _scores(options: Privacy, opened: Run, arms: Sequence[_AttackedArm]) -> dict
         InputError: for a stored score of another row or of other weights.
     """
     path = opened.folder.file(SCORES)
-    stored = {(row["policy"], row["member"], row["row"]): row for row in read_records(path, repair=True)}
-    scores: dict[str, list[dict[str, Any]]] = {}
-    for arm in arms:
-        keys = [arm.key(i) for i in range(len(arm.rows))]
-        places = [(key["policy"], key["member"], key["row"]) for key in keys]
-        for key, place in zip(keys, places, strict=True):
-            if place in stored and any(stored[place][name] != value for name, value in key.items()):
-                raise InputError(
-                    f"{path} has the score of another row or of other weights for {place}: --policy {arm.folder} or "
-                    "its rows have changed since; choose another --run-dir"
-                )
-        # Always score whole chunks, even if some rows are stored: the batch of a row must not depend on interruptions.
-        starts = [s for s in range(0, len(keys), CHUNK) if any(place not in stored for place in places[s : s + CHUNK])]
-        models = _models(options, arm) if starts else None
-        for start in starts:
-            assert models is not None
-            results = score_rows(*models, arm.tokenized[start : start + CHUNK], options.token_budget)
-            new = []
-            for index, row in enumerate(results, start=start):
-                if places[index] not in stored:
-                    tokens = len(arm.tokenized[index].response)
-                    stored[places[index]] = keys[index] | {"tokens": tokens} | row
-                    new.append(stored[places[index]])
-            append_lines(path, new)
-            # The time limit does not stop a run that has scored everything.
-            if start != starts[-1] or arm is not arms[-1]:
-                opened.check_time()
-        scores[arm.name] = [stored[place] for place in places]
-    return scores
+
+    def place(key: Mapping[str, Any]) -> tuple[str, bool, int]:
+        return key["policy"], key["member"], key["row"]
+
+    stored = {place(row): row for row in read_records(path, repair=True)}
+    for key in (row.key for attacked in arms for row in attacked.rows):
+        if place(key) in stored and not key.items() <= stored[place(key)].items():
+            raise InputError(
+                f"{path} has the score of another row or of other weights for {place(key)}: its policy or rows have "
+                "changed since; choose another --run-dir"
+            )
+    # Always score whole chunks, even if some rows are stored: the batch of a row must not depend on interruptions.
+    chunks = [
+        (attacked.arm, rows)
+        for attacked in arms
+        for rows in (attacked.rows[start : start + CHUNK] for start in range(0, len(attacked.rows), CHUNK))
+        if any(place(row.key) not in stored for row in rows)
+    ]
+    loaded: Arm | None = None
+    for number, (arm, rows) in enumerate(chunks):
+        if number:  # at least one chunk is scored
+            opened.check_time()
+        if arm is not loaded:
+            models, loaded = _models(options, arm), arm
+        scores = score_rows(*models, [row.tokens for row in rows], options.token_budget)
+        new = {
+            place(row.key): row.key | {"tokens": len(row.tokens.response)} | score
+            for row, score in zip(rows, scores, strict=True)
+            if place(row.key) not in stored
+        }
+        append_lines(path, list(new.values()))
+        stored |= new
+    return {attacked.arm.name: [stored[place(row.key)] for row in attacked.rows] for attacked in arms}
 
 
-def _models(options: Privacy, arm: _AttackedArm) -> tuple[LanguageModelPolicy, LanguageModelPolicy]:
+def _models(options: Privacy, arm: Arm) -> tuple[LanguageModelPolicy, LanguageModelPolicy]:
     """Loads the policy at temperature 1, and the policy that holds the reference model of the attack."""
-    policy = policy_from(arm.folder, temperature=1.0, dtype=options.dtype)
+    assert arm.policy is not None
+    policy = policy_from(arm.policy, temperature=1.0, dtype=options.dtype)
     if options.model == "base" and (policy.lora.rank or policy.reference == "base"):
         policy.reference = "base"  # the model without an adapter, whatever the reference in training was
         return policy, policy
@@ -291,19 +261,18 @@ def _measure(rows: Sequence[Mapping[str, Any]], options: Privacy) -> dict[str, A
 
 def _show(metrics: Mapping[str, Any], console: Console) -> None:
     """Prints the table of the attacks, then warnings and the reasons for missing rates."""
-    table = Table(title="Membership inference (0.5: guessing; intervals: 95%, bootstrap)")
-    for title in ("policy", "attack", "AUC", "|AUC - 0.5|", "TPR at 1% FPR", ""):
-        table.add_column(
-            title, justify="right" if title and title not in ("policy", "attack") else "left", overflow="fold"
-        )
+    rows, remarks = [["policy", "attack", "AUC", "|AUC - 0.5|", "TPR at 1% FPR", ""]], []
     for name, measured in metrics.items():
         for attack, figures in measured["attacks"].items():
-            area = f"{figures['auc']:.3f} [{figures['auc_low']:.3f}, {figures['auc_high']:.3f}]"
+            area = "{auc:.3f} [{auc_low:.3f}, {auc_high:.3f}]".format_map(figures)
             rate = figures["tpr_at_1_percent_fpr"]
             shown = "-" if rate is None else f"{rate:.3f}"
-            table.add_row(name, attack, area, f"{figures['distance_to_chance']:.3f}", shown, figures["verdict"])
-    console.print(table)
-    for name, measured in metrics.items():
+            rows.append([name, attack, area, f"{figures['distance_to_chance']:.3f}", shown, figures["verdict"]])
         reasons = dict.fromkeys(figures["reason"] for figures in measured["attacks"].values() if figures["reason"])
-        for remark in [*measured["warnings"], *(f"no TPR at 1% FPR: {reason}" for reason in reasons)]:
-            console.print(f"{name}: {remark}", highlight=False)
+        missing = [f"no TPR at 1% FPR: {reason}" for reason in reasons]
+        remarks += [f"{name}: {remark}" for remark in (*measured["warnings"], *missing)]
+    table = rich_table(rows)
+    table.title = "Membership inference (0.5: guessing; intervals: 95%, bootstrap)"
+    console.print(table)
+    for remark in remarks:
+        console.print(remark, highlight=False)

@@ -7,23 +7,23 @@ responses of a teacher, the contextual ranking responses of the model that is tr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from functools import partial
+from typing import Annotated, Any, Literal
 
-import numpy as np
 from rich.console import Console
 
 from ...agents.policy.checkpoints import policy_from
 from ...agents.policy.language_model import PolicyBackend
 from ...envs.tasks.instruction.data import InstructionExample, prompt_text, read_instruction_data, request_text
-from ...envs.tasks.responses.candidates import Candidates, DiverseSampling, sample_candidates
+from ...envs.tasks.responses.candidates import DiverseSampling, sample_candidates
 from ...llm_backends import Backend, BackendError, ContextLengthError, Prompt
 from ...llm_backends.errors import InputError
 from ..runs.folder import journaled_roles
-from ..runs.options import Count, DType, RunOptions, input_errors, parse_part
+from ..runs.options import Count, DType, Required, RunOptions, input_errors, named, parse_part
+from ..runs.statistics import known_mean
 from ..runs.training import Run, digest, policy_folder, run_stage, weights_digest
 
 CHUNK = 16
@@ -35,7 +35,7 @@ CANDIDATES = "candidates.jsonl"
 class TunaCandidates(RunOptions):
     """Draw several different responses to every request of a data set."""
 
-    data: str = ""
+    data: Annotated[str, Required("a data set of requests (JSONL, JSON or Parquet)")] = ""
     """Data set of requests with reference responses: JSONL, JSON or Parquet with instruction, input and output."""
     backend: str = "embedded"
     """Backend that writes the responses: embedded, transformers, openai, vllm, 'module:factory', or JSON {"id": ...,
@@ -66,8 +66,6 @@ class TunaCandidates(RunOptions):
 
     def check(self) -> None:
         super().check()
-        if not self.data:
-            raise InputError("--data is missing: name a data set of requests (JSONL, JSON or Parquet)")
         if self.policy and self.backend != "embedded":
             raise InputError("--policy and --backend exclude each other: only one of them writes the responses")
         _ = self.sampling
@@ -79,9 +77,8 @@ class TunaCandidates(RunOptions):
         Raises:
             InputError: if a value is out of range.
         """
-        return DiverseSampling(
-            self.n, self.temperature, self.step, self.tries, self.threshold, self.max_tokens, self.top_p
-        )
+        names = ("n", "temperature", "step", "tries", "threshold", "max_tokens", "top_p")
+        return DiverseSampling(**named(self, *names))
 
 
 def run(options: TunaCandidates, console: Console | None = None) -> dict[str, Any]:
@@ -96,93 +93,73 @@ def run(options: TunaCandidates, console: Console | None = None) -> dict[str, An
     options.check()
     start = policy_folder(options.policy, "--policy") if options.policy else None
     examples = read_instruction_data(options.data, "--data").examples[: options.limit or None]
+    parts = {"writer": parse_part(options.backend)}
     with input_errors():  # builds the backend once, so that wrong options fail before the run folder is opened
-        journaled_roles({"writer": parse_part(options.backend)}, None)
-    if options.dry_run:
-        writer_name = options.policy or options.backend
-        console.print(f"would draw {options.n} responses to each of {len(examples)} requests by {writer_name}")
-        return {}
+        journaled_roles(parts, None)
     # A resumed run must use the same requests and weights: the options hold only their paths.
     identity: dict[str, Any] = {"requests": digest([example.row() for example in examples])}
     identity |= {"weights": weights_digest(start)} if start is not None else {}
 
     def work(opened: Run) -> dict[str, Any]:
-        with _writer(options, start, opened) as writer:
+        # A policy in this process writes the same again; replies of --backend are kept in the journal of the run.
+        policy = PolicyBackend(policy_from(start, dtype=options.dtype), weights_digest(start)) if start else None
+        with nullcontext({"writer": policy}) if policy else opened.roles(parts) as roles:
+            make = partial(_draw, options, roles["writer"], examples)
+            drawn = opened.rows(CANDIDATES, len(examples), CHUNK, make, "responses drawn")
+        written = [row for row in drawn if row["candidates"]]
+        if not written:
+            raise InputError(f"no request got a response: {drawn[0]['error'] or 'all of them are blank'}")
+        several = sum(len(row["candidates"]) > 1 for row in drawn)
+        console.print(f"{several} of {len(drawn)} requests have several different responses", highlight=False)
+        return opened.finish(
+            {
+                "tries": known_mean(row["tries"] for row in written),
+                "max_rouge": known_mean(row["max_rouge"] for row in written),
+                "finished": known_mean(flag for row in written for flag in row["finished"]),
+                "words": known_mean(len(text.split()) for row in written for text in row["candidates"]),
+            },
+            {
+                "requests": len(drawn),
+                "candidates": sum(len(row["candidates"]) for row in drawn),
+                "with several": several,
+                "failed": len(drawn) - len(written),
+            },
+        )
 
-            def rows(first: int) -> list[dict[str, Any]]:
-                chunk = examples[first : first + CHUNK]
-                prompts = [_prompt(example, options.layout) for example in chunk]
-                # Seeds depend on the row number in the whole run: any chunk gives the same responses when drawn again.
-                numbers = range(first, first + len(chunk))
-                results = sample_candidates(writer, prompts, options.sampling, options.seed, numbers)
-                _refuse_outage(results)
-                return [_row(example, candidates) for example, candidates in zip(chunk, results, strict=True)]
-
-            return _finish(opened, opened.rows(CANDIDATES, len(examples), CHUNK, rows, "responses drawn"))
-
-    return run_stage(options, "tuna candidates", console, work, distributed=False, **identity)
+    plan = f"draw {options.n} responses to each of {len(examples)} requests by {options.policy or options.backend}"
+    return run_stage(options, "tuna candidates", console, work, distributed=False, plan=plan, **identity)
 
 
-def _refuse_outage(results: Sequence[Candidates]) -> None:
-    """Raises an error if all requests of a chunk failed.
-
-    If their rows were written, a repetition of the command would not send these requests again.
+def _draw(
+    options: TunaCandidates, writer: Backend, examples: Sequence[InstructionExample], first: int
+) -> list[dict[str, Any]]:
+    """Returns the rows of the chunk from row ``first`` on, with candidates that are neither blank nor repeated.
 
     Raises:
-        BackendError: if every request of a chunk failed, and at least one of them not because of its length.
+        BackendError: if every request of the chunk failed, and at least one of them not because of its length.
     """
-    errors = [candidates.errors[-1] for candidates in results if not candidates.texts and candidates.errors]
+    chunk = examples[first : first + CHUNK]
+    # The layout chat has messages, the others a text.
+    prompts: list[Prompt] = [
+        [{"role": "user", "content": request_text(example)}]
+        if options.layout == "chat"
+        else prompt_text(example, options.layout)
+        for example in chunk
+    ]
+    # Seeds depend on the row number in the whole run: any chunk gives the same responses when drawn again.
+    results = sample_candidates(writer, prompts, options.sampling, options.seed, range(first, first + len(chunk)))
+    # If rows without responses were written, a repetition of the command would not send these requests again.
+    errors = [result.errors[-1] for result in results if not result.texts and result.errors]
     outages = [error for error in errors if not isinstance(error, ContextLengthError)]
     if len(errors) == len(results) and outages:
         raise BackendError(f"all of {len(results)} requests failed: {outages[0]}; repeat the command to ask again")
-
-
-def _finish(opened: Run, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Writes and returns the results; raises an InputError if no request has a candidate."""
-    written = [row for row in rows if row["candidates"]]
-    if not written:
-        raise InputError(f"no request got a response: {rows[0]['error'] or 'all of them are blank'}")
-    several = sum(len(row["candidates"]) > 1 for row in rows)
-    metrics = {
-        "tries": float(np.mean([row["tries"] for row in written])),
-        "max_rouge": float(np.mean([row["max_rouge"] for row in written])),
-        "finished": float(np.mean([flag for row in written for flag in row["finished"]])),
-        "words": float(np.mean([len(text.split()) for row in written for text in row["candidates"]])),
-    }
-    counts = {
-        "requests": len(rows),
-        "candidates": sum(len(row["candidates"]) for row in rows),
-        "with several": several,
-        "failed": len(rows) - len(written),
-    }
-    opened.console.print(f"{several} of {len(rows)} requests have several different responses", highlight=False)
-    return opened.finish(metrics, counts)
-
-
-@contextmanager
-def _writer(options: TunaCandidates, start: Path | None, opened: Run) -> Iterator[Backend]:
-    """Yields the backend that writes the responses; replies of ``--backend`` are kept in the journal of the run."""
-    if start is not None:
-        yield PolicyBackend(policy_from(start, dtype=options.dtype), weights_digest(start))
-        return
-    with opened.roles({"writer": parse_part(options.backend)}) as roles:
-        yield roles["writer"]
-
-
-def _prompt(example: InstructionExample, layout: Any) -> Prompt:
-    """Returns the prompt of a request: messages for the layout ``chat``, else a text."""
-    if layout == "chat":
-        return [{"role": "user", "content": request_text(example)}]
-    return prompt_text(example, layout)
-
-
-def _row(example: InstructionExample, result: Candidates) -> dict[str, Any]:
-    """Returns the row of ``candidates.jsonl`` for one request: only candidates that are neither blank nor repeated."""
-    return example.row() | {
-        "candidates": [text.strip() for text in result.distinct],
-        "finished": [result.finished[number] for number in result.distinct_indices],
-        "temperature": result.temperature,
-        "tries": result.tries,
-        "max_rouge": result.max_rouge,
-        "error": str(result.errors[-1]) if result.errors else "",
-    }
+    return [
+        example.row()
+        | {
+            "candidates": [text.strip() for text in result.distinct],
+            "finished": [result.finished[number] for number in result.distinct_indices],
+            **named(result, "temperature", "tries", "max_rouge"),
+            "error": str(result.errors[-1]) if result.errors else "",
+        }
+        for example, result in zip(chunk, results, strict=True)
+    ]

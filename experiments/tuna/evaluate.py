@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from ...envs.tasks.instruction.data import InstructionExample, request_text
@@ -19,9 +19,11 @@ from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
 from ...rewards import Reward, Sample, score_with_retries
 from ..runs.folder import journaled_roles
-from ..runs.options import build_judge, input_errors, parse_part
-from ..runs.statistics import macro_interval, task_scores
-from ..runs.training import Deadline, OutOfTimeError, Run, digest, run_stage
+from ..runs.options import build_judge, input_errors, named, parse_part
+from ..runs.progress import Deadline, OutOfTimeError
+from ..runs.report import percent, with_ends
+from ..runs.statistics import known_mean, macro_interval, task_scores
+from ..runs.training import Run, digest, run_stage
 from ..teaching.evaluate import BASE, PREDICTIONS, Evaluate, find_arms
 from ..teaching.evaluate import run as evaluate
 
@@ -75,10 +77,10 @@ def run(options: TunaEvaluate, console: Console | None = None) -> dict[str, Any]
     with input_errors():  # wrong options fail here, before the policies generate their responses
         options.build(journaled_roles(parts, None)["judge"])
     root = Path(options.run_dir)
-    evaluate_options = {field.name: getattr(options, field.name) for field in fields(Evaluate)}
+    shared = named(options, *(field.name for field in fields(Evaluate)))
     deadline = Deadline(options.minutes)
     try:
-        rouge_results = deadline.run(evaluate, Evaluate(**evaluate_options | {"run_dir": str(root / "rouge")}), console)
+        rouge_results = deadline.run(evaluate, Evaluate(**shared | {"run_dir": str(root / "rouge")}), console)
         judge_options = replace(options, run_dir=str(root / "judged"), minutes=deadline.left)
     except OutOfTimeError:
         return {"status": "stopped"}
@@ -89,55 +91,50 @@ def run(options: TunaEvaluate, console: Console | None = None) -> dict[str, Any]
 
     def work(opened: Run) -> dict[str, Any]:
         with opened.roles(parts) as roles:
-            judge = options.build(roles["judge"])
-
-            def judged(first: int) -> list[dict[str, Any]]:
-                return _judge_rows(judge, rows[first : first + CHUNK], options)
-
-            judged_rows = opened.rows(JUDGED, len(rows), CHUNK, judged, "instances judged")
+            make = partial(_judge_rows, options, options.build(roles["judge"]), rows)
+            judged = opened.rows(JUDGED, len(rows), CHUNK, make, "instances judged")
         names = [name for name in rows[0]["arms"] if name != options.against]
-        metrics = {name: bootstrap_win_rate(judged_rows, name, options.seed) for name in names}
-        results = opened.folder.finish(
-            {"against": options.against, "win_rates": metrics, "arms": rouge_results["metrics"]["arms"]},
-            {"instances": len(rows), "seconds": opened.seconds},
-        )
-        opened.tracker.summary({name: figures["win_rate"] for name, figures in metrics.items()})
+        metrics = {name: bootstrap_win_rate(judged, name, options.seed) for name in names}
         for name, figures in metrics.items():
             if figures["win_rate"] is None:
                 console.print(f"{name}: the judge gave no verdict", highlight=False)
             else:
-                low, high = (100 * figures[end] for end in ("win_rate_low", "win_rate_high"))
-                console.print(
-                    f"{name} against {options.against}: win rate {100 * figures['win_rate']:.0f}% "
-                    f"({low:.0f} to {high:.0f}), the same response on {100 * figures['same']:.0f}%",
-                    highlight=False,
-                )
-        return results
+                rate, same = percent(*with_ends(figures, "win_rate"), ".0f"), f"{100 * figures['same']:.0f}"
+                said = f"{name} against {options.against}: win rate {rate} percent, the same response on {same}%"
+                console.print(said, highlight=False)
+        return opened.finish(
+            {"against": options.against, "win_rates": metrics, "arms": rouge_results["metrics"]["arms"]},
+            {"instances": len(rows)},
+        )
 
     return run_stage(judge_options, "tuna evaluate", console, work, distributed=False, predictions=digest(rows))
 
 
-def _judge_rows(judge: Reward, rows: Sequence[Mapping[str, Any]], options: TunaEvaluate) -> list[dict[str, Any]]:
-    """Returns one row per instance with the judge's outcome for every policy; None if the judge gave no verdict."""
-    # One flat batch over instances and policies; `places` maps its samples back.
-    places, samples = [], []
-    for number, row in enumerate(rows):
+def _judge_rows(
+    options: TunaEvaluate, judge: Reward, instances: Sequence[Mapping[str, Any]], first: int
+) -> list[dict[str, Any]]:
+    """Returns, for a chunk of instances, the judge's outcome for every policy; None if the judge gave no verdict."""
+    rows = instances[first : first + CHUNK]
+    outcomes: list[dict[str, Any]] = [
+        {"id": row["id"], "task": row["task"], "wins": {}, "agreed": {}, "same": {}} for row in rows
+    ]
+    # One flat batch over instances and policies.
+    asked = []
+    for row, outcome in zip(rows, outcomes, strict=True):
         request = request_text(InstructionExample(row["instruction"], row["input"], ""))
         reference = row["arms"][options.against]["response"]
         for name, answer in row["arms"].items():
             if name != options.against:
-                places.append((number, name))
                 seed = request_seed(options.seed, "judge", row["id"], name)
-                samples.append(Sample(answer["response"], request, reference, episode_id=row["id"], seed=seed))
-    outcomes: list[dict[str, Any]] = [
-        {"id": row["id"], "task": row["task"], "wins": {}, "agreed": {}, "same": {}} for row in rows
-    ]
-    for (number, name), sample, score in zip(places, samples, score_with_retries(judge, samples), strict=True):
+                sample = Sample(answer["response"], request, reference, episode_id=row["id"], seed=seed)
+                asked.append((outcome, name, sample))
+    scores = score_with_retries(judge, [sample for _, _, sample in asked])
+    for (outcome, name, sample), score in zip(asked, scores, strict=True):
         # Equal responses are a tie in any order: there is no agreement to measure.
         differs = sample.response.split() != str(sample.reference).split()
-        outcomes[number]["wins"][name] = score.value if score.valid else None
-        outcomes[number]["agreed"][name] = score.terms.get("agreement") if score.valid and differs else None
-        outcomes[number]["same"][name] = not differs
+        outcome["wins"][name] = score.value if score.valid else None
+        outcome["agreed"][name] = score.terms.get("agreement") if score.valid and differs else None
+        outcome["same"][name] = not differs
     return outcomes
 
 
@@ -158,11 +155,15 @@ def bootstrap_win_rate(rows: Sequence[Mapping[str, Any]], name: str, seed: int =
             share of instances with a verdict.
     """
     known = [row for row in rows if row["wins"][name] is not None]
-    figures: dict[str, Any] = dict.fromkeys(("win_rate", "win_rate_low", "win_rate_high", "agreement"))
+    mean = low = high = None
     if known:
         by_task = task_scores([row["task"] for row in known], [row["wins"][name] for row in known])
-        figures["win_rate"], figures["win_rate_low"], figures["win_rate_high"] = macro_interval(by_task, seed)
-    if agreed := [row["agreed"][name] for row in known if row["agreed"][name] is not None]:
-        figures["agreement"] = float(np.mean(agreed))
-    same = float(np.mean([row["same"][name] for row in rows]))
-    return figures | {"same": same, "judged": len(known) / len(rows)}
+        mean, low, high = macro_interval(by_task, seed)
+    return {
+        "win_rate": mean,
+        "win_rate_low": low,
+        "win_rate_high": high,
+        "agreement": known_mean(row["agreed"][name] for row in known),
+        "same": known_mean(row["same"][name] for row in rows),
+        "judged": len(known) / len(rows),
+    }

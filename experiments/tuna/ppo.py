@@ -6,12 +6,11 @@ Both stages are those of :mod:`~instructgym.experiments.fine_grained`, with one 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from annotated_types import Lt
 from rich.console import Console
 
 from ...agents.policy.checkpoints import read_state
@@ -28,20 +27,19 @@ from ..fine_grained.ppo import FineGrainedPPO
 from ..fine_grained.ppo import run as ppo
 from ..fine_grained.reward import FineGrainedRewardModel
 from ..fine_grained.reward import run as reward_model
-from ..runs.folder import RunFolder, write_once
+from ..runs.folder import write_once
 from ..runs.options import Count, named
-from ..runs.training import Deadline, OutOfTimeError, TrainingOptions, digest, policy_folder, tokenizer_of
-from .train import ranked_file, withheld
+from ..runs.progress import Deadline
+from ..runs.training import Run, digest, policy_folder, run_stage, tokenizer_of
+from .train import RankedOptions
 
 LISTS, PAIRS = "lists.jsonl", "pairs.jsonl"
 
 
 @dataclass
-class TunaPPO(TrainingOptions):
+class TunaPPO(RankedOptions):
     """Train a reward model on ranked candidates, and a policy by token-level PPO on its reward."""
 
-    ranked: str = ""
-    """Run folder of 'tuna rank', or a JSONL file of ranked lists. The requests of the lists are the prompts of PPO."""
     policy: str = ""
     """Run folder of the policy to start from. It is also the reference policy of the KL penalty."""
     layout: Literal["chat", "plain"] = "chat"
@@ -49,24 +47,15 @@ class TunaPPO(TrainingOptions):
     reward_epochs: Count = 1
     """Epochs of the reward model over its pairs: candidates of neighbouring ranks."""
     updates: Count = 16
-    """Number of PPO updates."""
+    """Number of PPO updates. The prompts are the requests of the lists."""
     batch_size: Count = 32
     """Responses per PPO update."""
     learning_rate: float = 2e-4
     """Peak learning rate of PPO (cosine, 10% warm-up)."""
-    holdout: Annotated[float, Lt(1)] = 0.1
-    """Share of the lists that is withheld from training. With the same seed, 'tuna train' withholds the same lists."""
     kl_coefficient: float = 0.05
     """Weight of the KL penalty against the policy to start from."""
     max_tokens: Count = 128
     """Maximum number of tokens of a response."""
-    context_length: Count = 512
-    """Maximum number of tokens of request and response together. Longer examples are left out and counted."""
-
-    def check(self) -> None:
-        super().check()
-        if not self.ranked:
-            raise InputError("--ranked is missing: name the run folder of 'tuna rank', or a file of ranked lists")
 
 
 @dataclass
@@ -110,10 +99,7 @@ def run(options: TunaPPO, console: Console | None = None) -> dict[str, Any]:
     options.check()
     start = policy_folder(options.policy, "--policy")
     model = read_state(start / SETTINGS)["model"]
-    everything = read_ranked_lists(ranked_file(options.ranked))
-    # Withhold the lists that `tuna train` withholds, so that the arms learn from the same lists.
-    names = withheld(everything, options.holdout, options.seed)
-    lists = [ranked for ranked in everything if ranked.id not in names]
+    _, lists, _ = options.lists()
     pairs = neighbour_pairs(lists, options.layout, tokenizer_of(model))
     if not pairs:
         raise InputError(f"--ranked {options.ranked} has no two candidates of different rank")
@@ -139,28 +125,23 @@ def run(options: TunaPPO, console: Console | None = None) -> dict[str, Any]:
     reward_options.check()
     ppo_options.check()  # both stages are checked before the first one runs
     prompts = ppo_options.fitting(lists, model)
-    if options.dry_run:
-        console.print(f"would train a reward model on {len(pairs)} pairs, then {options.updates} updates of PPO")
-        return {}
-    # `lists` in the identity: a resumed run must have the same rankings.
-    folder = RunFolder(
-        root, asdict(options) | {"lists": digest([[ranked.id, ranked.scores] for ranked in lists])}, "tuna ppo"
-    )
-    if (results := folder.finished(console)) is not None:
+
+    def work(opened: Run) -> dict[str, Any]:
+        write_once(opened.folder.file(LISTS), [ranked_row(ranked) for ranked in lists])
+        write_once(opened.folder.file(PAIRS), [vars(pair) | {"metadata": {}} for pair in pairs])
+        deadline = Deadline(options.minutes)
+        reward_results = deadline.run(reward_model, reward_options, console)
+        results = deadline.run(ppo, ppo_options, console)
+        metrics = {f"reward model, {name}": value for name, value in reward_results["metrics"].items()}
+        dropped = {"too long": len(lists) - len(prompts)}
+        results = opened.folder.finish(metrics, results["counts"] | {"prompts": len(prompts), "dropped": dropped})
+        opened.tracker.summary(results)
         return results
-    deadline = Deadline(options.minutes)
-    with folder.opened():
-        write_once(folder.file(LISTS), [ranked_row(ranked) for ranked in lists])
-        write_once(folder.file(PAIRS), [vars(pair) | {"metadata": {}} for pair in pairs])
-        try:
-            reward_results = deadline.run(reward_model, reward_options, console)
-            results = deadline.run(ppo, ppo_options, console)
-        except OutOfTimeError:
-            return folder.finish({}, {}, status="stopped")
-        return folder.finish(
-            {f"reward model, {name}": value for name, value in reward_results["metrics"].items()},
-            results["counts"] | {"prompts": len(prompts), "dropped": {"too long": len(lists) - len(prompts)}},
-        )
+
+    plan = f"train a reward model on {len(pairs)} pairs, then a policy by {options.updates} updates of PPO"
+    # A resumed run must have the same rankings.
+    lists_digest = digest([[ranked.id, ranked.scores] for ranked in lists])
+    return run_stage(options, "tuna ppo", console, work, distributed=False, plan=plan, lists=lists_digest)
 
 
 def neighbour_pairs(lists: Sequence[RankedList], layout: DataLayout, tokenizer: Tokenizer) -> list[EditedPair]:
@@ -173,19 +154,19 @@ def neighbour_pairs(lists: Sequence[RankedList], layout: DataLayout, tokenizer: 
     """
     pairs = []
     for ranked in lists:
-        prompt, opening = prompt_text(request_of(ranked), layout, tokenizer), OPENINGS[layout]
-        finished = finished_flags(ranked)
+        prompt, finished = prompt_text(request_of(ranked), layout, tokenizer), finished_flags(ranked)
+        responses = [OPENINGS[layout] + text for text in ranked.candidates]
         # Best first; the sort is stable, so candidates of equal score keep their order.
-        order = sorted(range(len(ranked.candidates)), key=lambda k: -ranked.scores[k])
-        for number, (better, worse) in enumerate(pairwise(order)):
-            if ranked.scores[better] > ranked.scores[worse]:
-                pairs.append(
-                    EditedPair(
-                        prompt,
-                        opening + ranked.candidates[worse],
-                        opening + ranked.candidates[better],
-                        f"{ranked.id}/{number}",
-                        finished=finished[better] and finished[worse],
-                    )
-                )
+        order = sorted(range(len(responses)), key=lambda k: -ranked.scores[k])
+        pairs += [
+            EditedPair(
+                prompt,
+                responses[worse],
+                responses[better],
+                f"{ranked.id}/{number}",
+                finished=finished[better] and finished[worse],
+            )
+            for number, (better, worse) in enumerate(pairwise(order))
+            if ranked.scores[better] > ranked.scores[worse]
+        ]
     return pairs

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from rich.console import Console
@@ -24,7 +24,7 @@ from ...llm_backends.records import read_records
 from ...rewards import CandidateScores, ProbabilisticRanker, Ranker, rouge_l
 from ...rewards.rank_statistics import mean_kendall_tau
 from ..runs.folder import journaled_roles
-from ..runs.options import RunOptions, build_judge, input_errors, parse_part
+from ..runs.options import Required, RunOptions, build_judge, input_errors, parse_part
 from ..runs.report import finished_run
 from ..runs.statistics import known_mean
 from ..runs.training import Run, digest, run_stage
@@ -39,7 +39,7 @@ RANKED = "ranked.jsonl"
 class TunaRank(RunOptions):
     """Rank the candidates of every request."""
 
-    candidates: str = ""
+    candidates: Annotated[str, Required("the run folder of 'tuna candidates'")] = ""
     """Run folder of 'tuna candidates'."""
     ranker: str = "probabilistic"
     """How candidates are ranked: probabilistic (log-likelihood under the teacher), contextual (a judge orders all
@@ -48,11 +48,6 @@ class TunaRank(RunOptions):
     backend: str = "embedded"
     """Language model of the teacher or judge: embedded, transformers, openai, vllm, 'module:factory', or JSON {"id":
     ..., "kwargs": {...}}. A teacher gets the prompts in the --layout of 'tuna candidates'."""
-
-    def check(self) -> None:
-        super().check()
-        if not self.candidates:
-            raise InputError("--candidates is missing: name the run folder of 'tuna candidates'")
 
     def build(self, backend: Backend, layout: DataLayout = "chat") -> Ranker:
         """Builds the ranker on a backend.
@@ -86,9 +81,6 @@ def run(options: TunaRank, console: Console | None = None) -> dict[str, Any]:
     parts = {"ranker": parse_part(options.backend)}
     with input_errors():  # builds the ranker once, so that wrong options fail before the run folder is opened
         options.build(journaled_roles(parts, None)["ranker"], layout)
-    if options.dry_run:
-        console.print(f"would rank the candidates of {len(usable)} of {len(rows)} requests by {options.ranker}")
-        return {}
 
     def work(opened: Run) -> dict[str, Any]:
         with opened.roles(parts) as roles:
@@ -114,7 +106,9 @@ def run(options: TunaRank, console: Console | None = None) -> dict[str, Any]:
             raise InputError(f"{options.ranker} ties all candidates of all {tied} lists: nothing could be learned")
         write_ranked_lists(opened.folder.file(RANKED), lists)
         metrics = agreement(lists)
-        results = opened.finish(
+        console.print(f"{len(lists)} of {len(rows)} requests ranked", highlight=False)
+        opened.show(metrics)
+        return opened.finish(
             metrics,
             {
                 "requests": len(rows),
@@ -126,11 +120,9 @@ def run(options: TunaRank, console: Console | None = None) -> dict[str, Any]:
                 "calls": sum(item["calls"] for item in rankings),
             },
         )
-        shown = (f"{name} {value:.3f}" for name, value in metrics.items() if value is not None)
-        console.print(f"{len(lists)} of {len(rows)} requests ranked:", *shown, highlight=False)
-        return results
 
-    return run_stage(options, "tuna rank", console, work, distributed=False, candidates_digest=digest(usable))
+    plan, stored = f"rank candidates of {len(usable)} requests by {options.ranker}", digest(usable)
+    return run_stage(options, "tuna rank", console, work, distributed=False, plan=plan, candidates_digest=stored)
 
 
 def read_candidates(folder: str) -> tuple[list[dict[str, Any]], DataLayout]:
@@ -149,22 +141,32 @@ def read_candidates(folder: str) -> tuple[list[dict[str, Any]], DataLayout]:
 def _rank_rows(
     ranker: Ranker, rows: Sequence[Mapping[str, Any]], seed: int, layout: DataLayout
 ) -> list[dict[str, Any]]:
-    """Returns the ranker's output for each row; rows without a valid ranking are ranked a second time."""
-    scores: dict[int, CandidateScores] = {}
+    """Returns the row of ``rankings.jsonl`` of each request; those without a valid ranking are ranked a second time."""
+    results: dict[int, CandidateScores] = {}
     calls = [0] * len(rows)
     for attempt in range(2):
-        missing = [i for i in range(len(rows)) if i not in scores or not scores[i].valid]
-        results = ranker.rank(
+        missing = [i for i in range(len(rows)) if i not in results or not results[i].valid]
+        ranked = ranker.rank(
             [_prompt(ranker, _example(rows[i]), layout) for i in missing],
             [rows[i]["candidates"] for i in missing],
             [rows[i]["output"] or None for i in missing],
             [request_seed(seed, "rank", rows[i]["id"], attempt) for i in missing],
             attempt,
         )
-        scores |= dict(zip(missing, results, strict=True))
-        for i in missing:
-            calls[i] += scores[i].calls
-    return [_ranking_row(row, scores[i], calls[i]) for i, row in enumerate(rows)]
+        for i, result in zip(missing, ranked, strict=True):
+            results[i], calls[i] = result, calls[i] + result.calls
+    return [
+        {
+            "id": row["id"],
+            "valid": results[i].valid,
+            "scores": results[i].scores.tolist(),
+            "added": list(results[i].added),
+            "added_scores": results[i].added_scores.tolist(),
+            "calls": calls[i],
+            "feedback": results[i].feedback,
+        }
+        for i, row in enumerate(rows)
+    ]
 
 
 def _example(row: Mapping[str, Any]) -> InstructionExample:
@@ -175,38 +177,21 @@ def _prompt(ranker: Ranker, example: InstructionExample, layout: DataLayout) -> 
     """Returns the request or, for a teacher outside the layout ``chat``, the text that the candidates continue."""
     if layout == "chat" or not isinstance(ranker, ProbabilisticRanker):
         return request_text(example)
-    opening = OPENINGS[layout]
     # The ranker puts the blank before each candidate itself.
-    return prompt_text(example, layout) + (opening if opening != " " else "")
-
-
-def _ranking_row(row: Mapping[str, Any], result: CandidateScores, calls: int) -> dict[str, Any]:
-    """Returns the row of ``rankings.jsonl`` for one request."""
-    return {
-        "id": row["id"],
-        "valid": result.valid,
-        "scores": [float(score) for score in result.scores],
-        "added": list(result.added),
-        "added_scores": [float(score) for score in result.added_scores],
-        "calls": calls,
-        "feedback": result.feedback,
-    }
+    return prompt_text(example, layout) + OPENINGS[layout].strip(" ")
 
 
 def _ranked_list(row: Mapping[str, Any], ranking: Mapping[str, Any]) -> RankedList:
     """Returns the ranked list of a row of candidates and its ranking, with the candidates that the ranker added."""
     added = [text.strip() for text in ranking["added"]]
+    finished = [*row["finished"], *[True] * len(added)]
     return RankedList(
         row["id"],
         request_text(_example(row)),
         (*row["candidates"], *added),
         (*ranking["scores"], *ranking["added_scores"]),
         row["output"] or None,
-        {
-            "instruction": row["instruction"],
-            "input": row["input"],
-            FINISHED: [*row["finished"], *[True] * len(added)],
-        },
+        {"instruction": row["instruction"], "input": row["input"], FINISHED: finished},
     )
 
 

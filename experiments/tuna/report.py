@@ -11,8 +11,8 @@ from rich.console import Console
 
 from ...llm_backends.errors import InputError
 from ..runs.folder import read_json
-from ..runs.report import COLOURS, FinishedRun, finished_run, panels, percent, write_report
-from ..runs.statistics import compare_paired
+from ..runs.report import COLOURS, finished_run, panels, percent, with_ends, write_report
+from ..runs.statistics import PairedComparison, compare_paired
 from ..teaching.evaluate import BASE
 
 EVALUATION, RANKINGS, POLICIES = "evaluate", "rank", "train"
@@ -41,7 +41,9 @@ def run(options: TunaReport, console: Console | None = None) -> dict[str, Any]:
     if judged is None or tasks is None:
         raise InputError(f"{root / EVALUATION} holds no finished evaluation: run 'tuna run' or 'tuna evaluate' first")
     figures, against = judged.metrics, judged.metrics["against"]
-    trainings, rankings = (_runs_by_name(root / kind) for kind in (POLICIES, RANKINGS))
+    runs = {kind: filter(None, map(finished_run, sorted((root / kind).glob("*")))) for kind in (POLICIES, RANKINGS)}
+    training = {run.folder.name: run.metrics for run in runs[POLICIES]}
+    rankings = {run.folder.name: run.metrics | run.counts for run in runs[RANKINGS]}
     # Paired over tasks: every arm was evaluated on the same ones. The bootstrap takes the seed of the evaluation: its
     # intervals are the same on every call.
     gaps = {
@@ -53,12 +55,12 @@ def run(options: TunaReport, console: Console | None = None) -> dict[str, Any]:
         "against": against,
         "win_rates": figures["win_rates"],
         "comparisons": {name: asdict(pair) | pair.shares for name, pair in gaps.items()},
-        "training": {name: training.metrics for name, training in trainings.items()},
-        "rankings": {name: ranking.metrics | ranking.counts for name, ranking in rankings.items()},
+        "training": training,
+        "rankings": rankings,
     }
     write_report(
         root / "report",
-        [("", _arm_rows(figures, gaps, trainings)), ("", _ranking_rows(rankings))],
+        [("", _arm_rows(figures, gaps, training)), ("", _ranking_rows(rankings))],
         console,
         f"Learning from rankings, {count} held-out tasks",
         _notes(against),
@@ -66,12 +68,6 @@ def run(options: TunaReport, console: Console | None = None) -> dict[str, Any]:
         {"arms.png": lambda path: plot_arms(figures, count, path)},
     )
     return results
-
-
-def _runs_by_name(folder: Path) -> dict[str, FinishedRun]:
-    """Returns the finished runs in a folder, by the names of their folders."""
-    runs = (finished_run(path) for path in sorted(folder.glob("*")))
-    return {run.folder.name: run for run in runs if run is not None}
 
 
 def _notes(against: str) -> list[str]:
@@ -88,45 +84,33 @@ def _notes(against: str) -> list[str]:
 
 
 def _arm_rows(
-    figures: Mapping[str, Any], gaps: Mapping[str, Any], trainings: Mapping[str, FinishedRun]
+    figures: Mapping[str, Any], gaps: Mapping[str, PairedComparison], training: Mapping[str, Mapping[str, Any]]
 ) -> list[list[str]]:
     """Returns the table of the arms: a header, then one row per arm."""
-    against = figures["against"]
-    rows = [
-        ["arm", "ROUGE-L (95%)", f"against {against} (95%)", "win rate (95%)", "same", "orders agree", "tokens", "tau"]
-    ]
+    against = f"against {figures['against']} (95%)"
+    rows = [["arm", "ROUGE-L (95%)", against, "win rate (95%)", "same", "orders agree", "tokens", "tau"]]
     for name, arm in figures["arms"].items():
-        row = [name, percent(arm["rouge_l"], arm["rouge_l_low"], arm["rouge_l_high"])]
-        row.append(percent(gap.difference, gap.low, gap.high, "+.1f") if (gap := gaps.get(name)) else "")
-        wins = figures["win_rates"].get(name)
-        row += _win_cells(wins) if wins and wins["win_rate"] is not None else [""] * 3
-        row += [f"{arm['tokens']:.0f}", _taus(trainings[name].metrics if name in trainings else {})]
-        rows.append(row)
+        gap, wins = gaps.get(name), figures["win_rates"].get(name)
+        row = [name, percent(*with_ends(arm, "rouge_l"))]
+        row.append(percent(gap.difference, gap.low, gap.high, "+.1f") if gap else "")
+        if wins and wins["win_rate"] is not None:
+            agreed = "" if wins["agreement"] is None else f"{wins['agreement']:.0%}"
+            row += [percent(*with_ends(wins, "win_rate"), ".0f"), f"{wins['same']:.0%}", agreed]
+        else:
+            row += [""] * 3
+        before, after = (training.get(name, {}).get(f"tau, held out {when}") for when in ("before", "after"))
+        taus = "" if before is None or after is None else f"{before:.2f} to {after:.2f}"
+        rows.append([*row, f"{arm['tokens']:.0f}", taus])
     return rows
 
 
-def _win_cells(wins: Mapping[str, float]) -> list[str]:
-    """Returns the cells of an arm's win rate, its same responses and the agreement of the two orders."""
-    agreed = "" if wins["agreement"] is None else f"{100 * wins['agreement']:.0f}%"
-    rate = percent(wins["win_rate"], wins["win_rate_low"], wins["win_rate_high"], ".0f")
-    return [rate, f"{100 * wins['same']:.0f}%", agreed]
-
-
-def _taus(metrics: Mapping[str, Any]) -> str:
-    """Returns the cell of Kendall's tau on withheld lists before and after training; empty if one is missing."""
-    before, after = (metrics.get(f"tau, held out {when}") for when in ("before", "after"))
-    return "" if before is None or after is None else f"{before:.2f} to {after:.2f}"
-
-
-def _ranking_rows(rankings: Mapping[str, FinishedRun]) -> list[list[str]]:
+def _ranking_rows(rankings: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     """Returns the table of the rankings: a header, then one row per run of 'tuna rank'."""
     rows = [["ranking", "lists", "candidates", "no ranking", "all tied", "tau with ROUGE-L", "ROUGE-L: best", "mean"]]
     for name, ranking in rankings.items():
-        metrics, counts = ranking.metrics, ranking.counts
-        keys = ("lists", "candidates", "without a ranking", "all tied")
-        shown = ("kendall_tau", "rouge_l_best", "rouge_l_mean")
-        cells = ["" if metrics[key] is None else f"{metrics[key]:.2f}" for key in shown]
-        rows.append([name, *(str(counts[key]) for key in keys), *cells])
+        counts = [ranking[key] for key in ("lists", "candidates", "without a ranking", "all tied")]
+        means = [ranking[key] for key in ("kendall_tau", "rouge_l_best", "rouge_l_mean")]
+        rows.append([name, *map(str, counts), *("" if mean is None else f"{mean:.2f}" for mean in means)])
     return rows
 
 
@@ -145,13 +129,13 @@ def plot_arms(figures: Mapping[str, Any], tasks: int, path: Path) -> Path:
     left, right = axes[0]
     names = list(figures["arms"])
     for k, name in enumerate(names):
-        colour, arm = COLOURS[k % len(COLOURS)], figures["arms"][name]
-        mean, low, high = (100 * arm[key] for key in ("rouge_l", "rouge_l_low", "rouge_l_high"))
-        left.bar(k, mean, yerr=[[mean - low], [high - mean]], color=colour, alpha=0.75, capsize=4, width=0.6)
-        wins = figures["win_rates"].get(name)
+        colour, wins = COLOURS[k % len(COLOURS)], figures["win_rates"].get(name)
+        style: dict[str, Any] = {"color": colour, "capsize": 4}
+        mean, low, high = (100 * end for end in with_ends(figures["arms"][name], "rouge_l"))
+        left.bar(k, mean, yerr=[[mean - low], [high - mean]], alpha=0.75, width=0.6, **style)
         if wins and wins["win_rate"] is not None:
-            mean, low, high = (100 * wins[key] for key in ("win_rate", "win_rate_low", "win_rate_high"))
-            right.errorbar(k, mean, yerr=[[mean - low], [high - mean]], fmt="o", color=colour, capsize=4)
+            mean, low, high = (100 * end for end in with_ends(wins, "win_rate"))
+            right.errorbar(k, mean, yerr=[[mean - low], [high - mean]], fmt="o", **style)
     # At 50 percent an arm wins as often as it loses.
     right.axhline(50, color="#555555", linewidth=1, linestyle="--")
     for axis in (left, right):

@@ -20,9 +20,10 @@ from ...envs.tasks.instruction.pool import evaluation_split, load_tasks
 from ...llm_backends.errors import InputError
 from ...rewards import RougeGate
 from ..runs.folder import journaled_roles, write_once
-from ..runs.options import DType, Seed, input_errors, parse_part
+from ..runs.options import DType, Seed, input_errors, named, parse_part
 from ..runs.study import StudyOptions, StudyStage, needed, run_study
 from ..runs.training import digest, tokenizer_of
+from ..teaching.evaluate import BASE
 from ..teaching.finetune import Finetune
 from ..teaching.finetune import run as finetune
 from .candidates import TunaCandidates
@@ -47,22 +48,25 @@ PROBABILISTIC_RANKING, CONTEXTUAL_RANKING = "probabilistic", "contextual"
 
 ORDERS = ("probabilistic,contextual", "contextual,probabilistic")
 
-SIZES: dict[str, dict[str, dict[str, Any]]] = {
+SIZES: dict[str, dict[str, Any]] = {
     "smoke": {
+        "requests": 10,
+        "held_out": 6,
         "candidates": {"max_tokens": 16},
         "train": {"epochs": 1},
         "ppo": {"updates": 1, "batch_size": 8, "max_tokens": 16},
         "evaluate": {"max_tokens": 16},
     },
     "report": {
+        "requests": 0,
+        "held_out": HELD_OUT,
         "candidates": {"max_tokens": 64},
         "train": {"epochs": 2},
         "ppo": {"updates": 12, "batch_size": 32, "max_tokens": 64},
         "evaluate": {"max_tokens": 96},
     },
 }
-DEFAULT_COUNTS = {"smoke": (10, 6), "report": (0, HELD_OUT)}
-"""By scale, the number of requests (0: all) and the default number of held-out tasks."""
+"""By scale, the number of requests (0: all), the default number of held-out tasks, and options of stages."""
 LEARNING_RATES = {"first": 2e-4, "second": 1e-4, DPO: 1e-4}
 """Learning rates of the first Tuna stage, of the second and of DPO. Adapters need larger ones than those of the
 paper."""
@@ -110,7 +114,15 @@ class TunaRun(StudyOptions):
         super().check()
         _ = self.arm_names
         _ = self.requests
-        _check_parts(self)
+        # A teacher, judge or backend that cannot be built fails here, before the first stage.
+        backends = {name: parse_part(getattr(self, name)) for name in ("teacher", "judge_backend")}
+        with input_errors():
+            live = journaled_roles(backends, None)
+            TunaRank(ranker=self.judge).build(live["judge_backend"])
+            TunaRank(ranker="probabilistic").build(live["teacher"])
+            TunaEvaluate(judge=self.evaluation_judge).build(live["judge_backend"])
+        # So does a model without a chat template, which all stages need.
+        tokenizer_of(self.model).chat_text([{"role": "user", "content": "?"}])
 
     @property
     def arm_names(self) -> list[str]:
@@ -129,7 +141,7 @@ class TunaRun(StudyOptions):
     @property
     def num_held_out(self) -> int:
         """Number of seed tasks to hold out."""
-        return self.held_out or DEFAULT_COUNTS[self.scale][1]
+        return self.held_out or int(SIZES[self.scale]["held_out"])
 
     @cached_property
     def evaluation_tasks(self) -> list[EvaluationTask]:
@@ -164,92 +176,74 @@ class TunaRun(StudyOptions):
                 f"--seeds {self.seeds} has no request to learn from that resembles no evaluation task: give seed tasks "
                 "with 'instances'"
             )
-        return examples[: DEFAULT_COUNTS[self.scale][0] or None]
+        return examples[: SIZES[self.scale]["requests"] or None]
 
     def identity(self) -> Mapping[str, Any]:
         tasks = digest([[task.name, task.instruction] for task in self.evaluation_tasks])
-        fixed = ("model", "order", "scale", "judge_backend", "evaluation_judge")
-        return {name: getattr(self, name) for name in fixed} | {
-            "evaluation_tasks": tasks,
-            "arms": ",".join(self.arm_names),
-        }
+        fixed = named(self, "model", "order", "scale", "judge_backend", "evaluation_judge")
+        return fixed | {"evaluation_tasks": tasks, "arms": ",".join(self.arm_names)}
 
     def stages(self) -> list[StudyStage]:
         arms, sizes, root = self.arm_names, SIZES[self.scale], self.root
-        shared: dict[str, Any] = {"seed": self.seed, "dtype": self.dtype}
         data, context = str(root / "requests.jsonl"), tokenizer_of(self.model).context_length
 
-        def policy(arm: str) -> str:
-            return str(root / POLICIES / arm)
+        def stage(name: str, command: Any, options: Any, *needs: str, **own: Any) -> StudyStage:
+            """Returns a stage with the seed of the study and, if it has such options, its type and context length."""
+            own["seed"] = self.seed
+            if hasattr(options, "dtype"):
+                own["dtype"] = self.dtype
+            if hasattr(options, "context_length"):
+                own["context_length"] = min(options.context_length, context)
+            return StudyStage(name, command, options(**own), needs)
 
-        def candidates_of(name: str, *needs: str, **writer: Any) -> StudyStage:
-            """Returns the stage that draws candidates; the writer is ``backend`` or ``policy``."""
-            options = TunaCandidates(**shared, **sizes["candidates"], data=data, **writer)
-            return StudyStage(f"candidates/{name}", candidates, options, needs)
+        def ranking(name: str, writer: str, ranker: str, backend: str) -> list[StudyStage]:
+            """Returns the stages that draw candidates, from the teacher or the policy of an arm, and rank them."""
+            drawn, needs = f"candidates/{writer}", () if writer == "teacher" else (f"{POLICIES}/{writer}",)
+            own = sizes["candidates"] | ({"policy": str(root / needs[0])} if needs else {"backend": self.teacher})
+            how = {"ranker": ranker, "backend": backend}
+            return [
+                stage(drawn, candidates, TunaCandidates, *needs, data=data, **own),
+                stage(f"{RANKINGS}/{name}", rank, TunaRank, drawn, candidates=str(root / drawn), **how),
+            ]
 
-        def ranking(name: str, writer: str, ranker: str, backend: str) -> StudyStage:
-            """Returns the stage that ranks the candidates of a writer."""
-            folder = f"candidates/{writer}"
-            options = TunaRank(seed=self.seed, candidates=str(root / folder), ranker=ranker, backend=backend)
-            return StudyStage(f"{RANKINGS}/{name}", rank, options, (folder,))
-
-        def training(arm: str, start: str, ranked: str, loss: str, rate: float) -> StudyStage:
+        def training(
+            arm: str, start: str, ranked: str, own: dict[str, Any], command: Any = train, options: Any = TunaTrain
+        ) -> StudyStage:
             """Returns the stage that trains an arm, from the policy of another, on a ranking."""
-            options = TunaTrain(
-                **shared,
-                **sizes["train"],
-                policy=policy(start),
-                ranked=str(root / RANKINGS / ranked),
-                loss=loss,
-                learning_rate=rate,
-                context_length=min(TunaTrain.context_length, context),
-            )
-            return StudyStage(f"{POLICIES}/{arm}", train, options, (f"{POLICIES}/{start}", f"{RANKINGS}/{ranked}"))
+            needs = f"{POLICIES}/{start}", f"{RANKINGS}/{ranked}"
+            own = {"policy": str(root / needs[0]), "ranked": str(root / needs[1])} | own
+            return stage(f"{POLICIES}/{arm}", command, options, *needs, **own)
 
-        start = Finetune(
-            **shared, data=data, model=self.model, epochs=2, context_length=min(Finetune.context_length, context)
-        )
-        ppo_options = TunaPPO(
-            **shared,
-            **sizes["ppo"],
-            policy=policy(SFT),
-            ranked=str(root / RANKINGS / CONTEXTUAL_RANKING),
-            context_length=min(TunaPPO.context_length, context),
-        )
-        evaluation = TunaEvaluate(
-            **shared,
-            **sizes["evaluate"],
-            policy=",".join(f"{arm}={policy(arm)}{'/ppo' * (arm == PPO)}" for arm in arms),
-            tasks=self.seeds,
-            held_out=self.num_held_out,
-            model=self.model,
-            layout="chat",
-            context_length=min(TunaEvaluate.context_length, context),
-            judge=self.evaluation_judge,
-            backend=self.judge_backend,
-            against=SFT if SFT in arms else "base",
-        )
-        first, second = LEARNING_RATES["first"], LEARNING_RATES["second"]
         # The arm of both stages starts from the policy of its first one. The contextual stage ranks responses of the
         # policy from which it starts; the teacher's ranking does not depend on the policy.
         middle, last = (PROBABILISTIC, f"{CONTEXTUAL_RANKING}-{PROBABILISTIC}"), (CONTEXTUAL, PROBABILISTIC_RANKING)
         both = middle if self.order == ORDERS[0] else last
+        first, second = (
+            sizes["train"] | {"loss": self.loss, "learning_rate": LEARNING_RATES[name]} for name in ("first", "second")
+        )
+        dpo = sizes["train"] | {"loss": "dpo", "learning_rate": LEARNING_RATES[DPO]}
+        policies = {arm: str(root / POLICIES / arm / ("ppo" if arm == PPO else "")) for arm in arms}
+        evaluation = sizes["evaluate"] | {
+            "policy": ",".join(f"{arm}={folder}" for arm, folder in policies.items()),
+            "tasks": self.seeds,
+            "held_out": self.num_held_out,
+            "model": self.model,
+            "layout": "chat",
+            "judge": self.evaluation_judge,
+            "backend": self.judge_backend,
+            "against": SFT if SFT in arms else BASE,
+        }
         stages = [
-            StudyStage(f"{POLICIES}/{SFT}", finetune, start),
-            candidates_of("teacher", backend=self.teacher),
-            ranking(PROBABILISTIC_RANKING, "teacher", "probabilistic", self.teacher),
-            training(PROBABILISTIC, SFT, PROBABILISTIC_RANKING, self.loss, first),
-            candidates_of(SFT, f"{POLICIES}/{SFT}", policy=policy(SFT)),
-            ranking(CONTEXTUAL_RANKING, SFT, self.judge, self.judge_backend),
-            training(CONTEXTUAL, SFT, CONTEXTUAL_RANKING, self.loss, first),
-            candidates_of(PROBABILISTIC, f"{POLICIES}/{PROBABILISTIC}", policy=policy(PROBABILISTIC)),
-            ranking(middle[1], PROBABILISTIC, self.judge, self.judge_backend),
-            training(TUNA, *both, self.loss, second),
-            training(DPO, SFT, CONTEXTUAL_RANKING, "dpo", LEARNING_RATES[DPO]),
-            StudyStage(
-                f"{POLICIES}/{PPO}", ppo, ppo_options, (f"{POLICIES}/{SFT}", f"{RANKINGS}/{CONTEXTUAL_RANKING}")
-            ),
-            StudyStage(EVALUATION, evaluate, evaluation, tuple(f"{POLICIES}/{arm}" for arm in arms)),
+            stage(f"{POLICIES}/{SFT}", finetune, Finetune, data=data, model=self.model, epochs=2),
+            *ranking(PROBABILISTIC_RANKING, "teacher", "probabilistic", self.teacher),
+            training(PROBABILISTIC, SFT, PROBABILISTIC_RANKING, first),
+            *ranking(CONTEXTUAL_RANKING, SFT, self.judge, self.judge_backend),
+            training(CONTEXTUAL, SFT, CONTEXTUAL_RANKING, first),
+            *ranking(middle[1], PROBABILISTIC, self.judge, self.judge_backend),
+            training(TUNA, *both, second),
+            training(DPO, SFT, CONTEXTUAL_RANKING, dpo),
+            training(PPO, SFT, CONTEXTUAL_RANKING, sizes["ppo"], ppo, TunaPPO),
+            stage(EVALUATION, evaluate, TunaEvaluate, *(f"{POLICIES}/{arm}" for arm in arms), **evaluation),
         ]
         return needed(stages, [EVALUATION])
 
@@ -267,15 +261,3 @@ def run(options: TunaRun, console: Console | None = None) -> dict[str, Any]:
         InputError: if the input is invalid.
     """
     return run_study(options, console or Console())
-
-
-def _check_parts(options: TunaRun) -> None:
-    """Raises an InputError for a teacher, judge or backend that cannot be built, before the first stage."""
-    backends = {name: parse_part(getattr(options, name)) for name in ("teacher", "judge_backend")}
-    with input_errors():
-        live = journaled_roles(backends, None)
-        TunaRank(ranker=options.judge).build(live["judge_backend"])
-        TunaRank(ranker="probabilistic").build(live["teacher"])
-        TunaEvaluate(judge=options.evaluation_judge).build(live["judge_backend"])
-    # Fails for a model without a chat template, which all stages need.
-    tokenizer_of(options.model).chat_text([{"role": "user", "content": "?"}])

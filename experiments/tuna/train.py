@@ -7,7 +7,7 @@ The losses are in :mod:`~instructgym.agents.preferences.losses`, the training lo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,10 +23,19 @@ from ...envs.tasks.responses.candidates import RankedList, read_ranked_lists
 from ...llm_backends import request_seed
 from ...llm_backends.errors import InputError
 from ...llm_backends.records import read_records
-from ...llm_backends.training.adapters import LoraSettings
-from ..runs.folder import RunFolder, read_json, write_json, write_once
-from ..runs.options import Count
-from ..runs.training import Run, TrainingOptions, digest, policy_folder, run_stage, tokenizer_of, weights_digest
+from ..runs.folder import read_json, write_json, write_once
+from ..runs.options import Count, Required
+from ..runs.training import (
+    Run,
+    TrainingOptions,
+    digest,
+    new_policy,
+    policy_folder,
+    run_stage,
+    tokenizer_of,
+    trainer_settings,
+    weights_digest,
+)
 from ..teaching.finetune import TRAIN
 from .rank import RANKED
 
@@ -34,11 +43,35 @@ BEFORE = "before.json"
 
 
 @dataclass
-class TunaTrain(TrainingOptions):
+class RankedOptions(TrainingOptions):
+    """Options of the stages that train on ranked lists."""
+
+    ranked: Annotated[str, Required("the run folder of 'tuna rank', or a file of ranked lists")] = ""
+    """Run folder of 'tuna rank', or a JSONL file of ranked lists."""
+    holdout: Annotated[float, Lt(1)] = 0.1
+    """Share of the lists that is withheld from training. With the same seed, all stages withhold the same lists."""
+    context_length: Count = 512
+    """Maximum number of tokens of request and response together. Longer examples are left out and counted."""
+
+    def lists(self) -> tuple[list[RankedList], list[RankedList], list[RankedList]]:
+        """Reads the ranked lists and returns all, those to train on, and those to withhold.
+
+        Raises:
+            InputError: if the file cannot be read.
+        """
+        path = Path(self.ranked)
+        lists = read_ranked_lists(path / RANKED if path.is_dir() else path)
+        # Sorted by a hash, not drawn: the choice depends neither on the order of the lists nor on the stage.
+        order = sorted((ranked.id for ranked in lists), key=lambda name: request_seed(self.seed, "withheld", name))
+        withheld = set(order[: round(self.holdout * len(order))])
+        used, unused = ([ranked for ranked in lists if (ranked.id in withheld) == out] for out in (False, True))
+        return lists, used, unused
+
+
+@dataclass
+class TunaTrain(RankedOptions):
     """Train a policy on ranked candidates."""
 
-    ranked: str = ""
-    """Run folder of 'tuna rank', or a JSONL file of ranked lists."""
     policy: str = ""
     """Run folder of the policy to start from. It is also the reference policy of losses that need one. Empty: start
     from --model, with a new adapter."""
@@ -77,13 +110,9 @@ class TunaTrain(TrainingOptions):
     holdout: Annotated[float, Lt(1)] = 0.1
     """Share of the lists that is withheld from training. On it, the order of candidates by the policy is compared with
     the ranking."""
-    context_length: Count = 512
-    """Maximum number of tokens of request and response together. Longer examples are left out and counted."""
 
     def check(self) -> None:
         super().check()
-        if not self.ranked:
-            raise InputError("--ranked is missing: name the run folder of 'tuna rank', or a file of ranked lists")
         if self.policy and self.model:
             raise InputError("--policy and --model exclude each other: a policy brings the model it was trained on")
         _ = self.settings
@@ -95,21 +124,8 @@ class TunaTrain(TrainingOptions):
         Raises:
             InputError: if a value is out of range, or the loss does not have an option that is set.
         """
-        return RankingSettings(
-            learning_rate=self.learning_rate,
-            schedule="cosine",
-            warmup=0.1,
-            batch_size=self.batch_size,
-            epochs=self.epochs,
-            token_budget=self.token_budget,
-            loss=self.loss,
-            margin=self.margin,
-            beta=self.beta,
-            alpha=self.alpha,
-            pairs=self.pairs,
-            mle_weight=self.mle_weight,
-            imitate=self.imitate,
-        )
+        of_loss = ("loss", "margin", "beta", "alpha", "pairs", "mle_weight", "imitate")
+        return RankingSettings(**trainer_settings(self, "batch_size", *of_loss))
 
 
 def run(options: TunaTrain, console: Console | None = None) -> dict[str, Any]:
@@ -123,34 +139,39 @@ def run(options: TunaTrain, console: Console | None = None) -> dict[str, Any]:
     """
     console = console or Console()
     options.check()
-    lists = read_ranked_lists(ranked_file(options.ranked))
+    lists, used, withheld = options.lists()
     start = policy_folder(options.policy, "--policy") if options.policy else None
     model = read_state(start / SETTINGS)["model"] if start is not None else options.model or "embedded"
-    train, held_out, dropped = split_lists(lists, options, model)
-    if options.dry_run:
-        console.print(
-            f"would train on {len(train)} lists and withhold {len(held_out)}, by {options.loss}, in {options.run_dir}"
-        )
-        return {}
+    train, held_out, dropped = tokenized(options, model, used, withheld)
     # A resumed run must use the same rankings and weights: the options hold only their paths.
     identity: dict[str, Any] = {"lists": digest([[ranked.id, ranked.candidates, ranked.scores] for ranked in lists])}
     identity |= {"weights": weights_digest(start)} if start is not None else {}
 
     def work(opened: Run) -> dict[str, Any]:
-        write_once(opened.folder.file(TRAIN), _training_requests(lists, options))
+        # All requests on which the policy was trained, including those of the policy that it starts from.
+        rows = {row["id"]: row for row in read_records(Path(options.policy) / TRAIN)} if options.policy else {}
+        rows |= {ranked.id: request_of(ranked).row() for ranked in used}
+        write_once(opened.folder.file(TRAIN), list(rows.values()))
         policy = _policy(options, start, model)
-        ratios = LOSSES[options.loss].needs_reference_policy
-        # Before the trainer restores a checkpoint, which would replace the initial weights.
-        before = _before(opened.folder, policy, train, held_out)
+
+        def taus() -> dict[str, Any]:
+            """Returns Kendall's tau for log-probs per token, by which Tuna orders candidates."""
+            by_name = {"trained on": train, "held out": held_out}
+            return {f"tau, {name}": rank_agreement(policy, part) for name, part in by_name.items()}
+
+        # Before the trainer restores a checkpoint, which would replace the initial weights; a resumed run reads it.
+        if (before := read_json(opened.folder.path / BEFORE)) is None:
+            write_json(opened.folder.file(BEFORE), before := taus())
         trainer = RankingTrainer(policy, options.seed, **vars(options.settings))
         opened.supervised(trainer, train, f"{options.loss} on {len(train)} lists")
-        policy.save(opened.folder.file("policy", SETTINGS).parent)
+        opened.save_policy(policy)
         metrics = {f"{name} before": value for name, value in before.items()}
-        metrics |= {f"{name} after": value for name, value in _taus(policy, train, held_out).items()}
-        if ratios:
-            metrics["tau, held out, log-ratios"] = rank_agreement(policy, held_out, True) if held_out else None
+        metrics |= {f"{name} after": value for name, value in taus().items()}
+        if LOSSES[options.loss].needs_reference_policy:
+            metrics["tau, held out, log-ratios"] = rank_agreement(policy, held_out, ratios=True)
         metrics["loss"] = trainer.loss
-        results = opened.folder.finish(
+        opened.show(metrics, 2)
+        return opened.finish(
             metrics,
             {
                 "train": len(train),
@@ -158,24 +179,15 @@ def run(options: TunaTrain, console: Console | None = None) -> dict[str, Any]:
                 "lists_without_pairs": trainer.lists_without_pairs,
                 "dropped": dropped,
                 "steps": trainer.steps,
-                "seconds": opened.seconds,
             },
         )
-        opened.tracker.summary(results["metrics"])
-        shown = (f"{name} {value:.2f}" for name, value in metrics.items() if value is not None)
-        console.print("  ".join(shown), highlight=False)
-        return results
 
-    return run_stage(options, "tuna train", console, work, True, **identity)
+    plan = f"train on {len(train)} lists and withhold {len(held_out)}, by {options.loss}"
+    return run_stage(options, "tuna train", console, work, plan=plan, **identity)
 
 
-def ranked_file(path: str) -> Path:
-    """Returns the file of ranked lists for the value of an option, which is that file or a run folder with it."""
-    return Path(path) / RANKED if Path(path).is_dir() else Path(path)
-
-
-def split_lists(
-    lists: Sequence[RankedList], options: TunaTrain, model: str
+def tokenized(
+    options: TunaTrain, model: str, used: Sequence[RankedList], withheld: Sequence[RankedList]
 ) -> tuple[list[TokenizedRankedList], list[TokenizedRankedList], dict[str, int]]:
     """Returns the training lists, the withheld lists, and counts by reason of what was left out of training.
 
@@ -183,13 +195,10 @@ def split_lists(
         InputError: if nothing is left to train on, the model's context is too short, or scores are too large for the
             loss.
     """
-    tokenizer = tokenizer_of(model)
-    if tokenizer.context_length < options.context_length:
-        raise InputError(f"{model} reads {tokenizer.context_length} tokens: set --context-length to that or less")
-    names = withheld(lists, options.holdout, options.seed)
-    parts = [[ranked for ranked in lists if (ranked.id in names) == out] for out in (False, True)]
-    both = [tokenize_lists(part, options.layout, tokenizer, options.context_length) for part in parts]
-    (train, dropped), (held_out, _) = both
+    tokenizer = tokenizer_of(model, options.context_length)
+    (train, dropped), (held_out, _) = (
+        tokenize_lists(part, options.layout, tokenizer, options.context_length) for part in (used, withheld)
+    )
     loss = LOSSES[options.loss]
     pairing = loss.pairing(options.settings.loss_options())
     # Some losses and the likelihood term need the reference response.
@@ -210,48 +219,10 @@ def split_lists(
     return train, held_out, dropped
 
 
-def withheld(lists: Sequence[RankedList], share: float, seed: int) -> set[str]:
-    """Returns the ids of the lists to withhold from training: a share of all, chosen by a hash of id and seed."""
-    # Sorted by the hash, not drawn: the choice depends neither on the order of the lists nor on the stage.
-    order = sorted((ranked.id for ranked in lists), key=lambda name: request_seed(seed, "withheld", name))
-    return set(order[: round(share * len(order))])
-
-
-def _training_requests(lists: Sequence[RankedList], options: TunaTrain) -> list[dict[str, str]]:
-    """Returns the requests on which the policy is trained, including those of the policy that it starts from."""
-    names = withheld(lists, options.holdout, options.seed)
-    rows = {row["id"]: row for row in read_records(Path(options.policy) / TRAIN)} if options.policy else {}
-    return list((rows | {ranked.id: request_of(ranked).row() for ranked in lists if ranked.id not in names}).values())
-
-
 def _policy(options: TunaTrain, start: Path | None, model: str) -> LanguageModelPolicy:
     """Returns the policy to train: a new one of the model, or the one in ``start`` with itself as the reference."""
     if start is None:
-        lora = LoraSettings(rank=options.lora_rank)
-        return LanguageModelPolicy(model, lora, value="shared", dtype=options.dtype, seed=options.seed)
+        return new_policy(replace(options, model=model), value="shared")
     policy = policy_from(start, dtype=options.dtype, reference="base")
     policy.freeze_reference("start")  # the start as it is now; a checkpoint that is resumed restores its own copy
     return policy
-
-
-def _before(
-    folder: RunFolder,
-    policy: LanguageModelPolicy,
-    train: Sequence[TokenizedRankedList],
-    held_out: Sequence[TokenizedRankedList],
-) -> dict[str, Any]:
-    """Returns the agreement before training; a resumed run reads it from its folder."""
-    if (stored := read_json(folder.path / BEFORE)) is None:
-        stored = _taus(policy, train, held_out)
-        write_json(folder.file(BEFORE), stored)
-    return stored
-
-
-def _taus(
-    policy: LanguageModelPolicy, train: Sequence[TokenizedRankedList], held_out: Sequence[TokenizedRankedList]
-) -> dict[str, Any]:
-    """Returns Kendall's tau on training and withheld lists for log-probs per token, by which Tuna orders candidates."""
-    return {
-        "tau, trained on": rank_agreement(policy, train),
-        "tau, held out": rank_agreement(policy, held_out) if held_out else None,
-    }

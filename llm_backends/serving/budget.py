@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, RunError
+from ..errors import InputError, RunError, check_at_least
 from ..records import replaced
 
 
@@ -51,15 +51,9 @@ class Budget:
     """
 
     def __init__(
-        self,
-        requests: int = 0,
-        tokens: int = 0,
-        cost: float = 0.0,
-        spent: Spending | Mapping[str, Any] = Spending(),
+        self, requests: int = 0, tokens: int = 0, cost: float = 0.0, spent: Spending | Mapping[str, Any] = Spending()
     ) -> None:
-        for name, limit in (("requests", requests), ("tokens", tokens), ("cost", cost)):
-            if limit < 0:
-                raise InputError(f"a budget's {name} must be at least 0, got {limit}")
+        check_at_least(0, requests=requests, tokens=tokens, cost=cost)
         self.limit, self.reserved = Spending(requests, tokens, cost), Spending()
         self.spent = spent if isinstance(spent, Spending) else Spending(**spent)
         self._file: Path | None = None

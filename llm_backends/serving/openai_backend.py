@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from ..base import (
@@ -23,7 +23,7 @@ from ..base import (
     Sampling,
     UnsupportedRequestError,
 )
-from ..errors import InputError
+from ..errors import InputError, check_at_least, check_known
 from .budget import Budget, Spending
 from .sending import Job, MalformedReplyError, Sender
 
@@ -109,13 +109,11 @@ class OpenAIBackend(Backend):
             raise InputError(f"base_url must hold no name, password or query: put the key into ${key_variable}")
         if url and (parts.scheme not in ("http", "https") or not parts.hostname):
             raise InputError(f"base_url must be http(s)://host/v1, got {url!r}")
-        if prompt_style not in ("chat", "completion"):
-            raise InputError(f"prompt_style must be chat or completion, got {prompt_style!r}")
-        for name, value in (("concurrency", concurrency), ("attempts", attempts)):
-            if value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}")
-        if timeout <= 0 or min(requests_per_minute, tokens_per_minute, backoff) < 0:
-            raise InputError("timeout must be above 0; backoff, requests_per_minute, tokens_per_minute at least 0")
+        check_known("prompt_style", prompt_style, get_args(PromptStyle))
+        check_at_least(1, concurrency=concurrency, attempts=attempts)
+        check_at_least(0, backoff=backoff, requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute)
+        if timeout <= 0:
+            raise InputError(f"timeout must be above 0, got {timeout}")
         self.model, self.url, self.prompt_style, self.key_variable = model, url, prompt_style, key_variable
         self.ask_logprobs, self.ask_token_ids, self.prices = logprobs, token_ids, prices
         self.max_tokens_field, self.structured, self.extra_body = max_tokens_field, structured, dict(extra_body or {})
@@ -124,12 +122,10 @@ class OpenAIBackend(Backend):
             raise InputError(
                 f"extra_body must not set {', '.join(conflicts)}: these are arguments and sampling parameters"
             )
-        if max_tokens_field not in ("max_tokens", "max_completion_tokens"):
-            raise InputError(f"max_tokens_field must be max_tokens or max_completion_tokens, got {max_tokens_field!r}")
+        check_known("max_tokens_field", max_tokens_field, ("max_tokens", "max_completion_tokens"))
         if max_tokens_field != "max_tokens" and prompt_style == "completion":
             raise InputError("plain completions know max_tokens only: leave max_tokens_field, or use the chat form")
-        if structured not in ("none", "vllm", "json_schema"):
-            raise InputError(f"structured must be none, vllm or json_schema, got {structured!r}")
+        check_known("value of structured", structured, get_args(Structured))
         self.budget = budget if isinstance(budget, Budget) else Budget(**(budget or {}))
         if self.budget.limit.cost and not any(prices):
             raise InputError("a budget of money needs prices")

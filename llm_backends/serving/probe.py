@@ -24,7 +24,7 @@ from ..base import (
     UnsupportedRequestError,
     Usage,
 )
-from ..errors import InputError
+from ..errors import InputError, check_known
 from .openai_backend import OpenAIBackend, Structured
 from .sending import MalformedReplyError
 from .vllm_server import TokenSampling, VLLMServerBackend
@@ -130,8 +130,7 @@ class ServerProbe:
     ) -> None:
         if not base_url:
             raise InputError("the base URL is missing: name the server as http(s)://host/v1")
-        if style not in ("auto", "chat", "completion"):
-            raise InputError(f"style must be auto, chat or completion, got {style!r}")
+        check_known("style", style, ("auto", "chat", "completion"))
         self.base_url, self.requested_style, self.on_request = base_url, style, on_request
         self.options: dict[str, Any] = {"key_variable": key_variable, "timeout": timeout, "attempts": 1}
         self.findings = Findings(base_url, model)
@@ -152,17 +151,17 @@ class ServerProbe:
 
     def _openai(self, style: PromptStyle, **options: Any) -> OpenAIBackend:
         key = (style, self.findings.max_tokens_field, *sorted(options.items()))
-        # Backends are reused, as each opens a connection, which takes time.
-        if key not in self._backends:
-            self._backends[key] = self.openai(style, **options)
-        return self._backends[key]
+        return self._reused(key, lambda: self.openai(style, **options))
 
     def _vllm(self, style: PromptStyle = "completion") -> VLLMServerBackend:
-        key = ("vllm", style, self.findings.model)
+        # vLLM's CPU build (0.32.0) with --enable-lora crashes on two requests for prompt_logprobs in one batch.
+        arguments = (self.findings.model, self.base_url, style)
+        return self._reused(("vllm", *arguments), lambda: VLLMServerBackend(*arguments, **self.options, concurrency=1))
+
+    def _reused(self, key: tuple[Any, ...], build: Callable[[], Any]) -> Any:
+        """Returns the backend that was built under this key; each opens a connection, which takes time."""
         if key not in self._backends:
-            # vLLM's CPU build (0.32.0) with --enable-lora crashes on two requests for prompt_logprobs in one batch.
-            options = self.options | {"concurrency": 1}
-            self._backends[key] = VLLMServerBackend(self.findings.model, self.base_url, style, **options)
+            self._backends[key] = build()
         return self._backends[key]
 
     def run(self) -> Findings:
@@ -442,10 +441,7 @@ CAPABILITIES: dict[str, tuple[str, Callable[[ServerProbe], str]]] = {
     "end_tokens": ("custom end tokens", ServerProbe._end_tokens),
     "adapters": ("LoRA adapters at run time", ServerProbe._adapters),
     "structured_vllm": ("structured output, vLLM", partial(ServerProbe._structured, form="vllm")),
-    "structured_json_schema": (
-        "structured output, json_schema",
-        partial(ServerProbe._structured, form="json_schema"),
-    ),
+    "structured_json_schema": ("structured output, json_schema", partial(ServerProbe._structured, form="json_schema")),
     "n": ("n", ServerProbe._n),
     "seed": ("seed", ServerProbe._seed),
     "stop": ("stop", ServerProbe._stop),

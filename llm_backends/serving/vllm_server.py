@@ -83,7 +83,16 @@ class VLLMServerBackend(OpenAIBackend):
         Raises:
             InputError: if the server refuses, for example because the rank is above ``--max-lora-rank``.
         """
-        self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(Path(folder).absolute())})
+        body = {"lora_name": name, "lora_path": str(Path(folder).absolute())}
+        try:
+            self._ask(self._job_for("POST", "/v1/load_lora_adapter", body))
+        except (BackendError, InputError) as error:
+            # The name is new, so an earlier attempt has loaded the adapter and its answer was lost.
+            if "already been loaded" not in str(error):
+                raise InputError(
+                    f"{error}; adapters need a server started with --enable-lora, "
+                    "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment, and --max-lora-rank at least their rank"
+                ) from None
 
     def unload_adapter(self, name: str) -> None:
         """Unloads an adapter; makes only one attempt, as nothing depends on the outcome.
@@ -98,18 +107,6 @@ class VLLMServerBackend(OpenAIBackend):
     def models(self) -> list[dict[str, Any]]:
         """Returns the server's list of models: ``id``, ``max_model_len``, and for an adapter its ``parent``."""
         return list(self._ask(self._job_for("GET", "/v1/models", None, "data")))
-
-    def _post(self, path: str, body: dict[str, Any]) -> None:
-        try:
-            self._ask(self._job_for("POST", path, body))
-        except (BackendError, InputError) as error:
-            # The name is new, so an earlier attempt has loaded the adapter and its answer was lost.
-            if "already been loaded" in str(error):
-                return
-            raise InputError(
-                f"{error}; adapters need a server started with --enable-lora, "
-                "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment, and --max-lora-rank at least their rank"
-            ) from None
 
     def _ask(self, job: Job) -> Any:
         [(_, result)] = self.sender.run([job])

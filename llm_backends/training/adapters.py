@@ -19,6 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
+from torch import Tensor
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
@@ -36,15 +37,7 @@ class _LoraLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         low = linear(rows, a) * scale  # the scale costs least on the low-rank side
         ctx.save_for_backward(rows, weight, a, b, low)
@@ -54,7 +47,7 @@ class _LoraLinear(torch.autograd.Function):
         return torch.ops.aten._unsafe_view(output, (*x.shape[:-1], output.shape[-1]))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
         rows, weight, a, b, low = ctx.saved_tensors
         gradient = gradients[0].reshape(-1, gradients[0].shape[-1])
         # Gradient of the low-rank activations x A'. ``low`` holds the scale already, as B's gradient needs it. W and
@@ -66,7 +59,7 @@ class _LoraLinear(torch.autograd.Function):
         return x_gradient, None, None, low_gradient.t() @ rows, (low.t() @ gradient).t(), None
 
 
-def _forward(layer: Linear, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _forward(layer: Linear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Runs a LoRA layer by :class:`_LoraLinear` if one plain adapter is active, else as peft does."""
     base, active = layer.get_base_layer(), layer.active_adapters
     unsupported = args or kwargs or layer.disable_adapters or layer.merged or layer.lora_variant
@@ -282,11 +275,11 @@ class AdaptedTrunk:
 
     # --- weights -----------------------------------------------------------------------------------------------------
 
-    def weights(self, name: str) -> dict[str, torch.Tensor]:
+    def weights(self, name: str) -> dict[str, Tensor]:
         """Returns a copy of an adapter's weights, by their names in peft."""
         return {k: v.clone() for k, v in get_peft_model_state_dict(self._adapted(), adapter_name=name).items()}
 
-    def set_weights(self, name: str, weights: Mapping[str, torch.Tensor]) -> None:
+    def set_weights(self, name: str, weights: Mapping[str, Tensor]) -> None:
         """Replaces an adapter's weights.
 
         Args:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
@@ -100,9 +101,9 @@ def _capped(logits: torch.Tensor, cap: float) -> torch.Tensor:
 class OutputLayer(NamedTuple):
     """A map from last hidden states to logits: linear, scaled, and capped where the model caps its logits."""
 
-    weight: torch.Tensor
+    weight: Tensor
     """Shape (vocabulary, d)."""
-    bias: torch.Tensor | None = None
+    bias: Tensor | None = None
     """Shape (vocabulary,)."""
     form: OutputForm = OutputForm()
     """What follows the linear map."""
@@ -122,12 +123,12 @@ class OutputLayer(NamedTuple):
         """Returns the same layer in another dtype."""
         return self._replace(weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))
 
-    def product_dtype(self, hidden: torch.Tensor) -> torch.dtype:
+    def product_dtype(self, hidden: Tensor) -> torch.dtype:
         """Returns the dtype of the product with hidden states, as autocast does not act in a custom function."""
         device = hidden.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
 
-    def logits(self, hidden: torch.Tensor, scale: float) -> torch.Tensor:
+    def logits(self, hidden: Tensor, scale: float) -> Tensor:
         """Returns the logits of all tokens, shape (n, vocabulary), times ``scale``, in float32 at least."""
         logits = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -139,7 +140,7 @@ class OutputLayer(NamedTuple):
         """Returns the derivatives of capped logits, as :meth:`logits` gives them, by weight times hidden state."""
         return (1 - (logits / (self.form.cap * scale)) ** 2) * (self.form.scale * scale)
 
-    def logprobs(self, hidden: torch.Tensor, scale: float, fused: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def logprobs(self, hidden: Tensor, scale: float, fused: bool) -> tuple[Tensor, Tensor]:
         """Returns log-probs of all tokens, shape (n, vocabulary), and logsumexps, shape (n,), in float32 at least.
 
         Args:
@@ -165,14 +166,10 @@ class _Statistic(Protocol):
     logits_per_token: int
     """Rows of logits in memory per token: the model's and, where there is one, the reference's."""
 
-    def values(
-        self, logprobs: torch.Tensor, probabilities: torch.Tensor, logsumexps: torch.Tensor, rows: torch.Tensor
-    ) -> torch.Tensor:
+    def values(self, logprobs: Tensor, probabilities: Tensor, logsumexps: Tensor, rows: Tensor) -> Tensor:
         """Returns the number of each row, shape (rows,); differentiable if gradients are enabled."""
 
-    def logit_gradients(
-        self, logprobs: torch.Tensor, probabilities: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
+    def logit_gradients(self, logprobs: Tensor, probabilities: Tensor, values: Tensor) -> Tensor:
         """Returns derivatives of the numbers by the logits, shape (rows, vocabulary); may overwrite ``logprobs``."""
 
 
@@ -184,16 +181,12 @@ class _Entropy:
     def __init__(self, differentiable: bool, trained_head: bool) -> None:
         self.differentiable, self.fused = differentiable, trained_head
 
-    def values(
-        self, logprobs: torch.Tensor, probabilities: torch.Tensor, logsumexps: torch.Tensor, rows: torch.Tensor
-    ) -> torch.Tensor:
+    def values(self, logprobs: Tensor, probabilities: Tensor, logsumexps: Tensor, rows: Tensor) -> Tensor:
         if self.fused:
             return -(probabilities * logprobs).sum(dim=-1)
         return -torch.einsum("nv,nv->n", probabilities, logprobs)
 
-    def logit_gradients(
-        self, logprobs: torch.Tensor, probabilities: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
+    def logit_gradients(self, logprobs: Tensor, probabilities: Tensor, values: Tensor) -> Tensor:
         return -(probabilities * logprobs.add_(values[:, None]))
 
 
@@ -204,14 +197,10 @@ class _LogSumExp:
     fused = False
     logits_per_token = 1
 
-    def values(
-        self, logprobs: torch.Tensor, probabilities: torch.Tensor, logsumexps: torch.Tensor, rows: torch.Tensor
-    ) -> torch.Tensor:
+    def values(self, logprobs: Tensor, probabilities: Tensor, logsumexps: Tensor, rows: Tensor) -> Tensor:
         return logsumexps
 
-    def logit_gradients(
-        self, logprobs: torch.Tensor, probabilities: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
+    def logit_gradients(self, logprobs: Tensor, probabilities: Tensor, values: Tensor) -> Tensor:
         return probabilities
 
 
@@ -229,14 +218,12 @@ class _Divergence:
     fused = True
     logits_per_token = 2
 
-    def __init__(self, hidden: torch.Tensor, head: OutputLayer, ids: torch.Tensor, scale: float) -> None:
+    def __init__(self, hidden: Tensor, head: OutputLayer, ids: Tensor, scale: float) -> None:
         self.hidden, self.head, self.ids, self.scale = hidden, head, ids, scale
         self.reference_logprobs = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
         """Log-probs of the chosen tokens by the reference, filled in as the rows are read."""
 
-    def values(
-        self, logprobs: torch.Tensor, probabilities: torch.Tensor, logsumexps: torch.Tensor, rows: torch.Tensor
-    ) -> torch.Tensor:
+    def values(self, logprobs: Tensor, probabilities: Tensor, logsumexps: Tensor, rows: Tensor) -> Tensor:
         with torch.no_grad():
             references, _ = self.head.logprobs(self.hidden[rows], self.scale, self.fused)
             self.reference_logprobs[rows] = (
@@ -245,9 +232,7 @@ class _Divergence:
             self._targets = references.exp()
         return (self._targets * (references - logprobs)).sum(dim=-1)
 
-    def logit_gradients(
-        self, logprobs: torch.Tensor, probabilities: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
+    def logit_gradients(self, logprobs: Tensor, probabilities: Tensor, values: Tensor) -> Tensor:
         # Subtract before multiplying by W: while p is close to q, the difference of two products in bfloat16 would be
         # rounding noise.
         return probabilities - self._targets
@@ -262,8 +247,8 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, head: OutputLayer, ids: torch.Tensor, scale: float, statistic: _Statistic
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx: Any, hidden: Tensor, head: OutputLayer, ids: Tensor, scale: float, statistic: _Statistic
+    ) -> tuple[Tensor, Tensor]:
         weight, dtype = head.weight, torch.promote_types(hidden.dtype, torch.float32)
         chosen_logprobs, values = (hidden.new_empty(len(hidden), dtype=dtype) for _ in range(2))
         needs_gradient = ctx.needs_input_grad[0]
@@ -301,7 +286,7 @@ class _FrozenHead(torch.autograd.Function):
         return chosen_logprobs, values
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (hidden_gradients,) = ctx.saved_tensors
         total = hidden_gradients[0] * gradients[0].unsqueeze(1).to(hidden_gradients.dtype)
         if len(hidden_gradients) > 1:
@@ -310,15 +295,15 @@ class _FrozenHead(torch.autograd.Function):
 
 
 def _chosen_logprobs(
-    hidden: torch.Tensor, head: OutputLayer, ids: torch.Tensor, scale: float, statistic: _Statistic
-) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden: Tensor, head: OutputLayer, ids: Tensor, scale: float, statistic: _Statistic
+) -> tuple[Tensor, Tensor]:
     """Returns log-probs of the chosen tokens and a statistic of their rows, each of shape (n,), in float32 at least."""
     if not head.trained:
         dtype = head.product_dtype(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             return _FrozenHead.apply(hidden.to(dtype), head.to(dtype), ids, scale, statistic)
 
-    def plain(hidden: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def plain(hidden: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         logprobs, logsumexps = head.logprobs(hidden, scale, statistic.fused)
         with torch.autocast(hidden.device.type, enabled=False):  # autocast would sum in bfloat16
             values = statistic.values(logprobs, logprobs.exp(), logsumexps, rows)
@@ -332,14 +317,14 @@ def _chosen_logprobs(
     return chosen_logprobs, values
 
 
-def _row_chunks(hidden: torch.Tensor, logits: int) -> Iterator[torch.Tensor]:
+def _row_chunks(hidden: Tensor, logits: int) -> Iterator[Tensor]:
     """Yields row numbers, int64, as many at once as :data:`CHUNK_LOGITS` allows with ``logits`` logits per row."""
     return iter(torch.arange(len(hidden), device=hidden.device).split(max(CHUNK_LOGITS // logits, 1)))
 
 
 def token_logprobs(
-    hidden: torch.Tensor, head: OutputLayer, ids: torch.Tensor, scale: float = 1.0, entropy_gradient: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden: Tensor, head: OutputLayer, ids: Tensor, scale: float = 1.0, entropy_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
     """Returns log-probs of chosen tokens and entropies of their distributions.
 
     Args:
@@ -361,18 +346,18 @@ class ChosenLogits(NamedTuple):
     In soft Q-learning the logit is the action value Q(s, a) and the logsumexp the state value V(s).
     """
 
-    logprobs: torch.Tensor
+    logprobs: Tensor
     """Log-probs in nats: logit minus logsumexp, A(s, a) = Q(s, a) - V(s)."""
-    logsumexps: torch.Tensor
+    logsumexps: Tensor
     """Logsumexps over all logits of the row, V(s) = log sum_a exp Q(s, a)."""
 
     @property
-    def logits(self) -> torch.Tensor:
+    def logits(self) -> Tensor:
         """Logits of the chosen tokens, Q(s, a)."""
         return self.logprobs + self.logsumexps
 
 
-def chosen_logits(hidden: torch.Tensor, head: OutputLayer, ids: torch.Tensor, scale: float = 1.0) -> ChosenLogits:
+def chosen_logits(hidden: Tensor, head: OutputLayer, ids: Tensor, scale: float = 1.0) -> ChosenLogits:
     """Returns log-probs of chosen tokens and the logsumexps of the logits.
 
     Args:
@@ -387,20 +372,20 @@ def chosen_logits(hidden: torch.Tensor, head: OutputLayer, ids: torch.Tensor, sc
 class ComparedTokens(NamedTuple):
     """Log-probs of a model and a reference, each float32 (float64 for float64 input), shape (n,), in nats."""
 
-    logprobs: torch.Tensor
+    logprobs: Tensor
     """Log-probs of the chosen tokens by the model."""
-    reference_logprobs: torch.Tensor
+    reference_logprobs: Tensor
     """Log-probs of the chosen tokens by the reference, without a gradient."""
-    kls: torch.Tensor
+    kls: Tensor
     """KL(reference || model) over the whole vocabulary at the position of the token."""
 
 
 def compared_tokens(
-    hidden: torch.Tensor,
+    hidden: Tensor,
     head: OutputLayer,
-    reference_hidden: torch.Tensor,
+    reference_hidden: Tensor,
     reference_head: OutputLayer,
-    ids: torch.Tensor,
+    ids: Tensor,
     scale: float = 1.0,
 ) -> ComparedTokens:
     """Compares the predictions of a model with those of a reference.
@@ -421,8 +406,8 @@ def compared_tokens(
 
 
 def allowed_logprobs(
-    hidden: torch.Tensor, head: OutputLayer, ids: torch.Tensor, allowed: Sequence[np.ndarray], scale: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden: Tensor, head: OutputLayer, ids: Tensor, allowed: Sequence[np.ndarray], scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Returns log-probs and entropies under constrained decoding: probabilities are those among the allowed tokens.
 
     Args:

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import AttentionInterface
 from transformers.activations import NewGELUActivation
 from transformers.cache_utils import DynamicCache
@@ -59,31 +60,29 @@ def training_kernels() -> Iterator[None]:
         _STATE.training = before
 
 
-def _attention(
+def training_attention(
     module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     """Computes attention as transformers' attention interface asks, shape (batch, new, heads, dim)."""
     # Where the fused kernel's backward pass is slow, and only for plain attention within training_kernels.
     plain = query.device.type == "cpu" and query.dtype == torch.bfloat16 and not dropout and not set(kwargs) & _OTHERS
     if not (getattr(_STATE, "training", False) and plain):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    return _matmul_attention(query, key, value, attention_mask, scaling), None
+    return matmul_attention(query, key, value, attention_mask, scaling), None
 
 
 _OTHERS = frozenset({"softcap", "position_bias", "cache", "s_aux"})
 """Keyword arguments of attention variants, which are left to transformers."""
 
 
-def _matmul_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float | None
-) -> torch.Tensor:
+def matmul_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
     """Computes causal attention by batched matrix products.
 
     Args:
@@ -116,7 +115,7 @@ def _matmul_attention(
     return output.view(batch, heads, new, -1).transpose(1, 2).contiguous()
 
 
-AttentionInterface.register(ATTENTION_NAME, _attention)
+AttentionInterface.register(ATTENTION_NAME, training_attention)
 AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
@@ -223,7 +222,7 @@ def _exact(lm: CausalLM, reading: TrainingReading, length: int) -> bool:
 
 def response_hidden(
     lm: CausalLM, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], after_token: bool = False
-) -> torch.Tensor:
+) -> Tensor:
     """Returns last hidden states at the positions that predict the response tokens, or at those of the tokens.
 
     Rows are padded on the right, where causality hides padding from the real positions, so no attention mask is needed.
@@ -325,7 +324,7 @@ def _prefixes(lm: CausalLM, sequences: Sequence[np.ndarray], starts: Sequence[in
     return list(starts) if fewer and min(starts) and lm.device.type == "cpu" else [0] * count
 
 
-def _read(lm: CausalLM, sequences: Sequence[np.ndarray], prefixes: Sequence[int]) -> torch.Tensor:
+def _read(lm: CausalLM, sequences: Sequence[np.ndarray], prefixes: Sequence[int]) -> Tensor:
     """Returns the last hidden states after the prefixes, shape (n, longest rest, d); rows are right-padded."""
     at_head = lm.training.form.at_head
     with training_kernels():
@@ -365,7 +364,7 @@ def _read(lm: CausalLM, sequences: Sequence[np.ndarray], prefixes: Sequence[int]
         )
 
 
-def _padded(rows: Sequence[np.ndarray], device: torch.device) -> torch.Tensor:
+def _padded(rows: Sequence[np.ndarray], device: torch.device) -> Tensor:
     """Returns token ids as int64, shape (n, longest), with zeros after the end of shorter rows."""
     ids = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)
     for k, row in enumerate(rows):

@@ -84,11 +84,7 @@ def pair_question(prompt: VerdictPrompt, pair: Pair) -> Question:
 
 
 def both_orders(
-    backend: Backend,
-    prompt: VerdictPrompt,
-    pairs: Sequence[Pair],
-    mode: VerdictMode = "auto",
-    temperature: float = 0.0,
+    backend: Backend, prompt: VerdictPrompt, pairs: Sequence[Pair], mode: VerdictMode = "auto", temperature: float = 0.0
 ) -> list[tuple[Verdict, Verdict]]:
     """Asks the judge a question about every pair in both orders, all in one backend call.
 
@@ -197,12 +193,8 @@ class PairwiseJudge(Reward):
         value = OUTCOME_VALUES[comparison.outcome]
         if self.graded and comparison.probability is not None:
             value = comparison.probability
-        return Score(
-            value,
-            terms={self.name: value, "agreement": float(bool(comparison.agreed))},
-            feedback=OUTCOME_FEEDBACK[comparison.outcome],
-            calls=comparison.calls,
-        )
+        terms = {self.name: value, "agreement": float(bool(comparison.agreed))}
+        return Score(value, terms=terms, feedback=OUTCOME_FEEDBACK[comparison.outcome], calls=comparison.calls)
 
 
 class ScoredComparison(Reward):

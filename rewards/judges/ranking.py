@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from ...llm_backends import Backend, BackendError, Prompt, Sampling, request_seed, resolve
-from ...llm_backends.errors import InputError
+from ...llm_backends.errors import InputError, check_at_least, check_known
 from ...llm_backends.prompting import build_prompt, few_shot, fill, load_prompts
 from ..base import Reward, Sample, Score
 from ..rank_statistics import mean_kendall_tau
@@ -76,9 +76,8 @@ def check_count(style: str, count: int) -> None:
 
 
 def check_kind(kind: str) -> None:
-    """Raises a ValueError for an unknown kind of request."""
-    if kind not in get_args(RequestKind):
-        raise ValueError(f"unknown kind of request {kind!r}: use {', '.join(get_args(RequestKind))}")
+    """Raises an InputError for an unknown kind of request."""
+    check_known("kind of request", kind, get_args(RequestKind))
 
 
 def ranking_prompt(style: str, prompt: str, candidates: Sequence[str], kind: RequestKind = "open") -> Prompt:
@@ -164,8 +163,7 @@ def rank(
         InputError: for fewer than two candidates, or more than a request in this form can hold.
         ValueError: for fewer than one round, or an unknown kind of request.
     """
-    if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    check_at_least(1, rounds=rounds)
     prompts: list[Prompt] = []
     samplings: list[Sampling] = []
     orders: list[list[np.ndarray]] = []
@@ -241,8 +239,7 @@ class RankingJudge(Reward):
     name = "ranking"
 
     def __init__(self, backend: Any = "embedded", rounds: int = 1) -> None:
-        if rounds < 1:
-            raise ValueError(f"rounds must be at least 1, got {rounds}")
+        check_at_least(1, rounds=rounds)
         self.backend, self.rounds = resolve("backend", backend), rounds
         self.calls_per_sample = rounds
 

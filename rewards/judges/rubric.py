@@ -109,15 +109,10 @@ class Rubric:
             return build_prompt("chat", fill(data["chat"], texts | scale), "")
         [name] = names
         criterion = f"{name}: {self.criteria[name]}"
-        shots = [
-            (
-                shot["prompt"],
-                shot["response"],
-                criterion,
-                str(round(self.low + shot["quality"] * (self.high - self.low))),
-            )
-            for shot in data["demonstrations"]
-        ]
+        shots = []
+        for shot in data["demonstrations"]:
+            shown_grade = round(self.low + shot["quality"] * (self.high - self.low))
+            shots.append((shot["prompt"], shot["response"], criterion, str(shown_grade)))
         labels = ("Request", "Response", "Criterion", "Grade")
         return few_shot(fill(data["header"], scale), labels, shots, (sample.prompt, sample.response, criterion))
 
@@ -135,11 +130,7 @@ class Grades:
 
 
 def grade(
-    backend: Backend,
-    rubric: Rubric,
-    samples: Sequence[Sample],
-    mode: VerdictMode = "auto",
-    temperature: float = 0.0,
+    backend: Backend, rubric: Rubric, samples: Sequence[Sample], mode: VerdictMode = "auto", temperature: float = 0.0
 ) -> list[Grades]:
     """Grades the response of every sample, in one backend call.
 
@@ -178,17 +169,6 @@ def grade(
     return [_merge_grades(replies[i : i + len(parts)]) for i in range(0, len(replies), len(parts))]
 
 
-def grade_sampling(backend: Backend, rubric: Rubric, names: Sequence[str], temperature: float, seed: int) -> Sampling:
-    """Returns the sampling of a reply that grades the named criteria."""
-    # A name takes at most one token per character.
-    max_tokens = sum(len(name) + 8 for name in names)
-    if backend.prompt_style == "chat":
-        return Sampling(max_tokens, temperature, seed=seed)
-    return Sampling(
-        max_tokens, temperature, stop=("\n",), choices=allowed_replies(backend, list(rubric.grades)), seed=seed
-    )
-
-
 def _generated(
     backend: Backend,
     rubric: Rubric,
@@ -196,14 +176,19 @@ def _generated(
     requests: Sequence[tuple[Sample, list[str]]],
     temperature: float,
 ) -> list[Grades]:
-    style = backend.prompt_style
-    samplings = [grade_sampling(backend, rubric, names, temperature, sample.seed) for sample, names in requests]
+    chat = backend.prompt_style == "chat"
+    stop, choices = ((), ()) if chat else (("\n",), allowed_replies(backend, list(rubric.grades)))
+    samplings = [
+        # A name takes at most one token per character.
+        Sampling(sum(len(n) + 8 for n in names), temperature, stop=stop, choices=choices, seed=sample.seed)
+        for sample, names in requests
+    ]
     results = []
     for (_, names), result in zip(requests, backend.generate(prompts, samplings), strict=True):
         if isinstance(result, BackendError):
             results.append(Grades(None, str(result)))
             continue
-        text = result[0].text if style == "chat" else f"{names[0]}: {result[0].text}"
+        text = result[0].text if chat else f"{names[0]}: {result[0].text}"
         # A reply that was cut off may have lost a digit of its grade.
         values = rubric.parse(text, names) if result[0].finish_reason == "stop" else None
         why = "" if values is not None else f"not one grade from {rubric.low} to {rubric.high} each: {text[:80]!r}"

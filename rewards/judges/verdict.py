@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 from ...llm_backends import Backend, BackendError, Prompt, Sampling, UnsupportedRequestError, resolve
+from ...llm_backends.base import PromptStyle
+from ...llm_backends.errors import check_known
 from ...llm_backends.prompting import build_prompt, few_shot, fill, load_prompts
 from ..base import Reward, Sample, Score
 
@@ -55,16 +57,15 @@ class VerdictPrompt:
             labels: line labels of the few-shot form.
             fields: names of the texts, one per label except the last.
         """
-        return cls(
-            positive=data["positive"],
-            negative=data["negative"],
-            chat=data["chat"],
-            header=data["header"],
-            labels=tuple(labels),
-            fields=tuple(fields),
-            demonstrations=tuple(tuple(shot[name] for name in (*fields, "verdict")) for shot in data["demonstrations"]),
-            bias=float(data.get("bias", 0.0)),
-        )
+        shots = tuple(tuple(shot[name] for name in (*fields, "verdict")) for shot in data["demonstrations"])
+        texts = {name: data[name] for name in ("positive", "negative", "chat", "header")}
+        bias = float(data.get("bias", 0.0))
+        return cls(**texts, labels=tuple(labels), fields=tuple(fields), demonstrations=shots, bias=bias)
+
+    def build(self, style: PromptStyle, texts: Mapping[str, str]) -> Prompt:
+        """Returns the request about some texts, given by field name."""
+        shown = few_shot(self.header, self.labels, self.demonstrations, [texts[name] for name in self.fields])
+        return build_prompt(style, fill(self.chat, texts), shown)
 
     def parse(self, reply: str) -> bool | None:
         """Returns True for the positive answer, False for the negative one, None for anything else.
@@ -106,8 +107,7 @@ class Question:
 
 def check_mode(mode: str) -> None:
     """Raises a ValueError for an unknown mode."""
-    if mode not in ("auto", "verdict", "likelihood"):
-        raise ValueError(f"unknown judge mode {mode!r}: use 'auto', 'verdict' or 'likelihood'")
+    check_known("judge mode", mode, get_args(VerdictMode))
 
 
 def sigmoid(log_odds: float) -> float:
@@ -175,19 +175,14 @@ def judge_verdicts(
     if not questions:
         return []
     style = backend.prompt_style
-    prompts = [
-        build_prompt(
-            style,
-            fill(q.prompt.chat, q.texts),
-            few_shot(
-                q.prompt.header, q.prompt.labels, q.prompt.demonstrations, [q.texts[name] for name in q.prompt.fields]
-            ),
-        )
-        for q in questions
-    ]
+    prompts = [question.prompt.build(style, question.texts) for question in questions]
     if uses_likelihood(backend, mode):
         return _by_likelihood(backend, prompts, questions)
-    samplings = [verdict_sampling(backend, question, temperature) for question in questions]
+    words = [(question.prompt.positive, question.prompt.negative) for question in questions]
+    samplings = [
+        Sampling(8, temperature, stop=("\n",), choices=allowed_replies(backend, answers), seed=question.seed)
+        for question, answers in zip(questions, words, strict=True)
+    ]
     verdicts = []
     for question, result in zip(questions, backend.generate(prompts, samplings), strict=True):
         if isinstance(result, BackendError):
@@ -197,13 +192,6 @@ def judge_verdicts(
         why = "" if answer is not None else f"not a verdict: {result[0].text[:80]!r}"
         verdicts.append(Verdict(answer, why=why))
     return verdicts
-
-
-def verdict_sampling(backend: Backend, question: Question, temperature: float) -> Sampling:
-    """Returns the sampling of one verdict, constrained to the two answers if the backend has constrained decoding."""
-    words = (question.prompt.positive, question.prompt.negative)
-    choices = allowed_replies(backend, words)
-    return Sampling(max_tokens=8, temperature=temperature, stop=("\n",), choices=choices, seed=question.seed)
 
 
 def answer_separator(backend: Backend) -> str:
@@ -230,6 +218,24 @@ def _by_likelihood(backend: Backend, prompts: Sequence[Prompt], questions: Seque
         else:
             verdicts.append(Verdict(None, why=f"the judge's log-odds are {log_odds}"))
     return verdicts
+
+
+def verdict_score(name: str, verdict: Verdict, prompt: VerdictPrompt, graded: bool = True) -> Score:
+    """Returns the score of a verdict that took one request.
+
+    Args:
+        name: name of the reward.
+        verdict: the verdict; without an answer the score is invalid.
+        prompt: the form of the question.
+        graded: give the probability of the positive answer, if there is one, instead of 0 or 1.
+    """
+    if verdict.answer is None:
+        return Score.invalid(verdict.why, calls=1)
+    # There is no probability for a generated verdict.
+    probability = verdict.probability if graded else None
+    value = float(verdict.answer) if probability is None else probability
+    feedback = prompt.positive if verdict.answer else prompt.negative
+    return Score(value, terms={name: value}, feedback=feedback, calls=1)
 
 
 def equality_prompt() -> VerdictPrompt:
@@ -260,17 +266,13 @@ class EqualityJudge(Reward):
     calls_per_sample = 1
 
     def __init__(
-        self,
-        backend: Any = "embedded",
-        mode: VerdictMode = "auto",
-        graded: bool = False,
-        bias: float | None = None,
+        self, backend: Any = "embedded", mode: VerdictMode = "auto", graded: bool = False, bias: float | None = None
     ) -> None:
         check_mode(mode)
         self.backend = resolve("backend", backend)
         self.mode, self.graded = mode, graded
         prompt = equality_prompt()
-        self.prompt = prompt if bias is None else VerdictPrompt(**(vars(prompt) | {"bias": bias}))
+        self.prompt = prompt if bias is None else replace(prompt, bias=bias)
 
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
         """Scores edits; each sample needs ``previous``.
@@ -278,30 +280,19 @@ class EqualityJudge(Reward):
         Raises:
             ValueError: if a sample has no previous text.
         """
-        # Equal texts are scored at once; None marks a score that needs a verdict.
-        scores: list[Score | None] = []
-        questions: list[Question] = []
+        # Equal texts need no verdict: None in place of a question.
+        questions: list[Question | None] = []
         for sample in samples:
             if sample.previous is None:
                 raise ValueError("the equality judge compares a text with the one before: Sample.previous is None")
-            if sample.previous.split() == sample.response.split():
-                scores.append(self._score(0.0, "the texts are the same", calls=0))
-            else:
-                scores.append(None)
-                texts = {"first": sample.previous, "second": sample.response}
-                questions.append(Question(self.prompt, texts, sample.seed))
-        verdicts = iter(judge_verdicts(self.backend, questions, self.mode, judge_temperature(samples)))
-        for index, score in enumerate(scores):
-            if score is None:
-                verdict = next(verdicts)
-                if verdict.answer is None:
-                    scores[index] = Score.invalid(verdict.why, calls=1)
-                else:
-                    # There is no probability for a generated verdict.
-                    probability = verdict.probability if self.graded else None
-                    value = float(verdict.answer) if probability is None else probability
-                    scores[index] = self._score(value, "Not Equal" if verdict.answer else "Equal", calls=1)
-        return scores  # type: ignore[return-value]
-
-    def _score(self, value: float, feedback: str, calls: int) -> Score:
-        return Score(value, terms={self.name: value}, feedback=feedback, calls=calls)
+            texts = {"first": sample.previous, "second": sample.response}
+            same = sample.previous.split() == sample.response.split()
+            questions.append(None if same else Question(self.prompt, texts, sample.seed))
+        asked = [question for question in questions if question is not None]
+        verdicts = iter(judge_verdicts(self.backend, asked, self.mode, judge_temperature(samples)))
+        return [
+            Score(0.0, terms={self.name: 0.0}, feedback="the texts are the same")
+            if question is None
+            else verdict_score(self.name, next(verdicts), self.prompt, self.graded)
+            for question in questions
+        ]

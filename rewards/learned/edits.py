@@ -20,7 +20,7 @@ import numpy as np
 
 from ...llm_backends import Tokenizer
 from ...llm_backends.errors import InputError
-from ...llm_backends.records import read_user_rows, replaced
+from ...llm_backends.records import check_encodable, read_user_rows, replaced
 
 UNCHANGED, DELETED, ADDED, SUBSTITUTED = "U", "D", "A", "S"
 
@@ -294,12 +294,7 @@ def _pair(where: str, row: Mapping[str, Any]) -> EditedPair:
             present = ", ".join(map(repr, row)) or "nothing"
             raise InputError(f"{where} needs the text field {' or '.join(map(repr, columns))}; it has {present}")
         texts[name] = _typed(where, row, column, str, "a text")
-        try:
-            texts[name].encode()
-        except UnicodeEncodeError as error:  # JSON can hold a lone surrogate, UTF-8 and tokenizers cannot
-            raise InputError(
-                f"{where}: the field {column!r} holds a lone surrogate, which UTF-8 cannot encode: mend or delete it"
-            ) from error
+        check_encodable(f"{where}: the field {column!r}", texts[name])
     pair_id = str(row.get("id") or hashlib.sha1("\x1f".join(texts.values()).encode()).hexdigest()[:12])
     finished = _typed(where, row, "finished", bool, "true or false") if "finished" in row else True
     metadata = _typed(where, row, "metadata", dict, "an object") if "metadata" in row else {}

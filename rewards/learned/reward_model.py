@@ -11,24 +11,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ...llm_backends.errors import InputError
+from ...llm_backends.errors import InputError, check_known
 from ...llm_backends.local.causal_lm import GROUP_TOKENS, PREFILL_TOKENS, CausalLM, token_budget_chunks
 from ...llm_backends.local.loading import ModelLoadError, quiet_loading, resolved_dtype
 from ...llm_backends.local.tokenization import LoadedTokenizer, Tokenizer
-from ...llm_backends.training.adapters import (
-    AdaptedTrunk,
-    LoraSettings,
-    autocast,
-    load_all_weights,
-    open_model,
-)
+from ...llm_backends.training.adapters import AdaptedTrunk, LoraSettings, autocast, load_all_weights, open_model
 from ...llm_backends.training.teacher_forcing import response_hidden, training_pass
 
 ADAPTER = "reward"
@@ -72,8 +66,7 @@ class RewardModel:
         device: str = "auto",
         seed: int = 0,
     ) -> None:
-        if level not in ("token", "sequence"):
-            raise InputError(f"level must be token or sequence, got {level!r}")
+        check_known("level", level, get_args(Level))
         self.lora, self.level, self.dtype = lora, level, resolved_dtype(dtype, device)
         self.lm, self.model_name = open_model(model, lora, self.dtype, device)
         training_pass(self.lm)  # refuses a model that cannot be trained, before it is changed

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ...llm_backends.errors import InputError
+from ...llm_backends.errors import InputError, check_known
 from ...llm_backends.local.tokenization import Tokenizer
 from ..base import Reward, Sample, Score
 from .reward_model import RewardModel, check_fingerprint, read_reward_settings
@@ -23,7 +23,12 @@ class _LearnedReward(Reward):
     """
 
     def __init__(
-        self, model: str | RewardModel, scale: float, center: bool | float | None, dtype: str, device: str
+        self,
+        model: str | RewardModel,
+        scale: float = 1.0,
+        center: bool | float | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
     ) -> None:
         if not np.isfinite(scale):
             raise InputError(f"scale must be finite, got {scale}")
@@ -129,8 +134,7 @@ class TokenReward(_LearnedReward):
         dtype: str = "auto",
         device: str = "auto",
     ) -> None:
-        if form not in ("causal", "whole"):
-            raise InputError(f"form must be causal or whole, got {form!r}")
+        check_known("form", form, ("causal", "whole"))
         super().__init__(model, scale, center, dtype, device)
         if self._settings["level"] != "token":
             raise InputError(
@@ -168,16 +172,6 @@ class SequenceReward(_LearnedReward):
     """
 
     name = "sequence-reward"
-
-    def __init__(
-        self,
-        model: str | RewardModel,
-        scale: float = 1.0,
-        center: bool | float | None = None,
-        dtype: str = "auto",
-        device: str = "auto",
-    ) -> None:
-        super().__init__(model, scale, center, dtype, device)
 
     def _score(self, rewards: np.ndarray) -> Score:
         raw = float(rewards.mean())

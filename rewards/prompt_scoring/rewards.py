@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from ...llm_backends import Backend, BackendError, Prompt, Sampling, request_seed, resolve
-from ...llm_backends.errors import InputError
+from ...llm_backends.errors import InputError, check_at_least, check_known
 from ...llm_backends.prompting import build_prompt, fill, load_prompts, one_line
 from ..base import Reward, Sample, Score
 from ..texts.rouge import rouge_l
@@ -73,8 +73,7 @@ class TaskReward(Reward):
         empty: float | None = None,
         seed: int = 0,
     ) -> None:
-        if measure not in ("gap", "accuracy"):
-            raise InputError(f"unknown measure {measure!r} of a task reward: use gap or accuracy")
+        check_known("measure", measure, get_args(Measure))
         self.prompt = prompt if isinstance(prompt, TaskPrompt) else _prompt(prompt)
         if self.prompt.instruction and "{response}" not in self.prompt.instruction:
             raise InputError(
@@ -96,7 +95,7 @@ class TaskReward(Reward):
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
         nonempty = [sample for sample in samples if sample.response.strip()]
         prompts = [self.prompt_of(sample.response) for sample in nonempty]
-        minibatches = [self._minibatch(sample) for sample in nonempty]
+        minibatches = [self.minibatch(sample) for sample in nonempty]
         scores = iter(self.scorer.reward_each(prompts, minibatches, self._score))
         return [
             next(scores) if sample.response.strip() else Score(self.empty, terms={self.name: self.empty})
@@ -108,7 +107,7 @@ class TaskReward(Reward):
         instruction = (self.prompt.instruction or "{response}").replace("{response}", response.strip())
         return replace(self.prompt, instruction=instruction)
 
-    def _minibatch(self, sample: Sample) -> tuple[LabelledExample, ...]:
+    def minibatch(self, sample: Sample) -> tuple[LabelledExample, ...]:
         """Returns the examples that a sample is scored on."""
         if (example := sample.metadata.get("example")) is not None:
             return (_example(example),)
@@ -205,9 +204,6 @@ class HintedResponse(Reward):
         return Score(value, terms={self.name: value}, feedback=f"The answer was: {one_line(answer)}", calls=1)
 
 
-METRICS = ("gap", "accuracy")
-
-
 class TaskGain(Reward):
     """Task score after an edit of the prompt minus the task score before it, on the same examples.
 
@@ -234,10 +230,8 @@ class TaskGain(Reward):
     def __init__(
         self, scorer: TaskScorer | Mapping[str, Any] | None = None, metric: str = "gap", failures: int = 4
     ) -> None:
-        if metric not in METRICS:
-            raise InputError(f"unknown metric {metric!r}: use {', '.join(METRICS)}")
-        if failures < 0:
-            raise InputError(f"failures must be at least 0, got {failures}")
+        check_known("metric", metric, get_args(Measure))
+        check_at_least(0, failures=failures)
         self.scorer = make_scorer(scorer)
         self.metric, self.failures = metric, failures
 

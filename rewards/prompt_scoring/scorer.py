@@ -8,22 +8,18 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
 from ...llm_backends import Backend, BackendError, ContextLengthError, Prompt, UnsupportedRequestError, resolve
-from ...llm_backends.errors import InputError
+from ...llm_backends.errors import InputError, check_at_least, check_known
 from ...llm_backends.parts import Part
 from ...llm_backends.prompting import build_prompt, one_line
 from ..base import Score
-from .task_prompt import (
-    LabelledExample,
-    TaskPrompt,
-    check_prefix_free,
-    check_prompt,
-    longest_examples,
-)
+from ..judges.verdict import answer_separator
+from .task_prompt import LabelledExample, TaskPrompt, check_prefix_free, check_prompt, longest_examples
 
 Calibration: TypeAlias = Literal["none", "contextual", "batch"]
 """How the label bias of a prompt is removed: a frozen model prefers some labels whatever the input, and prompts move
@@ -50,8 +46,7 @@ def calibration_method(calibrate: bool | str) -> Calibration:
     """
     if isinstance(calibrate, bool):
         return "contextual" if calibrate else "none"
-    if calibrate not in get_args(Calibration):
-        raise InputError(f"unknown calibration {calibrate!r}: use {', '.join(get_args(Calibration))}")
+    check_known("calibration", calibrate, get_args(Calibration))
     return calibrate  # type: ignore[return-value]
 
 
@@ -182,8 +177,7 @@ class TaskScorer(Part):
             raise InputError(
                 f"content_free must be a list of at least one input that says nothing, got {content_free!r}"
             )
-        if cache < 0:
-            raise InputError(f"cache must be a number of pairs of at least 0, got {cache}")
+        check_at_least(0, cache=cache)
         self.calibration: Calibration = calibration_method(calibrate)
         self.backend: Backend = resolve("backend", backend)
         if not self.backend.supports_logprobs:
@@ -191,8 +185,8 @@ class TaskScorer(Part):
                 f"backend {self.backend.name!r} reports no log-probs, by which prompts are scored: use another backend"
             )
         self.cache, self.content_free = cache, tuple(content_free)
-        self._rows: OrderedDict[bytes, np.ndarray] = OrderedDict()
-        self._checked: OrderedDict[tuple[str, ...], int] = OrderedDict()
+        self.rows: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self._longest_word = lru_cache(CHECKED_WORDS)(self._checked_tokens)
         self._lock = threading.Lock()
 
     def label_logprobs(self, prompts: Sequence[TaskPrompt], examples: Sequence[LabelledExample]) -> np.ndarray:
@@ -211,13 +205,11 @@ class TaskScorer(Part):
                 results are cached.
         """
         self.check(prompts, examples)
-        return self._ask(prompts, [example.text for example in examples])
+        rows = self.pair_logprobs([(prompt, example.text) for prompt in prompts for example in examples])
+        return np.array(rows, np.float32).reshape(len(prompts), len(examples), len(prompts[0].verbalizers))
 
     def score(
-        self,
-        prompts: Sequence[TaskPrompt],
-        examples: Sequence[LabelledExample],
-        calibrate: bool | str | None = None,
+        self, prompts: Sequence[TaskPrompt], examples: Sequence[LabelledExample], calibrate: bool | str | None = None
     ) -> list[TaskResult]:
         """Scores every prompt on the same examples.
 
@@ -238,13 +230,7 @@ class TaskScorer(Part):
         method = self.calibration if calibrate is None else calibration_method(calibrate)
         check_batch(method, len(examples))
         self.check(prompts, examples)
-        texts = [example.text for example in examples]
-        extra = list(self.content_free) if method == "contextual" else []
-        rows = self._ask(prompts, texts + extra)
-        return [
-            _result(prompt, prompt_rows[: len(texts)], prompt_rows[len(texts) :], method, tuple(examples))
-            for prompt, prompt_rows in zip(prompts, rows, strict=True)
-        ]
+        return self._results(prompts, [examples] * len(prompts), method)
 
     def score_each(
         self, prompts: Sequence[TaskPrompt], examples: Sequence[Sequence[LabelledExample]]
@@ -267,15 +253,21 @@ class TaskScorer(Part):
         for prompt, own_examples in zip(prompts, examples, strict=True):
             check_batch(self.calibration, len(own_examples))
             self.check([prompt], own_examples)
-        extra = list(self.content_free) if self.calibration == "contextual" else []
-        texts = [[example.text for example in own_examples] + extra for own_examples in examples]
+        return self._results(prompts, examples, self.calibration)
+
+    def _results(
+        self, prompts: Sequence[TaskPrompt], examples: Sequence[Sequence[LabelledExample]], method: Calibration
+    ) -> list[TaskResult]:
+        """Scores prompts on their own examples, all of which have been checked."""
+        extra = self._extra(method)
+        texts = [[*(example.text for example in own_examples), *extra] for own_examples in examples]
         pairs = [(prompt, text) for prompt, own_examples in zip(prompts, texts, strict=True) for text in own_examples]
         # All pairs are one backend call; the rows come back in the order of the pairs.
-        rows = iter(self._pair_logprobs(pairs))
+        rows = iter(self.pair_logprobs(pairs))
         results = []
         for prompt, own_examples in zip(prompts, examples, strict=True):
             parts = [np.array([next(rows) for _ in part], np.float32) for part in (own_examples, extra)]
-            results.append(_result(prompt, parts[0], parts[1], self.calibration, tuple(own_examples)))
+            results.append(_result(prompt, parts[0], parts[1], method, tuple(own_examples)))
         return results
 
     def reward_each(
@@ -314,8 +306,11 @@ class TaskScorer(Part):
 
     def calls_for(self, prompt: TaskPrompt, examples: int) -> int:
         """Returns the task-model calls that a prompt's score takes, counted as in :attr:`TaskResult.calls`."""
-        extra = len(self.content_free) if self.calibration == "contextual" else 0
-        return (examples + extra) * len(prompt.verbalizers)
+        return (examples + len(self._extra(self.calibration))) * len(prompt.verbalizers)
+
+    def _extra(self, method: Calibration) -> tuple[str, ...]:
+        """Returns the inputs that are scored besides the examples."""
+        return self.content_free if method == "contextual" else ()
 
     def check(self, prompts: Sequence[TaskPrompt], examples: Sequence[LabelledExample]) -> None:
         """Checks that prompts and examples can be scored, before the model is loaded if possible.
@@ -343,7 +338,7 @@ class TaskScorer(Part):
             if not example.text.strip():
                 raise InputError(f"example {example.id!r} has no text: leave it out")
         # The longest examples decide whether a prompt fits; the longest verbalizer must fit after it.
-        room = max(self._checked_tokens(words) for words in dict.fromkeys(prompt.verbalizers for prompt in prompts))
+        room = max(self._longest_word(words) for words in dict.fromkeys(prompt.verbalizers for prompt in prompts))
         for number, prompt in enumerate(prompts):
             for example in longest_examples(examples):
                 error = self.backend.context_error(self._built("".join(prompt.render(example.text))), room)
@@ -352,30 +347,17 @@ class TaskScorer(Part):
 
     def _checked_tokens(self, words: tuple[str, ...]) -> int:
         """Returns the tokens of the longest verbalizer; 1 if the backend does not know its tokenizer."""
-        if words not in self._checked:
-            tokens = self.backend.completion_ids([self._answer_separator + word for word in words])
-            for word, ids in zip(words, tokens or [], strict=False):
-                if not ids:
-                    raise InputError(f"the verbalizer {word!r} is no token of {self.backend.name}: use another word")
-            check_prefix_free(tokens or [], words, "the task")
-            self._checked[words] = max(map(len, tokens)) if tokens else 1
-            while len(self._checked) > CHECKED_WORDS:
-                self._checked.popitem(last=False)
-        return self._checked[words]
-
-    @property
-    def _answer_separator(self) -> str:
-        """Text before a verbalizer: a blank if the verbalizer continues the prompt's text, else empty."""
-        return " " if self.backend.prompt_style == "completion" else ""
+        tokens = self.backend.completion_ids([answer_separator(self.backend) + word for word in words])
+        for word, ids in zip(words, tokens or [], strict=False):
+            if not ids:
+                raise InputError(f"the verbalizer {word!r} is no token of {self.backend.name}: use another word")
+        check_prefix_free(tokens or [], words, "the task")
+        return max(map(len, tokens)) if tokens else 1
 
     def _built(self, text: str) -> Prompt:
         return build_prompt(self.backend.prompt_style, text, text)
 
-    def _ask(self, prompts: Sequence[TaskPrompt], texts: Sequence[str]) -> np.ndarray:
-        rows = self._pair_logprobs([(prompt, text) for prompt in prompts for text in texts])
-        return np.array(rows, np.float32).reshape(len(prompts), len(texts), len(prompts[0].verbalizers))
-
-    def _pair_logprobs(self, pairs: Sequence[tuple[TaskPrompt, str]]) -> list[np.ndarray]:
+    def pair_logprobs(self, pairs: Sequence[tuple[TaskPrompt, str]]) -> list[np.ndarray]:
         """Returns the labels' log-probs, float32, shape (labels,), for each pair of a prompt and an input."""
         keys: list[bytes] = []
         results: dict[bytes, np.ndarray] = {}
@@ -387,10 +369,10 @@ class TaskScorer(Part):
                 head, rest = prompt.render(text)
                 key = _key(name, head + rest, *prompt.verbalizers)
                 keys.append(key)
-                row = self._rows.get(key)
+                row = self.rows.get(key)
                 if row is not None:
                     results[key] = row
-                    self._rows.move_to_end(key)
+                    self.rows.move_to_end(key)
                 else:
                     missing.setdefault(key, (head, rest, prompt.verbalizers))
         if missing:
@@ -399,7 +381,7 @@ class TaskScorer(Part):
 
     def _request_missing(self, missing: dict[bytes, tuple[str, str, tuple[str, ...]]]) -> dict[bytes, np.ndarray]:
         """Requests the log-probs of pairs that are not cached, caches what succeeds and raises the first error."""
-        separator = self._answer_separator
+        separator = answer_separator(self.backend)
         rows = self.backend.choice_logprobs(
             [self._built(head + rest) for head, rest, _ in missing.values()],
             [[separator + word for word in words] for _, _, words in missing.values()],
@@ -416,9 +398,9 @@ class TaskScorer(Part):
                 results[key] = row
         # Cache what succeeded before raising, so that a repeated call requests only the rest.
         with self._lock:
-            self._rows |= results if self.cache else {}
-            while len(self._rows) > self.cache:
-                self._rows.popitem(last=False)
+            self.rows |= results if self.cache else {}
+            while len(self.rows) > self.cache:
+                self.rows.popitem(last=False)
         if failed:
             text, error = failed[0]
             if isinstance(error, ContextLengthError):
@@ -512,8 +494,7 @@ class LimitedScorer(TaskScorer):
 
     def __init__(self, limit: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if limit < 1:
-            raise InputError(f"a limit of task-model calls must be at least 1, got {limit}")
+        check_at_least(1, limit=limit)
         self.limit, self.calls = limit, 0
 
     @property
@@ -521,13 +502,13 @@ class LimitedScorer(TaskScorer):
         """Number of calls until the limit."""
         return self.limit - self.calls
 
-    def _pair_logprobs(self, pairs: Sequence[tuple[TaskPrompt, str]]) -> list[np.ndarray]:
+    def pair_logprobs(self, pairs: Sequence[tuple[TaskPrompt, str]]) -> list[np.ndarray]:
         needed = sum(len(prompt.verbalizers) for prompt, _ in pairs)
         if needed > self.remaining:
             raise CallLimitError(f"{needed} task-model calls are needed, {self.remaining} of {self.limit} are left")
         self.calls += needed
         try:
-            return super()._pair_logprobs(pairs)
+            return super().pair_logprobs(pairs)
         except (BackendError, InputError):
             self.calls -= needed  # the results that succeeded are cached and count when they are requested again
             raise

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from ...llm_backends.errors import InputError
+from ...llm_backends.errors import InputError, check_known
 from ...llm_backends.local.causal_lm import token_budget_chunks
 from ...llm_backends.local.loading import ModelLoadError, load_config, load_tokenizer, quiet_loading
 from ...llm_backends.prompting import fill, load_prompts
@@ -72,8 +72,7 @@ class UniEval(Reward):
         device: device of the model; ``auto`` uses a GPU if there is one.
 
     Raises:
-        ValueError: for another aspect.
-        InputError: when scoring, if the tokenizer has no token for ``Yes`` or ``No``.
+        InputError: for another aspect; when scoring, if the tokenizer has no token for ``Yes`` or ``No``.
         ModelLoadError: on first use, if the model cannot be loaded.
     """
 
@@ -86,8 +85,7 @@ class UniEval(Reward):
         device: str = "auto",
     ) -> None:
         templates = load_prompts(__package__, "quality")["unieval"]
-        if aspect not in templates:
-            raise ValueError(f"aspect must be one of {sorted(templates)}, got {aspect!r}")
+        check_known("aspect", aspect, templates)
         self.template, self.aspect, self.path, self.device = templates[aspect], aspect, model, device
 
     def question(self, sample: Sample) -> str:
@@ -119,12 +117,8 @@ class UniEval(Reward):
                 log_odds[i] = difference
         # P(Yes) / (P(Yes) + P(No)) is the sigmoid of the difference of the two logits.
         values = torch.tensor(log_odds, dtype=torch.float64).sigmoid().tolist()
-        return [
-            Score(value, terms={self.name: value})
-            if not math.isnan(value)
-            else Score.invalid("the model's logits are NaN")
-            for value in values
-        ]
+        invalid = Score.invalid("the model's logits are NaN")
+        return [invalid if math.isnan(value) else Score(value, terms={self.name: value}) for value in values]
 
     def _word(self, tokenizer: Any, word: str) -> int:
         """Returns the id of a word's first token."""

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from ...llm_backends.errors import InputError
+from ...llm_backends.errors import check_known
 from ...llm_backends.prompting import one_line
 
 Order = Literal["input_first", "output_first"]
@@ -80,8 +80,7 @@ def parse_instance_or_reason(text: str, order: Order = "input_first", instructio
     Raises:
         InputError: for an unknown order.
     """
-    if order not in FIELDS:
-        raise InputError(f"order must be input_first or output_first, got {order!r}")
+    check_known("order", order, FIELDS)
     # Split the lines into fields; a line without a field name continues the field before it.
     fields: list[tuple[str, str]] = []
     for line in text.strip().splitlines():
@@ -103,12 +102,16 @@ def parse_instance_or_reason(text: str, order: Order = "input_first", instructio
     if any(_INSIDE.search(value) for _, value in fields):
         return "field_inside"
     values = {name: value.strip() for name, value in fields}
-    input_text = values.get("input", "")
-    absent = input_text.removesuffix(".").casefold() in NO_INPUT
-    instance = Instance("" if absent else input_text, values[output_name])
+    instance = Instance(given_input(values.get("input", "")), values[output_name])
     if order == "output_first" and "\n" in instance.output:
         return "long_label"
     return value_defect(instance, instruction) or instance
+
+
+def given_input(text: str) -> str:
+    """Returns an input without surrounding blanks; empty if the model wrote that there is none."""
+    text = text.strip()
+    return "" if text.removesuffix(".").casefold() in NO_INPUT else text
 
 
 def value_defect(instance: Instance, instruction: str = "", strict: bool = True) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 
 from ...llm_backends import Backend, BackendError, Prompt, UnsupportedRequestError, resolve
 from ...llm_backends.base import PromptStyle
+from ...llm_backends.errors import check_known
 from ...llm_backends.prompting import build_prompt, fill, load_prompts, one_line
 from ..base import Reward, Sample, Score
 from ..judges.verdict import answer_separator, sigmoid
@@ -139,12 +140,9 @@ class LikelihoodRatio(Reward):
         self.squash, self.center, self.slope = squash, center, slope
 
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
-        pairs = zip(
-            self.likelihoods.conditional_logprobs(samples),
-            self.likelihoods.unconditional_logprobs(samples),
-            strict=True,
-        )
-        return [self._score(conditional, unconditional) for conditional, unconditional in pairs]
+        conditional = self.likelihoods.conditional_logprobs(samples)
+        unconditional = self.likelihoods.unconditional_logprobs(samples)
+        return [self._score(*rows) for rows in zip(conditional, unconditional, strict=True)]
 
     def _score(self, conditional: np.ndarray | BackendError, unconditional: np.ndarray | BackendError) -> Score:
         for row in (conditional, unconditional):
@@ -188,8 +186,7 @@ class Fluency(Reward):
         center: float | None = None,
         slope: float | None = None,
     ) -> None:
-        if aspect not in _LOGISTIC:
-            raise ValueError(f"aspect must be naturalness or understandability, got {aspect!r}")
+        check_known("aspect", aspect, _LOGISTIC)
         self.likelihoods, self.aspect = Likelihoods.of(backend), aspect
         default_center, default_slope = _LOGISTIC[aspect]
         self.center = default_center if center is None else center

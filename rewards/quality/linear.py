@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ...llm_backends import BackendError, Tokenizer, UnsupportedRequestError, resolve
+from ...llm_backends.errors import check_known
 from ..base import Reward, Sample, Score
 from ..compose import WeightedSum
 from .instance_format import Instance, parse_instance_or_reason
@@ -108,8 +109,7 @@ class LinearReward(Reward):
         embedder: Any = "minilm",
         tokenizer: Any = None,
     ) -> None:
-        if preset not in PRESETS:
-            raise ValueError(f"unknown preset {preset!r}: use one of {sorted(PRESETS)}")
+        check_known("preset", preset, PRESETS)
         rule = PRESETS[preset]
         term_weights = {**rule.weights, **(weights or {})}
         self.constant = rule.constant if constant is None else float(constant)

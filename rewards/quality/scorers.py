@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from ...llm_backends import Tokenizer, resolve
+from ...llm_backends.errors import check_known
 from ...llm_backends.prompting import load_prompts
-from ..base import Reward, Sample, Score
-from ..judges.verdict import Question, VerdictMode, VerdictPrompt, check_mode, judge_temperature, judge_verdicts
+from ..base import Reward, Sample, Score, retried_values
+from ..judges.verdict import (
+    Question,
+    VerdictMode,
+    VerdictPrompt,
+    check_mode,
+    judge_temperature,
+    judge_verdicts,
+    verdict_score,
+)
 
 Aspect = Literal["natural", "understandable", "coherent"]
 
@@ -22,8 +31,7 @@ def quality_prompt(aspect: Aspect) -> VerdictPrompt:
     Raises:
         ValueError: for another aspect.
     """
-    if aspect not in ("natural", "understandable", "coherent"):
-        raise ValueError(f"aspect must be natural, understandable or coherent, got {aspect!r}")
+    check_known("aspect", aspect, get_args(Aspect))
     data = {"positive": "Yes", "negative": "No"} | load_prompts(__package__, "quality")[aspect]
     if aspect == "coherent":
         return VerdictPrompt.from_file(data, ("Request", "Response", "Answer"), ("prompt", "response"))
@@ -70,15 +78,8 @@ class BooleanQA(Reward):
             Question(self.prompt, {"prompt": sample.prompt, "response": sample.response}, sample.seed)
             for sample in samples
         ]
-        scores = []
-        for verdict in judge_verdicts(self.backend, questions, self.mode, judge_temperature(samples)):
-            if verdict.answer is None:
-                scores.append(Score.invalid(verdict.why, calls=1))
-                continue
-            value = float(verdict.answer) if verdict.probability is None else verdict.probability
-            feedback = self.prompt.positive if verdict.answer else self.prompt.negative
-            scores.append(Score(value, terms={self.name: value}, feedback=feedback, calls=1))
-        return scores
+        verdicts = judge_verdicts(self.backend, questions, self.mode, judge_temperature(samples))
+        return [verdict_score(self.name, verdict, self.prompt) for verdict in verdicts]
 
 
 class OutputLength(Reward):
@@ -134,12 +135,7 @@ class NeighbourDistance(Reward):
         if not samples:
             return []
         texts = [f"{sample.prompt}\n{sample.response}" for sample in samples]
-        # Retried samples are in the memory already and would be their own neighbours: reuse their distance.
-        retried = {
-            text: self._latest[text]
-            for text, sample in zip(texts, samples, strict=True)
-            if sample.metadata.get("attempt") and text in self._latest
-        }
+        retried = retried_values(texts, samples, self._latest)
         fresh = [text for text in texts if text not in retried]
         if fresh:
             vectors = self.embedder.embed(fresh)

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from ...llm_backends import BackendError, Prompt, UnsupportedRequestError, request_seed, resolve
-from ...llm_backends.errors import InputError
+from ...llm_backends.errors import InputError, check_known
 from ...llm_backends.local.tokenization import Tokenizer
 from ...llm_backends.parts import Part
 from ..base import NonFiniteRewardError, Reward, Sample, Score
@@ -205,8 +205,7 @@ class ProbabilisticRanker(Ranker):
     def __init__(self, backend: Any = EMBEDDED, beta: float = TEACHER_BETA, form: PromptForm = "backend") -> None:
         if not 0 <= beta < np.inf:
             raise ValueError(f"beta must be a finite number of at least 0, got {beta}")
-        if form not in get_args(PromptForm):
-            raise ValueError(f"form must be one of {', '.join(get_args(PromptForm))}, got {form!r}")
+        check_known("form", form, get_args(PromptForm))
         self.likelihoods = Likelihoods.of(backend)
         if not self.likelihoods.backend.supports_logprobs:
             raise UnsupportedRequestError(
@@ -376,12 +375,7 @@ class RankReward(Reward):
             return Score.invalid(ranking.feedback, calls=calls)
         place, last = int(ranking.places[number]), int(ranking.places.max())
         value = 1 - place / last if last else TIE_VALUE
-        terms = {
-            self.name: value,
-            "alone": 0.0,
-            "place": place + 1.0,
-            "ranker_score": float(ranking.scores[number]),
-        }
+        terms = {self.name: value, "alone": 0.0, "place": place + 1.0, "ranker_score": float(ranking.scores[number])}
         feedback = f"place {place + 1} of {last + 1}" + (f"; {ranking.feedback}" if ranking.feedback else "")
         return Score(value, terms=terms, feedback=feedback, calls=calls)
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ...llm_backends import Backend, BackendError, Sampling, request_seed, resolve
+from ...llm_backends.errors import check_at_least
 from ..base import Sample
 from ..judges.ranking import RankingQuestion, RequestKind, check_count, check_kind, distinct_texts, rank
 from ..judges.verdict import judge_temperature
@@ -47,9 +48,7 @@ class ContextualRanker(Ranker):
         answer_tokens: int = 512,
     ) -> None:
         check_kind(kind)
-        for name, value in (("rounds", rounds), ("answer_tokens", answer_tokens)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_at_least(1, rounds=rounds, answer_tokens=answer_tokens)
         self.backend: Backend = resolve("backend", backend)
         self.kind, self.rounds = kind, rounds
         self.own_answer, self.answer_tokens = own_answer, answer_tokens

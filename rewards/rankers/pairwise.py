@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 
 from ...llm_backends import Backend, request_seed, resolve
+from ...llm_backends.errors import check_at_least, check_known
 from ..base import Sample
 from ..judges.pairwise import OUTCOME_VALUES, Comparison, Pair, compare
 from ..judges.ranking import distinct_texts
@@ -148,10 +149,8 @@ class PairwiseRanker(Ranker):
         self, backend: Any = "embedded", method: Method = "all", passes: int = 1, mode: VerdictMode = "auto"
     ) -> None:
         check_mode(mode)
-        if method not in get_args(Method):
-            raise ValueError(f"unknown method {method!r}: use {', '.join(get_args(Method))}")
-        if passes < 1:
-            raise ValueError(f"passes must be at least 1, got {passes}")
+        check_known("method", method, get_args(Method))
+        check_at_least(1, passes=passes)
         self.backend: Backend = resolve("backend", backend)
         self.method, self.passes, self.mode = method, passes, mode
 

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import numpy as np
 
 from ...llm_backends import resolve
-from ..base import Reward, Sample, Score
+from ...llm_backends.errors import check_at_least, check_known
+from ..base import Reward, Sample, Score, retried_values
 from .rouge import RougePool, rouge_l
 
 
@@ -32,10 +33,8 @@ class DiversityReward(Reward):
     def __init__(
         self, form: Literal["cosine", "rouge"] = "cosine", embedder: Any = "minilm", capacity: int = 10_000
     ) -> None:
-        if form not in ("cosine", "rouge"):
-            raise ValueError(f"unknown diversity form {form!r}: use 'cosine' or 'rouge'")
-        if capacity < 1:
-            raise ValueError(f"capacity must be at least 1, got {capacity}")
+        check_known("diversity form", form, ("cosine", "rouge"))
+        check_at_least(1, capacity=capacity)
         self.form, self.capacity = form, capacity
         self.embedder = resolve("embedder", embedder) if form == "cosine" else None
         self.reset()
@@ -47,13 +46,8 @@ class DiversityReward(Reward):
         self._latest: dict[tuple[str, str | None], float] = {}
 
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
-        # A sample that is retried because a judge in the same sum gave no verdict is in the pool already.
         edits = [(sample.response, sample.previous) for sample in samples]
-        values = {
-            edit: self._latest[edit]
-            for edit, sample in zip(edits, samples, strict=True)
-            if sample.metadata.get("attempt") and edit in self._latest
-        }
+        values = retried_values(edits, samples, self._latest)
         fresh = [sample for edit, sample in zip(edits, samples, strict=True) if edit not in values]
         nearest: list[float] = []
         if fresh:

@@ -18,13 +18,6 @@ TOLERANCE = 1e-9
 
 
 @cache
-def _rouge_scorer() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rougeL"], use_stemmer=False)
-
-
-@cache
 def _rouge_tokenizer(stem: bool = False) -> Any:
     from rouge_score.tokenizers import DefaultTokenizer
 
@@ -33,7 +26,8 @@ def _rouge_tokenizer(stem: bool = False) -> Any:
 
 def rouge_l(text: str, other: str) -> float:
     """Returns the ROUGE-L F-measure of two texts (rouge-score, no stemming), in [0, 1]."""
-    return float(_rouge_scorer().score(other, text)["rougeL"].fmeasure)
+    first, second = (_rouge_tokenizer().tokenize(part) for part in (text, other))
+    return _f_measure(lcs_length(_positions(first), len(first), second), len(first), len(second))
 
 
 def pairwise_rouge_l(texts: Sequence[str], stem: bool = False) -> np.ndarray:
@@ -50,10 +44,7 @@ def pairwise_rouge_l(texts: Sequence[str], stem: bool = False) -> np.ndarray:
     tokens = [_rouge_tokenizer(stem).tokenize(text) for text in texts]
     table = np.eye(len(texts))
     for i, first in enumerate(tokens):
-        # The bit masks of one text serve its comparisons with all texts before it.
-        masks: dict[Any, int] = {}
-        for position, token in enumerate(first):
-            masks[token] = masks.get(token, 0) | 1 << position
+        masks = _positions(first)  # they serve the comparisons with all texts before this one
         for j in range(i):
             same = texts[i].split() == texts[j].split()
             common = 0 if same else lcs_length(masks, len(first), tokens[j])
@@ -135,9 +126,7 @@ class RougePool:
         """
         # Tokens that the pool has never seen match nothing; all of them get the id -1.
         tokens = [self._vocabulary.get(token, -1) for token in _rouge_tokenizer().tokenize(text)]
-        masks: dict[int, int] = {}
-        for position, token in enumerate(tokens):
-            masks[token] = masks.get(token, 0) | 1 << position
+        masks = _positions(tokens)
         best, index = floor, -1
         for bound, other in self._bounds(tokens, floor):
             # Bounds fall from here on. The tolerance keeps ties, for which the lowest index wins.
@@ -211,6 +200,14 @@ def _features(tokens: Sequence[int]) -> Iterator[tuple[int, int]]:
     for token in tokens:
         seen[token] = seen.get(token, 0) + 1
         yield token, seen[token]
+
+
+def _positions(tokens: Sequence[Any]) -> dict[Any, int]:
+    """Returns the positions of each token, as the bits of one integer."""
+    masks: dict[Any, int] = {}
+    for position, token in enumerate(tokens):
+        masks[token] = masks.get(token, 0) | 1 << position
+    return masks
 
 
 def lcs_length(masks: Mapping[Any, int], size: int, tokens: Sequence[Any]) -> int:

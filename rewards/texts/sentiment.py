@@ -49,7 +49,12 @@ def packaged_reviews() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 @cache
-def _vader() -> Any:
+def vader() -> Any:
+    """Returns VADER's analyser, built on the first call.
+
+    Raises:
+        InputError: if the package vaderSentiment is not installed.
+    """
     try:
         module = importlib.import_module("vaderSentiment.vaderSentiment")
     except ImportError as error:
@@ -70,7 +75,7 @@ class VaderSentiment(Reward):
     name = "vader"
 
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
-        analyzer = _vader()
+        analyzer = vader()
         values = [float(analyzer.polarity_scores(sample.response)["compound"]) for sample in samples]
         return [Score(value, terms={self.name: value}) for value in values]
 
@@ -100,7 +105,7 @@ class ReviewClassifier(Reward):
     def probabilities(self, texts: Iterable[str]) -> np.ndarray:
         """Returns P(fresh) of each text, float64, shape (texts,)."""
         texts = list(texts)
-        return _classifier().predict_proba(texts)[:, 1] if texts else np.zeros(0)
+        return classifier().predict_proba(texts)[:, 1] if texts else np.zeros(0)
 
     def accuracy(self) -> float:
         """Returns the share of held-out sentences that the classifier labels correctly, in [0, 1]."""
@@ -122,7 +127,8 @@ def labelled_sentences(held_out: bool) -> tuple[list[str], np.ndarray]:
 
 
 @cache
-def _classifier() -> Any:
+def classifier() -> Any:
+    """Returns the classifier of :class:`ReviewClassifier`, trained on the first call."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ....llm_backends.errors import InputError
+from ....llm_backends.errors import InputError, check_known
 from ....llm_backends.local.tokenization import Tokenizer
 from ....llm_backends.prompting import fill, load_prompts
 from ....llm_backends.records import read_user_rows, read_user_text, user_text
@@ -77,8 +77,7 @@ def prompt_text(example: InstructionExample, layout: DataLayout, tokenizer: Toke
     Raises:
         InputError: if the layout is unknown, or ``chat`` has no tokenizer with a chat template.
     """
-    if layout not in DATA_LAYOUTS:
-        raise InputError(f"unknown layout {layout!r}: use {', '.join(DATA_LAYOUTS)}")
+    check_known("layout", layout, DATA_LAYOUTS)
     if layout != "chat":
         return instruction_form(example.instruction, example.input, layout)
     if tokenizer is None:

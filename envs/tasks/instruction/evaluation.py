@@ -127,11 +127,7 @@ def _natural_instructions_task(path: Path) -> EvaluationTask:
         raise InputError(
             f"{path} is no task of Super-NaturalInstructions: it needs 'Definition' and a list 'Instances'"
         )
-    definition = content["Definition"]
-    texts = [definition] if isinstance(definition, str) else definition
-    if not isinstance(texts, list) or not texts:
-        raise InputError(f"{path}: field 'Definition' must be a text or a list of texts")
-    parts = [user_text(str(path), {"Definition": text}, "Definition").strip() for text in texts]
+    parts = _texts(str(path), content, "Definition")
     instances = [_natural_instance(f"{path} instance {k}", row) for k, row in enumerate(content["Instances"], start=1)]
     if not instances:
         raise InputError(f"{path}: field 'Instances' is empty")
@@ -142,9 +138,13 @@ def _natural_instance(where: str, row: Any) -> tuple[str, tuple[str, ...]]:
     """Returns the input of an instance and its distinct references."""
     if not isinstance(row, dict):
         raise InputError(f"{where} is a {type(row).__name__}: make it an object with 'input' and 'output'")
-    outputs = row.get("output")
-    texts = [outputs] if isinstance(outputs, str) else outputs
+    return optional_text(where, row, "input"), tuple(dict.fromkeys(_texts(where, row, "output")))
+
+
+def _texts(where: str, row: Mapping[str, Any], name: str) -> list[str]:
+    """Returns the texts of a field that holds one or a list of them."""
+    value = row.get(name)
+    texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts:
-        raise InputError(f"{where}: field 'output' must be a list of texts, not empty")
-    references = [user_text(where, {"output": text}, "output").strip() for text in texts]
-    return optional_text(where, row, "input"), tuple(dict.fromkeys(references))
+        raise InputError(f"{where}: field {name!r} must be a text or a list of texts, not empty")
+    return [user_text(where, {name: text}, name).strip() for text in texts]

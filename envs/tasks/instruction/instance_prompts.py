@@ -7,21 +7,20 @@ classification tasks the label comes first, as in REFINE-AF (Roy et al., arXiv 2
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from ....llm_backends import Tokenizer
-from ....llm_backends.errors import InputError
+from ....llm_backends.errors import InputError, check_known
 from ....llm_backends.prompting import fill, load_prompts, one_line
 from ....rewards.quality.instance_format import FIELDS, Instance, Order, parse_instance_or_reason
 from ...tokens.episode import PromptExample
-from ..responses.openings import LAYOUTS
+from ..responses.openings import check_layout
 from .instances import order_for
 from .pool import Task, load_tasks
-from .seeds import SPLITS, in_split, read_seed_rows
+from .seeds import SPLITS, in_split, limited, read_seed_rows
 
 Layout = Literal["plain", "chat"]
 """``plain``: a few solved tasks and one to continue; ``chat``: a request in the tokenizer's chat template, followed by
@@ -63,21 +62,14 @@ def instance_prompts(
         InputError: if the split or layout is unknown, the limit is below 1, the split has no rows, the file cannot be
             used, an id or an instruction occurs twice, or the tokenizer has no chat template.
     """
-    if layout not in LAYOUTS:
-        raise InputError(f"unknown layout {layout!r}: use {' or '.join(LAYOUTS)}")
-    if split is not None and split not in SPLITS:
-        raise InputError(f"unknown split {split!r}: use {', '.join(SPLITS)}")
-    if limit is not None and limit < 1:
-        raise InputError(f"a limit of {limit} rows leaves none: use at least 1")
-    if layout == "chat" and tokenizer is None:
-        raise InputError("layout 'chat' needs a tokenizer: pass that of the model")
+    check_layout(layout, tokenizer)
+    if split is not None:
+        check_known("split", split, SPLITS)
     name, tasks = _tasks(data)
     selected = [task for task in tasks if split is None or in_split(task.instruction, split)]
     if not selected:
         raise InputError(f"none of the {len(tasks)} instructions of {data} falls into the split {split!r}: add some")
-    if limit is not None:
-        random.Random(f"{seed}/limit").shuffle(selected)
-        selected = selected[:limit]
+    selected = limited(selected, limit, seed)
     return [_example(task, name, tokenizer if layout == "chat" else None) for task in selected]
 
 
@@ -106,8 +98,7 @@ def _tasks(data: str | Path) -> tuple[str, list[Task]]:
         raise InputError(f"unknown data {str(data)!r}: use {OWN!r} or a file of instructions")
     tasks = load_tasks(path)
     # Without a known type of task, the order of the fields is unknown.
-    rows = [row for _, row in read_seed_rows(path) if isinstance(row, dict)]
-    untyped = {str(row["instruction"]).strip() for row in rows if row.get("task_type_error")}
+    untyped = {str(row["instruction"]).strip() for _, row in read_seed_rows(path) if row.get("task_type_error")}
     tasks = [task for task in tasks if task.instruction.strip() not in untyped]
     for field, values in (("id", [t.id for t in tasks]), ("instruction", [t.instruction for t in tasks])):
         value, times = Counter(values).most_common(1)[0]

@@ -172,23 +172,23 @@ def load_tasks(seeds: str | Path | None = None) -> list[Task]:
         SeedFileError: if the file cannot be used; the message names the row and the field.
     """
     path = packaged_tasks() if seeds is None else Path(seeds)
-    return [_task(path, where, row) for where, row in read_seed_rows(path)]
+    return [_task(where, row) for where, row in read_seed_rows(path)]
 
 
-def _task(path: Path, where: str, row: Any) -> Task:
+def _task(where: str, row: dict[str, Any]) -> Task:
     """Checks one row of a seed file and returns its task."""
-    instruction = seed_instruction(path, where, row)
+    instruction = seed_instruction(where, row)
     instances = row.get("instances")
     if instances is None:  # in Alpaca's format the row itself is the one instance
         instances = [row] if isinstance(row.get("output"), str) else []
     if not isinstance(instances, list):
-        raise SeedFileError(f"seed file {path} {where} needs a list 'instances', it has {type(instances).__name__}")
+        raise SeedFileError(f"{where} needs a list 'instances', it has {type(instances).__name__}")
     for instance in instances:
         if not isinstance(instance, dict) or not isinstance(instance.get("output"), str):
-            raise SeedFileError(f"seed file {path} {where} has an instance without a text field 'output'")
+            raise SeedFileError(f"{where} has an instance without a text field 'output'")
     label = row.get("is_classification")
     if label is not None and not isinstance(label, bool):
-        raise SeedFileError(f"seed file {path} {where} needs true or false as 'is_classification', got {label!r}")
+        raise SeedFileError(f"{where} needs true or false as 'is_classification', got {label!r}")
     return Task(
         instruction.text,
         tuple(Instance(str(i.get("input") or ""), i["output"]) for i in instances),
@@ -272,7 +272,7 @@ class InstructionPool:
         if self.path is not None:
             for number, row in enumerate(read_records(self.path, repair=True), start=1):
                 try:
-                    self._enter(_task(self.path, f"line {number}", row))
+                    self._enter(_task(f"{self.path} line {number}", row))
                 except SeedFileError as error:
                     raise InputError(f"{error}; the file is the pool's own, choose another") from error
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from ....llm_backends.errors import InputError
+from ....llm_backends.errors import InputError, check_known
+from ....llm_backends.records import check_encodable, read_user_text
+from .data import read_rows
 
 SPLITS = {"train": range(0, 8), "validation": range(8, 9), "test": range(9, 10)}
 """Maps a split to its tenths of the hash space: the split of an instruction depends on its text alone."""
+
+
+RowT = TypeVar("RowT")
 
 
 class SeedFileError(InputError):
@@ -78,87 +84,84 @@ def in_split(text: str, split: str) -> bool:
     Raises:
         InputError: if the split is unknown.
     """
-    if split not in SPLITS:
-        raise InputError(f"unknown split {split!r}: use {', '.join(SPLITS)} or none")
+    check_known("split", split, SPLITS)
     return int(hashlib.sha1(text.encode()).hexdigest(), 16) % 10 in SPLITS[split]
+
+
+def check_limit(limit: int | None) -> None:
+    """Raises an InputError for a limit that leaves no row."""
+    if limit is not None and limit < 1:
+        raise InputError(f"a limit of {limit} rows leaves none: use at least 1")
+
+
+def limited(rows: Sequence[RowT], limit: int | None, seed: int) -> list[RowT]:
+    """Returns at most ``limit`` rows, drawn by the seed; None: all of them, in their order.
+
+    Raises:
+        InputError: for a limit that leaves none.
+    """
+    check_limit(limit)
+    rows = list(rows)
+    # The shuffle does not depend on the limit, so a smaller limit gives a subset of a larger one.
+    if limit is not None:
+        random.Random(f"{seed}/limit").shuffle(rows)
+    return rows[:limit]
 
 
 def read_instructions(path: Path) -> list[Instruction]:
     """Reads the instructions of a seed file in one of the formats of :func:`load_instructions`."""
-    return [seed_instruction(path, where, row) for where, row in read_seed_rows(path)]
+    return [seed_instruction(where, row) for where, row in read_seed_rows(path)]
 
 
-def read_seed_rows(path: Path) -> list[tuple[str, Any]]:
+def read_seed_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """Reads the rows of a seed file unchanged, without checking their contents.
 
     Returns:
-        For each row its place (``"line 3"`` or ``"item 3"``, from 1) and the row; a line of plain text becomes
+        For each row its place (``"FILE row 3"`` or ``"FILE item 3"``, from 1) and the row; a line of plain text becomes
         ``{"instruction": line}``.
 
     Raises:
         SeedFileError: if the file is missing, empty, not UTF-8, torn, or holds no rows.
     """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise SeedFileError(f"cannot read seed file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise SeedFileError(f"seed file {path} is not UTF-8: {error.reason} at byte {error.start}") from error
-    if not text.strip():
-        raise SeedFileError(f"seed file {path} is empty")
-    # Without a known suffix, the first character decides between JSON and plain text.
-    first = text.lstrip()[0]
-    if path.suffix in (".json", ".jsonl") or (path.suffix != ".txt" and first in "[{"):
-        rows = _json_rows(path, text)
-    else:
-        lines = enumerate(text.split("\n"), start=1)
-        rows = [(f"line {number}", {"instruction": line}) for number, line in lines if line.strip()]
+    with _seed_errors():
+        text = read_user_text(path, "seed file")
+        # Without a known suffix, the first character decides between JSON and plain text.
+        if path.suffix in (".json", ".jsonl") or (path.suffix != ".txt" and text.lstrip().startswith(("[", "{"))):
+            rows = read_rows(path, "seed file")
+        else:
+            lines = enumerate(text.split("\n"), start=1)
+            rows = [(f"{path} row {number}", {"instruction": line}) for number, line in lines if line.strip()]
     if not rows:
-        raise SeedFileError(f"seed file {path} holds no instruction")
+        raise SeedFileError(f"seed file {path} is empty: it holds no instruction")
     return rows
 
 
-def _json_rows(path: Path, text: str) -> list[tuple[str, Any]]:
-    """Reads the items of a JSON list, or else the lines of JSONL, each with its place."""
-    if text.lstrip().startswith("["):
-        try:
-            rows = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            where = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-            raise SeedFileError(f"seed file {path}{where} is broken JSON: {error}") from error
-        return [(f"item {number}", row) for number, row in enumerate(rows, start=1)]
-    numbered = []
-    for number, line in enumerate(text.split("\n"), start=1):  # a JSON string may hold other line ends, e.g. U+2028
-        if line.strip():
-            try:
-                numbered.append((f"line {number}", json.loads(line)))
-            except (ValueError, RecursionError) as error:
-                raise SeedFileError(f"seed file {path} line {number} is broken JSON: {error}") from error
-    return numbered
+@contextmanager
+def _seed_errors() -> Iterator[None]:
+    """Raises what is wrong with a seed file as a :class:`SeedFileError`."""
+    try:
+        yield
+    except InputError as error:
+        raise SeedFileError(str(error)) from error
 
 
-def seed_instruction(path: Path, where: str, row: Any) -> Instruction:
+def seed_instruction(where: str, row: Mapping[str, Any]) -> Instruction:
     """Returns the instruction of one row of a seed file.
 
     Args:
-        path: the seed file, for error messages.
-        where: the row's place in the file, for error messages.
+        where: the row's file and place, for error messages.
         row: the row, as :func:`read_seed_rows` returns it.
 
     Raises:
         SeedFileError: if the row has no usable text field ``instruction``; the message names file and place.
     """
-    if not isinstance(row, dict) or not isinstance(row.get("instruction"), str):
-        has = f"it has {', '.join(map(repr, row))}" if isinstance(row, dict) else f"it is a {type(row).__name__}"
-        raise SeedFileError(f"seed file {path} {where} needs a text field 'instruction'; {has}")
+    if not isinstance(row.get("instruction"), str):
+        raise SeedFileError(f"{where} needs a text field 'instruction'; it has {', '.join(map(repr, row))}")
     if not row["instruction"].strip():
-        raise SeedFileError(f"seed file {path} {where} has an empty instruction")
+        raise SeedFileError(f"{where} has an empty instruction")
     instances = row.get("instances")  # Self-Instruct's rows have their inputs here
     first = instances[0] if isinstance(instances, list) and instances and isinstance(instances[0], dict) else row
     fields = (row["instruction"].strip(), str(first.get("input") or ""), str(row.get("id") or ""))
-    try:
-        "".join(fields).encode()
-    except UnicodeEncodeError as error:  # JSON escapes can hold a lone surrogate
-        surrogate = ascii(error.object[error.start])
-        raise SeedFileError(f"seed file {path} {where} holds a lone surrogate ({surrogate})") from error
+    with _seed_errors():
+        check_encodable(where, "".join(fields))
     return Instruction(*fields)

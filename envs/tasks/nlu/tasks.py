@@ -1,4 +1,6 @@
-"""GLUE and SuperGLUE as text generation: one table of prompts, verbalizers, label maps, metrics and hub names.
+"""GLUE and SuperGLUE as text generation: prompts, verbalizers, label maps, metrics and hub names of the tasks.
+
+``prompts/nlu.toml`` has one table per task, of the fields of :class:`NLUTask`.
 
 Each task has two layouts. ``tagged``: a header that names the task and the required form, the filled input, and an
 opened judgement tag; the response is ``" Positive </Judgement>"``. ``plain``: the input and a cue such as
@@ -9,11 +11,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-from ....llm_backends.errors import InputError
+from ....llm_backends.errors import InputError, check_known
 from ....llm_backends.prompting import fill, load_prompts, one_line
 from ....rewards.ground_truth import HIGH, LOW
 
@@ -32,8 +34,14 @@ class NLUTask:
     name: str
     suite: str
     """``GLUE``, ``SuperGLUE`` or ``offline``; :data:`SUITES` lists the members of each (RTE is in two)."""
+    description: str
+    """The decision that the task asks for, in one sentence."""
+    template: str
+    """The input's text, with a placeholder ``{name}`` for every field."""
+    cue: str
+    """The words before the answer in the plain layout, without their colon."""
     wording: str
-    """Name of the task's table in ``prompts/nlu.toml``."""
+    """Name of the task that this wording was written for; instructions of ``prompt_tasks.toml`` stand under it."""
     words: tuple[str, ...] = ()
     """The allowed answers (verbalizers), the positive class first; empty for a regression task."""
     label_map: Mapping[str, str] = field(default_factory=dict)
@@ -61,21 +69,6 @@ class NLUTask:
     """Field whose equal values are always in one split, train or validation; empty: all fields together."""
     labelled: bool = True
     """False if the public copy has no labels, so that predictions can be made but not scored."""
-
-    @property
-    def template(self) -> str:
-        """The input's text, with a placeholder ``{name}`` for every field."""
-        return load_prompts(__package__, "nlu")[self.wording]["input"]
-
-    @property
-    def cue(self) -> str:
-        """The words before the answer in the plain layout, without their colon."""
-        return load_prompts(__package__, "nlu")[self.wording]["cue"]
-
-    @property
-    def description(self) -> str:
-        """The decision that the task asks for, in one sentence."""
-        return load_prompts(__package__, "nlu")[self.wording]["description"]
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -120,213 +113,30 @@ def is_hidden(raw: Any) -> bool:
     return raw is None or label_key(raw) in ("", "-1")
 
 
-_YES_NO = ("Yes", "No")
-_NLI = ("Entailment", "Neutral", "Contradiction")
-_NLI_NAMES = {"entailment": "Entailment", "neutral": "Neutral", "contradiction": "Contradiction"}
-_ENTAILED = {"entailment": "Yes", "not_entailment": "No", "0": "Yes", "1": "No"}
-_TRUTH = {"True": "Yes", "False": "No", "1": "Yes", "0": "No"}
-_PAIR = {"sentence1": ("sentence1", "premise"), "sentence2": ("sentence2", "hypothesis")}
-_PREMISE = {
-    "premise": ("premise", "sentence1"),
-    "hypothesis": ("hypothesis", "sentence2"),
-    "label": ("gold_label", "label"),
-}
-_GLUE, _SUPERGLUE = "nyu-mll/glue", "aps/super_glue"
+def _frozen(value: Any) -> Any:
+    """Returns an entry of a TOML file with tuples in place of lists."""
+    if isinstance(value, dict):
+        return {key: _frozen(part) for key, part in value.items()}
+    return tuple(value) if isinstance(value, list) else value
 
-# Tasks that others of the table are variants of.
 
-_SST2 = NLUTask(
-    "SST-2",
-    "GLUE",
-    "SST-2",
-    words=("Positive", "Negative"),
-    label_map={"1": "Positive", "0": "Negative"},
-    hub=(_GLUE, "sst2"),
-)
-_MRPC = NLUTask(
-    "MRPC",
-    "GLUE",
-    "MRPC",
-    words=_YES_NO,
-    label_map={"1": "Yes", "0": "No"},
-    metrics=("f1", "accuracy"),
-    columns={
-        "sentence1": ("sentence1", "#1 String"),
-        "sentence2": ("sentence2", "#2 String"),
-        "label": ("label", "Quality"),
-    },
-    hub=(_GLUE, "mrpc"),
-)
-_MNLI = NLUTask(
-    "MNLI",
-    "GLUE",
-    "MNLI",
-    words=_NLI,
-    label_map=_NLI_NAMES | {"0": "Entailment", "1": "Neutral", "2": "Contradiction"},
-    columns=_PREMISE,
-    hub=(_GLUE, "mnli"),
-    test_split="validation_matched",
-    test_files=("dev_matched.tsv", "dev_matched.jsonl", "val.jsonl"),
-)
-_RTE = NLUTask("RTE", "GLUE", "RTE", words=_YES_NO, label_map=_ENTAILED, columns=_PAIR, hub=(_GLUE, "rte"))
+def _load_tasks() -> dict[str, NLUTask]:
+    """Reads the tasks of ``nlu.toml``, in the order of the file."""
+    entries: dict[str, dict[str, Any]] = {}
+    for name, table in load_prompts(__package__, "nlu").items():
+        own = {key: _frozen(value) for key, value in table.items() if key != "like"}
+        entries[name] = entries.get(table.get("like", ""), {"wording": name}) | own
+    return {name: NLUTask(name, **entry) for name, entry in entries.items()}
 
-_TABLE = (
-    NLUTask(
-        "CoLA",
-        "GLUE",
-        "CoLA",
-        words=_YES_NO,
-        label_map={"1": "Yes", "0": "No"},
-        metrics=("mcc",),
-        headerless=("source", "label", "star", "sentence"),
-        hub=(_GLUE, "cola"),
-    ),
-    _SST2,
-    _MRPC,
-    replace(_MRPC, name="QQP", wording="QQP", columns={"label": ("label", "is_duplicate")}, hub=(_GLUE, "qqp")),
-    NLUTask(
-        "STS-B",
-        "GLUE",
-        "STS-B",
-        kind="regression",
-        metrics=("spearman", "pearson"),
-        columns={"label": ("score", "label")},
-        hub=(_GLUE, "stsb"),
-    ),
-    _MNLI,
-    replace(
-        _MNLI,
-        name="MNLI-mm",
-        train_split="",
-        test_split="validation_mismatched",
-        folders=("MNLI",),
-        test_files=("dev_mismatched.tsv", "dev_mismatched.jsonl"),
-        shots_from="MNLI",
-    ),
-    NLUTask("QNLI", "GLUE", "QNLI", words=_YES_NO, label_map=_ENTAILED, hub=(_GLUE, "qnli")),
-    _RTE,
-    # WNLI's numbers mean the opposite of RTE's. The hypotheses of one sentence share its words but not their label, so
-    # they are kept in one split.
-    replace(_RTE, name="WNLI", label_map={"1": "Yes", "0": "No"}, hub=(_GLUE, "wnli"), group_by="sentence1"),
-    replace(
-        _MNLI,
-        name="AX",
-        metrics=("mcc",),
-        columns={
-            "premise": ("premise", "sentence1", "Premise"),
-            "hypothesis": ("hypothesis", "sentence2", "Hypothesis"),
-            "label": ("label", "Label"),
-        },
-        hub=(_GLUE, "ax"),
-        train_split="",
-        test_split="test",
-        folders=("diagnostic",),
-        test_files=("diagnostic.tsv", "AX.tsv", "test.tsv", "test.jsonl"),
-        shots_from="MNLI",
-        labelled=False,
-    ),
-    NLUTask(
-        "BoolQ", "SuperGLUE", "BoolQ", words=_YES_NO, label_map=_TRUTH, hub=(_SUPERGLUE, "boolq"), group_by="passage"
-    ),
-    # CB numbers its labels in another order than MNLI.
-    replace(
-        _MNLI,
-        name="CB",
-        suite="SuperGLUE",
-        label_map=_NLI_NAMES | {"0": "Entailment", "1": "Contradiction", "2": "Neutral"},
-        metrics=("f1_macro", "accuracy"),
-        hub=(_SUPERGLUE, "cb"),
-        test_split="validation",
-        test_files=_RTE.test_files,
-    ),
-    NLUTask(
-        "COPA",
-        "SuperGLUE",
-        "COPA",
-        words=("Option one", "Option two"),
-        label_map={"0": "Option one", "1": "Option two", "choice1": "Option one", "choice2": "Option two"},
-        hub=(_SUPERGLUE, "copa"),
-    ),
-    NLUTask(
-        "MultiRC",
-        "SuperGLUE",
-        "MultiRC",
-        words=("True", "False"),
-        label_map={"1": "True", "0": "False", "True": "True", "False": "False"},
-        metrics=("f1a", "em"),
-        columns={"passage": ("passage", "paragraph")},
-        hub=(_SUPERGLUE, "multirc"),
-        group_by="passage",
-    ),
-    NLUTask(
-        "ReCoRD",
-        "SuperGLUE",
-        "ReCoRD",
-        words=_YES_NO,
-        label_map=_TRUTH,
-        metrics=("f1", "em"),
-        hub=(_SUPERGLUE, "record"),
-        group_by="passage",
-    ),
-    NLUTask(
-        "WiC",
-        "SuperGLUE",
-        "WiC",
-        words=("Same", "Different"),
-        label_map={"True": "Same", "False": "Different", "1": "Same", "0": "Different"},
-        hub=(_SUPERGLUE, "wic"),
-    ),
-    NLUTask(
-        "WSC",
-        "SuperGLUE",
-        "WSC",
-        words=_YES_NO,
-        label_map=_TRUTH,
-        columns={"span1": ("span1", "span1_text"), "pronoun": ("pronoun", "span2_text")},
-        hub=(_SUPERGLUE, "wsc"),
-    ),
-    replace(
-        _RTE,
-        name="AXb",
-        suite="SuperGLUE",
-        metrics=("mcc",),
-        hub=(_SUPERGLUE, "axb"),
-        train_split="",
-        test_split="test",
-        folders=("AX-b",),
-        test_files=("AX-b.jsonl", "test.jsonl"),
-        shots_from="RTE",
-    ),
-    replace(
-        _RTE,
-        name="AXg",
-        suite="SuperGLUE",
-        metrics=("accuracy", "gender_parity"),
-        hub=(_SUPERGLUE, "axg"),
-        train_split="",
-        test_split="test",
-        folders=("AX-g",),
-        test_files=("AX-g.jsonl", "test.jsonl"),
-        shots_from="RTE",
-    ),
-    replace(
-        _SST2,
-        name="rotten-tomatoes",
-        suite="offline",
-        label_map=dict(_SST2.label_map) | {"fresh": "Positive", "rotten": "Negative"},
-        columns={"sentence": ("sentence", "text"), "label": ("label", "category")},
-        hub=("", ""),
-    ),
-)
 
-TASKS: dict[str, NLUTask] = {task.name: task for task in _TABLE}
+TASKS: dict[str, NLUTask] = _load_tasks()
 """Maps a name to its task. ``MNLI-mm`` is MNLI's mismatched evaluation set; ``rotten-tomatoes`` needs no download."""
 
 SUITES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "GLUE": tuple(task.name for task in _TABLE if task.suite == "GLUE"),
+        "GLUE": tuple(task.name for task in TASKS.values() if task.suite == "GLUE"),
         # RTE belongs to both suites; the table lists it under GLUE.
-        "SuperGLUE": (*(task.name for task in _TABLE if task.suite == "SuperGLUE"), "RTE"),
+        "SuperGLUE": (*(task.name for task in TASKS.values() if task.suite == "SuperGLUE"), "RTE"),
         "offline": ("rotten-tomatoes",),
     }
 )
@@ -339,8 +149,7 @@ def get_task(name: str) -> NLUTask:
     Raises:
         InputError: if the name is unknown; the message lists the known ones.
     """
-    if name not in TASKS:
-        raise InputError(f"unknown task {name!r}: use one of {', '.join(TASKS)}")
+    check_known("task", name, TASKS)
     return TASKS[name]
 
 
@@ -398,5 +207,4 @@ def few_shot_header(task: NLUTask | str, rows: Sequence[Mapping[str, Any]], layo
 
 def check_layout(layout: str) -> None:
     """Raises an InputError if the layout is unknown."""
-    if layout not in STOPS:
-        raise InputError(f"unknown layout {layout!r}: use {' or '.join(STOPS)}")
+    check_known("layout", layout, STOPS)

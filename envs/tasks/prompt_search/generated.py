@@ -11,16 +11,15 @@ from dataclasses import asdict
 from typing import Literal
 
 from ....llm_backends import Tokenizer
-from ....llm_backends.errors import InputError
+from ....llm_backends.errors import InputError, check_at_least
 from ....llm_backends.prompting import fill, load_prompts
 from ....rewards.prompt_scoring.task_prompt import TaskPrompt
 from ....rewards.texts.rouge import rouge_l
 from ...tokens.episode import PromptExample
-from ..responses.openings import LAYOUTS, Layout, Request
+from ..responses.openings import Layout, Request, check_layout
 from .tasks import PromptTask
 
 Level = Literal["task", "instance"]
-LEVELS: tuple[Level, ...] = ("task", "instance")
 
 
 class Openings:
@@ -40,10 +39,7 @@ class Openings:
     """
 
     def __init__(self, kind: str, layout: Layout, tokenizer: Tokenizer | None, opening: str | None) -> None:
-        if layout not in LAYOUTS:
-            raise InputError(f"unknown layout {layout!r}: use {' or '.join(LAYOUTS)}")
-        if layout == "chat" and tokenizer is None:
-            raise InputError("layout 'chat' needs a tokenizer: pass that of the model")
+        check_layout(layout, tokenizer)
         placeholder = {"label": "input", "response": "request"}.get(kind)
         if opening is not None and placeholder is not None:
             _check_placeholder(opening, "opening", placeholder)
@@ -68,8 +64,7 @@ def task_openings(task: PromptTask, minibatches: int, openings: Openings) -> lis
     Raises:
         InputError: if there is less than one minibatch.
     """
-    if minibatches < 1:
-        raise InputError(f"minibatches must be at least 1, got {minibatches}")
+    check_at_least(1, minibatches=minibatches)
     text = openings.fill(labels=_labels(task))
     # The number of the minibatch makes the ids differ, so that each example is a group of its own.
     return [

@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 
 from ....llm_backends import request_seed
-from ....llm_backends.errors import InputError
+from ....llm_backends.errors import InputError, check_known
 from ....llm_backends.prompting import fill, load_prompts, one_line
 from ....llm_backends.records import read_user_rows, read_user_text, user_text
 from ....rewards.prompt_scoring.scorer import CONTENT_FREE
 from ....rewards.prompt_scoring.task_prompt import BLOCK, TEMPLATE, Demonstration, LabelledExample, TaskPrompt
 from ....rewards.texts.sentiment import text_hash
-from ..instruction.seeds import SPLITS
-from ..nlu.data import load_rows, record_candidates
+from ..instruction.seeds import SPLITS, check_limit
+from ..nlu.data import load_rows, questions
 from ..nlu.tasks import NLUTask, get_task
 
-FIELDS = {"name", "labels", "verbalizers", "instructions", "template", "block", "data", *SPLITS}
+FIELDS = ("name", "labels", "verbalizers", "instructions", "template", "block", "data", *SPLITS)
 
 
 def read_prompt_task(path: Path) -> tuple[dict[str, Any], dict[str, list[LabelledExample]]]:
@@ -45,8 +45,8 @@ def read_prompt_task(path: Path) -> tuple[dict[str, Any], dict[str, list[Labelle
         task = tomllib.loads(read_user_text(path))
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path} is no TOML file: {error}") from error
-    if unknown := sorted(set(task) - FIELDS):
-        raise InputError(f"{path} has the unknown field {unknown[0]!r}: use {', '.join(sorted(FIELDS))}")
+    if unknown := sorted(set(task) - set(FIELDS)):
+        raise InputError(f"{path} has the unknown field {unknown[0]!r}: use {', '.join(FIELDS)}")
     # Check the fields and fill in their defaults.
     for name, default in (("labels", []), ("verbalizers", task.get("labels", [])), ("instructions", [])):
         value = task.setdefault(name, default)
@@ -129,8 +129,7 @@ class PromptTask:
         Raises:
             InputError: if the split is unknown or was not loaded.
         """
-        if split not in SPLITS:
-            raise InputError(f"unknown split {split!r}: use {', '.join(SPLITS)}")
+        check_known("split", split, SPLITS)
         examples: tuple[LabelledExample, ...] = getattr(self, split)
         if not examples:
             raise InputError(f"the split {split!r} of {self.name} was not loaded: name it in load_prompt_task")
@@ -170,8 +169,7 @@ def load_prompt_task(
     """
     splits = (split,) if isinstance(split, str) else tuple(split)
     for part in splits:
-        if part not in SPLITS:
-            raise InputError(f"unknown split {part!r}: use {', '.join(SPLITS)}")
+        check_known("split", part, SPLITS)
     if str(name).endswith(".toml"):
         return _from_file(Path(name), splits, limit, seed)
     task = get_task(str(name))
@@ -202,9 +200,7 @@ def _nlu_examples(task: NLUTask, rows: Sequence[dict[str, Any]], split: str, see
     """Returns the labelled examples of rows; for training, ReCoRD gives one right and one wrong candidate per row."""
     examples = []
     for row in rows:
-        # The draw of a row depends on the seed and its id alone, as in `load_examples`.
-        rng = random.Random(f"{seed}/{row['id']}") if split == "train" else None
-        for filled in record_candidates(row, rng) if task.name == "ReCoRD" else [row]:
+        for filled in questions(task, row, seed if split == "train" else None):
             word = task.answer(filled["label"])
             if word is None:
                 raise InputError(f"{task.name} hides the label of {filled['id']}: use a split or a copy with labels")
@@ -215,8 +211,7 @@ def _nlu_examples(task: NLUTask, rows: Sequence[dict[str, Any]], split: str, see
 
 
 def _from_file(path: Path, split_names: Sequence[str], limit: int | None, seed: int) -> PromptTask:
-    if limit is not None and limit < 1:
-        raise InputError(f"a limit of {limit} rows leaves none: use at least 1")
+    check_limit(limit)
     task, splits = read_prompt_task(path)
     for part in split_names:
         if not splits[part]:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Ge, Gt, Le, Lt
 
 from ....llm_backends import Backend, BackendError, ContextLengthError, Prompt, Sampling, request_seed
-from ....llm_backends.errors import InputError
-from ....llm_backends.records import read_user_rows, replaced, user_text
+from ....llm_backends.errors import InputError, check_fields
+from ....llm_backends.records import check_distinct_ids, check_encodable, read_user_rows, replaced, user_text
 from ....rewards.judges.ranking import distinct_texts
 from ....rewards.texts.rouge import TOLERANCE, pairwise_rouge_l
 
@@ -30,35 +31,25 @@ class DiverseSampling:
         InputError: on construction, if a value is out of range.
     """
 
-    n: int = 4
+    n: Annotated[int, Ge(2)] = 4
     """Responses per prompt."""
-    temperature: float = 1.0
+    temperature: Annotated[float, Gt(0), Lt(math.inf)] = 1.0
     """Sampling temperature of the first try."""
-    step: float = 0.1
+    step: Annotated[float, Ge(0), Lt(math.inf)] = 0.1
     """Increase of the temperature from try to try."""
-    tries: int = 3
+    tries: Annotated[int, Ge(1)] = 3
     """Largest number of tries."""
-    threshold: float = 0.8
+    threshold: Annotated[float, Gt(0), Le(1)] = 0.8
     """Responses differ enough if the ROUGE-L F-measure (on stems) of every two of them is below this."""
-    max_tokens: int = 512
+    max_tokens: Annotated[int, Ge(1)] = 512
     """Tokens of a response at most."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
     """Probability mass of nucleus sampling; 1 samples from all tokens."""
     stop: tuple[str, ...] = ()
     """Texts that end a response."""
 
     def __post_init__(self) -> None:
-        for name, valid, rule in (
-            ("n", self.n >= 2, "at least 2"),
-            ("temperature", 0 < self.temperature < math.inf, "above 0: greedy responses are all the same"),
-            ("step", 0 <= self.step < math.inf, "a finite number of at least 0"),
-            ("tries", self.tries >= 1, "at least 1"),
-            ("threshold", 0 < self.threshold <= 1, "in (0, 1]"),
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-        ):
-            if not valid:
-                raise InputError(f"DiverseSampling.{name} must be {rule}, got {getattr(self, name)!r}")
+        check_fields(self)
 
     def request(self, attempt: int, seed: int) -> Sampling:
         """Returns the sampling settings of a try.
@@ -147,17 +138,19 @@ class _Draw:
 
     def __init__(self) -> None:
         self.done = False
-        self.tries, self.temperature = 0, 0.0
+        self.tries, self.mean = 0, math.inf
         self.errors: list[BackendError] = []
-        self.best: tuple[float, float, float, tuple[str, ...], tuple[bool, ...]] | None = None
-        """Mean and largest ROUGE-L, temperature, texts, which of them are finished."""
+        self.best = Candidates((), 0.0, 0, None)
+        """The responses of the best try; ``mean`` is their mean ROUGE-L."""
 
     def record(self, temperature: float, result: Any, threshold: float) -> None:
         """Records the result of a try."""
-        self.tries, self.temperature = self.tries + 1, temperature
+        self.tries += 1
         if isinstance(result, BackendError):
             self.errors.append(result)
             self.done = isinstance(result, ContextLengthError)
+            if not self.best.texts:
+                self.best = Candidates((), temperature, 0, None)
             return
         texts = tuple(completion.text for completion in result)
         # Each pair of responses once.
@@ -165,15 +158,13 @@ class _Draw:
         mean, largest = float(similarities.mean()), float(similarities.max())
         self.done = largest < threshold - TOLERANCE
         # A set below the threshold is always kept; otherwise, of tries with equal means, the first is kept.
-        if self.done or self.best is None or mean < self.best[0] - TOLERANCE:
-            self.best = (mean, largest, temperature, texts, tuple(c.finish_reason != "length" for c in result))
+        if self.done or mean < self.mean - TOLERANCE:
+            finished = tuple(completion.finish_reason != "length" for completion in result)
+            self.mean, self.best = mean, Candidates(texts, temperature, 0, largest, finished=finished)
 
     def result(self) -> Candidates:
         """Returns the responses of the best try."""
-        if self.best is None:
-            return Candidates((), self.temperature, self.tries, None, tuple(self.errors))
-        _, largest, temperature, texts, finished = self.best
-        return Candidates(texts, temperature, self.tries, largest, tuple(self.errors), finished)
+        return replace(self.best, tries=self.tries, errors=tuple(self.errors))
 
 
 @dataclass(frozen=True)
@@ -208,10 +199,7 @@ class RankedList:
         for number, text in enumerate(self.candidates):
             if not text.strip():
                 raise InputError(f"{where}: field 'candidates' has a blank text in place {number}: leave it out")
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:  # servers send lone surrogates in JSON escapes
-                raise InputError(f"{where}: field 'candidates' has a lone surrogate in place {number}") from error
+            check_encodable(f"{where}: field 'candidates' in place {number}", text)
         if len(self.scores) != len(self.candidates):
             raise InputError(
                 f"{where}: field 'scores' has {len(self.scores)} numbers for {len(self.candidates)} candidates"
@@ -265,22 +253,16 @@ def read_ranked_lists(path: str | Path) -> list[RankedList]:
         InputError: if the file cannot be read, is not UTF-8 or has no rows; if a line is not a JSON object, a field is
             missing, unknown, of a wrong type or unusable, or an id occurs twice; the message names row and field.
     """
-    lists: list[RankedList] = []
-    seen: dict[str, str] = {}
-    for where, row in read_user_rows(path, "the ranked lists"):
-        ranked = _ranked_list(where, row)
-        if ranked.id in seen:
-            raise InputError(f"{where}: field 'id' {ranked.id!r} is that of {seen[ranked.id]}: give each row its own")
-        seen[ranked.id] = where
-        lists.append(ranked)
+    rows = read_user_rows(path, "the ranked lists")
+    lists = [_ranked_list(where, row) for where, row in rows]
+    check_distinct_ids((where, ranked.id) for (where, _), ranked in zip(rows, lists, strict=True))
     if not lists:
         raise InputError(f"{path} holds no ranked list: it is empty")
     return lists
 
 
 def _ranked_list(where: str, row: Mapping[str, Any]) -> RankedList:
-    unknown = set(row) - set(FIELDS)
-    if unknown:
+    if unknown := set(row) - set(FIELDS):
         raise InputError(f"{where}: unknown field {min(unknown)!r}: use {', '.join(FIELDS)}")
     texts, scores = _list_field(where, row, "candidates"), _list_field(where, row, "scores")
     # Each candidate gets a field name, so that an error names the one that is wrong.

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from ....llm_backends import BackendError, Completion, Sampling, request_seed, resolve
 from ....llm_backends.base import PromptStyle
-from ....llm_backends.errors import InputError
+from ....llm_backends.errors import InputError, check_at_least, check_known
 from ....llm_backends.parts import Part
 from ....llm_backends.prompting import build_prompt, few_shot, fill, load_prompts
 from ....rewards import EditedPair, Pairs, Reward, Sample, edit_labels
@@ -138,10 +138,8 @@ class LLMEditor(Editor):
         temperature: float = 0.7,
     ) -> None:
         tables = load_prompts(__package__, "editing")
-        if style not in ("auto", "chat", "completion"):
-            raise InputError(f"unknown style {style!r}: use auto, chat or completion")
-        if goal not in tables:
-            raise InputError(f"unknown goal {goal!r}: use {' or '.join(tables)}")
+        check_known("style", style, ("auto", "chat", "completion"))
+        check_known("goal", goal, tables)
         self.backend = resolve("backend", backend)
         self.style: PromptStyle = self.backend.prompt_style if style == "auto" else style
         self.name = f"{self.backend.name}, goal {goal}"
@@ -277,8 +275,7 @@ def edit_responses(
         InputError: if the number of retries is negative.
         BackendError: if every request failed in every attempt, which is no property of the texts; the first error.
     """
-    if retries < 0:
-        raise InputError(f"retries must be at least 0, got {retries}")
+    check_at_least(0, retries=retries)
     editor = resolve("editor", editor)
     reward = None if improves is None else resolve("reward", improves)
     last: dict[int, str] = {i: "empty response" for i, r in enumerate(requests) if not r.response.strip()}

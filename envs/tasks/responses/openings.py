@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from ....llm_backends import Tokenizer
-from ....llm_backends.errors import InputError
+from ....llm_backends.errors import InputError, check_known
 from ....llm_backends.prompting import fill, load_prompts
-from ....llm_backends.records import read_user_rows, user_text
+from ....llm_backends.records import check_distinct_ids, read_user_rows, user_text
 from ....rewards.texts.sentiment import text_hash
 from ...tokens.episode import PromptExample
 from ..instruction.data import instruction_form, optional_text
-from ..instruction.seeds import SPLITS, load_instructions
+from ..instruction.seeds import SPLITS, check_limit, limited, load_instructions
 from ..nlu.data import OFFLINE_TASK, load_rows
 
 Layout = Literal["plain", "chat"]
@@ -48,6 +48,13 @@ class Request:
     reference: str | None = None
     """The reference response; None if there is none."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+def check_layout(layout: str, tokenizer: Tokenizer | None) -> None:
+    """Raises an InputError for an unknown layout, and for ``chat`` without a tokenizer, whose template it needs."""
+    check_known("layout", layout, LAYOUTS)
+    if layout == "chat" and tokenizer is None:
+        raise InputError("layout 'chat' needs a tokenizer: pass that of the model")
 
 
 def response_prompts(
@@ -83,10 +90,7 @@ def response_prompts(
         InputError: if the split or layout is unknown, the limit is below 1, the split has no rows, the data cannot be
             loaded, a row cannot be used, an id or prompt occurs twice, or the tokenizer has no chat template.
     """
-    if layout not in LAYOUTS:
-        raise InputError(f"unknown layout {layout!r}: use {' or '.join(LAYOUTS)}")
-    if layout == "chat" and tokenizer is None:
-        raise InputError("layout 'chat' needs a tokenizer: pass that of the model")
+    check_layout(layout, tokenizer)
     requests = response_requests(data, split, limit, seed)
     return [_example(request, tokenizer if layout == "chat" else None) for request in requests]
 
@@ -106,30 +110,16 @@ def response_requests(
         InputError: if the split is unknown, the limit is below 1, the split has no rows, the data cannot be loaded, a
             row cannot be used, or an id or prompt occurs twice.
     """
-    if split not in SPLITS:
-        raise InputError(f"unknown split {split!r}: use {', '.join(SPLITS)}")
-    if limit is not None and limit < 1:
-        raise InputError(f"a limit of {limit} rows leaves none: use at least 1")
+    check_known("split", split, SPLITS)
+    check_limit(limit)
     if data == "reviews":
         requests = _openings(split, seed)
     elif data == "instructions":
-        requests = [
-            _instruction(
-                f"instructions/{seed_instruction.id}",
-                seed_instruction.text,
-                seed_instruction.input,
-                None,
-                "instructions",
-            )
-            for seed_instruction in load_instructions(None, split)
-        ]
+        own = load_instructions(None, split)
+        requests = [_instruction(f"instructions/{one.id}", one.text, one.input, None, "instructions") for one in own]
     else:
         requests = _file_requests(Path(data), split)
-    # The shuffle does not depend on the limit, so a smaller limit gives a subset of a larger one.
-    if limit is not None:
-        random.Random(f"{seed}/limit").shuffle(requests)
-        requests = requests[:limit]
-    return requests
+    return limited(requests, limit, seed)
 
 
 def _openings(split: str, seed: int) -> list[Request]:
@@ -160,7 +150,8 @@ def _file_requests(path: Path, split: str) -> list[Request]:
     rows = read_user_rows(path)
     # All rows are checked, those of other splits as well.
     requests = [_file_request(path, where, row) for where, row in rows]
-    _refuse_repeats([where for where, _ in rows], requests)
+    ids = [request.id.partition("/")[2] for request in requests]
+    check_distinct_ids(zip((where for where, _ in rows), ids, strict=True))
     matches = [request for request in requests if int(text_hash(request.plain) * 10) in SPLITS[split]]
     if not matches:
         raise InputError(f"none of the {len(rows)} rows of {path} falls into the split {split!r}: add rows")
@@ -185,18 +176,6 @@ def _file_request(path: Path, where: str, row: Mapping[str, Any]) -> Request:
         request = _instruction("", text, input_text, reference or None, path.stem)
     name = hashlib.sha1(request.plain.encode()).hexdigest()[:12] if row_id is None else row_id
     return Request(f"{path.stem}/{name}", request.plain, request.chat, request.reference, request.metadata)
-
-
-def _refuse_repeats(places: Sequence[str], requests: Sequence[Request]) -> None:
-    """Raises an InputError if two rows have the same id or, without ids, the same prompt."""
-    seen: dict[str, str] = {}
-    for where, request in zip(places, requests, strict=True):
-        if request.id in seen:
-            raise InputError(
-                f"{where}: field 'id' {request.id.partition('/')[2]!r} is that of {seen[request.id]} (by default the "
-                "hash of the prompt): give each row an id of its own, or delete one"
-            )
-        seen[request.id] = where
 
 
 def _example(request: Request, tokenizer: Tokenizer | None) -> PromptExample:

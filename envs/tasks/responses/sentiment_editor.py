@@ -19,30 +19,11 @@ from .editors import Editor, EditRequest
 WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 LONGEST_PHRASE = 4
 
-# Forms of "be" and the like, after which "not" and "never" negate an adjective.
-BE = frozenset(
-    "is are was were be been being isn't aren't wasn't weren't feels seems feel seem it's he's she's".split()
-)
-AND = frozenset(["and", "but", "or", "yet"])
-# Words that may come between a negation and the word of praise that it negates.
-FILLERS = frozenset("very particularly really especially that as a an the all exactly terribly quite even so".split())
-NEGATORS = frozenset(
-    "not never no nor neither without hardly barely scarcely rarely seldom nothing nobody none cannot avoid avoids "
-    "avoiding avoided despite spite overcome overcomes transcend transcends forgive few less least than instead "
-    "against".split()
-)
-NEGATING_PAIRS = frozenset([("far", "from"), ("anything", "but"), ("free", "of"), ("devoid", "of")])
-# Words that strengthen "too" and are replaced together with it.
-INTENSIFIERS = frozenset("far much way all just".split())
-# Words before which "too" is left alone: "too much", "too bad".
-NOT_DEGREES = frozenset("much many often late little few far soon bad close well".split())
-# Words that need a negation before them, so that it cannot be removed: "works any wonders".
-ANY_WORDS = frozenset("any anything anyone anywhere much enough either anymore many at until".split())
+NEGATING_PAIRS = frozenset(["far from", "anything but", "free of", "devoid of"])
 AUXILIARIES = {"isn't": "is", "aren't": "are", "wasn't": "was", "weren't": "were"}
 # Index of the verb form, in the table [negated], that replaces the auxiliary and its verb.
 DO = {"does": 0, "doesn't": 0, "did": 1, "didn't": 1}
 CAN = {"can't": "can", "cannot": "can", "couldn't": "could", "won't": "will"}
-SOFTENERS = frozenset(["quite", "ever", "really", "fully", "entirely"])
 VOWEL_EXCEPTIONS = ("one", "uni", "use", "eu")
 """Beginnings of words that are spelled with a vowel but pronounced with a consonant, so that they take "a"."""
 
@@ -144,7 +125,7 @@ def _rewrite(words: list[_Word], swap: _Swap) -> None:
     """
     new = swap.text.lower().split()[-1:]
     for at in range(swap.first, swap.last + 1):
-        stays = at == swap.last and new and new[0] not in NEGATORS
+        stays = at == swap.last and new and new[0] not in _lists("negators")
         words[at] = replace(words[at], text=new[0] if stays else "")
 
 
@@ -187,7 +168,7 @@ def _vowel(text: str) -> bool:
 
 
 @cache
-def _table(name: str) -> dict[str, tuple[str, ...]]:
+def swap_table(name: str) -> dict[str, tuple[str, ...]]:
     """Returns a table of the file, with every value as a tuple."""
     entries = load_prompts(__package__, "sentiment_swaps")[name]
     return {key: (value,) if isinstance(value, str) else tuple(value) for key, value in entries.items()}
@@ -197,14 +178,14 @@ def _table(name: str) -> dict[str, tuple[str, ...]]:
 def _single() -> dict[str, tuple[str, ...]]:
     """Returns the opposites of single words."""
     # For a word in several tables the last one wins.
-    return {**_table("nouns"), **_table("verbs"), **_table("adverbs"), **_table("adjectives")}
+    return {**swap_table("nouns"), **swap_table("verbs"), **swap_table("adverbs"), **swap_table("adjectives")}
 
 
 @cache
 def _praise() -> frozenset[str]:
     """Returns the words of praise: a list, and the opposites of negative adjectives."""
-    opposites = {word for words in _table("adjectives").values() for word in words}
-    return frozenset(_lists("positive")) | opposites - set(_table("adjectives"))
+    opposites = {word for words in swap_table("adjectives").values() for word in words}
+    return frozenset(_lists("positive")) | opposites - set(swap_table("adjectives"))
 
 
 @cache
@@ -216,7 +197,7 @@ def _lists(name: str) -> frozenset[str]:
 @cache
 def _forms() -> dict[str, str]:
     """Maps each form of a verb of ``[negated]`` that follows "never" (third person, past) to its base form."""
-    return {form: base for base, forms in _table("negated").items() for form in forms}
+    return {form: base for base, forms in swap_table("negated").items() for form in forms}
 
 
 def _text(words: Sequence[_Word], at: int) -> str:
@@ -226,12 +207,13 @@ def _text(words: Sequence[_Word], at: int) -> str:
 
 def _negated(words: Sequence[_Word], at: int) -> bool:
     """Returns whether one of the three words before, in the same clause, is a negation."""
+    negators = _lists("negators")
     for back in range(at - 1, max(at - 4, -1), -1):
         if words[back + 1].starts_clause:
             return False
-        if words[back].text in NEGATORS or words[back].text.endswith("n't"):
+        if words[back].text in negators or words[back].text.endswith("n't"):
             return True
-        if back and (words[back - 1].text, words[back].text) in NEGATING_PAIRS:
+        if back and f"{words[back - 1].text} {words[back].text}" in NEGATING_PAIRS:
             return True
     return False
 
@@ -247,7 +229,7 @@ def _praise_follows(words: Sequence[_Word], at: int) -> bool:
         word = _text(words, ahead)
         if word in _praise():
             return True
-        if word not in FILLERS:
+        if word not in _lists("fillers"):
             return False
     return False
 
@@ -256,7 +238,7 @@ def _phrase(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
     """Replaces a phrase of the table, the longest that begins here, by an opposite."""
     for length in range(LONGEST_PHRASE, 1, -1):
         window = [words[at].text, *(_text(words, at + ahead) for ahead in range(1, length))]
-        options = _table("phrases").get(" ".join(window))
+        options = swap_table("phrases").get(" ".join(window))
         if options and not _negated(words, at) and not any(word.named for word in words[at : at + length]):
             return _Swap(at, at + length - 1, _pick(options, at, seed))
     return None
@@ -270,11 +252,11 @@ def _not(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
         return _Swap(at, at, AUXILIARIES[word])
     if (
         word == "not"
-        and (before in BE | AND or before.endswith("'s") or words[at].starts_clause)
+        and (before in _lists("be") | _lists("and") or before.endswith("'s") or words[at].starts_clause)
         and _praise_follows(words, at + 1)
     ):
         return _Swap(at, at, "")
-    if word == "never" and before in BE and _praise_follows(words, at + 1):
+    if word == "never" and before in _lists("be") and _praise_follows(words, at + 1):
         return _Swap(at, at, "always")
     if word == "nothing" and _text(words, at + 1) in _praise() - {"well", "good"}:
         return _Swap(at, at, "something")
@@ -295,18 +277,18 @@ def _verb(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
         if _text(words, verb) != "not":
             return None
         verb += 1
-    soft = _text(words, verb) in SOFTENERS
+    soft = _text(words, verb) in _lists("softeners")
     verb += soft
     base = _text(words, verb)
-    if _text(words, verb + 1) in ANY_WORDS:
+    if _text(words, verb + 1) in _lists("any_words"):
         return None
-    if word in DO and base in _table("negated"):
-        return _Swap(at, verb, _table("negated")[base][DO[word]])
+    if word in DO and base in swap_table("negated"):
+        return _Swap(at, verb, swap_table("negated")[base][DO[word]])
     # At the start of a clause "don't" is an imperative: "Don't work too hard."
-    if word == "don't" and base in _table("negated") and at and not words[at].starts_clause:
+    if word == "don't" and base in swap_table("negated") and at and not words[at].starts_clause:
         return _Swap(at, verb, base)
     if (
-        word in CAN and base in _table("negated") and base not in ("help", "have")
+        word in CAN and base in swap_table("negated") and base not in ("help", "have")
     ):  # "can't help laughing", "can't have"
         return _Swap(at, verb - 1, CAN[word])
     if word == "never" and base in _forms():
@@ -317,7 +299,7 @@ def _verb(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
 def _too(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
     """Changes "too slow to" to "slow enough to", and "is too slow" to "is never too slow"."""
     first = at
-    at += words[at].text in INTENSIFIERS
+    at += words[at].text in _lists("intensifiers")
     if (
         at >= len(words)
         or words[at].text != "too"
@@ -326,13 +308,13 @@ def _too(words: Sequence[_Word], at: int, seed: int) -> _Swap | None:
     ):
         return None
     degree = _text(words, at + 1)
-    if not degree or degree in NOT_DEGREES or degree.endswith("ly"):
+    if not degree or degree in _lists("not_degrees") or degree.endswith("ly"):
         return None
     if _text(words, at + 2) == "to":
-        options = _table("adjectives").get(degree, (degree,))
+        options = swap_table("adjectives").get(degree, (degree,))
         return _Swap(first, at + 1, f"{_pick(options, at, seed)} enough")
     before = words[first - 1].text if first else ""
-    if words[first].starts_clause or before in BE or before.endswith("'s"):
+    if words[first].starts_clause or before in _lists("be") or before.endswith("'s"):
         return _Swap(first, at + 1, f"never too {degree}")
     return None
 

@@ -29,16 +29,29 @@ def trl_folder() -> Path:
 def installed(python: str | Path) -> dict[str, str] | None:
     """Returns the versions of TRL and :data:`SHARED` in an environment; None if a package or Python is missing."""
     try:
-        done = subprocess.run([python, "-c", _PROBE], capture_output=True, text=True, env=clean_environment(1))
-    except OSError:
+        output = output_of([str(python), "-c", _PROBE], "")
+    except (OSError, InputError):
         return None
-    return dict(zip(("trl", *SHARED), done.stdout.split(), strict=True)) if done.returncode == 0 else None
+    return dict(zip(("trl", *SHARED), output.split(), strict=True))
 
 
-def clean_environment(threads: int) -> dict[str, str]:
-    """Returns environment variables for a measured process: its threads, no GPU, no model hub, no PYTHONPATH."""
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "PYTHONPATH"))}
-    return inherited | {
+def output_of(command: list[str], failure: str, given: str = "", threads: int = 1) -> str:
+    """Runs a command in an environment for measured processes and returns what it prints.
+
+    The environment has no GPU, no model hub and no warnings.
+
+    Args:
+        command: the command.
+        failure: what has failed if the command fails, for the message.
+        given: standard input of the command.
+        threads: number of threads of the command.
+
+    Raises:
+        InputError: if the command fails; the message ends with the last line that it wrote.
+    """
+    # PYTHONPATH is meant for this interpreter, whose workers may find this library there; another has its own packages.
+    left_out = ("ACCELERATE_",) if command[0] == sys.executable else ("ACCELERATE_", "PYTHONPATH")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(left_out)} | {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
@@ -46,7 +59,13 @@ def clean_environment(threads: int) -> dict[str, str]:
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONSAFEPATH": "1",
         "PYTHONWARNINGS": "ignore",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
     }
+    done = subprocess.run(command, input=given, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        raise InputError(f"{failure}: {lines[-1] if lines else f'exit code {done.returncode}'}")
+    return done.stdout
 
 
 def trl_python(interpreter: str, console: Console) -> str:
@@ -72,20 +91,13 @@ def trl_python(interpreter: str, console: Console) -> str:
         console.print(f"preparing an environment with trl {TRL_VERSION} in {folder}, once (minutes)")
         folder.parent.mkdir(parents=True, exist_ok=True)
         requirements = [f"{package}=={version(package).partition('+')[0]}" for package in SHARED]
-        _run_command([sys.executable, "-m", "venv", str(folder)])
+        install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         # torch goes first and alone: another package's requirement would otherwise choose its newest build.
-        for packages in ([requirements[0]], [f"trl=={TRL_VERSION}", *requirements]):
-            _run_command([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages])
+        for command in (
+            [sys.executable, "-m", "venv", str(folder)],
+            [*install, requirements[0]],
+            [*install, f"trl=={TRL_VERSION}", *requirements],
+        ):
+            output_of(command, f"cannot prepare trl=={TRL_VERSION} (name an existing one with --trl-python)")
         ready.touch()  # an interrupted installation has no such file and is repeated
     return str(python)
-
-
-def _run_command(command: list[str]) -> None:
-    """Runs a command of the preparation; raises an InputError if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, env=clean_environment(1))
-    if done.returncode:
-        lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        raise InputError(
-            f"cannot prepare an environment with trl=={TRL_VERSION}: {lines[-1] if lines else 'no output'}; "
-            "name an existing one with --trl-python"
-        )
