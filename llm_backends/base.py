@@ -258,7 +258,7 @@ class Backend(Part, ABC):
 
     def _counted(self, prompts: list[Prompt], samplings: list[Sampling]) -> Iterator[tuple[int, Result]]:
         self.usage.calls += 1
-        for index, result in self._answers(prompts, samplings):
+        for index, result in self._without_reasoning(prompts, samplings):
             self.usage.requests += 1
             if isinstance(result, BackendError):
                 self.usage.errors += 1
@@ -266,7 +266,7 @@ class Backend(Part, ABC):
                 self.usage.completion_tokens += sum(len(completion.token_ids) for completion in result)
             yield index, result
 
-    def _answers(self, prompts: list[Prompt], samplings: list[Sampling]) -> Iterator[tuple[int, Result]]:
+    def _without_reasoning(self, prompts: list[Prompt], samplings: list[Sampling]) -> Iterator[tuple[int, Result]]:
         """Yields (index, result) in any order, without the reasoning of models that reason aloud before an answer.
 
         A caller asks for the tokens of an answer, and sets the strings that end it. A reply that one of both cut off

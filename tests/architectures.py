@@ -25,22 +25,39 @@ LARGEST = 3_000_000
 
 # Names of sizes in configurations, by their tiny value. A configuration takes those that it has.
 TINY = {
-    1: "n_group topk_group n_shared_experts num_expert_groups mamba_n_groups n_groups first_k_dense_replace num_mem_blocks "
-    "eos_token_id",
-    2: "num_hidden_layers n_layer num_layers n_layers decoder_layers encoder_layers num_key_value_heads num_experts_per_tok "
-    "moe_topk top_k_experts expand mamba_expand linear_num_key_heads altup_num_inputs type_vocab_size index_n_heads",
-    4: "num_attention_heads n_head num_heads n_heads decoder_attention_heads encoder_attention_heads num_local_experts "
-    "num_experts n_routed_experts qk_rope_head_dim conv_kernel linear_num_value_heads mamba_dt_rank time_step_rank "
-    "laurel_rank rotary_dim rotary_ndims",
+    1: """
+        n_group topk_group n_shared_experts num_expert_groups mamba_n_groups n_groups first_k_dense_replace
+        num_mem_blocks eos_token_id
+    """,
+    2: """
+        num_hidden_layers n_layer num_layers n_layers decoder_layers encoder_layers num_key_value_heads
+        num_experts_per_tok moe_topk top_k_experts expand mamba_expand linear_num_key_heads altup_num_inputs
+        type_vocab_size index_n_heads
+    """,
+    4: """
+        num_attention_heads n_head num_heads n_heads decoder_attention_heads encoder_attention_heads
+        num_local_experts num_experts n_routed_experts qk_rope_head_dim conv_kernel linear_num_value_heads
+        mamba_dt_rank time_step_rank laurel_rank rotary_dim rotary_ndims
+    """,
     6: "v_head_dim",
-    8: "head_dim kv_channels attention_head_dim global_head_dim qk_nope_head_dim state_size mamba_d_state mamba_n_heads "
-    "mamba_d_head mamba_num_heads mamba_head_dim linear_key_head_dim linear_value_head_dim hidden_size_per_layer_input "
-    "d_kv index_head_dim",
+    8: """
+        head_dim kv_channels attention_head_dim global_head_dim qk_nope_head_dim state_size mamba_d_state
+        mamba_n_heads mamba_d_head mamba_num_heads mamba_head_dim linear_key_head_dim linear_value_head_dim
+        hidden_size_per_layer_input d_kv index_head_dim
+    """,
     12: "qk_head_dim",
-    16: "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size q_lora_rank kv_lora_rank chunk_size "
-    "mamba_chunk_size",
-    32: "hidden_size n_embd d_model dim embedding_size word_embed_proj_dim lru_width projection_dim dim_model_base",
-    48: "intermediate_size ffn_dim d_ff n_inner ffn_hidden_size decoder_ffn_dim encoder_ffn_dim mlp_hidden_size",
+    16: """
+        moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size q_lora_rank
+        kv_lora_rank chunk_size mamba_chunk_size
+    """,
+    32: """
+        hidden_size n_embd d_model dim embedding_size word_embed_proj_dim lru_width projection_dim
+        dim_model_base
+    """,
+    48: """
+        intermediate_size ffn_dim d_ff n_inner ffn_hidden_size decoder_ffn_dim encoder_ffn_dim
+        mlp_hidden_size
+    """,
     64: "attention_window_size sliding_window window_size attention_chunk_size",
     256: "max_position_embeddings n_positions max_seq_len context_length n_ctx max_target_positions",
     320: "vocab_size vocab_size_per_layer_input",
@@ -116,7 +133,7 @@ def _gap(rows, expected):
 
 
 def measure(model_type):
-    """How an architecture is read and its largest deviations in nats; a text where it is refused, None where not built."""
+    """How an architecture is read and its largest deviations in nats; a text where it is refused, None if not built."""
     model = build(model_type)
     if model is None:
         return None

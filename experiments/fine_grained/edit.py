@@ -150,10 +150,13 @@ def _chunk(
                 "scores": [worse.reward, better.reward] if ranked else None,
                 "finished": finished,
             }
+            | ({"markup": True} if example.markup else {})
         )
         if ranked:
             edit_seed = request_seed(seed, "edit", i)
-            requests.append(EditRequest(example.prompt, worse.text, example.id, edit_seed, better.text, finished[0]))
+            requests.append(
+                EditRequest(example.prompt, worse.text, example.id, edit_seed, better.text, finished[0], example.markup)
+            )
     outcome = edit_responses(parts.editor, requests, parts.bounds, parts.annotator)
     edited = {pair.id: pair.edited for pair in outcome.pairs}
     for row in rows:
@@ -168,7 +171,7 @@ def _pairs(rows: Sequence[dict[str, Any]]) -> tuple[list[EditedPair], list[Edite
     for row in rows:
         dropped.update({f"edit: {reason}": count for reason, count in row.get("dropped", {}).items()})
         finished = row["finished"]
-        pair = partial(EditedPair, row["prompt"], row["worse"], id=row["id"], finished=finished[0])
+        pair = partial(EditedPair, row["prompt"], row["worse"], id=row["id"], finished=finished[0], markup=row.get("markup", False))
         if row["edited"] is not None:
             edits.append(pair(row["edited"]))
         if row["scores"] is None:

@@ -45,7 +45,8 @@ class FineGrainedSFT(StageOptions):
         examples = examples[: self.demonstrations or None]
         responses = [f"{OPENINGS[self.layout]}{example.reference}" for example in examples]
         tokenizer = tokenizer_of(self.model, self.context_length)
-        return tokenized_demonstrations([example.prompt for example in examples], responses, tokenizer)
+        chat = self.layout == "chat"
+        return tokenized_demonstrations([example.prompt for example in examples], responses, tokenizer, chat)
 
 
 def run(options: FineGrainedSFT, console: Console | None = None) -> dict[str, Any]:

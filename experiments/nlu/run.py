@@ -400,7 +400,7 @@ def _imitate(
 
 def _demonstration(options: NLU, tokenizer: Tokenizer, example: PromptExample) -> TokenizedDemonstration:
     """Returns the prompt of an example and its reference answer as token ids."""
-    prompt, answer = tokenizer.encode(example.prompt), str(example.reference)
+    prompt, answer = tokenizer.encode(example.prompt, example.markup), str(example.reference)
     if not options.constrained:
         return TokenizedDemonstration(prompt, tokenizer.encode_continuation(response_text(answer, options.layout)))
     response = tokenizer.encode_continuation(f" {answer}")

@@ -344,25 +344,24 @@ def tokenizer_of(model: str, context_length: int = 0) -> Tokenizer:
 
 
 def tokenized_demonstrations(
-    prompts: Sequence[str], responses: Sequence[str], tokenizer: Tokenizer
+    prompts: Sequence[str], responses: Sequence[str], tokenizer: Tokenizer, chat: bool
 ) -> list[TokenizedDemonstration]:
-    """Tokenizes prompts and the responses to imitate, each of which ends with an end-of-sequence token.
+    """Tokenizes prompts and the responses to imitate, each of which ends with the token that closes a response.
 
     Args:
         prompts: the prompts.
         responses: the texts that continue them, including a blank between prompt and response.
         tokenizer: tokenizer of the model to train.
+        chat: whether the prompts are texts of the chat template.
 
     Raises:
         InputError: if the tokenizer has no end-of-sequence token.
     """
-    if not tokenizer.eos_ids:
+    if not (end := tokenizer.closing(chat)):
         raise InputError(f"the tokenizer of {tokenizer.name} has no EOS token, by which responses could end")
-    # A tokenizer may have several end-of-sequence tokens: always take the same one.
-    end = min(tokenizer.eos_ids)
     return [
-        TokenizedDemonstration(ids, [*tokenizer.encode_continuation(response), end])
-        for ids, response in zip(tokenizer.encode_batch(prompts), responses, strict=True)
+        TokenizedDemonstration(ids, [*tokenizer.encode_continuation(response), *end])
+        for ids, response in zip(tokenizer.encode_batch(prompts, chat), responses, strict=True)
     ]
 
 

@@ -241,7 +241,8 @@ def _fitting(
     # Arms with one base model share its tokenizer.
     for model in dict.fromkeys(arm.model for arm in arms):
         tokenizer = tokenizer_of(model, options.context_length)
-        prompts = tokenizer.encode_batch([prompt_text(item.request, layout, tokenizer) for item in questions])
+        texts = [prompt_text(item.request, layout, tokenizer) for item in questions]
+        prompts = tokenizer.encode_batch(texts, layout == "chat")
         fits &= [len(ids) + options.max_tokens <= options.context_length for ids in prompts]
     return [question for question, fit in zip(questions, fits, strict=True) if fit]
 
@@ -271,7 +272,10 @@ def _answers(
             loaded.append(LanguageModelPolicy(arm.model, value="none", reference="none", dtype=options.dtype))
         chunk = questions[start : start + CHUNK]
         tokenizer = loaded[0].tokenizer
-        examples = [PromptExample(item.id, prompt_text(item.request, layout, tokenizer)) for item in chunk]
+        examples = [
+            PromptExample(item.id, prompt_text(item.request, layout, tokenizer), markup=layout == "chat")
+            for item in chunk
+        ]
         lengths = named(options, "max_tokens", "context_length")
         responses = respond(loaded[0], ENV_ID, examples, temperature=0.0, reward=no_reward, **lengths)
         return [

@@ -90,7 +90,8 @@ def demonstrations(
         InputError: if the tokenizer has no end-of-sequence token or, for the layout ``chat``, no chat template.
     """
     prompts = [prompt_text(example, layout, tokenizer) for example in examples]
-    return tokenized_demonstrations(prompts, [f"{OPENINGS[layout]}{example.output}" for example in examples], tokenizer)
+    responses = [f"{OPENINGS[layout]}{example.output}" for example in examples]
+    return tokenized_demonstrations(prompts, responses, tokenizer, layout == "chat")
 
 
 @dataclass(frozen=True)

@@ -72,11 +72,14 @@ class _ListPPO(FineGrainedPPO):
             InputError: if no request does.
         """
         tokenizer = tokenizer_of(model)
-        texts = [prompt_text(request_of(ranked), self.layout, tokenizer) for ranked in lists]
+        texts, chat = (
+            [prompt_text(request_of(ranked), self.layout, tokenizer) for ranked in lists],
+            self.layout == "chat",
+        )
         room = self.context_length - self.max_tokens
         fitting = [
-            PromptExample(ranked.id, text, ranked.reference)
-            for ranked, text, ids in zip(lists, texts, tokenizer.encode_batch(texts), strict=True)
+            PromptExample(ranked.id, text, ranked.reference, markup=chat)
+            for ranked, text, ids in zip(lists, texts, tokenizer.encode_batch(texts, chat), strict=True)
             if len(ids) <= room
         ]
         if not fitting:
@@ -165,6 +168,7 @@ def neighbour_pairs(lists: Sequence[RankedList], layout: DataLayout, tokenizer: 
                 responses[better],
                 f"{ranked.id}/{number}",
                 finished=finished[better] and finished[worse],
+                markup=layout == "chat",
             )
             for number, (better, worse) in enumerate(pairwise(order))
             if ranked.scores[better] > ranked.scores[worse]
