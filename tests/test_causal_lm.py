@@ -19,8 +19,10 @@ HEADER = [5 + i * 7 % 300 for i in range(100)]
 
 
 def fresh(lm, tokens=8192):
-    """The same model with a prefix cache of its own."""
-    return CausalLM(lm.model, lm.tokenizer, name=lm.name, prefix_cache_tokens=tokens)
+    """The same model with a prefix cache of its own; lengths count as checked, so that no row is read once more."""
+    copy = CausalLM(lm.model, lm.tokenizer, name=lm.name, prefix_cache_tokens=tokens)
+    copy.checked = copy.context_length
+    return copy
 
 
 def plain_logits(lm, prompt):

@@ -256,6 +256,7 @@ def test_batches_too_large_for_one_cache_keep_order_and_results(tiny_lm):
 
 def test_finished_rows_leave_and_shared_prompts_are_read_once(tiny_lm):
     lm = CausalLM(tiny_lm.model, tiny_lm.tokenizer, prefix_cache_tokens=0)
+    lm.checked = lm.context_length  # a batch of a new length would have a row read once more
     prompt = lm.encode(PROMPTS[1])
     with TokensRead(lm) as shared:
         generate(lm, [prompt], [Sampling(max_tokens=1, n=16)])

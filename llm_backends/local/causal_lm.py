@@ -271,7 +271,7 @@ class CausalLM:
 
     Args:
         model: the transformers model, in evaluation mode on its device.
-        tokenizer: its Hugging Face tokenizer.
+        tokenizer: its Hugging Face tokenizer; None: the model is used on token ids alone.
         name: name in error messages and keys.
         prefix_cache_tokens: capacity of the cache of shared prompt prefixes, in tokens; 0 turns it off.
         reading: the way in which the model is read; None: the fastest that a comparison with its plain forward pass
@@ -440,8 +440,8 @@ class CausalLM:
         return encode_texts(self.tokenizer, [text], start=False)[0]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of token ids, without special tokens."""
-        return decode_ids(self.tokenizer, ids)
+        """Returns the text of token ids, without special tokens; empty without a tokenizer."""
+        return "" if self.tokenizer is None else decode_ids(self.tokenizer, ids)
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]], free_positions: int, are_prefixes: bool = False) -> Prefilled:
