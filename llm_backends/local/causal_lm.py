@@ -32,7 +32,7 @@ from .loading import (
     quiet_loading,
 )
 from .tokenization import decode_ids, encode_texts, prompt_ids, vocabulary_size
-from .verification import ReadingChangedError, find_reading, holds_at
+from .verification import ReadingChangedError, find_reading, holds_at, probe_subject
 
 BLOCK = 16
 """Tokens in one cached prefix block."""
@@ -323,6 +323,7 @@ class CausalLM:
             reading = find_reading(self, candidates)
             if reading not in READINGS[:2] or (layer_types <= {"full_attention"} and reading != "blocks"):
                 self._warn(reading)
+            self.checked = PROBE_TOKENS if probe_subject(self) is self else 0
         self.reading = reading
 
     def _warn(self, reading: Reading) -> None:

@@ -4,6 +4,7 @@ Padding, gaps in a mask, shared prefixes and caches of our own assume things of 
 reliably. So the ways of :data:`~instructgym.llm_backends.local.causal_lm.READINGS` are tried, the fastest first, on a
 ragged batch with a shared prefix, and the first that gives the model's own log-probs is used. What shows only at
 greater lengths (windows of local attention, rope that changes) is checked when a batch is longer than all before it.
+Of large models and of those in other dtypes than float32, a small float32 model of the same configuration is probed.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ TOLERANCE = 1e-4
 
 ROUGH_TOLERANCE = 0.25
 """The same for a model in another dtype of whose configuration no small model can be made."""
+
+LARGEST_PROBED = 10_000_000
+"""Number of parameters up to which a model is probed itself when it is opened. Of a larger one, for which that would
+take seconds, a small model of its configuration is probed, and one row of the first batch."""
 
 _FOUND: dict[str, Reading] = {}
 """The exact reading by configuration, so that a process proves it once."""
@@ -104,7 +109,7 @@ def find_reading(lm: CausalLM, readings: Sequence[Reading]) -> Reading:
     """
     key = config_key(lm.model)
     if key not in _FOUND or _FOUND[key] not in readings:
-        subject = lm if lm.in_float32 else miniature(lm)
+        subject = probe_subject(lm)
         tolerance = TOLERANCE if subject.in_float32 else ROUGH_TOLERANCE
         found = next((reading for reading in readings if _worst(subject, reading, 44) <= tolerance), None)
         if found is None:
@@ -164,6 +169,12 @@ def holds_at(lm: CausalLM, columns: int, tokens: Sequence[int], logits: torch.Te
     if small.in_float32:
         return _worst(small, lm.reading, columns) <= TOLERANCE
     return difference(logits[None], plain_logits(lm, tokens, 1)) <= ROUGH_TOLERANCE
+
+
+def probe_subject(lm: CausalLM) -> CausalLM:
+    """Returns the model on which ways of reading are tried: the model itself if it is small and in float32."""
+    small = lm.in_float32 and sum(parameter.numel() for parameter in lm.model.parameters()) <= LARGEST_PROBED
+    return lm if small else miniature(lm)
 
 
 def miniature(lm: CausalLM) -> CausalLM:

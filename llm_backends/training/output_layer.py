@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
-from ..local.causal_lm import PROBE_TOKENS, CausalLM
+from ..local.causal_lm import CausalLM
 from ..local.verification import ROUGH_TOLERANCE, TOLERANCE, difference, plain_logits, probe_rows
 
 CHUNK_LOGITS = 8_388_608
@@ -66,7 +66,7 @@ def find_output_form(lm: CausalLM) -> OutputForm:
     Raises:
         InputError: if none does.
     """
-    ids = probe_rows(lm, PROBE_TOKENS)[0][0]
+    ids = probe_rows(lm, 16)[0][0]
     rows = torch.tensor([ids], device=lm.device)
     logits = plain_logits(lm, ids, len(ids))
     numbers = [

@@ -35,6 +35,7 @@ from ..local.verification import (
     miniature,
     plain_logits,
     probe_rows,
+    probe_subject,
 )
 from .output_layer import OutputForm, OutputLayer, find_output_form, last_hidden
 
@@ -183,13 +184,14 @@ def training_pass(lm: CausalLM) -> TrainingPass:
         lm.training = TrainingPass(find_output_form(lm))
         key = config_key(lm.model)
         if key not in _FOUND:
-            subject = lm if lm.in_float32 else miniature(lm)
+            subject = probe_subject(lm)
             found = next((reading for reading in TRAINING_READINGS if _exact(subject, reading, PROBE_TOKENS)), None)
             if found is None:
                 lm.training = None
                 raise InputError(f"{lm.name} cannot be trained: its hidden states do not give its own logits")
             _FOUND[key] = found
         lm.training.reading = _FOUND[key]
+        lm.training.checked = PROBE_TOKENS if probe_subject(lm) is lm else 0
     return lm.training
 
 
