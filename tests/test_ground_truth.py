@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from instructgym.envs.tokens.episode import PromptExample
 from instructgym.llm_backends.errors import InputError
 from instructgym.rewards.base import Sample
 from instructgym.rewards.ground_truth import (
@@ -143,3 +144,12 @@ def test_unusable_arguments_are_refused():
         value(LabelMatch(), "Positive", "Great")
     with pytest.raises(InputError, match="reference 'high': use a number from 0 to 5"):
         value(RegressionReward(), "2", "high")
+
+
+@pytest.mark.parametrize("choice", [" positive", "positive ", "\tpositive", "positive\n"])
+def test_choices_with_blanks_around_them_are_refused(choice):
+    with pytest.raises(InputError, match=r"the choice .* of example 'x' has blanks around it"):
+        PromptExample("x", "A good film. It is", choice, (choice, "negative"))
+    sample = Sample(choice, reference=choice, metadata={"choices": (choice, "no"), "finish_reason": "choice"})
+    with pytest.raises(InputError, match="a choice with blanks around it"):
+        LabelMatch().score(sample)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ..base import ContextLengthError, Prompt
+from ..parts import SharedModel
 from .loading import ModelLoadError, load_config, load_error, load_tokenizer, quiet_loading
 from .tokenization import decode_ids, prompt_ids
 
@@ -213,7 +214,7 @@ class Prefilled:
     """float32, shape (batch, vocabulary): logits of the token after each prompt."""
 
 
-class CausalLM:
+class CausalLM(SharedModel):
     """A Hugging Face causal language model with its tokenizer.
 
     Args:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
@@ -14,7 +12,7 @@ import numpy as np
 
 from ...llm_backends import Backend, BackendError, ContextLengthError, Prompt, UnsupportedRequestError, resolve
 from ...llm_backends.errors import InputError
-from ...llm_backends.parts import Part
+from ...llm_backends.parts import FixedValues, Lock, Part
 from ...llm_backends.prompting import build_prompt, one_line
 from ..base import Score
 from .task_prompt import (
@@ -191,9 +189,9 @@ class TaskScorer(Part):
                 f"backend {self.backend.name!r} reports no log-probs, by which prompts are scored: use another backend"
             )
         self.cache, self.content_free = cache, tuple(content_free)
-        self._rows: OrderedDict[bytes, np.ndarray] = OrderedDict()
-        self._checked: OrderedDict[tuple[str, ...], int] = OrderedDict()
-        self._lock = threading.Lock()
+        self._rows: FixedValues[bytes, np.ndarray] = FixedValues()
+        self._checked: FixedValues[tuple[str, ...], int] = FixedValues()
+        self._lock = Lock()
 
     def label_logprobs(self, prompts: Sequence[TaskPrompt], examples: Sequence[LabelledExample]) -> np.ndarray:
         """Returns the log-prob of every label's verbalizer, for all prompts and examples.
