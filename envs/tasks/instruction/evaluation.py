@@ -16,7 +16,7 @@ from typing import Any
 
 from ....llm_backends.errors import InputError
 from ....llm_backends.records import read_user_text, user_text
-from .data import instances_of, optional_text, read_rows
+from .data import input_text, instances_of, read_rows
 from .pool import DEMONSTRATIONS, Task, evaluation_split, load_tasks
 
 HELD_OUT = 40
@@ -111,7 +111,7 @@ def _user_oriented(where: str, row: Mapping[str, Any]) -> EvaluationTask:
         user_text(where, row, "id").strip(),
         user_text(where, row, "instruction").strip(),
         tuple(
-            (optional_text(place, instance, "input"), (user_text(place, instance, "output").strip(),))
+            (input_text(place, instance), (user_text(place, instance, "output").strip(),))
             for place, instance in instances_of(where, row)
         ),
     )
@@ -147,4 +147,4 @@ def _natural_instance(where: str, row: Any) -> tuple[str, tuple[str, ...]]:
     if not isinstance(texts, list) or not texts:
         raise InputError(f"{where}: field 'output' must be a list of texts, not empty")
     references = [user_text(where, {"output": text}, "output").strip() for text in texts]
-    return optional_text(where, row, "input"), tuple(dict.fromkeys(references))
+    return input_text(where, row), tuple(dict.fromkeys(references))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ....llm_backends.errors import InputError
+from ....rewards.quality.instance_format import without_placeholder
 
 SPLITS = {"train": range(0, 8), "validation": range(8, 9), "test": range(9, 10)}
 """Maps a split to its tenths of the hash space: the split of an instruction depends on its text alone."""
@@ -155,7 +156,7 @@ def seed_instruction(path: Path, where: str, row: Any) -> Instruction:
         raise SeedFileError(f"seed file {path} {where} has an empty instruction")
     instances = row.get("instances")  # Self-Instruct's rows have their inputs here
     first = instances[0] if isinstance(instances, list) and instances and isinstance(instances[0], dict) else row
-    fields = (row["instruction"].strip(), str(first.get("input") or ""), str(row.get("id") or ""))
+    fields = (row["instruction"].strip(), without_placeholder(str(first.get("input") or "")), str(row.get("id") or ""))
     try:
         "".join(fields).encode()
     except UnicodeEncodeError as error:  # JSON escapes can hold a lone surrogate
