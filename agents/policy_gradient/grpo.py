@@ -17,7 +17,7 @@ import torch
 from ...llm_backends.errors import check_choice
 from ..policy.language_model import TokenScores
 from ..rollouts.batch import TokenBatch
-from .on_policy import MicroBatch, OnPolicyAgent, OnPolicySettings, clipped_policy_loss
+from .on_policy import LARGEST_LOG_RATIO, MicroBatch, OnPolicyAgent, OnPolicySettings, clipped_policy_loss
 
 
 def k3_penalty(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -28,7 +28,7 @@ def k3_penalty(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         reference: log q by the reference policy, shape (tokens,), in nats.
     """
     # expm1 keeps the digits of q/p - 1 where q is close to p.
-    difference = reference - logprobs
+    difference = (reference - logprobs).clamp(max=LARGEST_LOG_RATIO)
     return difference.expm1() - difference
 
 
