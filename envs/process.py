@@ -319,7 +319,7 @@ class ProcessVectorEnv(SavableSpecMixin, VectorEnv[Any, Any, np.ndarray], Generi
             The batched observation of all copies, and the infos of those that were reset.
 
         Raises:
-            TypeError: for a mask that is not a bool array.
+            MaskTypeError: for a mask that is not a bool array.
             ValueError: for an unknown option, a mask of another shape or without a copy, another number of seeds than
                 copies, and as ``begin`` of the process.
         """
@@ -444,15 +444,19 @@ def batch(space: spaces.Space[Any], observations: Sequence[Any]) -> Any:
     return concatenate(space, observations, create_empty_array(space, len(observations)))  # type: ignore[arg-type]
 
 
+class MaskTypeError(TypeError, ValueError):
+    """A mask that is no bool array: a TypeError, as in Gymnasium's vector envs, and a ValueError, as any bad option."""
+
+
 def check_mask(mask: Any, count: int, name: str) -> None:
     """Checks a mask over the copies; ``name`` is its name in the error message.
 
     Raises:
-        TypeError: unless it is a bool array, as in Gymnasium's vector envs.
+        MaskTypeError: unless it is a bool array.
         ValueError: unless its shape is (count,).
     """
     if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_:
-        raise TypeError(f"{name} must be a bool array of shape ({count},), got {mask!r}")
+        raise MaskTypeError(f"{name} must be a bool array of shape ({count},), got {mask!r}")
     if mask.shape != (count,):
         raise ValueError(f"{name} must be a bool array of shape ({count},), got {mask!r}")
 

@@ -37,14 +37,6 @@ class PromptExample:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """JSON-able values that are passed to rewards and metrics."""
 
-    def __post_init__(self) -> None:
-        for choice in self.choices:
-            if choice != choice.strip():
-                raise InputError(
-                    f"the choice {choice!r} of example {self.id!r} has blanks around it, without which answers are "
-                    "read: leave them out (an answer is written with a blank before it)"
-                )
-
 
 @dataclass(frozen=True)
 class GenerationSpec:

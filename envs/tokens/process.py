@@ -70,8 +70,8 @@ class TokenProcess:
     Raises:
         ValueError: for settings out of range, no example, prompts that differ and have the same id, a prompt that is
             empty or leaves no room for a response, and under ``constrained`` for an example without choices or with
-            choices that cannot be written (longer than ``max_tokens``, equal in tokens); for a reward that reads token
-            ids of another tokenizer.
+            choices that cannot be written (longer than ``max_tokens``, equal in tokens); for choices with blanks around
+            them; for a reward that reads token ids of another tokenizer.
     """
 
     def __init__(
@@ -111,6 +111,12 @@ class TokenProcess:
         if settings.constrained:
             for example in self.examples:
                 self._choices_of(example)
+        for example in self.examples:
+            if padded := [choice for choice in example.choices if choice != choice.strip()]:
+                raise InputError(
+                    f"the choice {padded[0]!r} of example {example.id!r} has blanks around it, without which answers "
+                    "are read: leave them out (an answer is written with a blank before it)"
+                )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TokenProcess:
         return copy_with_parts(self, memo, shared=("examples",))
