@@ -465,8 +465,8 @@ def _row(task: NLUTask, raw: Mapping[str, Any], where: str, number: int, strict:
     label = None if optional else raw[_column(task, "label", raw, where)]
     if task.answer(label) is None and not (task.eval_only and is_hidden(label)):
         allowed = ", ".join(task.label_map) or "a number from 0 to 5"
-        error = UnlabelledError if is_hidden(label) else InputError
-        raise error(f"{where}: the label {label!r} is none of {task.name}: use {allowed}")
+        refusal = UnlabelledError if is_hidden(label) else InputError
+        raise refusal(f"{where}: the label {label!r} is none of {task.name}: use {allowed}")
     row["label"] = None if is_hidden(label) else label
     return row
 
