@@ -8,7 +8,7 @@ batched LLM call. :class:`ProcessEnv` wraps one copy and :class:`ProcessVectorEn
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -21,7 +21,8 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
 
-from ..llm_backends.errors import RunError, check_at_least, check_known
+from ..llm_backends.errors import InputError, RunError, check_at_least, check_known
+from ..llm_backends.parts import copy_with_parts
 
 
 class SavableSpec(EnvSpec):
@@ -52,9 +53,15 @@ def _is_json(value: Any) -> bool:
 
 
 class SavableSpecMixin:
-    """A mixin for envs that turns the spec which Gymnasium assigns into a :class:`SavableSpec`."""
+    """A mixin for envs that turns the spec which Gymnasium assigns into a :class:`SavableSpec`.
+
+    A deep copy of the env has a reward, a running mean and caches of its own, and shares models and backends.
+    """
 
     _spec: EnvSpec | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy_with_parts(self, memo)
 
     @property
     def spec(self) -> EnvSpec | None:
@@ -162,6 +169,24 @@ def check_index(index: Any, size: int) -> None:
         raise ValueError(f"options['index'] must be in [0, {size}), got {index}")
 
 
+def check_ids(examples: Iterable[tuple[str, str]]) -> None:
+    """Checks that an id names one text.
+
+    Args:
+        examples: id and text of each example.
+
+    Raises:
+        InputError: for an id with two texts.
+    """
+    texts: dict[str, str] = {}
+    for example_id, text in examples:
+        if texts.setdefault(example_id, text) != text:
+            raise InputError(
+                f"two examples have the id {example_id!r} and different texts, {texts[example_id][:40]!r} and "
+                f"{text[:40]!r}: give each its own id"
+            )
+
+
 class Process(Protocol):
     """An MDP that runs n copies of itself at once.
 
@@ -266,6 +291,17 @@ class ProcessVectorEnv(SavableSpecMixin, VectorEnv[Any, Any, np.ndarray], Generi
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._done = np.zeros(num_envs, dtype=bool)
+        self._seeds = [-1] * num_envs
+
+    @property  # type: ignore[misc]
+    def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]
+        """The random generators of the copies, as in Gymnasium's SyncVectorEnv."""
+        return tuple(self.process.generators)
+
+    @property
+    def np_random_seed(self) -> tuple[int, ...]:  # type: ignore[override]
+        """The seed of each copy's generator, as in Gymnasium's SyncVectorEnv; -1 if it was never seeded."""
+        return tuple(self._seeds)
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -282,6 +318,7 @@ class ProcessVectorEnv(SavableSpecMixin, VectorEnv[Any, Any, np.ndarray], Generi
             The batched observation of all copies, and the infos of those that were reset.
 
         Raises:
+            MaskTypeError: for a mask that is not a bool array.
             ValueError: for an unknown option, a mask of another shape or without a copy, another number of seeds than
                 copies, and as ``begin`` of the process.
         """
@@ -301,7 +338,7 @@ class ProcessVectorEnv(SavableSpecMixin, VectorEnv[Any, Any, np.ndarray], Generi
         copies = [int(copy) for copy in np.flatnonzero(selected)]
         for copy in copies:
             if seeds and seeds[copy] is not None:
-                self.process.generators[copy], _ = seeding.np_random(int(seeds[copy]))  # type: ignore[arg-type]
+                self.process.generators[copy], self._seeds[copy] = seeding.np_random(int(seeds[copy]))  # type: ignore[arg-type]
         # A reset of some copies must not restart what the others are still using.
         if seeds and seeds[0] is not None and selected.all():
             self.process.restart(int(seeds[0]))
@@ -406,13 +443,20 @@ def batch(space: spaces.Space[Any], observations: Sequence[Any]) -> Any:
     return concatenate(space, observations, create_empty_array(space, len(observations)))  # type: ignore[arg-type]
 
 
+class MaskTypeError(TypeError, ValueError):
+    """A mask that is no bool array: a TypeError, as in Gymnasium's vector envs, and a ValueError, as any bad option."""
+
+
 def check_mask(mask: Any, count: int, name: str) -> None:
     """Checks a mask over the copies; ``name`` is its name in the error message.
 
     Raises:
-        ValueError: unless it is a bool array of shape (count,).
+        MaskTypeError: unless it is a bool array.
+        ValueError: unless its shape is (count,).
     """
-    if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_ or mask.shape != (count,):
+    if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_:
+        raise MaskTypeError(f"{name} must be a bool array of shape ({count},), got {mask!r}")
+    if mask.shape != (count,):
         raise ValueError(f"{name} must be a bool array of shape ({count},), got {mask!r}")
 
 

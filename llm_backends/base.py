@@ -195,6 +195,21 @@ def last_message_text(prompt: Prompt) -> str:
     return str(last["content"]) if isinstance(last, Mapping) else f"{len(prompt)} token ids"
 
 
+def _without_half_characters(result: Result) -> Result:
+    """Returns a result, or an error in place of completions of which one holds a lone surrogate.
+
+    A server's JSON can escape half of a character; neither UTF-8 nor a tokenizer can encode it.
+    """
+    if isinstance(result, BackendError):
+        return result
+    for completion in result:
+        try:
+            completion.text.encode()
+        except UnicodeEncodeError as error:
+            return BackendError(f"the reply holds a lone surrogate ({error.object[error.start]!a}), half a character")
+    return result
+
+
 class Backend(Part, ABC):
     """A language model behind two batched, order-preserving calls.
 
@@ -220,6 +235,9 @@ class Backend(Part, ABC):
     def supports_choices(self) -> bool:
         """Whether ``Sampling.choices`` (constrained decoding) is implemented."""
         return False
+
+    def own_copy(self, memo: dict[int, Any]) -> Part:
+        return self  # one model, or one server with its budget and journal
 
     @cached_property
     def usage(self) -> Usage:
@@ -259,6 +277,7 @@ class Backend(Part, ABC):
     def _counted(self, prompts: list[Prompt], samplings: list[Sampling]) -> Iterator[tuple[int, Result]]:
         self.usage.calls += 1
         for index, result in self._without_reasoning(prompts, samplings):
+            result = _without_half_characters(result)
             self.usage.requests += 1
             if isinstance(result, BackendError):
                 self.usage.errors += 1

@@ -5,12 +5,18 @@ Environment arguments stay JSON-able, so that ``env.spec`` can be saved; heavy p
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from .errors import InputError
+
+KeyT = TypeVar("KeyT")
+ValueT = TypeVar("ValueT")
 
 _ENTRY_POINTS: dict[str, dict[str, str]] = {}
 _KINDS: dict[str, tuple[Any, Any]] = {}
@@ -21,12 +27,71 @@ class UnknownPartError(InputError):
     """The error of an id or path that names no part, or a part of another kind."""
 
 
-class Part:
-    """Base class of every pluggable part. Gymnasium deep-copies an env's kwargs; a live part is shared, not copied."""
+_PARTS_TOO = object()
+"""Its id is a key of the memo of a deep copy that copies parts, too."""
 
-    # A copy would hold its own model, cache and counters.
+
+def copy_with_parts(value: Any, memo: dict[int, Any], shared: Sequence[str] = ()) -> Any:
+    """Returns the deep copy of an object that holds parts, e.g. an env; they are copied, but for models and backends.
+
+    Args:
+        value: the object, in its ``__deepcopy__``.
+        memo: the argument of ``__deepcopy__``.
+        shared: names of attributes that nothing changes, which are not copied.
+    """
+    memo[id(_PARTS_TOO)] = _PARTS_TOO
+    clone = memo[id(value)] = value.__class__.__new__(value.__class__)
+    memo |= {id(getattr(value, name)): getattr(value, name) for name in shared}
+    state = copy.deepcopy(value.__getstate__() or {}, memo)
+    if hasattr(clone, "__setstate__"):
+        clone.__setstate__(state)
+    else:
+        clone.__dict__.update(state)
+    return clone
+
+
+class Part:
+    """Base class of every pluggable part. Gymnasium deep-copies an env's kwargs; a live part is shared, not copied.
+
+    The deep copy of an env has parts of its own: memories, means and caches. It shares models and backends.
+    """
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Part:
+        return self.own_copy(memo) if id(_PARTS_TOO) in memo else self
+
+    def own_copy(self, memo: dict[int, Any]) -> Part:
+        """Returns the part of a copied env: a deep copy; parts that remember nothing may return themselves."""
+        return copy_with_parts(self, memo)
+
+
+class SharedModel:
+    """Base class of models, whose weights deep copies share."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedModel:
         return self
+
+
+class FixedValues(OrderedDict[KeyT, ValueT]):
+    """An ordered dictionary whose values nothing changes: its deep copies share them."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FixedValues[KeyT, ValueT]:
+        return self.copy()
+
+
+class Lock:
+    """A ``threading.Lock`` that an object can hold and be copied or pickled: the copy's is another one, and open."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[Lock], tuple[()]]:
+        return Lock, ()
 
 
 def register_part(kind: str, part_id: str, entry_point: str) -> None:

@@ -21,6 +21,7 @@ from .base import (
     last_message_text,
     request_seed,
 )
+from .errors import InputError
 
 _WORDS = (
     "briefly carefully using three examples for beginners in plain words with numbers step by step under pressure "
@@ -63,6 +64,12 @@ class ScriptedBackend(Backend):
             text = self._text(prompt, sampling.with_seed(seed))
             if isinstance(text, BackendError):
                 return text
+            if not isinstance(text, str):
+                name = getattr(self.reply, "__qualname__", None) or repr(self.reply)
+                raise InputError(
+                    f"the backend function {name} returned {text!r:.80} for the prompt {prompt[-80:]!r}: it must "
+                    "return a text, or a BackendError"
+                )
             spans = [(at, at + len(stop)) for stop in sampling.stop if (at := text.find(stop)) >= 0]
             # ``text`` is cut before the stop string, but its tokens count, as in Completion.
             cut, end = min(spans, default=(len(text), len(text)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -131,7 +131,7 @@ class FunctionReward(Reward):
 
     Raises:
         TypeError: if the function takes no argument.
-        InputError: when scoring, if the numbers of scores and samples differ.
+        InputError: when scoring, if the function returns anything but a number or a :class:`Score` per sample.
     """
 
     def __init__(self, function: Callable[[Sequence[Sample]], Sequence[float | Score]]) -> None:
@@ -141,13 +141,41 @@ class FunctionReward(Reward):
         self.name = getattr(function, "__name__", "function").strip("<>")
 
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
-        scores = [
-            value if isinstance(value, Score) else Score(float(value), terms={self.name: float(value)})
-            for value in self.function(samples)
-        ]
+        values = self.function(samples)
+        if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
+            raise InputError(
+                f"reward {self.name!r} returned {values!r:.80}: it must return a list with a number or Score per sample"
+            )
+        scores = [self._score(value) for value in values]
         if len(scores) != len(samples):
             raise InputError(f"reward {self.name!r} returned {len(scores)} scores for {len(samples)} samples")
         return scores
+
+    def _score(self, value: Any) -> Score:
+        if isinstance(value, Score):
+            return value
+        try:
+            number = float(value)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"reward {self.name!r} returned {value!r:.80} for a sample: it must be a number or a Score; "
+                "Score.invalid(reason) says that there is no verdict"
+            ) from error
+        return Score(number, terms={self.name: number})
+
+
+def scores_of(reward: Reward, samples: Sequence[Sample]) -> list[Score]:
+    """Returns a reward's scores, one per sample.
+
+    Raises:
+        InputError: if the reward returned anything else; the message names it.
+    """
+    scores = reward.reward(samples)
+    if not isinstance(scores, list | tuple) or not all(isinstance(score, Score) for score in scores):
+        raise InputError(f"reward {reward.name!r} returned {scores!r:.80}: it must return a Score per sample")
+    if len(scores) != len(samples):
+        raise InputError(f"reward {reward.name!r} returned {len(scores)} scores for {len(samples)} samples")
+    return list(scores)
 
 
 def retried_values(keys: Sequence[KeyT], samples: Sequence[Sample], latest: Mapping[KeyT, float]) -> dict[KeyT, float]:
@@ -180,7 +208,7 @@ def score_with_retries(reward: Reward, samples: Sequence[Sample], retries: int =
     Returns:
         One score per sample, with ``calls`` summed over all attempts; invalid if no attempt gave a verdict.
     """
-    scores = reward.reward(samples)
+    scores = scores_of(reward, samples)
     for attempt in range(1, retries + 1):
         missing = [i for i, score in enumerate(scores) if not score.valid]
         if not missing:
@@ -191,7 +219,7 @@ def score_with_retries(reward: Reward, samples: Sequence[Sample], retries: int =
             replace(samples[i], seed=seed, metadata=samples[i].metadata | {"attempt": attempt})
             for i, seed in zip(missing, seeds, strict=True)
         ]
-        for i, score in zip(missing, reward.reward(retried), strict=True):
+        for i, score in zip(missing, scores_of(reward, retried), strict=True):
             # The failed attempt has been spent, so its requests stay in the count.
             scores[i] = replace(score, calls=scores[i].calls + score.calls)
     return scores

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..llm_backends import Tokenizer, resolve
-from .base import Reward, Sample, Score, Timing
+from .base import Reward, Sample, Score, Timing, scores_of
 
 
 class WeightedSum(Reward):
@@ -59,7 +59,7 @@ class WeightedSum(Reward):
             term.check_tokenizer(tokenizer)
 
     def reward(self, samples: Sequence[Sample]) -> list[Score]:
-        columns = {name: term.reward(samples) for name, term in self.terms.items()}
+        columns = {name: scores_of(term, samples) for name, term in self.terms.items()}
         return [
             self._sum(sample, {name: column[i] for name, column in columns.items()}) for i, sample in enumerate(samples)
         ]

@@ -139,6 +139,8 @@ class LabelMatch(_AnswerReward):
                 f"sample {sample.episode_id!r} has the reference {reference!r}, which is none of its choices "
                 f"({', '.join(choices) or 'none'}): put both into the example"
             )
+        if any(choice != choice.strip() for choice in choices):
+            raise InputError(f"sample {sample.episode_id!r} has a choice with blanks around it: leave them out")
         label = parse_answer(sample.response, _finish_reason(sample), choices)
         if label is None:
             return _malformed(self.points.malformed, "correct", 0.0, f"has to be one of {', '.join(choices)}")

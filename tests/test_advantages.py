@@ -124,15 +124,14 @@ def test_an_unknown_kl_estimator_is_refused():
 def test_whitening_looks_at_unmasked_tokens_only():
     mask = np.array([True, False, True, True, False])
     whitened = whiten(f32(1, 1e6, 2, 3, -1e6), mask)
-    deviation = math.sqrt(2 / 3)
-    np.testing.assert_allclose(whitened, [-1 / deviation, 0, 0, 1 / deviation, 0], atol=1e-6)
+    np.testing.assert_allclose(whitened, [-1, 0, 0, 1, 0], atol=1e-6)  # the sample deviation of 1, 2, 3 is 1
     assert whitened.dtype == np.float32
 
 
 def test_whitening_may_leave_the_mean():
     whitened = whiten(f32(1, 2, 3), np.ones(3, bool), shift_mean=False)
     assert whitened.mean() == pytest.approx(2)
-    assert whitened.std() == pytest.approx(1)
+    assert whitened.std(ddof=1) == pytest.approx(1)
 
 
 def test_whitening_takes_moments_over_all_processes():
@@ -149,6 +148,18 @@ def test_whitening_takes_moments_over_all_processes():
     halves = [whiten(values[rows], mask[rows], total=total) for rows in (slice(8), slice(8, 20))]
     np.testing.assert_allclose(np.sum(seen, axis=0), moments)
     np.testing.assert_allclose(np.concatenate(halves), whiten(values, mask), atol=1e-6)
+
+
+@given(st.lists(st.floats(-5, 5, width=32), min_size=2, max_size=30))
+def test_whitening_is_that_of_trl_and_verl(values):
+    array = np.array(values, np.float32)
+    exact = array.astype(np.float64)
+    expected = (exact - exact.mean()) / np.sqrt(exact.var(ddof=1) + 1e-8)
+    np.testing.assert_allclose(whiten(array, np.ones(len(values), bool)), expected, atol=1e-4)
+
+
+def test_whitening_does_not_blow_up_rounding():
+    assert np.abs(whiten(f32(0.1, 0.1 + 1e-8, 0.1), np.ones(3, bool))).max() < 1e-3
 
 
 @pytest.mark.parametrize("values", [f32(2, 2, 2), f32(7, 0, 0), f32(5, 6, 7)])

@@ -28,8 +28,10 @@ from instructgym.llm_backends import (
     request_seed,
     resolve,
 )
+from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local import loading as embedded
 from instructgym.llm_backends.local.backend import TransformersBackend
+from instructgym.llm_backends.replies.cache import Cached
 
 SCORES = ["transformers", "scripted", "journaled", pytest.param("embedded", marks=pytest.mark.slow)]
 BACKENDS = [*SCORES, "cached", "openai", "function"]
@@ -488,3 +490,42 @@ def test_choices_hold_a_completion(tiny_model_path):
         ScriptedBackend().generate(["write"], Sampling(choices=words))
     with pytest.raises(ValueError, match="choices"):
         Sampling(choices=("",))
+
+
+# --- replies that are none ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("half", ["\ud83d", "\udca9", "ok \udfff.", "\ud83d \ude00"])
+def test_a_lone_surrogate_is_a_failed_reply(half, tmp_path):
+    """In place of that request alone, whatever wraps the backend, and it is not stored."""
+
+    def reply(prompt):
+        return half if "bad" in prompt else "fine \U0001f600"
+
+    for backend in (resolve("backend", reply), Cached(resolve("backend", reply), tmp_path / "store.sqlite")):
+        for _ in range(2):
+            good, bad, last = backend.generate(["a", "bad", "b"], Sampling(n=2))
+            assert [completion.text for completion in good + last] == ["fine \U0001f600"] * 4
+            assert isinstance(bad, BackendError) and "lone surrogate" in str(bad) and str(bad).isprintable()
+        assert backend.usage.errors == 2
+    assert len(backend.store) == 2
+
+
+def nothing(prompt):
+    """Forgets its return."""
+
+
+@pytest.mark.parametrize(
+    ("function", "match"),
+    [
+        (nothing, "backend function nothing returned None for the prompt 'Say it.': it must return a text"),
+        (lambda prompt: [prompt], r"function .*<lambda> returned \['Say it.'\]"),
+        (lambda prompt, sampling: b"Say", "returned b'Say'"),
+        (lambda prompt: 3, "returned 3"),
+        ({"Say": None}, "returned None"),
+    ],
+)
+def test_a_function_that_returns_no_text_is_named(function, match):
+    backend = ScriptedBackend(function) if isinstance(function, dict) else resolve("backend", function)
+    with pytest.raises(InputError, match=match):
+        backend.generate(["Say it."])

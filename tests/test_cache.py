@@ -75,10 +75,13 @@ def test_log_probs_are_stored_as_well(tmp_path):
 
 
 def test_text_that_is_no_unicode_survives(tmp_path):
-    inner, _ = counting(lambda prompt: "caf\u00e9 \ud800 \U0001f600\n\x00")
+    inner, _ = counting(lambda prompt: "caf\u00e9 \U0001f600\n\x00")
     it = Cached(inner, ReplyStore(tmp_path / "c.db"))
     first = it.generate(["p \udfff"])
     assert Cached(inner, ReplyStore(tmp_path / "c.db")).generate(["p \udfff"]) == first
+    # In a reply, half a character is a failure.
+    [failed] = Cached(counting(lambda prompt: "\ud800")[0], ReplyStore(tmp_path / "c.db")).generate(["q"])
+    assert isinstance(failed, BackendError) and len(it.store) == 1
 
 
 def test_threads_send_a_request_once(tmp_path):

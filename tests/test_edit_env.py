@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 import instructgym  # noqa: F401 - registers the ids
 from instructgym.envs.edit.operators import Edit, LLMOperator, Operator, load_operations, operation_names, tidy
 from instructgym.envs.process import InvalidRewardError, Unicode
+from instructgym.envs.tasks.instruction.seeds import Instruction
 from instructgym.llm_backends import BackendError, Completion, ContextLengthError, ScriptedBackend
+from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.embeddings import HashingEmbedder
 from instructgym.rewards import FunctionReward, Score
 
@@ -593,3 +595,9 @@ def test_checkers_on_the_embedded_model(preset):
     env.reset(seed=0)
     text = env.step(1)[4]["edit"]
     assert text and text != env.unwrapped.process.episodes[0].start
+
+
+def test_an_id_names_one_instruction():
+    seeds = [Instruction("Cook.", id="x"), Instruction("Bake.", id="x")]
+    with pytest.raises(InputError, match=r"the id 'x' and different texts, 'Cook\.' and 'Bake\.'"):
+        gym.make("instructgym/EvolveInstruction-v0", seeds=seeds, backend="scripted", embedder="hashing")

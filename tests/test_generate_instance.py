@@ -174,7 +174,7 @@ def test_an_episode_is_one_instance(index, text, finish, instance, jsonl):
     assert set(sample.metadata) >= {"instruction", "order", "opening", "finish_reason"}
     assert sample.metadata["finish_reason"] == finish
     assert read_response(sample.response, sample.metadata) == instance
-    assert info["task"] == "mine" and sample.group == ("mine/sort", "mine/ask")[index]
+    assert info["task"] == "mine" and sample.episode_id == ("mine/sort", "mine/ask")[index]
 
 
 def test_copies_of_a_group_write_to_the_same_instruction_without_many_instructions(jsonl):

@@ -303,7 +303,7 @@ class NoLogprobs(ScriptedBackend):
     ("options", "error", "message"),
     [
         ({"level": "sentence"}, InputError, "unknown level 'sentence': use task or instance"),
-        ({"measure": "f1"}, InputError, "unknown measure 'f1': use gap, accuracy, rouge"),
+        ({"measure": "f1"}, InputError, "unknown measure 'f1': use gap, accuracy or rouge"),
         ({"measure": "rouge"}, InputError, "use level='instance'"),
         ({"task": "STS-B"}, InputError, "STS-B has no labels"),
         ({"task": "none such"}, InputError, "none such"),

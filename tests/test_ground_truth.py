@@ -4,7 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from instructgym.envs.tokens.env import TokenEnv
+from instructgym.envs.tokens.episode import PromptExample
+from instructgym.envs.tokens.process import TokenSettings
 from instructgym.llm_backends.errors import InputError
+from instructgym.llm_backends.local.tokenization import ByteTokenizer
 from instructgym.rewards.base import Sample
 from instructgym.rewards.ground_truth import (
     GroundTruth,
@@ -143,3 +147,15 @@ def test_unusable_arguments_are_refused():
         value(LabelMatch(), "Positive", "Great")
     with pytest.raises(InputError, match="reference 'high': use a number from 0 to 5"):
         value(RegressionReward(), "2", "high")
+
+
+@pytest.mark.parametrize("choice", [" positive", "positive ", "\tpositive", "positive\n"])
+def test_choices_with_blanks_around_them_are_refused(choice):
+    example = PromptExample("x", "It is", choice, (choice, "negative"))
+    example = PromptExample("x", "It is", choice, (choice, "negative"))
+    for settings in (TokenSettings(), TokenSettings(constrained=True)):
+        with pytest.raises(InputError, match=r"the choice .* of example 'x' has blanks around it"):
+            TokenEnv([example], ByteTokenizer(), "label-match", settings)
+    sample = Sample(choice, reference=choice, metadata={"choices": (choice, "no"), "finish_reason": "choice"})
+    with pytest.raises(InputError, match="a choice with blanks around it"):
+        LabelMatch().score(sample)

@@ -1,10 +1,15 @@
 """Instruction data from files of every format, and the prompts made of them."""
 
+import contextlib
 import json
 
 import pytest
 
 from instructgym.envs.tasks.instruction.data import InstructionExample, prompt_text, read_instruction_data, request_text
+from instructgym.envs.tasks.instruction.evaluation import load_evaluation_tasks
+from instructgym.envs.tasks.instruction.pool import load_tasks
+from instructgym.envs.tasks.instruction.seeds import load_instructions
+from instructgym.envs.tasks.responses.openings import response_requests
 from instructgym.experiments.evolve.generate import write_parquet
 from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.tokenization import LoadedTokenizer
@@ -131,3 +136,48 @@ def test_prompts_of_each_layout(tiny_tokenizer):
         prompt_text(without, "chat")
     with pytest.raises(InputError, match="unknown layout 'vicuna'"):
         prompt_text(without, "vicuna")
+
+
+# --- texts that mean: no input -----------------------------------------------------------------------------------
+
+ABSENT = ["<noinput>", "<noInput>", " <noinput> ", "N/A", "None.", "no input", "noinput", "<No Input>", ""]
+
+
+@pytest.mark.parametrize("absent", ABSENT)
+def test_a_text_for_no_input_is_no_input_in_every_reader(absent, tmp_path):
+    row = {"instruction": "Name a fruit.", "input": absent, "output": "Kiwi"}
+    nested = {"id": "t", "instruction": "Name a fruit.", "instances": [{"input": absent, "output": "Kiwi"}]}
+    flat, tasks = tmp_path / "flat.json", tmp_path / "tasks.jsonl"
+    flat.write_text(json.dumps([row]), "utf-8")
+    tasks.write_text(json.dumps(nested) + "\n", "utf-8")
+    for path in (flat, tasks):
+        [example] = read_instruction_data(path).examples
+        assert request_text(example) == "Name a fruit." and example.input == ""
+        assert load_instructions(path)[0].input == ""
+        [task] = load_tasks(path)
+        assert [instance.input for instance in task.instances] == [""]
+    [evaluated] = load_evaluation_tasks(tasks, held_out_count=0)
+    assert [input_text for input_text, _ in evaluated.instances] == [""]
+    request = tmp_path / "request.jsonl"
+    request.write_text(json.dumps(row) + "\n", "utf-8")
+    openings = []
+    for split in ("train", "validation", "test"):
+        with contextlib.suppress(InputError):  # the one row falls into one of them
+            openings += response_requests(request, split)
+    assert [opening.chat for opening in openings] == ["Name a fruit."]
+    context = tmp_path / "context.jsonl"
+    context.write_text(json.dumps({"prompt": "Name a fruit.", "context": absent, "response": "Kiwi"}) + "\n", "utf-8")
+    assert read_instruction_data(context).examples[0].input == ""
+
+
+def test_what_only_looks_like_it_stays_and_so_do_outputs(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        {"instruction": "Count.", "input": "None of them came.", "output": "none"},
+        {"instruction": "Sign?", "input": "-5", "output": "-"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    assert [(e.input, e.output) for e in read_instruction_data(path).examples] == [
+        ("None of them came.", "none"),
+        ("-5", "-"),
+    ]

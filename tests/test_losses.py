@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -59,6 +60,39 @@ def test_value_loss_by_hand(value, loss, clipped):
     assert taken.tolist() == [clipped]
     losses.sum().backward()
     assert values.grad.item() == pytest.approx(0.0 if clipped else value - 1.0)
+
+
+def test_rounding_is_no_value_clipping():
+    """Values that moved by less than the clip range, in float32, at sizes at which sums round differently."""
+    generator = torch.Generator().manual_seed(0)
+    for size in (0.01, 1.0, 300.0):
+        values = size * torch.randn(5000, generator=generator)
+        old = values + 0.1 * torch.randn(5000, generator=generator).clamp(-1.9, 1.9)
+        returns = size * torch.randn(5000, generator=generator)
+        losses, clipped = clipped_value_loss(values, old, returns, 0.2)
+        assert not clipped.any()
+        torch.testing.assert_close(losses, 0.5 * (values - returns).square())
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0, 0.0])
+@pytest.mark.parametrize("ratio", [30.0, 89.0, 1e4, -1e4])
+def test_extreme_ratios_have_finite_losses_and_gradients(ratio, advantage):
+    logprobs = tokens(ratio, 0.1, ratio)
+    losses, _ = clipped_policy_loss(logprobs, torch.zeros(3), torch.tensor([advantage, 1.0, advantage]), 0.2)
+    (losses * torch.tensor([1.0, 1.0, 0.0])).sum().backward()  # the last token is masked out
+    assert bool(losses.isfinite().all()) and bool(logprobs.grad.isfinite().all())
+    assert logprobs.grad[1].item() == pytest.approx(-math.exp(0.1)) and logprobs.grad[2] == 0
+    if advantage >= 0 or ratio < 0:
+        assert logprobs.grad[0] == 0, "clipped away, or as good as impossible"
+
+
+def test_k3_of_extreme_log_ratios_is_finite():
+    logprobs = tokens(-200.0, -1.0, 0.0)
+    penalty = k3_penalty(logprobs, torch.tensor([0.0, -1.5, -200.0]))
+    penalty.sum().backward()
+    assert bool(penalty.isfinite().all()) and bool(logprobs.grad.isfinite().all())
+    assert logprobs.grad[2] == 1.0, "a policy far above its reference is still pulled back"
+    assert np.isfinite(kl_estimate(np.float32([-200, 0]), np.float32([0, -200]), "k3")).all()
 
 
 def test_value_clipping_can_be_off():

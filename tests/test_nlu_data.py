@@ -216,3 +216,38 @@ def test_the_folder_of_another_task_is_not_read(write):
         load_rows("CB", "test", root / "MNLI")
     with pytest.raises(InputError, match="lacks the field 'sentence'"):
         render("SST-2", {"text": "x"})
+
+
+# --- rows without a gold label -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nothing", ["-", " - ", -1, -1.0, "-1", "", None, float("nan")])
+def test_rows_without_a_gold_label_are_left_out_with_one_warning(nothing, tmp_path):
+    (tmp_path / "MNLI").mkdir()
+    rows = [
+        {"sentence1": f"A man {k}.", "sentence2": "A person.", "gold_label": nothing if k % 3 == 1 else "neutral"}
+        for k in range(20)
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "MNLI" / "dev_matched.jsonl").write_text(lines, "utf-8")
+    with pytest.warns(
+        UserWarning, match=r"7 rows of .*dev_matched\.jsonl without a gold label were left out"
+    ) as caught:
+        kept = load_rows("MNLI", "test", tmp_path)
+    assert len(caught) == 1 and {row["label"] for row in kept} == {"neutral"}
+    # The others keep their ids.
+    assert [row["id"] for row in kept] == [f"test-{k}" for k in range(20) if k % 3 != 1]
+
+
+def test_a_tsv_without_some_labels_and_a_file_without_any(tmp_path):
+    (tmp_path / "SST-2").mkdir()
+    path = tmp_path / "SST-2" / "dev.tsv"
+    path.write_text("sentence\tlabel\nfine\t1\npoor\t-\nso so\t-1\n", "utf-8")
+    with pytest.warns(UserWarning, match=r"2 rows .* the first: .*row 3: the label '-' is none of SST-2"):
+        assert [row["sentence"] for row in load_rows("SST-2", "test", tmp_path)] == ["fine"]
+    path.write_text("sentence\tlabel\nfine\t-1\npoor\t-1\n", "utf-8")
+    with pytest.raises(InputError, match=r"no row of .*dev\.tsv has a gold label"):
+        load_rows("SST-2", "test", tmp_path)
+    path.write_text("sentence\tlabel\nfine\t1\npoor\t?\n", "utf-8")
+    with pytest.raises(InputError, match=r"the label '\?' is none of SST-2"):
+        load_rows("SST-2", "test", tmp_path)

@@ -150,8 +150,8 @@ def test_an_update_is_a_step_of_the_trainer_on_the_lists_of_its_samples():
     agent, rows = logged(RankingAgent(make_env(), make_policy(), imitate="all", mle_weight=0.5, learning_rate=1e-2))
     updates(agent, 1)
     batch, groups = agent.last_rollout, {}
-    for i, name in enumerate(batch.groups):
-        groups.setdefault(name, []).append(i)
+    for i, info in enumerate(batch.infos):
+        groups.setdefault(info["episode_id"], []).append(i)
     assert len(batch) == 16 and sorted(groups) == sorted(PROMPTS)
     lists = [
         TokenizedRankedList(

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from instructgym.llm_backends import BackendError, ScriptedBackend, resolve
+from instructgym.llm_backends.errors import InputError
 from instructgym.llm_backends.local.embeddings import FunctionEmbedder, HashingEmbedder
 from instructgym.rewards import (
     DiversityReward,
@@ -15,6 +16,7 @@ from instructgym.rewards import (
     FunctionReward,
     JudgedElimination,
     NonFiniteRewardError,
+    Reward,
     RougePool,
     Sample,
     Score,
@@ -464,3 +466,50 @@ def test_asking_the_judge_again_does_not_put_a_text_into_the_pool_twice(form):
     scores = score_with_retries(total, samples_of(["a red bird", "the sea"]))
     assert values(scores) == [2.0, pytest.approx(1.0, abs=1e-6)]  # the bird is new, whatever the judge's trouble
     assert new.pool == ["the sea", "a red bird", "the sea"]
+
+
+# --- rewards that return something else --------------------------------------------------------------------------
+
+
+def forgets(samples):
+    """Has no return."""
+
+
+class Bare(Reward):
+    """Returns what it is told to."""
+
+    name = "bare"
+
+    def __init__(self, scores):
+        self.scores = scores
+
+    def reward(self, samples):
+        return self.scores
+
+
+@pytest.mark.parametrize(
+    ("reward", "match"),
+    [
+        (forgets, "reward 'forgets' returned None: it must return a list"),
+        (lambda samples: 0.5, "reward 'lambda' returned 0.5"),
+        (lambda samples: "high", "reward 'lambda' returned 'high'"),
+        (lambda samples: {"a": 1}, "reward 'lambda' returned {'a': 1}"),
+        (lambda samples: [1.0, None], "reward 'lambda' returned None for a sample: it must be a number or a Score"),
+        (lambda samples: [1.0, [2.0]], r"returned \[2.0\] for a sample"),
+        (lambda samples: [1.0], "reward 'lambda' returned 1 scores for 2 samples"),
+        (lambda samples: [1.0] * 3, "reward 'lambda' returned 3 scores for 2 samples"),
+        (Bare(None), "reward 'bare' returned None: it must return a Score per sample"),
+        (Bare([Score(1.0)]), "reward 'bare' returned 1 scores for 2 samples"),
+        (Bare([1.0, 2.0]), r"reward 'bare' returned \[1.0, 2.0\]: .* a Score per sample"),
+    ],
+)
+def test_a_reward_that_returns_something_else_is_named(reward, match):
+    samples = [Sample("a"), Sample("b")]
+    for asked in (resolve("reward", reward), WeightedSum({"term": reward})):
+        with pytest.raises(InputError, match=match):
+            score_with_retries(asked, samples)
+
+
+@pytest.mark.parametrize("values", [(1.0, 2), np.float32([1, 2]), iter([1, np.float64(2)]), (Score(1.0), 2.0)])
+def test_numbers_of_any_kind_are_scores(values):
+    assert [score.value for score in resolve("reward", lambda samples: values).reward([Sample("a")] * 2)] == [1, 2]

@@ -252,7 +252,7 @@ def test_the_env_says_what_ends_a_response():
 def test_episodes_without_a_verdict_are_left_out():
     agent = make_agent(env=make_env(reward=Moody()), max_invalid_share=0.6)
     batch = rollout(agent)
-    assert {group for group in batch.groups} == {"two", "four"} and len(batch) == 8
+    assert {info["episode_id"] for info in batch.infos} == {"two", "four"} and len(batch) == 8
     updates(agent, 1)
     assert rows(agent)[0]["rollout/invalid_share"] == 0.5
 
@@ -358,6 +358,79 @@ def test_the_kl_coefficient_adapts_to_the_kl_of_episodes():
     assert rows(agent)[1]["train/kl"] == pytest.approx(kl, rel=1e-5)
 
 
+def test_groups_are_those_of_the_copies_not_of_the_examples():
+    """Ten copies in five groups of two draw from four examples: one example comes twice, and its groups stay apart."""
+    agent = make_agent(RLOO, env=make_env(10, group_size=2), kl_coefficient=0.0)
+    batch = prepared(agent, rollout(agent))
+    members = {}
+    for i, name in enumerate(batch.groups):
+        members.setdefault(name, []).append(i)
+    assert len(members) == 10 and {len(group) for group in members.values()} == {2}
+    names = [batch.infos[group[0]]["episode_id"] for group in members.values()]
+    assert len(set(names[:5])) == 4 and all(
+        batch.prompts[a].tolist() == batch.prompts[b].tolist() for a, b in members.values()
+    )
+    returns = batch.per_episode(batch.rewards)
+    firsts = np.cumsum(batch.lengths) - batch.lengths
+    for a, b in members.values():
+        assert batch.advantages[firsts[a]] == pytest.approx(returns[a] - returns[b], abs=1e-5)
+
+
+def test_rewards_see_the_groups():
+    seen = []
+
+    class Seeing(Right):
+        def reward(self, samples):
+            seen.append([(sample.group, sample.episode_id) for sample in samples])
+            return super().reward(samples)
+
+    env = make_env(10, group_size=2, reward=Seeing())
+    for _ in range(2):
+        env.start(seed=0 if not seen else None)
+        env.play([[RED, EOS]] * 10)
+    first, second = ([group for group, _ in call] for call in seen)
+    assert all(groups[i] == groups[i + 1] for groups in (first, second) for i in range(0, 10, 2))
+    assert len(set(first)) == len(set(second)) == 5 and not set(first) & set(second)
+    assert len({name for _, name in seen[0]}) == 4, "one example in two groups"
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_minibatches_are_shares_of_those_of_one_process(count, monkeypatch):
+    agent = make_agent(minibatches=3, epochs=2)
+    places = [(reset, copy) for reset in range(2) for copy in range(7) if (reset, copy) != (1, 2)]
+    alone = [[[places[i] for i in part] for part in parts] for _, parts in agent._epochs(13, places=places)]
+    shares = [[place for place in places if place[1] % count == index] for index in range(count)]
+    monkeypatch.setattr(agent.processes, "gather", lambda _: shares)
+    together = [[[] for _ in range(3)] for _ in range(2)]
+    for share in shares:
+        for epoch, parts in agent._epochs(len(share), places=share):
+            for part, members in zip(together[epoch], parts, strict=True):
+                part += [share[i] for i in members]
+    assert [[sorted(part) for part in parts] for parts in together] == [[sorted(part) for part in e] for e in alone]
+    assert alone[0] != alone[1] and sorted(place for part in alone[0] for place in part) == places
+
+
+@pytest.mark.parametrize("cls", AGENTS)
+def test_one_extreme_token_costs_no_step(cls, monkeypatch):
+    """A sampler that is wrong by a hundred nats, and a policy that has moved as far, on one token each."""
+    agent = make_agent(cls, epochs=2, learning_rate=1e-3)
+    score, calls = agent._score, []
+
+    def extreme(batch):
+        batch.sampler_logprobs[0] -= 100
+        score(batch)
+        batch.logprobs[1] -= 100
+        batch.reference_logprobs[2] += 100
+        batch.loss_mask[3], batch.logprobs[3] = False, batch.logprobs[3] - 200
+        calls.append(len(batch))
+
+    monkeypatch.setattr(agent, "_score", extreme)
+    with np.errstate(over="raise", invalid="raise"):
+        [row] = rows(updates(agent, 1))
+    assert calls and agent.optimizer.skipped == 0 and all(np.isfinite(list(row.values())))
+    assert all(bool(torch.isfinite(p).all()) for p in agent.policy.parameters().values())
+
+
 @pytest.mark.parametrize("cls", AGENTS)
 def test_without_a_coefficient_the_reference_is_not_asked(cls, monkeypatch):
     agent = make_agent(cls, kl_coefficient=0.0)
@@ -382,4 +455,4 @@ def test_ppo_shapes_rewards_by_hand():
     np.testing.assert_allclose(batch.returns, [0.845, 1.1, 2.0], atol=1e-6)
     agent.settings = replace(agent.settings, whiten_advantages=True)
     agent.prepare(batch)
-    assert batch.advantages.mean() == pytest.approx(0, abs=1e-6) and batch.advantages.std() == pytest.approx(1)
+    assert batch.advantages.mean() == pytest.approx(0, abs=1e-6) and batch.advantages.std(ddof=1) == pytest.approx(1)

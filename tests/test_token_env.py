@@ -292,7 +292,7 @@ def test_what_a_reward_is_told():
     env = make(reward=reward)
     play(env, [SEA, EOS], seed=3, options={"index": 0, "prefix": "red blue"})
     [sample] = reward.samples
-    assert (sample.prompt, sample.reference, sample.episode_id, sample.group) == ("red sea", "blue", "one", "one")
+    assert (sample.prompt, sample.reference, sample.episode_id) == ("red sea", "blue", "one")
     assert sample.token_ids.dtype == np.int32 and sample.token_ids.tolist() == [RED, BLUE, SEA, EOS]
     assert sample.loss_mask.dtype == bool and sample.loss_mask.tolist() == [False, False, True, True]
     assert sample.metadata == {"task": "colour", "weight": 2, "choices": ("red", "blue"), "finish_reason": "eos"}
@@ -314,10 +314,14 @@ def test_infos():
         "invalid_reason": "",
         "reward_terms": {},
         "judge_calls": 0,
+        "reference": None,  # not before the end, but the keys are the same at every step
     }
     told = {"step": 2, "text": "red", "finish_reason": "eos", "reward_terms": {"count": 2.0}}
-    assert last == step | told | {"reference": "blue"}  # not before the end
+    assert last == step | told | {"reference": "blue"}
     assert "task" not in make().reset(options={"index": 1})[1]
+    infos = [played[-1] for index in range(3) for played in play(make(), [RED, EOS], options={"index": index})[1:]]
+    assert {frozenset(info) for info in infos} == {frozenset(last)} and infos[-1]["reference"] is None
+    assert [info["task"] for info in infos] == ["colour", "colour", "", "", "end", "end"]
 
 
 class Moody(Terminal):
@@ -599,3 +603,15 @@ def test_a_step_decodes_as_much_however_long_the_response(monkeypatch):
     early = longest(100)
     longest(1000)
     assert longest(100) == early and early[0] < 20
+
+
+@pytest.mark.parametrize("ids", [("a", "a"), ("", "")])
+def test_an_id_names_one_prompt(ids):
+    def build(*prompts):
+        return TokenEnv(
+            [PromptExample(i, p) for i, p in zip(ids, prompts, strict=True)], WordTokenizer(words=WORDS), Terminal()
+        )
+
+    with pytest.raises(InputError, match=r"two examples have the id .* and different texts, 'red' and 'blue'"):
+        build("red", "blue")
+    assert build("red", "red").process.source.size == 2

@@ -165,8 +165,22 @@ def test_a_reset_clears_what_had_ended(mode):
 def test_wrong_reset_masks_are_refused(mask):
     env = make(mode=AutoresetMode.DISABLED)
     env.reset(seed=0)
-    with pytest.raises(ValueError, match="reset_mask"):
+    # As Gymnasium's vector envs: TypeError for what is no bool array, ValueError for its shape and for no copy at all.
+    error = ValueError if isinstance(mask, np.ndarray) and mask.dtype == bool else TypeError
+    with pytest.raises(error, match="reset_mask"):
         env.reset(options={"reset_mask": mask})
+
+
+def test_seeds_of_the_copies_are_told_as_gymnasium_tells_them():
+    env = make(mode=AutoresetMode.DISABLED)
+    env.reset(seed=42)
+    assert env.np_random_seed == (42, 43, 44)
+    env.reset()
+    assert env.np_random_seed == (42, 43, 44), "without a seed the generators go on"
+    env.reset(seed=[7, None, 9])
+    assert env.np_random_seed == (7, 43, 9)
+    env.reset(seed=[1, 2, 3], options={"reset_mask": np.array([False, True, False])})
+    assert env.np_random_seed == (7, 2, 9) and env.np_random == tuple(env.process.generators)
 
 
 def test_bad_arguments():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..policy.language_model import TokenScores
 from ..rollouts.batch import TokenBatch
-from .on_policy import MicroBatch, OnPolicyAgent, OnPolicySettings, clipped_policy_loss
+from .on_policy import LARGEST_LOG_RATIO, MicroBatch, OnPolicyAgent, OnPolicySettings, clipped_policy_loss
 
 
 def k3_penalty(logprobs: Tensor, reference: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def k3_penalty(logprobs: Tensor, reference: Tensor) -> Tensor:
         reference: log q by the reference policy, shape (tokens,), in nats.
     """
     # expm1 keeps the digits of q/p - 1 where q is close to p.
-    difference = reference - logprobs
+    difference = (reference - logprobs).clamp(max=LARGEST_LOG_RATIO)
     return difference.expm1() - difference
 
 

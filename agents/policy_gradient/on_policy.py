@@ -26,6 +26,10 @@ from ..rollouts.batch import TokenBatch
 NotNegative = Annotated[float, Ge(0)]
 KLEstimator = Literal["k1", "k3"]
 
+LARGEST_LOG_RATIO = 20.0
+"""Limit of log-ratios, in nats, whose exponential is taken, as in verl: that of 88 is infinite in float32, and infinity
+times a mask, an advantage or a gradient of 0 is NaN, which would cost the whole optimiser step."""
+
 Total = Callable[[np.ndarray], np.ndarray]
 """Function that returns the sum of a small array over all processes; the identity in a single process."""
 
@@ -49,6 +53,7 @@ def kl_estimate(logprobs: np.ndarray, reference: np.ndarray, estimator: KLEstima
         return -difference
     # expm1 keeps the digits of q/p - 1 where q is close to p.
     if estimator == "k3":
+        difference = np.minimum(difference, LARGEST_LOG_RATIO)
         return np.expm1(difference) - difference
     raise ValueError(f"kl estimator must be 'k1' or 'k3', got {estimator!r}")
 
@@ -56,7 +61,7 @@ def kl_estimate(logprobs: np.ndarray, reference: np.ndarray, estimator: KLEstima
 def whiten(
     values: np.ndarray, mask: np.ndarray, shift_mean: bool = True, total: Total = lambda sums: sums
 ) -> np.ndarray:
-    """Scales values to mean 0 and standard deviation 1 over the entries that a mask selects.
+    """Scales values to mean 0 and (sample) standard deviation 1 over the entries that a mask selects.
 
     Args:
         values: float32, shape (tokens,).
@@ -71,9 +76,9 @@ def whiten(
     count, first, second = total(np.array([len(kept), kept.sum(), (kept * kept).sum()]))
     mean = first / max(count, 1)
     # Rounding can make the variance of equal values slightly negative.
-    deviation = np.sqrt(max(second / max(count, 1) - mean * mean, 0.0))
-    # 1e-8: values that are all equal have deviation 0.
-    whitened = (values - mean) / (deviation + 1e-8) + (0.0 if shift_mean else mean)
+    variance = max(second - count * mean * mean, 0.0) / max(count - 1, 1)
+    # 1e-8 inside of the root, as in TRL and verl: values that differ by rounding alone are not blown up to 1.
+    whitened = (values - mean) / np.sqrt(variance + 1e-8) + (0.0 if shift_mean else mean)
     return np.where(mask, whitened, 0.0).astype(np.float32)
 
 
@@ -215,7 +220,9 @@ class OnPolicyAgent(RolloutAgent):
         # truncated, so that no single token dominates the gradient.
         gap = batch.logprobs - batch.sampler_logprobs
         cap = self.settings.importance_cap
-        batch.weights = np.minimum(np.exp(gap), cap).astype(np.float32) if cap else np.ones(size, np.float32)
+        batch.weights = np.ones(size, np.float32)
+        if cap:
+            batch.weights = np.minimum(np.exp(np.minimum(gap, LARGEST_LOG_RATIO)), cap).astype(np.float32)
         # 3. Record how far sampler and training are apart, over the policy's tokens of all processes.
         kept = batch.loss_mask
         total = self.processes.total
@@ -269,16 +276,18 @@ class OnPolicyAgent(RolloutAgent):
         sums: dict[str, float] = {}
         count, steps, skipped, norms = 0.0, 0, self.optimizer.skipped, 0.0
         scale = self._token_scale(batch) * batch.loss_mask
-        for epoch, minibatches in self._epochs(len(batch)):
+        for epoch, minibatches in self._epochs(len(batch), places=batch.places):
             epochs = epoch + 1
             epoch_kl = np.zeros(2)
             for episodes in minibatches:
                 # The loss is a mean over the minibatch in all processes. Each micro-batch divides by the minibatch's
                 # total weight and adds its gradient: results depend on no split into micro-batches or processes.
                 total = float(self.processes.total(np.array([scale[batch.rows(episodes)].sum()]))[0])
+                if not total:
+                    continue
                 for members in batch.micro_batches(episodes, self.settings.token_budget):
                     rows = batch.rows(members)
-                    micro = self._micro_batch(batch, rows, scale[rows] / max(total, 1e-12))
+                    micro = self._micro_batch(batch, rows, scale[rows] / total)
                     scores = self.policy.score(
                         *_score_arguments(batch, members),
                         values=self.needs_values,
@@ -290,7 +299,7 @@ class OnPolicyAgent(RolloutAgent):
                     (losses * micro.scale).sum().backward()
                     # approx_kl: the k3 estimate of KL(old policy || policy), how far the update has moved so far.
                     with torch.no_grad():
-                        change = scores.logprobs - micro.old_logprobs
+                        change = (scores.logprobs - micro.old_logprobs).clamp(max=LARGEST_LOG_RATIO)
                         metrics["approx_kl"] = change.expm1() - change
                         metrics["loss"] = losses
                         for name, values in metrics.items():
@@ -368,7 +377,7 @@ def clipped_policy_loss(
     Returns:
         The loss of each token, and whether clipping removed its gradient (bool), each of shape (tokens,).
     """
-    ratio = (logprobs - old_logprobs).exp()
+    ratio = (logprobs - old_logprobs).clamp(max=LARGEST_LOG_RATIO).exp()
     # The minimum is a lower bound of the objective: clipping removes the gradient of a token whose ratio has moved far
     # enough in the direction of its advantage, but not of one that has moved against it.
     free, bounded = ratio * advantages, ratio.clamp(1.0 - clip, 1.0 + clip) * advantages

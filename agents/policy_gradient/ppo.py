@@ -58,7 +58,7 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip
         return 0.5 * plain, torch.zeros_like(plain, dtype=torch.bool)
     # A value that has moved by more than ``clip`` has a constant error here. The larger loss counts: the gradient of a
     # token is removed only if its value has moved too far towards the target.
-    bounded = (old_values + (values - old_values).clamp(-clip, clip) - returns).square()
+    bounded = (values.clamp(old_values - clip, old_values + clip) - returns).square()
     return 0.5 * torch.maximum(plain, bounded), bounded > plain
 
 
@@ -135,7 +135,7 @@ class PPOSettings(OnPolicySettings):
     whiten_advantages: bool = True
     """Whether advantages are whitened to mean 0 and deviation 1 over the policy's tokens of an update."""
     whiten_rewards: bool = False
-    """Whether rewards are divided by their deviation; their mean is not shifted."""
+    """Whether rewards, less the KL penalty, are divided by their deviation; their mean is not shifted."""
     kl_estimator: KLEstimator = "k1"
     """Estimator of the KL penalty in the reward: k1 (unbiased) or k3 (never negative)."""
     kl_target: NotNegative = 0.0
@@ -165,11 +165,11 @@ class TokenPPO(OnPolicyAgent):
         """Shapes the rewards by the KL penalty, and fills in advantages and returns."""
         settings, total = self.settings, self.processes.total
         rewards, kept = batch.own_rewards, batch.loss_mask
-        # 1. Shape the rewards: r_t - beta KL_t, which keeps the policy near the reference. Whitening must not shift the
-        # mean: the tokens without a reward would get one, and long responses more of it.
-        if settings.whiten_rewards:
-            rewards = whiten(rewards, kept, shift_mean=False, total=total)
+        # 1. Shape the rewards: r_t - beta KL_t, which keeps the policy near the reference. As in TRL both are whitened,
+        # without a shift of the mean: the tokens without a reward would get one, and long responses more of it.
         shaped = rewards - np.float32(self.kl.coefficient) * self._kl_penalty(batch, settings.kl_estimator)
+        if settings.whiten_rewards:
+            shaped = whiten(shaped, kept, shift_mean=False, total=total)
         # 2. Estimate advantages and returns. Every episode has terminated, so the value after its last token is 0: no
         # bootstrap. Tokens that the policy did not write are part of the transition between two tokens that it wrote.
         advantages, batch.returns = np.zeros_like(rewards), np.zeros_like(rewards)

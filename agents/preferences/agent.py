@@ -9,6 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
+from operator import itemgetter
 from typing import Any, ClassVar
 
 import numpy as np
@@ -65,7 +67,7 @@ class RankingAgent(RolloutAgent):
     """An agent that samples responses, ranks those of each prompt by their returns, and trains on a ranking loss.
 
     The env needs ``group_size`` above 1. Any reward can rank; the reward ``rank`` leaves it to a ranker. The valid
-    samples of a prompt that were scored together form one list. Lists of one sample or of ties only are skipped and
+    samples of a group form one list. Lists of one sample or of ties only are skipped and
     counted (with ``spin``, which compares samples with the reference response, none is skipped). Each update makes
     ``epochs`` passes over its lists, of ``minibatches`` optimiser steps each. :meth:`fit` trains on lists that exist
     already: it runs :class:`~instructgym.agents.preferences.trainer.RankingTrainer` on this agent's weights and
@@ -174,15 +176,16 @@ class RankingAgent(RolloutAgent):
         """Ranks the samples of all processes.
 
         Returns:
-            One list per prompt and reset, and for each list the sampler's log-probs of its candidates, float64, shape
+            One list per group, and for each list the sampler's log-probs of its candidates, float64, shape
                 (candidates,), sums over tokens, in nats.
         """
         returns = batch.per_episode(batch.own_rewards.astype(np.float64))
         logprobs = batch.per_episode(batch.sampler_logprobs.astype(np.float64))
-        # Samples of a group are one list only if one reset scored them and their prompts are equal.
+        places = batch.places
         local_samples = [
             (
-                (batch.resets[i], batch.groups[i], tuple(batch.prompts[i].tolist())),
+                places[i],
+                (batch.groups[i], tuple(batch.prompts[i].tolist())),
                 batch.responses[i].tolist(),
                 float(returns[i]),
                 float(logprobs[i]),
@@ -190,13 +193,12 @@ class RankingAgent(RolloutAgent):
             )
             for i in range(len(batch))
         ]
-        groups: dict[tuple[int, str, tuple[int, ...]], list[tuple[Any, ...]]] = {}
-        # Every process gets all samples in the same order, and later computes its share of every minibatch.
-        for process_samples in self.processes.gather(local_samples):
-            for key, *sample in process_samples:
-                groups.setdefault(key, []).append(tuple(sample))
+        groups: dict[tuple[str, tuple[int, ...]], list[tuple[Any, ...]]] = {}
+        # Every process gets all samples in the order of a single process, and computes its share of every minibatch.
+        for _, key, *sample in sorted(chain.from_iterable(self.processes.gather(local_samples)), key=itemgetter(0)):
+            groups.setdefault(key, []).append(tuple(sample))
         lists, sampler_logprobs = [], []
-        for (_, _, prompt), samples in groups.items():
+        for (_, prompt), samples in groups.items():
             responses, scores, sums, references = zip(*samples, strict=True)
             reference = None if references[0] is None else self._reference(prompt, references[0])
             lists.append(TokenizedRankedList(prompt, responses, scores=_without_rounding(scores), reference=reference))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -41,7 +41,7 @@ class RolloutSettings(OptimizerSettings):
     epochs: int = 4
     """Number of passes over the episodes of an update."""
     minibatches: int = 1
-    """Number of optimiser steps per epoch."""
+    """Number of optimiser steps per epoch; their minibatches are the same under any number of processes."""
     token_budget: int = 1024
     """Largest number of tokens in a micro-batch, padding included; bounds memory and does not change results."""
     top_k: int = 0
@@ -277,20 +277,31 @@ class RolloutAgent(ABC):
     def _improve(self, batch: TokenBatch) -> None:
         """Trains on the valid episodes of an update; this process may have none, and must still make every step."""
 
-    def _epochs(self, count: int, minibatches: int | None = None) -> Iterator[tuple[int, list[np.ndarray]]]:
+    def _epochs(
+        self, count: int, minibatches: int | None = None, places: Sequence[tuple[int, int]] | None = None
+    ) -> Iterator[tuple[int, list[np.ndarray]]]:
         """Yields for each epoch over ``count`` items its number and its minibatches, int64 arrays of item indices.
 
         Args:
             count: number of items that this process trains on in an update; may be 0.
             minibatches: number of minibatches, which is the same in every process; None: that of the settings.
+            places: for each item its place among those of all processes, in the order in which a single process would
+                hold them; the minibatches are then this process's shares of those of a single process. None: every
+                process has all items.
         """
         parts = self.settings.minibatches if minibatches is None else minibatches
+        items = np.arange(count)
+        if places is not None and parts > 1:
+            every = sorted(place for share in self.processes.gather(list(places)) for place in share)
+            numbers = {place: number for number, place in enumerate(every)}
+            items = np.full(len(every), -1)  # those of other processes
+            items[[numbers[place] for place in places]] = np.arange(count)
         for epoch in range(self.settings.epochs):
             # The order depends on the update and the epoch alone, so a resumed run draws the same one.
             generator = np.random.default_rng(request_seed(self.seed, "minibatches", self.updates, epoch))
-            order = generator.permutation(count) if self.settings.minibatches > 1 else np.arange(count)
+            order = generator.permutation(items) if self.settings.minibatches > 1 else items
             # Always as many parts, even empty ones: every process must take every optimiser step.
-            yield epoch, np.array_split(order, parts)
+            yield epoch, [part[part >= 0] for part in np.array_split(order, parts)]
 
     def _optimizer_step(self) -> float:
         """Sums the gradients over processes, makes an optimiser step and returns the gradient norm before clipping."""

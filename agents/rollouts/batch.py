@@ -45,11 +45,13 @@ class TokenBatch:
     terminated: np.ndarray
     """True for episodes that have ended; bool, shape (n,)."""
     groups: list[str]
-    """Group id of each episode; episodes of one group have the same prompt."""
+    """Group id of each episode; episodes of one group answer one prompt after one reset, and are compared."""
     infos: list[dict[str, Any]] = field(default_factory=list)
     """The env's info of the last step of each episode."""
     resets: list[int] = field(default_factory=list)
     """For each episode the number of the env's reset before it, from 0; episodes of one reset were scored together."""
+    copies: list[int] = field(default_factory=list)
+    """For each episode the env copy that played it; with the reset, its place among those of all processes."""
     on_policy: bool = True
     """False for episodes that another policy wrote."""
     logprobs: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
@@ -67,6 +69,11 @@ class TokenBatch:
 
     def __len__(self) -> int:
         return len(self.responses)
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """For each episode the env's reset and the copy, in whose order one process alone would hold all episodes."""
+        return list(zip(self.resets, self.copies, strict=True))
 
     @property
     def lengths(self) -> np.ndarray:
@@ -205,7 +212,7 @@ def collect(
     if pending is not None:
         statistics.waited += _finish(env, pending, episodes, statistics)
     statistics.seconds = time.perf_counter() - started
-    return _batch(episodes), statistics
+    return _batch(episodes, env.group_size), statistics
 
 
 def _write(
@@ -282,12 +289,13 @@ def _finish(
                     "terminated": bool(played.terminated[i]),
                     "info": info,
                     "reset": draft["reset"],
+                    "copy": i,
                 }
             )
     return waited
 
 
-def _batch(episodes: Sequence[dict[str, Any]]) -> TokenBatch:
+def _batch(episodes: Sequence[dict[str, Any]], group_size: int) -> TokenBatch:
     """Returns finished episodes as a batch."""
 
     def flat(key: str) -> np.ndarray:
@@ -302,7 +310,9 @@ def _batch(episodes: Sequence[dict[str, Any]]) -> TokenBatch:
         sampler_logprobs=flat("logprobs"),
         loss_mask=np.ones(len(rewards), dtype=bool),
         terminated=np.array([row["terminated"] for row in episodes], dtype=bool),
-        groups=[str(row["info"].get("episode_id", i)) for i, row in enumerate(episodes)],
+        # Not by example: two groups may draw the same one, and would be one group only if one process plays both.
+        groups=[f"{row['reset']}/{row['copy'] // group_size}" for row in episodes],
         infos=[row["info"] for row in episodes],
         resets=[row["reset"] for row in episodes],
+        copies=[row["copy"] for row in episodes],
     )

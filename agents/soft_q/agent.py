@@ -39,7 +39,7 @@ class StoredEpisode(NamedTuple):
     value: float
     """The return of the env, neither z-scored nor mapped."""
     group: str
-    """Group id; episodes of one group have the same prompt."""
+    """Id of the example; episodes of one group have the same prompt."""
 
 
 class ReplayBuffer:
@@ -251,28 +251,36 @@ class SoftQ(RolloutAgent):
         begun = time.perf_counter()
         if any(allowed is not None for allowed in batch.allowed):
             raise InputError("soft_q's values are over the whole vocabulary: episodes were written under constraints")
-        episodes, replayed = self._episodes(batch)
+        episodes, places, replayed = self._episodes(batch)
         returns = self.shaped_returns(episodes)
         self.logger.record("train/replayed", replayed)
-        self._train(_batch(episodes), returns)
+        self._train(_batch(episodes), returns, places)
         self.logger.record("time/train", time.perf_counter() - begun)
 
-    def _episodes(self, batch: TokenBatch) -> tuple[list[StoredEpisode], int]:
-        """Returns the episodes that this process learns from, and the number of replayed ones over all processes."""
+    def _episodes(self, batch: TokenBatch) -> tuple[list[StoredEpisode], list[tuple[int, int]], int]:
+        """Returns this process's episodes, their places among those of all processes, and the number of replayed ones.
+
+        The number is over all processes.
+        """
         returns = batch.per_episode(batch.own_rewards.astype(np.float64))
+        names = [str(info.get("episode_id", group)) for info, group in zip(batch.infos, batch.groups, strict=True)]
         local_episodes = [
-            StoredEpisode(batch.prompts[i].tolist(), batch.responses[i].tolist(), float(returns[i]), batch.groups[i])
+            StoredEpisode(batch.prompts[i].tolist(), batch.responses[i].tolist(), float(returns[i]), names[i])
             for i in range(len(batch))
         ]
+        places = batch.places
         if not self.settings.replay_ratio:
-            return local_episodes, 0
+            return local_episodes, places, 0
         # All processes hold all episodes: they draw the same ones, and any of them could write a checkpoint.
-        fresh = [episode for part in self.processes.gather(local_episodes) for episode in part]
+        parts = self.processes.gather(list(zip(places, local_episodes, strict=True)))
+        fresh = [episode for _, episode in sorted(pair for part in parts for pair in part)]
         generator = np.random.default_rng(request_seed(self.seed, "replay", self.updates))
         # Past episodes are drawn before the new ones are added, which are learned from anyway.
         past = self.replay.draw(round(self.settings.replay_ratio * len(fresh)), generator)
         self.replay.add(fresh)
-        return local_episodes + past[self.processes.index :: self.processes.count], len(past)
+        mine = range(self.processes.index, len(past), self.processes.count)
+        places = places + [(self.settings.rollout_batches, i) for i in mine]  # after all new ones
+        return local_episodes + [past[i] for i in mine], places, len(past)
 
     def shaped_returns(self, episodes: Sequence[StoredEpisode]) -> np.ndarray:
         """Returns the shaped returns of episodes, z-scored and mapped linearly; float64, shape (episodes,)."""
@@ -295,11 +303,11 @@ class SoftQ(RolloutAgent):
         share = (values - settings.reward_low) / (settings.reward_high - settings.reward_low)
         return settings.shaped_low + share * (settings.shaped_high - settings.shaped_low)
 
-    def _train(self, batch: TokenBatch, returns: np.ndarray) -> None:
+    def _train(self, batch: TokenBatch, returns: np.ndarray, places: Sequence[tuple[int, int]]) -> None:
         """Runs the epochs of an update and logs their means; ``returns`` are the shaped ones, shape (episodes,)."""
         sums = np.zeros(len(_PER_EPISODE) + len(_PER_TOKEN) + 2)
         norms, steps, skipped, prior = 0.0, 0, self.optimizer.skipped, self.prior_logits(batch)
-        for _, minibatches in self._epochs(len(batch)):
+        for _, minibatches in self._epochs(len(batch), places=places):
             for minibatch in minibatches:
                 # Episodes of the minibatch over all processes: gradients are summed over them, losses are means.
                 total = float(self.processes.total(np.array([len(minibatch)], dtype=np.float64))[0])

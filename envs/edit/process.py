@@ -17,6 +17,7 @@ from gymnasium import spaces
 
 from ...llm_backends import Backend, BackendError, ContextLengthError, Embedder, request_seed, resolve
 from ...llm_backends.errors import check_known
+from ...llm_backends.parts import copy_with_parts
 from ...rewards import Reward, Sample, Score, eliminated_by, score_with_retries
 from ..process import (
     EpisodeSource,
@@ -24,6 +25,7 @@ from ..process import (
     RunningMean,
     Transition,
     Unicode,
+    check_ids,
     check_index,
     check_options,
     copy_option,
@@ -236,6 +238,9 @@ class EditProcess:
         backend: the rewriter LLM.
         reward: scores edits.
         settings: horizon, elimination rules, and what to do without a valid score.
+
+    Raises:
+        InputError: for instructions that differ and have the same id.
     """
 
     def __init__(
@@ -248,6 +253,7 @@ class EditProcess:
         settings: EditSettings,
     ) -> None:
         self.instructions = list(instructions)
+        check_ids([(instruction.id, instruction.text) for instruction in self.instructions])
         self.operator, self.backend, self.reward, self.settings = operator, backend, reward, settings
         self.source = EpisodeSource(len(self.instructions))
         self.generators: list[np.random.Generator] = [np.random.default_rng() for _ in range(copies)]
@@ -255,6 +261,9 @@ class EditProcess:
         self._carried: list[str | None] = [None] * copies
         self._unseeded = True
         self._forget()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy_with_parts(self, memo, shared=("instructions",))
 
     def _forget(self) -> None:
         self.reward.reset()

@@ -13,6 +13,7 @@ from typing import Any
 
 from ...llm_backends import Backend, request_seed
 from ...llm_backends.errors import InputError, check_at_least
+from ...llm_backends.parts import copy_with_parts
 from ...rewards.base import Sample, Score
 from ...rewards.prompt_scoring.rewards import TaskGain
 from ...rewards.prompt_scoring.scorer import check_batch
@@ -132,6 +133,9 @@ class PromptProcess(EditProcess):
         reward.scorer.check([*data.starts, *variants], [*data.examples, *data.held_out])
         instructions = [Instruction(prompt.instruction) for prompt in data.starts]
         super().__init__(copies, instructions, operator, backend, reward, settings)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy_with_parts(self, memo, shared=("instructions", "data"))
 
     def _check_prefix(self, prefix: Any) -> None:
         if isinstance(prefix, TaskPrompt):

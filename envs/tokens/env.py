@@ -100,7 +100,8 @@ class TokenEnv(TokenParts, ProcessEnv[TokenProcess, TokenObserver]):
     ``terminated`` is True after the last token, and ``info["finish_reason"]`` is the reason: ``illegal`` (constrained:
     a token that is not allowed), ``choice`` (constrained: a choice is complete), ``eos`` (an end-of-sequence token),
     ``stop`` (a stop string) or ``length`` (``max_tokens`` are written). ``info["text"]`` is the response without the
-    end-of-sequence token or stop string, ``info["reference"]`` the example's reference response, if it has one.
+    end-of-sequence token or stop string, ``info["reference"]`` the example's reference response; before the end, and
+    if the example has none, it is None (envs without any reference have no such key).
     ``truncated`` is always False.
 
     Args:
@@ -427,6 +428,10 @@ class TokenVectorEnv(TokenParts, ProcessVectorEnv[TokenProcess, TokenObserver]):
         self._refuse_pending()
         self.process.load_state_dict(state)
         self._done[:] = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._refuse_pending()
+        return vars(self) | {"_executor": None}  # threads can be neither copied nor pickled
 
     def close_extras(self, **kwargs: Any) -> None:
         """Waits for a running call to the reward and ends the scoring thread."""

@@ -27,7 +27,7 @@ class PromptExample:
     """An example: a prompt that an episode continues, with what is known about the right response."""
 
     id: str
-    """Id of the example, the same in every run; episodes with the same id form a group."""
+    """Id of the example, the same in every run; examples with different prompts have different ids."""
     prompt: str
     """The text that the response continues, without a trailing blank. A control token that it spells is data."""
     reference: str | None = None
@@ -72,6 +72,8 @@ class TokenEpisode:
     """int32, shape (prompt tokens + max_tokens,): prompt and response, zeros where nothing is written yet."""
     base_seed: int
     """Seed from which the seed of the reward's sample is derived."""
+    group: str
+    """Number of the reset and of the group: episodes of one group answer one prompt, and rewards may compare them."""
     choices: Choices | None = None
     """The allowed responses if decoding is constrained, else None."""
     tokens: list[int] = field(default_factory=list)
@@ -385,7 +387,7 @@ class TokenScorer:
             token_ids=np.array(episode.tokens, np.int32),
             loss_mask=mask,
             episode_id=example.id,
-            group=example.id,
+            group=episode.group,
             seed=request_seed(episode.base_seed, "reward"),
             metadata=dict(example.metadata) | {"choices": example.choices, "finish_reason": episode.finish_reason},
         )

@@ -17,8 +17,9 @@ from gymnasium.spaces import Discrete
 from ...llm_backends import Tokenizer
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.sampling import Choices
+from ...llm_backends.parts import copy_with_parts
 from ...rewards import Reward
-from ..process import EpisodeSource, Transition, check_index, check_on_invalid, check_options, copy_option
+from ..process import EpisodeSource, Transition, check_ids, check_index, check_on_invalid, check_options, copy_option
 from .episode import GenerationSpec, PromptExample, TokenEpisode, TokenScorer, Turn, TurnReward
 
 
@@ -67,9 +68,10 @@ class TokenProcess:
         settings: where responses end, what to do without a valid score, and the size of groups.
 
     Raises:
-        ValueError: for settings out of range, no example, a prompt that is empty or leaves no room for a response, and
-            under ``constrained`` for an example without choices or with choices that cannot be written (longer than
-            ``max_tokens``, equal in tokens); for a reward that reads token ids of another tokenizer.
+        ValueError: for settings out of range, no example, prompts that differ and have the same id, a prompt that is
+            empty or leaves no room for a response, and under ``constrained`` for an example without choices or with
+            choices that cannot be written (longer than ``max_tokens``, equal in tokens); for choices with blanks around
+            them; for a reward that reads token ids of another tokenizer.
     """
 
     def __init__(
@@ -101,11 +103,24 @@ class TokenProcess:
         self._prompts: dict[int, np.ndarray] = {}
         self._choices: dict[tuple[str, ...], Choices] = {}
         self._unseeded = True
+        self._resets = 0
+        self._has_tasks = any("task" in example.metadata for example in self.examples)
+        self._has_references = any(example.reference is not None for example in self.examples)
+        check_ids([(example.id, example.prompt) for example in self.examples])
         self._check_prompts()
         # Encodes all choices now, so that bad ones are reported before the first episode.
         if settings.constrained:
             for example in self.examples:
                 self._choices_of(example)
+        for example in self.examples:
+            if padded := [choice for choice in example.choices if choice != choice.strip()]:
+                raise InputError(
+                    f"the choice {padded[0]!r} of example {example.id!r} has blanks around it, without which answers "
+                    "are read: leave them out (an answer is written with a blank before it)"
+                )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TokenProcess:
+        return copy_with_parts(self, memo, shared=("examples",))
 
     @property
     def reward(self) -> Reward:
@@ -116,7 +131,7 @@ class TokenProcess:
         """Resets everything that outlives an episode: data order (by ``seed``), the reward's memory, running mean."""
         self.scorer.reset()
         self.source.seed(seed)
-        self._unseeded = False
+        self._unseeded, self._resets = False, 0
 
     def begin(self, copies: Sequence[int], options: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
         """Starts an episode in each of the copies; the copies of a group continue the same example.
@@ -152,6 +167,7 @@ class TokenProcess:
             elif index is not None and int(index) != drawn[group]:
                 raise ValueError(f"options['index'] must be the same for the {size} copies of a group, got {index}")
             self.episodes[copy] = self._new_episode(drawn[group], copy, prefixes[copy])
+        self._resets += 1
         return [self._start_info(self.episode(copy)) for copy in copies]
 
     def step(self, actions: Sequence[Any], copies: Sequence[int]) -> list[Transition]:
@@ -272,7 +288,13 @@ class TokenProcess:
         """Returns the info of a turn's last step."""
         episode, written = turn.episode, turn.start + turn.count
         score = turn_reward.score
-        return self._start_info(episode) | {
+        info = self._start_info(episode)
+        # The same keys at every step, whatever the example, for buffers that have an array per key.
+        if self._has_tasks:
+            info.setdefault("task", "")
+        if self._has_references:
+            info["reference"] = episode.example.reference if episode.finish_reason else None
+        return info | {
             "step": written,
             "text": episode.text,
             "finish_reason": episode.finish_reason,
@@ -290,8 +312,6 @@ class TokenProcess:
         }
         if "task" in episode.example.metadata:
             info["task"] = episode.example.metadata["task"]
-        if episode.finish_reason and episode.example.reference is not None:
-            info["reference"] = episode.example.reference
         if episode.choices is not None:
             info["action_mask"] = self._mask(episode)
         return info
@@ -315,7 +335,8 @@ class TokenProcess:
         choices = self._choices_of(example) if self.settings.constrained else None
         base_seed = int(self.generators[copy].integers(2**62))
         # The prefix is written like the tokens of a policy, which shows whether it ends the episode.
-        episode = TokenEpisode(index, example, prompt, ids, base_seed, choices, prefix_length=len(prefix))
+        group = f"{self._resets}/{copy // self.settings.group_size}"
+        episode = TokenEpisode(index, example, prompt, ids, base_seed, group, choices, prefix_length=len(prefix))
         episode.write(prefix, self.tokenizer, self.generation)
         if episode.finish_reason:
             raise ValueError(

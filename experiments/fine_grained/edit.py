@@ -171,8 +171,8 @@ def _pairs(rows: Sequence[dict[str, Any]]) -> tuple[list[EditedPair], list[Edite
     for row in rows:
         dropped.update({f"edit: {reason}": count for reason, count in row.get("dropped", {}).items()})
         finished = row["finished"]
-        rest = {"id": row["id"], "finished": finished[0], "markup": row.get("markup", False)}
-        pair = partial(EditedPair, row["prompt"], row["worse"], **rest)
+        markup = row.get("markup", False)
+        pair = partial(EditedPair, row["prompt"], row["worse"], id=row["id"], finished=finished[0], markup=markup)
         if row["edited"] is not None:
             edits.append(pair(row["edited"]))
         if row["scores"] is None:

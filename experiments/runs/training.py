@@ -255,7 +255,7 @@ class Run:
             self.generations.write(
                 {
                     "when": f"update {agent.updates}",
-                    "episode_id": batch.groups[i],
+                    "episode_id": batch.infos[i]["episode_id"],
                     "text": batch.infos[i]["text"],
                     "finish_reason": batch.infos[i]["finish_reason"],
                     "reward": round(float(batch.rewards[rows].sum()), 6),

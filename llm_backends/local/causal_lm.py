@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ..base import ContextLengthError, Prompt
 from ..errors import InputError
+from ..parts import SharedModel
 from .loading import (
     ModelLoadError,
     configured_context,
@@ -266,7 +267,7 @@ def until_exact(work: Work) -> Work:
     return done  # type: ignore[return-value]
 
 
-class CausalLM:
+class CausalLM(SharedModel):
     """A Hugging Face causal language model with its tokenizer.
 
     Args:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -33,6 +35,12 @@ class Embedder(Part, ABC):
         self.usage = Usage()
         self._memory: OrderedDict[str, np.ndarray] = OrderedDict()
         self._capacity = memory
+
+    def own_copy(self, memo: dict[int, Any]) -> Embedder:
+        # The model is shared, and so are the vectors, which nothing changes.
+        clone = memo[id(self)] = copy.copy(self)
+        clone.usage, clone._memory = replace(self.usage), self._memory.copy()
+        return clone
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Returns the embeddings of texts, in at most one call of the model.

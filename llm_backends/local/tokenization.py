@@ -196,6 +196,9 @@ class Tokenizer(Part):
 
     model: str
 
+    def own_copy(self, memo: dict[int, Any]) -> Tokenizer:
+        return self  # nothing changes it
+
     @property
     def name(self) -> str:
         """Identifies the token ids: envs and models of the same name have the same ones."""

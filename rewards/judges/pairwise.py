@@ -13,7 +13,7 @@ from typing import Any, Literal
 from ...llm_backends import Backend, request_seed, resolve
 from ...llm_backends.errors import InputError
 from ...llm_backends.prompting import load_prompts
-from ..base import Reward, Sample, Score
+from ..base import Reward, Sample, Score, scores_of
 from .verdict import (
     Question,
     Verdict,
@@ -236,7 +236,7 @@ class ScoredComparison(Reward):
             )
             for sample, reference in zip(samples, _references(samples, "scored comparison"), strict=True)
         ]
-        scores = self.scorer.reward([*samples, *reference_samples])
+        scores = scores_of(self.scorer, [*samples, *reference_samples])
         return [self._score(*pair) for pair in zip(scores[: len(samples)], scores[len(samples) :], strict=True)]
 
     def reset(self) -> None:

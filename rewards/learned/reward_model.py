@@ -22,6 +22,7 @@ from ...llm_backends.errors import InputError, check_known
 from ...llm_backends.local.causal_lm import GROUP_TOKENS, PREFILL_TOKENS, CausalLM, token_budget_chunks
 from ...llm_backends.local.loading import ModelLoadError, quiet_loading, resolved_dtype
 from ...llm_backends.local.tokenization import LoadedTokenizer, Tokenizer
+from ...llm_backends.parts import SharedModel
 from ...llm_backends.training.adapters import AdaptedTrunk, LoraSettings, autocast, load_all_weights, open_model
 from ...llm_backends.training.teacher_forcing import response_hidden, training_pass
 
@@ -34,7 +35,7 @@ Level = Literal["token", "sequence"]
 Transform = Literal["identity", "signed-probability"]
 
 
-class RewardModel:
+class RewardModel(SharedModel):
     """A causal language model with an adapter and a linear head that scores responses.
 
     The reward of token t is the head's output on the hidden state *after* token t was read, so the reward of an action

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from ...llm_backends.errors import InputError, check_known
 from ...llm_backends.local.tokenization import Tokenizer
+from ...llm_backends.parts import Lock
 from ..base import Reward, Sample, Score
 from .reward_model import RewardModel, check_fingerprint, read_reward_settings
 
@@ -37,7 +37,7 @@ class _LearnedReward(Reward):
         self._model = model if isinstance(model, RewardModel) else None
         # Only the settings are read here, so that a bad folder fails now; the weights are loaded on first use.
         self._saved = read_reward_settings(self.folder) if self._model is None else {}
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self.center = center
         if center is True and self._settings["mean"] is None:
             raise InputError(f"center=True needs a trained reward model, {self._name} has no mean score")

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
 from ...llm_backends import Backend, BackendError, ContextLengthError, Prompt, UnsupportedRequestError, resolve
 from ...llm_backends.errors import InputError, check_at_least, check_known
-from ...llm_backends.parts import Part
+from ...llm_backends.parts import FixedValues, Lock, Part
 from ...llm_backends.prompting import build_prompt, one_line
 from ..base import Score
 from ..judges.verdict import answer_separator
@@ -185,9 +182,9 @@ class TaskScorer(Part):
                 f"backend {self.backend.name!r} reports no log-probs, by which prompts are scored: use another backend"
             )
         self.cache, self.content_free = cache, tuple(content_free)
-        self.rows: OrderedDict[bytes, np.ndarray] = OrderedDict()
-        self._longest_word = lru_cache(CHECKED_WORDS)(self._checked_tokens)
-        self._lock = threading.Lock()
+        self.rows: FixedValues[bytes, np.ndarray] = FixedValues()
+        self._checked: FixedValues[tuple[str, ...], int] = FixedValues()
+        self._lock = Lock()
 
     def label_logprobs(self, prompts: Sequence[TaskPrompt], examples: Sequence[LabelledExample]) -> np.ndarray:
         """Returns the log-prob of every label's verbalizer, for all prompts and examples.
@@ -338,7 +335,7 @@ class TaskScorer(Part):
             if not example.text.strip():
                 raise InputError(f"example {example.id!r} has no text: leave it out")
         # The longest examples decide whether a prompt fits; the longest verbalizer must fit after it.
-        room = max(self._longest_word(words) for words in dict.fromkeys(prompt.verbalizers for prompt in prompts))
+        room = max(self._checked_tokens(words) for words in dict.fromkeys(prompt.verbalizers for prompt in prompts))
         for number, prompt in enumerate(prompts):
             for example in longest_examples(examples):
                 error = self.backend.context_error(self._built("".join(prompt.render(example.text))), room)
@@ -347,12 +344,16 @@ class TaskScorer(Part):
 
     def _checked_tokens(self, words: tuple[str, ...]) -> int:
         """Returns the tokens of the longest verbalizer; 1 if the backend does not know its tokenizer."""
-        tokens = self.backend.completion_ids([answer_separator(self.backend) + word for word in words])
-        for word, ids in zip(words, tokens or [], strict=False):
-            if not ids:
-                raise InputError(f"the verbalizer {word!r} is no token of {self.backend.name}: use another word")
-        check_prefix_free(tokens or [], words, "the task")
-        return max(map(len, tokens)) if tokens else 1
+        if words not in self._checked:
+            tokens = self.backend.completion_ids([answer_separator(self.backend) + word for word in words])
+            for word, ids in zip(words, tokens or [], strict=False):
+                if not ids:
+                    raise InputError(f"the verbalizer {word!r} is no token of {self.backend.name}: use another word")
+            check_prefix_free(tokens or [], words, "the task")
+            self._checked[words] = max(map(len, tokens)) if tokens else 1
+            while len(self._checked) > CHECKED_WORDS:
+                self._checked.popitem(last=False)
+        return self._checked[words]
 
     def _built(self, text: str) -> Prompt:
         return build_prompt(self.backend.prompt_style, text, text)

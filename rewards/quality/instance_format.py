@@ -19,8 +19,10 @@ Order = Literal["input_first", "output_first"]
 FIELDS: dict[Order, tuple[str, str]] = {"input_first": ("input", "output"), "output_first": ("class label", "input")}
 """Names of the fields of each order, as they follow each other; the input may be missing."""
 
-NO_INPUT = frozenset({"none", "n/a", "no input", "not applicable", "not needed", "<noinput>", "-"})
-"""Texts that models write as the input of a task without input, in lower case and without a trailing period."""
+NO_INPUT = frozenset(
+    {"none", "n/a", "no input", "not applicable", "not needed", "<noinput>", "<no input>", "noinput", "null", "-"}
+)
+"""Texts that models and files have as the input of a task without input, in lower case, without a trailing period."""
 
 ECHO_WORDS = 4
 """Minimum words of an instruction that its output may not contain; a shorter one may only not equal the output."""
@@ -38,6 +40,12 @@ class Instance:
     """Input of the task; empty if the instruction needs none."""
     output: str
     """Output of the task; never empty if the instance was parsed."""
+
+
+def without_placeholder(text: str) -> str:
+    """Returns an input without surrounding blanks; empty if it says that there is none (:data:`NO_INPUT`)."""
+    text = text.strip()
+    return "" if text.removesuffix(".").casefold() in NO_INPUT else text
 
 
 def parse_instance(text: str, order: Order = "input_first", instruction: str = "") -> Instance | None:
@@ -102,16 +110,10 @@ def parse_instance_or_reason(text: str, order: Order = "input_first", instructio
     if any(_INSIDE.search(value) for _, value in fields):
         return "field_inside"
     values = {name: value.strip() for name, value in fields}
-    instance = Instance(given_input(values.get("input", "")), values[output_name])
+    instance = Instance(without_placeholder(values.get("input", "")), values[output_name])
     if order == "output_first" and "\n" in instance.output:
         return "long_label"
     return value_defect(instance, instruction) or instance
-
-
-def given_input(text: str) -> str:
-    """Returns an input without surrounding blanks; empty if the model wrote that there is none."""
-    text = text.strip()
-    return "" if text.removesuffix(".").casefold() in NO_INPUT else text
 
 
 def value_defect(instance: Instance, instruction: str = "", strict: bool = True) -> str:

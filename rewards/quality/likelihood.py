@@ -7,8 +7,6 @@ response that repeats its prompt is likely given that prompt.
 from __future__ import annotations
 
 import math
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -17,6 +15,7 @@ import numpy as np
 from ...llm_backends import Backend, BackendError, Prompt, UnsupportedRequestError, resolve
 from ...llm_backends.base import PromptStyle
 from ...llm_backends.errors import check_known
+from ...llm_backends.parts import FixedValues, Lock
 from ...llm_backends.prompting import build_prompt, fill, load_prompts, one_line
 from ..base import Reward, Sample, Score
 from ..judges.verdict import answer_separator, sigmoid
@@ -40,9 +39,9 @@ class Likelihoods:
 
     def __init__(self, backend: Any = EMBEDDED, memory: int = 4096) -> None:
         self.backend: Backend = resolve("backend", backend)
-        self._memory: OrderedDict[tuple[str | None, str], np.ndarray] = OrderedDict()
+        self._memory: FixedValues[tuple[str | None, str], np.ndarray] = FixedValues()
         self._capacity = memory
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     @classmethod
     def of(cls, source: Any) -> Likelihoods:

@@ -19,7 +19,7 @@ from ...llm_backends import BackendError, Prompt, UnsupportedRequestError, reque
 from ...llm_backends.errors import InputError, check_known
 from ...llm_backends.local.tokenization import Tokenizer
 from ...llm_backends.parts import Part
-from ..base import NonFiniteRewardError, Reward, Sample, Score
+from ..base import NonFiniteRewardError, Reward, Sample, Score, scores_of
 from ..judges.ranking import prompt_groups
 from ..quality.likelihood import EMBEDDED, Likelihoods
 from ..texts.rouge import rouge_l
@@ -286,7 +286,7 @@ class GroundTruthRanker(Ranker):
     def _rank(self, groups: Sequence[Sequence[Sample]]) -> list[CandidateScores]:
         if self.score is None:
             return [CandidateScores(np.array([_to_reference(sample) for sample in group])) for group in groups]
-        scores = iter(self.score.reward(list(chain.from_iterable(groups))))
+        scores = iter(scores_of(self.score, list(chain.from_iterable(groups))))
         results = []
         for group in groups:
             group_scores = [next(scores) for _ in group]

@@ -13,6 +13,7 @@ from ....llm_backends.errors import InputError, check_known
 from ....llm_backends.local.tokenization import Tokenizer
 from ....llm_backends.prompting import fill, load_prompts
 from ....llm_backends.records import read_user_rows, read_user_text, user_text
+from ....rewards.quality.instance_format import without_placeholder
 
 DataLayout = Literal["chat", "plain", "alpaca"]
 """``chat``: a user's message in the tokenizer's chat template; ``plain``: a text that the response continues;
@@ -203,7 +204,7 @@ def instances_of(where: str, row: Mapping[str, Any]) -> list[tuple[str, dict[str
 def _example(where: str, instruction: str, row: Mapping[str, Any]) -> InstructionExample:
     return InstructionExample(
         instruction,
-        optional_text(where, row, _column(row, INPUTS)),
+        input_text(where, row, _column(row, INPUTS)),
         user_text(where, row, _column(row, OUTPUTS)).strip(),
     )
 
@@ -240,3 +241,12 @@ def optional_text(where: str, row: Mapping[str, Any], name: str) -> str:
     if value is None or (isinstance(value, str) and not value.strip()):
         return ""
     return user_text(where, row, name).strip()
+
+
+def input_text(where: str, row: Mapping[str, Any], name: str = "input") -> str:
+    """Returns an input; empty also for a text that says that there is none, such as Self-Instruct's ``<noinput>``.
+
+    Raises:
+        InputError: as :func:`optional_text`.
+    """
+    return without_placeholder(optional_text(where, row, name))

@@ -16,7 +16,7 @@ from typing import Any
 
 from ....llm_backends.errors import InputError
 from ....llm_backends.records import read_user_text, user_text
-from .data import instances_of, optional_text, read_rows
+from .data import input_text, instances_of, read_rows
 from .pool import DEMONSTRATIONS, Task, evaluation_split, load_tasks
 
 HELD_OUT = 40
@@ -111,7 +111,7 @@ def _user_oriented(where: str, row: Mapping[str, Any]) -> EvaluationTask:
         user_text(where, row, "id").strip(),
         user_text(where, row, "instruction").strip(),
         tuple(
-            (optional_text(place, instance, "input"), (user_text(place, instance, "output").strip(),))
+            (input_text(place, instance), (user_text(place, instance, "output").strip(),))
             for place, instance in instances_of(where, row)
         ),
     )
@@ -138,7 +138,7 @@ def _natural_instance(where: str, row: Any) -> tuple[str, tuple[str, ...]]:
     """Returns the input of an instance and its distinct references."""
     if not isinstance(row, dict):
         raise InputError(f"{where} is a {type(row).__name__}: make it an object with 'input' and 'output'")
-    return optional_text(where, row, "input"), tuple(dict.fromkeys(_texts(where, row, "output")))
+    return input_text(where, row), tuple(dict.fromkeys(_texts(where, row, "output")))
 
 
 def _texts(where: str, row: Mapping[str, Any], name: str) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 from ....llm_backends.base import Prompt, PromptStyle
 from ....llm_backends.prompting import build_prompt, fill, load_prompts, one_line
-from ....rewards.quality.instance_format import Instance, Order, given_input, value_defect
+from ....rewards.quality.instance_format import Instance, Order, value_defect, without_placeholder
 
 MAX_INSTANCES = 5
 STOPS = (f"Example {MAX_INSTANCES + 1}", "Task:")
@@ -103,7 +103,8 @@ def parse_input_first(reply: str) -> list[Piece]:
                 "\n".join(f"{name.capitalize()}: {value}" if name else value for name, value in block).strip()
             )
         else:
-            pieces.append(Instance(given_input("\n".join(value for _, value in block[:-1])), block[-1][1].strip()))
+            written = "\n".join(value for _, value in block[:-1])
+            pieces.append(Instance(without_placeholder(written), block[-1][1].strip()))
     return pieces
 
 
@@ -143,7 +144,7 @@ def parse_output_first(reply: str) -> list[Piece]:
         if fields not in ([], ["input"]) or (rest.strip() and not _FIELD.match(rest.lstrip())):
             pieces.append(f"Class label:{block}".strip())
         else:
-            pieces.append(Instance(given_input(_FIELD.sub("", rest.lstrip(), count=1)), label.strip()))
+            pieces.append(Instance(without_placeholder(_FIELD.sub("", rest.lstrip(), count=1)), label.strip()))
     return pieces
 
 

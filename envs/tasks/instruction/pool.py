@@ -24,7 +24,7 @@ from ....llm_backends.errors import InputError
 from ....llm_backends.prompting import build_prompt, fill, load_prompts, one_line
 from ....llm_backends.records import append_lines, read_records
 from ....rewards.judges.verdict import VerdictPrompt
-from ....rewards.quality.instance_format import Instance
+from ....rewards.quality.instance_format import Instance, without_placeholder
 from ....rewards.texts.rouge import RougeGate
 from .seeds import SeedFileError, read_seed_rows, seed_instruction
 
@@ -191,7 +191,7 @@ def _task(where: str, row: dict[str, Any]) -> Task:
         raise SeedFileError(f"{where} needs true or false as 'is_classification', got {label!r}")
     return Task(
         instruction.text,
-        tuple(Instance(str(i.get("input") or ""), i["output"]) for i in instances),
+        tuple(Instance(without_placeholder(str(i.get("input") or "")), i["output"]) for i in instances),
         label,
         instruction.id,
         str(row.get("name") or ""),

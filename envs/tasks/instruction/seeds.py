@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from ....llm_backends.errors import InputError, check_known
 from ....llm_backends.records import check_encodable, read_user_text
+from ....rewards.quality.instance_format import without_placeholder
 from .data import read_rows
 
 SPLITS = {"train": range(0, 8), "validation": range(8, 9), "test": range(9, 10)}
@@ -161,7 +162,7 @@ def seed_instruction(where: str, row: Mapping[str, Any]) -> Instruction:
         raise SeedFileError(f"{where} has an empty instruction")
     instances = row.get("instances")  # Self-Instruct's rows have their inputs here
     first = instances[0] if isinstance(instances, list) and instances and isinstance(instances[0], dict) else row
-    fields = (row["instruction"].strip(), str(first.get("input") or ""), str(row.get("id") or ""))
+    fields = (row["instruction"].strip(), without_placeholder(str(first.get("input") or "")), str(row.get("id") or ""))
     with _seed_errors():
         check_encodable(where, "".join(fields))
     return Instruction(*fields)

@@ -15,9 +15,9 @@ from __future__ import annotations
 import random
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ....llm_backends.errors import InputError, check_known
 from ....llm_backends.records import check_encodable, read_user_rows, read_user_text
@@ -26,11 +26,52 @@ from ...tokens.episode import PromptExample
 from ..instruction.seeds import SPLITS, check_limit
 from .tasks import TASKS, Layout, NLUTask, check_layout, few_shot_header, get_task, is_hidden, render
 
+RowT = TypeVar("RowT")
+
 TRAIN_FILES = ("train.tsv", "train.jsonl")
 
 
 class RowError(InputError):
     """One row that cannot be used: a torn line, or an empty text. A few in a large file are skipped, with a warning."""
+
+
+class UnlabelledError(InputError):
+    """A row without a gold label. Such rows are left out, with a warning: nothing can be learned or scored by them."""
+
+
+def leave_out_unlabelled(
+    read: Callable[[Any], RowT], rows: Iterable[Any], place: str, errors: list[RowError] | None = None
+) -> list[RowT]:
+    """Reads rows, and warns of the number of those without a gold label, which are left out.
+
+    Args:
+        read: reads one row; raises an UnlabelledError for one without a label.
+        rows: the rows.
+        place: the file or data set, for messages.
+        errors: filled with the RowErrors of rows that cannot be used; None: the first one is raised.
+
+    Raises:
+        InputError: if no row has a label, and as ``read``.
+    """
+    labelled: list[RowT] = []
+    unlabelled: list[UnlabelledError] = []
+    for row in rows:
+        try:
+            labelled.append(read(row))
+        except UnlabelledError as error:
+            unlabelled.append(error)
+        except RowError as error:
+            if errors is None:
+                raise
+            errors.append(error)
+    if unlabelled and not labelled:
+        raise InputError(f"no row of {place} has a gold label; the first: {unlabelled[0]}")
+    if unlabelled:
+        warnings.warn(
+            f"{len(unlabelled)} rows of {place} without a gold label were left out; the first: {unlabelled[0]}",
+            stacklevel=2,
+        )
+    return labelled
 
 
 def task_folder(task: NLUTask, data_dir: str | Path) -> Path | None:
@@ -359,14 +400,15 @@ def _shots(task: NLUTask, data_dir: str | Path, count: int, seed: int) -> list[d
 
 def _file_rows(task: NLUTask, path: Path) -> list[dict[str, Any]]:
     """Reads and checks the rows of a file, skipping a few unusable ones with a warning."""
-    rows, errors = [], []
-    for number, (where, raw) in enumerate(read_task_rows(task, path)):
-        try:
-            if isinstance(raw, RowError):
-                raise raw
-            rows.append(_row(task, raw, where, number))
-        except RowError as error:
-            errors.append(error)
+
+    def read(numbered: tuple[int, tuple[str, dict[str, Any] | RowError]]) -> dict[str, Any]:
+        number, (where, raw) = numbered
+        if isinstance(raw, RowError):
+            raise raw
+        return _row(task, raw, where, number)
+
+    errors: list[RowError] = []
+    rows = leave_out_unlabelled(read, enumerate(read_task_rows(task, path)), str(path), errors)
     if len(errors) > MAX_UNUSABLE_SHARE * (len(rows) + len(errors)):
         raise errors[0]
     if errors:  # the published QQP has some
@@ -399,7 +441,8 @@ def _row(task: NLUTask, raw: Mapping[str, Any], where: str, number: int, strict:
     label = None if optional else raw[_column(task, "label", raw, where)]
     if task.answer(label) is None and not (task.eval_only and is_hidden(label)):
         allowed = ", ".join(task.label_map) or "a number from 0 to 5"
-        raise InputError(f"{where}: the label {label!r} is none of {task.name}: use {allowed}")
+        refusal = UnlabelledError if is_hidden(label) else InputError
+        raise refusal(f"{where}: the label {label!r} is none of {task.name}: use {allowed}")
     row["label"] = None if is_hidden(label) else label
     return row
 
@@ -426,15 +469,13 @@ def _hub_rows(task: NLUTask, part: str) -> list[dict[str, Any]]:
     except Exception as error:  # the hub's failures have no common base
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"cannot load {path} ({config}, {split}): {reason}; or pass --data-dir") from error
-    rows = []
-    for number, raw in enumerate(source):
-        where = f"{path} ({config}, {split}) row {number}"
-        for nested in unnest(task, raw, where):
-            row = _row(task, nested, where, number, strict=False)
-            # The hub's copies hold a few empty texts: they count for the score but are useless for training.
-            if part == "test" or all(row[name].strip() for name in task.fields):
-                rows.append(row)
-    return rows
+    name = f"{path} ({config}, {split})"
+    nested = [(number, flat) for number, raw in enumerate(source) for flat in unnest(task, raw, f"{name} row {number}")]
+    rows = leave_out_unlabelled(
+        lambda row: _row(task, row[1], f"{name} row {row[0]}", row[0], strict=False), nested, name
+    )
+    # The hub's copies hold a few empty texts: they count for the score but are useless for training.
+    return [row for row in rows if part == "test" or all(row[field].strip() for field in task.fields)]
 
 
 def _hash(task: NLUTask, row: Mapping[str, Any]) -> float:

@@ -109,8 +109,8 @@ def label_key(raw: Any) -> str:
 
 
 def is_hidden(raw: Any) -> bool:
-    """Returns whether a raw label means that there is none: absent, empty, or -1 as on the hub."""
-    return raw is None or label_key(raw) in ("", "-1")
+    """Returns whether a raw label means that there is none: absent, empty, -1 as on the hub, or - as in MultiNLI."""
+    return raw is None or label_key(raw).casefold() in ("", "-1", "-", "nan", "null", "none")
 
 
 def _frozen(value: Any) -> Any:

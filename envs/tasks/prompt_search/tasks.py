@@ -19,8 +19,8 @@ from ....rewards.prompt_scoring.scorer import CONTENT_FREE
 from ....rewards.prompt_scoring.task_prompt import BLOCK, TEMPLATE, Demonstration, LabelledExample, TaskPrompt
 from ....rewards.texts.sentiment import text_hash
 from ..instruction.seeds import SPLITS, check_limit
-from ..nlu.data import load_rows, questions
-from ..nlu.tasks import NLUTask, get_task
+from ..nlu.data import UnlabelledError, leave_out_unlabelled, load_rows, questions
+from ..nlu.tasks import NLUTask, get_task, is_hidden
 
 FIELDS = ("name", "labels", "verbalizers", "instructions", "template", "block", "data", *SPLITS)
 
@@ -86,17 +86,21 @@ def _file_split(text: str) -> str:
 
 def _file_examples(path: Path, task: dict[str, Any]) -> list[tuple[LabelledExample, str]]:
     """Reads the examples of a JSONL file, each with its location for error messages."""
-    labels, examples = task["labels"], []
+    labels = task["labels"]
     numbered = not any(name.lstrip("-").isdigit() for name in labels)  # a digit that is a name is not a number
-    for number, (where, row) in enumerate(read_user_rows(path)):
+
+    def read(numbered_row: tuple[int, tuple[str, dict[str, Any]]]) -> tuple[LabelledExample, str]:
+        number, (where, row) = numbered_row
         label = row.get("label")
         if str(label) in labels and isinstance(label, str | int):
             label = labels.index(str(label))
         elif not numbered or isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(labels):
-            raise InputError(f"{where}: the label {row.get('label')!r} is none of {', '.join(labels)}: use one of them")
+            kind = UnlabelledError if "label" in row and is_hidden(label) else InputError
+            raise kind(f"{where}: the label {row.get('label')!r} is none of {', '.join(labels)}: use one of them")
         example_id = f"{task['name']}/{path.stem}-{row.get('id', number)}"
-        examples.append((LabelledExample(example_id, user_text(where, row, "text").strip(), label), where))
-    return examples
+        return LabelledExample(example_id, user_text(where, row, "text").strip(), label), where
+
+    return leave_out_unlabelled(read, enumerate(read_user_rows(path)), str(path))
 
 
 ALL_SPLITS = tuple(SPLITS)

@@ -21,6 +21,7 @@ from ....llm_backends.errors import InputError, check_at_least, check_known
 from ....llm_backends.parts import Part
 from ....llm_backends.prompting import build_prompt, few_shot, fill, load_prompts
 from ....rewards import EditedPair, Pairs, Reward, Sample, edit_labels
+from ....rewards.base import scores_of
 from ....rewards.learned.edits import ADDED, DELETED
 
 
@@ -341,7 +342,7 @@ def _not_better(
 
     unscored = [i for i in proposals if baseline.get(i) is None]  # score the original again if it had no valid score
     samples = [sample(i, text, "edited") for i, text in proposals.items()]
-    scores = reward.reward([*samples, *(sample(i, requests[i].response, "original") for i in unscored)])
+    scores = scores_of(reward, [*samples, *(sample(i, requests[i].response, "original") for i in unscored)])
     # Edits and originals are scored in one call; the originals come last.
     values = [score.value if score.valid else None for score in scores]
     baseline |= dict(zip(unscored, values[len(samples) :], strict=True))

@@ -19,7 +19,7 @@ from ....llm_backends.prompting import fill, load_prompts
 from ....llm_backends.records import check_distinct_ids, read_user_rows, user_text
 from ....rewards.texts.sentiment import text_hash
 from ...tokens.episode import PromptExample
-from ..instruction.data import instruction_form, optional_text
+from ..instruction.data import input_text, instruction_form, optional_text
 from ..instruction.seeds import SPLITS, check_limit, limited, load_instructions
 from ..nlu.data import OFFLINE_TASK, load_rows
 
@@ -172,8 +172,8 @@ def _file_request(path: Path, where: str, row: Mapping[str, Any]) -> Request:
         prompt = user_text(where, row, "prompt").strip()
         request = Request("", prompt, prompt, reference or None, {"task": path.stem})
     else:
-        text, input_text = user_text(where, row, "instruction").strip(), optional_text(where, row, "input")
-        request = _instruction("", text, input_text, reference or None, path.stem)
+        text = user_text(where, row, "instruction").strip()
+        request = _instruction("", text, input_text(where, row), reference or None, path.stem)
     name = hashlib.sha1(request.plain.encode()).hexdigest()[:12] if row_id is None else row_id
     return Request(f"{path.stem}/{name}", request.plain, request.chat, request.reference, request.metadata)
 
