@@ -413,3 +413,14 @@ def test_the_embedded_model_decodes_like_transformers():
         expected = plain_logprobs(lm, prompt, completion.token_ids)
         np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
         np.testing.assert_allclose(lm.logprobs([prompt], [completion.token_ids])[0], expected, atol=1e-4)
+
+
+def test_tokens_that_tie_with_the_kth_stay():
+    logits = torch.zeros((1, 1000))
+    logits[0, :3] = 5.0
+    logits[0, 3:8] = 4.0
+    seeds = torch.rand((2000, DRAWS), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    drawn = sample_tokens(logits.expand(2000, -1), [Sampling(top_k=5)] * 2000, seeds)[0]
+    assert sorted(set(drawn.tolist())) == list(range(8))
+    flat = sample_tokens(torch.zeros((2000, 1000)), [Sampling(top_k=2)] * 2000, seeds)[0]
+    assert len(set(flat.tolist())) > 500  # all tie

@@ -331,12 +331,14 @@ def _truncate(scaled: torch.Tensor, samplings: list[Sampling]) -> torch.Tensor:
     for candidates in (min(NUCLEUS_CANDIDATES, vocabulary), vocabulary):
         values, indices = scaled.topk(candidates, dim=-1)
         probabilities = (values - normaliser).exp().double()
-        ranks = torch.arange(candidates, device=scaled.device)
-        probabilities = probabilities * (ranks < top_k)
+        # Tokens that tie with the k-th one stay, as in transformers.
+        kth = values.gather(1, top_k.clamp(max=candidates) - 1)
+        probabilities = probabilities * (values >= kth)
         cumulative = probabilities.cumsum(dim=-1)
-        # top-p is a share of this mass: that of the k best tokens if they are among the candidates, else 1.
-        mass = torch.where(top_k <= candidates, cumulative[:, -1:], torch.ones_like(top_p))
-        enough = (cumulative[:, -1:] >= top_p * mass) & ((top_k <= candidates) | (top_k == vocabulary))
+        # top-p is a share of this mass: that of the k best tokens if they are all among the candidates, else 1.
+        inside = (top_k < candidates) & (values[:, -1:] < kth)
+        mass = torch.where(inside | (candidates == vocabulary), cumulative[:, -1:], torch.ones_like(top_p))
+        enough = (cumulative[:, -1:] >= top_p * mass) & (inside | (top_k == vocabulary))
         if candidates == vocabulary or bool(enough.all()):
             break
     # A token stays if those before it do not reach top-p yet: the one that crosses it stays, and so does the first.
