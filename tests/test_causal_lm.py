@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from instructgym.llm_backends.base import ContextLengthError
 from instructgym.llm_backends.local import causal_lm
-from instructgym.llm_backends.local.causal_lm import BLOCK, CausalLM, PrefixCache, token_budget_chunks
+from instructgym.llm_backends.local.caches import BLOCK, PrefixCache
+from instructgym.llm_backends.local.causal_lm import CausalLM, token_budget_chunks
 from instructgym.llm_backends.local.loading import ModelLoadError
 
 ARCHITECTURES = ["llama", "gpt2", "qwen3", "mistral-sliding", "gemma3-mixed"]

@@ -104,7 +104,7 @@ def test_the_parts_of_a_copy_are_its_own_but_for_models():
     process, own = env.unwrapped.process, tried.unwrapped.process
     assert [tried.step(1)[1] for _ in range(2)] == [1, 2] and env.step(1)[1] == 1 and len(reward.asked) == 1
     assert own.reward is not reward and own.reward.backend is reward.backend and own.backend is process.backend
-    assert own._mean.total == 3 and process._mean.total == 1
+    assert own.mean.total == 3 and process.mean.total == 1
     # One embedder serves reward and observation, before and after.
     assert tried.unwrapped.observer._embedder is not env.unwrapped.observer._embedder
 

@@ -230,7 +230,8 @@ def test_llm_edits_ask_for_the_instruction_alone(style):
 def test_a_rewrite_that_cannot_be_used_leaves_the_prompt(reply):
     env = started(backend=lambda prompt: reply)
     info = env.step(REPHRASE)[4]
-    assert info["prompt"].instruction == LONG and info["task_calls"] == 0 and info["reward_valid"]
+    assert info["prompt"].instruction == LONG and info["task_calls"] == 0
+    assert info["reward_valid"] == (reply == "")  # half a character is a failed request
 
 
 def test_phrase_edits():

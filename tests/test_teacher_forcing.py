@@ -110,7 +110,7 @@ def layer(bias=True, trained=False, n=7, vocabulary=13, dim=5):
 
 
 def full(hidden, head, ids, scale):
-    logits = (torch.nn.functional.linear(hidden, *head) * scale).log_softmax(dim=-1)
+    logits = (torch.nn.functional.linear(hidden, *head[:2]) * scale).log_softmax(dim=-1)
     return logits.gather(1, ids[:, None]).squeeze(1), -(logits.exp() * logits).sum(dim=-1)
 
 

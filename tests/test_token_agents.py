@@ -414,7 +414,7 @@ def test_minibatches_are_shares_of_those_of_one_process(count, monkeypatch):
 def test_one_extreme_token_costs_no_step(cls, monkeypatch):
     """A sampler that is wrong by a hundred nats, and a policy that has moved as far, on one token each."""
     agent = make_agent(cls, epochs=2, learning_rate=1e-3)
-    score, calls = agent._score, []
+    score, calls = agent.score_batch, []
 
     def extreme(batch):
         batch.sampler_logprobs[0] -= 100
@@ -424,7 +424,7 @@ def test_one_extreme_token_costs_no_step(cls, monkeypatch):
         batch.loss_mask[3], batch.logprobs[3] = False, batch.logprobs[3] - 200
         calls.append(len(batch))
 
-    monkeypatch.setattr(agent, "_score", extreme)
+    monkeypatch.setattr(agent, "score_batch", extreme)
     with np.errstate(over="raise", invalid="raise"):
         [row] = rows(updates(agent, 1))
     assert calls and agent.optimizer.skipped == 0 and all(np.isfinite(list(row.values())))

@@ -32,7 +32,7 @@ def layers(bias=True, trained=False, dtype=torch.float64):
 def full(hidden, head, reference_hidden, reference_head, ids, scale=1.0):
     """The same from all logits."""
     rows = (torch.nn.functional.linear(hidden, *head[:2]) * scale).log_softmax(dim=-1)
-    references = (torch.nn.functional.linear(reference_hidden, *reference_head) * scale).log_softmax(dim=-1)
+    references = (torch.nn.functional.linear(reference_hidden, *reference_head[:2]) * scale).log_softmax(dim=-1)
     kls = torch.nn.functional.kl_div(rows, references, reduction="none", log_target=True).sum(dim=-1)
     return rows.gather(1, ids[:, None]).squeeze(1), references.gather(1, ids[:, None]).squeeze(1), kls
 
@@ -62,7 +62,7 @@ def test_gradients_are_those_of_finite_differences(trained):
     hidden, head, *rest = layers(trained=trained)
 
     def function(hidden, *head):
-        logprobs, _, kls = compared_tokens(hidden, OutputLayer(*head), *rest, scale=0.7)
+        logprobs, _, kls = compared_tokens(hidden, OutputLayer(*head[:2]), *rest, scale=0.7)
         return logprobs, kls
 
     assert torch.autograd.gradcheck(function, (hidden, *head[:2]))

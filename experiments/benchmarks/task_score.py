@@ -26,7 +26,7 @@ from ...envs.tasks.prompt_search.tasks import load_prompt_task
 from ...llm_backends import BackendError
 from ...llm_backends.errors import InputError
 from ...llm_backends.local.backend import TransformersBackend
-from ...llm_backends.local.causal_lm import PrefixCache
+from ...llm_backends.local.caches import PrefixCache
 from ...rewards.prompt_scoring.scorer import TaskScorer
 from ...rewards.prompt_scoring.task_prompt import Demonstration, LabelledExample, TaskPrompt
 from ..runs.options import Count

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from ..base import Completion, Sampling, request_seed
-from .causal_lm import CausalLM, gap_sizes, select_rows, token_budget_chunks, until_exact
+from .caches import gap_sizes, select_rows
+from .causal_lm import CausalLM, token_budget_chunks, until_exact
 from .tokenization import control_tokens, stopped_text
 
 

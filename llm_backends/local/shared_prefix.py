@@ -15,16 +15,8 @@ import numpy as np
 import torch
 
 from ..base import BackendError, Prompt
-from .causal_lm import (
-    GROUP_TOKENS,
-    PREFILL_TOKENS,
-    BatchCache,
-    Prefilled,
-    PrefixCache,
-    riskiest_row,
-    token_budget_chunks,
-    until_exact,
-)
+from .caches import BatchCache, PrefixCache, riskiest_row
+from .causal_lm import GROUP_TOKENS, PREFILL_TOKENS, Prefilled, token_budget_chunks, until_exact
 from .tokenization import encode_texts
 
 if TYPE_CHECKING:

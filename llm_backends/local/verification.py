@@ -1,7 +1,7 @@
 """Proof that a fast way of reading a model is exact, by comparison with its plain forward pass when it is opened.
 
 Padding, gaps in a mask, shared prefixes and caches of our own assume things of a model that no configuration tells
-reliably. So the ways of :data:`~instructgym.llm_backends.local.causal_lm.READINGS` are tried, the fastest first, on a
+reliably. So the ways of :data:`READINGS` are tried, the fastest first, on a
 ragged batch with a shared prefix, and the first that gives the model's own log-probs is used. What shows only at
 greater lengths (windows of local attention, rope that changes) is checked when a batch is longer than all before it.
 Of large models and of those in other dtypes than float32, a small float32 model of the same configuration is probed.
@@ -13,17 +13,33 @@ import copy
 import json
 import sys
 import warnings
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 
-from ..base import Sampling
 from ..errors import InputError
+from .caches import select_rows
 
-if TYPE_CHECKING:
-    from .causal_lm import CausalLM, Reading
+Reading: TypeAlias = Literal["blocks", "cached", "padded", "single"]
+"""A way of reading a model. ``blocks``: batches with padding on the left, keys and values in a :class:`BatchCache`, and
+shared prefixes read once; ``cached``: such batches with transformers' own cache; ``padded``: whole rows at every step,
+padded on the right; ``single``: whole rows, one at a time."""
+
+READINGS: tuple[Reading, ...] = ("blocks", "cached", "padded", "single")
+"""All ways, the fastest first. The last two assume nothing of a model but that it is causal."""
+
+SLOW: dict[Reading, str] = {
+    "cached": "without shared prefixes",
+    "padded": "whole at every step, without a cache",
+    "single": "whole and row by row at every step, without a cache",
+}
+"""What a slower way does, for the warning that a model needs it."""
+
+
+PROBE_TOKENS = 44
+"""Number of positions of the batch on which a way of reading is tried when a model is opened."""
 
 TOLERANCE = 1e-4
 """Largest difference of log-probs, in nats, between two ways of reading a model in float32."""
@@ -63,7 +79,7 @@ class ReadingChangedError(Exception):
     """Raised when a batch shows that the model cannot be read as it was so far: the work is to be done again."""
 
 
-def plain_logits(lm: CausalLM, tokens: Sequence[int], last: int) -> torch.Tensor:
+def plain_logits(lm: Any, tokens: Sequence[int], last: int) -> torch.Tensor:
     """Returns the logits of the last positions of one row by the model's own forward pass, without mask or cache.
 
     Args:
@@ -88,20 +104,24 @@ def difference(logits: torch.Tensor, others: torch.Tensor) -> float:
     return float("inf") if bool(gap.isnan().any()) else float(gap.max())
 
 
-def probe_rows(lm: CausalLM, length: int) -> tuple[list[list[int]], list[list[int]]]:
+def probe_rows(lm: Any, length: int) -> tuple[list[list[int]], list[list[int]]]:
     """Returns ragged prompts, most of which share a beginning, and completions, together at most ``length`` tokens."""
     rng = np.random.default_rng(0)
+    # Without the padding token, about which transformers warns where there is no mask.
+    known = np.setdiff1d(np.arange(lm.vocabulary), [getattr(lm.text_config, "pad_token_id", None) or 0])
+
+    def draw(size: int) -> list[int]:
+        return known[rng.integers(len(known), size=max(size, 1))].tolist()
+
     length = max(min(length, lm.context_length), 4)
-    head = rng.integers(lm.vocabulary, size=max(length // 2, 1)).tolist()
+    head = draw(length // 2)
     rest = max(length - len(head) - 4, 1)
-    prompts = [
-        head + rng.integers(lm.vocabulary, size=count).tolist() for count in dict.fromkeys((1, rest // 2 + 1, rest))
-    ] + [rng.integers(lm.vocabulary, size=max(length // 8, 1)).tolist()]
+    prompts = [head + draw(count) for count in dict.fromkeys((1, rest // 2 + 1, rest))] + [draw(length // 8)]
     sizes = [min(count, length - len(prompt)) for prompt, count in zip(prompts, (3, 1, 4, 2), strict=False)]
-    return prompts, [rng.integers(lm.vocabulary, size=max(size, 1)).tolist() for size in sizes]
+    return prompts, [draw(size) for size in sizes]
 
 
-def find_reading(lm: CausalLM, readings: Sequence[Reading]) -> Reading:
+def find_reading(lm: Any, readings: Sequence[Reading]) -> Reading:
     """Returns the first of some ways of reading a model that is exact.
 
     Raises:
@@ -121,10 +141,8 @@ def find_reading(lm: CausalLM, readings: Sequence[Reading]) -> Reading:
     return _FOUND[key]
 
 
-def _worst(lm: CausalLM, reading: Reading, length: int) -> float:
+def _worst(lm: Any, reading: Reading, length: int) -> float:
     """Returns the largest difference from the plain forward pass of what a way of reading gives; inf if it fails."""
-    from .sampling import generate
-
     before, lm.reading, lm.checked = (lm.reading, lm.checked), reading, sys.maxsize
     try:
         with warnings.catch_warnings():
@@ -133,19 +151,13 @@ def _worst(lm: CausalLM, reading: Reading, length: int) -> float:
             worst = 0.0
             # Scored twice: the second time prefixes come from the cache.
             for _ in range(2):
-                for prompt, completion, row in zip(
-                    prompts, completions, lm.logprobs(prompts, completions), strict=True
-                ):
+                scores = lm.logprobs(prompts, completions)
+                for prompt, completion, row in zip(prompts, completions, scores, strict=True):
                     logits = plain_logits(lm, prompt + completion, len(completion) + 1)[:-1].log_softmax(-1)
                     expected = logits.gather(1, torch.tensor(completion, device=lm.device)[:, None])[:, 0]
                     worst = max(worst, float(np.abs(row - expected.cpu().numpy()).max(initial=0.0)))
-            # Rows that end at different steps leave the batch.
-            samplings = [Sampling(max_tokens=len(completion), temperature=0, n=2) for completion in completions]
-            for prompt, written in zip(prompts, generate(lm, prompts, samplings, eos=frozenset()), strict=True):
-                ids = written[-1].token_ids
-                logits = plain_logits(lm, prompt + ids, len(ids) + 1)[:-1].log_softmax(-1)
-                expected = logits.gather(1, torch.tensor(ids, device=lm.device)[:, None])[:, 0]
-                worst = max(worst, float(np.abs(np.array(written[-1].logprobs) - expected.cpu().numpy()).max()))
+            for tokens, logits in _written(lm, prompts):
+                worst = max(worst, difference(logits[None], plain_logits(lm, tokens, 1)))
         return worst if np.isfinite(worst) else float("inf")
     except Exception:  # whatever an architecture raises: this way is not for it
         return float("inf")
@@ -154,7 +166,29 @@ def _worst(lm: CausalLM, reading: Reading, length: int) -> float:
         lm.reading, lm.checked = before
 
 
-def holds_at(lm: CausalLM, columns: int, tokens: Sequence[int], logits: torch.Tensor) -> bool:
+@torch.inference_mode()
+def _written(lm: Any, prompts: Sequence[list[int]]) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Decodes greedily, each prompt in two rows, of which one leaves the batch at each step, as in sampling.
+
+    Yields:
+        The tokens of a row at each step, and the logits after them as they were read in the batch, shape (vocabulary,).
+    """
+    rows = [prompt for prompt in prompts for _ in range(2)]
+    state = lm.prefill(prompts, len(rows))
+    owners = torch.arange(len(prompts), device=lm.device).repeat_interleave(2)
+    cache, mask, logits = select_rows(state.cache, owners), state.mask[owners], state.logits[owners]
+    while True:
+        yield from zip(rows, logits, strict=True)
+        if len(rows) < 5:
+            return
+        left = torch.arange(1, len(rows), device=lm.device)
+        ids = logits[1:].argmax(dim=-1)
+        rows = [[*row, token] for row, token in zip(rows[1:], ids.tolist(), strict=True)]
+        cache, mask = select_rows(cache, left), torch.nn.functional.pad(mask[left], (0, 1), value=1)
+        logits = lm.forward(ids[:, None], mask, cache)
+
+
+def holds_at(lm: Any, columns: int, tokens: Sequence[int], logits: torch.Tensor) -> bool:
     """Returns whether a model in its present reading is exact in a batch of some length.
 
     Args:
@@ -171,17 +205,16 @@ def holds_at(lm: CausalLM, columns: int, tokens: Sequence[int], logits: torch.Te
     return difference(logits[None], plain_logits(lm, tokens, 1)) <= ROUGH_TOLERANCE
 
 
-def probe_subject(lm: CausalLM) -> CausalLM:
+def probe_subject(lm: Any) -> Any:
     """Returns the model on which ways of reading are tried: the model itself if it is small and in float32."""
     small = lm.in_float32 and sum(parameter.numel() for parameter in lm.model.parameters()) <= LARGEST_PROBED
     return lm if small else miniature(lm)
 
 
-def miniature(lm: CausalLM) -> CausalLM:
+def miniature(lm: Any) -> Any:
     """Returns a small model of the same configuration in float32; the model itself if none can be made of it."""
     from transformers import AutoModelForCausalLM
 
-    from .causal_lm import CausalLM
     from .loading import quiet_loading
 
     if lm.small is None:
@@ -197,7 +230,7 @@ def miniature(lm: CausalLM) -> CausalLM:
             with quiet_loading():
                 torch.manual_seed(0)
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-            small = CausalLM(model, None, f"a small model like {lm.name}", lm.prefix_cache.capacity, lm.reading)
+            small = type(lm)(model, None, f"a small model like {lm.name}", lm.prefix_cache.capacity, lm.reading)
             plain_logits(small, [1, 2, 3], 1)
             lm.small = small
         except Exception:  # sizes that do not fit together

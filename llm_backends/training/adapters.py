@@ -42,9 +42,15 @@ class _LoraLinear(torch.autograd.Function):
         low = linear(rows, a) * scale  # the scale costs least on the low-rank side
         ctx.save_for_backward(rows, weight, a, b, low)
         ctx.scale = scale
-        output = linear(rows, weight, bias).addmm_(low, b.t())
-        # Not a view, which autograd would not let a model change in place.
-        return torch.ops.aten._unsafe_view(output, (*x.shape[:-1], output.shape[-1]))
+        # The result is no view of the products, as autograd would not let a model change a view in place.
+        output = rows.new_empty((*x.shape[:-1], len(weight)))
+        products = output.view(-1, len(weight))
+        if bias is None:
+            torch.mm(rows, weight.t(), out=products)
+        else:
+            torch.addmm(bias, rows, weight.t(), out=products)
+        products.addmm_(low, b.t())
+        return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -117,6 +123,23 @@ class LoraSettings:
 
 
 DEFAULT_LORA = LoraSettings()
+
+
+STATE_SPACE = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+"""Model types whose kernels read the weights of some layers directly, so that peft refuses adapters on these."""
+
+
+def _unadaptable(model: Any) -> list[str] | None:
+    """Returns the linear layers of a model that take no adapters, by name; None if all do."""
+    # An architecture's own kinds of linear layers (routers, grouped projections) return something else than a product.
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and type(module).__module__.startswith("transformers.models.")
+    ]
+    if getattr(model.config, "model_type", "") in STATE_SPACE:
+        names += ["out_proj", "conv1d"]
+    return names or None
 
 
 class AdaptedTrunk:
@@ -192,11 +215,14 @@ class AdaptedTrunk:
             # Peft uses a deprecated name of transformers, which the user cannot change.
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
             trained = [(p, p.requires_grad) for p in self.lm.model.parameters()]
+            config = lora.config()
+            if lora.targets == "all-linear":
+                config.exclude_modules = _unadaptable(self.lm.model)
             try:
                 if self._peft is None:
-                    self._peft = get_peft_model(self.lm.model, lora.config(), adapter_name=name)
+                    self._peft = get_peft_model(self.lm.model, config, adapter_name=name)
                 else:
-                    self._peft.add_adapter(name, lora.config())
+                    self._peft.add_adapter(name, config)
             except ValueError as error:
                 reason = " ".join(str(error).split())
                 raise InputError(f"{self.lm.name} takes no adapters on targets={lora.targets!r}: {reason}") from error

@@ -26,8 +26,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ..errors import InputError
-from ..local.causal_lm import PROBE_TOKENS, CausalLM
+from ..local.causal_lm import CausalLM
 from ..local.verification import (
+    PROBE_TOKENS,
     ROUGH_TOLERANCE,
     TOLERANCE,
     config_key,
@@ -367,8 +368,8 @@ def _read(lm: CausalLM, sequences: Sequence[np.ndarray], prefixes: Sequence[int]
 
 
 def _padded(rows: Sequence[np.ndarray], device: torch.device) -> Tensor:
-    """Returns token ids as int64, shape (n, longest), with zeros after the end of shorter rows."""
-    ids = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)
-    for k, row in enumerate(rows):
-        ids[k, : len(row)] = torch.from_numpy(row.astype(np.int64))
-    return ids.to(device)
+    """Returns token ids as int64, shape (n, longest), in which shorter rows repeat their last token."""
+    # Not a padding token, about which transformers warns where there is no mask.
+    width = max(map(len, rows))
+    padded = [np.pad(row.astype(np.int64), (0, width - len(row)), mode="edge") for row in rows]
+    return torch.from_numpy(np.stack(padded)).to(device)
