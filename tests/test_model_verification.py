@@ -179,3 +179,28 @@ def test_every_causal_architecture_is_exact_or_refused():
             exact += [model_type] * ("score" in found and not off)
     assert wrong == {}
     assert len(exact) >= 60
+
+
+def test_rope_that_changes_with_length_shows_in_ragged_batches():
+    config = transformers.LlamaConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        rope_scaling={"rope_type": "dynamic", "factor": 4.0},
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.25)
+    model.config.max_position_embeddings = 256
+    lm = CausalLM(model, build_tokenizer(), "rope")
+    for lengths in ((100,), (100, 20), (12, 90, 60)):
+        prompts, responses = rows(lengths), [[7]] * len(lengths)
+        assert worst(lm, prompts, responses, lm.logprobs(prompts, responses)) < 1e-4

@@ -207,9 +207,12 @@ def gap_sizes(mask: torch.Tensor) -> torch.Tensor:
     return mask.shape[1] - mask.argmax(dim=1) - mask.sum(dim=1)
 
 
-def riskiest_row(mask: torch.Tensor) -> int:
-    """Returns the row of a mask that has the largest gap between its tokens, and of such rows the longest.
+def extreme_rows(mask: torch.Tensor) -> list[int]:
+    """Returns the rows of a mask that are the likeliest to be read wrong.
 
-    A window of attention that counts positions instead of tokens goes wrong there first.
+    These are the row with the largest gap between its tokens, or the longest one, as windows of attention that count
+    positions instead of tokens go wrong there first; and the shortest row, as some models compute positions from the
+    longest.
     """
-    return int((gap_sizes(mask) * (mask.shape[1] + 1) + mask.sum(dim=1)).argmax())
+    tokens = mask.sum(dim=1)
+    return sorted({int((gap_sizes(mask) * (mask.shape[1] + 1) + tokens).argmax()), int(tokens.argmin())})

@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from ..base import ContextLengthError, Prompt
 from ..errors import InputError
 from ..parts import SharedModel
-from .caches import BatchCache, PrefixCache, RowCache, riskiest_row, select_rows
+from .caches import BatchCache, PrefixCache, RowCache, extreme_rows, select_rows
 from .loading import (
     ModelLoadError,
     configured_context,
@@ -127,7 +127,9 @@ class CausalLM(SharedModel):
         self.small: CausalLM | None = None  # see verification.miniature
         self.training: Any = None  # see training/teacher_forcing.py, which proves how hidden states are read
         self.checked = PROBE_TOKENS
-        """Largest number of positions of a batch at which the reading has been found exact."""
+        """Largest number of positions of a ragged batch at which the reading has been found exact."""
+        self.checked_even = 0
+        """The same of a batch without padding."""
         # Sliding or linear attention keeps other state than one (key, value) per position.
         sliding = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
         layer_types = set(getattr(config, "layer_types", None) or (["sliding"] if sliding else []))
@@ -154,22 +156,24 @@ class CausalLM(SharedModel):
         """Whether the weights are in float32, in which exact ways of reading agree closely."""
         return self.model.dtype == torch.float32
 
-    def check(self, columns: int, tokens: Sequence[int], logits: torch.Tensor) -> None:
-        """Checks one row of a batch that is longer than any checked before.
+    def check(self, columns: int, rows: Sequence[tuple[Sequence[int], torch.Tensor]]) -> None:
+        """Checks some rows of a batch that is longer than any checked before.
 
         Args:
             columns: number of positions of the batch, padding included.
-            tokens: token ids of the row.
-            logits: logits after the row as they were read in the batch, shape (vocabulary,).
+            rows: token ids of the rows that are the likeliest to be wrong, and the logits after each as they were read
+                in the batch, shape (vocabulary,).
 
         Raises:
             ReadingChangedError: if they are not those of the plain forward pass; the model is read in a slower way from
                 now on.
         """
-        if columns <= self.checked or self.reading == "single":
+        # A batch without padding says nothing of ragged ones.
+        ragged = any(len(tokens) < columns for tokens, _ in rows)
+        if columns <= (self.checked if ragged else max(self.checked, self.checked_even)) or self.reading == "single":
             return
-        if holds_at(self, columns, tokens, logits):
-            self.checked = columns
+        if holds_at(self, columns, rows):
+            self.checked, self.checked_even = (columns, self.checked_even) if ragged else (self.checked, columns)
             return
         self.prefix_cache.clear()
         self.reading = READINGS[READINGS.index(self.reading) + 1]
@@ -307,8 +311,7 @@ class CausalLM(SharedModel):
         if isinstance(cache, BatchCache):
             cache = BatchCache(cache.buffer, columns)
         state = Prefilled(cache, mask.to(self.device), torch.cat(logits))
-        row = riskiest_row(mask)
-        self.check(columns, prompts[row], state.logits[row])
+        self.check(columns, [(prompts[row], state.logits[row]) for row in extreme_rows(mask)])
         return state
 
     def _groups(self, lengths: Sequence[int]) -> list[list[int]]:
@@ -434,10 +437,12 @@ class CausalLM(SharedModel):
                 rest = torch.tensor(completions[i][1:], device=self.device)
                 scores[i] = torch.cat([scores[i], selective_log_softmax(logits[row, : len(rest)], rest)])
             if prompts is not None:
-                row = riskiest_row(mask)
-                i = longer[row]
-                read = [*prompts[owner[i]], *completions[i][:-1]]
-                self.check(mask.shape[1], read, logits[row, len(completions[i]) - 2])
+                extremes = [
+                    (row, completions[longer[row]][:-1], prompts[owner[longer[row]]]) for row in extreme_rows(mask)
+                ]
+                self.check(
+                    mask.shape[1], [([*prompt, *read], logits[row, len(read) - 1]) for row, read, prompt in extremes]
+                )
         return [row.cpu().numpy().astype(np.float32) for row in scores]
 
     def _empty_cache(self, batch: int, capacity: int) -> Cache:

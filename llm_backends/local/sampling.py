@@ -216,9 +216,8 @@ def _decode(
     constrained = any(row.choices is not None for row in rows)
     length, step = mask.shape[1] - free_positions, 0
     gaps = gap_sizes(mask[:, :length]).tolist()
-    ended: dict[
-        int, tuple[int, torch.Tensor]
-    ] = {}  # of rows that ended beyond lm.checked: columns, and the last logits
+    # Of rows that ended beyond the checked length: their number of columns and their last logits.
+    ended: dict[int, tuple[int, torch.Tensor]] = {}
     while True:
         read = logits  # before constraints
         if constrained and any(rows[i].choices is not None for i in live):
@@ -235,9 +234,12 @@ def _decode(
         going = [k for k, i in enumerate(live) if not done[i]]
         if not going:
             if ended:
-                i = max(ended, key=lambda i: (gaps[i], ended[i][0]))
-                tokens = [*prompts[rows[i].request], *rows[i].token_ids[:-1]]
-                lm.check(max(columns for columns, _ in ended.values()), tokens, ended[i][1])
+                # The rows that are the likeliest to be wrong, see caches.extreme_rows.
+                read_tokens = {i: [*prompts[rows[i].request], *rows[i].token_ids[:-1]] for i in ended}
+                gap = max(ended, key=lambda i: (gaps[i], len(read_tokens[i])))
+                extremes = {gap, min(ended, key=lambda i: len(read_tokens[i]))}
+                columns = max(columns for columns, _ in ended.values())
+                lm.check(columns, [(read_tokens[i], ended[i][1]) for i in sorted(extremes)])
             return sorted(rows, key=lambda row: row.request)
         # Finished rows leave the batch. Not one by one, as each time the cache of the others is copied.
         if len(going) <= 0.75 * len(live):

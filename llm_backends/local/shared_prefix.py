@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..base import BackendError, Prompt
-from .caches import BatchCache, PrefixCache, riskiest_row
+from .caches import BatchCache, PrefixCache, extreme_rows
 from .causal_lm import GROUP_TOKENS, PREFILL_TOKENS, Prefilled, token_budget_chunks, until_exact
 from .tokenization import encode_texts
 
@@ -136,8 +136,8 @@ def _read(
                 chunk_rows = [rows[k] for k in chunk]
                 tails = [prompts[i][len(prompts[i]) - new :] for new, _, i in chunk_rows]
                 read = _continued(lm, state, [head_row for _, head_row, _ in chunk_rows], tails, free_positions)
-                row = riskiest_row(read.mask)
-                lm.check(read.mask.shape[1], prompts[chunk_rows[row][2]], read.logits[row])
+                extremes = [(prompts[chunk_rows[row][2]], read.logits[row]) for row in extreme_rows(read.mask)]
+                lm.check(read.mask.shape[1], extremes)
                 yield [i for *_, i in chunk_rows], read
 
 

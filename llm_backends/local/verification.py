@@ -188,21 +188,19 @@ def _written(lm: Any, prompts: Sequence[list[int]]) -> Iterator[tuple[list[int],
         logits = lm.forward(ids[:, None], mask, cache)
 
 
-def holds_at(lm: Any, columns: int, tokens: Sequence[int], logits: torch.Tensor) -> bool:
+def holds_at(lm: Any, columns: int, rows: Sequence[tuple[Sequence[int], torch.Tensor]]) -> bool:
     """Returns whether a model in its present reading is exact in a batch of some length.
 
     Args:
         lm: the model.
         columns: number of positions of the batch, padding included.
-        tokens: token ids of one row.
-        logits: logits after the row as they were read in the batch, shape (vocabulary,).
+        rows: token ids of rows, and the logits after each as they were read in the batch, shape (vocabulary,).
     """
-    if lm.in_float32 and not torch.is_autocast_enabled(lm.device.type):
-        return difference(logits[None], plain_logits(lm, tokens, 1)) <= TOLERANCE
-    small = miniature(lm)
-    if small.in_float32:
+    own = lm.in_float32 and not torch.is_autocast_enabled(lm.device.type)
+    if not own and (small := miniature(lm)).in_float32:
         return _worst(small, lm.reading, columns) <= TOLERANCE
-    return difference(logits[None], plain_logits(lm, tokens, 1)) <= ROUGH_TOLERANCE
+    gaps = [difference(logits[None], plain_logits(lm, tokens, 1)) for tokens, logits in rows]
+    return max(gaps) <= (TOLERANCE if own else ROUGH_TOLERANCE)
 
 
 def probe_subject(lm: Any) -> Any:

@@ -288,11 +288,18 @@ def _checked(lm: CausalLM, sequences: Sequence[np.ndarray], prefixes: Sequence[i
     if any(m.training and m.p > 0 for m in lm.model.modules() if isinstance(m, torch.nn.Dropout)):
         return True  # two passes differ by what is dropped: a pass without dropout is checked
     if lm.in_float32 and not torch.is_autocast_enabled(lm.device.type):
-        # The one with the largest gap between prefix and rest, and of such the longest.
-        k = max(range(len(sequences)), key=lambda k: (max(prefixes) - prefixes[k], len(sequences[k])))
+        # The one with the largest gap between prefix and rest, or the longest; and the shortest.
+        lengths = list(map(len, sequences))
+        gap = max(range(len(lengths)), key=lambda k: (max(prefixes) - prefixes[k], lengths[k]))
         with torch.no_grad():
-            logits = output_layer(lm).logits(states[k, len(sequences[k]) - prefixes[k] - 1][None], 1.0)
-        exact = difference(logits, plain_logits(lm, sequences[k].tolist(), 1)) <= TOLERANCE
+            gaps = [
+                difference(
+                    output_layer(lm).logits(states[k, lengths[k] - prefixes[k] - 1][None], 1.0),
+                    plain_logits(lm, sequences[k].tolist(), 1),
+                )
+                for k in {gap, lengths.index(min(lengths))}
+            ]
+        exact = max(gaps) <= TOLERANCE
     else:
         exact = _exact(miniature(lm), found.reading, length)
     if exact:
