@@ -214,6 +214,7 @@ class AdaptedTrunk:
         with self.lm.lock, warnings.catch_warnings():
             # Peft uses a deprecated name of transformers, which the user cannot change.
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+            warnings.filterwarnings("ignore", "fan_in_fan_out", UserWarning)  # set for Conv1D by peft itself
             trained = [(p, p.requires_grad) for p in self.lm.model.parameters()]
             config = lora.config()
             if lora.targets == "all-linear":
