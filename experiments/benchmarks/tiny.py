@@ -120,6 +120,9 @@ class EndlessTokenizer(Tokenizer):
         tokenizer.eos_token = None
         return tokenizer
 
+    def model_end_ids(self) -> frozenset[int]:
+        return frozenset()
+
 
 def endless_model(folder: str, tokenizer: Tokenizer, dtype: str) -> CausalLM:
     """Returns a model on the CPU without an end-of-sequence token: every response has the maximum length."""

@@ -228,9 +228,9 @@ class Tokenizer(Part):
     def eos_ids(self) -> frozenset[int]:
         """Ids of the tokens that end a response: the tokenizer's EOS and those of the model's generation config."""
         eos = self.hf.eos_token_id
-        return self._model_end_ids() | (frozenset() if eos is None else {eos})
+        return self.model_end_ids() | (frozenset() if eos is None else {eos})
 
-    def _model_end_ids(self) -> frozenset[int]:
+    def model_end_ids(self) -> frozenset[int]:
         """Returns the end-of-sequence tokens that the generation config of the model names."""
         return end_ids(self._path())
 
@@ -331,7 +331,7 @@ class LoadedTokenizer(Tokenizer):
         super().__init__(model)
         self.hf, self.context_length, self._end_ids = hf, context_length, end_ids
 
-    def _model_end_ids(self) -> frozenset[int]:
+    def model_end_ids(self) -> frozenset[int]:
         return self._end_ids
 
 
@@ -391,7 +391,7 @@ class WordTokenizer(Tokenizer):
     def context_length(self) -> int:
         return self.positions
 
-    def _model_end_ids(self) -> frozenset[int]:
+    def model_end_ids(self) -> frozenset[int]:
         return frozenset()  # it belongs to no model
 
 
@@ -427,5 +427,5 @@ class ByteTokenizer(Tokenizer):
     def context_length(self) -> int:
         return self.positions
 
-    def _model_end_ids(self) -> frozenset[int]:
+    def model_end_ids(self) -> frozenset[int]:
         return frozenset()  # it belongs to no model
