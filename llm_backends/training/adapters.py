@@ -131,15 +131,28 @@ STATE_SPACE = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotr
 
 def _unadaptable(model: Any) -> list[str] | None:
     """Returns the linear layers of a model that take no adapters, by name; None if all do."""
-    # An architecture's own kinds of linear layers (routers, grouped projections) return something else than a product.
+    # Some architectures' own kinds of linear layers (routers, grouped projections) return something else than a product
+    # to which an adapter could be added.
     names = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and type(module).__module__.startswith("transformers.models.")
+        if isinstance(module, torch.nn.Linear)
+        and type(module).__module__.startswith("transformers.models.")
+        and not _is_product(module)
     ]
     if getattr(model.config, "model_type", "") in STATE_SPACE:
         names += ["out_proj", "conv1d"]
     return names or None
+
+
+def _is_product(layer: torch.nn.Linear) -> bool:
+    """Returns whether a layer maps a row of its inputs to a row of its outputs."""
+    try:
+        with torch.no_grad():
+            output = layer(layer.weight.new_zeros((1, layer.in_features)))
+    except Exception:  # whatever a layer for inputs of another shape raises
+        return False
+    return isinstance(output, torch.Tensor) and output.shape == (1, layer.out_features)
 
 
 class AdaptedTrunk:
