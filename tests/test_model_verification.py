@@ -23,7 +23,16 @@ def quiet():
         yield
 
 
-def local_attention(window=256, architecture="gpt_neo"):
+def spread(model):
+    """The model with weights so wide that a fault in reading it shows."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.25)
+    return model
+
+
+def local_attention(window=256):
     """A model that is exact up to its window, which no field names as other models name theirs."""
     config = transformers.GPTNeoConfig(
         vocab_size=320,
@@ -37,12 +46,7 @@ def local_attention(window=256, architecture="gpt_neo"):
         eos_token_id=1,
     )
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.25)
-    return model
+    return spread(transformers.AutoModelForCausalLM.from_config(config).eval())
 
 
 def alone(model, prompt, response):
@@ -194,11 +198,7 @@ def test_rope_that_changes_with_length_shows_in_ragged_batches():
         bos_token_id=None,
     )
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.25)
+    model = spread(transformers.LlamaForCausalLM(config).eval())
     model.config.max_position_embeddings = 256
     lm = CausalLM(model, build_tokenizer(), "rope")
     for lengths in ((100,), (100, 20), (12, 90, 60)):

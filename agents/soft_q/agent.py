@@ -278,9 +278,9 @@ class SoftQ(RolloutAgent):
         # Past episodes are drawn before the new ones are added, which are learned from anyway.
         past = self.replay.draw(round(self.settings.replay_ratio * len(fresh)), generator)
         self.replay.add(fresh)
-        mine = range(self.processes.index, len(past), self.processes.count)
-        places = places + [(self.settings.rollout_batches, i) for i in mine]  # after all new ones
-        return local_episodes + [past[i] for i in mine], places, len(past)
+        share = range(self.processes.index, len(past), self.processes.count)  # of this process
+        places = places + [(self.settings.rollout_batches, i) for i in share]  # after all new ones
+        return local_episodes + [past[i] for i in share], places, len(past)
 
     def shaped_returns(self, episodes: Sequence[StoredEpisode]) -> np.ndarray:
         """Returns the shaped returns of episodes, z-scored and mapped linearly; float64, shape (episodes,)."""

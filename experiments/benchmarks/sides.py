@@ -107,14 +107,16 @@ def run_sides(
         if needed > limit:
             raise InputError(f"--prompt-tokens and --response-tokens make {needed} tokens, the model reads {limit}")
         lora = {"rank": options.lora_rank, "alpha": 2 * options.lora_rank, "targets": lora_targets(folder)}
-        theirs = settings | {"model": folder, "data": make_data(folder), "lora": lora}
-        ours = theirs | {"dtype": resolved_dtype("auto" if options.dtype == "default" else options.dtype, "cpu")}
+        baseline_spec = settings | {"model": folder, "data": make_data(folder), "lora": lora}
+        own_spec = baseline_spec | {
+            "dtype": resolved_dtype("auto" if options.dtype == "default" else options.dtype, "cpu")
+        }
         if against == "floor":
             # Without "micro" in its spec, the worker returns its fastest micro-batch.
-            theirs = ours | measure(baseline, python, ours)
+            baseline_spec = own_spec | measure(baseline, python, own_spec)
         sides = {
-            "ours": lambda _: measure(f"{__package__}.workers.{algorithm}", sys.executable, ours),
-            "theirs": lambda _: measure(baseline, python, theirs),
+            "ours": lambda _: measure(f"{__package__}.workers.{algorithm}", sys.executable, own_spec),
+            "theirs": lambda _: measure(baseline, python, baseline_spec),
         }
         measured = alternate(sides, options.rounds, warm_up=0)
     figures: dict[str, Any] = {side: _medians(measurements) for side, measurements in measured.items()}

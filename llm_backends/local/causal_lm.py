@@ -129,7 +129,7 @@ class CausalLM(SharedModel):
         self.checked = PROBE_TOKENS
         """Largest number of positions of a ragged batch at which the reading has been found exact."""
         self.checked_even = 0
-        """The same of a batch without padding."""
+        """Largest number of positions of a batch without padding at which the reading has been found exact."""
         # Sliding or linear attention keeps other state than one (key, value) per position.
         sliding = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
         layer_types = set(getattr(config, "layer_types", None) or (["sliding"] if sliding else []))
@@ -311,7 +311,8 @@ class CausalLM(SharedModel):
         if isinstance(cache, BatchCache):
             cache = BatchCache(cache.buffer, columns)
         state = Prefilled(cache, mask.to(self.device), torch.cat(logits))
-        self.check(columns, [(prompts[row], state.logits[row]) for row in extreme_rows(mask)])
+        if columns > self.checked:
+            self.check(columns, [(prompts[row], state.logits[row]) for row in extreme_rows(mask)])
         return state
 
     def _groups(self, lengths: Sequence[int]) -> list[list[int]]:
@@ -436,7 +437,7 @@ class CausalLM(SharedModel):
             for row, i in enumerate(longer):
                 rest = torch.tensor(completions[i][1:], device=self.device)
                 scores[i] = torch.cat([scores[i], selective_log_softmax(logits[row, : len(rest)], rest)])
-            if prompts is not None:
+            if prompts is not None and mask.shape[1] > self.checked:
                 extremes = [
                     (row, completions[longer[row]][:-1], prompts[owner[longer[row]]]) for row in extreme_rows(mask)
                 ]

@@ -215,7 +215,7 @@ def _decode(
     mask = torch.nn.functional.pad(mask, (0, free_positions), value=1)
     constrained = any(row.choices is not None for row in rows)
     length, step = mask.shape[1] - free_positions, 0
-    gaps = gap_sizes(mask[:, :length]).tolist()
+    prompt_mask = mask[:, :length]
     # Of rows that ended beyond the checked length: their number of columns and their last logits.
     ended: dict[int, tuple[int, torch.Tensor]] = {}
     while True:
@@ -235,6 +235,7 @@ def _decode(
         if not going:
             if ended:
                 # The rows that are the likeliest to be wrong, see caches.extreme_rows.
+                gaps = gap_sizes(prompt_mask).tolist()
                 read_tokens = {i: [*prompts[rows[i].request], *rows[i].token_ids[:-1]] for i in ended}
                 gap = max(ended, key=lambda i: (gaps[i], len(read_tokens[i])))
                 extremes = {gap, min(ended, key=lambda i: len(read_tokens[i]))}

@@ -136,8 +136,9 @@ def _read(
                 chunk_rows = [rows[k] for k in chunk]
                 tails = [prompts[i][len(prompts[i]) - new :] for new, _, i in chunk_rows]
                 read = _continued(lm, state, [head_row for _, head_row, _ in chunk_rows], tails, free_positions)
-                extremes = [(prompts[chunk_rows[row][2]], read.logits[row]) for row in extreme_rows(read.mask)]
-                lm.check(read.mask.shape[1], extremes)
+                if read.mask.shape[1] > lm.checked:
+                    extremes = [(prompts[chunk_rows[row][2]], read.logits[row]) for row in extreme_rows(read.mask)]
+                    lm.check(read.mask.shape[1], extremes)
                 yield [i for *_, i in chunk_rows], read
 
 

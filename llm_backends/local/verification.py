@@ -45,7 +45,7 @@ TOLERANCE = 1e-4
 """Largest difference of log-probs, in nats, between two ways of reading a model in float32."""
 
 ROUGH_TOLERANCE = 0.25
-"""The same for a model in another dtype of whose configuration no small model can be made."""
+"""Largest such difference in another dtype, for a model of whose configuration no small model can be made."""
 
 LARGEST_PROBED = 10_000_000
 """Number of parameters up to which a model is probed itself when it is opened. Of a larger one, for which that would
@@ -131,7 +131,7 @@ def find_reading(lm: Any, readings: Sequence[Reading]) -> Reading:
     if key not in _FOUND or _FOUND[key] not in readings:
         subject = probe_subject(lm)
         tolerance = TOLERANCE if subject.in_float32 else ROUGH_TOLERANCE
-        found = next((reading for reading in readings if _worst(subject, reading, 44) <= tolerance), None)
+        found = next((reading for reading in readings if _worst(subject, reading, PROBE_TOKENS) <= tolerance), None)
         if found is None:
             raise InputError(
                 f"{lm.name} is not causal: what it says of a token changes with the tokens after it (a decoder needs "
